@@ -1,0 +1,52 @@
+"""Errors that a user can cause, each one line and each with its exit code.
+
+The command line prints the message and ends with `exit_code`; a traceback is shown only with `--debug`.
+Exit codes: 2 usage or config, 3 data integrity, 4 checkpoint integrity, 5 numeric, 6 resource,
+75 preempted after a good save.
+"""
+
+
+class MetaTokensError(Exception):
+    """Base of every error that names its cause and its remedy in one line."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, expected: str, found: str, remedy: str) -> None:
+        """Compose the line `what: expected ..., found ...; remedy`."""
+        super().__init__(" ".join(f"{what}: expected {expected}, found {found}; {remedy}".split()))
+
+
+class UsageError(MetaTokensError):
+    """A wrong argument, preset, key or combination of settings."""
+
+    exit_code = 2
+
+
+class DataError(MetaTokensError):
+    """A missing, malformed, truncated or altered input file or token shard."""
+
+    exit_code = 3
+
+
+class CheckpointError(MetaTokensError):
+    """A checkpoint that is incomplete, altered or made with another config."""
+
+    exit_code = 4
+
+
+class NumericError(MetaTokensError):
+    """A loss or a gradient that is not finite."""
+
+    exit_code = 5
+
+
+class ResourceError(MetaTokensError):
+    """Too little disk or memory."""
+
+    exit_code = 6
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT) and saved a checkpoint first."""
+
+    exit_code = 75
