@@ -1,0 +1,305 @@
+"""Presets: find, extend, override, validate; and write a resolved config back in the same format.
+
+A preset is YAML with the differences from what its `extends:` line names. An override is `--section.key value`, the
+value read as YAML. Everything wrong is one line: an unknown preset or key comes with the nearest name.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from metatokens.config.schema import PretrainConfig
+from metatokens.errors import UsageError
+
+MAX_PRESET_BYTES = 2**20
+YAML_SUFFIXES = (".yaml", ".yml")
+NOT_DECIMAL = re.compile(r"[-+]?0[0-9]+|.*:.*")
+NOT_SCIENCE = {
+    "path",
+    "verify",
+    "compile",
+    "device",
+    "deterministic",
+    "distributed_timeout_seconds",
+    "micro_batch_blocks",
+    "gradient_checkpointing",
+}
+"""Keys that change how a run is computed, not what it computes."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys and aliases, and reads numbers as people do.
+
+    In YAML 1.1, 010 is eight, 1:30 is ninety and 1e6 is a string; here they are ten, an error and a million.
+    """
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        text = str(self.construct_scalar(node))
+        # left to the schema, whose numbers are decimal
+        return text if NOT_DECIMAL.fullmatch(text) else super().construct_yaml_int(node)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed in a preset")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        duplicates = {str(key) for key in keys if keys.count(key) > 1}
+        if duplicates:
+            raise yaml.YAMLError(f"duplicate key {sorted(duplicates)[0]}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+# what the loader raises: its own errors, bytes or values that are none (UTF-8, dates), brackets without end
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets in the package, such as `tiny/meta`."""
+    return sorted(name for name, _ in _walk(files("metatokens.presets"), ""))
+
+
+def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _walk(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name.removesuffix(".yaml"), entry
+
+
+def load_preset(preset: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Load a preset by name or path and apply overrides.
+
+    Args:
+        preset: a name from `preset_names()` or the path of a YAML file, such as a run folder's config.yaml.
+        overrides: alternating `--section.key` and value, or `--section.key=value`.
+
+    Raises:
+        UsageError: for an unknown preset or key (with the nearest name), or a value that does not fit.
+    """
+    tree = _merge(PretrainConfig().model_dump(mode="json"), _load_tree(str(preset), seen=()))
+    # kinds first: they reset what belongs to the variant, wherever they stand
+    for path, value in sorted(parse_overrides(overrides), key=lambda pair: pair[0][-1] != "kind"):
+        _set(tree, path, value)
+    return validate(tree, origin=str(preset))
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
+    """Split `--a.b value` and `--a.b=value` arguments into paths and YAML values."""
+    pairs = []
+    remaining = list(arguments)
+    while remaining:
+        flag = remaining.pop(0)
+        if not flag.startswith("--") or len(flag) < len("--x"):
+            raise UsageError(
+                f"argument {flag!r}", expected="--section.key value", found=flag, remedy="see `metatokens pretrain -h`"
+            )
+        name, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise UsageError(flag, expected="a value", found="nothing", remedy=f"write `{flag} VALUE`")
+            text = remaining.pop(0)
+        try:
+            value = yaml.load(text, _StrictLoader)
+        except _NOT_YAML:
+            value = text
+        pairs.append((tuple(name.replace("-", "_").split(".")), value))
+    return pairs
+
+
+def validate(tree: dict[str, Any], origin: str) -> PretrainConfig:
+    """Validate a tree of plain values; the first problem becomes the error's line."""
+    try:
+        return PretrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _usage_error(error, origin) from None
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    """Write a config as YAML; the text is a valid preset that loads to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def digest(config: BaseModel) -> str:
+    """Return the SHA-256 of a config's canonical JSON."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def differences_from_paper(config: PretrainConfig) -> list[str]:
+    """Say, a line each, where a run departs from the paper's own with the same position encoding."""
+    learned = config.model.position_encoding == "learned"
+    paper = load_preset("paper/meta-learned-152m" if learned else "paper/meta-rope-152m").model_dump(mode="json")
+    own = config.model_dump(mode="json")
+    lines = []
+    for section in ("model", "data", "injection", "optimizer", "schedule", "training"):
+        for key in sorted((paper[section].keys() | own[section].keys()) - NOT_SCIENCE):
+            theirs, ours = paper[section].get(key), own[section].get(key)
+            if theirs != ours:
+                lines.append(f"{section}.{key}: {json.dumps(ours)}, paper {json.dumps(theirs)}")
+    return lines
+
+
+def _load_tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if preset in seen:
+        raise UsageError(
+            f"preset {preset}", expected="no circle", found=" -> ".join((*seen, preset)), remedy="mend its `extends:`"
+        )
+    try:
+        tree = yaml.load(_read_preset(preset), _StrictLoader)
+    except (OSError, *_NOT_YAML) as error:
+        raise UsageError(f"preset {preset}", expected="YAML", found=str(error), remedy="mend the file") from None
+    if not isinstance(tree, dict | None):
+        raise UsageError(f"preset {preset}", expected="a mapping", found=type(tree).__name__, remedy="mend the file")
+    tree = tree or {}
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise UsageError(
+            f"preset {preset}: extends", expected="a preset's name or path", found=repr(parent), remedy="mend the file"
+        )
+    if parent.endswith(YAML_SUFFIXES):
+        parent = str(Path(preset).parent / parent)  # beside the file that names it
+    return _merge(_load_tree(parent, (*seen, preset)), tree)
+
+
+def _read_preset(preset: str) -> str:
+    path = Path(preset)
+    if path.suffix in YAML_SUFFIXES and path.is_file():
+        if path.stat().st_size > MAX_PRESET_BYTES:
+            raise UsageError(
+                preset,
+                expected=f"at most {MAX_PRESET_BYTES} bytes",
+                found=str(path.stat().st_size),
+                remedy="shorten it",
+            )
+        return path.read_text(encoding="utf-8")
+    known = dict(_walk(files("metatokens.presets"), ""))
+    if preset in known:
+        return known[preset].read_text(encoding="utf-8")
+    raise UsageError(
+        f"preset {preset!r}",
+        expected=f"a .yaml file or one of {', '.join(sorted(known))}",
+        found="neither",
+        remedy=_suggestion(preset, list(known)) or "see `metatokens info --presets`",
+    )
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; a change of `kind` starts that variant from its defaults."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        same_kind = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        )
+        merged[key] = _merge(old, value) if same_kind and isinstance(old, dict) else value
+    return merged
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in reversed(path):
+        value = {key: value}
+    tree.update(_merge(tree, value))
+
+
+def _usage_error(error: ValidationError, origin: str) -> UsageError:
+    problem = error.errors()[0]
+    keys = _keys_of(PretrainConfig, list(problem["loc"]))
+    path = ".".join(keys)
+    where = f"{origin}: {path}" if path else origin
+    if problem["type"] == "extra_forbidden":
+        return UsageError(
+            f"{origin}: unknown key {path}",
+            expected="a key of the schema",
+            found=repr(keys[-1]),
+            remedy=_nearest_key(path) or "see `metatokens pretrain -h`",
+        )
+    if problem["type"] == "value_error":
+        found = problem["msg"].removeprefix("Value error, ")
+        return UsageError(where, expected="settings that agree", found=found, remedy="change one of the keys named")
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        kind = context["tag"]
+        remedy = _suggestion(kind, [tag.strip("' ") for tag in context["expected_tags"].split(",")])
+        return UsageError(
+            f"{where}.kind", expected=context["expected_tags"], found=repr(kind), remedy=remedy or "pick one"
+        )
+    remedy = "see `metatokens pretrain -h`"
+    if problem["type"] == "missing":
+        return UsageError(where, expected="a value", found="nothing", remedy=remedy)
+    expected = problem["msg"].removeprefix("Input should be ")
+    return UsageError(where, expected=expected, found=repr(problem["input"]), remedy=remedy)
+
+
+def _nearest_key(path: str) -> str:
+    """Suggest a key for an unknown one: of another variant, of another section, or one that is spelt alike."""
+    known = [key for key, _, _ in describe_fields(PretrainConfig) if not key.endswith(".")]
+    section, _, name = path.rpartition(".")
+    if path in known:
+        return f"another {section}.kind has it"
+    for key in known:
+        if key.rpartition(".")[2] == name:
+            return f"did you mean {key!r}?"
+    depth = path.count(".") + 1
+    siblings = {".".join(key.split(".")[:depth]) for key in known if f".{key}".startswith(f".{section}")}
+    return _suggestion(path, sorted(siblings)) or _suggestion(path, known)
+
+
+def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:
+    """Return the keys of an error's location without what pydantic adds, such as the tag of a union's variant."""
+    if not location:
+        return []
+    name = str(location[0])
+    if name not in model.model_fields:
+        return [name]
+    variants = [v for v in _variants(model.model_fields[name].annotation) if issubclass(v, BaseModel)]
+    for variant in variants:
+        kind = variant.model_fields.get("kind")
+        rest = location[1:]
+        if kind is None:
+            return [name, *_keys_of(variant, rest)]
+        if rest and rest[0] == kind.default:
+            return [name, *_keys_of(variant, rest[1:])]
+    return [name]
+
+
+def _suggestion(name: str, candidates: list[str]) -> str:
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (path, default, documentation) of every field of a config class, variants of a union one after another."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        variants = [variant for variant in _variants(field.annotation) if issubclass(variant, BaseModel)]
+        if variants:
+            yield path + ".", "", ""
+        for variant in variants:
+            yield from describe_fields(variant, path + ".")
+        if not variants:
+            default = "required" if field.is_required() else json.dumps(field.default, default=str)
+            yield path, default, " ".join((field.description or "").split())
+
+
+def _variants(annotation: Any) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [variant for part in getattr(annotation, "__args__", ()) for variant in _variants(part)]

@@ -1,0 +1,421 @@
+"""The configuration of a run: one frozen tree, validated before anything else happens.
+
+A preset (YAML) holds only what differs from these defaults; the resolved tree is written to the run folder
+and is itself a valid preset. A choice between variants is a union with a `kind`, never a bundle of flags.
+The attribute docstrings are the documentation of the fields, here and in `metatokens pretrain --help`.
+
+Defaults are those of the paper (section 4.1 and appendix A) unless a field says otherwise.
+"""
+
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_META_RATIO = 0.1  # paper section 4.1: k = 0.1
+VOCABULARY_MULTIPLE = 64  # rows of the embedding are padded to this, for the speed of matrix products
+
+
+class Frozen(BaseModel):
+    """Base of every config class: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_off(cls, values: Any) -> Any:
+        """Read `off`, which is False in YAML, as None where a field may be off."""
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {key: None if value is False and key in optional else value for key, value in values.items()}
+
+
+# Injection of meta-tokens ------------------------------------------------------------------------------------
+
+
+class NoInjection(Frozen):
+    """No meta-token at all."""
+
+    kind: Literal["none"] = "none"
+
+    def num_meta(self, block_size: int) -> int:
+        """Return the number of meta-tokens in a block of `block_size` positions."""
+        del block_size
+        return 0
+
+
+class _RatioInjection(Frozen):
+    ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
+    """k: the share of a block's positions that are meta-tokens."""
+
+    def num_meta(self, block_size: int) -> int:
+        """Return the number of meta-tokens in a block of `block_size` positions."""
+        return round(self.ratio * block_size)
+
+
+class UniformInjection(_RatioInjection):
+    """Positions drawn uniformly at random without a period (the paper's policy)."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class PeriodicInjection(_RatioInjection):
+    """Evenly spaced positions, the last one at the end of the block."""
+
+    kind: Literal["periodic"] = "periodic"
+
+
+class PunctuationInjection(_RatioInjection):
+    """Right after tokens that end a clause; a surplus or a lack is drawn uniformly to keep the count fixed."""
+
+    kind: Literal["punctuation"] = "punctuation"
+
+
+class ExplicitInjection(Frozen):
+    """The given positions of every block."""
+
+    kind: Literal["explicit"] = "explicit"
+    positions: tuple[Annotated[int, Field(ge=0)], ...]
+    """Indices in the block, meta-tokens included in the count; strictly rising."""
+
+    @model_validator(mode="after")
+    def _rise(self) -> Self:
+        if any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
+            raise ValueError("injection.positions must rise strictly, for example [0, 8, 16]")
+        return self
+
+    def num_meta(self, block_size: int) -> int:
+        """Return the number of meta-tokens in a block of `block_size` positions."""
+        if self.positions and self.positions[-1] >= block_size:
+            raise ValueError(f"injection.positions ends at {self.positions[-1]}, beyond data.block_size {block_size}")
+        return len(self.positions)
+
+
+Injection = Annotated[
+    NoInjection | UniformInjection | PeriodicInjection | PunctuationInjection | ExplicitInjection,
+    Field(discriminator="kind"),
+]
+LossPolicy = Literal["skip", "retarget"]
+
+# Model -------------------------------------------------------------------------------------------------------
+
+
+class NoScaling(Frozen):
+    """RoPE as trained."""
+
+    kind: Literal["none"] = "none"
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the entries of transformers' `rope_parameters`."""
+        return {"rope_type": "default"}
+
+
+class LinearScaling(Frozen):
+    """Position interpolation: positions divided by `factor`."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(ge=1)
+    """New window / trained window."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the entries of transformers' `rope_parameters`."""
+        return {"rope_type": "linear", "factor": self.factor}
+
+
+class DynamicScaling(Frozen):
+    """NTK-aware base that grows with the sequence."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: float = Field(ge=1)
+    """New window / trained window."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the entries of transformers' `rope_parameters`."""
+        return {"rope_type": "dynamic", "factor": self.factor}
+
+
+class YarnScaling(Frozen):
+    """YaRN with the paper's parameters (appendix)."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float = Field(ge=1)
+    """New window / trained window."""
+    original_max_position_embeddings: int = Field(1024, ge=1)
+    """The trained window, in positions."""
+    beta_fast: float = 32
+    """Rotations over the trained window above which a frequency is kept."""
+    beta_slow: float = 1
+    """Rotations over the trained window below which a frequency is divided by `factor`."""
+    attention_factor: float | None = None
+    """Factor on cos and sin; off means 0.1 ln(factor) + 1."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the entries of transformers' `rope_parameters`."""
+        fields = self.model_dump(exclude={"kind"}, exclude_none=True)
+        return {"rope_type": "yarn", **fields}
+
+
+RopeScaling = Annotated[NoScaling | LinearScaling | DynamicScaling | YarnScaling, Field(discriminator="kind")]
+
+
+class ModelConfig(Frozen):
+    """Shape of the model; every field has the name that transformers gives it where it has one."""
+
+    hidden_size: int = Field(768, ge=1)
+    """C: width of the residual stream."""
+    num_hidden_layers: int = Field(12, ge=1)
+    """Number of transformer blocks."""
+    num_attention_heads: int = Field(12, ge=1)
+    """H: heads of both attentions."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width inside the MLP; off means 4 x hidden_size."""
+    max_position_embeddings: int = Field(1024, ge=1)
+    """The longest sequence, meta-tokens included."""
+    hidden_act: str = "gelu_pytorch_tanh"
+    """Activation of the MLP, by its transformers name."""
+    layer_norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance in every LayerNorm."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on attention weights."""
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the embedding and on what each sub-layer adds to the residual stream."""
+    position_encoding: Literal["rope", "learned", "alibi", "none"] = "rope"
+    """How positions enter both attentions."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """RoPE base."""
+    rope_scaling: RopeScaling = NoScaling()
+    """Context extension of RoPE."""
+    meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
+    """Which blocks have meta-attention: "all", "none" or a list of indices."""
+    loss_policy: LossPolicy = "skip"
+    """skip: drop the loss term whose target is a meta-token; retarget: predict the next text token from the
+    last text token and use no output at a meta-token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.position_encoding == "rope" and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError("model.position_encoding rope needs an even head size (hidden_size / num_attention_heads)")
+        if self.position_encoding != "rope" and self.rope_scaling.kind != "none":
+            raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        if isinstance(self.meta_attention_layers, tuple):
+            outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
+            if outside:
+                raise ValueError(f"model.meta_attention_layers {outside} beyond the {self.num_hidden_layers} layers")
+        return self
+
+    def to_hf(self, text_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
+        """Return the keyword arguments of `MetaTokenConfig`.
+
+        The meta-token is the first id after the text vocabulary and padding the next one, so text can never
+        hold either; the embedding is padded to a multiple of 64 rows.
+        """
+        fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size"})
+        if isinstance(self.meta_attention_layers, tuple):
+            fields["meta_attention_layers"] = list(self.meta_attention_layers)
+        rope = {"rope_theta": self.rope_theta, **self.rope_scaling.to_hf()}
+        return {
+            **fields,
+            "intermediate_size": self.intermediate_size or 4 * self.hidden_size,
+            "rope_parameters": rope if self.position_encoding == "rope" else None,
+            "vocab_size": -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+            "meta_token_id": text_vocab_size,
+            "pad_token_id": text_vocab_size + 1,
+            "bos_token_id": eos_token_id,
+            "eos_token_id": eos_token_id,
+        }
+
+
+# Data and training -------------------------------------------------------------------------------------------
+
+
+class DataConfig(Frozen):
+    """Where the tokens come from and how they are cut."""
+
+    path: Path | None = None
+    """A folder made by `metatokens prepare`."""
+    block_size: int = Field(1024, ge=2)
+    """T: positions of a training sequence, text and meta-tokens together."""
+    verify: Literal["full", "size"] = "full"
+    """full: compare every shard's SHA-256 at the start; size: only its length."""
+
+
+class OptimizerConfig(Frozen):
+    """AdamW."""
+
+    learning_rate: float = Field(6e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices; vectors (biases, norms) have none."""
+    gradient_clip: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; off means no clipping."""
+
+
+class CosineSchedule(Frozen):
+    """Linear warm-up, then a half cosine to the floor."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = Field(2_000, ge=0)
+    """Optimizer steps of linear warm-up."""
+    horizon_steps: int | None = Field(None, ge=1)
+    """Step at which the floor is reached; off means the last step (the paper laid 600,000 for 200,000)."""
+    floor: float = Field(0.1, ge=0, le=1)
+    """Lowest learning rate, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.horizon_steps is not None and self.horizon_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule.horizon_steps {self.horizon_steps} is not beyond schedule.warmup_steps {self.warmup_steps}"
+            )
+        return self
+
+
+class WsdSchedule(Frozen):
+    """Warm-up, stable, linear decay to the floor at the last step."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: int = Field(2_000, ge=0)
+    """Optimizer steps of linear warm-up."""
+    decay_steps: int = Field(20_000, ge=1)
+    """Optimizer steps of the decay at the end."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """Lowest learning rate, as a share of the peak."""
+
+
+Schedule = Annotated[CosineSchedule | WsdSchedule, Field(discriminator="kind")]
+
+
+class StepsDuration(Frozen):
+    """A number of optimizer steps."""
+
+    kind: Literal["steps"] = "steps"
+    steps: int = Field(200_000, ge=1)
+    """Optimizer steps."""
+
+
+class TextTokensDuration(Frozen):
+    """Enough optimizer steps to see a number of text tokens."""
+
+    kind: Literal["text_tokens"] = "text_tokens"
+    tokens: int = Field(ge=1)
+    """Text tokens; meta-tokens do not count."""
+
+
+Duration = Annotated[StepsDuration | TextTokensDuration, Field(discriminator="kind")]
+
+
+class TrainingConfig(Frozen):
+    """The optimizer step and its hardware."""
+
+    duration: Duration = StepsDuration()
+    """How long to train."""
+    batch_blocks: int = Field(480, ge=1)
+    """Blocks of one optimizer step, over all devices and all accumulated micro-batches."""
+    micro_batch_blocks: int = Field(12, ge=1)
+    """Blocks of one forward pass on one device."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the forward pass under autocast; weights and optimizer stay float32."""
+    compile: bool = False
+    """Compile the training step with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    deterministic: bool = True
+    """Use deterministic kernels only, so that a resumed run repeats to the bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    distributed_timeout_seconds: int = Field(600, ge=1)
+    """How long a process waits for the others before it gives up."""
+
+
+class EvaluationConfig(Frozen):
+    """Validation loss during training."""
+
+    interval_steps: int | None = Field(1_000, ge=1)
+    """Optimizer steps between evaluations; off means never."""
+    blocks: int = Field(200, ge=1)
+    """Validation blocks of one evaluation."""
+
+
+class CheckpointConfig(Frozen):
+    """What is kept on disk."""
+
+    interval_steps: int | None = Field(1_000, ge=1)
+    """Optimizer steps between checkpoints; off means only the last step."""
+    keep: int = Field(2, ge=1)
+    """Number of newest checkpoints that stay."""
+
+
+class LoggingConfig(Frozen):
+    """What is written while the run goes on."""
+
+    interval_steps: int = Field(10, ge=1)
+    """Optimizer steps between lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each needs its own package."""
+
+
+class PretrainConfig(Frozen):
+    """A pre-training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    injection: Injection = UniformInjection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = CosineSchedule()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, the sample order and the injection."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.block_size > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.block_size {self.data.block_size} exceeds model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        if self.text_tokens_per_block < 1:
+            raise ValueError(
+                f"injection leaves no text: {self.injection.num_meta(self.data.block_size)} meta-tokens in "
+                f"data.block_size {self.data.block_size}; lower injection.ratio"
+            )
+        if self.training.batch_blocks % self.training.micro_batch_blocks:
+            raise ValueError(
+                f"training.batch_blocks {self.training.batch_blocks} is not a multiple of "
+                f"training.micro_batch_blocks {self.training.micro_batch_blocks}"
+            )
+        schedule = self.schedule
+        if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > self.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} exceed "
+                f"the {self.total_steps} steps of training.duration"
+            )
+        return self
+
+    @property
+    def text_tokens_per_block(self) -> int:
+        """N: text tokens in a block; the rest are meta-tokens."""
+        return self.data.block_size - self.injection.num_meta(self.data.block_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        duration = self.training.duration
+        if isinstance(duration, StepsDuration):
+            return duration.steps
+        return -(-duration.tokens // (self.text_tokens_per_block * self.training.batch_blocks))

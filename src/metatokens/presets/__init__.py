@@ -1,0 +1,1 @@
+"""Presets as YAML; `metatokens.config.loading` reads them."""

@@ -1,0 +1,116 @@
+"""Wrong settings: each is one line that names the key, what was found and, where there is one, the nearest name."""
+
+import pytest
+
+from metatokens.config.loading import load_preset
+from metatokens.errors import UsageError
+
+
+def message(*overrides: str, preset: str = "tiny/meta") -> str:
+    with pytest.raises(UsageError) as caught:
+        load_preset(preset, overrides)
+    assert caught.value.exit_code == 2
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "expected" in text
+    assert "found" in text
+    return text
+
+
+def test_an_unknown_preset_comes_with_the_nearest_name():
+    text = message(preset="tiny/mta")
+    assert "'tiny/mta'" in text
+    assert "did you mean 'tiny/meta'?" in text
+
+
+def test_a_preset_file_that_is_missing_is_named():
+    assert "'nowhere/own.yaml'" in message(preset="nowhere/own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optimizer.learnin_rate", "optimizer.learning_rate"),
+        ("optimizr.learning_rate", "optimizer"),
+        ("schedule.warm_up_steps", "schedule.warmup_steps"),
+        ("training.duration.token", "training.duration.tokens"),
+        ("sed", "seed"),
+    ],
+)
+def test_a_misspelt_key_comes_with_the_nearest_one(key: str, nearest: str):
+    assert f"did you mean '{nearest}'?" in message(f"--{key}", "1")
+
+
+def test_a_key_in_the_wrong_section_comes_with_the_right_one():
+    assert "did you mean 'optimizer.learning_rate'?" in message("--model.learning_rate", "1")
+
+
+def test_a_key_of_another_variant_says_so():
+    text = message("--schedule.decay_steps", "5")
+    assert "unknown key schedule.decay_steps" in text
+    assert "another schedule.kind has it" in text
+
+
+def test_an_unknown_kind_comes_with_the_nearest_one():
+    text = message("--schedule.kind", "wds")
+    assert "schedule.kind" in text
+    assert "did you mean 'wsd'?" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("injection.ratio", "1"),
+        ("injection.ratio", "1.5"),
+        ("injection.ratio", "-0.1"),
+        ("injection.ratio", ".nan"),
+        ("optimizer.learning_rate", ".inf"),
+        ("optimizer.learning_rate", "0"),
+        ("optimizer.betas", "[0.9, 1]"),
+        ("training.batch_blocks", "many"),
+        ("training.batch_blocks", "2.5"),
+        ("training.precision", "float16"),
+        ("model.hidden_size", "0"),
+        ("model.position_encoding", "rotary"),
+        ("checkpoint.keep", "0"),
+        ("evaluation.blocks", "off"),
+        ("seed", "-1"),
+        ("logging.trackers", "[tensorboad]"),
+    ],
+)
+def test_a_value_outside_its_range_names_its_key(key: str, value: str):
+    assert f"tiny/meta: {key}: expected " in message(f"--{key}", value)
+
+
+def test_a_value_that_is_missing_names_its_key():
+    assert "model.rope_scaling.factor: expected a value, found nothing" in message("--model.rope_scaling.kind", "yarn")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["--injection.ratio", "0.999"], ["no text", "injection.ratio", "data.block_size 256"]),
+        (["--data.block_size", "512"], ["data.block_size 512", "model.max_position_embeddings 256"]),
+        (["--training.micro_batch_blocks", "5"], ["training.batch_blocks 32", "training.micro_batch_blocks 5"]),
+        (["--model.num_attention_heads", "5"], ["model.hidden_size 128", "model.num_attention_heads 5"]),
+        (["--model.hidden_size", "12"], ["model.position_encoding rope", "even head size"]),
+        (
+            ["--model.position_encoding", "learned", "--model.rope_scaling", "{kind: linear, factor: 2}"],
+            ["model.rope_scaling", "model.position_encoding rope"],
+        ),
+        (["--model.meta_attention_layers", "[0, 9]"], ["model.meta_attention_layers [9]", "4 layers"]),
+        (["--injection", "{kind: explicit, positions: [3, 2]}"], ["injection.positions"]),
+        (["--injection", "{kind: explicit, positions: [3, 256]}"], ["injection.positions", "256"]),
+        (["--schedule.horizon_steps", "50"], ["schedule.horizon_steps 50", "schedule.warmup_steps 50"]),
+        (["--schedule.kind", "wsd"], ["schedule.warmup_steps", "schedule.decay_steps", "training.duration"]),
+    ],
+)
+def test_settings_that_do_not_agree_name_both_keys(overrides: list[str], keys: list[str]):
+    text = message(*overrides)
+    for key in keys:
+        assert key in text
+
+
+@pytest.mark.parametrize("overrides", [["seed", "1"], ["--seed"], ["-s", "1"], ["--"]])
+def test_an_override_that_is_no_key_and_value_is_refused(overrides: list[str]):
+    message(*overrides)

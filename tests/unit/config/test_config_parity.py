@@ -1,0 +1,110 @@
+"""One source per number: the schema, the Hugging Face config and the documentation agree."""
+
+import pytest
+
+from metatokens.config.loading import describe_fields, load_preset, preset_names, to_yaml
+from metatokens.config.schema import LinearScaling, ModelConfig, PretrainConfig, YarnScaling
+from metatokens.model import MetaTokenConfig
+
+TEXT_VOCAB_SIZE, EOS = 50_257, 50_256
+FROM_THE_TOKENIZER = {"meta_token_id", "pad_token_id", "bos_token_id", "eos_token_id"}
+CHANGED = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "hidden_act": "relu",
+    "layer_norm_eps": 1e-6,
+    "initializer_range": 0.05,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.2,
+    "position_encoding": "alibi",
+    "rope_theta": 500.0,
+    "rope_scaling": LinearScaling(factor=2),
+    "meta_attention_layers": (0, 2),
+    "loss_policy": "retarget",
+}
+RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+
+
+def hf_config(model: ModelConfig) -> MetaTokenConfig:
+    return MetaTokenConfig(**model.to_hf(TEXT_VOCAB_SIZE, EOS))
+
+
+def test_every_field_of_the_schema_is_tried_here():
+    assert CHANGED.keys() == ModelConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_field_of_the_schema_reaches_the_hugging_face_config(field: str):
+    # the head size must stay even, and one head goes into every width
+    changed = ModelConfig(**{"num_attention_heads": 1, field: CHANGED[field]})
+    name = RENAMED.get(field, field)
+    value = getattr(hf_config(changed), name)
+    assert value != getattr(hf_config(ModelConfig(num_attention_heads=2)), name)
+    if name == field:
+        assert value == (list(CHANGED[field]) if isinstance(CHANGED[field], tuple) else CHANGED[field])
+
+
+def test_the_defaults_of_both_configs_agree():
+    default, ours = MetaTokenConfig().to_dict(), hf_config(ModelConfig()).to_dict()
+    assert {key for key in default if default[key] != ours[key]} == FROM_THE_TOKENIZER
+
+
+def test_special_ids_lie_beyond_the_text_and_the_rows_are_padded():
+    config = hf_config(ModelConfig())
+    assert (config.meta_token_id, config.pad_token_id, config.eos_token_id) == (50_257, 50_258, 50_256)
+    assert config.vocab_size == 50_304
+
+
+def test_a_vocabulary_that_just_fits_is_not_padded_further():
+    assert ModelConfig().to_hf(62, 0)["vocab_size"] == 64
+    assert ModelConfig().to_hf(63, 0)["vocab_size"] == 128
+
+
+def test_yarn_reaches_transformers_with_all_its_parameters():
+    scaling = YarnScaling(
+        factor=4, original_max_position_embeddings=64, beta_fast=16, beta_slow=2, attention_factor=1.5
+    )
+    assert hf_config(ModelConfig(rope_scaling=scaling)).rope_parameters == {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "attention_factor": 1.5,
+    }
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_makes_a_valid_hugging_face_config(name: str):
+    hf_config(load_preset(name).model).validate()
+
+
+def test_every_key_is_described_with_documentation():
+    described = {path: documentation for path, _, documentation in describe_fields(PretrainConfig)}
+    keys = {path for path in described if not path.endswith((".", ".kind"))}
+    assert [path for path in sorted(keys) if len(described[path]) < 8] == []
+
+
+def test_every_key_of_a_resolved_config_is_described():
+    described = {path for path, _, _ in describe_fields(PretrainConfig)}
+    resolved = load_preset("tiny/meta").model_dump()
+    for section, fields in resolved.items():
+        for key in fields if isinstance(fields, dict) else []:
+            assert {f"{section}.{key}", f"{section}.{key}."} & described, key
+        assert {section, f"{section}."} & described
+
+
+def test_described_defaults_are_the_schema_s():
+    defaults = {path: default for path, default, _ in describe_fields(PretrainConfig)}
+    assert defaults["optimizer.learning_rate"] == str(PretrainConfig().optimizer.learning_rate)
+    assert defaults["training.duration.tokens"] == "required"
+
+
+def test_a_resolved_config_names_every_key():
+    text = to_yaml(load_preset("tiny/meta"))
+    for field in ModelConfig.model_fields:
+        assert f"  {field}:" in text

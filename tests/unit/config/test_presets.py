@@ -1,0 +1,130 @@
+"""Presets: they load, extend each other, and a resolved config is one itself."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metatokens.config.loading import digest, load_preset, preset_names, to_yaml
+from metatokens.config.schema import (
+    CosineSchedule,
+    NoInjection,
+    PeriodicInjection,
+    PretrainConfig,
+    UniformInjection,
+    WsdSchedule,
+)
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_the_package_has_the_presets_of_the_paper_and_tiny_twins():
+    assert {
+        "paper/gpt2-124m",
+        "paper/gpt2-16-layers",
+        "paper/meta-learned-152m",
+        "paper/meta-rope-152m",
+        "paper/pause-124m",
+        "tiny/meta",
+        "tiny/plain",
+    } <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_resolved_preset_written_as_yaml_loads_to_an_equal_config(name: str, tmp_path: Path):
+    config = load_preset(name)
+    assert load_preset(write(tmp_path, "config.yaml", to_yaml(config))) == config
+
+
+def test_a_config_with_every_variant_changed_survives_the_round_trip(tmp_path: Path):
+    changes = f"""
+extends: tiny/meta
+model: {{rope_scaling: {{kind: yarn, factor: 4}}, meta_attention_layers: [0, 2]}}
+data: {{path: {tmp_path}}}
+injection: {{kind: explicit, positions: [1, 5]}}
+optimizer: {{eps: 1e-9, gradient_clip: null, betas: [0.8, 0.9]}}
+schedule: {{kind: wsd, warmup_steps: 1, decay_steps: 10}}
+logging: {{trackers: [tensorboard]}}
+"""
+    config = load_preset(write(tmp_path, "own.yaml", changes))
+    loaded = load_preset(write(tmp_path, "config.yaml", to_yaml(config)))
+    assert loaded == config
+    assert digest(loaded) == digest(config)
+
+
+def test_the_digest_of_another_config_differs():
+    assert digest(load_preset("tiny/meta")) != digest(load_preset("tiny/meta", ["--seed", "1"]))
+
+
+def test_an_empty_preset_is_the_paper_s_defaults(tmp_path: Path):
+    assert load_preset(write(tmp_path, "empty.yaml", "")) == PretrainConfig()
+
+
+def test_a_preset_changes_only_what_it_names(tmp_path: Path):
+    path = write(tmp_path, "own.yaml", "extends: tiny/meta\nmodel: {hidden_size: 64}\n")
+    changed = yaml.safe_load(to_yaml(load_preset("tiny/meta")))
+    changed["model"]["hidden_size"] = 64
+    assert yaml.safe_load(to_yaml(load_preset(path))) == changed
+
+
+def test_a_relative_extends_is_looked_up_beside_its_file(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder", "base.yaml", "extends: tiny/meta\nseed: 7\n")
+    assert load_preset(write(tmp_path / "folder", "own.yaml", "extends: base.yaml\n")).seed == 7
+
+
+def test_a_later_override_beats_an_earlier_one_and_the_preset():
+    assert load_preset("tiny/meta", ["--seed", "1", "--seed=2"]).seed == 2
+
+
+def test_an_override_may_be_spelt_with_dashes():
+    assert (
+        load_preset("tiny/meta", ["--training.precision", "bfloat16", "--model.hidden-size", "64"]).model.hidden_size
+        == 64
+    )
+
+
+def test_a_changed_kind_starts_from_that_variant_s_defaults(tmp_path: Path):
+    path = write(tmp_path, "own.yaml", "extends: tiny/meta\nschedule: {kind: wsd, warmup_steps: 1, decay_steps: 9}\n")
+    assert load_preset(path).schedule == WsdSchedule(warmup_steps=1, decay_steps=9)
+
+
+def test_the_same_kind_keeps_what_was_set_before():
+    config = load_preset("tiny/meta", ["--schedule", "{kind: cosine, floor: 0.5}"])
+    assert config.schedule == CosineSchedule(warmup_steps=50, floor=0.5)
+
+
+def test_a_key_of_a_variant_counts_even_before_the_kind_that_has_it():
+    config = load_preset(
+        "tiny/meta", ["--schedule.decay_steps", "9", "--schedule.warmup_steps", "1", "--schedule.kind", "wsd"]
+    )
+    assert config.schedule == WsdSchedule(warmup_steps=1, decay_steps=9)
+
+
+def test_an_override_beside_a_new_kind_belongs_to_the_new_kind():
+    config = load_preset("tiny/meta", ["--injection.ratio", "0.2", "--injection.kind", "periodic"])
+    assert config.injection == PeriodicInjection(ratio=0.2)
+    assert load_preset("tiny/meta", ["--injection.kind", "none"]).injection == NoInjection()
+
+
+def test_the_tiny_twins_read_the_same_text_in_every_block():
+    meta, plain = load_preset("tiny/meta"), load_preset("tiny/plain")
+    assert meta.text_tokens_per_block == plain.text_tokens_per_block == plain.data.block_size
+    assert meta.total_steps == plain.total_steps
+    assert isinstance(meta.injection, UniformInjection)
+
+
+def test_the_tiny_twins_differ_in_meta_tokens_alone():
+    meta, plain = load_preset("tiny/meta"), load_preset("tiny/plain")
+    alike = plain.model_copy(update={"data": meta.data, "injection": meta.injection, "model": meta.model})
+    assert alike == meta
+    assert plain.model.model_copy(update={"meta_attention_layers": "all"}) == meta.model
+
+
+def test_a_duration_in_text_tokens_is_rounded_up_to_whole_steps():
+    config = load_preset("tiny/meta", ["--training.duration.tokens", str(230 * 32 * 5 + 1)])
+    assert config.total_steps == 6
