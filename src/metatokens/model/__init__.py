@@ -1,0 +1,18 @@
+"""The meta-token language model, a Hugging Face model like any other.
+
+This package imports only torch, transformers and itself, so that it can travel with a checkpoint as remote code.
+
+Tensor dimensions, here and in the documentation: B batch, T sequence with meta-tokens, N text tokens, M meta-tokens,
+H heads, D head size, C hidden size, V vocabulary. Masks are bool, True = keep.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration import MetaTokenConfig
+from .modeling import MetaTokenForCausalLM, MetaTokenModel
+
+AutoConfig.register(MetaTokenConfig.model_type, MetaTokenConfig, exist_ok=True)
+AutoModel.register(MetaTokenConfig, MetaTokenModel, exist_ok=True)
+AutoModelForCausalLM.register(MetaTokenConfig, MetaTokenForCausalLM, exist_ok=True)
+
+__all__ = ["MetaTokenConfig", "MetaTokenForCausalLM", "MetaTokenModel"]

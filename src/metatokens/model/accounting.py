@@ -1,0 +1,71 @@
+"""Parameters, floating-point operations and memory of a model, counted from its config alone.
+
+A multiply and an add count as two operations. Attention counts only the keys that causality allows, so a utilisation
+computed from these figures is not flattered by work that nobody needs.
+"""
+
+from dataclasses import dataclass
+
+from .configuration import MetaTokenConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable parameters by purpose; the tied output head counts once, as embedding."""
+
+    embedding: int
+    positions: int
+    blocks: int
+    """Self-attention, MLP and norms."""
+    meta_attention: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.positions + self.blocks + self.meta_attention
+
+
+def count_parameters(config: MetaTokenConfig) -> ParameterCount:
+    """Count the parameters of the model that `config` describes."""
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    attention = 4 * width * width + 4 * width
+    mlp = 2 * width * inner + inner + width
+    norm = 2 * width
+    learned = config.position_encoding == "learned"
+    return ParameterCount(
+        embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2),
+        positions=config.max_position_embeddings * width if learned else 0,
+        blocks=layers * (attention + mlp + 2 * norm) + norm,
+        meta_attention=_num_meta_layers(config) * attention,
+    )
+
+
+def forward_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0) -> int:
+    """Count the operations of one forward pass over one sequence with logits for its text tokens.
+
+    Args:
+        config: the model.
+        num_positions: T, text and meta-tokens.
+        num_meta: M, packed meta-tokens among them.
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    projections = 2 * num_positions * (4 * width * width + 2 * width * config.intermediate_size)
+    head = 2 * (num_positions - num_meta) * width * config.vocab_size
+    meta = 2 * num_meta * 4 * width * width + _causal_attention_flops(width, num_meta)
+    return (
+        layers * (projections + _causal_attention_flops(width, num_positions)) + head + _num_meta_layers(config) * meta
+    )
+
+
+def training_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0) -> int:
+    """Count the operations of forward and backward pass over one sequence; the backward pass does twice the work."""
+    return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta)
+
+
+def _causal_attention_flops(width: int, length: int) -> int:
+    """Scores and weighted sum over the length (length + 1) / 2 pairs that causality allows."""
+    return 2 * 2 * width * length * (length + 1) // 2
+
+
+def _num_meta_layers(config: MetaTokenConfig) -> int:
+    return sum(config.has_meta_attention(i) for i in range(config.num_hidden_layers))

@@ -1,0 +1,93 @@
+"""Multi-head attention as both attentions of a block use it, through transformers' attention interface.
+
+The same weights therefore run under eager, sdpa, flash and flex attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration import MetaTokenConfig
+from .positions import Rotary, rotate
+
+
+def eager_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend with explicit weights; returns the output (B, T, H, D) and the weights (B, H, T, K)."""
+    del kwargs
+    scores = torch.matmul(query_BHTD, key_BHTD.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # the softmax of a half-precision row loses mass, so it is computed in float32
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query_BHTD.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value_BHTD).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Projections, rotation and the attention function; what may attend to what is in the mask."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: MetaTokenConfig, layer_index: int) -> None:
+        """Create the four full-width projections, with biases as in GPT-2."""
+        super().__init__()
+        assert config.head_dim is not None
+        self.config = config
+        self.layer_idx = layer_index  # the name that the attention interface expects
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width)
+        self.k_proj = nn.Linear(config.hidden_size, width)
+        self.v_proj = nn.Linear(config.hidden_size, width)
+        self.o_proj = nn.Linear(width, config.hidden_size)
+
+    def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys (both rotated) and values, each (B, H, T, D), of hidden states (B, T, C)."""
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, key, rotary)
+        return query, key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the projected output (B, T, C) and, where the backend has them, the weights (B, H, T, K)."""
+        attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+
+
+class SelfAttention(Attention):
+    """Causal self-attention over all tokens."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        mask: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over the sequence (B, T, C) and, with a cache, over what came before it."""
+        query, key, value = self.project(hidden, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, mask, **kwargs)

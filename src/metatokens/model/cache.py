@@ -1,0 +1,152 @@
+"""Cache layers that hold the keys and values of both attentions of a block.
+
+A subclass with a `_layer_type` registers itself with transformers, so `DynamicCache(config=...)`, `StaticCache` and
+`generate` build these from `config.layer_types`. The inherited part caches every token; the meta part only meta-tokens.
+`get_seq_length` stays the number of tokens, so masks and positions of transformers keep working.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+
+class MetaDynamicLayer(DynamicLayer):
+    """Grows with the sequence. A meta column is shared by the rows of the batch.
+
+    `meta_columns` (B, M) holds the token column of each cached meta-token, or -1 where a row has none; it gives the
+    validity mask, the positions and an exact `crop`.
+    """
+
+    _layer_type = "meta_attention"
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Start empty."""
+        super().__init__(**kwargs)
+        self.meta_keys: Tensor | None = None
+        self.meta_values: Tensor | None = None
+        self.meta_columns: Tensor | None = None
+
+    @property
+    def num_meta(self) -> int:
+        """Number of meta columns."""
+        return 0 if self.meta_columns is None else self.meta_columns.shape[-1]
+
+    def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Append meta-tokens and return all cached meta keys and values, (B, H, M, D)."""
+        if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
+            keys_BHMD = torch.cat([self.meta_keys, keys_BHMD], dim=-2)
+            values_BHMD = torch.cat([self.meta_values, values_BHMD], dim=-2)
+            columns_BM = torch.cat([self.meta_columns, columns_BM], dim=-1)
+        self.meta_keys, self.meta_values, self.meta_columns = keys_BHMD, values_BHMD, columns_BM
+        return keys_BHMD, values_BHMD
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.meta_keys = self.meta_values = self.meta_columns = None
+
+    def offload(self) -> None:
+        """Move to host memory."""
+        super().offload()
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back to the device."""
+        super().prefetch()
+        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._map(lambda tensor: tensor[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens and the meta-tokens among them."""
+        super().crop(tokens_to_remove)
+        if self.meta_columns is None:
+            return
+        columns = self.meta_columns.masked_fill(self.meta_columns >= self.get_seq_length(), -1)
+        used = (columns >= 0).any(0).nonzero()
+        num_kept = int(used.max()) + 1 if len(used) else 0
+        self.meta_columns = columns[:, :num_kept]
+        assert self.meta_keys is not None
+        assert self.meta_values is not None
+        self.meta_keys, self.meta_values = self.meta_keys[..., :num_kept, :], self.meta_values[..., :num_kept, :]
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
+            self.meta_keys, self.meta_values = fn(self.meta_keys), fn(self.meta_values)
+            self.meta_columns = fn(self.meta_columns)
+
+
+class MetaStaticLayer(StaticLayer):
+    """Fixed addresses, for torch.compile: every row has its own write pointer and one slot that swallows non-meta rows.
+
+    The meta part has room for a sequence of meta-tokens only, the worst case.
+    """
+
+    _layer_type = "meta_attention"
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        """Note the capacity; tensors are allocated with the first keys."""
+        super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.meta_capacity = max_cache_len
+        self.meta_keys: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the text part and the meta part."""
+        super().lazy_initialization(key_states, value_states)
+        slots = self.meta_capacity + 1
+        shape = (self.batch_size, self.num_heads, slots)
+        self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=self.dtype, device=self.device)
+        self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=self.dtype, device=self.device)
+        self.meta_columns = torch.zeros((self.batch_size, slots), dtype=torch.long, device=self.device)
+        self.meta_count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
+                torch._dynamo.mark_static_address(tensor)
+
+    def meta_slots(self, columns_BM: Tensor) -> Tensor:
+        """Return the slots (B, M) that new meta-tokens will take; the swallowing slot where the column is -1."""
+        count_B = torch.zeros_like(columns_BM[:, 0]) if self.meta_keys is None else self.meta_count
+        slots = count_B[:, None] + torch.arange(columns_BM.shape[1], device=columns_BM.device)
+        return torch.where(columns_BM >= 0, slots, self.meta_capacity)
+
+    def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Write meta-tokens to their slots and return all slots, (B, H, capacity + 1, D)."""
+        assert self.meta_keys is not None
+        slots_BM = self.meta_slots(columns_BM)
+        index = slots_BM[:, None, :, None].expand(-1, keys_BHMD.shape[1], -1, keys_BHMD.shape[-1])
+        self.meta_keys.scatter_(2, index, keys_BHMD)
+        self.meta_values.scatter_(2, index, values_BHMD)
+        self.meta_columns.scatter_(1, slots_BM, columns_BM)
+        self.meta_count.add_((columns_BM >= 0).sum(-1))
+        return self.meta_keys, self.meta_values
+
+    def reset(self) -> None:
+        """Zero everything and keep the addresses."""
+        super().reset()
+        if self.meta_keys is not None:
+            for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
+                tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        if self.meta_keys is not None:
+            for name in ("meta_keys", "meta_values", "meta_columns", "meta_count"):
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, beam_idx.to(tensor.device)))

@@ -1,0 +1,120 @@
+"""`MetaTokenConfig`: the shape of a meta-token language model, under transformers' field names.
+
+A plain GPT-2 is the same class with `meta_attention_layers="none"`; a pause-token model is that plus injection.
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+LOSS_POLICIES = ("skip", "retarget")
+POSITION_ENCODINGS = ("rope", "learned", "alibi", "none")
+
+
+@strict
+class MetaTokenConfig(PreTrainedConfig):
+    """Configuration of `MetaTokenModel`; the defaults are the paper's RoPE model (section 4.1)."""
+
+    model_type = "metatokens"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        f"layers.*.{module}": plan
+        for attention in ("self_attn", "meta_attn")
+        for module, plan in (
+            (f"{attention}.q_proj", "colwise"),
+            (f"{attention}.k_proj", "colwise"),
+            (f"{attention}.v_proj", "colwise"),
+            (f"{attention}.o_proj", "rowwise"),
+            ("mlp.up_proj", "colwise"),
+            ("mlp.down_proj", "rowwise"),
+        )
+    }
+
+    vocab_size: int = 50_304
+    hidden_size: int = 768
+    intermediate_size: int = 3_072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    head_dim: int | None = None
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 1_024
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    position_encoding: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    meta_attention_layers: str | list[int] = "all"
+    meta_token_id: int | None = None
+    loss_policy: str = "skip"
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill the fields that follow from others."""
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_encoding == "rope" and not self.rope_parameters:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        super().__post_init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Standardize RoPE parameters where there are any; other position encodings have none."""
+        if self.position_encoding != "rope":
+            return kwargs
+        converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
+        return converted
+
+    # a property and not a field: a serialised `layer_types` with a name unknown to transformers breaks whatever loads
+    # the config through the base class, such as Trainer's resume
+    @property
+    def layer_types(self) -> list[str]:
+        """Return the cache layer type of each block; transformers builds its caches from these."""
+        return ["meta_attention" if self.has_meta_attention(i) else "full_attention" for i in range(self.num_layers)]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return self.num_hidden_layers
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Both attentions are multi-head: as many key heads as query heads."""
+        return self.num_attention_heads
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The longest input, in positions; dynamic RoPE scaling stretches it by its factor."""
+        rope = self.rope_parameters or {}
+        factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
+        return int(self.max_position_embeddings * factor)
+
+    def has_meta_attention(self, layer_index: int) -> bool:
+        """Tell whether block `layer_index` has a meta-attention."""
+        if isinstance(self.meta_attention_layers, str):
+            return self.meta_attention_layers == "all"
+        return layer_index in self.meta_attention_layers
+
+    def validate_layer_type(self) -> None:
+        """Check `meta_attention_layers`; the base class would check `layer_types` against its own names."""
+        layers = self.meta_attention_layers
+        if isinstance(layers, str):
+            if layers not in ("all", "none"):
+                raise ValueError(f'meta_attention_layers must be "all", "none" or a list of indices, not {layers!r}')
+            return
+        outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"meta_attention_layers {outside} outside 0..{self.num_hidden_layers - 1}")
+
+    def validate_choices(self) -> None:
+        """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""
+        if self.position_encoding not in POSITION_ENCODINGS:
+            raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, not {self.position_encoding!r}")
+        if self.loss_policy not in LOSS_POLICIES:
+            raise ValueError(f"loss_policy must be one of {LOSS_POLICIES}, not {self.loss_policy!r}")
+        if self.meta_token_id is not None and self.meta_token_id == self.pad_token_id:
+            raise ValueError(f"pad_token_id must differ from meta_token_id {self.meta_token_id}")

@@ -1,0 +1,76 @@
+"""The paper's dense meta-attention, kept for ever as the oracle of the packed one.
+
+For queries Q, keys K and values V of the meta-attention's own projections, with the causal mask M_causal and
+P[b, i, j] = 0 if tokens i and j of row b are both meta-tokens, -inf otherwise (paper, section 3):
+
+    MetaAttention(Q, K, V) = softmax(Q K^T / sqrt(D) + M_causal + P) V
+
+A row that is no meta-token has no key at all: its output is zero and only the residual passes. This builds the whole
+(B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. No cache, no other backend.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .meta_attention import MetaAttention
+from .modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
+from .positions import Rotary, add_alibi
+
+
+@dataclass(frozen=True)
+class DensePack:
+    """Which tokens are meta-tokens, and the positions of all."""
+
+    is_meta: Tensor
+    """(B, T) bool."""
+    rotary: Rotary | None
+    alibi_slopes: Tensor | None
+
+
+def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePack) -> Tensor:
+    """Apply the definition with the weights of `attention` to normed hidden states (B, T, C); returns (B, T, C)."""
+    query, key, value = attention.project(hidden, pack.rotary)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(attention.head_dim)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    causal = positions[:, None] >= positions
+    both_meta = pack.is_meta[:, None, :, None] & pack.is_meta[:, None, None, :]
+    if pack.alibi_slopes is not None:
+        scores = scores + add_alibi(causal[None, None], positions[None], positions[None], pack.alibi_slopes)
+    weights = scores.masked_fill(~(causal & both_meta), -math.inf).softmax(-1)
+    weights = weights.masked_fill(~pack.is_meta[:, None, :, None], 0)  # a row without keys is 0/0
+    output: Tensor = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
+    return torch.where(pack.is_meta[..., None], output, 0)
+
+
+class DenseReferenceBlock(MetaTokenBlock):
+    """A block whose meta-attention is the definition."""
+
+    def add_meta_attention(self, hidden: Tensor, pack: Any, past_key_values: Cache | None) -> Tensor:
+        """Add the dense meta-attention to every row of (B, T, C)."""
+        del past_key_values  # empty: see DenseReferenceModel
+        assert self.meta_attn is not None
+        return hidden + dense_meta_attention(self.meta_attn, self.meta_layernorm(hidden), pack)
+
+
+class DenseReferenceModel(MetaTokenModel):
+    """The decoder with dense meta-attention."""
+
+    block_class: ClassVar[type[MetaTokenBlock]] = DenseReferenceBlock
+
+    def _pack(self, hidden: Tensor, **inputs: Any) -> Any:
+        past = inputs["past_key_values"]
+        if past is not None and past.get_seq_length():
+            raise ValueError("the dense reference takes whole sequences, not the continuation of a cache")
+        is_meta = inputs["meta_token_mask"]
+        return DensePack(is_meta.expand(hidden.shape[:2]), inputs["rotary"], inputs["alibi_slopes"])
+
+
+class DenseReferenceForCausalLM(MetaTokenForCausalLM):
+    """The language model with dense meta-attention; loads the weights of `MetaTokenForCausalLM` unchanged."""
+
+    model_class: ClassVar[type[MetaTokenModel]] = DenseReferenceModel

@@ -1,0 +1,174 @@
+"""A cached forward pass gives the logits of the whole sequence, whatever its meta-tokens, padding and pieces."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from tiny_models import ENCODINGS, MAX_LENGTH, assert_close, attention_mask_of, tiny_model, tokens
+
+BATCHES = {
+    "one_row": ("x_xx_x__xxxx",),
+    "ragged": ("x_xxx_xx_xxx", "xxxxxxxxxxxx", "____xxxx_xx_"),
+    "left_padded": ("....x_xx_x__", "xx_xxxxxxx_x", "...........x"),
+    "late_meta_tokens": ("xxxxxxxx____", "xxxxxxxxxxx_"),
+    "early_meta_tokens": ("____xxxxxxxx", "_xxxxxxxxxxx"),
+    "no_meta_token": ("xxxxxxxxxxxx", "..xxxxxxxxxx"),
+}
+PIECES = {
+    "token_by_token": [1] * 12,
+    "prompt_then_tokens": [8, 1, 1, 1, 1],
+    "chunked": [5, 4, 3],
+    "at_once": [12],
+}
+CACHES: dict[str, Callable[[MetaTokenConfig], Cache]] = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=16),
+}
+TOLERANCE = 1e-10  # in float64
+
+
+def feed(
+    model: MetaTokenForCausalLM, ids: Tensor, cache: Cache, pieces: list[int], *, start: int = 0, masked: bool = True
+) -> Tensor:
+    """Return the logits of the pieces, one after another, over what the cache holds."""
+    logits = []
+    for length in pieces:
+        stop = start + length
+        mask = attention_mask_of(ids)[:, :stop] if masked else None
+        piece = model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits.append(piece.logits)
+        start = stop
+    return torch.cat(logits, dim=1)
+
+
+def uncached(model: MetaTokenForCausalLM, ids: Tensor) -> Tensor:
+    return model(ids, attention_mask=attention_mask_of(ids), use_cache=False).logits
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached(batch: str, pieces: str, kind: str, encoding: str) -> None:
+    model = tiny_model(position_encoding=encoding, dtype=torch.float64)
+    ids = tokens(*BATCHES[batch])
+    real = attention_mask_of(ids).bool()
+    cached = feed(model, ids, CACHES[kind](model.config), PIECES[pieces])
+    assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached_for_every_encoding_and_backend(kind: str, encoding: str, backend: str) -> None:
+    model = tiny_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64)
+    ids = tokens(*BATCHES["left_padded"])
+    real = attention_mask_of(ids).bool()
+    cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 1, 1, 1])
+    assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("batch", ["one_row", "ragged", "late_meta_tokens"])
+@torch.no_grad()
+def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, kind: str) -> None:
+    # with past keys, sdpa takes a missing mask for an empty cache and drops the newest keys
+    model = tiny_model(dtype=torch.float64)
+    ids = tokens(*BATCHES[batch])
+    cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 3], masked=False)
+    assert_close(cached, uncached(model, ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached_to_1e_5_in_float32(kind: str) -> None:
+    model = tiny_model()
+    ids = tokens(*BATCHES["left_padded"])
+    real = attention_mask_of(ids).bool()
+    cached = feed(model, ids, CACHES[kind](model.config), PIECES["prompt_then_tokens"])
+    assert_close(cached[real], uncached(model, ids)[real], 1e-5)
+
+
+@pytest.mark.parametrize("layers", ["none", [0], [2], [0, 2]])
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached_when_only_some_layers_have_meta_attention(
+    kind: str, layers: str | list[int]
+) -> None:
+    model = tiny_model(num_hidden_layers=3, meta_attention_layers=layers, dtype=torch.float64)
+    ids = tokens(*BATCHES["ragged"])
+    cached = feed(model, ids, CACHES[kind](model.config), PIECES["prompt_then_tokens"])
+    assert_close(cached, uncached(model, ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("num_removed", [1, 4, 9])
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_logits_after_crop_equal_uncached(batch: str, num_removed: int, encoding: str) -> None:
+    model = tiny_model(position_encoding=encoding, dtype=torch.float64)
+    before = tokens(*BATCHES[batch])
+    kept = before.shape[1] - num_removed
+    after = torch.cat([before[:, :kept], tokens(*["_x__x"] * len(before), seed=1)], dim=1)
+    cache = DynamicCache(config=model.config)
+    feed(model, before, cache, [7, 5])
+    cache.crop(-num_removed)
+    continued = feed(model, after, cache, [2, 1, 2], start=kept)
+    real = attention_mask_of(after).bool()[:, kept:]
+    assert_close(continued[real], uncached(model, after)[:, kept:][real], TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_logits_after_reordering_beams_equal_those_of_the_reordered_rows(kind: str) -> None:
+    model = tiny_model(dtype=torch.float64)
+    ids = tokens(*BATCHES["ragged"])
+    beams = torch.tensor([2, 0, 2])
+    after = torch.cat([ids[beams], tokens("_xx", "x_x", "xx_", seed=1)], dim=1)
+    cache = CACHES[kind](model.config)
+    feed(model, ids, cache, [12])
+    cache.reorder_cache(beams)
+    continued = feed(model, after, cache, [1, 1, 1], start=12)
+    assert_close(continued, uncached(model, after)[:, 12:], TOLERANCE)
+
+
+@torch.no_grad()
+def test_logits_after_repeating_and_selecting_rows_equal_those_of_these_rows() -> None:
+    model = tiny_model(dtype=torch.float64)
+    ids = tokens(*BATCHES["ragged"])
+    rows = torch.tensor([0, 2, 3, 5])
+    after = torch.cat([ids.repeat_interleave(2, dim=0)[rows], tokens("_xx", "x_x", "xx_", "xxx", seed=1)], dim=1)
+    cache = DynamicCache(config=model.config)
+    feed(model, ids, cache, [12])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(rows)
+    continued = feed(model, after, cache, [1, 2], start=12)
+    assert_close(continued, uncached(model, after)[:, 12:], TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_reset_cache_remembers_nothing(kind: str) -> None:
+    model = tiny_model(dtype=torch.float64)
+    ids = tokens("x__x_xxx_x")
+    cache = CACHES[kind](model.config)
+    feed(model, tokens("__x_x_x__x", seed=1), cache, [6, 4])
+    cache.reset()
+    assert_close(feed(model, ids, cache, [6, 1, 1, 1, 1]), uncached(model, ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@torch.no_grad()
+def test_cache_holds_a_sequence_of_the_models_full_length(kind: str) -> None:
+    model = tiny_model(dtype=torch.float64)
+    picture = "__xx" * (MAX_LENGTH // 4)
+    ids = tokens(picture)
+    caches = {"dynamic": DynamicCache(config=model.config), "static": StaticCache(model.config, MAX_LENGTH)}
+    cached = feed(model, ids, caches[kind], [MAX_LENGTH - 2, 1, 1])
+    assert_close(cached, uncached(model, ids), TOLERANCE)

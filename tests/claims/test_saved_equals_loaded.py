@@ -1,0 +1,127 @@
+"""A saved model gives the same bits wherever it is loaded: here, through the Auto classes, and as remote code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.export import save_model
+from tiny_models import MAX_LENGTH, tiny_model, tokens
+
+ROPE = {"rope_theta": 10_000.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rope": {"rope_parameters": {**ROPE, "rope_type": "default"}},
+    "yarn": {
+        "rope_parameters": {
+            **ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": MAX_LENGTH // 4,
+        },
+    },
+    "linear": {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 4.0}},
+    "learned": {"position_encoding": "learned"},
+    "alibi": {"position_encoding": "alibi"},
+    "none": {"position_encoding": "none"},
+    "untied": {"tie_word_embeddings": False},
+    "some_layers": {"meta_attention_layers": [1]},
+}
+IDS = tokens("x_xx_x__xxxxx", "xxxxxxx_xxxx_")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_loaded_model_gives_the_bits_of_the_saved_one(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    save_model(model, tmp_path)
+    loaded = MetaTokenForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("variant", ["rope", "yarn", "dynamic", "learned"])
+@torch.no_grad()
+def test_auto_classes_load_the_bits_of_the_saved_model(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    save_model(model, tmp_path)
+    causal, decoder = AutoModelForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
+    assert type(causal) is MetaTokenForCausalLM
+    assert type(decoder) is MetaTokenModel
+    assert type(AutoConfig.from_pretrained(tmp_path)) is MetaTokenConfig
+    assert torch.equal(causal(IDS).logits, model(IDS).logits)
+    assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+@torch.no_grad()
+def test_model_loaded_as_bfloat16_gives_the_same_bits_when_saved_and_loaded_again(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "float32")
+    model = MetaTokenForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    save_model(model, tmp_path / "bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_model_cast_to_bfloat16_gives_the_bits_of_the_same_model_loaded_as_bfloat16(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_model(model, tmp_path)
+    loaded = MetaTokenForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded(IDS).logits, model.to(torch.bfloat16)(IDS).logits)
+
+
+REMOTE_PROGRAM = """
+import sys
+sys.modules["metatokens"] = None  # not installed, as far as this process can tell
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+path, ids = sys.argv[1], torch.load(sys.argv[2])
+config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+causal = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+decoder = AutoModel.from_pretrained(path, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
+with torch.no_grad():
+    generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
+torch.save(outputs, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(tmp_path: Path) -> None:
+    model = tiny_model(**VARIANTS["yarn"])
+    checkpoint, empty = tmp_path / "checkpoint", tmp_path / "elsewhere"
+    empty.mkdir()
+    save_model(model, checkpoint)
+    torch.save(IDS, tmp_path / "ids.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [
+        sys.executable,
+        "-c",
+        REMOTE_PROGRAM,
+        str(checkpoint),
+        str(tmp_path / "ids.pt"),
+        str(tmp_path / "out.pt"),
+    ]
+    finished = subprocess.run(
+        command,
+        cwd=empty,
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    logits, hidden, generated = torch.load(tmp_path / "out.pt")
+    assert torch.equal(logits, model(IDS).logits)
+    assert torch.equal(hidden, model.model(IDS).last_hidden_state)
+    assert torch.equal(generated, model.generate(IDS[:1], max_new_tokens=4, do_sample=False))

@@ -1,0 +1,73 @@
+"""`save_model`: what lies in the folder, and that the model's other users can read it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.export import AUTO_MAP, REMOTE_CODE, save_model
+from tiny_models import tiny_config, tiny_model, tokens
+
+
+def test_saved_config_maps_all_three_auto_classes_to_the_code_beside_it(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"] == AUTO_MAP
+    assert set(AUTO_MAP) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for reference in AUTO_MAP.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+
+
+def test_saved_folder_has_safetensors_and_code_and_no_pickle(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    code = {f"{name}.py" for name in REMOTE_CODE}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", *code}
+
+
+def test_importing_the_package_marks_no_class_as_remote_code() -> None:
+    # transformers would then copy code into every checkpoint that anybody saves
+    assert [c._auto_class for c in (MetaTokenConfig, MetaTokenModel, MetaTokenForCausalLM)] == [None, None, None]
+
+
+def test_tied_head_is_not_saved_and_comes_back_tied(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as weights:
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 - safe_open has no iterator
+    loaded, report = MetaTokenForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert not any(report.values())
+
+
+@torch.no_grad()
+def test_package_wins_over_the_code_in_the_folder_and_asks_for_no_trust(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    (tmp_path / "modeling.py").write_text("raise RuntimeError('this code must not run')\n")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is MetaTokenForCausalLM
+
+
+@torch.no_grad()
+def test_plain_checkpoint_loads_into_a_model_with_meta_attention(tmp_path: Path) -> None:
+    # the start of teaching an existing model meta-tokens: the new parts are initialized, the old ones keep their bits
+    plain = tiny_model(meta_attention_layers="none")
+    save_model(plain, tmp_path)
+    config = tiny_config()
+    model, report = MetaTokenForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert len(report["missing_keys"]) == 2 * 4 * 2
+    assert all(".meta_attn." in name for name in report["missing_keys"])
+    text = tokens("xxxxxx")
+    assert torch.equal(model(text).logits, plain(text).logits)
+    assert model(tokens("x_xx_x")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@torch.no_grad()
+def test_loaded_model_takes_the_backend_asked_for(backend: str, tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=backend)
+    assert loaded.config._attn_implementation == backend

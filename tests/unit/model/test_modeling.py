@@ -1,0 +1,301 @@
+"""`MetaTokenModel` and `MetaTokenForCausalLM` as Hugging Face models: inputs, outputs, masks, memory and graphs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.attention import SelfAttention
+from metatokens.model.meta_attention import MetaAttention
+from tiny_models import ENCODINGS, MAX_LENGTH, META, assert_close, attention_mask_of, gradients, tiny_model, tokens
+
+IDS = tokens("x_xx_x_xx", "xxxx_xxxx")
+
+
+@contextmanager
+def count_calls(model: nn.Module, module_class: type[nn.Module]) -> Iterator[list[nn.Module]]:
+    calls: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+        for module in model.modules()
+        if isinstance(module, module_class)
+    ]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+# Which tokens are meta-tokens -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_embeddings_with_meta_token_mask_give_the_logits_of_the_ids() -> None:
+    model = tiny_model()
+    embeds = model.get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embeds, meta_token_mask=IDS == META).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_embeddings_without_meta_token_mask_are_all_text() -> None:
+    model = tiny_model()
+    embeds = model.get_input_embeddings()(IDS)
+    no_meta = torch.zeros_like(IDS, dtype=torch.bool)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS, meta_token_mask=no_meta).logits)
+
+
+@torch.no_grad()
+def test_meta_token_mask_takes_the_place_of_the_ids() -> None:
+    model = tiny_model()
+    shifted = (IDS == META).roll(1, dims=1)
+    assert not torch.equal(model(IDS, meta_token_mask=shifted).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_model_without_a_meta_token_id_sees_text_only() -> None:
+    model = tiny_model(meta_token_id=None)
+    no_meta = torch.zeros_like(IDS, dtype=torch.bool)
+    assert torch.equal(model(IDS).logits, tiny_model()(IDS, meta_token_mask=no_meta).logits)
+
+
+@pytest.mark.parametrize("given", [("input_ids", "inputs_embeds"), ()])
+def test_both_or_neither_kind_of_input_raises(given: tuple[str, ...]) -> None:
+    model = tiny_model()
+    inputs = {"input_ids": IDS, "inputs_embeds": model.get_input_embeddings()(IDS)}
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(**{name: inputs[name] for name in given})
+
+
+# What runs when -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_inference_without_meta_tokens_skips_meta_attention() -> None:
+    # flash attention refuses a query of length zero
+    model = tiny_model()
+    with count_calls(model, MetaAttention) as calls:
+        model(tokens("xxxx"))
+    assert calls == []
+
+
+def test_training_without_meta_tokens_runs_meta_attention_all_the_same() -> None:
+    # a process whose parameters took no part would leave the others waiting for their gradients
+    model = tiny_model().train()
+    with count_calls(model, MetaAttention) as calls:
+        model(tokens("xxxx"))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("layers", ["none", [1]])
+def test_block_without_meta_attention_has_no_meta_parameters(layers: str | list[int]) -> None:
+    names = [name for name, _ in tiny_model(meta_attention_layers=layers).named_parameters()]
+    assert {name.split(".")[2] for name in names if ".meta_attn." in name} == ({"1"} if layers == [1] else set())
+
+
+def test_meta_layernorm_has_no_parameters() -> None:
+    assert not [name for name, _ in tiny_model().named_parameters() if "meta_layernorm" in name]
+
+
+# Positions and masks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@torch.no_grad()
+def test_positions_that_do_not_step_by_one_are_no_packed_documents(backend: str) -> None:
+    # transformers would cut the causal mask where positions restart, unless a mask or a cache is given
+    model = tiny_model(attn_implementation=backend, use_cache=False)
+    position_ids = torch.arange(IDS.shape[1]).expand_as(IDS).masked_fill(IDS == META, 0)
+    with_mask = model(IDS, position_ids=position_ids, attention_mask=torch.ones_like(IDS)).logits
+    assert_close(model(IDS, position_ids=position_ids).logits, with_mask, 1e-6)
+
+
+@torch.no_grad()
+def test_given_positions_reach_both_attentions() -> None:
+    model = tiny_model(dtype=torch.float64)
+    positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+    # RoPE sees differences only, so all positions may move together but not apart
+    assert_close(model(IDS, position_ids=positions + 7).logits, model(IDS).logits, 1e-4)
+    assert (model(IDS, position_ids=3 * positions).logits - model(IDS).logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_nothing_of_the_token_stream_reaches_the_meta_attentions_kernel() -> None:
+    # flash attention would take cu_seq_lens of the tokens for those of the packed meta-tokens
+    seen: dict[type[nn.Module], set[str]] = {}
+
+    def recording(module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        seen.setdefault(type(module), set()).update(kwargs)
+        return sdpa_attention_forward(module, *tensors, dropout=kwargs["dropout"], scaling=kwargs["scaling"])
+
+    AttentionInterface.register("recording", recording)
+    AttentionMaskInterface.register("recording", sdpa_mask)
+    model = tiny_model(attn_implementation="recording")
+    boundaries = torch.tensor([0, 4, 9], dtype=torch.int32)
+    model(IDS[:1], position_ids=torch.arange(9)[None], cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
+    assert seen[MetaAttention] == {"dropout", "scaling"}
+    assert seen[SelfAttention] == {"dropout", "scaling", "cu_seq_lens_q", "cu_seq_lens_k"}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_too_long_input_raises_an_error_that_names_both_lengths(encoding: str) -> None:
+    model = tiny_model(position_encoding=encoding)
+    with pytest.raises(ValueError, match=f"{MAX_LENGTH + 1} positions .* {MAX_LENGTH} "):
+        model(tokens("x" * (MAX_LENGTH + 1)))
+
+
+@torch.no_grad()
+def test_input_that_grows_too_long_in_the_cache_raises() -> None:
+    model = tiny_model()
+    cache = model(tokens("x" * MAX_LENGTH), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=f"{MAX_LENGTH + 1} positions"):
+        model(tokens("x"), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_input_of_the_models_full_length_gives_logits() -> None:
+    ids = tokens("x_xx" * (MAX_LENGTH // 4))
+    assert tiny_model()(ids).logits.isfinite().all()
+
+
+def test_alibi_with_a_backend_that_takes_no_bias_raises() -> None:
+    model = tiny_model(position_encoding="alibi", attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="alibi"):
+        model(IDS)
+
+
+# Outputs --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_eager_model_returns_attentions_of_all_tokens_and_of_packed_meta_tokens() -> None:
+    model = tiny_model(attn_implementation="eager", meta_attention_layers=[1])
+    outputs = model(IDS, output_attentions=True, output_meta_attentions=True, output_hidden_states=True)
+    assert [weights.shape for weights in outputs.attentions] == [(2, 4, 9, 9)] * 2
+    assert [weights.shape for weights in outputs.meta_attentions] == [(2, 4, 3, 3)]
+    assert len(outputs.hidden_states) == 2 + 1
+    assert_close(outputs.meta_attentions[0].sum(-1), torch.ones(2, 4, 3), 1e-6)
+
+
+@torch.no_grad()
+def test_attentions_are_returned_only_when_asked_for() -> None:
+    outputs = tiny_model(attn_implementation="eager")(IDS)
+    assert outputs.attentions is outputs.meta_attentions is outputs.hidden_states is None
+
+
+@torch.no_grad()
+def test_logits_to_keep_gives_the_last_logits_or_those_of_the_indices() -> None:
+    model = tiny_model()
+    logits = model(IDS).logits
+    assert_close(model(IDS, logits_to_keep=2).logits, logits[:, -2:], 1e-6)
+    assert_close(model(IDS, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]], 1e-6)
+
+
+def test_training_with_labels_makes_no_logits_and_evaluation_does() -> None:
+    model = tiny_model()
+    assert model.train()(IDS, labels=IDS).logits is None
+    assert model.eval()(IDS, labels=IDS).logits is not None
+
+
+@torch.no_grad()
+def test_outputs_as_a_tuple_start_with_the_loss() -> None:
+    model = tiny_model()
+    loss, logits, *_ = model(IDS, labels=IDS, return_dict=False)
+    assert torch.equal(loss, model(IDS, labels=IDS).loss)
+    assert torch.equal(logits, model(IDS).logits)
+
+
+def test_loss_without_any_text_to_predict_is_zero_with_finite_gradients() -> None:
+    model = tiny_model().train()
+    loss = model(tokens("____"), labels=tokens("____")).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_later_tokens_change_no_earlier_logit() -> None:
+    model = tiny_model(dtype=torch.float64)
+    whole = tokens("x_xx_x__x_xx")
+    for length in (1, 2, 5, 8):
+        assert_close(model(whole[:, :length]).logits, model(whole).logits[:, :length], 1e-10)
+
+
+def test_tied_head_is_the_embedding() -> None:
+    model, untied = tiny_model(), tiny_model(tie_word_embeddings=False)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert untied.lm_head.weight is not untied.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def test_resized_vocabulary_keeps_the_tie_and_the_logits_of_the_old_tokens() -> None:
+    model = tiny_model()
+    before = model(IDS).logits
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert_close(model(IDS).logits[..., :24], before, 1e-6)
+
+
+# Training -------------------------------------------------------------------------------------------------------
+
+
+def step(model: MetaTokenForCausalLM, ids: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(ids, labels=ids, **inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients(use_reentrant: bool) -> None:
+    model = tiny_model().train()
+    ids = tokens("x_xx_x", "......") if use_reentrant else IDS
+    inputs = {"attention_mask": attention_mask_of(ids), "use_cache": False}
+    loss, expected = step(model, ids, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_gradient_checkpointing
+    checkpointed_loss, checkpointed = step(model, ids, **inputs)
+    assert torch.equal(checkpointed_loss, loss)
+    assert checkpointed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(checkpointed[name], gradient, 1e-7)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = tiny_model(hidden_dropout=0.5, attention_dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
+        torch.manual_seed(0)
+        first, second = model.train()(IDS).logits, model(IDS).logits
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_compiled_training_step_with_meta_indices_is_one_graph_with_the_same_gradients() -> None:
+    ids = tokens("x_xx_x_xx", "xxxx___xx")
+    meta_indices = (ids == META).nonzero()[:, 1].view(2, 3)
+    model = tiny_model().train()
+    loss, expected = step(model, ids, meta_indices=meta_indices, use_cache=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
+    try:
+        compiled_loss, compiled = step(model, ids, meta_indices=meta_indices, use_cache=False)
+        other = ids.roll(1, dims=0)
+        step(model, other, meta_indices=meta_indices.roll(1, dims=0), use_cache=False)
+    finally:
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
+    assert_close(compiled_loss, loss, 1e-6)
+    for name, gradient in expected.items():
+        assert_close(compiled[name], gradient, 1e-5)
+
+
+def test_class_names_hold_no_word_by_which_transformers_denies_a_dynamic_cache() -> None:
+    assert tiny_model()._supports_default_dynamic_cache()

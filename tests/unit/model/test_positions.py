@@ -1,0 +1,133 @@
+"""Position encodings: rotary tables, their scalings and the ALiBi bias, on explicit positions."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from metatokens.model import MetaTokenConfig
+from metatokens.model.positions import MetaTokenRotaryEmbedding, add_alibi, alibi_slopes, rotate
+from tiny_models import assert_close, tiny_config
+
+THETA = 10_000.0
+TRAINED = 1024
+HEAD_DIM = 64
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
+}
+
+
+def wide_config(scaling: str | None) -> MetaTokenConfig:
+    """Return a config with the paper's head size and window; a scaled window is that of the longer model."""
+    parameters = {"rope_theta": THETA, **(SCALINGS[scaling] if scaling else {"rope_type": "default"})}
+    window = 4 * TRAINED if scaling == "yarn" else TRAINED
+    return tiny_config(
+        hidden_size=4 * HEAD_DIM, head_dim=HEAD_DIM, max_position_embeddings=window, rope_parameters=parameters
+    )
+
+
+def tables(config: MetaTokenConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return MetaTokenRotaryEmbedding(config)(torch.zeros(1), positions[None])
+
+
+def default_frequencies() -> Tensor:
+    return THETA ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_tables_equal_those_of_transformers_functions(scaling: str) -> None:
+    config = wide_config(scaling)
+    positions = torch.arange(1500)  # beyond the trained window, where dynamic scaling sets in
+    frequencies, factor = ROPE_INIT_FUNCTIONS[scaling](config, torch.device("cpu"), seq_len=len(positions))
+    angles = torch.cat([positions[:, None] * frequencies] * 2, dim=-1)
+    cos, sin = tables(config, positions)
+    assert_close(cos[0], angles.cos() * factor, 1e-5)
+    assert_close(sin[0], angles.sin() * factor, 1e-5)
+
+
+def test_linear_scaling_divides_the_positions() -> None:
+    scaled, default = (
+        tables(wide_config("linear"), torch.arange(0, 400, 4)),
+        tables(wide_config(None), torch.arange(100)),
+    )
+    assert_close(scaled[0], default[0], 1e-5)
+    assert_close(scaled[1], default[1], 1e-5)
+
+
+def test_yarn_keeps_fast_frequencies_divides_slow_ones_and_ramps_between() -> None:
+    # Peng et al. 2023, section 3.2, with beta_fast 32 and beta_slow 1 over the trained window
+    def dimension_of(rotations: float) -> float:
+        return HEAD_DIM * math.log(TRAINED / (rotations * 2 * math.pi)) / (2 * math.log(THETA))
+
+    low, high = math.floor(dimension_of(32)), math.ceil(dimension_of(1))
+    ramp = ((torch.arange(HEAD_DIM // 2) - low) / (high - low)).clamp(0, 1)
+    expected = default_frequencies() * (1 - ramp) + default_frequencies() / 4 * ramp
+    rotary = MetaTokenRotaryEmbedding(wide_config("yarn"))
+    torch.testing.assert_close(rotary.inv_freq, expected)
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_dynamic_scaling_leaves_the_trained_window_alone_and_returns_after_a_longer_sequence() -> None:
+    rotary = MetaTokenRotaryEmbedding(wide_config("dynamic"))
+    short, long = torch.arange(100)[None], torch.arange(3000)[None]
+    default = tables(wide_config(None), short[0])[0]
+    before, beyond = rotary(torch.zeros(1), short)[0], rotary(torch.zeros(1), long)[0]
+    after = rotary(torch.zeros(1), short)[0]
+    assert torch.equal(before, default)
+    assert not torch.equal(beyond[:, :100], default)
+    assert torch.equal(after, default)
+
+
+def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency() -> None:
+    query, key = torch.randn(2, 1, 4, 10, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 1, 2, 5, 9, 17, 100, 500, 1000, 1023])
+    rotated = rotate(query, key, tables(wide_config(None), positions))
+    turn = torch.polar(torch.ones(()), positions[:, None] * default_frequencies())
+    for before, after in zip((query, key), rotated, strict=True):
+        pairs = torch.complex(before[..., : HEAD_DIM // 2], before[..., HEAD_DIM // 2 :]) * turn
+        assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), 1e-4)
+
+
+def test_rotation_without_tables_returns_the_inputs() -> None:
+    query, key = torch.randn(2, 1, 4, 10, HEAD_DIM)
+    assert rotate(query, key, None) == (query, key)
+
+
+def test_alibi_slopes_of_a_power_of_two_are_geometric() -> None:
+    assert alibi_slopes(8) == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+
+
+def test_alibi_slopes_of_twelve_heads_are_the_authors() -> None:
+    between = [0.707107, 0.353553, 0.176777, 0.088388]
+    assert alibi_slopes(12) == pytest.approx([*alibi_slopes(8), *between], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 5, 6, 7, 16, 20])
+def test_alibi_has_one_distinct_slope_for_each_head(num_heads: int) -> None:
+    slopes = alibi_slopes(num_heads)
+    assert len(slopes) == len(set(slopes)) == num_heads
+    assert all(0 < slope <= 1 for slope in slopes)
+
+
+def test_alibi_bias_is_minus_slope_times_distance_of_the_given_positions() -> None:
+    causal = torch.ones(3, 3).tril().bool()[None, None]
+    positions = torch.tensor([[2, 5, 11]])
+    bias = add_alibi(causal, positions, positions, torch.tensor([0.5, 0.25]))
+    lowest = torch.finfo(torch.float32).min
+    expected = torch.tensor([[0.0, lowest, lowest], [-1.5, 0.0, lowest], [-4.5, -3.0, 0.0]])
+    assert torch.equal(bias[0, 0], expected)
+    assert torch.equal(bias[0, 1], torch.where(causal[0, 0], expected / 2, lowest))
+
+
+def test_alibi_bias_is_the_same_on_a_bool_and_on_an_additive_mask() -> None:
+    causal = torch.ones(4, 4).tril().bool()[None, None]
+    additive = torch.zeros(1, 1, 4, 4).masked_fill(~causal, torch.finfo(torch.float32).min)
+    positions, slopes = torch.arange(4)[None], torch.tensor([0.5, 0.25])
+    assert torch.equal(
+        add_alibi(causal, positions, positions, slopes), add_alibi(additive, positions, positions, slopes)
+    )

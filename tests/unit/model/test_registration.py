@@ -1,0 +1,53 @@
+"""`import metatokens` is light, and yet transformers' Auto classes know the model, whichever is imported first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+IS_REGISTERED = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+config = AutoConfig.for_model("metatokens", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=8)
+names = [type(auto.from_config(config)).__name__ for auto in (AutoModel, AutoModelForCausalLM)]
+assert names == ["MetaTokenModel", "MetaTokenForCausalLM"], names
+"""
+PROGRAMS = {
+    "package_first": "import metatokens" + IS_REGISTERED,
+    "transformers_first": "import transformers, metatokens" + IS_REGISTERED,
+    "auto_classes_first": "from transformers import AutoModelForCausalLM\nimport metatokens" + IS_REGISTERED,
+}
+
+
+def run_python(program: str) -> None:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
+    run_python("import metatokens, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
+
+
+def test_listing_the_packages_names_imports_no_torch() -> None:
+    run_python("import metatokens, sys; assert 'MetaTokenConfig' in dir(metatokens); assert 'torch' not in sys.modules")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", PROGRAMS)
+def test_auto_classes_know_the_model_whatever_is_imported_first(order: str) -> None:
+    run_python(PROGRAMS[order])
+
+
+def test_unknown_public_name_raises_attribute_error() -> None:
+    import metatokens
+
+    with pytest.raises(AttributeError, match="MetaTokensConfig"):
+        _ = metatokens.MetaTokensConfig
