@@ -1,0 +1,322 @@
+"""Where meta-tokens go in a block, and what each position then has to predict.
+
+Meta-tokens are never stored: they are put between text tokens when a batch is made (paper section 3: M = k n
+per block, at positions drawn uniformly at random, without a period). Every draw is a pure function of
+(seed, epoch, sample), made by a counter-based generator, so no batch size, rank, worker or resume changes it,
+and layouts of one key at two ratios are nested.
+
+Deviation: M meta-tokens come out of the block, not on top of it: T positions hold round(k T) of them.
+
+Shapes: B batch, T positions of a block, N text tokens, M meta-tokens, T = N + M, V vocabulary.
+The import needs numpy only. Nothing here knows a model, a tokenizer or a file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from metatokens.config.schema import Injection, LossPolicy
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+TokenArray: TypeAlias = npt.NDArray[np.integer]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Uint64Array: TypeAlias = npt.NDArray[np.uint64]
+
+IGNORE_INDEX = -100  # the target without a loss term; the default of torch's cross_entropy
+
+# SplitMix64: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", and Vigna's public-domain
+# splitmix64.c, whose constants (Stafford's variant 13) these are
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_TOP_BIT = np.uint64(1 << 63)
+
+# what a draw is for; part of its key, so that two draws of one sample are independent
+_FOR_POSITIONS, _FOR_CLAUSES = 0, 1
+
+
+class InjectedBatch(NamedTuple):
+    """A batch with its meta-tokens in place."""
+
+    input_ids: IntArray
+    """(B, T), text and meta-tokens."""
+    targets: IntArray
+    """(B, T), what the output at each position must predict (already shifted); -100 where there is no loss term."""
+    meta_positions: IntArray
+    """(B, M), sorted indices of the meta-tokens in each row."""
+
+    def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """Return the model's keyword arguments for some rows: input_ids, shift_labels and, with M > 0, meta_indices."""
+        import torch
+
+        arrays = {"input_ids": self.input_ids[rows], "shift_labels": self.targets[rows]}
+        if self.meta_positions.shape[1]:
+            arrays["meta_indices"] = self.meta_positions[rows]
+        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+
+def splitmix64(state: Uint64Array) -> Uint64Array:
+    """Return the SplitMix64 output that follows each state; a new array of the same shape.
+
+    `splitmix64(key + slot * gamma)` is output number `slot` of the generator seeded with `key`, without the
+    outputs before it. A bijection of 64-bit words. `state` must have at least one dimension.
+    """
+    word = state + _GOLDEN_GAMMA
+    word ^= word >> _SHIFTS[0]
+    word *= _FIRST_FACTOR
+    word ^= word >> _SHIFTS[1]
+    word *= _SECOND_FACTOR
+    word ^= word >> _SHIFTS[2]
+    return word
+
+
+def hash_key(*words: int | IntArray) -> Uint64Array:
+    """Chain integers, or arrays of them that broadcast, into 64-bit keys of shape (B,) or (1,).
+
+    Integers are taken modulo 2^64. The order of the words matters.
+    """
+    key: Uint64Array = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        if isinstance(word, int):
+            addend = np.array([word & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64)
+        else:
+            addend = np.atleast_1d(word).astype(np.uint64)
+        key = splitmix64(key ^ addend)
+    return key
+
+
+def sample_meta_positions(
+    injection: Injection,
+    *,
+    sample_ids: IntArray,
+    block_size: int,
+    seed: int,
+    epoch: int | IntArray,
+    text: TokenArray | None = None,
+    ends_clause: BoolArray | None = None,
+) -> IntArray:
+    """Return the sorted positions of the meta-tokens of every row.
+
+    - uniform: each subset of M positions has the same probability (but for ties among hashes of 64 - log2 T bits).
+    - periodic: position j is floor((j + 1) T / M) - 1, so the last one ends the block.
+    - punctuation: right after text tokens that end a clause. M is fixed: of a surplus, a uniform subset is
+      kept; a lack is filled uniformly, and such a filler may stand between a clause's meta-token and the next
+      text token but never between the clause and its meta-token.
+    - explicit: the given positions, in every row. none: M = 0.
+
+    Args:
+        injection: The policy, a member of `metatokens.config.schema.Injection`.
+        sample_ids: (B,) int64, the identity of each row's block; part of the key of its draws.
+        block_size: T, text and meta-tokens together.
+        seed: Part of the key.
+        epoch: Part of the key, for all rows or (B,) int64.
+        text: (B, >= N) text tokens of each row; punctuation only.
+        ends_clause: (V,) bool, the text tokens after which a meta-token may stand; punctuation only.
+
+    Returns:
+        (B, M) int64, rows strictly rising, M = injection.num_meta(block_size).
+
+    Raises:
+        UsageError: The policy is punctuation and `text` or `ends_clause` is missing.
+    """
+    num_meta = injection.num_meta(block_size)
+    num_rows = len(sample_ids)
+    if num_meta == 0 or injection.kind == "none":
+        return np.empty((num_rows, 0), dtype=np.int64)
+    if injection.kind == "explicit":
+        return np.tile(np.array(injection.positions, dtype=np.int64), (num_rows, 1))
+    if injection.kind == "periodic":
+        return np.tile(np.arange(1, num_meta + 1) * block_size // num_meta - 1, (num_rows, 1))
+    position_keys = hash_key(seed, epoch, sample_ids, _FOR_POSITIONS)
+    if injection.kind == "uniform":
+        return np.sort(_slots(_lowest_hashes(position_keys, block_size, num_meta), block_size), axis=1)
+    if text is None or ends_clause is None:
+        raise UsageError(
+            "injection.kind punctuation",
+            expected="the text and a table of tokens that end a clause",
+            found="none",
+            remedy="pass `text` and `ends_clause` (metatokens.data.tokenizer.ends_clause_table)",
+        )
+    clause_keys = hash_key(seed, epoch, sample_ids, _FOR_CLAUSES)
+    candidates = ends_clause[text[:, : block_size - num_meta]]
+    return _after_clauses(candidates, num_meta, clause_keys, position_keys)
+
+
+def inject_meta_tokens(
+    text: TokenArray, meta_positions: IntArray, *, meta_token_id: int, loss_policy: LossPolicy
+) -> InjectedBatch:
+    """Put meta-tokens into rows of text and lay out the targets of the loss.
+
+    A row of `text` holds N + 1 tokens: the block's N text tokens and the one that follows. Its first token was
+    the last target of the previous block, so it is no target here; each of the others is one exactly once, for
+    either policy. With the text a b c d, the next token e, and meta-tokens _ at 0, 2 and 5:
+
+        position                0  1  2  3  4  5  6
+        input_ids               _  a  _  b  c  _  d
+        targets, skip           .  .  b  c  .  d  e
+        targets, retarget       .  b  .  c  d  .  e
+
+    skip (the paper): a position predicts the next position's token, and the term is dropped where that token is
+    a meta-token; a text token after a meta-token is predicted by the meta-token. The last position predicts the
+    text token that follows the block, even if the block ends in a run of meta-tokens.
+    retarget: a text token predicts the next text token; outputs at meta-tokens are unused.
+
+    Args:
+        text: (B, N + 1) text tokens, any integer type.
+        meta_positions: (B, M) int64 positions in [0, N + M), strictly rising in each row.
+        meta_token_id: The id to put there.
+        loss_policy: Which position pays for which text token.
+
+    Raises:
+        UsageError: N = 0, so no position has a target.
+        ValueError: Positions outside of the block, or twice in a row.
+    """
+    num_rows, num_text = text.shape[0], text.shape[1] - 1
+    num_meta = meta_positions.shape[1]
+    block_size = num_text + num_meta
+    if num_text < 1:
+        raise UsageError(
+            "injection",
+            expected="at least one text token in a block",
+            found=f"{num_meta} meta-tokens in {block_size} positions, no trainable target",
+            remedy="lower injection.ratio",
+        )
+    is_text = np.ones((num_rows, block_size), dtype=np.bool_)
+    if num_meta:
+        if meta_positions.min(initial=0) < 0 or meta_positions.max(initial=0) >= block_size:
+            raise ValueError(f"meta_positions must lie in [0, {block_size})")
+        np.put_along_axis(is_text, meta_positions, False, axis=1)
+        if np.count_nonzero(is_text) != num_rows * num_text:
+            raise ValueError("meta_positions must not repeat in a row")
+    input_ids = np.full((num_rows, block_size), meta_token_id, dtype=np.int64)
+    input_ids[is_text] = text[:, :-1].ravel()
+    targets = np.full((num_rows, block_size), IGNORE_INDEX, dtype=np.int64)
+    targets[_has_target(is_text) if loss_policy == "skip" else is_text] = text[:, 1:].ravel()
+    return InjectedBatch(input_ids, targets, meta_positions)
+
+
+def inject_into_prompt(
+    input_ids: Sequence[int],
+    injection: Injection,
+    *,
+    meta_token_id: int,
+    seed: int,
+    ends_clause: BoolArray | None = None,
+) -> list[int]:
+    """Return one sequence of any length with meta-tokens put in; no text token is lost.
+
+    The ratio k is of the result, as in a training block: M is the smallest solution of M = round(k (N + M)),
+    found by iterating from M = 0, which rises to it because k < 1. Of explicit positions, those that the text
+    reaches are used. Two prompts of one length and one seed get the same layout.
+
+    Args:
+        input_ids: The N text tokens.
+        injection: The policy.
+        meta_token_id: The id to put in.
+        seed: The key of the draws.
+        ends_clause: (V,) bool, needed by the policy punctuation.
+    """
+    num_text = len(input_ids)
+    if num_text == 0:
+        return []
+    if injection.kind == "explicit":
+        meta_positions = [position for j, position in enumerate(injection.positions) if position <= num_text + j]
+    else:
+        num_meta = injection.num_meta(num_text)
+        while (more := injection.num_meta(num_text + num_meta)) > num_meta:
+            num_meta = more
+        rows = sample_meta_positions(
+            injection,
+            sample_ids=np.zeros(1, dtype=np.int64),
+            block_size=num_text + num_meta,
+            seed=seed,
+            epoch=0,
+            text=np.array([input_ids], dtype=np.int64),
+            ends_clause=ends_clause,
+        )
+        meta_positions = rows[0].tolist()
+    result = list(input_ids)
+    for position in meta_positions:  # rising, so that every insertion lands at its final place
+        result.insert(position, meta_token_id)
+    return result
+
+
+def _lowest_hashes(keys: Uint64Array, num_slots: int, count: int, preferred: BoolArray | None = None) -> Uint64Array:
+    """Return the `count` lowest of `num_slots` hashes per row, (B, count) uint64, each carrying its slot.
+
+    The slot replaces the low bits of the hash. With `preferred` (B, num_slots) the top bit is 0 for preferred
+    slots and 1 for the others, so the others come in only where the preferred ones run out. Unsorted.
+    """
+    slots = np.arange(num_slots, dtype=np.uint64)
+    packed = splitmix64(keys[:, None] + slots * _GOLDEN_GAMMA)
+    packed &= ~np.uint64(_slot_mask(num_slots))
+    packed |= slots
+    if preferred is not None:
+        packed &= ~_TOP_BIT
+        packed |= np.where(preferred, np.uint64(0), _TOP_BIT)
+    if count < num_slots:
+        packed.partition(count - 1, axis=1)
+    return packed[:, :count]
+
+
+def _slots(packed: Uint64Array, num_slots: int) -> IntArray:
+    return (packed & np.uint64(_slot_mask(num_slots))).astype(np.int64)
+
+
+def _slot_mask(num_slots: int) -> int:
+    return (1 << (num_slots - 1).bit_length()) - 1
+
+
+def _after_clauses(
+    candidates: BoolArray, num_meta: int, clause_keys: Uint64Array, position_keys: Uint64Array
+) -> IntArray:
+    """Return (B, M) positions: after at most M of the candidates (B, N), the rest anywhere in the block.
+
+    The chosen clauses and the text form a row of items; the fillers are drawn from all T positions, and the
+    items take the other positions in their order.
+    """
+    num_rows, num_text = candidates.shape
+    block_size = num_text + num_meta
+    chosen = candidates.copy()
+    crowded = np.flatnonzero(candidates.sum(axis=1) > num_meta)
+    if len(crowded):
+        lowest = _lowest_hashes(clause_keys[crowded], num_text, num_meta, preferred=candidates[crowded])
+        chosen[crowded] = False
+        chosen[crowded[:, None], _slots(lowest, num_text)] = True
+    num_chosen = chosen.sum(axis=1)[:, None]
+
+    # item of a clause's meta-token: the text tokens up to it, and the clauses before it
+    rows, texts = np.divmod(np.flatnonzero(chosen), num_text)
+    is_meta_item = np.zeros((num_rows, block_size), dtype=np.bool_)
+    is_meta_item[rows, texts + np.cumsum(chosen, axis=1)[rows, texts]] = True
+
+    drawn = np.sort(_lowest_hashes(position_keys, block_size, num_meta), axis=1)
+    is_drawn = np.arange(num_meta) < num_meta - num_chosen
+    is_meta = np.zeros((num_rows, block_size), dtype=np.bool_)
+    is_meta[np.nonzero(is_drawn)[0], _slots(drawn[is_drawn], block_size)] = True
+    is_meta[~is_meta] = is_meta_item[np.arange(block_size) < num_text + num_chosen]
+    positions: IntArray = (np.flatnonzero(is_meta) % block_size).reshape(num_rows, num_meta)
+    return positions
+
+
+def _has_target(is_text: BoolArray) -> BoolArray:
+    """Return (B, T) bool: the positions that have a target under the policy skip."""
+    has_target = np.empty_like(is_text)
+    has_target[:, :-1] = is_text[:, 1:]
+    has_target[:, -1] = True
+    # a meta-token right before the first text token would predict what was the previous block's last target
+    first_text = is_text.argmax(axis=1)
+    rows = np.flatnonzero(first_text)
+    has_target[rows, first_text[rows] - 1] = False
+    return has_target

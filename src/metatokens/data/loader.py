@@ -1,0 +1,236 @@
+"""Token shards into training batches.
+
+Policy: block i of a split is tokens [i N, i N + N] of the shards' concatenation, one more than the N inputs; what
+is left at the end is dropped. The order of an epoch is a keyed permutation of the blocks that is computed where
+it is needed, with no index in memory or on disk. A batch is a pure function of the step: the whole state of the
+loader is an integer, and a resume, another number of devices or another prefetch depth gives the same samples with
+the same layouts in the same global batches. Reading is a pread per block in the training process; one thread may
+work ahead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metatokens.data.injection import (
+    BoolArray,
+    InjectedBatch,
+    IntArray,
+    Uint64Array,
+    hash_key,
+    inject_meta_tokens,
+    sample_meta_positions,
+    splitmix64,
+)
+from metatokens.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from metatokens.config.schema import Injection, LossPolicy
+    from metatokens.data.shards import Split, TokenDataset
+
+_FEISTEL_ROUNDS = 6  # 4 already make a strong pseudorandom permutation (Luby, Rackoff 1988); 2 more for weak rounds
+_FOR_ORDER = 2  # what this draw is for; injection uses 0 and 1
+
+
+def permute(indices: IntArray, num_items: int, keys: Uint64Array) -> IntArray:
+    """Return where a keyed pseudorandom permutation of range(num_items) sends each index.
+
+    A Feistel network on the least even number of bits that holds `num_items`, applied again while the result is
+    outside of the range (cycle walking; Black, Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): a
+    bijection for every key, in constant memory, fewer than 4 applications on average.
+
+    Args:
+        indices: (B,) int64 in [0, num_items).
+        num_items: The size of the permuted range.
+        keys: (B,) or (1,) uint64, the permutation of each index, from `hash_key`.
+
+    Returns:
+        (B,) int64.
+    """
+    half_bits = max(2, ((num_items - 1).bit_length() + 1) // 2)
+    half_mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
+    round_keys = [splitmix64(keys ^ np.uint64(r)) for r in range(_FEISTEL_ROUNDS)]
+    words = indices.astype(np.uint64)
+    round_keys = [np.broadcast_to(key, words.shape) for key in round_keys]
+    walking = np.arange(len(words))
+    while len(walking):
+        left, right = words[walking] >> shift, words[walking] & half_mask
+        for key in round_keys:
+            left, right = right, left ^ (splitmix64(right ^ key[walking]) & half_mask)
+        words[walking] = (left << shift) | right
+        walking = walking[words[walking] >= num_items]
+    return words.astype(np.int64)
+
+
+class TokenBlocks:
+    """The blocks of one split, as a sequence.
+
+    Args:
+        dataset: Verified shards.
+        split: Which split.
+        text_tokens: N, text tokens in a block.
+
+    Raises:
+        UsageError: The split has no whole block.
+    """
+
+    def __init__(self, dataset: TokenDataset, split: Split, text_tokens: int) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.text_tokens = text_tokens
+        num_tokens = dataset.num_tokens(split)
+        self._num_blocks = max(0, num_tokens - 1) // text_tokens
+        if self._num_blocks == 0:
+            raise UsageError(
+                f"{dataset.path}, split {split}",
+                expected=f"at least {text_tokens + 1} tokens, one block of {text_tokens} and its last target",
+                found=f"{num_tokens} tokens in {len(dataset.manifest.shards)} shards of both splits",
+                remedy="prepare more text, or lower data.block_size",
+            )
+
+    def __len__(self) -> int:
+        """Return the number of whole blocks."""
+        return self._num_blocks
+
+    def read(self, indices: IntArray) -> IntArray:
+        """Return the blocks (B,) as (B, N + 1) int64: N inputs and the token that follows.
+
+        Raises:
+            DataError: A shard was truncated.
+        """
+        blocks = np.empty((len(indices), self.text_tokens + 1), dtype=np.int64)
+        for row, index in enumerate(indices.tolist()):
+            blocks[row] = self.dataset.read(self.split, index * self.text_tokens, self.text_tokens + 1)
+        return blocks
+
+
+class BatchLoader:
+    """Batches by step number, with meta-tokens put in.
+
+    Position p = step * batch_blocks + row of the global stream is block permute(p mod n) of epoch p // n, so a
+    batch may straddle two epochs. Rank r has rows [r G / W, (r + 1) G / W) of a global batch of G blocks; the
+    ranks' batches in order are the batch of a single process.
+
+    Args:
+        blocks: The text.
+        injection: Policy of the meta-tokens; block_size = blocks.text_tokens + its number of meta-tokens.
+        block_size: T, positions of a sequence.
+        batch_blocks: G, blocks of a global batch.
+        seed: Key of the order and of the layouts.
+        rank: This process.
+        world_size: W, the number of processes.
+        meta_token_id: The id to put in.
+        loss_policy: Which position pays for which text token.
+        ends_clause: (V,) bool, needed by the policy punctuation.
+        shuffle: False gives the blocks in order and epoch 0 for ever, so that every evaluation sees the same
+            blocks with the same layouts.
+
+    Attributes:
+        seconds_waited: Time that consumers of `prefetch` have spent waiting for a batch.
+
+    Raises:
+        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or a
+            shuffled batch holds more blocks than there are.
+    """
+
+    # every argument is one fact about a batch, and none follows from the others
+    def __init__(  # noqa: PLR0913
+        self,
+        blocks: TokenBlocks,
+        *,
+        injection: Injection,
+        block_size: int,
+        batch_blocks: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        meta_token_id: int,
+        loss_policy: LossPolicy,
+        ends_clause: BoolArray | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.blocks = blocks
+        self.seconds_waited = 0.0
+        self._injection, self._block_size, self._batch_blocks = injection, block_size, batch_blocks
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._meta_token_id, self._loss_policy, self._ends_clause = meta_token_id, loss_policy, ends_clause
+        self._shuffle = shuffle
+        self._check()
+
+    def batch_at(self, step: int) -> InjectedBatch:
+        """Return this rank's rows of global batch `step`; a pure function, in any order, of any step."""
+        sample_ids, epochs = self.samples_at(step)
+        text = self.blocks.read(sample_ids)
+        meta_positions = sample_meta_positions(
+            self._injection,
+            sample_ids=sample_ids,
+            block_size=self._block_size,
+            seed=self._seed,
+            epoch=epochs,
+            text=text,
+            ends_clause=self._ends_clause,
+        )
+        return inject_meta_tokens(
+            text, meta_positions, meta_token_id=self._meta_token_id, loss_policy=self._loss_policy
+        )
+
+    def samples_at(self, step: int) -> tuple[IntArray, IntArray]:
+        """Return the blocks and the epochs, (B,) int64 each, of this rank's rows of global batch `step`."""
+        num_rows = self._batch_blocks // self._world_size
+        first = step * self._batch_blocks + self._rank * num_rows
+        epochs, positions = np.divmod(np.arange(first, first + num_rows), len(self.blocks))
+        if not self._shuffle:
+            return positions, np.zeros_like(epochs)
+        return permute(positions, len(self.blocks), hash_key(self._seed, epochs, _FOR_ORDER)), epochs
+
+    def prefetch(self, start_step: int, stop_step: int, depth: int = 2) -> Generator[InjectedBatch, None, None]:
+        """Yield the batches of steps [start_step, stop_step), made up to `depth` ahead by one thread.
+
+        What the thread raises is raised here. Closing the generator ends the thread.
+        """
+        steps = iter(range(start_step, stop_step))
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            pending = deque(thread.submit(self.batch_at, step) for step in islice(steps, depth))
+            try:
+                while pending:
+                    started = time.perf_counter()
+                    batch = pending.popleft().result()
+                    self.seconds_waited += time.perf_counter() - started
+                    pending.extend(thread.submit(self.batch_at, step) for step in islice(steps, 1))
+                    yield batch
+            finally:
+                for batch_ahead in pending:
+                    batch_ahead.cancel()
+
+    def _check(self) -> None:
+        if self._batch_blocks % self._world_size:
+            allowed = [str(w) for w in range(1, self._batch_blocks + 1) if self._batch_blocks % w == 0]
+            raise UsageError(
+                f"training.batch_blocks {self._batch_blocks}",
+                expected=f"a number of processes out of {', '.join(allowed)}",
+                found=str(self._world_size),
+                remedy="change either",
+            )
+        num_meta = self._injection.num_meta(self._block_size)
+        if self.blocks.text_tokens + num_meta != self._block_size:
+            raise UsageError(
+                f"data.block_size {self._block_size}",
+                expected=f"{self._block_size - num_meta} text tokens beside {num_meta} meta-tokens",
+                found=f"blocks of {self.blocks.text_tokens}",
+                remedy="cut the blocks for this injection",
+            )
+        if self._shuffle and len(self.blocks) < self._batch_blocks:
+            raise UsageError(
+                f"{self.blocks.dataset.path}, split {self.blocks.split}",
+                expected=f"at least one batch of {self._batch_blocks} blocks of {self.blocks.text_tokens} tokens",
+                found=f"{len(self.blocks)} blocks, {self.blocks.dataset.num_tokens(self.blocks.split)} tokens",
+                remedy="prepare more text, or lower training.batch_blocks",
+            )

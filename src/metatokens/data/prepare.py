@@ -1,0 +1,312 @@
+"""A corpus into a folder of verified token shards.
+
+Documents go to a split by the SHA-256 of their text, so that a text and its copies are never on both sides. All
+is written into a hidden sibling folder that is renamed at the end: under its final name a dataset is complete or
+absent. Equal input, options and tool versions give equal bytes, whatever the number of cores.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from metatokens.data.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardWriter,
+    SourceFile,
+    Split,
+    TokenDtype,
+    compute_content_id,
+    write_durably,
+)
+from metatokens.data.sources import Document, SourceCounts, SourceOptions, file_sha256, iterate_documents, source_files
+from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer, train_tokenizer
+from metatokens.errors import DataError, MetaTokensError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tokenizers import Tokenizer
+
+SPLIT_RULE = "validation where the first 8 bytes of SHA-256(UTF-8 text), big-endian, < validation_fraction * 2^64"
+TOKENIZER_SAMPLE_BYTES = 64 << 20  # a byte-level BPE gains little from more, and its training holds the sample
+
+_BATCH_BYTES = 4 << 20  # text handed to the encoder at once: enough documents for every core
+_TOOLS = ("metatokens", "numpy", "tokenizers", "tiktoken")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    tokenizer: str | None,
+    vocab_size: int,
+    validation_fraction: float,
+    shard_tokens: int,
+    options: SourceOptions,
+    dtype: TokenDtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Tokenise a source into `out` and return the manifest.
+
+    Args:
+        source: As for `iterate_documents`. It is read twice if the tokenizer is trained.
+        out: The folder to make; it must not exist, or be empty.
+        tokenizer: As for `load_text_tokenizer`; None trains one on the first 64 MiB of the source's training
+            documents.
+        vocab_size: Size of a trained vocabulary; not used with `tokenizer`.
+        validation_fraction: Share of the documents, in [0, 1), that goes to the validation split.
+        shard_tokens: A shard that has reached this many tokens is closed.
+        options: How the source is read.
+        dtype: Type of the ids on disk; None takes uint16 where the vocabulary fits.
+        progress: Called after every batch with the UTF-8 bytes of text and the tokens written so far.
+
+    Raises:
+        UsageError: A wrong argument, `out` is taken, cannot be written or is being made by another process.
+        DataError: Bad input, or a split that gets no document.
+        ResourceError: The disk is full; nothing stays behind.
+    """
+    _check_arguments(validation_fraction, shard_tokens)
+    try:
+        _check_free(out)
+        with _exclusive(out) as folder:
+            text_tokenizer = _tokenizer(source, tokenizer, vocab_size, validation_fraction, options)
+            manifest = _write(
+                folder, source, text_tokenizer, validation_fraction, shard_tokens, options, dtype, progress
+            )
+            os.replace(folder, out)
+            _flush_folder(out.parent)
+    except OSError as error:
+        raise _disk_error(out, error) from error
+    return manifest
+
+
+def split_of(text: str, validation_fraction: float) -> Split:
+    """Return the split of a document, a function of its text alone (see `SPLIT_RULE`)."""
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return "validation" if draw < int(validation_fraction * 2**64) else "train"
+
+
+def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(
+            "validation_fraction",
+            expected="a share in [0, 1)",
+            found=str(validation_fraction),
+            remedy="0.005 is common for a large corpus",
+        )
+    if shard_tokens < 1:
+        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="raise it")
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "a prepared dataset" if (out / MANIFEST_NAME).exists() else "other files"
+        raise UsageError(
+            str(out), expected="a folder that does not exist", found=what, remedy="choose another, or remove it"
+        )
+
+
+def _tokenizer(
+    source: str, tokenizer: str | None, vocab_size: int, validation_fraction: float, options: SourceOptions
+) -> Tokenizer:
+    if tokenizer is not None:
+        return load_text_tokenizer(tokenizer)
+
+    def sample() -> Iterator[str]:
+        num_bytes = 0
+        for document in iterate_documents(source, options):
+            if split_of(document.text, validation_fraction) == "train":
+                yield document.text
+                num_bytes += len(document.text.encode())
+                if num_bytes >= TOKENIZER_SAMPLE_BYTES:
+                    break
+
+    return train_tokenizer(sample(), vocab_size)
+
+
+def _write(
+    folder: Path,
+    source: str,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    shard_tokens: int,
+    options: SourceOptions,
+    dtype: TokenDtype | None,
+    progress: Callable[[int, int], None] | None,
+) -> Manifest:
+    encoder = TextEncoder(tokenizer)
+    dtype = _dtype(encoder.vocab_size, dtype)
+    counts = SourceCounts()
+    writers: dict[Split, ShardWriter] = {
+        split: ShardWriter(
+            folder,
+            split,
+            dtype=dtype,
+            shard_tokens=shard_tokens,
+            vocab_size=encoder.vocab_size,
+            eos_token_id=encoder.eos_token_id,
+        )
+        for split in ("train", "validation")
+    }
+    try:
+        num_bytes = num_tokens = 0
+        for batch in _batches(iterate_documents(source, options, counts)):
+            texts = [document.text for document in batch]
+            for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
+                num_tokens += writers[split_of(text, validation_fraction)].add(ids)
+                num_bytes += len(text.encode())
+            if progress is not None:
+                progress(num_bytes, num_tokens)
+        shards = tuple(entry for writer in writers.values() for entry in writer.close())
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    _require_documents(source, {shard.split for shard in shards}, validation_fraction, counts)
+    write_durably(folder / TOKENIZER_NAME, tokenizer.to_str().encode())
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    files = source_files(source)
+    manifest = Manifest(
+        dtype=dtype,
+        tokenizer_sha256=encoder.sha256,
+        vocab_size=encoder.vocab_size,
+        eos_token_id=encoder.eos_token_id,
+        num_documents_empty=counts.empty,
+        num_documents_skipped=counts.skipped,
+        num_documents_replaced=counts.replaced,
+        validation_fraction=validation_fraction,
+        split_rule=SPLIT_RULE,
+        source=Path(source).name if files else source,
+        source_files=tuple(
+            SourceFile(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
+            for path in files
+        ),
+        options=asdict(options) | {"shard_tokens": shard_tokens},
+        tools={"python": platform.python_version()} | {name: _version(name) for name in _TOOLS},
+        shards=shards,
+        content_id=compute_content_id(dtype, encoder.sha256, encoder.vocab_size, encoder.eos_token_id, shards),
+    )
+    write_durably(folder / MANIFEST_NAME, manifest.to_json().encode())
+    _flush_folder(folder)
+    return manifest
+
+
+def _dtype(vocab_size: int, dtype: TokenDtype | None) -> TokenDtype:
+    """Choose the type from the vocabulary, never from the ids that happen to occur."""
+    fits = vocab_size <= np.iinfo(np.uint16).max
+    if dtype == "uint16" and not fits:
+        raise UsageError(
+            "dtype uint16",
+            expected=f"a vocabulary of at most {np.iinfo(np.uint16).max}",
+            found=str(vocab_size),
+            remedy="use uint32, or leave dtype out",
+        )
+    return dtype or ("uint16" if fits else "uint32")
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.text)
+        if num_characters >= _BATCH_BYTES:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _require_documents(source: str, found: set[Split], validation_fraction: float, counts: SourceCounts) -> None:
+    wanted: list[Split] = ["train", "validation"] if validation_fraction else ["train"]
+    for split in wanted:
+        if split not in found:
+            raise DataError(
+                source,
+                expected=f"at least one document in the {split} split",
+                found=f"none of {counts.documents} documents ({counts.empty} empty, {counts.skipped} skipped)",
+                remedy="use more documents, or another validation_fraction (0 for no validation split)",
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _exclusive(out: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside `out`, removed on failure, and keep other processes from `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = out.parent / f".{out.name}.lock"
+    lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that held it before may just have removed the file, and another made a new one
+            held = os.path.samestat(os.fstat(lock), lock_path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UsageError(
+                str(out),
+                expected="no other process that makes it",
+                found=f"a lock on {lock_path.name}",
+                remedy="wait for it to end",
+            )
+        try:
+            _check_free(out)  # again, now that no other process can make it
+            # the lock dies with its process, so a folder that is still there belongs to one that was killed
+            for stale in out.parent.glob(f".{out.name}.tmp-*"):
+                shutil.rmtree(stale)
+            folder = out.parent / f".{out.name}.tmp-{os.getpid()}"
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)  # gone already if it was renamed
+        finally:
+            lock_path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_error(out: Path, error: OSError) -> MetaTokensError:
+    if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
+        return ResourceError(
+            str(out),
+            expected="room for the token shards",
+            found=f"{error.strerror}, {free} bytes free",
+            remedy="free some disk or choose another --out; nothing was left behind",
+        )
+    return UsageError(
+        str(out),
+        expected="a folder that can be made and written",
+        found=error.strerror or str(error),
+        remedy="choose another --out",
+    )

@@ -1,0 +1,480 @@
+"""Tokens on disk: the format `tokens`, version 1, its writer and its verified reader.
+
+    NAME/
+      manifest.json          written last: the folder is a dataset only if it is there
+      train-00000.ds         raw little-endian uint16 or uint32 ids, no header, each document ended by eos
+      train-00000.ds.index   little-endian uint64, the end of each document in tokens of this shard
+      validation-00000.ds    and its index
+      tokenizer.json         the text tokenizer, which has no meta-token
+
+The bodies have datatrove's `.ds` + `.index` layout. The manifest holds sizes and SHA-256 of every file and no
+time, host or absolute path. `content_id` is the SHA-256 of what determines the tokens, and is what a checkpoint
+records. Files are read with pread: a file truncated under a running job gives a short read that can be
+reported, where a memory map would die of SIGBUS. Meta-tokens are never stored (see `injection`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import weakref
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metatokens.data.tokenizer import tokenizer_from_json
+from metatokens.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tokenizers import Tokenizer
+
+FORMAT: Final = "tokens"
+VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+INDEX_SUFFIX = ".index"
+
+Split: TypeAlias = Literal["train", "validation"]
+TokenDtype: TypeAlias = Literal["uint16", "uint32"]
+TokenArray: TypeAlias = npt.NDArray[np.integer]
+
+_MAX_MANIFEST_BYTES = 64 << 20
+_PREPARE_AGAIN = "run `metatokens prepare` again"
+_PLAIN_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+_HEX_SHA256 = r"^[0-9a-f]{64}$"
+
+_log = logging.getLogger(__name__)
+
+_Sha256 = Annotated[str, Field(pattern=_HEX_SHA256)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ShardEntry(_Frozen):
+    """One shard of one split."""
+
+    name: Annotated[str, Field(pattern=_PLAIN_NAME)]
+    """File name in the folder; its index has `.index` appended."""
+    split: Split
+    bytes: _Count
+    sha256: _Sha256
+    index_sha256: _Sha256
+    num_tokens: Annotated[int, Field(ge=1)]
+    num_documents: Annotated[int, Field(ge=1)]
+    first_document: _Count
+    """Number of the split's documents in the shards before."""
+    min_id: _Count
+    max_id: _Count
+
+
+class SourceFile(_Frozen):
+    """A file that the tokens came from."""
+
+    name: str
+    """Path relative to the source folder."""
+    bytes: _Count
+    sha256: _Sha256
+
+
+class Manifest(_Frozen):
+    """What a folder of token shards holds."""
+
+    format: Literal["tokens"] = FORMAT
+    version: Literal[1] = VERSION
+    dtype: TokenDtype
+    byteorder: Literal["little"] = "little"
+    tokenizer_sha256: _Sha256
+    vocab_size: Annotated[int, Field(ge=1)]
+    """V: every id is below it, and the meta-token is it."""
+    eos_token_id: _Count
+    num_documents_empty: _Count = 0
+    num_documents_skipped: _Count = 0
+    num_documents_replaced: _Count = 0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    split_rule: str
+    source: str
+    """Name of the source, without the folders before it."""
+    source_files: tuple[SourceFile, ...] = ()
+    options: dict[str, str | int | float | None] = Field(default_factory=dict)
+    """How the source was read and the shards were cut."""
+    tools: dict[str, str] = Field(default_factory=dict)
+    """Versions of the packages that took part."""
+    shards: tuple[ShardEntry, ...]
+    """In reading order; the splits' shards form one sequence each."""
+    content_id: _Sha256
+    """`compute_content_id` of the entries above."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [shard.name for shard in self.shards]
+        item_bytes = np.dtype(self.dtype).itemsize
+        if len(set(names)) < len(names):
+            raise ValueError("two shards have one name")
+        for shard in self.shards:
+            if shard.bytes != shard.num_tokens * item_bytes:
+                raise ValueError(f"{shard.name} has {shard.bytes} bytes for {shard.num_tokens} tokens of {self.dtype}")
+            if shard.max_id >= self.vocab_size:
+                raise ValueError(f"{shard.name} has max_id {shard.max_id}, beyond vocab_size {self.vocab_size}")
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id {self.eos_token_id} is beyond vocab_size {self.vocab_size}")
+        content_id = compute_content_id(
+            self.dtype, self.tokenizer_sha256, self.vocab_size, self.eos_token_id, self.shards
+        )
+        if self.content_id != content_id:
+            raise ValueError("content_id does not match the entries")
+        return self
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`; equal manifests give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def compute_content_id(
+    dtype: TokenDtype, tokenizer_sha256: str, vocab_size: int, eos_token_id: int, shards: Iterable[ShardEntry]
+) -> str:
+    """Return the hex SHA-256 of the canonical JSON of everything that determines the tokens."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype,
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "eos_token_id": eos_token_id,
+        "shards": [[s.split, s.name, s.num_tokens, s.sha256, s.index_sha256] for s in shards],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class ShardWriter:
+    """Writes the shards of one split into a folder; a document is never cut by the limit of a shard.
+
+    Args:
+        folder: Where the files go; existing ones are refused.
+        split: Part of the file names and the entries.
+        dtype: Type of the ids on disk.
+        shard_tokens: A shard that has reached this many tokens is closed; the last document may exceed it.
+        vocab_size: Bound of the ids.
+        eos_token_id: Written after every document.
+    """
+
+    def __init__(
+        self, folder: Path, split: Split, *, dtype: TokenDtype, shard_tokens: int, vocab_size: int, eos_token_id: int
+    ) -> None:
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._shard_tokens, self._vocab_size, self._eos_token_id = shard_tokens, vocab_size, eos_token_id
+        self._entries: list[ShardEntry] = []
+        self._first_document = 0
+        self._open: _OpenShard | None = None
+
+    def add(self, ids: TokenArray) -> int:
+        """Append one document (length,) and its eos; return the number of tokens written.
+
+        Raises:
+            DataError: An id outside of the vocabulary or the type, or an eos inside of the document. Nothing
+                wraps around in silence.
+        """
+        largest = int(ids.max(initial=0))
+        bound = min(self._vocab_size, int(np.iinfo(self._dtype).max) + 1)
+        if largest >= bound or (ids == self._eos_token_id).any():
+            raise DataError(
+                "a document's token ids",
+                expected=f"ids below {bound} and no end of text ({self._eos_token_id})",
+                found=f"largest id {largest}, {int((ids == self._eos_token_id).sum())} ends of text",
+                remedy="encode with metatokens.data.tokenizer.TextEncoder",
+            )
+        if self._open is None:
+            self._open = _OpenShard(self._folder / f"{self._split}-{len(self._entries):05d}.ds", self._dtype)
+        self._open.append(np.append(ids, self._eos_token_id))
+        if self._open.num_tokens >= self._shard_tokens:
+            self._close_shard(self._open)
+        return len(ids) + 1
+
+    def close(self) -> list[ShardEntry]:
+        """Finish the last shard, flush all to the disk and return the entries for the manifest."""
+        if self._open is not None:
+            self._close_shard(self._open)
+        return self._entries
+
+    def abandon(self) -> None:
+        """Close the open file without finishing the shard."""
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+    def _close_shard(self, shard: _OpenShard) -> None:
+        self._entries.append(shard.finish(self._split, self._first_document))
+        self._first_document += self._entries[-1].num_documents
+        self._open = None
+
+
+class _OpenShard:
+    """A shard that is being written; hashed on the way."""
+
+    def __init__(self, path: Path, dtype: TokenDtype) -> None:
+        self._path = path
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._file = path.open("xb")
+        self._sha256 = hashlib.sha256()
+        self._ends: list[int] = []
+        self._min_id, self._max_id = 2**32, 0
+        self.num_tokens = 0
+
+    def append(self, ids: TokenArray) -> None:
+        content = ids.astype(self._dtype).tobytes()
+        self._file.write(content)
+        self._sha256.update(content)
+        self._min_id, self._max_id = min(self._min_id, int(ids.min())), max(self._max_id, int(ids.max()))
+        self.num_tokens += len(ids)
+        self._ends.append(self.num_tokens)
+
+    def finish(self, split: Split, first_document: int) -> ShardEntry:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = np.array(self._ends, dtype="<u8").tobytes()
+        write_durably(self._path.with_name(self._path.name + INDEX_SUFFIX), index)
+        return ShardEntry(
+            name=self._path.name,
+            split=split,
+            bytes=self.num_tokens * self._dtype.itemsize,
+            sha256=self._sha256.hexdigest(),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            num_tokens=self.num_tokens,
+            num_documents=len(self._ends),
+            first_document=first_document,
+            min_id=self._min_id,
+            max_id=self._max_id,
+        )
+
+    def abandon(self) -> None:
+        # what is still buffered is not wanted, and on a full disk cannot be written
+        with suppress(OSError):
+            self._file.close()
+
+
+class TokenDataset:
+    """A verified folder of token shards.
+
+    Open one with `TokenDataset.open`; use it as a context manager, or leave closing to the garbage collector.
+    Reading is safe from several threads.
+
+    Attributes:
+        path: The folder.
+        manifest: Its manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._descriptors: dict[str, int] = {}
+        self._close = weakref.finalize(self, _close_all, self._descriptors)
+        self._shards = {split: [s for s in manifest.shards if s.split == split] for split in ("train", "validation")}
+        self._ends = {split: list(accumulate(s.num_tokens for s in shards)) for split, shards in self._shards.items()}
+
+    @classmethod
+    def open(cls, path: str | Path, verify: Literal["full", "size"] = "full") -> TokenDataset:
+        """Open a folder made by `metatokens prepare`.
+
+        Args:
+            path: The folder.
+            verify: full compares the SHA-256 of every shard and index (about 1 GB/s); size only their lengths.
+                The manifest and the tokenizer are always checked.
+
+        Raises:
+            DataError: No manifest, one of a newer version or altered; a shard, an index or the tokenizer
+                missing, of the wrong size or altered.
+        """
+        dataset = cls(Path(path), _read_manifest(Path(path)))
+        try:
+            dataset._verify(verify)
+        except BaseException:
+            dataset.close()
+            raise
+        return dataset
+
+    @property
+    def content_id(self) -> str:
+        """The identity of the tokens; equal for equal sources, options and tokenizer."""
+        return self.manifest.content_id
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the text vocabulary with its end-of-text token."""
+        return self.manifest.vocab_size
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id after every document."""
+        return self.manifest.eos_token_id
+
+    def num_tokens(self, split: Split) -> int:
+        """Return the number of tokens of a split, ends of text included."""
+        return self._ends[split][-1] if self._ends[split] else 0
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the text tokenizer that made the tokens."""
+        return tokenizer_from_json(self._tokenizer_json(), str(self.path / TOKENIZER_NAME))
+
+    def read(self, split: Split, start: int, count: int) -> TokenArray:
+        """Return tokens [start, start + count) of a split, (count,) uint16 or uint32, across shards.
+
+        Raises:
+            ValueError: The range is not inside of the split.
+            DataError: A shard has become shorter since it was opened.
+        """
+        ends = self._ends[split]
+        if start < 0 or count < 0 or start + count > self.num_tokens(split):
+            raise ValueError(f"tokens [{start}, {start + count}) of {split} are not in [0, {self.num_tokens(split)})")
+        pieces: list[TokenArray] = []
+        shard_index = bisect_right(ends, start)
+        while count:
+            shard = self._shards[split][shard_index]
+            offset = start - (ends[shard_index] - shard.num_tokens)
+            piece = self._read_shard(shard, offset, min(count, shard.num_tokens - offset))
+            pieces.append(piece)
+            start, count, shard_index = start + len(piece), count - len(piece), shard_index + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.manifest.dtype)
+
+    def close(self) -> None:
+        """Close all files; reading is then an error."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read_shard(self, shard: ShardEntry, offset: int, count: int) -> TokenArray:
+        descriptor = self._descriptors[shard.name]
+        num_bytes, at = count * self._dtype.itemsize, offset * self._dtype.itemsize
+        content = b""
+        # one call reads it all, but for ranges beyond the kernel's 2 GiB
+        while len(content) < num_bytes:
+            piece = os.pread(descriptor, num_bytes - len(content), at + len(content))
+            if not piece:
+                raise _broken(self.path / shard.name, f"{shard.bytes} bytes", f"{os.fstat(descriptor).st_size} bytes")
+            content += piece
+        ids: TokenArray = np.frombuffer(content, dtype=self._dtype).astype(self.manifest.dtype, copy=False)
+        return ids
+
+    def _verify(self, verify: Literal["full", "size"]) -> None:
+        self._tokenizer_json()
+        known = {MANIFEST_NAME, TOKENIZER_NAME}
+        for shard in self.manifest.shards:
+            index = shard.name + INDEX_SUFFIX
+            known |= {shard.name, index}
+            for name, size, sha256 in (
+                (shard.name, shard.bytes, shard.sha256),
+                (index, shard.num_documents * 8, shard.index_sha256),
+            ):
+                descriptor = _open_regular(self.path / name)
+                self._descriptors[name] = descriptor
+                found = os.fstat(descriptor).st_size
+                if found != size:
+                    raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
+                if verify == "full" and _descriptor_sha256(descriptor) != sha256:
+                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another")
+            os.close(self._descriptors.pop(index))
+        for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
+            _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)
+
+    def _tokenizer_json(self) -> bytes:
+        path = self.path / TOKENIZER_NAME
+        content = _read_regular(path, None)
+        found = hashlib.sha256(content).hexdigest()
+        if found != self.manifest.tokenizer_sha256:
+            raise _broken(path, f"SHA-256 {self.manifest.tokenizer_sha256[:12]}...", f"{found[:12]}...")
+        return content
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Create a file with this content and flush it to the disk; an existing one is refused."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise DataError(
+            str(folder),
+            expected=f"a folder with {MANIFEST_NAME}",
+            found="none" if folder.is_dir() else "no such folder",
+            remedy="make one with `metatokens prepare SOURCE --out DIR`",
+        )
+    try:
+        values = json.loads(_read_regular(path, _MAX_MANIFEST_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, "JSON", str(error)) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise _broken(path, f"format {FORMAT!r}", "another")
+    version = values.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise DataError(
+            str(path),
+            expected=f"version {VERSION} or older",
+            found=str(version),
+            remedy="update metatokens, or prepare the data with this version",
+        )
+    if "content_id" not in values:
+        raise _broken(path, "a content_id", "none")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        raise _broken(path, "the entries as written", f"{where}: {first['msg']}") from error
+
+
+def _open_regular(path: Path) -> int:
+    """Open a file for reading, but neither through a symbolic link nor a device or pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _broken(path, "a readable regular file", error.strerror or str(error)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _broken(path, "a regular file", "a device, pipe or folder")
+    return descriptor
+
+
+def _read_regular(path: Path, max_bytes: int | None) -> bytes:
+    with os.fdopen(_open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise _broken(path, f"at most {max_bytes} bytes", f"{size} bytes")
+        return file.read()
+
+
+def _descriptor_sha256(descriptor: int) -> str:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+def _broken(path: Path, expected: str, found: str) -> DataError:
+    return DataError(str(path), expected=expected, found=found, remedy=_PREPARE_AGAIN)

@@ -1,0 +1,220 @@
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from metatokens.data.prepare import prepare, split_of
+from metatokens.data.shards import TokenDataset
+from metatokens.data.sources import SourceOptions, iterate_documents
+from metatokens.data.tokenizer import END_OF_TEXT, META_TOKEN, TextEncoder
+
+
+def run(source, out, tokenizer, **changes):
+    arguments = {
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "vocab_size": 300,
+        "validation_fraction": 0.2,
+        "shard_tokens": 1000,
+        "options": SourceOptions(),
+    }
+    return prepare(str(source), out, **(arguments | changes))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents_of(dataset, split):
+    ids = dataset.read(split, 0, dataset.num_tokens(split)) if dataset.num_tokens(split) else np.empty(0, int)
+    ends = np.flatnonzero(ids == dataset.eos_token_id)
+    return [dataset.tokenizer().decode(piece[:-1].tolist()) for piece in np.split(ids, ends + 1)[:-1]]
+
+
+def test_prepare_twice_gives_the_same_bytes(corpus, tmp_path):
+    first = run(corpus, tmp_path / "one", None)
+    assert run(corpus, tmp_path / "two", None) == first
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_prepare_on_one_core_gives_the_same_bytes(corpus, tokenizer_file, tmp_path):
+    cores = os.sched_getaffinity(0)
+    run(corpus, tmp_path / "all", tokenizer_file)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        run(corpus, tmp_path / "one", tokenizer_file)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert contents(tmp_path / "all") == contents(tmp_path / "one")
+
+
+def test_prepare_leaves_nothing_but_the_folder_behind(corpus, tokenizer_file, tmp_path):
+    run(corpus, tmp_path / "deep" / "tokens", tokenizer_file)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokens"]
+
+
+def test_splits_share_no_text_even_when_the_corpus_repeats_itself(tmp_path, tokenizer_file):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {n % 90}"}}\n' for n in range(200)))
+    run(tmp_path / "a.jsonl", tmp_path / "tokens", tokenizer_file)
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        train, validation = (documents_of(dataset, split) for split in ("train", "validation"))
+    assert set(train) & set(validation) == set()
+    assert Counter(train + validation) == Counter(d.text for d in iterate_documents(str(tmp_path / "a.jsonl")))
+    assert all(split_of(text, 0.2) == "validation" for text in validation)
+
+
+def test_split_takes_the_asked_share_of_many_documents():
+    share = sum(split_of(str(n), 0.1) == "validation" for n in range(5000)) / 5000
+    assert abs(share - 0.1) < 0.02
+
+
+def test_special_token_strings_in_a_corpus_stay_text(tmp_path, tokenizer_file):
+    text = f"{META_TOKEN} and {END_OF_TEXT}{END_OF_TEXT} <|pad|>"
+    (tmp_path / "a.txt").write_text(text)
+    manifest = run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file, validation_fraction=0)
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        assert documents_of(dataset, "train") == [text]
+    assert manifest.shards[0].max_id < manifest.vocab_size
+    assert manifest.shards[0].num_documents == 1
+
+
+def test_manifest_records_files_counts_and_options_without_places(corpus, tokenizer_file, tmp_path):
+    manifest = run(corpus, tmp_path / "tokens", tokenizer_file)
+    assert len(manifest.source_files) == 120
+    assert manifest.source == corpus.name
+    assert manifest.options["shard_tokens"] == 1000
+    assert str(tmp_path.parent) not in manifest.to_json()
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        assert dataset.manifest == manifest
+        assert dataset.manifest.tokenizer_sha256 == TextEncoder(dataset.tokenizer()).sha256
+
+
+def test_progress_counts_up_to_the_whole_corpus(corpus, tokenizer_file, tmp_path, texts):
+    calls = []
+    manifest = run(corpus, tmp_path / "tokens", tokenizer_file, progress=lambda *done: calls.append(done))
+    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    assert calls[-1] == (sum(len(text.encode()) for text in texts), num_tokens)
+
+
+def large_tokenizer(path):
+    tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0} | {f"w{i}": i for i in range(1, 70_000)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.save(str(path))
+    return path
+
+
+def test_large_vocabulary_is_stored_in_uint32_whatever_ids_occur(tmp_path):
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    out = tmp_path / "tokens"
+    manifest = run(tmp_path / "a.txt", out, large_tokenizer(tmp_path / "t.json"), validation_fraction=0)
+    assert manifest.dtype == "uint32"
+    with TokenDataset.open(out) as dataset:
+        assert dataset.read("train", 0, 4).tolist() == [1, 2, 3, 0]
+
+
+def test_large_vocabulary_in_explicit_uint16_is_a_usage_error(tmp_path, fails):
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    with fails(2, "uint16", 65535, 70000):
+        run(tmp_path / "a.txt", tmp_path / "tokens", large_tokenizer(tmp_path / "t.json"), dtype="uint16")
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n' * 5])
+def test_corpus_without_a_token_is_a_data_error(tmp_path, tokenizer_file, fails, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with fails(3, "a.jsonl", "train split"):
+        run(tmp_path / "a.jsonl", tmp_path / "tokens", tokenizer_file)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_corpus_too_small_for_two_splits_is_a_data_error(tmp_path, tokenizer_file, fails):
+    (tmp_path / "a.txt").write_text("one document")
+    with fails(3, "1 documents", "validation_fraction"):
+        run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file)
+
+
+@pytest.mark.parametrize("changes", [{"validation_fraction": 1.0}, {"shard_tokens": 0}])
+def test_argument_out_of_range_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails, changes):
+    with fails(2, next(iter(changes))):
+        run(corpus, tmp_path / "tokens", tokenizer_file, **changes)
+
+
+def test_folder_that_is_taken_is_a_usage_error_and_stays_as_it_is(prepared, corpus, tokenizer_file, tmp_path, fails):
+    before = contents(prepared)
+    with fails(2, prepared, "a prepared dataset"):
+        run(corpus, prepared, tokenizer_file)
+    assert contents(prepared) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with fails(2, "other files"):
+        run(corpus, tmp_path / "notes", tokenizer_file)
+
+
+def test_folder_that_cannot_be_made_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails):
+    (tmp_path / "file").write_text("in the way")
+    with fails(2, "file/tokens"):
+        run(corpus, tmp_path / "file" / "tokens", tokenizer_file)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere; runs as any other user")
+def test_read_only_folder_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with fails(2, "locked"):
+        run(corpus, tmp_path / "locked" / "tokens", tokenizer_file)
+
+
+def test_bad_document_leaves_nothing_behind(tmp_path, tokenizer_file, fails):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("fine")
+    (tmp_path / "corpus" / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "out").mkdir()
+    with fails(3, "b.txt"):
+        run(tmp_path / "corpus", tmp_path / "out" / "tokens", tokenizer_file)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_full_disk_is_a_resource_error_and_leaves_nothing_behind(corpus, tokenizer_file, tmp_path, fails):
+    (tmp_path / "out").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # a limit on file sizes fails writes as a full disk does, and can be lifted again
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with fails(6, "bytes free"):
+            run(corpus, tmp_path / "out" / "tokens", tokenizer_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails):
+    # as the first process would hold it; flock conflicts between two opens of one process as well
+    with (tmp_path / ".tokens.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with fails(2, "tokens", "other process"):
+            run(corpus, tmp_path / "tokens", tokenizer_file)
+    run(corpus, tmp_path / "tokens", tokenizer_file)
+
+
+def test_prepare_after_a_kill_clears_the_remains_and_gives_the_same_bytes(corpus, tokenizer_file, tmp_path):
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from metatokens.data.prepare import prepare
+        from metatokens.data.sources import SourceOptions
+        prepare(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3], vocab_size=0, validation_fraction=0.2,
+                shard_tokens=1000, options=SourceOptions(), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    """
+    out = tmp_path / "out" / "tokens"
+    killed = subprocess.run([sys.executable, "-c", script, corpus, out, tokenizer_file], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(out.parent.iterdir())) == 2  # the lock file, which no one holds, and the hidden folder
+    run(corpus, out, tokenizer_file)
+    run(corpus, tmp_path / "again", tokenizer_file)
+    assert list(out.parent.iterdir()) == [out]
+    assert contents(out) == contents(tmp_path / "again")
