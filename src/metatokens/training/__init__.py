@@ -1,0 +1,1 @@
+"""Pre-training: the loop, its processes, checkpoints and run folder."""

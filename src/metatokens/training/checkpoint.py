@@ -1,0 +1,271 @@
+"""Checkpoints that are either complete and verified or not there.
+
+A checkpoint is written into a temporary folder, every file hashed and synced, `manifest.json` last, and renamed into
+place; the newest valid manifest is the latest checkpoint, so no pointer can go stale. Tensors are safetensors, the rest
+JSON: nothing that is loaded can run code. Learning rate, sample order and injection are functions of the step, so the
+step, the weights and the optimizer's moments are the whole state.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metatokens.errors import CheckpointError, NumericError, ResourceError
+from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.export import save_model
+
+MANIFEST = "manifest.json"
+FORMAT = "checkpoint/1"
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
+FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+MAX_MANIFEST_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds besides tensors."""
+
+    step: int
+    """Optimizer steps done; the next one is this number, counted from 0."""
+    content_id: str
+    """Identity of the tokens that the run reads."""
+    world_size: int
+    """Number of processes; another number continues with the same samples but not to the bit."""
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite and that changed nothing."""
+
+
+def save_checkpoint(
+    folder: Path,
+    model: MetaTokenForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    tokenizer: Any,
+    keep: int,
+) -> Path:
+    """Commit a checkpoint under `folder`, then remove all but the `keep` newest; returns its path.
+
+    Raises:
+        NumericError: if a weight is not finite; such a checkpoint would take the place of a good one.
+        ResourceError: if it cannot be written, as on a full disk; nothing of the new checkpoint is left then.
+    """
+    final = folder / f"step-{state.step:08d}"
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise NumericError(
+            str(final),
+            expected="finite weights",
+            found="infinities or NaN",
+            remedy="lower optimizer.learning_rate; the last checkpoint is intact",
+        )
+    if final.exists():
+        # a run that went on from an older checkpoint comes back to the one that it passed over as damaged
+        shutil.rmtree(final)
+    with new_folder(final) as temporary:
+        save_model(model, temporary, tokenizer)
+        save_file(_optimizer_tensors(model, optimizer), temporary / MOMENTS)
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+    # a damaged checkpoint of a later step does not count, or the new one would be removed as old
+    for old in [path for path in _step_folders(folder) if path.name <= final.name][keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `final` at the end, complete and on disk, or is removed.
+
+    Raises:
+        ResourceError: if it cannot be written, as on a full disk.
+    """
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        os.rename(temporary, final)
+        _sync(final.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors and tokenizers raise types of their own for a full disk
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        disk = next(folder for folder in final.absolute().parents if folder.exists())
+        raise ResourceError(
+            str(final),
+            expected="room to write it",
+            found=f"{error}, {shutil.disk_usage(disk).free} bytes free",
+            remedy="free some space and start again",
+        ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted `new_folder` left behind; call under the run's lock."""
+    for path in folder.glob(".*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that verifies, or None if there is none at all.
+
+    A damaged one is passed over with a warning.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none of them verifies.
+    """
+    problem = None
+    for path in _step_folders(folder):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            problem = problem or error
+        else:
+            return path
+    if problem is not None:
+        raise problem
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    manifest_path = path / MANIFEST
+    remedy = "use another checkpoint"
+    try:
+        if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("too large")
+        manifest = json.loads(manifest_path.read_text())
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"the format {manifest['format']!r}")
+        if wrong := [name for name in expected if not FILE_NAME.fullmatch(name)]:
+            raise ValueError(f"the file name {wrong[0]!r}")
+        if missing := {WEIGHTS, MOMENTS, STATE} - expected.keys():
+            raise ValueError(f"no entry {min(missing)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        found = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            str(manifest_path), expected=f"a manifest {FORMAT}", found=str(found), remedy=remedy
+        ) from None
+    for name, (size, sha256) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(str(file), expected=f"{size} bytes", found="no file", remedy=remedy)
+        actual = _describe(file)
+        if actual["bytes"] != size:
+            raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{actual['bytes']} bytes", remedy=remedy)
+        if actual["sha256"] != sha256:
+            raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=str(actual["sha256"]), remedy=remedy)
+
+
+def read_state(path: Path) -> TrainingState:
+    """Return what a checkpoint holds besides tensors.
+
+    Raises:
+        CheckpointError: if it is not what this version writes.
+    """
+    try:
+        return TrainingState(**json.loads((path / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            str(path / STATE), expected="a training state", found=str(error), remedy="use another checkpoint"
+        ) from None
+
+
+def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """Restore weights and moments to the bit.
+
+    Raises:
+        CheckpointError: if names, shapes or dtypes are not those of `model`.
+    """
+    tensors = _load_tensors(path / WEIGHTS)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
+    _check_tensors(path / WEIGHTS, own, tensors)
+    moments = _load_tensors(path / MOMENTS)
+    # a parameter without moments is one that no step has changed so far
+    parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in moments}
+    steps = torch.zeros(())
+    expected = {
+        f"{kind}/{name}": steps if kind == "step" else parameter
+        for name, parameter in parameters.items()
+        for kind in MOMENT_KINDS
+    }
+    _check_tensors(path / MOMENTS, expected, moments)
+    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
+    for name, parameter in parameters.items():
+        # fused AdamW keeps its step beside the parameter
+        optimizer.state[parameter] = {kind: moments[f"{kind}/{name}"].to(parameter.device) for kind in MOMENT_KINDS}
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            str(path), expected="a safetensors file", found=str(error), remedy="use another checkpoint"
+        ) from None
+
+
+def _check_tensors(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    remedy = "use a checkpoint of this config"
+    for name in sorted(expected.keys() ^ found.keys()):
+        where = "in the model only" if name in expected else "in the file only"
+        raise CheckpointError(str(file), expected="the model's tensors", found=f"{name} {where}", remedy=remedy)
+    for name, tensor in expected.items():
+        if (tensor.shape, tensor.dtype) != (found[name].shape, found[name].dtype):
+            raise CheckpointError(
+                f"{file}: {name}",
+                expected=f"{tuple(tensor.shape)} {tensor.dtype}",
+                found=f"{tuple(found[name].shape)} {found[name].dtype}",
+                remedy=remedy,
+            )
+
+
+def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{kind}/{name}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state[parameter].items()
+    }
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,100 @@
+"""The processes of a run: one, or several under torchrun.
+
+torchrun's RANK family of environment variables is the only thing read from the environment.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from metatokens.config.schema import TrainingConfig
+from metatokens.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Add each value over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model as one of its copies whose gradients are averaged over the processes."""
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def join_processes(config: TrainingConfig) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or be the only one."""
+    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if config.batch_blocks % (world_size * min(config.micro_batch_blocks, config.batch_blocks // world_size or 1)):
+        raise UsageError(
+            "training.batch_blocks",
+            expected=f"a multiple of {world_size} processes x training.micro_batch_blocks {config.micro_batch_blocks}",
+            found=str(config.batch_blocks),
+            remedy="change one of the three",
+        )
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        # cuBLAS reads this when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.distributed_timeout_seconds),
+        )
+    try:
+        yield Processes(rank=rank, world_size=world_size, device=device)
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the only process, or the first of those that torchrun started."""
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("training.device", expected="a GPU", found="none", remedy="use --training.device cpu")
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

@@ -1,0 +1,40 @@
+"""Build a model from its config, every weight a pure function of the seed and its name.
+
+Deviation: weights are a function of the seed and the module's name. Two models that share a module start with equal
+weights in it: a plain model and its twin with meta-attention differ in the meta-attention alone.
+"""
+
+import difflib
+import hashlib
+
+import torch
+from transformers.activations import ACT2FN
+
+from metatokens.config.schema import ModelConfig
+from metatokens.errors import UsageError
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+
+
+def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int, seed: int) -> MetaTokenForCausalLM:
+    """Build the model of `config` in float32 on the CPU, in training mode; the global generator is left alone.
+
+    Raises:
+        UsageError: if transformers has no such activation; the config imports no transformers to check it.
+    """
+    if config.hidden_act not in ACT2FN:
+        close = difflib.get_close_matches(config.hidden_act, ACT2FN, n=1)
+        raise UsageError(
+            "model.hidden_act",
+            expected="the name of an activation in transformers",
+            found=repr(config.hidden_act),
+            remedy=f"did you mean {close[0]!r}?" if close else "try 'gelu_pytorch_tanh'",
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = MetaTokenForCausalLM(MetaTokenConfig(**config.to_hf(text_vocab_size, eos_token_id)))
+        # children first: a sub-layer rescales the projection that its child has drawn
+        for name, module in reversed(list(model.named_modules())):
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(key[:8], "little", signed=True))
+            model._init_weights(module)
+    model.train()
+    return model

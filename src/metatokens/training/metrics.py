@@ -1,0 +1,145 @@
+"""What a run says while it goes on: metrics.jsonl, a progress bar, and trackers where asked for.
+
+Progress goes to standard error, so that a command's result is alone on standard output.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from metatokens.errors import UsageError
+
+PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl and hands their numbers to the trackers.
+
+    A loss is written twice: readable, and exactly under `<name>_hex`. A number that is not finite reads as null.
+    """
+
+    def __init__(self, path: Path, trackers: tuple[str, ...]) -> None:
+        """Open the file for appending and start the trackers."""
+        self._trackers = [_TRACKERS[name](path.parent) for name in trackers]
+        # unbuffered: a line that did not fit must not come back when the file is closed
+        self._file = path.open("ab", buffering=0)
+        self._broken = False
+
+    def write(self, step: int, **metrics: float) -> None:
+        """Write one line; a full disk costs the line and a warning, not the run."""
+        readable = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        exact = {f"{name}_hex": value.hex() for name, value in metrics.items() if name.endswith("loss")}
+        self._append(json.dumps({"step": step, **readable, **exact}).encode() + b"\n")
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) == len(line):
+                return
+            os.ftruncate(self._file.fileno(), end)  # half a line would spoil the next one
+            problem = "the disk is full"
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            problem = str(error.strerror)
+        if not self._broken:
+            warnings.warn(f"metrics are not written: {problem}", stacklevel=3)
+        self._broken = True
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, folder: Path) -> None:
+        self._run = _optional("wandb", "wandb").init(project="metatokens", name=folder.name, dir=str(folder))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UsageError(
+            "logging.trackers",
+            expected=f"the package {package}",
+            found="not installed",
+            remedy="pip install 'metatokens[trackers]'",
+        ) from None
+
+
+class ProgressDisplay:
+    """A bar with loss, speed and time left on a terminal; a line now and then elsewhere; nothing if not shown."""
+
+    def __init__(self, label: str, *, start: int, total: int, shown: bool) -> None:
+        """Prepare the display; it appears when entered."""
+        self._label, self._total, self._shown = label, total, shown
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            disable=not (shown and sys.stderr.isatty()),
+        )
+        self._task = self._bar.add_task(label, total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, numbers: str) -> None:
+        """Show that `step` steps are done, with `numbers` beside."""
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        now = time.monotonic()
+        if self._bar.disable and self._shown and (now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total):
+            self._last_line = now
+            self.say(f"{self._label} step {step}/{self._total} {numbers}")
+
+    def say(self, line: str) -> None:
+        """Write a line that stays."""
+        if self._shown:
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,136 @@
+"""A run's folder: resolved config, versions, metrics, checkpoints; one process at a time.
+
+RUN/
+  config.yaml       the resolved config, a valid preset
+  versions.json     python, torch, transformers, metatokens
+  metrics.jsonl     one line per logged step, losses also as exact hexadecimal floats
+  checkpoints/      step-00001000/ ...
+  model/            the trained model, loadable with from_pretrained; written last
+  result.json       what the finished run measured
+  lock
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+import metatokens
+from metatokens.config.loading import digest, load_preset, to_yaml
+from metatokens.config.schema import PretrainConfig
+from metatokens.errors import UsageError
+
+# what may change when a run is picked up again; everything else would make it another run
+FREE_KEYS = {
+    "data": {"path", "verify"},
+    "training": {"micro_batch_blocks", "compile", "gradient_checkpointing", "device", "distributed_timeout_seconds"},
+}
+FREE_SECTIONS = {"evaluation", "checkpoint", "logging"}
+
+
+class RunFolder:
+    """Paths and small files of a run."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is touched yet."""
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.metrics_path = path / "metrics.jsonl"
+        self.checkpoints_path = path / "checkpoints"
+        self.model_path = path / "model"
+        self.result_path = path / "result.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and hold its lock; the lock ends with the process, however it ends.
+
+        Raises:
+            UsageError: if the folder cannot be written or another process holds it.
+        """
+        try:
+            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints_path):
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(
+                str(self.path),
+                expected="a folder that can be written",
+                found=str(error.strerror),
+                remedy="choose another --out",
+            ) from None
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
+                raise UsageError(
+                    str(self.path),
+                    expected="a folder that no run uses",
+                    found=f"locked by {holder}",
+                    remedy="wait for it or choose another --out",
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def settle_config(self, config: PretrainConfig) -> None:
+        """Write the config, or check that it continues the run that the folder holds.
+
+        Raises:
+            UsageError: naming the first key that makes it another run.
+        """
+        if self.config_path.exists():
+            stored = load_preset(self.config_path)
+            for key, old, new in _differences(stored, config):
+                raise UsageError(
+                    f"{self.path}: {key}",
+                    expected=f"{old!r} as the run began",
+                    found=repr(new),
+                    remedy="take the old value, or another --out",
+                )
+        write_atomically(self.config_path, to_yaml(config))
+        versions = {
+            "metatokens": metatokens.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "config_sha256": digest(config),
+        }
+        write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def _differences(stored: PretrainConfig, config: PretrainConfig) -> Iterator[tuple[str, object, object]]:
+    old_tree, new_tree = stored.model_dump(mode="json"), config.model_dump(mode="json")
+    for section, new in new_tree.items():
+        old = old_tree[section]
+        if section in FREE_SECTIONS or old == new:
+            continue
+        if not isinstance(new, dict):
+            yield section, old, new
+            continue
+        # the kind first: the other keys follow from it
+        for key in sorted(new.keys() | old.keys(), key=lambda key: (key != "kind", key)):
+            if key not in FREE_KEYS.get(section, set()) and old.get(key) != new.get(key):
+                yield f"{section}.{key}", old.get(key), new.get(key)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
