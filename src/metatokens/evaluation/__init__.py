@@ -1,0 +1,1 @@
+"""Perplexity, intervals and timing."""

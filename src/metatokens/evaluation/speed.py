@@ -1,0 +1,79 @@
+"""What a model costs: counted from its config, and timed side by side.
+
+What is compared takes turns in one run, so that a drift of the machine's speed hits all alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from metatokens.model import MetaTokenConfig
+from metatokens.model.accounting import count_parameters, training_flops
+
+FLOAT32_BYTES = 4
+
+
+def time_in_turns(tasks: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Run every task once a round, after `warmup` rounds that do not count.
+
+    Returns:
+        Seconds of each task in each round; on a GPU until its work is done.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for index in range(warmup + rounds):
+        for name, task in tasks.items():
+            _wait_for_device()
+            start = time.perf_counter()
+            task()
+            _wait_for_device()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
+    """Return the median over rounds of the ratio of two tasks' times."""
+    pairs = zip(seconds[numerator], seconds[denominator], strict=True)
+    return statistics.median(above / below for above, below in pairs)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def describe_model(
+    config: MetaTokenConfig, *, block_size: int | None = None, num_meta: int | None = None
+) -> dict[str, Any]:
+    """Return parameters, operations and memory of the model of `config`.
+
+    Args:
+        config: the model.
+        block_size: T of a training sequence; by default the model's whole window.
+        num_meta: M of a training sequence; by default none.
+    """
+    block_size, num_meta = block_size or config.max_position_embeddings, num_meta or 0
+    count = count_parameters(config)
+    padding = 0 if config.meta_token_id is None else (config.vocab_size - config.meta_token_id) * config.hidden_size
+    per_block = training_flops(config, num_positions=block_size, num_meta=num_meta)
+    per_key = 2 * config.num_hidden_layers * config.hidden_size * FLOAT32_BYTES
+    return {
+        "parameters": count.total,
+        "parameters_at_text_vocabulary": count.total - padding,
+        "parameters_of_embedding": count.embedding,
+        "parameters_of_positions": count.positions,
+        "parameters_of_blocks": count.blocks,
+        "parameters_of_meta_attention": count.meta_attention,
+        "block_positions": block_size,
+        "block_meta_tokens": num_meta,
+        "training_flops_per_text_token": per_block / (block_size - num_meta),
+        "weights_bytes": count.total * FLOAT32_BYTES,
+        "training_state_bytes": 4 * count.total * FLOAT32_BYTES,
+        "cache_bytes_per_token": per_key,
+        "cache_bytes_per_meta_token_more": per_key
+        * sum(t == "meta_attention" for t in config.layer_types)
+        // config.num_hidden_layers,
+    }

@@ -1,0 +1,1 @@
+"""Cached decoding with scheduled meta-tokens."""
