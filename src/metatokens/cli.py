@@ -1,0 +1,492 @@
+"""The command line: parse, dispatch, exit code, error text. What a verb does lives elsewhere.
+
+Every verb takes `--json` (the result alone on standard output); those that work long take `--dry-run`. Anything wrong
+is one line on standard error and the exit code of `metatokens.errors`; `--debug` shows the traceback.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import metatokens
+from metatokens.errors import CheckpointError, MetaTokensError, Preempted, ResourceError, UsageError
+
+Verb = Callable[[argparse.Namespace], int]
+"""Does the work of a command and returns its exit code."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("command line", expected="known arguments", found=message, remedy=f"see `{self.prog} -h`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            options = _parse([argument for argument in arguments if argument != "--debug"])
+            verb: Verb = options.verb
+            return verb(options)
+    except (MetaTokensError, Preempted) as error:
+        if debug:
+            raise
+        print(f"metatokens: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("metatokens: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "lower training.micro_batch_blocks" if out_of_memory else "--debug shows where"
+        print(f"metatokens: {cause}; {remedy}", file=sys.stderr)
+        return ResourceError.exit_code if out_of_memory else 1
+
+
+def _show_warning(message: Warning | str, *details: Any) -> None:
+    del details
+    print(f"metatokens: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+# Parsing -----------------------------------------------------------------------------------------------------
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="metatokens", description="Language models with learned meta-tokens.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"metatokens {metatokens.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for add in (_add_demo, _add_prepare, _add_pretrain, _add_perplexity, _add_generate, _add_info):
+        add(verbs)
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and options.verb is not _pretrain:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    options.overrides = overrides
+    return options
+
+
+def _verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(verb=verb)
+    parser.add_argument("--json", action="store_true", help="write the result as JSON, alone on standard output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if long:
+        parser.add_argument("--dry-run", action="store_true", help="check everything and say what would happen")
+    return parser
+
+
+def _add_demo(verbs: Any) -> None:
+    text = "train a plain and a meta-token model on the text that comes with Python, compare them, generate"
+    parser = _verb(verbs, "demo", _demo, text, long=True)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demonstration")
+    parser.add_argument("--text-tokens", type=int, default=1_500_000, help="text tokens that each model sees")
+
+
+def _add_prepare(verbs: Any) -> None:
+    parser = _verb(verbs, "prepare", _prepare, "tokenise text into verified shards", long=True)
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="python-docs",
+        help="a .txt, .jsonl or .parquet file (.gz, .zst too), a folder, a dataset id on the hub, or python-docs",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id; without it one is trained on the source")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.02, help="share of documents kept out of training"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=2**28, help="tokens of a shard, about")
+    parser.add_argument(
+        "--text-field", default="text", help="column of jsonl, parquet and datasets that holds the text"
+    )
+    parser.add_argument("--config-name", help="configuration of a Hugging Face dataset, such as en")
+    parser.add_argument("--split", default="train", help="split of a Hugging Face dataset")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument(
+        "--on-bad-text", choices=("error", "replace", "skip"), default="error", help="for text that is not valid UTF-8"
+    )
+
+
+def _add_pretrain(verbs: Any) -> None:
+    text = "pre-train a preset; picks up where it was; under torchrun on several devices"
+    parser = _verb(verbs, "pretrain", _pretrain, text, long=True)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
+    parser.format_help = lambda: argparse.ArgumentParser.format_help(parser) + _describe_overrides()  # type: ignore[method-assign]
+
+
+def _add_perplexity(verbs: Any) -> None:
+    parser = _verb(verbs, "perplexity", _perplexity, "windowed perplexity of a model on text", long=True)
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("text", help="a source as for `prepare`; every document is scored on its own")
+    parser.add_argument("--window", type=int, help="length of a window (default: all positions of the model)")
+    parser.add_argument(
+        "--window-unit", choices=("text", "positions"), default="text", help="whether meta-tokens count in the window"
+    )
+    parser.add_argument("--stride", type=int, help="text tokens that a sliding window moves by (default: up to 256)")
+    parser.add_argument(
+        "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
+    )
+    parser.add_argument("--ratio", type=float, default=0.1, help="share of positions that are meta-tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the uniform injection")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument("--max-tokens", type=int, help="score the first so many text tokens of each document")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows of one forward pass")
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = _verb(verbs, "generate", _generate, "continue a prompt, with meta-tokens on a schedule")
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
+    parser.add_argument("--max-text-tokens", type=int, default=100, help="text tokens to write")
+    parser.add_argument(
+        "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens go"
+    )
+    parser.add_argument("--every", type=int, default=9, help="periodic: text tokens between meta-tokens")
+    parser.add_argument("--ratio", type=float, default=0.1, help="uniform: chance of a meta-token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the uniform schedule")
+    parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
+
+
+def _add_info(verbs: Any) -> None:
+    text = "parameters, operations per token, memory, and what differs from the paper"
+    parser = _verb(verbs, "info", _info, text)
+    parser.add_argument("model", nargs="?", help="preset, YAML file, or model, checkpoint or run folder")
+    parser.add_argument("--text-vocab-size", type=int, default=50_257, help="tokens of the text, for a preset")
+    parser.add_argument("--presets", action="store_true", help="list the presets")
+
+
+def _describe_overrides() -> str:
+    from metatokens.config.loading import describe_fields
+    from metatokens.config.schema import PretrainConfig
+
+    lines = ["", "fields of a preset, each an override `--section.key VALUE` (YAML values, null = off):"]
+    for path, default, text in describe_fields(PretrainConfig):
+        if text:
+            lines.append(f"  --{path} [{default}]\n      {text}")
+    return "\n".join(lines) + "\n"
+
+
+# Output ------------------------------------------------------------------------------------------------------
+
+
+def _emit(options: argparse.Namespace, result: Any, show: Callable[[], None]) -> int:
+    """Write the result as JSON, or show it to a person."""
+    if options.json:
+        tree = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+        print(json.dumps(tree, indent=2, default=str))
+    else:
+        show()
+    return 0
+
+
+def _show_table(title: str, rows: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is None:
+            continue
+        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = "\n".join(str(item) for item in value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _load_model(path: Path) -> Any:
+    """Load the model in a model, checkpoint or run folder, for evaluation."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    from metatokens.model import MetaTokenForCausalLM
+
+    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            str(path),
+            expected="a folder with config.json",
+            found="none",
+            remedy="name a run, its model/ or a checkpoint",
+        )
+    logging.disable_progress_bar()
+    try:
+        if json.loads((folder / "config.json").read_text()).get("model_type") != "metatokens":
+            raise ValueError("another model_type than metatokens")
+        return MetaTokenForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            str(folder), expected="a model of this package", found=str(error), remedy="use another checkpoint"
+        ) from None
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from metatokens.data.tokenizer import load_text_tokenizer
+
+    return load_text_tokenizer(str(path / "model" if (path / "model" / "tokenizer.json").is_file() else path))
+
+
+# Verbs -------------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from metatokens.demo import demo_configs, run_demo
+
+    if options.dry_run:
+        configs = demo_configs(options.out, options.text_tokens)
+        rows = {arm: f"{config.total_steps} steps" for arm, config in configs.items()}
+        return _emit(options, {"out": str(options.out), **rows}, lambda: _show_table("demo would train", rows))
+    result = run_demo(options.out, text_tokens=options.text_tokens, say=_say, show_progress=True)
+    return _emit(options, result, lambda: _show_demo(result))
+
+
+def _show_demo(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Plain and meta-token model, same text tokens, same seed", title_justify="left")
+    for column in ("", "parameters", "text tokens seen", "text tokens/s", "validation perplexity (95% interval)"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, arm in (("plain", result.plain), ("meta-tokens", result.meta)):
+        table.add_row(
+            name,
+            f"{arm.parameters:,}",
+            f"{arm.text_tokens:,}",
+            f"{arm.text_tokens_per_second:,.0f}",
+            _interval(arm.perplexity),
+        )
+    console.print(table)
+    console.print(
+        f"Meta-attention changes the time of a training step by {100 * (result.meta_attention_cost - 1):+.1f}% on the "
+        f"same tokens; with the meta-tokens' own positions, a text token's by "
+        f"{100 * (result.cost_per_text_token - 1):+.1f}%.",
+        highlight=False,
+    )
+    console.print(
+        f"\nA sample of the meta-token model (meta-tokens hidden):\n\n{result.sample}\n", highlight=False, markup=False
+    )
+    console.print("The model is a Hugging Face checkpoint:\n", highlight=False)
+    console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
+    load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'
+    console.print(load, highlight=False, markup=False, soft_wrap=True)  # to be copied as one line
+
+
+def _show_perplexity(result: Any) -> None:
+    rows = {
+        "documents": len(result.documents),
+        "text tokens": result.text_tokens,
+        "window": f"{result.text_tokens_per_window} text tokens, {result.positions_per_window} positions",
+        "injection": result.injection["kind"],
+    }
+    for name, scores in (("non-overlapping", result.non_overlapping), (f"sliding by {result.stride}", result.sliding)):
+        rows[f"perplexity, {name}"] = _interval(scores.perplexity)
+        rows[f"nats per token, {name}"] = _interval(scores.nats_per_token)
+        if scores.word_perplexity:
+            rows[f"word perplexity, {name}"] = _interval(scores.word_perplexity)
+    _show_table("perplexity (95% interval over documents)", rows)
+
+
+def _interval(interval: Any) -> str:
+    if interval.low is None:
+        return f"{interval.estimate:,.4g} (one document: no interval)"
+    return f"{interval.estimate:,.4g} ({interval.low:,.4g} to {interval.high:,.4g})"
+
+
+def _injection(kind: str, ratio: float) -> Any:
+    from pydantic import ValidationError
+
+    from metatokens.config.schema import NoInjection, PeriodicInjection, UniformInjection
+
+    try:
+        return {"none": NoInjection, "periodic": PeriodicInjection, "uniform": UniformInjection}[kind](
+            **({} if kind == "none" else {"ratio": ratio})
+        )
+    except ValidationError:
+        raise UsageError(
+            "--ratio", expected="at least 0 and less than 1", found=str(ratio), remedy="the paper's is 0.1"
+        ) from None
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from metatokens.data.prepare import prepare
+    from metatokens.data.sources import SourceOptions, source_files
+
+    source_options = SourceOptions(
+        text_field=options.text_field,
+        config_name=options.config_name,
+        split=options.split,
+        on_bad_text=options.on_bad_text,
+        max_documents=options.max_documents,
+    )
+    if options.dry_run:
+        files = source_files(options.source)
+        plan = {
+            "source": options.source,
+            "files": len(files),
+            "bytes_on_disk": sum(file.stat().st_size for file in files),
+            "tokenizer": options.tokenizer or f"trained here, {options.vocab_size} tokens",
+            "out": str(options.out),
+        }
+        return _emit(options, plan, lambda: _show_table("prepare would read", plan))
+    manifest = prepare(
+        options.source,
+        options.out,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        validation_fraction=options.validation_fraction,
+        shard_tokens=options.shard_tokens,
+        options=source_options,
+        progress=_show_bytes if sys.stderr.isatty() else None,
+    )
+    splits = ("train", "validation")
+    tokens = {split: sum(shard.num_tokens for shard in manifest.shards if shard.split == split) for split in splits}
+    documents = {split: sum(s.num_documents for s in manifest.shards if s.split == split) for split in splits}
+    result = {
+        "out": str(options.out),
+        "vocab_size": manifest.vocab_size,
+        **{f"{split}_tokens": count for split, count in tokens.items()},
+        **{f"{split}_documents": count for split, count in documents.items()},
+        "documents_skipped": manifest.num_documents_skipped,
+        "content_id": manifest.content_id,
+    }
+    return _emit(options, result, lambda: _show_table("prepared", result))
+
+
+def _show_bytes(num_bytes: int, num_tokens: int) -> None:
+    print(f"\r{num_bytes / 1e6:,.1f} MB, {num_tokens:,} tokens", end="", file=sys.stderr, flush=True)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from metatokens.config.loading import load_preset
+
+    config = load_preset(options.preset, options.overrides)
+    from metatokens.training.distributed import is_main_process
+    from metatokens.training.loop import open_dataset, plan, pretrain
+
+    out = options.out or Path("runs") / Path(options.preset).stem
+    if options.dry_run:
+        with open_dataset(config) as dataset:
+            rows = {"out": str(out), **plan(config, dataset)}
+        return _emit(options, rows, lambda: _show_table("pretrain would do", rows))
+    result = pretrain(config, out)
+    if not is_main_process():
+        return 0
+    return _emit(options, result, lambda: _show_table("pre-trained", asdict(result)))
+
+
+def _perplexity(options: argparse.Namespace) -> int:
+    from metatokens.data.sources import SourceOptions, iterate_documents
+    from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+
+    model = _load_model(options.checkpoint)
+    injection = _injection(options.injection, options.ratio)
+    longest = model.config.max_sequence_length
+    measured = PerplexityOptions(
+        window=options.window or longest,
+        window_unit=options.window_unit if options.window else "positions",
+        stride=options.stride,
+        injection=injection,
+        seed=options.seed,
+        max_tokens_per_document=options.max_tokens,
+        batch_size=options.batch_size,
+    )
+    documents = (
+        (d.source, d.text) for d in iterate_documents(options.text, SourceOptions(max_documents=options.max_documents))
+    )
+    if options.dry_run:
+        names = [name for name, _ in documents]
+        rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
+        return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
+    result = measure_perplexity(model, documents, _load_tokenizer(options.checkpoint), measured)
+    return _emit(options, result, lambda: _show_perplexity(result))
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from metatokens.generation.decoding import (
+        MetaSchedule,
+        NoSchedule,
+        PeriodicSchedule,
+        UniformSchedule,
+        generate_text,
+    )
+
+    model, tokenizer = _load_model(options.checkpoint), _load_tokenizer(options.checkpoint)
+    schedules: dict[str, MetaSchedule] = {
+        "none": NoSchedule(),
+        "periodic": PeriodicSchedule(text_tokens=options.every),
+        "uniform": UniformSchedule(ratio=options.ratio, seed=options.seed),
+    }
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    stream = None if options.json else lambda text: print(text, end="", flush=True)
+    if stream:
+        stream(prompt)
+    result = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        schedule=schedules[options.schedule],
+        max_text_tokens=options.max_text_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=stream,
+        show_meta=options.show_meta,
+    )
+    return _emit(options, result, print)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from metatokens.config.loading import preset_names
+
+    if options.presets or options.model is None:
+        names = preset_names()
+        return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
+    from metatokens.evaluation.speed import describe_model
+
+    folder = Path(options.model)
+    if folder.is_dir():
+        result = describe_model(_load_model(folder).config)
+    else:
+        from metatokens.config.loading import differences_from_paper, load_preset
+        from metatokens.model import MetaTokenConfig
+
+        preset = load_preset(options.model)
+        config = MetaTokenConfig(**preset.model.to_hf(options.text_vocab_size, options.text_vocab_size - 1))
+        num_meta = preset.injection.num_meta(preset.data.block_size)
+        result = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
+        result["differs_from_the_paper"] = differences_from_paper(preset)
+    return _emit(options, result, lambda: _show_table(options.model, result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

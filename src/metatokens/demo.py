@@ -1,0 +1,165 @@
+"""The demonstration: from the text that comes with every Python to a table, a sample and a checkpoint.
+
+Trains a tokenizer and two tiny models, one plain and one with meta-tokens, on the same text tokens from the same seed.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from metatokens.config.loading import load_preset
+from metatokens.config.schema import Injection, PretrainConfig
+from metatokens.data.loader import BatchLoader, TokenBlocks
+from metatokens.data.prepare import prepare, split_of
+from metatokens.data.shards import MANIFEST_NAME, TokenDataset
+from metatokens.data.sources import PYTHON_DOCS, SourceOptions, iterate_documents
+from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.speed import median_ratio, time_in_turns
+from metatokens.evaluation.statistics import Interval
+from metatokens.generation.decoding import PeriodicSchedule, generate_text
+from metatokens.model import MetaTokenForCausalLM
+from metatokens.training.initialization import build_model
+from metatokens.training.loop import pretrain, vocabulary
+
+VOCAB_SIZE = 4096
+VALIDATION_FRACTION = 0.05
+TEXT_TOKENS = 1_500_000
+SPEED_ROUNDS = 9
+SAMPLE_PROMPT = "Return a list of"
+SAMPLE_TEXT_TOKENS = 60
+SAMPLE_TEMPERATURE = 0.8
+ARMS = {"plain": "tiny/plain", "meta": "tiny/meta"}
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What the demonstration measured of one model."""
+
+    model: str
+    """Folder for `from_pretrained`."""
+    parameters: int
+    text_tokens: int
+    text_tokens_per_second: float
+    """Of a training step, the two models in turns."""
+    perplexity: Interval
+    """Per text token of the validation documents, injected as in training."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration measured."""
+
+    plain: ArmResult
+    meta: ArmResult
+    meta_attention_cost: float
+    """Training step with meta-attention / without it, on the same text and meta-tokens."""
+    cost_per_text_token: float
+    """Training step of the meta model / of the plain model, on the same text tokens."""
+    sample: str
+
+
+def demo_configs(folder: Path, text_tokens: int) -> dict[str, PretrainConfig]:
+    """Return the two runs: equal but for the meta-tokens and their attention."""
+    overrides = ["--data.path", str(folder / "tokens"), "--training.duration.tokens", str(text_tokens)]
+    overrides += ["--evaluation.interval_steps", "50"]
+    return {arm: load_preset(preset, overrides) for arm, preset in ARMS.items()}
+
+
+def run_demo(
+    folder: Path, *, text_tokens: int = TEXT_TOKENS, say: Callable[[str], None], show_progress: bool = True
+) -> DemoResult:
+    """Run the demonstration in `folder`; what is there already is taken up again."""
+    tokens = folder / "tokens"
+    if not (tokens / MANIFEST_NAME).exists():
+        say(f"Training a tokenizer of {VOCAB_SIZE} tokens on the text that comes with Python, and encoding it ...")
+        prepare(
+            PYTHON_DOCS,
+            tokens,
+            tokenizer=None,
+            vocab_size=VOCAB_SIZE,
+            validation_fraction=VALIDATION_FRACTION,
+            shard_tokens=2**28,
+            options=SourceOptions(),
+        )
+    configs = demo_configs(folder, text_tokens)
+    for arm, config in configs.items():
+        text = config.text_tokens_per_block
+        block = f"{config.training.batch_blocks} x ({text} text + {config.data.block_size - text} meta) tokens"
+        say(f"Training {arm}: {config.total_steps} steps of {block} ...")
+        pretrain(config, folder / arm, show_progress=show_progress, label=arm)
+    say("Timing training steps in turns, measuring perplexity, generating ...")
+    with TokenDataset.open(tokens) as dataset:
+        seconds = _time_steps(configs, dataset)
+        documents = list(_validation_documents())
+        arms = {}
+        for arm, config in configs.items():
+            model = MetaTokenForCausalLM.from_pretrained(folder / arm / "model").eval()
+            arms[arm] = ArmResult(
+                model=str(folder / arm / "model"),
+                parameters=model.num_parameters(),
+                text_tokens=config.total_steps * config.training.batch_blocks * config.text_tokens_per_block,
+                text_tokens_per_second=config.training.batch_blocks
+                * config.text_tokens_per_block
+                / statistics.median(seconds[arm]),
+                perplexity=measure_perplexity(
+                    model,
+                    documents,
+                    dataset.tokenizer(),
+                    PerplexityOptions(window=config.text_tokens_per_block, injection=config.injection),
+                ).non_overlapping.perplexity,
+            )
+        sample = generate_text(
+            model,
+            dataset.tokenizer(),
+            SAMPLE_PROMPT,
+            schedule=PeriodicSchedule(text_tokens=9),
+            max_text_tokens=SAMPLE_TEXT_TOKENS,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=0,
+        )
+    return DemoResult(
+        **arms,
+        meta_attention_cost=median_ratio(seconds, "meta", "pause"),
+        cost_per_text_token=median_ratio(seconds, "meta", "plain"),
+        sample=SAMPLE_PROMPT + sample.text,
+    )
+
+
+def _validation_documents() -> Iterator[tuple[str, str]]:
+    """Yield what `prepare` kept out of training."""
+    for document in iterate_documents(PYTHON_DOCS):
+        if split_of(document.text, VALIDATION_FRACTION) == "validation":
+            yield document.source, document.text
+
+
+def _time_steps(configs: dict[str, PretrainConfig], dataset: TokenDataset) -> dict[str, list[float]]:
+    """Time training steps of plain, meta, and pause: the plain model on the meta model's very tokens."""
+    meta = configs["meta"]
+    timed = {**configs, "pause": meta.model_copy(update={"model": configs["plain"].model})}
+    steps = {name: _training_step(config, config.injection, dataset) for name, config in timed.items()}
+    return time_in_turns(steps, rounds=SPEED_ROUNDS)
+
+
+def _training_step(config: PretrainConfig, injection: Injection, dataset: TokenDataset) -> Callable[[], None]:
+    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate, fused=True)
+    loader = BatchLoader(
+        TokenBlocks(dataset, "train", config.text_tokens_per_block),
+        injection=injection,
+        block_size=config.data.block_size,
+        batch_blocks=config.training.batch_blocks,
+        seed=config.seed,
+        meta_token_id=dataset.vocab_size,
+        loss_policy=config.model.loss_policy,
+    )
+    batch = loader.batch_at(0).to_model_inputs()
+
+    def step() -> None:
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

@@ -1,0 +1,114 @@
+"""Pre-training runs of a few seconds in processes of their own, for tests that kill them.
+
+The processes are forked from a server that has imported the package once, so that each starts in milliseconds.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metatokens import load_preset, pretrain
+from metatokens.config.schema import PretrainConfig
+from metatokens.errors import MetaTokensError, Preempted
+
+STEPS = 40
+SMALL = f"""
+extends: tiny/meta
+model: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}}
+data: {{block_size: 64}}
+schedule: {{warmup_steps: 5}}
+training: {{duration: {{kind: steps, steps: {STEPS}}}, batch_blocks: 12, micro_batch_blocks: 4, device: cpu}}
+evaluation: {{interval_steps: 10, blocks: 12}}
+checkpoint: {{interval_steps: 4}}
+logging: {{interval_steps: 1}}
+"""
+DEADLINE_SECONDS = 300  # seconds suffice, but not on a machine that is busy with something else
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["metatokens.training.loop", "torch._dynamo"])  # DDP imports dynamo
+
+
+def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:
+    preset.parent.mkdir(parents=True, exist_ok=True)
+    preset.write_text(SMALL)
+    return load_preset(preset, ["--data.path", str(tokens), *overrides])
+
+
+def start(config: PretrainConfig, out: Path, *, world_size: int = 1) -> list[Any]:
+    """Start the processes of a run, with the environment that torchrun would give them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = []
+    for rank in range(world_size):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = processes.Process(target=_run, args=(config, out, {k: str(v) for k, v in environment.items()}))
+        process.start()
+        started.append(process)
+    return started
+
+
+def wait(started: Sequence[Any]) -> list[int]:
+    """Return the exit codes."""
+    for process in started:
+        process.join(DEADLINE_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def run(config: PretrainConfig, out: Path, *, world_size: int = 1) -> list[int]:
+    return wait(start(config, out, world_size=world_size))
+
+
+def _run(config: PretrainConfig, out: Path, environment: dict[str, str]) -> None:
+    faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        pretrain(config, out, show_progress=False)
+    except (MetaTokensError, Preempted) as error:
+        out.with_name(f"{out.name}.error").write_text(str(error))
+        sys.exit(error.exit_code)
+
+
+def wait_for_step(out: Path, step: int, started: Sequence[Any]) -> None:
+    """Wait until a run has done a step."""
+
+    def reached() -> bool:
+        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+        return any(json.loads(line)["step"] >= step for line in text.splitlines(keepends=True) if line.endswith("\n"))
+
+    wait_until(reached, started)
+
+
+def wait_until(condition: Callable[[], bool], started: Sequence[Any]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert all(process.is_alive() for process in started), "a process ended too early"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.002)
+
+
+def losses(out: Path, name: str = "loss_hex") -> dict[int, str]:
+    """Return the last value that metrics.jsonl has for each step."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def numbers(out: Path, name: str = "loss_hex") -> list[float]:
+    return [float.fromhex(value) for value in losses(out, name).values()]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()

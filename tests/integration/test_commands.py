@@ -1,0 +1,323 @@
+"""Every verb with its output and its exit code, through the entry point of the console command."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metatokens.cli import main
+from metatokens.errors import UsageError
+
+TINY = """
+extends: tiny/meta
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}
+data: {block_size: 64}
+training: {duration: {kind: steps, steps: 6}, batch_blocks: 8, micro_batch_blocks: 8}
+evaluation: {interval_steps: 3, blocks: 4}
+checkpoint: {interval_steps: 3}
+"""
+SENTENCES = "The quick brown fox jumps over the lazy dog. A number such as {n}, and then {m}; nothing more!\n"
+
+
+@dataclass(frozen=True)
+class Done:
+    stdout: str
+    stderr: str
+
+
+def metatokens(*arguments: str | Path, code: int = 0) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            found = main([str(argument) for argument in arguments])
+        except SystemExit as exit_of_help:
+            found = exit_of_help.code
+    assert found == code, err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
+def error_line(*arguments: str | Path, code: int) -> str:
+    done = metatokens(*arguments, code=code)
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert "expected" in lines[0]
+    assert "found" in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    books = folder / "books"
+    books.mkdir()
+    for book in range(12):
+        text = "".join(SENTENCES.format(n=n * book, m=n + book) for n in range(40))
+        (books / f"{book}.txt").write_text(text)
+    (folder / "tiny.yaml").write_text(TINY)
+    prepared = metatokens(
+        *("prepare", books, "--out", folder / "tokens", "--vocab-size", "300", "--validation-fraction", "0.3", "--json")
+    )
+    assert json.loads(prepared.stdout)["vocab_size"] == 300
+    trained = metatokens(
+        *("pretrain", folder / "tiny.yaml", "--data.path", folder / "tokens", "--out", folder / "run", "--json")
+    )
+    assert json.loads(trained.stdout)["steps"] == 6
+    return folder
+
+
+def test_help_answers_quickly_and_imports_no_torch():
+    code = """
+import sys, metatokens.cli as cli
+try: cli.main(["--help"])
+except SystemExit: pass
+print("torch" in sys.modules)
+"""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    # the promise is half a second on an idle machine; benchmarks/ has the figure
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("verb", ["demo", "prepare", "pretrain", "perplexity", "generate", "info"])
+def test_every_verb_explains_itself(verb):
+    assert verb in metatokens(verb, "--help").stdout
+
+
+def test_help_of_pretrain_lists_every_field_with_its_documentation():
+    text = metatokens("pretrain", "--help").stdout
+    assert "--injection.ratio [0.1]" in text
+    assert "k: the share of a block's positions that are meta-tokens." in text
+
+
+def test_dry_run_of_pretrain_says_what_would_happen_and_writes_nothing(work):
+    done = metatokens(
+        *("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out", work / "none", "--dry-run", "--json")
+    )
+    plan = json.loads(done.stdout)
+    assert plan["steps"] == 6
+    assert plan["text_tokens_per_step"] == 8 * 58
+    assert not (work / "none").exists()
+
+
+def test_pretrain_continued_after_its_end_is_already_complete(work):
+    before = (work / "run/model/model.safetensors").stat().st_mtime_ns
+    done = metatokens(
+        *("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out", work / "run", "--json")
+    )
+    assert json.loads(done.stdout)["steps"] == 6
+    assert (work / "run/model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_runs_config_is_a_preset_that_equals_the_run(work):
+    config = yaml.safe_load((work / "run/config.yaml").read_text())
+    assert config["model"]["hidden_size"] == 32
+    assert json.loads(metatokens("info", work / "run/config.yaml", "--json").stdout)["block_meta_tokens"] == 6
+
+
+def test_perplexity_scores_every_token_once_whatever_the_injection(work):
+    results = [
+        json.loads(
+            metatokens(
+                *("perplexity", work / "run", work / "books", "--window", "50", "--injection", kind, "--json")
+            ).stdout
+        )
+        for kind in ("none", "periodic", "uniform")
+    ]
+    assert len({result["text_tokens"] for result in results}) == 1
+    assert all(result["non_overlapping"]["perplexity"]["low"] is not None for result in results)
+    assert len({result["non_overlapping"]["nats"] for result in results}) == 3
+
+
+def test_generate_hides_meta_tokens_unless_asked_to_show_them(work):
+    command = ("generate", work / "run", "The quick", "--max-text-tokens", "20", "--every", "5")
+    assert "_PAUSE_" not in metatokens(*command).stdout
+    assert "_PAUSE_" in metatokens(*command, "--show-meta").stdout
+
+
+def test_generate_repeats_itself_with_the_same_seed(work):
+    command = ("generate", work / "run", "The quick", "--max-text-tokens", "20", "--seed")
+    assert metatokens(*command, "3").stdout == metatokens(*command, "3").stdout
+
+
+def test_the_console_command_reads_a_prompt_from_standard_input_and_ends_with_the_exit_code(work):
+    command = [sys.executable, "-m", "metatokens.cli", "generate"]
+    done = subprocess.run(
+        [*command, work / "run", "--max-text-tokens", "4"], input="A number", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("A number")
+    assert subprocess.run([*command, work], capture_output=True, check=False).returncode == 4
+
+
+def test_info_gives_the_papers_sizes():
+    sizes = {
+        "paper/gpt2-124m": 124_439_808,
+        "paper/meta-learned-152m": 152_788_224,
+        "paper/meta-rope-152m": 152_001_792,
+        "paper/gpt2-16-layers": 152_791_296,
+    }
+    for preset, size in sizes.items():
+        result = json.loads(metatokens("info", preset, "--json").stdout)
+        assert result["parameters_at_text_vocabulary"] == size
+        assert preset != "paper/meta-rope-152m" or result["differs_from_the_paper"] == []
+
+
+def test_info_of_a_checkpoint_counts_its_parameters(work):
+    from safetensors.torch import load_file
+
+    stored = sum(tensor.numel() for tensor in load_file(work / "run/model/model.safetensors").values())
+    assert json.loads(metatokens("info", work / "run", "--json").stdout)["parameters"] == stored
+
+
+# Bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_verb_is_one_line():
+    assert "invalid choice" in error_line("pretrian", code=2)
+
+
+def test_an_unknown_preset_comes_with_a_suggestion():
+    assert "did you mean 'tiny/meta'?" in error_line("pretrain", "tiny/mta", code=2)
+
+
+def test_a_misspelt_key_comes_with_a_suggestion():
+    line = error_line("pretrain", "tiny/meta", "--model.hiden_size", "64", code=2)
+    assert "did you mean 'model.hidden_size'?" in line
+
+
+@pytest.mark.parametrize("ratio", ["1.0", "-0.1", "nan", "0.999"])
+def test_a_ratio_that_leaves_no_text_or_none_at_all_is_refused(ratio):
+    assert "ratio" in error_line("pretrain", "tiny/meta", "--injection.ratio", ratio, code=2)
+
+
+def test_a_missing_file_is_a_data_error(tmp_path):
+    assert "missing.txt" in error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_file_is_a_data_error(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    error_line("prepare", tmp_path / "empty.txt", "--out", tmp_path / "out", code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_not_utf8_is_a_data_error_with_its_offset(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
+    assert "5" in error_line("prepare", tmp_path / "bad.txt", "--out", tmp_path / "out", code=3)
+
+
+def test_a_corpus_shorter_than_one_block_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    metatokens(
+        "prepare",
+        tmp_path / "short.txt",
+        "--out",
+        tmp_path / "tokens",
+        "--vocab-size",
+        "300",
+        "--validation-fraction",
+        "0",
+    )
+    line = error_line("pretrain", "tiny/meta", "--data.path", tmp_path / "tokens", "--out", tmp_path / "run", code=2)
+    assert "tokens" in line
+
+
+def test_an_altered_shard_is_a_data_error_that_names_it(work, tmp_path):
+    shutil.copytree(work / "tokens", tmp_path / "tokens")
+    shard = tmp_path / "tokens/train-00000.ds"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    line = error_line(
+        "pretrain", work / "tiny.yaml", "--data.path", tmp_path / "tokens", "--out", tmp_path / "r", code=3
+    )
+    assert "train-00000.ds" in line
+    shard.write_bytes(content[:-2])
+    line = error_line(
+        "pretrain", work / "tiny.yaml", "--data.path", tmp_path / "tokens", "--out", tmp_path / "r", code=3
+    )
+    assert "train-00000.ds" in line
+
+
+def test_a_tokenizer_that_does_not_match_the_shards_is_a_data_error(work, tmp_path):
+    shutil.copytree(work / "tokens", tmp_path / "tokens")
+    tokenizer = tmp_path / "tokens/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("true", "false", 1))
+    line = error_line(
+        "pretrain", work / "tiny.yaml", "--data.path", tmp_path / "tokens", "--out", tmp_path / "r", code=3
+    )
+    assert "tokenizer.json" in line
+
+
+def test_a_block_longer_than_the_model_is_refused(work):
+    line = error_line("pretrain", work / "tiny.yaml", "--data.block_size", "128", code=2)
+    assert "128" in line
+    assert "64" in line
+
+
+def test_a_window_longer_than_the_model_is_refused(work):
+    line = error_line("perplexity", work / "run", work / "books", "--window", "100", code=2)
+    assert "100" in line
+    assert "64" in line
+
+
+def test_a_prompt_longer_than_the_model_is_refused(work):
+    assert "64" in error_line("generate", work / "run", "word " * 200, "--json", code=2)
+
+
+def test_a_folder_that_is_no_checkpoint_is_a_checkpoint_error(tmp_path):
+    error_line("generate", tmp_path, "text", code=4)
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_a_checkpoint_error(work, tmp_path):
+    shutil.copytree(work / "run/model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 32}))
+    error_line("generate", tmp_path / "model", "text", "--json", code=4)
+
+
+def test_a_damaged_weights_file_is_a_checkpoint_error(work, tmp_path):
+    shutil.copytree(work / "run/model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    error_line("generate", tmp_path / "model", "text", "--json", code=4)
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(work, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "run"
+    error_line("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out", out, code=2)
+    error_line("prepare", work / "books", "--out", out, "--vocab-size", "300", code=2)
+
+
+def test_debug_raises_the_error_with_its_traceback():
+    with pytest.raises(UsageError):
+        main(["pretrain", "tiny/mta", "--debug"])
+
+
+@pytest.mark.slow
+def test_the_demonstration_runs_at_a_small_size_and_again(tmp_path):
+    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "15000")
+    shown = metatokens(*command)
+    assert "from_pretrained(" in shown.stdout
+    result = json.loads(metatokens(*command, "--json").stdout)
+    assert result["plain"]["text_tokens"] == result["meta"]["text_tokens"]
+    assert result["meta"]["parameters"] - result["plain"]["parameters"] == 4 * (4 * 128 * 128 + 4 * 128)
+    assert result["meta"]["perplexity"]["low"] < result["meta"]["perplexity"]["high"]
+    code = (
+        "import sys, metatokens; from transformers import AutoModelForCausalLM\n"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_parameters())"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, result["meta"]["model"]], capture_output=True, text=True, check=True
+    )
+    assert int(loaded.stdout) == result["meta"]["parameters"]

@@ -1,0 +1,159 @@
+"""What a run can be told changes how it computes, not what; and it learns."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pretraining_runs import numbers, small_config, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from metatokens.config.schema import PretrainConfig
+from metatokens.data.shards import TokenDataset
+from metatokens.errors import NumericError, UsageError
+from metatokens.training.checkpoint import find_checkpoint, read_state
+from metatokens.training.loop import plan, pretrain
+
+Config = Callable[..., PretrainConfig]
+STEPS = 8
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="module")
+def config(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    preset = tmp_path_factory.mktemp("preset") / "small.yaml"
+    steps = ["--training.duration.steps", str(STEPS)]
+    return lambda *overrides: small_config(preset, tokens, *steps, *overrides)
+
+
+@pytest.fixture(scope="module")
+def reference(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "run"
+    pretrain(config("--training.micro_batch_blocks", "12"), out, show_progress=False)
+    return out
+
+
+PLAIN = ("--model.meta_attention_layers", "none", "--injection.kind", "none", "--data.block_size", "58")
+
+
+@pytest.mark.parametrize("changes", [(), PLAIN, ("--model.loss_policy", "retarget")], ids=["meta", "plain", "retarget"])
+def test_the_loss_falls_far_below_that_of_guessing(config: Config, tmp_path: Path, changes: tuple[str, ...]):
+    learn = ["--training.duration.steps", "50", "--optimizer.learning_rate", "1e-2"]
+    result = pretrain(config(*learn, *changes), tmp_path / "run", show_progress=False)
+    losses = numbers(tmp_path / "run")
+    assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.3)
+    assert result.final_loss == losses[-1] < 0.4 * math.log(VOCABULARY)
+    assert result.validation_loss is not None
+    assert result.validation_loss < 0.4 * math.log(VOCABULARY)
+
+
+@pytest.mark.parametrize("micro_batch_blocks", [1, 4])
+def test_accumulated_micro_batches_train_as_one_batch(
+    config: Config, reference: Path, tmp_path: Path, micro_batch_blocks: int
+):
+    changed = config("--training.micro_batch_blocks", str(micro_batch_blocks))
+    pretrain(changed, tmp_path / "run", show_progress=False)
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(reference), rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_equal_losses(config: Config, reference: Path, tmp_path: Path):
+    changed = config("--training.micro_batch_blocks", "12", "--training.gradient_checkpointing", "true")
+    pretrain(changed, tmp_path / "run", show_progress=False)
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(reference), rel=1e-6)
+
+
+def test_the_same_run_twice_gives_the_same_bits(config: Config, reference: Path, tmp_path: Path):
+    pretrain(config("--training.micro_batch_blocks", "12"), tmp_path / "run", show_progress=False)
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+def test_bfloat16_learns_and_keeps_float32_weights(config: Config, tmp_path: Path):
+    changed = config("--training.precision", "bfloat16", "--training.duration.steps", "20")
+    pretrain(changed, tmp_path / "run", show_progress=False)
+    losses = numbers(tmp_path / "run")
+    assert losses[-1] < losses[0] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_step_gives_the_same_losses(config: Config, tmp_path: Path):
+    one_layer = [
+        "--model.num_hidden_layers",
+        "1",
+        "--training.duration.steps",
+        "4",
+        "--training.micro_batch_blocks",
+        "6",
+    ]
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        changed = config(*one_layer, "--evaluation.interval_steps", "off", "--training.compile", compiled)
+        pretrain(changed, tmp_path / name, show_progress=False)
+    assert numbers(tmp_path / "compiled") == pytest.approx(numbers(tmp_path / "eager"), rel=1e-4)
+
+
+def test_a_finished_run_loads_as_a_hugging_face_model_with_its_tokenizer(reference: Path):
+    model = AutoModelForCausalLM.from_pretrained(reference / "model")
+    tokenizer = AutoTokenizer.from_pretrained(reference / "model")
+    assert type(model).__name__ == "MetaTokenForCausalLM"
+    ids = tokenizer("the cat sat on the mat.", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    assert sorted(path.name for path in reference.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "lock",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+        "versions.json",
+    ]
+
+
+def test_tokens_are_counted_apart(config: Config, reference: Path, tokens: Path):
+    result = pretrain(config("--training.micro_batch_blocks", "12"), reference, show_progress=False)
+    assert (result.text_tokens, result.meta_tokens) == (STEPS * 12 * 58, STEPS * 12 * 6)
+    with TokenDataset.open(tokens) as dataset:
+        planned = plan(config(), dataset)
+    assert (planned["text_tokens"], planned["steps"]) == (result.text_tokens, STEPS)
+    assert planned["parameters"] == result.num_parameters
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_the_fourth_in_a_row_ends_the_run(
+    config: Config, tmp_path: Path
+):
+    # the first step throws the weights so far that the forward pass overflows from then on
+    changed = config(
+        *["--optimizer.learning_rate", "1e30", "--optimizer.weight_decay", "0", "--schedule.warmup_steps", "0"],
+        *["--checkpoint.interval_steps", "1", "--checkpoint.keep", "9", "--evaluation.interval_steps", "off"],
+    )
+    with (
+        pytest.warns(UserWarning, match="its gradient is not finite"),
+        pytest.raises(NumericError, match="4 steps in a row") as caught,
+    ):
+        pretrain(changed, tmp_path / "run", show_progress=False)
+    assert caught.value.exit_code == 5
+    folder = tmp_path / "run" / "checkpoints"
+    last = find_checkpoint(folder)
+    assert last == folder / "step-00000004"
+    assert read_state(last).skipped_steps == 3
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (last / file).read_bytes() == (folder / "step-00000001" / file).read_bytes()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_without_a_data_path_the_remedy_is_named(config: Config, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"data\.path: .* run `metatokens prepare`"):
+        pretrain(config("--data.path", "null"), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_shorter_than_a_batch_is_refused(config: Config, tmp_path: Path):
+    changed = config("--training.batch_blocks", "4000")
+    with pytest.raises(UsageError, match="at least one batch of 4000 blocks"):
+        pretrain(changed, tmp_path / "run", show_progress=False)

@@ -1,0 +1,199 @@
+"""A run that is killed, stopped or damaged ends with the bits of one that was left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from pretraining_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
+
+from metatokens.config.schema import PretrainConfig
+from metatokens.data.shards import TokenDataset
+from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
+from metatokens.training.checkpoint import find_checkpoint, read_state
+from metatokens.training.loop import pretrain
+
+Config = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="module")
+def config(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    preset = tmp_path_factory.mktemp("preset") / "small.yaml"
+    return lambda *overrides: small_config(preset, tokens, *overrides)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run(config("--checkpoint.keep", "100"), out) == [0]
+    return out
+
+
+def assert_identical(out: Path, reference: Path) -> None:
+    assert losses(out) == losses(reference)
+    assert losses(out, "validation_loss_hex") == losses(reference, "validation_loss_hex")
+    assert weights(out) == weights(reference)
+
+
+def cut_off_after(reference: Path, step: int, out: Path) -> Path:
+    """Make the folder of a run that was killed some time after its checkpoint of this step."""
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "model")
+    for path in (out / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return out
+
+
+def test_a_run_that_is_killed_at_random_steps_ends_with_the_same_bits(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out, draw = tmp_path / "run", random.Random(5)
+    done = 0
+    for _ in range(3):
+        done = draw.randint(done + 1, done + 8)
+        started = start(config(), out)
+        wait_for_step(out, done, started)
+        os.kill(started[0].pid, signal.SIGKILL)
+        assert wait(started) == [-signal.SIGKILL]
+        done = max(losses(out))
+    assert not (out / "model").exists()
+    assert run(config(), out) == [0]
+    assert_identical(out, uninterrupted)
+
+
+def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    started = start(config("--checkpoint.interval_steps", "1"), out)
+    wait_until(lambda: any((out / "checkpoints").glob(".step-*3.tmp-*")), started)
+    os.kill(started[0].pid, signal.SIGKILL)
+    wait(started)
+    assert run(config(), out) == [0]
+    assert not list(out.glob("**/.*.tmp-*"))
+    assert_identical(out, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75_and_goes_on_with_the_same_bits(
+    config: Config, uninterrupted: Path, tmp_path: Path, number: int
+):
+    out = tmp_path / "run"
+    started = start(config("--checkpoint.interval_steps", "off"), out)
+    wait_for_step(out, 6, started)
+    os.kill(started[0].pid, number)
+    assert wait(started) == [75]
+    stopped_after = max(losses(out))
+    assert f"after step {stopped_after}" in out.with_name("run.error").read_text()
+    checkpoint = find_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    assert read_state(checkpoint).step == stopped_after < STEPS
+    assert run(config(), out) == [0]
+    assert_identical(out, uninterrupted)
+
+
+def test_resuming_a_finished_run_does_nothing_and_ends_well(config: Config, uninterrupted: Path, tmp_path: Path):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "checkpoints" in path.parts}
+    result = pretrain(config(), out, show_progress=False)
+    measured = json.loads((uninterrupted / "result.json").read_text())
+    assert asdict(result) == {**measured, "run": str(out), "model": str(out / "model")}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert_identical(out, uninterrupted)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = cut_off_after(uninterrupted, 0, tmp_path / "run")
+    pretrain(config(), out, show_progress=False)
+    assert_identical(out, uninterrupted)
+
+
+def test_a_run_goes_on_from_the_previous_checkpoint_if_the_newest_is_damaged(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = cut_off_after(uninterrupted, 24, tmp_path / "run")
+    os.truncate(out / "checkpoints" / "step-00000024" / "optimizer.safetensors", 1000)
+    with pytest.warns(UserWarning, match=r"passed over: .*step-00000024/optimizer\.safetensors"):
+        pretrain(config("--checkpoint.keep", "1"), out, show_progress=False)
+    assert_identical(out, uninterrupted)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = cut_off_after(uninterrupted, 4, tmp_path / "run")
+    os.truncate(out / "checkpoints" / "step-00000004" / "model.safetensors", 1000)
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="step-00000004"):
+        pretrain(config(), out, show_progress=False)
+
+
+def test_a_resume_at_the_very_end_of_an_epoch_ends_with_the_same_bits(tokens: Path, config: Config, tmp_path: Path):
+    with TokenDataset.open(tokens) as dataset:
+        num_blocks = (dataset.num_tokens("train") - 1) // config().text_tokens_per_block
+    overrides = ["--training.batch_blocks", str(num_blocks), "--training.micro_batch_blocks", str(num_blocks)]
+    overrides += ["--training.duration.steps", "3", "--checkpoint.interval_steps", "1", "--checkpoint.keep", "3"]
+    pretrain(config(*overrides), tmp_path / "whole", show_progress=False)
+    out = cut_off_after(tmp_path / "whole", 1, tmp_path / "run")
+    pretrain(config(*overrides), out, show_progress=False)
+    assert_identical(out, tmp_path / "whole")
+
+
+def test_a_run_with_dropout_goes_on_with_the_same_bits(config: Config, tmp_path: Path):
+    overrides = ["--model.hidden_dropout", "0.2", "--model.attention_dropout", "0.2"]
+    overrides += ["--training.duration.steps", "6", "--checkpoint.interval_steps", "2", "--checkpoint.keep", "9"]
+    pretrain(config(*overrides), tmp_path / "whole", show_progress=False)
+    out = cut_off_after(tmp_path / "whole", 4, tmp_path / "run")
+    pretrain(config(*overrides), out, show_progress=False)
+    assert_identical(out, tmp_path / "whole")
+
+
+def test_a_resume_with_a_changed_key_is_refused(config: Config, uninterrupted: Path):
+    with pytest.raises(UsageError, match=r"optimizer\.learning_rate: expected 0\.002"):
+        pretrain(config("--optimizer.learning_rate", "1e-3"), uninterrupted, show_progress=False)
+
+
+def test_a_resume_with_other_tokens_is_refused(config: Config, uninterrupted: Path, other_tokens: Path):
+    with pytest.raises(DataError) as caught:
+        pretrain(config("--data.path", str(other_tokens)), uninterrupted, show_progress=False)
+    with TokenDataset.open(other_tokens) as dataset:
+        assert dataset.content_id in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_run_folder_in_use_is_refused(config: Config, tmp_path: Path):
+    started = start(config("--training.duration.steps", "5000"), tmp_path / "run")
+    try:
+        wait_for_step(tmp_path / "run", 1, started)
+        with pytest.raises(UsageError, match=f"locked by process {started[0].pid}"):
+            pretrain(config("--training.duration.steps", "5000"), tmp_path / "run", show_progress=False)
+    finally:
+        started[0].kill()
+        wait(started)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused_before_training(config: Config, small_disk: Path):
+    with pytest.raises(ResourceError, match="for two checkpoints"):
+        pretrain(config(), small_disk / "run", show_progress=False)
+    assert not (small_disk / "run" / "metrics.jsonl").exists()
