@@ -390,7 +390,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_preset(options.preset, options.overrides)
     from metatokens.training.distributed import is_main_process
-    from metatokens.training.loop import open_dataset, plan, pretrain
+    from metatokens.training.pretraining import open_dataset, plan, pretrain
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
