@@ -24,6 +24,8 @@ from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import DataError, NumericError, Preempted, ResourceError
+from metatokens.model import MetaTokenConfig
+from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import (
     TrainingState,
@@ -113,6 +115,16 @@ def train(
         return _Run(config, make_job(), folder, processes).train(
             show_progress=show_progress, label=label or folder.path.name
         )
+
+
+def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
+    """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
+    num_positions = batch.input_ids.shape[1]
+    num_meta = round(batch.num_meta / batch.num_rows)
+    num_logits = round(batch.num_targets / batch.num_rows)
+    return batch.num_rows * training_flops(
+        config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits
+    )
 
 
 class _Run:

@@ -6,15 +6,13 @@ from typing import Any
 import torch
 
 from metatokens.config.schema import PretrainConfig
-from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
+from metatokens.data.loader import BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
-from metatokens.model import MetaTokenConfig
-from metatokens.model.accounting import training_flops
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
-from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, train
+from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 
 
@@ -65,16 +63,6 @@ def open_dataset(config: PretrainConfig) -> TokenDataset:
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:
     """Return the arguments of `build_model` that come from the tokens."""
     return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
-
-
-def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
-    """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
-    num_positions = batch.input_ids.shape[1]
-    num_meta = round(batch.num_meta / batch.num_rows)
-    num_logits = round(batch.num_targets / batch.num_rows)
-    return batch.num_rows * training_flops(
-        config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits
-    )
 
 
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> Job:
