@@ -146,6 +146,14 @@ def _add_perplexity(verbs: Any) -> None:
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
     )
     parser.add_argument("--ratio", type=float, default=0.1, help="share of positions that are meta-tokens")
+    parser.add_argument(
+        "--intervention",
+        action="append",
+        metavar="KIND",
+        default=[],
+        help="what is changed at the meta-tokens, several times to combine: zero_embedding, mean_embedding, "
+        "token_embedding=ID, zero_position, no_position_edges, no_meta_attention[=LAYER,LAYER...]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the uniform injection")
     parser.add_argument("--max-documents", type=int, help="stop after so many documents")
     parser.add_argument("--max-tokens", type=int, help="score the first so many text tokens of each document")
@@ -306,6 +314,7 @@ def _show_perplexity(result: Any) -> None:
         "text tokens": result.text_tokens,
         "window": f"{result.text_tokens_per_window} text tokens, {result.positions_per_window} positions",
         "injection": result.injection["kind"],
+        "interventions": [intervention["kind"] for intervention in result.interventions] or None,
     }
     for name, scores in (("non-overlapping", result.non_overlapping), (f"sliding by {result.stride}", result.sliding)):
         rows[f"perplexity, {name}"] = _interval(scores.perplexity)
@@ -405,9 +414,12 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _perplexity(options: argparse.Namespace) -> int:
     from metatokens.data.sources import SourceOptions, iterate_documents
+    from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 
+    interventions = tuple(parse_intervention(text) for text in options.intervention)
     model = _load_model(options.checkpoint)
+    check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
     longest = model.config.max_sequence_length
     measured = PerplexityOptions(
@@ -415,6 +427,7 @@ def _perplexity(options: argparse.Namespace) -> int:
         window_unit=options.window_unit if options.window else "positions",
         stride=options.stride,
         injection=injection,
+        interventions=interventions,
         seed=options.seed,
         max_tokens_per_document=options.max_tokens,
         batch_size=options.batch_size,
@@ -425,6 +438,7 @@ def _perplexity(options: argparse.Namespace) -> int:
     if options.dry_run:
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
+        rows["interventions"] = options.intervention or None
         return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
     result = measure_perplexity(model, documents, _load_tokenizer(options.checkpoint), measured)
     return _emit(options, result, lambda: _show_perplexity(result))
