@@ -138,6 +138,36 @@ def test_perplexity_scores_every_token_once_whatever_the_injection(work):
     assert len({result["non_overlapping"]["nats"] for result in results}) == 3
 
 
+def test_perplexity_under_interventions_records_them(work):
+    base = ("perplexity", work / "run", work / "books", "--window", "50", "--injection", "periodic", "--json")
+    chosen = ("--intervention", "token_embedding=7", "--intervention", "no_position_edges")
+    plain, changed = (json.loads(metatokens(*base, *more).stdout) for more in ((), chosen))
+    assert plain["interventions"] == []
+    assert changed["interventions"] == [{"kind": "token_embedding", "token_id": 7}, {"kind": "no_position_edges"}]
+    assert changed["non_overlapping"]["nats"] != plain["non_overlapping"]["nats"]
+    assert json.loads(metatokens(*base, *chosen, "--dry-run").stdout)["interventions"] == list(chosen[1::2])
+
+
+@pytest.mark.filterwarnings("default:interventions act")  # as outside of pytest, where a warning is no error
+def test_an_intervention_without_meta_tokens_is_warned_of(work):
+    done = metatokens("perplexity", work / "run", work / "books", "--intervention", "zero_embedding", "--window", "50")
+    assert "warning: interventions act at meta-tokens" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        (("zero_embeding",), "did you mean zero_embedding"),
+        (("token_embedding=300",), "id 300"),
+        (("zero_embedding", "mean_embedding"), "at most one that changes the embedding"),
+        (("no_meta_attention=5",), "[5]"),
+    ],
+)
+def test_an_intervention_that_cannot_be_is_refused_before_any_work(work, chosen, named):
+    flags = [argument for kind in chosen for argument in ("--intervention", kind)]
+    assert named in error_line("perplexity", work / "run", work / "books", *flags, "--dry-run", code=2)
+
+
 def test_generate_hides_meta_tokens_unless_asked_to_show_them(work):
     command = ("generate", work / "run", "The quick", "--max-text-tokens", "20", "--every", "5")
     assert "_PAUSE_" not in metatokens(*command).stdout

@@ -25,11 +25,13 @@ its window, later text included, so its perplexity is not strictly causal; the o
 
 The windows are those of Landmark Attention (non-overlapping, but it drops the partial one) and YaRN (sliding by 256).
 Nats are natural logarithms, of probabilities in float32 at least and over the whole vocabulary, meta-token and padding
-included, as in training. To compare two models, give their documents' nats to `bootstrap_paired_ratio`.
+included, as in training. To compare two models, or one with and without an intervention, give their documents' nats
+to `bootstrap_paired_ratio`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +48,7 @@ from metatokens.config.schema import ExplicitInjection, Frozen, Injection, LossP
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_meta_tokens, sample_meta_positions
 from metatokens.data.tokenizer import TextEncoder, TokenIds, ends_clause_table
 from metatokens.errors import DataError, NumericError, UsageError
+from metatokens.evaluation.interventions import Intervention, check_interventions, intervene
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio
 from metatokens.generation.decoding import check_tokenizer, sequence_limit
 from metatokens.model.loss import LOGITS_CHUNK_ELEMENTS
@@ -76,6 +79,8 @@ class PerplexityOptions(Frozen):
     fewer. With S = a window's text tokens, sliding and non-overlapping windows are the same, and scored once."""
     injection: Injection = NoInjection()
     """Meta-tokens of a window."""
+    interventions: tuple[Intervention, ...] = ()
+    """What is changed at the meta-tokens; `mean_embedding` is the mean over the scored tokens."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the injection and of the bootstrap."""
     max_tokens_per_document: int | None = Field(None, ge=1)
@@ -154,6 +159,7 @@ class PerplexityResult:
     positions_per_window: int
     stride: int
     injection: dict[str, Any]
+    interventions: list[dict[str, Any]]
     seed: int
     loss_policy: LossPolicy
     max_tokens_per_document: int | None
@@ -195,7 +201,7 @@ def measure_perplexity(
     Raises:
         DataError: No document, or one without a token.
         UsageError: A window longer than the model, a stride longer than a window, meta-tokens for a model without
-            one, or a tokenizer that is not the model's.
+            one, an intervention that does not fit the model, or a tokenizer that is not the model's.
         NumericError: A loss that is not finite.
     """
     scorer = TokenScorer(model, tokenizer, options)
@@ -212,21 +218,14 @@ def measure_perplexity(
     was_training = model.training
     model.train(False)
     try:
-        for number, document in enumerate(encoded):
-            nats, *sliding = [
-                scorer.score(document.tokens, document_number=number, stride=stride, on_read=report)
-                for stride in strides
-            ]
-            sums.add(nats)
-            totals = (float(nats.sum()), float((*sliding, nats)[0].sum()))
-            if not np.isfinite(totals).all():
-                raise NumericError(
-                    document.name,
-                    expected="finite losses",
-                    found="one that is not finite",
-                    remedy="check the weights, or load the model in float32",
-                )
-            rows.append(DocumentScore(document.name, len(nats), document.words, *totals))
+        with intervene(model, options.interventions, np.bincount(np.concatenate([d.tokens for d in encoded]))):
+            for number, document in enumerate(encoded):
+                nats, *sliding = [
+                    scorer.score(document.tokens, document_number=number, stride=stride, on_read=report)
+                    for stride in strides
+                ]
+                sums.add(nats)
+                rows.append(_score_of(document, nats, (*sliding, nats)[0]))
     finally:
         model.train(was_training)
 
@@ -243,6 +242,7 @@ def measure_perplexity(
         positions_per_window=scorer.positions_per_window,
         stride=scorer.stride,
         injection=options.injection.model_dump(mode="json"),
+        interventions=[intervention.model_dump(mode="json") for intervention in options.interventions],
         seed=options.seed,
         loss_policy=scorer.loss_policy,
         max_tokens_per_document=options.max_tokens_per_document,
@@ -304,7 +304,10 @@ class TokenScorer:
                 found="meta_token_id None",
                 remedy="use injection.kind none",
             )
+        check_interventions(model, options.interventions)
         self.text_tokens_per_window, self.positions_per_window = _full_window(options)
+        if options.interventions and self.text_tokens_per_window == self.positions_per_window:
+            warnings.warn("interventions act at meta-tokens, and the injection puts none into a window", stacklevel=3)
         limit = sequence_limit(model)
         if limit is not None and self.positions_per_window > limit:
             raise UsageError(
@@ -520,6 +523,18 @@ def _progress_reporter(
         progress(done, total)
 
     return report
+
+
+def _score_of(document: _EncodedDocument, nats: FloatArray, sliding_nats: FloatArray) -> DocumentScore:
+    totals = (float(nats.sum()), float(sliding_nats.sum()))
+    if not np.isfinite(totals).all():
+        raise NumericError(
+            document.name,
+            expected="finite losses",
+            found="one that is not finite",
+            remedy="check the weights, or load the model in float32",
+        )
+    return DocumentScore(document.name, len(nats), document.words, *totals)
 
 
 def _window_scores(rows: list[DocumentScore], nats: list[float], seed: int) -> WindowScores:

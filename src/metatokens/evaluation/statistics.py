@@ -1,8 +1,9 @@
-"""Intervals for ratios of sums: the bootstrap over documents.
+"""Intervals for ratios of sums over documents, for accuracies, and for means over seeds and instances.
 
 Tokens of one document are not independent, documents nearly are; so whole documents are drawn again, with
 replacement, and the ratio of the sums (not the mean of the ratios) is taken of every draw. Percentile intervals: Efron
-1979. Standard errors over seeds or tests of models trained twice are not here.
+1979. The accuracy of one model has Wilson's interval (1927); that of several trainings the bootstrap over both seeds
+and instances. Tests of significance are not here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,7 @@ class Interval:
 
     estimate: float
     low: float | None
-    """None where a single document leaves nothing to resample; never NaN."""
+    """None where a single document or instance leaves nothing to resample; never NaN."""
     high: float | None
     """None where `low` is."""
     level: float = CONFIDENCE_LEVEL
@@ -69,8 +71,7 @@ def bootstrap_ratio(
         raise ValueError(f"one numerator and one denominator a document, not shapes {above.shape} and {below.shape}")
     if below.min() < 0 or below.sum() == 0:
         raise ValueError("denominators must not be negative and must not add up to 0")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level must lie in (0, 1) and resamples be at least 1, not {level} and {resamples}")
+    _check_drawing(resamples, level)
     estimate = float(above.sum() / below.sum())
     num_documents = len(above)
     if num_documents == 1:
@@ -83,8 +84,7 @@ def bootstrap_ratio(
         drawn = generator.integers(num_documents, size=(rows, num_documents))
         sums = below[drawn].sum(axis=1)
         ratios.append(above[drawn].sum(axis=1)[sums > 0] / sums[sums > 0])
-    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high), level)
+    return _percentile_interval(estimate, np.concatenate(ratios), level)
 
 
 def bootstrap_paired_ratio(
@@ -105,6 +105,138 @@ def bootstrap_paired_ratio(
     if above.shape != other.shape:
         raise ValueError(f"both models need a number for every document, not shapes {above.shape} and {other.shape}")
     return bootstrap_ratio(above - other, denominators, seed=seed, resamples=resamples, level=level)
+
+
+def wilson_interval(successes: int, trials: int, level: float = CONFIDENCE_LEVEL) -> Interval:
+    """Return the share of successes of independent trials with Wilson's score interval, which holds near 0 and 1 too.
+
+    With p the share, n the trials and z the normal quantile, (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) /
+    (1 + z^2 / n). Without a success `low` is exactly 0, without a failure `high` exactly 1.
+
+    Raises:
+        ValueError: no trial, successes outside 0..trials, or a `level` outside (0, 1).
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"successes must lie in 0..trials and trials be at least 1, not {successes} of {trials}")
+    _check_drawing(1, level)
+    share = successes / trials
+    square = NormalDist().inv_cdf((1 + level) / 2) ** 2 / trials
+    middle, half = share + square / 2, math.sqrt(square * (share * (1 - share) + square / 4))
+    low = (middle - half) / (1 + square) if successes else 0.0
+    high = (middle + half) / (1 + square) if successes < trials else 1.0
+    return Interval(share, low, high, level)
+
+
+def bootstrap_seeds_and_instances(
+    outcomes: Sequence[npt.ArrayLike],
+    *,
+    seed: int,
+    shared_instances: bool = True,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+) -> Interval:
+    """Return the mean over seeds of the mean over instances, with the percentile interval over both.
+
+    Every draw takes training seeds with replacement, and instances with replacement. One seed leaves the instances
+    alone: the interval is then that of this training, not of the method. Seeds count alike, whatever the number of
+    their instances. A pure function of its arguments.
+
+    How often the 95% interval holds the truth, simulated with 50 normal instances (a test holds these numbers):
+
+        what differs                                    shared_instances      3 seeds   5 seeds   10 seeds
+        the seeds alone                                 True or False           75%       84%       90%
+        noise of each seed and instance alone           True                    99%      100%      100%
+        the same                                        False                   96%       98%       99%
+        difficulty of instances shared by all seeds     True                    95%       94%       95%
+        the same                                        False                   80%       68%       52%
+
+    So no bootstrap sees beyond the few seeds it has; False is wrong for a fixed test set.
+
+    Args:
+        outcomes: one array a seed, one number an instance, such as 1 for a right answer and 0 for a wrong one.
+        seed: of the generator, PCG64.
+        shared_instances: True where entry i is the same instance for every seed, as on a fixed test set: it is drawn
+            for all seeds or for none, because what makes it hard does so for every seed. False where each seed has
+            instances of its own: drawn within each seed.
+        resamples: number of draws.
+        level: share of the draws inside of the interval.
+
+    Raises:
+        ValueError: no seed, a seed without an instance, a number that is not finite, shared instances of unequal
+            number, or a `level` outside (0, 1).
+    """
+    values = [np.asarray(outcome, dtype=np.float64) for outcome in outcomes]
+    if not values or any(v.ndim != 1 or not len(v) or not np.isfinite(v).all() for v in values):
+        raise ValueError(f"one array of finite outcomes a seed, not shapes {[v.shape for v in values]}")
+    lengths = [len(v) for v in values]
+    if shared_instances and len(set(lengths)) > 1:
+        raise ValueError(f"shared instances are as many for every seed, not {lengths}; or pass shared_instances=False")
+    _check_drawing(resamples, level)
+    estimate = float(np.mean([v.mean() for v in values]))
+    if len(values) == 1 and lengths == [1]:
+        return Interval(estimate, None, None, level)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    rows_at_a_time = max(1, _DRAWS_AT_A_TIME // (len(values) * max(lengths)))
+    means = [
+        _draw_means(values, min(rows_at_a_time, resamples - start), generator, shared_instances)
+        for start in range(0, resamples, rows_at_a_time)
+    ]
+    return _percentile_interval(estimate, np.concatenate(means), level)
+
+
+def bootstrap_paired_seeds_and_instances(
+    outcomes: Sequence[npt.ArrayLike],
+    other_outcomes: Sequence[npt.ArrayLike],
+    *,
+    seed: int,
+    shared_instances: bool = True,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+) -> Interval:
+    """Return the first arm's mean minus the other's, trained with the same seeds and tested on the same instances.
+
+    Every draw takes the same seeds and the same instances for both arms, so that what both find hard cancels. See
+    `bootstrap_seeds_and_instances`.
+    """
+    first, other = ([np.asarray(outcome, dtype=np.float64) for outcome in arm] for arm in (outcomes, other_outcomes))
+    shapes = [v.shape for v in first], [v.shape for v in other]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"both arms need an outcome for every seed and instance, not shapes {shapes[0]} and {shapes[1]}"
+        )
+    differences = [a - b for a, b in zip(first, other, strict=True)]
+    return bootstrap_seeds_and_instances(
+        differences, seed=seed, shared_instances=shared_instances, resamples=resamples, level=level
+    )
+
+
+def _draw_means(
+    values: list[npt.NDArray[np.float64]], rows: int, generator: np.random.Generator, shared_instances: bool
+) -> npt.NDArray[np.float64]:
+    """Return the means (rows,) of so many draws of seeds and instances."""
+    num_seeds = len(values)
+    seeds = generator.integers(num_seeds, size=(rows, num_seeds))
+    if shared_instances:
+        drawn = generator.integers(len(values[0]), size=(rows, len(values[0])))
+        of_seeds = np.stack([v[drawn].mean(axis=1) for v in values], axis=1)
+        means = np.take_along_axis(of_seeds, seeds, axis=1)
+    else:
+        means = np.empty(seeds.shape)
+        for index, v in enumerate(values):
+            here = seeds == index
+            means[here] = v[generator.integers(len(v), size=(int(here.sum()), len(v)))].mean(axis=1)
+    result: npt.NDArray[np.float64] = means.mean(axis=1)
+    return result
+
+
+def _check_drawing(resamples: int, level: float) -> None:
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level must lie in (0, 1) and resamples be at least 1, not {level} and {resamples}")
+
+
+def _percentile_interval(estimate: float, draws: npt.NDArray[np.float64], level: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high), level)
 
 
 def _exp(value: float) -> float:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import MetaTokenConfig
-from .positions import Rotary, rotate
+from .positions import Rotary
 
 
 def eager_attention(
@@ -57,18 +57,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size)
 
     def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys (both rotated) and values, each (B, H, T, D), of hidden states (B, T, C)."""
+        """Return queries and keys with their positions, and values, each (B, H, T, D), of hidden states (B, T, C)."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, key, rotary)
+        if rotary is not None:
+            query, key = rotary.apply(query, key)
         return query, key, value
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the projected output (B, T, C) and, where the backend has them, the weights (B, H, T, K)."""
+        if key.shape[-1] > query.shape[-1]:
+            key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)

@@ -129,9 +129,9 @@ class MetaStaticLayer(StaticLayer):
         """Write meta-tokens to their slots and return all slots, (B, H, capacity + 1, D)."""
         assert self.meta_keys is not None
         slots_BM = self.meta_slots(columns_BM)
-        index = slots_BM[:, None, :, None].expand(-1, keys_BHMD.shape[1], -1, keys_BHMD.shape[-1])
-        self.meta_keys.scatter_(2, index, keys_BHMD)
-        self.meta_values.scatter_(2, index, values_BHMD)
+        index = slots_BM[:, None, :, None]
+        self.meta_keys.scatter_(2, index.expand_as(keys_BHMD), keys_BHMD)
+        self.meta_values.scatter_(2, index.expand_as(values_BHMD), values_BHMD)
         self.meta_columns.scatter_(1, slots_BM, columns_BM)
         self.meta_count.add_((columns_BM >= 0).sum(-1))
         return self.meta_keys, self.meta_values

@@ -30,7 +30,7 @@ class MetaPack:
     valid: Tensor | None
     """(B, M) bool: False where a row has no such meta-token; None if all are real."""
     rotary: Rotary | None
-    """cos and sin at the meta-tokens' own positions, each (B, M, D)."""
+    """The meta-tokens' own positions."""
     mask: Any
     """Mask of the packed stream in the format of the attention backend."""
     columns: Tensor
@@ -110,7 +110,7 @@ def pack_meta_tokens(
         hidden: (B, T, C), for its shape, dtype and device.
         meta_token_mask: (B, T) bool, True at meta-tokens.
         meta_indices: (B, M) int64 from a collator, every entry a meta-token; spares a host synchronisation.
-        rotary: cos and sin of all T positions, or None.
+        rotary: the positions of all T tokens, or None.
         alibi_slopes: (H,), or None.
         past_key_values: the cache, or None.
         always: return a pack with one idle column rather than None when there is no meta-token; in training every
@@ -138,8 +138,7 @@ def pack_meta_tokens(
     elif config._attn_implementation == "eager" and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
 
-    if rotary is not None:
-        rotary = (_take_positions(rotary[0], index), _take_positions(rotary[1], index))
+    rotary = None if rotary is None else rotary.at(index)
     return MetaPack(index=index, valid=valid, rotary=rotary, mask=mask, columns=columns)
 
 
@@ -197,9 +196,3 @@ def _static_mask(layer: MetaStaticLayer, columns: Tensor) -> tuple[Tensor, Tenso
     mask = key_slots <= slots[..., None]  # a row that is no meta-token sees every slot; its output is dropped
     old = torch.zeros_like(key_slots).expand(len(columns), -1) if layer.meta_keys is None else layer.meta_columns
     return mask[:, None], old.scatter(1, slots, columns)
-
-
-def _take_positions(table: Tensor, index: Tensor) -> Tensor:
-    """Gather rows of cos or sin, (B or 1, T, D), at (B, M)."""
-    table = table.expand(index.shape[0], -1, -1)
-    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))

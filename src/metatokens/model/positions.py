@@ -6,14 +6,48 @@ packed meta-attention sees the distances that its tokens have in the whole seque
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each (B or 1, T, D)."""
+
+class Rotary(Protocol):
+    """How positions enter the queries and keys of T tokens; an attention knows nothing else of RoPE."""
+
+    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys, (B, H, T, any width), whose products are the scores.
+
+        Keys may be wider than queries, for the sake of later queries: the surplus is cached and not attended to.
+        """
+
+    def at(self, index_BM: Tensor) -> Self:
+        """Return the same for the tokens at `index_BM` (B, M) of each row."""
+
+
+class RotaryTables(NamedTuple):
+    """RoPE. A tuple, so that whatever moves or casts a layer's inputs finds the tensors in it."""
+
+    cos: Tensor
+    """(B or 1, T, D)."""
+    sin: Tensor
+    """(B or 1, T, D)."""
+
+    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by their positions; the shapes stay."""
+        query_BHTD, key_BHTD = apply_rotary_pos_emb(query_BHTD, key_BHTD, self.cos, self.sin)
+        return query_BHTD, key_BHTD
+
+    def at(self, index_BM: Tensor) -> Self:
+        """Return the tables (B, M, D) of the tokens at `index_BM`."""
+        return self._replace(cos=_take_positions(self.cos, index_BM), sin=_take_positions(self.sin, index_BM))
+
+
+def _take_positions(table: Tensor, index: Tensor) -> Tensor:
+    """Gather rows of cos or sin, (B or 1, T, D), at (B, M)."""
+    table = table.expand(index.shape[0], -1, -1)
+    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
 
 
 class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
@@ -33,13 +67,9 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
             self.inv_freq, self.original_inv_freq = (tensor.to(self.inv_freq.device) for tensor in exact)
         return self
 
-
-def rotate(query_BHTD: Tensor, key_BHTD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions; without rotary positions return them unchanged."""
-    if rotary is None:
-        return query_BHTD, key_BHTD
-    query_BHTD, key_BHTD = apply_rotary_pos_emb(query_BHTD, key_BHTD, *rotary)
-    return query_BHTD, key_BHTD
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> RotaryTables:
+        """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
+        return RotaryTables(*super().forward(hidden, position_ids))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

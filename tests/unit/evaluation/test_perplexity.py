@@ -27,6 +27,15 @@ from metatokens.data.tokenizer import (
     train_tokenizer,
 )
 from metatokens.errors import DataError, NumericError, UsageError
+from metatokens.evaluation.interventions import (
+    MeanEmbedding,
+    NoMetaAttention,
+    NoPositionEdges,
+    TokenEmbedding,
+    ZeroEmbedding,
+    ZeroPosition,
+    intervene,
+)
 from metatokens.evaluation.perplexity import (
     PerplexityOptions,
     PerplexityResult,
@@ -310,8 +319,60 @@ def test_text_without_a_word_has_no_word_perplexity(skip_model, tokenizer):
     assert result.non_overlapping.word_perplexity is None
 
 
+INTERVENTIONS = [
+    (ZeroEmbedding(),),
+    (MeanEmbedding(), ZeroPosition()),
+    (TokenEmbedding(token_id=5), NoPositionEdges(), NoMetaAttention(layers=(1,))),
+]
+
+
+@pytest.mark.parametrize("interventions", INTERVENTIONS, ids=lambda several: "+".join(i.kind for i in several))
+def test_interventions_score_what_the_changed_model_scores(skip_model, tokenizer, interventions):
+    fields = {"window": 16, "stride": 5, "injection": UniformInjection(ratio=0.3)}
+    plain = PerplexityOptions(**fields)
+    changed = measure_perplexity(
+        skip_model, DOCUMENTS, tokenizer, PerplexityOptions(interventions=interventions, **fields)
+    )
+    counts = np.bincount(np.concatenate(TextEncoder(tokenizer).encode_batch([LONG, SHORT])))
+    with intervene(skip_model, interventions, counts):
+        by_hand = measure_perplexity(skip_model, DOCUMENTS, tokenizer, plain)
+    assert changed.documents == by_hand.documents
+    untouched = measure_perplexity(skip_model, DOCUMENTS, tokenizer, plain)
+    assert changed.non_overlapping.nats != pytest.approx(untouched.non_overlapping.nats, abs=1e-3)
+    assert (untouched.interventions, by_hand.interventions) == ([], [])
+    assert changed.interventions == [i.model_dump(mode="json") for i in interventions]
+
+
+def test_mean_embedding_counts_the_scored_tokens_alone(skip_model, tokenizer):
+    fields = {"window": 16, "injection": UniformInjection(ratio=0.3), "max_tokens_per_document": 6}
+    changed = measure_perplexity(
+        skip_model, DOCUMENTS, tokenizer, PerplexityOptions(interventions=(MeanEmbedding(),), **fields)
+    )
+    ids = np.concatenate([row[:6] for row in TextEncoder(tokenizer).encode_batch([LONG, SHORT])])
+    with intervene(skip_model, (MeanEmbedding(),), np.bincount(ids)):
+        by_hand = measure_perplexity(skip_model, DOCUMENTS, tokenizer, PerplexityOptions(**fields))
+    assert changed.documents == by_hand.documents
+
+
+def test_interventions_without_a_meta_token_change_no_bit_and_warn(skip_model, tokenizer):
+    fields = {"window": 16, "stride": 5}
+    options = PerplexityOptions(interventions=(ZeroEmbedding(), NoPositionEdges(), NoMetaAttention()), **fields)
+    with pytest.warns(UserWarning, match="injection puts none"):
+        changed = measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
+    assert (
+        changed.documents == measure_perplexity(skip_model, DOCUMENTS, tokenizer, PerplexityOptions(**fields)).documents
+    )
+
+
+def test_intervention_that_does_not_fit_the_model_is_a_usage_error(tokenizer):
+    model = make_model(tokenizer, meta_attention_layers="none")
+    options = PerplexityOptions(window=8, injection=UniformInjection(), interventions=(NoMetaAttention(),))
+    with pytest.raises(UsageError, match="expected a model with meta-attention"):
+        measure_perplexity(model, DOCUMENTS, tokenizer, options)
+
+
 def test_json_of_the_result_follows_the_declared_schema(skip_model, tokenizer):
-    options = PerplexityOptions(window=16, injection=UniformInjection())
+    options = PerplexityOptions(window=16, injection=UniformInjection(), interventions=(NoMetaAttention(layers=(0,)),))
     result = measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
     adapter = TypeAdapter(PerplexityResult)
     text = json.dumps(asdict(result), allow_nan=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from metatokens.model import MetaTokenConfig
-from metatokens.model.positions import MetaTokenRotaryEmbedding, add_alibi, alibi_slopes, rotate
+from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes
 from tiny_models import assert_close, tiny_config
 
 THETA = 10_000.0
@@ -31,7 +31,7 @@ def wide_config(scaling: str | None) -> MetaTokenConfig:
     )
 
 
-def tables(config: MetaTokenConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def tables(config: MetaTokenConfig, positions: Tensor) -> RotaryTables:
     return MetaTokenRotaryEmbedding(config)(torch.zeros(1), positions[None])
 
 
@@ -86,16 +86,18 @@ def test_dynamic_scaling_leaves_the_trained_window_alone_and_returns_after_a_lon
 def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency() -> None:
     query, key = torch.randn(2, 1, 4, 10, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 2, 5, 9, 17, 100, 500, 1000, 1023])
-    rotated = rotate(query, key, tables(wide_config(None), positions))
+    rotated = tables(wide_config(None), positions).apply(query, key)
     turn = torch.polar(torch.ones(()), positions[:, None] * default_frequencies())
     for before, after in zip((query, key), rotated, strict=True):
         pairs = torch.complex(before[..., : HEAD_DIM // 2], before[..., HEAD_DIM // 2 :]) * turn
         assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), 1e-4)
 
 
-def test_rotation_without_tables_returns_the_inputs() -> None:
-    query, key = torch.randn(2, 1, 4, 10, HEAD_DIM)
-    assert rotate(query, key, None) == (query, key)
+def test_tables_at_an_index_are_those_of_its_positions_row_by_row() -> None:
+    whole = tables(wide_config(None), torch.arange(100))
+    index = torch.tensor([[3, 50], [0, 99]])
+    for picked, table in zip(whole.at(index), whole, strict=True):
+        assert torch.equal(picked, table[0][index])
 
 
 def test_alibi_slopes_of_a_power_of_two_are_geometric() -> None:

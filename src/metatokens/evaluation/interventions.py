@@ -1,0 +1,306 @@
+"""Interventions: what is changed at the meta-tokens at inference, and nowhere else (paper, Table 2).
+
+    with intervene(model, (ZeroEmbedding(), NoPositionEdges())):
+        model(...), model.generate(...), measure_perplexity(model, ...)
+
+They act on embeddings, on the rotation of queries and keys and on the output of the meta-attention, through hooks that
+go with the `with` block: no weight is edited, position ids stay (transformers takes ids that do not rise by one for
+packed documents), and without a meta-token in the input every one is the identity to the bit.
+
+Two of them remove positions, and they differ. `zero_position` gives a meta-token the rotation by angle zero: text then
+sees it as if it stood at position 0, so far away, and not without a position. `no_position_edges` leaves both sides of
+every attention edge that touches a meta-token unrotated, and all other edges as they were.
+
+Deleting meta-tokens is no intervention: leave out their injection.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from metatokens.config.schema import Frozen
+from metatokens.errors import UsageError
+from metatokens.evaluation.intervention_hooks import CacheMemory, CurrentForward, zero_output
+from metatokens.model import MetaTokenConfig, MetaTokenModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from metatokens.model import MetaTokenForCausalLM
+
+FloatArray = npt.NDArray[np.float64]
+
+_WIDE_BACKENDS = ("eager", "sdpa")  # flash and flex attention want values as wide as keys
+
+
+# What there is -----------------------------------------------------------------------------------------------
+
+
+class _Intervention(Frozen):
+    subject: ClassVar[str]
+    """What it changes; of those that change the same, one can act at a time."""
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Raise UsageError unless the model of `config` has what this changes."""
+        del config
+
+
+class ZeroEmbedding(_Intervention):
+    """The token embedding becomes zero; a learned position stays added (paper)."""
+
+    subject: ClassVar[str] = "embedding"
+    kind: Literal["zero_embedding"] = "zero_embedding"
+
+
+class MeanEmbedding(_Intervention):
+    """The token embedding becomes the mean over the tokens of the evaluated text, each as often as it occurs."""
+
+    subject: ClassVar[str] = "embedding"
+    kind: Literal["mean_embedding"] = "mean_embedding"
+
+
+class TokenEmbedding(_Intervention):
+    """The token embedding becomes that of an ordinary token."""
+
+    subject: ClassVar[str] = "embedding"
+    kind: Literal["token_embedding"] = "token_embedding"
+    token_id: int = Field(ge=0)
+    """Id of a text token."""
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Refuse an id that no text has."""
+        num_text_tokens = _num_text_tokens(config)
+        if self.token_id >= num_text_tokens:
+            expected = f"a text token, below {num_text_tokens}"
+            raise _misfit(self, expected, f"id {self.token_id}", "choose another token")
+
+
+class ZeroPosition(_Intervention):
+    """RoPE: rotated by angle zero, as position 0 is; learned positions: the zero vector."""
+
+    subject: ClassVar[str] = "position"
+    kind: Literal["zero_position"] = "zero_position"
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Refuse a model whose tokens have no position of their own."""
+        if config.position_encoding not in ("rope", "learned"):
+            found = f"{config.position_encoding}, under which a token carries no position that could be zeroed"
+            raise _misfit(self, "position_encoding rope or learned", found)
+
+
+class NoPositionEdges(_Intervention):
+    """RoPE: queries and keys unrotated on each attention edge with a meta-token at either end; other edges as ever."""
+
+    subject: ClassVar[str] = "position"
+    kind: Literal["no_position_edges"] = "no_position_edges"
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Refuse other positions than RoPE, and backends that want values as wide as keys."""
+        if config.position_encoding != "rope":
+            found = f"{config.position_encoding}, under which queries and keys are not rotated"
+            remedy = "use zero_position" if config.position_encoding == "learned" else "leave out the intervention"
+            raise _misfit(self, "position_encoding rope", found, remedy)
+        if config._attn_implementation not in _WIDE_BACKENDS:
+            expected = f"attn_implementation {' or '.join(_WIDE_BACKENDS)}"
+            raise _misfit(self, expected, str(config._attn_implementation), "load the model with one of them")
+
+
+class NoMetaAttention(_Intervention):
+    """Meta-attention adds nothing; the self-attention and feed-forward of the layer stay."""
+
+    subject: ClassVar[str] = "meta-attention"
+    kind: Literal["no_meta_attention"] = "no_meta_attention"
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Indices of the layers; off means all."""
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Refuse layers without meta-attention."""
+        having = _layers_with_meta_attention(config)
+        if not having:
+            raise _misfit(self, "a model with meta-attention", "one whose layers have none")
+        lacking = [layer for layer in self.layers or () if layer not in having]
+        if lacking:
+            raise _misfit(self, f"layers out of {having}, those with meta-attention", f"{lacking}", "name others")
+
+
+Intervention = Annotated[
+    ZeroEmbedding | MeanEmbedding | TokenEmbedding | ZeroPosition | NoPositionEdges | NoMetaAttention,
+    Field(discriminator="kind"),
+]
+
+KINDS: dict[str, type[Frozen]] = {cls.model_fields["kind"].default: cls for cls in get_args(get_args(Intervention)[0])}
+_ARGUMENTS = {"token_embedding": "token_id", "no_meta_attention": "layers"}
+
+
+def parse_intervention(text: str) -> Intervention:
+    """Read an intervention as written on the command line.
+
+    >>> parse_intervention("token_embedding=7"), parse_intervention("no_meta_attention=0,3")
+    (TokenEmbedding(kind='token_embedding', token_id=7), NoMetaAttention(kind='no_meta_attention', layers=(0, 3)))
+
+    Raises:
+        UsageError: No such kind, or an argument that is missing, wrong or not taken.
+    """
+    kind, has_argument, argument = text.partition("=")
+    fields: dict[str, Any] = {"kind": kind}
+    if has_argument:
+        fields[_ARGUMENTS.get(kind, "argument")] = argument.split(",") if kind == "no_meta_attention" else argument
+    try:
+        intervention: Intervention = TypeAdapter(Intervention).validate_python(fields)
+    except ValidationError:
+        nearest = difflib.get_close_matches(kind, KINDS, n=1)
+        written = {"token_embedding": "token_embedding=ID", "no_meta_attention": "no_meta_attention[=LAYER,LAYER...]"}
+        raise UsageError(
+            "intervention",
+            expected=f"one of {', '.join(written.get(k, k) for k in KINDS)}",
+            found=repr(text),
+            remedy=f"did you mean {written.get(nearest[0], nearest[0])}?" if nearest else "name one of them",
+        ) from None
+    return intervention
+
+
+def check_interventions(
+    model: PreTrainedModel | MetaTokenForCausalLM | nn.Module, interventions: Sequence[Intervention]
+) -> None:
+    """Raise UsageError unless the model has what each intervention changes, and no two change the same."""
+    if not interventions:
+        return
+    config = _decoder_of(model, interventions[0]).config
+    for number, intervention in enumerate(interventions):
+        others = [other.kind for other in interventions[:number] if other.subject == intervention.subject]
+        if others:
+            raise UsageError(
+                "interventions",
+                expected=f"at most one that changes the {intervention.subject}",
+                found=f"{others[0]} and {intervention.kind}",
+                remedy="run them one after the other",
+            )
+        intervention.check(config)
+
+
+@contextmanager
+def intervene(
+    model: PreTrainedModel | MetaTokenForCausalLM | nn.Module,
+    interventions: Sequence[Intervention],
+    token_counts: npt.ArrayLike | None = None,
+) -> Iterator[None]:
+    """Change what the interventions say at the meta-tokens, in every forward pass of the model within the block.
+
+    Works with and without a cache, with padding on either side and with `inputs_embeds` and `meta_token_mask`; not
+    under `torch.compile`. For `no_position_edges` a cache must be filled within the block, and its keys are three
+    times as wide.
+
+    Args:
+        model: A model of this package, or a wrapper around one.
+        interventions: At most one for each of embedding, position and meta-attention; none is the identity.
+        token_counts: (num_text_tokens,) how often each id occurs in the evaluated text; `mean_embedding` needs it.
+            The mean over the vocabulary is no substitute: most of a vocabulary is rare and hardly trained.
+
+    Raises:
+        UsageError: See `check_interventions`; or no or unusable `token_counts` for `mean_embedding`.
+    """
+    check_interventions(model, interventions)
+    if not interventions:
+        yield
+        return
+    decoder = _decoder_of(model, interventions[0])
+    kinds = {intervention.kind: intervention for intervention in interventions}
+    replacement = _replacement(decoder, interventions, token_counts)
+    forward = CurrentForward(replacement)
+    with ExitStack() as hooks:
+
+        def hook(module: nn.Module, after: Callable[..., Any]) -> None:
+            hooks.enter_context(module.register_forward_hook(after))
+
+        hooks.enter_context(decoder.register_forward_pre_hook(forward.begin, with_kwargs=True))
+        hooks.enter_context(decoder.register_forward_hook(forward.end, always_call=True))
+        if replacement is not None:
+            hook(decoder.embed_tokens, forward.replace_embeddings)
+        if "zero_position" in kinds and decoder.config.position_encoding == "learned":
+            hook(decoder.embed_positions, forward.zero_learned_positions)
+        elif "zero_position" in kinds:
+            hook(decoder.rotary_emb, forward.zero_rotation)
+        elif "no_position_edges" in kinds:
+            forward.memory = CacheMemory(decoder.config)
+            hook(decoder.rotary_emb, forward.unrotate_edges)
+        off = kinds.get("no_meta_attention")
+        if isinstance(off, NoMetaAttention):
+            for layer_index in _layers_with_meta_attention(decoder.config):
+                if off.layers is None or layer_index in off.layers:
+                    hook(decoder.layers[layer_index].meta_attn.o_proj, zero_output)
+        yield
+
+
+def _replacement(
+    decoder: Any, interventions: Sequence[Intervention], token_counts: npt.ArrayLike | None
+) -> Tensor | None:
+    """Return what takes the place of a meta-token's embedding, (C,), None for nothing."""
+    weight: Tensor = decoder.embed_tokens.weight.detach()
+    for intervention in interventions:
+        if isinstance(intervention, ZeroEmbedding):
+            return torch.zeros_like(weight[0])
+        if isinstance(intervention, TokenEmbedding):
+            return weight[intervention.token_id].clone()
+        if isinstance(intervention, MeanEmbedding):
+            shares = _token_shares(token_counts, _num_text_tokens(decoder.config))
+            present = np.flatnonzero(shares)
+            rows = weight[torch.from_numpy(present).to(weight.device)]
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            return torch.from_numpy(shares[present]).to(rows) @ rows
+    return None
+
+
+def _token_shares(token_counts: npt.ArrayLike | None, num_text_tokens: int) -> FloatArray:
+    """Return each token's share of the text, float64; the counts may leave out the last ids."""
+    remedy = "pass token_counts=np.bincount(text_ids), or use zero_embedding"
+    if token_counts is None:
+        raise UsageError("mean_embedding", expected="token_counts", found="none", remedy=remedy)
+    counts = np.asarray(token_counts.cpu() if isinstance(token_counts, Tensor) else token_counts, dtype=np.float64)
+    if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum() > 0:
+        expected = "one finite number a token, not negative and not all zero"
+        raise UsageError("token_counts", expected=expected, found=f"an array {counts.shape}", remedy=remedy)
+    if counts[num_text_tokens:].any():
+        raise UsageError(
+            "token_counts",
+            expected=f"counts of ids below {num_text_tokens}, the text tokens",
+            found=f"a count for id {num_text_tokens + int(counts[num_text_tokens:].nonzero()[0][0])}",
+            remedy="count the text alone",
+        )
+    shares: FloatArray = counts[:num_text_tokens] / counts.sum()
+    return shares
+
+
+def _num_text_tokens(config: MetaTokenConfig) -> int:
+    return config.vocab_size if config.meta_token_id is None else config.meta_token_id
+
+
+def _layers_with_meta_attention(config: MetaTokenConfig) -> list[int]:
+    return [i for i in range(config.num_hidden_layers) if config.has_meta_attention(i)]
+
+
+def _decoder_of(model: nn.Module | Any, intervention: Intervention) -> Any:
+    for module in model.modules():
+        if isinstance(module, MetaTokenModel):
+            return module
+    raise UsageError(
+        f"intervention {intervention.kind}",
+        expected="a model of this package (model_type metatokens)",
+        found=type(model).__name__,
+        remedy="leave out the intervention",
+    )
+
+
+def _misfit(
+    intervention: _Intervention, expected: str, found: str, remedy: str = "leave out the intervention"
+) -> UsageError:
+    kind = type(intervention).model_fields["kind"].default
+    return UsageError(f"intervention {kind}", expected=expected, found=found, remedy=remedy)
