@@ -10,11 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import metatokens
-from metatokens.errors import CheckpointError, MetaTokensError, Preempted, ResourceError, UsageError
+from metatokens.errors import MetaTokensError, Preempted, ResourceError, UsageError
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
@@ -70,10 +71,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="metatokens", description="Language models with learned meta-tokens.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"metatokens {metatokens.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (_add_demo, _add_prepare, _add_pretrain, _add_perplexity, _add_generate, _add_info):
+    for add in _VERBS:
         add(verbs)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.verb is not _pretrain:
+    if overrides and options.verb not in (_pretrain, _finetune, _evaluate):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
@@ -126,11 +127,29 @@ def _add_prepare(verbs: Any) -> None:
 
 def _add_pretrain(verbs: Any) -> None:
     text = "pre-train a preset; picks up where it was; under torchrun on several devices"
-    parser = _verb(verbs, "pretrain", _pretrain, text, long=True)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_run(_verb(verbs, "pretrain", _pretrain, text, long=True), "metatokens.config.schema:PretrainConfig")
+
+
+def _add_finetune(verbs: Any) -> None:
+    text = "train on a recall task under a curriculum; picks up where it was; under torchrun on several devices"
+    _add_run(_verb(verbs, "finetune", _finetune, text, long=True), "metatokens.config.finetuning:FinetuneConfig")
+
+
+def _add_run(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
-    parser.format_help = lambda: argparse.ArgumentParser.format_help(parser) + _describe_overrides()  # type: ignore[method-assign]
+    _describe_overrides(parser, schema)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    text = "accuracy on a recall task by length of the prompt and intervention, with intervals"
+    parser = _verb(verbs, "evaluate", _evaluate, text, long=True)
+    parser.add_argument(
+        "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several are one arm, a seed each"
+    )
+    _add_interventions(parser)
+    parser.add_argument("--out", type=Path, help="file for the result as JSON, whatever is shown")
+    _describe_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
 
 
 def _add_perplexity(verbs: Any) -> None:
@@ -146,6 +165,10 @@ def _add_perplexity(verbs: Any) -> None:
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
     )
     parser.add_argument("--ratio", type=float, default=0.1, help="share of positions that are meta-tokens")
+    _add_interventions(parser)
+
+
+def _add_interventions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--intervention",
         action="append",
@@ -185,16 +208,33 @@ def _add_info(verbs: Any) -> None:
     parser.add_argument("--presets", action="store_true", help="list the presets")
 
 
-def _describe_overrides() -> str:
-    from metatokens.config.loading import describe_fields
-    from metatokens.config.schema import PretrainConfig
+def _describe_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
+    """Add the fields of a config class, `module:name`, to a parser's help; imported only when it is asked for."""
 
-    lines = ["", "fields of a preset, each an override `--section.key VALUE` (YAML values, null = off):"]
-    for path, default, text in describe_fields(PretrainConfig):
-        if text:
-            lines.append(f"  --{path} [{default}]\n      {text}")
-    return "\n".join(lines) + "\n"
+    def format_help() -> str:
+        from metatokens.config.loading import describe_fields
 
+        module, name = schema.split(":")
+        lines = ["", "fields, each an override `--section.key VALUE` (YAML values, null = off):"]
+        for path, default, text in describe_fields(getattr(import_module(module), name)):
+            if text:
+                lines.append(f"  --{path} [{default}]\n      {text}")
+        return argparse.ArgumentParser.format_help(parser) + "\n".join(lines) + "\n"
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.format_help = format_help  # type: ignore[method-assign]
+
+
+_VERBS = (
+    _add_demo,
+    _add_prepare,
+    _add_pretrain,
+    _add_finetune,
+    _add_evaluate,
+    _add_perplexity,
+    _add_generate,
+    _add_info,
+)
 
 # Output ------------------------------------------------------------------------------------------------------
 
@@ -228,38 +268,6 @@ def _show_table(title: str, rows: dict[str, Any]) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _load_model(path: Path) -> Any:
-    """Load the model in a model, checkpoint or run folder, for evaluation."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    from metatokens.model import MetaTokenForCausalLM
-
-    folder = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            str(path),
-            expected="a folder with config.json",
-            found="none",
-            remedy="name a run, its model/ or a checkpoint",
-        )
-    logging.disable_progress_bar()
-    try:
-        if json.loads((folder / "config.json").read_text()).get("model_type") != "metatokens":
-            raise ValueError("another model_type than metatokens")
-        return MetaTokenForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            str(folder), expected="a model of this package", found=str(error), remedy="use another checkpoint"
-        ) from None
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from metatokens.data.tokenizer import load_text_tokenizer
-
-    return load_text_tokenizer(str(path / "model" if (path / "model" / "tokenizer.json").is_file() else path))
 
 
 # Verbs -------------------------------------------------------------------------------------------------------
@@ -322,6 +330,20 @@ def _show_perplexity(result: Any) -> None:
         if scores.word_perplexity:
             rows[f"word perplexity, {name}"] = _interval(scores.word_perplexity)
     _show_table("perplexity (95% interval over documents)", rows)
+
+
+def _show_recall(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval)", title_justify="left")
+    table.add_column("prompt tokens")
+    for column in ("of tokens", "of whole answers"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        cells = (row.token_accuracy, row.sequence_accuracy)
+        table.add_row(row.length, *("n/a" if cell is None else _interval(cell) for cell in cells))
+    Console().print(table)
 
 
 def _interval(interval: Any) -> str:
@@ -399,7 +421,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_preset(options.preset, options.overrides)
     from metatokens.training.distributed import is_main_process
-    from metatokens.training.loop import open_dataset, plan, pretrain
+    from metatokens.training.pretraining import open_dataset, plan, pretrain
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
@@ -412,13 +434,60 @@ def _pretrain(options: argparse.Namespace) -> int:
     return _emit(options, result, lambda: _show_table("pre-trained", asdict(result)))
 
 
+def _finetune(options: argparse.Namespace) -> int:
+    from metatokens.config.finetuning import FinetuneConfig
+    from metatokens.config.loading import load_preset
+
+    config = load_preset(options.preset, options.overrides, schema=FinetuneConfig)
+    from metatokens.training.distributed import is_main_process
+    from metatokens.training.finetuning import finetune, plan
+
+    out = options.out or Path("runs") / Path(options.preset).stem
+    if options.dry_run:
+        rows = {"out": str(out), **plan(config)}
+        return _emit(options, rows, lambda: _show_table("finetune would do", rows))
+    result = finetune(config, out)
+    if not is_main_process():
+        return 0
+    return _emit(options, result, lambda: _show_table("fine-tuned", asdict(result)))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from metatokens.data.tokenizer import TextEncoder
+    from metatokens.evaluation.interventions import check_interventions, parse_intervention
+    from metatokens.evaluation.recall import evaluate_recall, report
+    from metatokens.tasks.base import PieceEncoder
+    from metatokens.training.loading import open_model, open_tokenizer, questions_to
+
+    config = questions_to(options.checkpoints[0], options.overrides)
+    interventions = tuple(parse_intervention(text) for text in options.intervention)
+    model = open_model(options.checkpoints[0])
+    check_interventions(model, interventions)
+    if options.dry_run:
+        plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
+        return _emit(options, plan, lambda: _show_table("evaluate would ask", plan))
+    rows = evaluate_recall(
+        (open_model(path) for path in options.checkpoints),
+        config,
+        PieceEncoder(TextEncoder(open_tokenizer(options.checkpoints[0]))),
+        interventions=interventions,
+        progress=None if options.json else _say,
+    )
+    result = report(rows, config, [str(path) for path in options.checkpoints], model)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return _emit(options, result, lambda: _show_recall(result))
+
+
 def _perplexity(options: argparse.Namespace) -> int:
     from metatokens.data.sources import SourceOptions, iterate_documents
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+    from metatokens.training.loading import open_model, open_tokenizer
 
     interventions = tuple(parse_intervention(text) for text in options.intervention)
-    model = _load_model(options.checkpoint)
+    model = open_model(options.checkpoint)
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
     longest = model.config.max_sequence_length
@@ -440,7 +509,7 @@ def _perplexity(options: argparse.Namespace) -> int:
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
         return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
-    result = measure_perplexity(model, documents, _load_tokenizer(options.checkpoint), measured)
+    result = measure_perplexity(model, documents, open_tokenizer(options.checkpoint), measured)
     return _emit(options, result, lambda: _show_perplexity(result))
 
 
@@ -452,8 +521,9 @@ def _generate(options: argparse.Namespace) -> int:
         UniformSchedule,
         generate_text,
     )
+    from metatokens.training.loading import open_model, open_tokenizer
 
-    model, tokenizer = _load_model(options.checkpoint), _load_tokenizer(options.checkpoint)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
     schedules: dict[str, MetaSchedule] = {
         "none": NoSchedule(),
         "periodic": PeriodicSchedule(text_tokens=options.every),
@@ -486,10 +556,11 @@ def _info(options: argparse.Namespace) -> int:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
     from metatokens.evaluation.speed import describe_model
+    from metatokens.training.loading import open_model
 
     folder = Path(options.model)
     if folder.is_dir():
-        result = describe_model(_load_model(folder).config)
+        result = describe_model(open_model(folder).config)
     else:
         from metatokens.config.loading import differences_from_paper, load_preset
         from metatokens.model import MetaTokenConfig

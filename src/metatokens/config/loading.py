@@ -103,10 +103,23 @@ def load_preset(
         UsageError: for an unknown preset or key (with the nearest name), or a value that does not fit.
     """
     tree = _merge(schema().model_dump(mode="json"), _load_tree(str(preset), seen=()))
+    return _override_tree(tree, overrides, origin=str(preset), schema=schema)
+
+
+def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
+    """Return a config with overrides applied, as `load_preset` does to a preset.
+
+    Raises:
+        UsageError: for an unknown key (with the nearest name), or a value that does not fit.
+    """
+    return _override_tree(config.model_dump(mode="json"), overrides, origin=origin, schema=type(config))
+
+
+def _override_tree(tree: dict[str, Any], overrides: Sequence[str], origin: str, schema: type[Config]) -> Config:
     # kinds first: they reset what belongs to the variant, wherever they stand
     for path, value in sorted(parse_overrides(overrides), key=lambda pair: pair[0][-1] != "kind"):
         _set(tree, path, value)
-    return validate(tree, origin=str(preset), schema=schema)
+    return validate(tree, origin=origin, schema=schema)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:

@@ -1,6 +1,7 @@
 """Open the model and the tokenizer in a run folder, a checkpoint, or a model folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.loading import load_preset, override
 from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.errors import CheckpointError
 
@@ -55,3 +58,15 @@ def open_model(path: Path) -> Any:
 def open_tokenizer(path: Path) -> Tokenizer:
     """Return the text tokenizer of a model."""
     return load_text_tokenizer(str(path / "model" if (path / "model" / "tokenizer.json").is_file() else path))
+
+
+def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
+    """Return what a model is asked: the task and size that its run was trained on, changed by overrides.
+
+    A model that no fine-tuning run left behind is asked the defaults.
+    """
+    config = EvaluateConfig()
+    if (path / "config.yaml").is_file() and "curriculum" in (path / "config.yaml").read_text(encoding="utf-8"):
+        run = load_preset(path / "config.yaml", schema=FinetuneConfig)
+        config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed)
+    return override(config, overrides, origin="evaluate")

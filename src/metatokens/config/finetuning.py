@@ -1,0 +1,105 @@
+"""The configuration of a fine-tuning run on a recall task, and of its evaluation (paper section 3).
+
+A curriculum is data: stages one after another, each with its steps and its difficulty.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from metatokens.config.schema import Frozen, ModelConfig, RunConfig, check_schedule
+from metatokens.config.tasks import CopyingTask, Difficulty, Task
+
+
+class FreshStart(Frozen):
+    """Begin with a new model and the tokenizer of its vocabulary."""
+
+    kind: Literal["fresh"] = "fresh"
+    model: ModelConfig = ModelConfig()
+    tokenizer: Path | None = None
+    """Folder or file of a tokenizer; off means one trained on the words of the tasks."""
+
+
+class CheckpointStart(Frozen):
+    """Begin with the weights and the tokenizer of a trained model."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+    """A run folder, a model folder, or the id of a causal language model on the Hugging Face hub."""
+
+
+Start = Annotated[FreshStart | CheckpointStart, Field(discriminator="kind")]
+
+
+class Stage(Difficulty):
+    """One phase of the curriculum."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+
+    @property
+    def difficulty(self) -> Difficulty:
+        """The difficulty alone: how long a stage takes does not change its instances."""
+        return Difficulty(size=self.size, prompt_tokens=self.prompt_tokens)
+
+
+class RecallEvaluationConfig(Frozen):
+    """Accuracy on test instances during training."""
+
+    interval_steps: int | None = Field(500, ge=1)
+    """Optimizer steps between evaluations; off means never."""
+    instances: int = Field(200, ge=1)
+    """Test instances of one evaluation, at the difficulty of the last stage."""
+
+
+class FinetuneConfig(RunConfig):
+    """A fine-tuning run on one recall task."""
+
+    start: Start = FreshStart()
+    task: Task = CopyingTask()
+    curriculum: tuple[Stage, ...] = Field(
+        (
+            Stage(steps=2_000, size=(2, 4), prompt_tokens=(1, 128)),
+            Stage(steps=2_000, size=(2, 8), prompt_tokens=(1, 256)),
+            Stage(steps=2_000, size=(4, 16), prompt_tokens=(1, 512)),
+            Stage(steps=2_000, size=(4, 24), prompt_tokens=(1, 1_024)),
+            Stage(steps=2_000, size=(4, 32), prompt_tokens=(1, 2_048)),
+        ),
+        min_length=1,
+    )
+    """The stages, in order (paper section 3: five phases of growing lists and prompts; the numbers are ours)."""
+    train_instances: int | None = Field(90_000, ge=1)
+    """Different training instances, shared out over the stages by their steps (paper section 3); off means that no
+    instance comes twice."""
+    bucket_batches: int = Field(8, ge=1)
+    """So many batches are drawn together and cut by length, so that rows of a batch are about equally long."""
+    evaluation: RecallEvaluationConfig = RecallEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_schedule(self.schedule, self.total_steps, "curriculum")
+        if self.train_instances is not None and self.train_instances < len(self.curriculum):
+            raise ValueError(f"train_instances {self.train_instances} are fewer than the stages of curriculum")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(stage.steps for stage in self.curriculum)
+
+
+class EvaluateConfig(Frozen):
+    """What a model is asked, at which lengths, and how its meta-tokens are treated."""
+
+    task: Task = CopyingTask()
+    size: tuple[int, int] = (4, 4)
+    """Bounds of the task's own size, as in a stage of the curriculum."""
+    lengths: tuple[str, ...] = Field(("easy", "medium", "hard"), min_length=1)
+    """Length bins by name (easy, medium, hard, extra-hard, long) or ranges of prompt tokens as 2049-4096."""
+    instances: int = Field(500, ge=1)
+    """Test instances of each row."""
+    batch_size: int = Field(32, ge=1)
+    """Instances of one forward pass."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the test instances and of the bootstrap."""

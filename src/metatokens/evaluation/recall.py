@@ -1,0 +1,282 @@
+"""Accuracy on recall tasks, by length of the prompt and by intervention (paper section 4.2).
+
+An instance of the test split is a prompt with one or more questions. The model reads all of it at once, and an answer
+counts as right when every one of its tokens is the most likely one, meta-token and padding aside. That is what greedy
+decoding would write: as long as every token so far is right, both have read the same. Where a task gives choices, the
+answer is instead the choice with the highest probability, scored over a cache of the prompt.
+
+Token accuracy is the share of answer tokens that are right, sequence accuracy that of whole answers. The interval of
+one model is Wilson's where an instance has one answer, and otherwise a bootstrap over instances; that of several models
+of one arm is a bootstrap over seeds and instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metatokens.config.tasks import Difficulty, Task, length_bin
+from metatokens.evaluation.interventions import Intervention, intervene
+from metatokens.evaluation.statistics import Interval, bootstrap_ratio, bootstrap_seeds_and_instances, wilson_interval
+from metatokens.generation.decoding import sequence_limit
+from metatokens.tasks.curriculum import pad
+from metatokens.tasks.encoding import EncodedInstance, encode_instance
+from metatokens.tasks.registry import make_instance
+
+if TYPE_CHECKING:
+    from metatokens.config.finetuning import EvaluateConfig
+    from metatokens.tasks.base import PieceEncoder
+
+RESULT_FORMAT = "recall/1"
+Progress = Callable[[str], None]
+Outcomes = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RecallRow:
+    """Accuracy of one model, or of several of one arm, at one length."""
+
+    task: str
+    length: str
+    """Name of the bin, or lo-hi, in text tokens of the prompt."""
+    size: tuple[int, int]
+    prompt_tokens: tuple[int, int]
+    meta_places: str
+    interventions: tuple[str, ...]
+    instances: int
+    models: int
+    token_accuracy: Interval | None
+    """None where the model cannot represent the length: the row reads n/a."""
+    sequence_accuracy: Interval | None
+    """None where `token_accuracy` is."""
+    sequence_outcomes: tuple[tuple[float, ...], ...]
+    """For each model, for each instance the share of its answers that are right: what a comparison with another arm on
+    the same instances needs."""
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """What `metatokens evaluate` writes."""
+
+    format: str
+    models: tuple[str, ...]
+    parameters: int
+    config: dict[str, Any]
+    rows: tuple[RecallRow, ...]
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """Right answers of each instance; arrays of shape (instances,)."""
+
+    right_tokens: Outcomes
+    tokens: Outcomes
+    right_answers: Outcomes
+    answers: Outcomes
+
+
+def make_test_instances(
+    task: Task,
+    difficulty: Difficulty,
+    *,
+    encoder: PieceEncoder,
+    meta_token_id: int,
+    seed: int,
+    instances: int,
+) -> list[EncodedInstance]:
+    """Return the first `instances` encoded instances of the test split."""
+    return [
+        encode_instance(
+            make_instance(task, difficulty, encoder=encoder, seed=seed, split="test", index=index),
+            task,
+            encoder=encoder,
+            meta_token_id=meta_token_id,
+        )
+        for index in range(instances)
+    ]
+
+
+@torch.no_grad()
+def count_right_answers(model: Any, encoded: Sequence[EncodedInstance], *, batch_size: int) -> AnswerCounts:
+    """Let a model answer and count what is right.
+
+    Args:
+        model: a causal language model in evaluation mode whose config has meta_token_id and pad_token_id.
+        encoded: instances in the tokens of the model.
+        batch_size: instances of one forward pass.
+    """
+    counts = np.zeros((4, len(encoded)))
+    # neighbours of about equal length share a batch
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        rows = [encoded[i] for i in members]
+        choose = bool(rows[0].choices)
+        predicted = _predict(model, rows)
+        for member, row, tokens in zip(members, rows, predicted, strict=True):
+            answers = _choose(model, row) if choose else [tokens[a - 1 : b - 1] for a, b in row.answer_spans]
+            counts[:, member] = _count(row, answers)
+    return AnswerCounts(*counts)
+
+
+def _count(row: EncodedInstance, answers: Sequence[npt.NDArray[np.int64]]) -> tuple[int, int, int, int]:
+    """Return right tokens, tokens, right answers and answers of one instance."""
+    right_tokens = num_tokens = right_answers = 0
+    for (start, stop), answer in zip(row.answer_spans, answers, strict=True):
+        truth = row.input_ids[start:stop]
+        same = sum(int(a == b) for a, b in zip(answer, truth, strict=False))
+        right_tokens += same
+        num_tokens += len(truth)
+        right_answers += int(same == len(truth) == len(answer))
+    return right_tokens, num_tokens, right_answers, len(row.answer_spans)
+
+
+def _predict(model: Any, rows: Sequence[EncodedInstance]) -> list[npt.NDArray[np.int64]]:
+    """Return the most likely text token after each position of each row, (T,) int64 for a row."""
+    batch = pad(rows, meta_token_id=model.config.meta_token_id, pad_token_id=model.config.pad_token_id)
+    inputs = batch.to_model_inputs(device=model.device)
+    wanted = np.zeros(batch.input_ids.shape[1], dtype=np.bool_)
+    for row in rows:
+        for start, stop in row.answer_spans:
+            wanted[start - 1 : stop - 1] = True
+    # logits where some row has an answer: at a long prompt few positions of many
+    positions = torch.from_numpy(np.flatnonzero(wanted)).to(model.device)
+    logits = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=positions).logits
+    best = _without_special(model, logits).argmax(-1).cpu().numpy()
+    predicted = np.full(batch.input_ids.shape, -1, dtype=np.int64)
+    predicted[:, wanted] = best
+    return list(predicted)
+
+
+def _choose(model: Any, row: EncodedInstance) -> list[npt.NDArray[np.int64]]:
+    """Return the most probable choice for each answer of one row."""
+    answers = []
+    for start, _ in row.answer_spans:
+        prompt = torch.from_numpy(row.input_ids[None, :start]).to(model.device)
+        outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        first = outputs.logits[0, -1].float().log_softmax(-1)
+        scores = torch.stack([first[choice[0]] for choice in row.choices])
+        longest = max(len(choice) for choice in row.choices)
+        if longest > 1:
+            scores = scores + _score_rest(model, outputs.past_key_values, row.choices, start, longest)
+        answers.append(np.array(row.choices[int(scores.argmax())], dtype=np.int64))
+    return answers
+
+
+def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], start: int, longest: int) -> Tensor:
+    """Return (choices,) log-probabilities of what follows the first token of each choice, from the prompt's cache."""
+    rest = np.full((len(choices), longest), model.config.pad_token_id, dtype=np.int64)
+    for index, choice in enumerate(choices):
+        rest[index, : len(choice)] = choice
+    tokens = torch.from_numpy(rest).to(model.device)
+    cache.batch_repeat_interleave(len(choices))
+    mask = torch.ones((len(choices), start + longest), dtype=torch.long, device=model.device)
+    mask[:, start:] = (tokens != model.config.pad_token_id).long()
+    logits = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    log_probabilities = logits[:, :-1].float().log_softmax(-1)
+    picked = log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
+    scores: Tensor = picked.masked_fill(tokens[:, 1:] == model.config.pad_token_id, 0).sum(-1)
+    return scores
+
+
+def _without_special(model: Any, logits: Tensor) -> Tensor:
+    """Leave out the ids behind the text vocabulary, the meta-token among them."""
+    return logits[..., : model.config.meta_token_id]
+
+
+def evaluate_recall(
+    models: Iterable[Any],
+    config: EvaluateConfig,
+    encoder: PieceEncoder,
+    *,
+    interventions: Sequence[Intervention] = (),
+    progress: Progress | None = None,
+) -> tuple[RecallRow, ...]:
+    """Evaluate the models of one arm, one training seed each, at every length, on the same instances.
+
+    Args:
+        models: in evaluation mode, with one tokenizer; read one at a time.
+        config: what is asked.
+        encoder: of their tokenizer.
+        interventions: what is changed at the meta-tokens.
+        progress: told what has been done.
+
+    Raises:
+        UsageError: a length that the task cannot fill, or an intervention that the model has no part for.
+    """
+    counts: dict[str, list[AnswerCounts | None]] = {length: [] for length in config.lengths}
+    instances: dict[str, list[EncodedInstance]] = {}
+    for number, model in enumerate(models, start=1):
+        for length in config.lengths:
+            if length not in instances:
+                instances[length] = make_test_instances(
+                    config.task,
+                    Difficulty(size=config.size, prompt_tokens=length_bin(length)),
+                    encoder=encoder,
+                    meta_token_id=model.config.meta_token_id,
+                    seed=config.seed,
+                    instances=config.instances,
+                )
+            encoded, limit = instances[length], sequence_limit(model)
+            if limit is not None and max(len(row.input_ids) for row in encoded) > limit:
+                counts[length].append(None)
+            else:
+                with intervene(model, tuple(interventions), token_counts=_token_counts(encoded, encoder.vocab_size)):
+                    counts[length].append(count_right_answers(model, encoded, batch_size=config.batch_size))
+            if progress:
+                progress(f"{config.task.kind}, {length}, model {number}")
+    return tuple(_row(config, length, counts[length], interventions) for length in config.lengths)
+
+
+def report(rows: Sequence[RecallRow], config: EvaluateConfig, models: Sequence[str], model: Any) -> RecallReport:
+    """Return the rows with what they were measured on; `model` is one of the arm's, for its size."""
+    return RecallReport(
+        RESULT_FORMAT, tuple(models), model.num_parameters(), config.model_dump(mode="json"), tuple(rows)
+    )
+
+
+def _row(
+    config: EvaluateConfig,
+    length: str,
+    counts: Sequence[AnswerCounts | None],
+    interventions: Sequence[Intervention],
+) -> RecallRow:
+    known = [count for count in counts if count is not None]
+    whole = len(known) == len(counts)
+    return RecallRow(
+        task=config.task.kind,
+        length=length,
+        size=config.size,
+        prompt_tokens=length_bin(length),
+        meta_places=config.task.meta_places.kind,
+        interventions=tuple(intervention.kind for intervention in interventions),
+        instances=config.instances,
+        models=len(counts),
+        token_accuracy=_accuracy([(c.right_tokens, c.tokens) for c in known], config.seed) if whole else None,
+        sequence_accuracy=_accuracy([(c.right_answers, c.answers) for c in known], config.seed) if whole else None,
+        sequence_outcomes=tuple(tuple((c.right_answers / c.answers).tolist()) for c in known) if whole else (),
+    )
+
+
+def _accuracy(counts: Sequence[tuple[Outcomes, Outcomes]], seed: int) -> Interval:
+    """Return the share of what is right with its interval; one pair (right, all) of (instances,) for each model."""
+    if len(counts) > 1:
+        return bootstrap_seeds_and_instances([right / every for right, every in counts], seed=seed)
+    ((right, every),) = counts
+    if (every == 1).all():
+        return wilson_interval(int(right.sum()), len(right))
+    return bootstrap_ratio(right, every, seed=seed)
+
+
+def _token_counts(encoded: Sequence[EncodedInstance], vocab_size: int) -> npt.NDArray[np.int64]:
+    """Return how often each text token occurs in the instances, (V,)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for row in encoded:
+        counts += np.bincount(row.input_ids[row.input_ids < vocab_size], minlength=vocab_size)
+    return counts

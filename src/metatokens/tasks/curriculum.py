@@ -1,0 +1,184 @@
+"""Training batches of a recall task under a curriculum.
+
+The curriculum is data and its lookup pure: step s lies in one stage. Inside of a stage, batches come in groups of
+`bucket_batches`: the group's instances are ordered by length and cut into batches, which come in random order, so
+that rows of a batch are about equally long and padding is rare. A batch is a pure function of the step: instances are
+(seed, index), their order of an epoch is a keyed permutation, and every rank makes the whole group and takes its rows.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from metatokens.data.injection import IGNORE_INDEX, IntArray, hash_key
+from metatokens.data.loader import Batches, permute
+from metatokens.tasks.encoding import encode_instance
+from metatokens.tasks.registry import make_instance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from metatokens.config.finetuning import FinetuneConfig, Stage
+    from metatokens.config.schema import LossPolicy
+    from metatokens.tasks.base import PieceEncoder
+    from metatokens.tasks.encoding import EncodedInstance
+
+_FOR_ORDER, _FOR_BATCHES = 4, 5  # what a draw is for; others are in data/injection.py, data/loader.py, training/loop.py
+_GROUPS_KEPT = 2  # of one step, and of the steps that the prefetching thread works ahead
+_STAGE_STRIDE = 2**40  # between the indices of two stages: more instances than any stage has
+
+
+class PlacedStep(NamedTuple):
+    """Where a step lies in the curriculum."""
+
+    stage: int
+    """Index of the stage."""
+    step: int
+    """Steps of the stage before it."""
+
+
+def locate(curriculum: Sequence[Stage], step: int) -> PlacedStep:
+    """Return the stage of optimizer step `step`, counted from 0, and the step's number in it.
+
+    Raises:
+        ValueError: The step lies beyond the last stage.
+    """
+    rest = step
+    for index, stage in enumerate(curriculum):
+        if rest < stage.steps:
+            return PlacedStep(index, rest)
+        rest -= stage.steps
+    raise ValueError(f"step {step} lies beyond the {step - rest} steps of the curriculum")
+
+
+class RecallBatch(NamedTuple):
+    """Encoded instances, padded on the right.
+
+    No attention mask goes with it: causality keeps what stands on the right out of sight.
+    """
+
+    input_ids: IntArray
+    """(B, T)."""
+    targets: IntArray
+    """(B, T), what the output at each position must predict; -100 where there is no loss term."""
+    num_text: int
+    """Text tokens, padding left out."""
+    num_meta: int
+    """Meta-tokens."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Loss terms of the batch."""
+        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
+
+    def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """Return the model's keyword arguments for some rows: input_ids and shift_labels."""
+        import torch
+
+        arrays = {"input_ids": self.input_ids[rows], "shift_labels": self.targets[rows]}
+        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+
+def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id: int) -> RecallBatch:
+    """Put encoded instances into one batch, padded on the right to the longest.
+
+    Raises:
+        ValueError: No row, or padding that would count as a meta-token.
+    """
+    if not encoded:
+        raise ValueError("a batch needs at least one instance")
+    if pad_token_id == meta_token_id:
+        raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
+    lengths = np.array([len(row.input_ids) for row in encoded])
+    is_token = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
+    input_ids[is_token] = np.concatenate([row.input_ids for row in encoded])
+    targets = np.full(is_token.shape, IGNORE_INDEX, dtype=np.int64)
+    targets[is_token] = np.concatenate([row.targets for row in encoded])
+    num_meta = int(np.count_nonzero(input_ids == meta_token_id))
+    return RecallBatch(input_ids, targets, int(lengths.sum()) - num_meta, num_meta)
+
+
+class RecallBatches(Batches):
+    """The training batches of a fine-tuning run.
+
+    Args:
+        config: Task, curriculum, batch size and seed.
+        encoder: The tokenizer of the model.
+        meta_token_id: The id of the meta-token.
+        pad_token_id: The id of padding.
+        loss_policy: Which position pays for which token.
+        rank: This process.
+        world_size: W, the number of processes; divides the batch.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        encoder: PieceEncoder,
+        *,
+        meta_token_id: int,
+        pad_token_id: int,
+        loss_policy: LossPolicy = "skip",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._config, self._encoder, self._loss_policy = config, encoder, loss_policy
+        self._meta_token_id, self._pad_token_id = meta_token_id, pad_token_id
+        self._rank, self._world_size = rank, world_size
+        self._group = lru_cache(maxsize=_GROUPS_KEPT)(self._make_group)
+
+    def batch_at(self, step: int) -> RecallBatch:
+        """Return this rank's rows of the global batch of optimizer step `step`."""
+        stage, step_in_stage = locate(self._config.curriculum, step)
+        group, place = divmod(step_in_stage, self._config.bucket_batches)
+        rows = self._group(stage, group)[place]
+        # every W-th row: neighbours are about equally long, so the ranks' work is about equal
+        rows = rows[self._rank :: self._world_size]
+        return pad(rows, meta_token_id=self._meta_token_id, pad_token_id=self._pad_token_id)
+
+    def _make_group(self, stage_index: int, group: int) -> list[list[EncodedInstance]]:
+        """Return the batches of a group, in the order in which they come."""
+        config = self._config
+        stage = config.curriculum[stage_index]
+        batch_size, first_batch = config.training.batch_blocks, group * config.bucket_batches
+        num_batches = min(config.bucket_batches, stage.steps - first_batch)
+        places = np.arange(first_batch * batch_size, (first_batch + num_batches) * batch_size)
+        encoded = [self._encode(stage, index) for index in self._instances(stage_index, places).tolist()]
+        encoded.sort(key=lambda row: len(row.input_ids))
+        order = permute(np.arange(num_batches), num_batches, hash_key(config.seed, stage_index, group, _FOR_BATCHES))
+        return [encoded[i * batch_size : (i + 1) * batch_size] for i in order.tolist()]
+
+    def _encode(self, stage: Stage, index: int) -> EncodedInstance:
+        task = self._config.task
+        instance = make_instance(
+            task, stage.difficulty, encoder=self._encoder, seed=self._config.seed, split="train", index=index
+        )
+        return encode_instance(
+            instance,
+            task,
+            encoder=self._encoder,
+            meta_token_id=self._meta_token_id,
+            loss_policy=self._loss_policy,
+        )
+
+    def _instances(self, stage_index: int, places: IntArray) -> IntArray:
+        """Return the index of the instance at each place of a stage's stream; stages share no instance."""
+        config, offset = self._config, stage_index * _STAGE_STRIDE
+        if config.train_instances is None:
+            return offset + places
+        share = config.curriculum[stage_index].steps / config.total_steps
+        num_instances = max(1, round(config.train_instances * share))
+        epochs, positions = np.divmod(places, num_instances)
+        keys = hash_key(config.seed, epochs, stage_index, _FOR_ORDER)
+        return offset + permute(positions, num_instances, keys)

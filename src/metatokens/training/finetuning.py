@@ -1,0 +1,138 @@
+"""Fine-tuning on a recall task under a curriculum (paper section 3), through the loop of pre-training."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from metatokens.config.finetuning import FinetuneConfig, FreshStart
+from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
+from metatokens.errors import UsageError
+from metatokens.evaluation.recall import count_right_answers, make_test_instances
+from metatokens.generation.decoding import sequence_limit
+from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.curriculum import RecallBatches
+from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
+from metatokens.training.distributed import Processes, join_processes
+from metatokens.training.initialization import build_model
+from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.loop import Job, TrainingResult, count_batch_flops, train
+from metatokens.training.run_folder import RunFolder
+
+WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
+_EVALUATION_BATCH = 64
+
+
+def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
+    """Train a model on the task of `config` into the run folder `out`, from its last checkpoint where there is one.
+
+    Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
+    """
+    with join_processes(config.training) as processes:
+        return train(
+            config,
+            RunFolder(Path(out)),
+            processes,
+            lambda: _make_job(config, processes),
+            show_progress=show_progress,
+            label=label,
+        )
+
+
+def plan(config: FinetuneConfig) -> dict[str, Any]:
+    """Return what a run would do, for `--dry-run`, after making its first and last batch."""
+    model, tokenizer = _start(config)
+    batches = _batches(config, model, tokenizer)
+    first, last = batches.batch_at(0), batches.batch_at(config.total_steps - 1)
+    return {
+        "parameters": model.num_parameters(),
+        "task": config.task.kind,
+        "steps": config.total_steps,
+        "instances": config.total_steps * config.training.batch_blocks,
+        "positions_of_the_first_batch": first.input_ids.shape[1],
+        "positions_of_the_last_batch": last.input_ids.shape[1],
+    }
+
+
+def word_tokenizer() -> Tokenizer:
+    """Train a tokenizer in which each word of the tasks is one token."""
+    words = (*ITEMS, *NAMES, *SENTENCE_WORDS)
+    text = "".join(f" {word} {word.title()}" for word in words) + "".join(f" {number}" for number in range(100))
+    return train_tokenizer([text + "List Bits Text Item Parity Copy Point Count: [ ] | , ."] * 8, WORD_VOCABULARY)
+
+
+def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
+    """Return the model that a run starts from and its text tokenizer."""
+    start = config.start
+    if isinstance(start, FreshStart):
+        tokenizer = word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
+        encoder = TextEncoder(tokenizer)
+        model = build_model(
+            start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
+        )
+    else:
+        model, tokenizer = open_model(Path(start.path)).train(), open_tokenizer(Path(start.path))
+    limit, longest = sequence_limit(model), max(stage.prompt_tokens[1] for stage in config.curriculum)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"curriculum: prompt_tokens up to {longest}",
+            expected=f"at most the {limit} positions of the model",
+            found=str(longest),
+            remedy="shorten the last stages, or extend the model",
+        )
+    return model, tokenizer
+
+
+def _batches(
+    config: FinetuneConfig, model: Any, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
+) -> RecallBatches:
+    return RecallBatches(
+        config,
+        PieceEncoder(TextEncoder(tokenizer)),
+        meta_token_id=model.config.meta_token_id,
+        pad_token_id=model.config.pad_token_id,
+        loss_policy=getattr(model.config, "loss_policy", "skip"),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
+    model, tokenizer = _start(config)
+    model.to(processes.device)
+    identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
+    return Job(
+        model=model,
+        tokenizer=build_hf_tokenizer(tokenizer),
+        content_id=hashlib.sha256(identity.encode()).hexdigest(),
+        batches=_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
+        count_flops=lambda batch: count_batch_flops(model.config, batch),
+        evaluate=None
+        if config.evaluation.interval_steps is None
+        else _Validation(config, processes, model, tokenizer).measure,
+        evaluation_steps=config.evaluation.interval_steps,
+    )
+
+
+class _Validation:
+    """Accuracy on fixed test instances at the difficulty of the last stage; every process does its share."""
+
+    def __init__(self, config: FinetuneConfig, processes: Processes, model: Any, tokenizer: Tokenizer) -> None:
+        self._processes, self._model = processes, model
+        instances = make_test_instances(
+            config.task,
+            config.curriculum[-1].difficulty,
+            encoder=PieceEncoder(TextEncoder(tokenizer)),
+            meta_token_id=model.config.meta_token_id,
+            seed=config.seed,
+            instances=config.evaluation.instances,
+        )
+        self._instances = instances[processes.rank :: processes.world_size]
+
+    def measure(self) -> dict[str, float]:
+        """Return token and sequence accuracy over all processes."""
+        counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
+        sums = (counts.right_tokens, counts.tokens, counts.right_answers, counts.answers)
+        right_tokens, tokens, right_answers, answers = self._processes.sum(*(float(count.sum()) for count in sums))
+        return {"token_accuracy": right_tokens / tokens, "sequence_accuracy": right_answers / answers}
