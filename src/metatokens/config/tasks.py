@@ -1,0 +1,164 @@
+"""The configuration of a recall task (paper section 3): what is asked, how hard, and where meta-tokens stand.
+
+A `Task` says what an instance is, a `Difficulty` how large; together with a seed, a split and an index they
+determine it (`metatokens.tasks.registry.make_instance`). Both are independent of the model and of its tokenizer.
+"""
+
+import difflib
+import re
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
+from metatokens.errors import UsageError
+
+LENGTH_BINS = MappingProxyType(
+    {
+        "easy": (1, 128),
+        "medium": (129, 256),
+        "hard": (257, 512),
+        "extra-hard": (513, 1024),
+        "long": (1025, 2048),
+    }
+)
+"""Inclusive bounds of the prompt's length in text tokens, by difficulty (paper section 3)."""
+
+
+def length_bin(name: str) -> tuple[int, int]:
+    """Return the inclusive bounds of a bin by its name, or of any range by "lo-hi", for example "2049-4096".
+
+    Raises:
+        UsageError: Neither a name nor a range.
+    """
+    if name in LENGTH_BINS:
+        return LENGTH_BINS[name]
+    bounds = re.fullmatch(r"(\d+)-(\d+)", name)
+    if bounds is not None and 1 <= int(bounds[1]) <= int(bounds[2]):
+        return int(bounds[1]), int(bounds[2])
+    close = difflib.get_close_matches(name, LENGTH_BINS, n=1, cutoff=0.5)
+    raise UsageError(
+        "length bin",
+        expected=f"{', '.join(LENGTH_BINS)}, or a range of tokens as 2049-4096",
+        found=repr(name),
+        remedy=f"did you mean {close[0]!r}?" if close else "name one of them",
+    )
+
+
+def _check_rise(bounds: tuple[int, int]) -> tuple[int, int]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range goes from the lower to the higher bound, not from {bounds[0]} to {bounds[1]}")
+    return bounds
+
+
+def _read_bin(bounds: Any) -> Any:
+    """Read the name of a bin as its bounds."""
+    try:
+        return length_bin(bounds) if isinstance(bounds, str) else bounds
+    except UsageError as error:
+        raise ValueError(str(error)) from error  # pydantic adds the path of the field to a ValueError only
+
+
+Range: TypeAlias = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_check_rise)
+]
+"""Inclusive bounds, both at least 1."""
+
+
+class Difficulty(Frozen):
+    """How large an instance is: two knobs that every task has."""
+
+    size: Range
+    """Bounds of the task's own size: items per list (list_recall, list_pointer, segment_counting), words of a span
+    (copying), bits before the last meta-token (parity)."""
+    prompt_tokens: Annotated[Range, BeforeValidator(_read_bin)]
+    """Bounds of the prompt's length in text tokens: all that stand before the last answer. Also the name of a
+    bin (easy, medium, hard, extra-hard, long) or a range as "2049-4096"."""
+
+
+# Where meta-tokens stand ---------------------------------------------------------------------------------------
+
+
+class TaskPlaces(Frozen):
+    """The places that the task gives a meaning (the paper's policy)."""
+
+    kind: Literal["task"] = "task"
+
+
+class UniformPlaces(Frozen):
+    """Drawn uniformly over the prompt, as in pre-training; never inside an answer."""
+
+    kind: Literal["uniform"] = "uniform"
+    meta_ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
+    """k: the share of meta-tokens in the instance without its answers."""
+
+
+class NoPlaces(Frozen):
+    """No meta-token at all."""
+
+    kind: Literal["none"] = "none"
+
+
+MetaPlaces = Annotated[TaskPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
+
+# Tasks -------------------------------------------------------------------------------------------------------
+
+
+class _Task(Frozen):
+    questions: int = Field(1, ge=1)
+    """Questions about one prompt, each followed by its answer; several make the training signal denser."""
+    meta_places: MetaPlaces = TaskPlaces()
+    """Where meta-tokens stand; the text is the same for every choice."""
+    loss: Literal["answer", "full"] = "answer"
+    """answer: a loss term for each token of the answers; full: for each text token but the first."""
+
+
+class _ListTask(_Task):
+    numbered: bool = True
+    """Write its number before each item of a list."""
+    num_lists: Range = (2, 200)
+    """Bounds of the number of lists; within them, the length of the prompt decides."""
+
+
+class ListRecallTask(_ListTask):
+    """Item j of a named list."""
+
+    kind: Literal["list_recall"] = "list_recall"
+
+
+class ListPointerTask(_ListTask):
+    """Item j of a named list, scored as a single choice over the items of the prompt."""
+
+    kind: Literal["list_pointer"] = "list_pointer"
+
+
+class SegmentCountingTask(_ListTask):
+    """How often an item occurs in a marked segment of a list."""
+
+    kind: Literal["segment_counting"] = "segment_counting"
+    num_items: int = Field(4, ge=1)
+    """Different items in a prompt: the fewer, the higher the counts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.questions > self.num_items:
+            raise ValueError(f"questions {self.questions} ask for more items than num_items {self.num_items}")
+        return self
+
+
+class ParityTask(_Task):
+    """The exclusive or of all bits before a mark."""
+
+    kind: Literal["parity"] = "parity"
+
+
+class CopyingTask(_Task):
+    """The words between two marks, exactly."""
+
+    kind: Literal["copying"] = "copying"
+
+
+Task = Annotated[
+    ListRecallTask | SegmentCountingTask | ParityTask | CopyingTask | ListPointerTask, Field(discriminator="kind")
+]

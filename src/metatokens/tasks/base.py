@@ -1,0 +1,288 @@
+"""What the recall tasks share: an instance, the draws that make it, and the growth to a wanted length.
+
+An instance is a row of pieces of text. A piece is a word or a number with the space before it, or a mark of
+punctuation, and GPT-2's split pattern always cuts between two of them, so a text's ids are the ids of its pieces
+and its length is known while it grows. `META` in the row is a place that the task gives to a meta-token.
+
+Where the meta-token itself tells something (the ends of a segment or a span, the end of the bits), the text carries
+a visible mark right behind it, a bracket or a bar: a model without meta-tokens is told as much as one with them.
+The paper's instances are not published; these marks and the sentences are ours.
+
+The docstring of each task draws an instance: `_` is a meta-token, `-` in the rows of targets no loss term, and a
+target stands under the position that must predict it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from metatokens.data.injection import splitmix64
+from metatokens.data.tokenizer import META_TOKEN
+from metatokens.errors import UsageError
+from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from metatokens.data.tokenizer import TextEncoder
+
+META = META_TOKEN
+Split: TypeAlias = Literal["train", "test"]
+_Choice = TypeVar("_Choice")
+
+_TEST_BUCKETS = 10  # one in ten, paper section 3: 90k training and 10k test instances
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # the step of SplitMix64, see data/injection.py
+_WORD_BITS = 64
+_DRAWS_AT_ONCE = 128
+_STEPS = np.arange(_DRAWS_AT_ONCE, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA)
+_STRIDE = np.uint64(_DRAWS_AT_ONCE * _GOLDEN_GAMMA % (1 << _WORD_BITS))
+
+
+class Instance(NamedTuple):
+    """One prompt with its questions and answers."""
+
+    pieces: tuple[str, ...]
+    """Pieces of text, and META at the places of the task."""
+    answer_pieces: tuple[tuple[int, int], ...]
+    """(start, stop) of each answer in `pieces`; the last one ends the instance."""
+    body_stop: int
+    """Index in `pieces` of the first question; what stands before is the body."""
+    choices: tuple[str, ...] = ()
+    """The pieces among which an answer is chosen; empty where the task has no choices."""
+    key: int = 0
+    """The 64-bit key of the draws, for what is drawn when it is encoded."""
+
+    @property
+    def text(self) -> str:
+        """The whole text with the answers and without meta-tokens."""
+        return _join(self.pieces)
+
+    @property
+    def prompt_text(self) -> str:
+        """The text without meta-tokens and with every answer left out: all that a solver may read."""
+        prompt: list[str] = []
+        start = 0
+        for answer_start, answer_stop in self.answer_pieces:
+            prompt += self.pieces[start:answer_start]
+            start = answer_stop
+        return _join(prompt)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The text of each answer, without the space before it."""
+        return tuple(_join(self.pieces[start:stop]).strip() for start, stop in self.answer_pieces)
+
+    @property
+    def split(self) -> Split:
+        """The side that the instance is on, a function of its content: the words and numbers of its body.
+
+        Two instances of one content are on one side whatever their questions, marks, meta-tokens, seeds and
+        settings are, so training and test are disjoint without a list of what was drawn.
+        """
+        content = "".join(piece for piece in self.pieces[: self.body_stop] if piece[-1].isalnum()).lower()
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        return "train" if int.from_bytes(digest, "little") % _TEST_BUCKETS else "test"
+
+
+class Room(NamedTuple):
+    """Which lengths a prompt may have, in text tokens, and which of them it aims at."""
+
+    lowest: int
+    highest: int
+    aim: Literal["uniform", "lowest", "highest"] = "uniform"
+
+
+class Generate(Protocol):
+    """The generator of a task."""
+
+    def __call__(self, task: Any, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
+        """Draw an instance of this size, or return None where this draw misses the room."""
+
+
+class Solve(Protocol):
+    """The solver of a task: it reads the prompt text alone and shares nothing with the generator."""
+
+    def __call__(self, prompt_text: str) -> list[str]:
+        """Return the answer to each question, in order."""
+
+
+class Draws:
+    """A stream of draws that is a pure function of a 64-bit key: the outputs of SplitMix64, one after another.
+
+    Neither numpy's nor Python's generators promise the same choices in every release; this does.
+    """
+
+    def __init__(self, key: int) -> None:
+        self._state = _STEPS + np.uint64(key)
+        self._words: list[int] = []
+
+    def below(self, bound: int) -> int:
+        """Return an integer of [0, bound), uniform but for bound / 2^64."""
+        if not self._words:
+            self._words = splitmix64(self._state)[::-1].tolist()
+            self._state += _STRIDE
+        return self._words.pop() * bound >> _WORD_BITS
+
+    def between(self, lowest: int, highest: int) -> int:
+        """Return an integer of [lowest, highest]."""
+        return lowest + self.below(highest - lowest + 1)
+
+    def choose(self, choices: Sequence[_Choice]) -> _Choice:
+        """Return one of the choices."""
+        return choices[self.below(len(choices))]
+
+    def shuffle(self, choices: Sequence[_Choice]) -> Iterator[_Choice]:
+        """Yield the choices in a random order, each once, drawn one by one."""
+        rest = list(choices)
+        while rest:
+            chosen = self.below(len(rest))
+            rest[chosen], rest[-1] = rest[-1], rest[chosen]
+            yield rest.pop()
+
+
+class PieceEncoder:
+    """Encoder of pieces: the ids of each are looked up once.
+
+    Attributes:
+        text_encoder: Encodes whole texts.
+        vocab_size: V, the text vocabulary; V is the id of the meta-token.
+
+    Raises:
+        UsageError: The tokenizer joins text across pieces, as one without a split at words does.
+    """
+
+    text_encoder: TextEncoder
+    vocab_size: int
+
+    def __init__(self, text_encoder: TextEncoder) -> None:
+        self.text_encoder = text_encoder
+        self.vocab_size = text_encoder.vocab_size
+        self._ids: dict[str, tuple[int, ...]] = {META: ()}
+        self._seams: set[tuple[str, str]] = set()
+        self._probe()
+
+    def ids(self, piece: str) -> tuple[int, ...]:
+        """Return the ids of one piece; none for META."""
+        ids = self._ids.get(piece)
+        if ids is None:
+            ids = self._ids[piece] = self._encode(piece)
+        return ids
+
+    def count(self, pieces: Iterable[str]) -> int:
+        """Return the number of text tokens in pieces; META has none."""
+        return sum([len(self.ids(piece)) for piece in pieces])
+
+    def check_answer(self, before: str, answer: str) -> None:
+        """Check that the tokens of an answer are the same behind its prompt as alone.
+
+        Args:
+            before: The last piece of text before the answer.
+            answer: The text of the answer, with its space.
+
+        Raises:
+            UsageError: They differ, so a model that continues the prompt could not give the answer.
+        """
+        if (before, answer) in self._seams:
+            return
+        together, apart = self._encode(before + answer), self._encode(before) + self._encode(answer)
+        if together != apart:
+            raise _tokenizer_error(f"the answer {answer.strip()!r} behind {before.strip()!r}", together, apart)
+        self._seams.add((before, answer))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.text_encoder.encode_batch([text])[0].tolist())
+
+    def _probe(self) -> None:
+        """Compare text with its pieces, on every word and every mark that the tasks use."""
+        words = [f" {word}" for word in (*ITEMS, *NAMES, *SENTENCE_WORDS, *range(100))]
+        titles = [f" {word.title()}" for word in SENTENCE_WORDS]
+        marks = (" [", " lamb", " ]", " lamb", ",", " [", " 0", " |", " 1", ".", " ]", " List", ":", " 1", ",", " ]")
+        pieces = ("List", *words, *(piece for word in words for piece in (word, ",")), *titles, *marks, *titles)
+        apart = tuple(token for piece in pieces for token in self._encode(piece))
+        together = self._encode("".join(pieces))
+        if together != apart:
+            raise _tokenizer_error("the words of the recall tasks in a sentence", together, apart)
+
+
+def fill_prompt(
+    room: Room,
+    used: int,
+    draw_part: Callable[[], list[str]],
+    *,
+    encoder: PieceEncoder,
+    draws: Draws,
+    num_parts: tuple[int, int],
+) -> list[list[str]] | None:
+    """Draw parts until the prompt is as long as a length drawn uniformly from what the room leaves.
+
+    Args:
+        room: The bounds of the whole prompt.
+        used: Text tokens of the prompt without the parts.
+        draw_part: Draws the pieces of one more part.
+        encoder: Measures them.
+        draws: For the length.
+        num_parts: Inclusive bounds of their number.
+
+    Returns:
+        The parts, or None where they miss the room.
+    """
+    fewest, most = num_parts
+    parts = [draw_part() for _ in range(fewest)]
+    length = used + sum(encoder.count(part) for part in parts)
+    if length > room.highest:
+        return None
+    lowest = max(length, room.lowest)
+    if room.aim == "uniform":
+        goal = draws.between(lowest, room.highest)
+    else:
+        goal = lowest if room.aim == "lowest" else room.highest
+    while length < goal and len(parts) < most:
+        part = draw_part()
+        part_length = encoder.count(part)
+        if length + part_length > room.highest:
+            break
+        parts.append(part)
+        length += part_length
+    return parts if length >= room.lowest else None
+
+
+class Question(NamedTuple):
+    """A question as it stands in the text, and its answer."""
+
+    pieces: list[str]
+    answer: list[str]
+
+
+def count_question_tokens(questions: Sequence[Question], encoder: PieceEncoder) -> int:
+    """Return the text tokens of the questions up to the last answer, the answers before it included."""
+    pieces = assemble([], questions).pieces
+    return encoder.count(pieces[: len(pieces) - len(questions[-1].answer)])
+
+
+def assemble(body: list[str], questions: Sequence[Question], choices: tuple[str, ...] = ()) -> Instance:
+    """Put the questions behind the body, each with its answer and a full stop between them."""
+    pieces = list(body)
+    answer_pieces = []
+    for number, question in enumerate(questions):
+        if number:
+            pieces.append(".")
+        pieces += question.pieces
+        answer_pieces.append((len(pieces), len(pieces) + len(question.answer)))
+        pieces += question.answer
+    return Instance(tuple(pieces), tuple(answer_pieces), len(body), choices)
+
+
+def _tokenizer_error(where: str, together: tuple[int, ...], apart: tuple[int, ...]) -> UsageError:
+    return UsageError(
+        f"tokenizer: {where}",
+        expected=f"the same {len(apart)} tokens as piece by piece",
+        found=f"{len(together)}, or others",
+        remedy="use a tokenizer that splits text at words and punctuation, as GPT-2's does",
+    )
+
+
+def _join(pieces: Iterable[str]) -> str:
+    return "".join([piece for piece in pieces if piece != META])

@@ -1,0 +1,67 @@
+"""Copying (paper section 3): reproduce a span of a text exactly.
+
+The span stands between two meta-tokens, in a text of random words.
+
+Input, and targets for the two kinds of loss:
+
+    input  Text :     skirt _ [   fog  hand gear _ ]    head  onion cape .    Copy 1 :   fog  hand gear
+    answer -    -     -     - -   -    -    -    - -    -     -     -    -    -    - fog hand gear -
+    full   :    skirt -     [ fog hand gear -    ] head onion cape  .    Copy 1    : fog hand gear -
+
+The meta-tokens are what tells the span, so a bracket stands right behind each for models without them. `size` is
+the number of words of a span. Several questions are several spans, in the order of the text; they do not overlap.
+The words around them, the last of which ends the text, are what makes a prompt longer. Words may repeat.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from metatokens.tasks.base import (
+    META,
+    Draws,
+    Instance,
+    PieceEncoder,
+    Question,
+    Room,
+    assemble,
+    count_question_tokens,
+    fill_prompt,
+)
+from metatokens.tasks.words import ITEMS
+
+if TYPE_CHECKING:
+    from metatokens.config.tasks import CopyingTask
+
+
+def generate(task: CopyingTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
+    """Draw spans of `size` words and the words around them; None where they miss the room."""
+    spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
+    questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
+    marked = [[META, " [", *span, META, " ]"] for span in spans]
+    around = fill_prompt(
+        room,
+        encoder.count(("Text", ":", "."))
+        + sum(encoder.count(span) for span in marked)
+        + count_question_tokens(questions, encoder),
+        lambda: [f" {draws.choose(ITEMS)}"],
+        encoder=encoder,
+        draws=draws,
+        num_parts=(1, room.highest),
+    )
+    if around is None:
+        return None
+    places = sorted(draws.below(len(around)) for _ in spans)
+    body, start = ["Text", ":"], 0
+    for place, span in zip(places, marked, strict=True):
+        body += [word for part in around[start:place] for word in part]
+        body += span
+        start = place
+    body += [word for part in around[start:] for word in part]
+    return assemble([*body, "."], questions)
+
+
+def solve(prompt_text: str) -> list[str]:
+    """Return the answer to each question of a prompt; of the text alone."""
+    return [span.strip() for span in re.findall(r"\[([^\]]*)\]", prompt_text)]

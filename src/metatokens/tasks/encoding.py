@@ -1,0 +1,168 @@
+"""Instances to rows of tokens with meta-tokens and targets, and rows to padded batches.
+
+The loss convention is that of pre-training (`metatokens.data.injection.InjectedBatch`): targets are shifted, so the
+target of a position is what its output must predict, and a meta-token is never one.
+
+Shapes: B batch, T positions of a row, meta-tokens included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from metatokens.config.schema import UniformInjection
+from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_into_prompt
+from metatokens.tasks.base import META
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from metatokens.config.schema import LossPolicy
+    from metatokens.config.tasks import Task, UniformPlaces
+    from metatokens.tasks.base import Instance, PieceEncoder
+
+
+class EncodedInstance(NamedTuple):
+    """An instance as tokens."""
+
+    input_ids: IntArray
+    """(T,), text and meta-tokens; the last answer ends it."""
+    targets: IntArray
+    """(T,), what the output at each position must predict (already shifted); -100 where there is no loss term."""
+    answer_spans: tuple[tuple[int, int], ...]
+    """(start, stop) of each answer in `input_ids`; no meta-token is inside."""
+    prompt_length: int
+    """Text tokens before the last answer."""
+    choices: tuple[tuple[int, ...], ...]
+    """The tokens of each choice; empty where the task has none."""
+
+
+def encode_instance(
+    instance: Instance,
+    task: Task,
+    *,
+    encoder: PieceEncoder,
+    meta_token_id: int,
+    loss_policy: LossPolicy = "skip",
+) -> EncodedInstance:
+    """Return the tokens of an instance with its meta-tokens, and the targets of the loss.
+
+    With the text a b, the answer c d, and meta-tokens _ before b and before c:
+
+        input_ids                a  _  b  _  c  d
+        targets, answer, skip    .  .  .  c  d  .
+        targets, full, skip      .  b  .  c  d  .
+        targets, full, retarget  b  .  c  .  d  .
+
+    The first text token is never a target, and nothing follows the last one.
+
+    Args:
+        instance: Of this task.
+        task: For `meta_places` and `loss`.
+        encoder: Gives the ids.
+        meta_token_id: The id to put at meta-tokens.
+        loss_policy: skip: a token is predicted from the position right before it, which may be a meta-token;
+            retarget: from the last text token before it.
+
+    Raises:
+        UsageError: The tokens of an answer are others behind its prompt than alone.
+    """
+    text_ids, is_target, spans, meta_places = _lay_out(instance, encoder)
+    prompt_length = spans[-1][0]
+    if task.meta_places.kind == "uniform":
+        meta_places = _draw_places(task.meta_places, text_ids, spans, instance.key)
+    elif task.meta_places.kind == "none":
+        meta_places = []
+    if task.loss == "full":
+        is_target = np.ones(len(text_ids), dtype=np.bool_)
+        is_target[0] = False
+    # positions of the text once a meta-token stands before text token p for every p of meta_places
+    text_positions = np.arange(len(text_ids)) + np.searchsorted(meta_places, np.arange(len(text_ids)), side="right")
+    input_ids = np.full(len(text_ids) + len(meta_places), meta_token_id, dtype=np.int64)
+    input_ids[text_positions] = text_ids
+    targets = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+    predicted = np.flatnonzero(is_target)
+    sources = text_positions[predicted] - 1 if loss_policy == "skip" else text_positions[predicted - 1]
+    targets[sources] = text_ids[predicted]
+    return EncodedInstance(
+        input_ids,
+        targets,
+        tuple((int(text_positions[start]), int(text_positions[start]) + stop - start) for start, stop in spans),
+        prompt_length,
+        tuple(encoder.ids(choice) for choice in instance.choices),
+    )
+
+
+def collate(instances: Sequence[EncodedInstance], *, pad_token_id: int, meta_token_id: int) -> dict[str, torch.Tensor]:
+    """Return int64 tensors for the model, padded on the right.
+
+    Returns:
+        input_ids (B, T), T the longest row; attention_mask (B, T), 1 at tokens and 0 at padding; shift_labels
+        (B, T), the targets, -100 at padding.
+
+    Raises:
+        ValueError: No row, or padding that would count as a meta-token.
+    """
+    import torch
+
+    if not instances:
+        raise ValueError("a batch needs at least one instance")
+    if pad_token_id == meta_token_id:
+        raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
+    lengths = np.array([len(instance.input_ids) for instance in instances])
+    attention_mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(attention_mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[attention_mask] = np.concatenate([instance.input_ids for instance in instances])
+    targets = np.full(attention_mask.shape, IGNORE_INDEX, dtype=np.int64)
+    targets[attention_mask] = np.concatenate([instance.targets for instance in instances])
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
+        "shift_labels": torch.from_numpy(targets),
+    }
+
+
+def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolArray, list[tuple[int, int]], list[int]]:
+    """Return the text's ids, where they are answers, the answers' spans, and the task's places (before which token)."""
+    ids: list[int] = []
+    offsets: list[int] = []
+    meta_places: list[int] = []
+    for piece in instance.pieces:
+        offsets.append(len(ids))
+        if piece == META:
+            meta_places.append(len(ids))
+        ids += encoder.ids(piece)
+    offsets.append(len(ids))
+    is_answer = np.zeros(len(ids), dtype=np.bool_)
+    spans = []
+    for start, stop in instance.answer_pieces:
+        before = next(piece for piece in reversed(instance.pieces[:start]) if piece != META)
+        encoder.check_answer(before, "".join(instance.pieces[start:stop]))
+        spans.append((offsets[start], offsets[stop]))
+        is_answer[offsets[start] : offsets[stop]] = True
+    return np.array(ids, dtype=np.int64), is_answer, spans, meta_places
+
+
+def _draw_places(places: UniformPlaces, text_ids: IntArray, spans: Sequence[tuple[int, int]], key: int) -> list[int]:
+    """Return before which text token each meta-token stands, rising; never inside or behind an answer.
+
+    The positions are drawn over the text without its answers, so neither their number nor their places depend on
+    what the answers are. A meta-token between a question and the text behind its answer stands before the answer.
+    """
+    is_prompt = np.ones(len(text_ids), dtype=np.bool_)
+    for start, stop in spans:
+        is_prompt[start:stop] = False
+    prompt = np.flatnonzero(is_prompt)
+    # the row numbers its tokens, and -1 is no token's number
+    row = inject_into_prompt(prompt.tolist(), UniformInjection(ratio=places.meta_ratio), meta_token_id=-1, seed=key)
+    meta_places, place = [], 0
+    for token in row:
+        if token < 0:
+            meta_places.append(place)
+        else:
+            place = token + 1
+    return meta_places

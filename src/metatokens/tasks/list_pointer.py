@@ -1,0 +1,51 @@
+"""List pointer (paper section 3): point to item j of a named list, among the items of the prompt.
+
+The lists, the meta-tokens and the answer are those of list recall; the question is worded as a pointer, and an
+answer is scored as a single choice over `Instance.choices`: every item of the prompt once, in the order in which
+they first occur. The paper does not tell how its pointer question reads; this is our reading.
+
+Input, and targets for the two kinds of loss:
+
+    input  List   reader :   net ,   saw . _    List    captain :   mud ,    pony . _     Point to   item
+    answer -      -      -   -   -   -   - -    -       -       -   -   -    -    - -     -     -    -
+    full   reader :      net ,   saw .   - List captain :       mud ,   pony .    - Point to    item 2
+
+    input  2  of     reader :   saw
+    answer -  -      -      saw -
+    full   of reader :      saw -
+
+The choices here are net, saw, mud, pony.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from metatokens.tasks.list_recall import generate_recall, read_lists
+from metatokens.tasks.words import ITEMS
+
+if TYPE_CHECKING:
+    from metatokens.config.tasks import ListPointerTask
+    from metatokens.tasks.base import Draws, Instance, PieceEncoder, Room
+
+_ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
+
+
+def generate(task: ListPointerTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
+    """Draw lists of `size` items, the questions and their choices; None where they miss the room."""
+    instance = generate_recall(task, size, room, ask=_ask, encoder=encoder, draws=draws)
+    if instance is None:
+        return None
+    body = instance.pieces[: instance.body_stop]
+    return instance._replace(choices=tuple(dict.fromkeys(piece for piece in body if piece in _ITEM_PIECES)))
+
+
+def solve(prompt_text: str) -> list[str]:
+    """Return the answer to each question of a prompt; of the text alone."""
+    lists = read_lists(prompt_text)
+    return [lists[name][int(number)] for number, name in re.findall(r"Point to item (\d+) of (\w+):", prompt_text)]
+
+
+def _ask(number: int, name: str) -> list[str]:
+    return [" Point", " to", " item", f" {number}", " of", f" {name}", ":"]

@@ -1,0 +1,90 @@
+"""List recall (paper section 3): which is item j of a named list?
+
+A meta-token stands right after the list that holds the queried items and one before each question, so two stand
+together where that list is the last. Items of one list differ; lists may share items.
+
+Input, and targets for the two kinds of loss:
+
+    input  List  child : 1    corn , 2   jar . _    List    student : 1     canoe , 2       feather . _
+    answer -     -     - -    -    - -   -   - -    -       -       - -     -     - -       -       - -
+    full   child :     1 corn ,    2 jar .   - List student :       1 canoe ,     2 feather .       - Item
+
+    input  Item 1  of    child is   corn . _    Item 2  of    child is  jar
+    answer -    -  -     -     corn -    - -    -    -  -     -     jar -
+    full   1    of child is    corn .    - Item 2    of child is    jar -
+
+Several questions ask for different items of the same list, and start over when all have been asked. Nothing but
+the text tells the answer, so the meta-tokens need no visible mark here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from metatokens.tasks.base import META, Draws, Instance, PieceEncoder, Question, Room, assemble, count_question_tokens
+from metatokens.tasks.lists import NamedList, draw_body, draw_items, draw_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from metatokens.config.tasks import ListPointerTask, ListRecallTask
+
+
+def generate(task: ListRecallTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
+    """Draw lists of `size` items and the questions; None where they miss the room."""
+    return generate_recall(task, size, room, ask=_ask, encoder=encoder, draws=draws)
+
+
+def generate_recall(
+    task: ListRecallTask | ListPointerTask,
+    size: int,
+    room: Room,
+    *,
+    ask: Callable[[int, str], list[str]],
+    encoder: PieceEncoder,
+    draws: Draws,
+) -> Instance | None:
+    """Draw an instance whose questions are worded by `ask(number, name)`."""
+    names = draw_names(task, draws)
+
+    def draw_list() -> NamedList:
+        return NamedList(next(names), draw_items(size, draws, key="difficulty.size"))
+
+    target = draw_list()
+    asked = [number for _ in range(0, task.questions, size) for number in draws.shuffle(range(1, size + 1))]
+    questions = [
+        Question([META, *ask(number, target.name)], [f" {target.items[number - 1]}"])
+        for number in asked[: task.questions]
+    ]
+    body = draw_body(
+        task,
+        [*target.pieces(numbered=task.numbered), META],
+        draw_list,
+        room,
+        used=count_question_tokens(questions, encoder),
+        encoder=encoder,
+        draws=draws,
+    )
+    return None if body is None else assemble(body, questions)
+
+
+def solve(prompt_text: str) -> list[str]:
+    """Return the answer to each question of a prompt; of the text alone."""
+    lists = read_lists(prompt_text)
+    return [lists[name][int(number)] for number, name in re.findall(r"Item (\d+) of (\w+) is", prompt_text)]
+
+
+def read_lists(prompt_text: str) -> dict[str, dict[int, str]]:
+    """Return the items of every list in a text, by name and number; an item without a number is counted."""
+    lists: dict[str, dict[int, str]] = {}
+    for name, content in re.findall(r"List (\w+): ([^.]*)\.", prompt_text):
+        entries = [entry.split() for entry in content.split(",")]
+        lists[name] = {
+            int(entry[0]) if len(entry) == 2 else place: entry[-1] for place, entry in enumerate(entries, start=1)
+        }
+    return lists
+
+
+def _ask(number: int, name: str) -> list[str]:
+    return [" Item", f" {number}", " of", f" {name}", " is"]

@@ -1,0 +1,79 @@
+"""Parity (paper section 3): the exclusive or of all bits before a mark.
+
+A meta-token stands right after the bits that are to be summed; more bits follow, which do not count.
+
+Input, and targets for the two kinds of loss:
+
+    input  Bits : 1 _ | 1 1 0 1 _ | 0 0 0 .      Parity 1  is 1 .      Parity 2  is 0
+    answer -    - - - - - - - - - - - - - -      -      -  1  - -      -      -  0  -
+    full   :    1 - | 1 1 0 1 - | 0 0 0 . Parity 1      is 1  . Parity 2      is 0  -
+
+The meta-token is what tells where to stop, so a bar stands right behind it for models without one. `size` is the
+number of bits before the last mark. Several questions are several marks at different places, numbered from the
+left and answered in order at the end, each with all bits before it; the marks before the last are drawn uniformly
+from the places between bits. The bits after the last mark, at least one, are what makes a prompt longer.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from metatokens.errors import UsageError
+from metatokens.tasks.base import (
+    META,
+    Draws,
+    Instance,
+    PieceEncoder,
+    Question,
+    Room,
+    assemble,
+    count_question_tokens,
+    fill_prompt,
+)
+
+if TYPE_CHECKING:
+    from metatokens.config.tasks import ParityTask
+
+
+def generate(task: ParityTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
+    """Draw `size` bits, the marks among them and the bits behind; None where they miss the room."""
+    if task.questions > size:
+        raise UsageError(
+            "parity.questions",
+            expected=f"at most {size}, a mark behind each bit",
+            found=str(task.questions),
+            remedy="lower it, or raise the lower bound of difficulty.size",
+        )
+    bits = [draws.below(2) for _ in range(size)]
+    marks = sorted((size, *islice(draws.shuffle(range(1, size)), task.questions - 1)))
+    body = ["Bits", ":"]
+    for start, stop in zip((0, *marks), marks, strict=False):
+        body += [f" {bit}" for bit in bits[start:stop]]
+        body += [META, " |"]
+    questions = [
+        Question([" Parity", f" {number}", " is"], [f" {sum(bits[:mark]) % 2}"])
+        for number, mark in enumerate(marks, start=1)
+    ]
+    behind = fill_prompt(
+        room,
+        encoder.count((*body, ".")) + count_question_tokens(questions, encoder),
+        lambda: [f" {draws.below(2)}"],
+        encoder=encoder,
+        draws=draws,
+        num_parts=(1, room.highest),
+    )
+    if behind is None:
+        return None
+    return assemble([*body, *(bit for part in behind for bit in part), "."], questions)
+
+
+def solve(prompt_text: str) -> list[str]:
+    """Return the answer to each question of a prompt; of the text alone."""
+    parity, answers = "0", []
+    for symbol in prompt_text.partition(".")[0]:
+        if symbol == "1":
+            parity = "1" if parity == "0" else "0"
+        elif symbol == "|":
+            answers.append(parity)
+    return answers

@@ -1,0 +1,164 @@
+"""The tasks by name, and the one way to an instance.
+
+Instance i is a pure function of (task, difficulty, tokenizer, seed, split, i): no rank, worker, batch or resume
+changes it. Draws that miss the wanted length or fall on the other split are dropped and counted on, from a key
+that holds the number of the attempt. Where meta-tokens stand and what is paid for are left out of the key, so
+arms that differ in these see the same texts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from metatokens.config import tasks as config
+from metatokens.data.injection import hash_key
+from metatokens.errors import UsageError
+from metatokens.tasks import copying, list_pointer, list_recall, parity, segment_counting
+from metatokens.tasks.base import Draws, Generate, Instance, PieceEncoder, Room, Solve, Split
+
+if TYPE_CHECKING:
+    from metatokens.config.tasks import Difficulty, Task
+
+# a draw in ten is of the test split: 400 that fit and are all of the other one come by chance once in 10^18
+_MOST_FITTING = 400
+# draws for one that fits: a narrow range of lengths is hit rarely
+_MOST_MISSES = 1_000
+
+
+class TaskParts(NamedTuple):
+    """What a task consists of."""
+
+    config: type[Task]
+    """The class of its configuration."""
+    generate: Generate
+    """Draws instances."""
+    solve: Solve
+    """Answers a prompt from its text alone."""
+
+
+TASKS = MappingProxyType(
+    {
+        "list_recall": TaskParts(config.ListRecallTask, list_recall.generate, list_recall.solve),
+        "segment_counting": TaskParts(config.SegmentCountingTask, segment_counting.generate, segment_counting.solve),
+        "parity": TaskParts(config.ParityTask, parity.generate, parity.solve),
+        "copying": TaskParts(config.CopyingTask, copying.generate, copying.solve),
+        "list_pointer": TaskParts(config.ListPointerTask, list_pointer.generate, list_pointer.solve),
+    }
+)
+
+
+def task_names() -> tuple[str, ...]:
+    """Return the names of all tasks."""
+    return tuple(TASKS)
+
+
+def find_task(name: str) -> TaskParts:
+    """Return a task by its name.
+
+    Raises:
+        UsageError: There is none; the message has the nearest name.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+    raise UsageError(
+        "task",
+        expected=", ".join(TASKS),
+        found=repr(name),
+        remedy=f"did you mean {close[0]!r}?" if close else "name one of them",
+    )
+
+
+def make_instance(
+    task: Task, difficulty: Difficulty, *, encoder: PieceEncoder, seed: int, split: Split, index: int
+) -> Instance:
+    """Return instance `index` of a split.
+
+    Args:
+        task: What is asked.
+        difficulty: Its size, and the length of the prompt in text tokens.
+        encoder: Measures the prompt; `PieceEncoder(TextEncoder(tokenizer))`.
+        seed: Part of the key of the draws.
+        split: Which side; no prompt of one side has the body of a prompt of the other, for any seeds and settings.
+        index: The instance, any integer from 0 on.
+
+    Raises:
+        UsageError: No prompt of this task and size has such a length, or none of them is of this split.
+    """
+    generate = TASKS[task.kind].generate
+    # so that a size that the task cannot have is an error of every instance, not only of those that draw it
+    _shortest_prompt(task, difficulty.size, encoder)
+    room = Room(*difficulty.prompt_tokens)
+    stream = _stream_key(task, difficulty, seed, split)
+    num_fitting = 0
+    for attempt in range(_MOST_MISSES * _MOST_FITTING):
+        key = int(hash_key(stream, index, attempt)[0])
+        draws = Draws(key)
+        instance = generate(task, draws.between(*difficulty.size), room, encoder=encoder, draws=draws)
+        if instance is not None and instance.split == split:
+            return instance._replace(key=key)
+        num_fitting += instance is not None
+        if num_fitting >= _MOST_FITTING:
+            raise UsageError(
+                f"{task.kind}, size {_dash(difficulty.size)}, {_dash(difficulty.prompt_tokens)} tokens",
+                expected=f"prompts of the split {split}",
+                found=f"none among {num_fitting} draws",
+                remedy="widen difficulty.size or difficulty.prompt_tokens: there are too few prompts to divide",
+            )
+        if attempt >= _MOST_MISSES * (num_fitting + 1):
+            break
+    raise _unreachable(task, difficulty, encoder)
+
+
+@lru_cache(maxsize=256)
+def _stream_key(task: Task, difficulty: Difficulty, seed: int, split: Split) -> int:
+    """Return the key of all instances of one kind; the same for tasks with equal texts."""
+    text = task.model_dump_json(exclude={"meta_places", "loss"}) + difficulty.model_dump_json()
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int(hash_key(seed, digest, split == "test")[0])
+
+
+@lru_cache(maxsize=256)
+def _shortest_prompt(task: Task, size: tuple[int, int], encoder: PieceEncoder) -> int:
+    """Return the length of a short prompt, and raise for either bound of the size what its instances would."""
+    lengths = []
+    for bound in size:
+        for attempt in range(8):
+            room = Room(1, 1 << 62, "lowest")
+            instance = TASKS[task.kind].generate(task, bound, room, encoder=encoder, draws=Draws(attempt))
+            assert instance is not None, "there is room for any prompt"
+            lengths.append(prompt_length(instance, encoder))
+    return min(lengths)
+
+
+def prompt_length(instance: Instance, encoder: PieceEncoder) -> int:
+    """Return the number of text tokens before the last answer."""
+    return encoder.count(instance.pieces[: instance.answer_pieces[-1][0]])
+
+
+def _unreachable(task: Task, difficulty: Difficulty, encoder: PieceEncoder) -> UsageError:
+    shortest = _shortest_prompt(task, difficulty.size, encoder)
+    limit = 4 * max(shortest, difficulty.prompt_tokens[1])
+    longest = shortest
+    for attempt in range(8):
+        room = Room(1, limit, "highest")
+        draws = Draws(attempt)
+        instance = TASKS[task.kind].generate(task, difficulty.size[1], room, encoder=encoder, draws=draws)
+        longest = max(longest, limit if instance is None else prompt_length(instance, encoder))
+    names = [name for name, bounds in config.LENGTH_BINS.items() if bounds == difficulty.prompt_tokens]
+    wanted = " ".join([*names, f"({_dash(difficulty.prompt_tokens)} tokens)"])
+    reach = f"about {shortest} to {longest}" if 2 * longest < limit else f"about {shortest} or more"
+    return UsageError(
+        f"{task.kind}, size {_dash(difficulty.size)}",
+        expected=f"prompts of the bin {wanted}",
+        found=f"{reach} within reach",
+        remedy="change difficulty.size or the task's numbers, or pick another bin",
+    )
+
+
+def _dash(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]}-{bounds[1]}"

@@ -1,0 +1,78 @@
+"""Segment counting (paper section 3): how often does an item occur in a marked segment of a list?
+
+The segment lies in one list, between two meta-tokens; nothing else is marked, and there is none before a question.
+
+Input, and targets for the two kinds of loss:
+
+    input  List   knight :      cheese ,      cheese , _ [      cheese , _ ]      cheese .    List  canal
+    answer -      -      -      -      -      -      - - -      -      - - -      -      -    -     -
+    full   knight :      cheese ,      cheese ,      - [ cheese ,      - ] cheese .      List canal :
+
+    input  :    sofa ,      cheese ,    sofa ,    sofa .     Count of     cheese is 1 .     Count of   sofa
+    answer -    -    -      -      -    -    -    -    -     -     -      -      1  - -     -     -    -
+    full   sofa ,    cheese ,      sofa ,    sofa .    Count of    cheese is     1  . Count of    sofa is
+
+    input  is 0
+    answer 0  -
+    full   0  -
+
+The meta-tokens are what tells the segment, so a bracket stands right behind each for models without them. The
+answer is a number in digits, 0 included. The items of a prompt are `num_items` different words, and several
+questions ask for several of them.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from metatokens.tasks.base import META, Draws, Instance, PieceEncoder, Question, Room, assemble, count_question_tokens
+from metatokens.tasks.lists import NamedList, draw_body, draw_items, draw_names
+
+if TYPE_CHECKING:
+    from metatokens.config.tasks import SegmentCountingTask
+
+
+def generate(
+    task: SegmentCountingTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws
+) -> Instance | None:
+    """Draw lists of `size` items, the segment and the questions; None where they miss the room."""
+    names = draw_names(task, draws)
+    words = draw_items(task.num_items, draws, key="segment_counting.num_items")
+
+    def draw_list() -> NamedList:
+        return NamedList(next(names), [draws.choose(words) for _ in range(size)])
+
+    target = draw_list()
+    num_inside = draws.between(1, size)
+    start = draws.below(size - num_inside + 1)
+    stop = start + num_inside
+    order = draws.shuffle(words)
+    asked = [next(order) for _ in range(task.questions)]
+    questions = [
+        Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in asked
+    ]
+    body = draw_body(
+        task,
+        _mark_segment(target, start, stop, numbered=task.numbered),
+        draw_list,
+        room,
+        used=count_question_tokens(questions, encoder),
+        encoder=encoder,
+        draws=draws,
+    )
+    return None if body is None else assemble(body, questions)
+
+
+def solve(prompt_text: str) -> list[str]:
+    """Return the answer to each question of a prompt; of the text alone."""
+    inside = prompt_text.partition("[")[2].partition("]")[0]
+    words = re.findall(r"[a-z]+", inside)
+    return [str(sum(word == asked for word in words)) for asked in re.findall(r"Count of (\w+) is", prompt_text)]
+
+
+def _mark_segment(target: NamedList, start: int, stop: int, *, numbered: bool) -> list[str]:
+    items = target.item_pieces(numbered=numbered)
+    before, inside, behind = (list(chain(*part)) for part in (items[:start], items[start:stop], items[stop:]))
+    return [*target.opening(), *before, META, " [", *inside, META, " ]", *behind]
