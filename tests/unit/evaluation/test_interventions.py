@@ -1,5 +1,6 @@
 """What is changed at the meta-tokens is what its definition says, elsewhere nothing is, and nothing stays behind."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -390,6 +391,24 @@ def test_cache_filled_before_the_block_is_refused_where_its_keys_cannot_serve() 
     model(ids[:, :6], past_key_values=cache)
     with intervene(model, (NoPositionEdges(),)), pytest.raises(UsageError, match="fill the cache within"):
         model(ids[:, 6:], past_key_values=cache)
+
+
+def test_cache_that_the_model_makes_of_text_alone_takes_meta_tokens_later() -> None:
+    model, ids = tiny_model(dtype=torch.float64), tokens("xxxxxxxx_x_x")
+    with intervene(model, (NoPositionEdges(),)):
+        first = model(ids[:, :7])
+        second = model(ids[:, 7:], past_key_values=first.past_key_values)
+        found = torch.cat([first.logits, second.logits], dim=1)
+        assert_close(found, model(ids, use_cache=False).logits, TOLERANCE)
+
+
+@torch.no_grad()
+def test_copy_of_a_cache_goes_on_like_the_cache() -> None:
+    model, ids = tiny_model(dtype=torch.float64), tokens("x_xxx_xxxxxx")
+    with intervene(model, (NoPositionEdges(),)):
+        cache = copy.deepcopy(model(ids[:, :7]).past_key_values)
+        found = model(ids[:, 7:], past_key_values=cache).logits
+        assert_close(found, model(ids, use_cache=False).logits[:, 7:], TOLERANCE)
 
 
 def test_mean_weighs_tokens_by_their_counts_and_leaves_out_the_absent() -> None:
