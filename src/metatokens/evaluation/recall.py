@@ -25,8 +25,7 @@ from metatokens.config.tasks import Difficulty, Task, length_bin
 from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio, bootstrap_seeds_and_instances, wilson_interval
 from metatokens.generation.decoding import sequence_limit
-from metatokens.tasks.curriculum import pad
-from metatokens.tasks.encoding import EncodedInstance, encode_instance
+from metatokens.tasks.encoding import EncodedInstance, encode_instance, pad
 from metatokens.tasks.registry import make_instance
 
 if TYPE_CHECKING:

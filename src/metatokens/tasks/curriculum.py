@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metatokens.data.injection import IGNORE_INDEX, IntArray, hash_key
+from metatokens.data.injection import IntArray, hash_key
 from metatokens.data.loader import Batches, permute
-from metatokens.tasks.encoding import encode_instance
+from metatokens.tasks.encoding import RecallBatch, encode_instance, pad
 from metatokens.tasks.registry import make_instance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from metatokens.config.finetuning import FinetuneConfig, Stage
     from metatokens.config.schema import LossPolicy
@@ -54,59 +52,6 @@ def locate(curriculum: Sequence[Stage], step: int) -> PlacedStep:
             return PlacedStep(index, rest)
         rest -= stage.steps
     raise ValueError(f"step {step} lies beyond the {step - rest} steps of the curriculum")
-
-
-class RecallBatch(NamedTuple):
-    """Encoded instances, padded on the right.
-
-    No attention mask goes with it: causality keeps what stands on the right out of sight.
-    """
-
-    input_ids: IntArray
-    """(B, T)."""
-    targets: IntArray
-    """(B, T), what the output at each position must predict; -100 where there is no loss term."""
-    num_text: int
-    """Text tokens, padding left out."""
-    num_meta: int
-    """Meta-tokens."""
-
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return len(self.input_ids)
-
-    @property
-    def num_targets(self) -> int:
-        """Loss terms of the batch."""
-        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
-
-    def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """Return the model's keyword arguments for some rows: input_ids and shift_labels."""
-        import torch
-
-        arrays = {"input_ids": self.input_ids[rows], "shift_labels": self.targets[rows]}
-        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-
-
-def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id: int) -> RecallBatch:
-    """Put encoded instances into one batch, padded on the right to the longest.
-
-    Raises:
-        ValueError: No row, or padding that would count as a meta-token.
-    """
-    if not encoded:
-        raise ValueError("a batch needs at least one instance")
-    if pad_token_id == meta_token_id:
-        raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
-    lengths = np.array([len(row.input_ids) for row in encoded])
-    is_token = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
-    input_ids[is_token] = np.concatenate([row.input_ids for row in encoded])
-    targets = np.full(is_token.shape, IGNORE_INDEX, dtype=np.int64)
-    targets[is_token] = np.concatenate([row.targets for row in encoded])
-    num_meta = int(np.count_nonzero(input_ids == meta_token_id))
-    return RecallBatch(input_ids, targets, int(lengths.sum()) - num_meta, num_meta)
 
 
 class RecallBatches(Batches):

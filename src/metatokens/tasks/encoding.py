@@ -41,6 +41,39 @@ class EncodedInstance(NamedTuple):
     """The tokens of each choice; empty where the task has none."""
 
 
+class RecallBatch(NamedTuple):
+    """Encoded instances, padded on the right.
+
+    No attention mask goes with it: causality keeps what stands on the right out of sight.
+    """
+
+    input_ids: IntArray
+    """(B, T)."""
+    targets: IntArray
+    """(B, T), what the output at each position must predict; -100 where there is no loss term."""
+    num_text: int
+    """Text tokens, padding left out."""
+    num_meta: int
+    """Meta-tokens."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Loss terms of the batch."""
+        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
+
+    def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """Return the model's keyword arguments for some rows: input_ids and shift_labels."""
+        import torch
+
+        arrays = {"input_ids": self.input_ids[rows], "shift_labels": self.targets[rows]}
+        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+
 def encode_instance(
     instance: Instance,
     task: Task,
@@ -97,33 +130,24 @@ def encode_instance(
     )
 
 
-def collate(instances: Sequence[EncodedInstance], *, pad_token_id: int, meta_token_id: int) -> dict[str, torch.Tensor]:
-    """Return int64 tensors for the model, padded on the right.
-
-    Returns:
-        input_ids (B, T), T the longest row; attention_mask (B, T), 1 at tokens and 0 at padding; shift_labels
-        (B, T), the targets, -100 at padding.
+def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id: int) -> RecallBatch:
+    """Put encoded instances into one batch, padded on the right to the longest.
 
     Raises:
         ValueError: No row, or padding that would count as a meta-token.
     """
-    import torch
-
-    if not instances:
+    if not encoded:
         raise ValueError("a batch needs at least one instance")
     if pad_token_id == meta_token_id:
         raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
-    lengths = np.array([len(instance.input_ids) for instance in instances])
-    attention_mask = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.full(attention_mask.shape, pad_token_id, dtype=np.int64)
-    input_ids[attention_mask] = np.concatenate([instance.input_ids for instance in instances])
-    targets = np.full(attention_mask.shape, IGNORE_INDEX, dtype=np.int64)
-    targets[attention_mask] = np.concatenate([instance.targets for instance in instances])
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
-        "shift_labels": torch.from_numpy(targets),
-    }
+    lengths = np.array([len(row.input_ids) for row in encoded])
+    is_token = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
+    input_ids[is_token] = np.concatenate([row.input_ids for row in encoded])
+    targets = np.full(is_token.shape, IGNORE_INDEX, dtype=np.int64)
+    targets[is_token] = np.concatenate([row.targets for row in encoded])
+    num_meta = int(np.count_nonzero(input_ids == meta_token_id))
+    return RecallBatch(input_ids, targets, int(lengths.sum()) - num_meta, num_meta)
 
 
 def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolArray, list[tuple[int, int]], list[int]]:

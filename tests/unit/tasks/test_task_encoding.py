@@ -8,7 +8,7 @@ from metatokens.config.tasks import CopyingTask, ListPointerTask, ListRecallTask
 from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.tasks.base import META, Instance, PieceEncoder
-from metatokens.tasks.encoding import collate, encode_instance
+from metatokens.tasks.encoding import encode_instance, pad
 from metatokens.tasks.registry import find_task, task_names
 from task_drawing import byte_encoder, instance_of, word_encoder, word_tokenizer
 
@@ -174,21 +174,22 @@ def test_choices_are_encoded_as_they_stand_in_the_prompt():
 def test_rows_are_padded_on_the_right():
     task = ParityTask()
     short, long = (encode(instance_of(task, (4, 4), (n, n)), task) for n in (20, 30))
-    batch = collate([short, long], pad_token_id=9_999, meta_token_id=word_encoder().vocab_size)
-    assert set(batch) == {"input_ids", "attention_mask", "shift_labels"}
-    assert all(tensor.dtype == torch.int64 and tensor.shape == (2, 32) for tensor in batch.values())
-    assert batch["input_ids"][0].tolist() == [*short.input_ids.tolist(), *[9_999] * 10]
-    assert batch["shift_labels"][0].tolist() == [*short.targets.tolist(), *[-100] * 10]
-    assert batch["attention_mask"].tolist() == [[1] * 22 + [0] * 10, [1] * 32]
-    assert batch["input_ids"][1].tolist() == long.input_ids.tolist()
-    assert batch["shift_labels"][1].tolist() == long.targets.tolist()
+    batch = pad([short, long], pad_token_id=9_999, meta_token_id=word_encoder().vocab_size)
+    inputs = batch.to_model_inputs()
+    assert set(inputs) == {"input_ids", "shift_labels"}
+    assert all(tensor.dtype == torch.int64 and tensor.shape == (2, 32) for tensor in inputs.values())
+    assert inputs["input_ids"][0].tolist() == [*short.input_ids.tolist(), *[9_999] * 10]
+    assert inputs["shift_labels"][0].tolist() == [*short.targets.tolist(), *[-100] * 10]
+    assert inputs["input_ids"][1].tolist() == long.input_ids.tolist()
+    assert inputs["shift_labels"][1].tolist() == long.targets.tolist()
+    assert (batch.num_rows, batch.num_text, batch.num_meta, batch.num_targets) == (2, 52, 2, 2)
 
 
 def test_batch_of_nothing_or_with_the_meta_token_as_padding_is_a_value_error():
     with pytest.raises(ValueError, match="at least one"):
-        collate([], pad_token_id=1, meta_token_id=2)
+        pad([], pad_token_id=1, meta_token_id=2)
     with pytest.raises(ValueError, match="differ from meta_token_id 2"):
-        collate([encode(instance_of(ParityTask()), ParityTask())], pad_token_id=2, meta_token_id=2)
+        pad([encode(instance_of(ParityTask()), ParityTask())], pad_token_id=2, meta_token_id=2)
 
 
 def test_tokenizer_that_joins_words_is_a_usage_error():
