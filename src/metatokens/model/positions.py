@@ -58,6 +58,8 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
 
     inv_freq: Tensor
     original_inv_freq: Tensor
+    max_seq_len_cached: int | Tensor
+    original_max_seq_len: int
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow to another device but stay exact: in bfloat16, far positions would turn by whole radians too much."""
@@ -69,6 +71,9 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> RotaryTables:
         """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
+        if self.rope_type == "dynamic" and self.max_seq_len_cached > self.original_max_seq_len:
+            # transformers keeps the frequencies of the longest batch so far; here they follow from this one alone
+            self.inv_freq, self.max_seq_len_cached = self.original_inv_freq, self.original_max_seq_len
         return RotaryTables(*super().forward(hidden, position_ids))
 
 
