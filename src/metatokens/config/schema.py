@@ -8,6 +8,7 @@ Defaults are those of the paper (section 4.1 and appendix A) unless a field says
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
@@ -150,7 +151,7 @@ class YarnScaling(Frozen):
     beta_slow: float = 1
     """Rotations over the trained window below which a frequency is divided by `factor`."""
     attention_factor: float | None = None
-    """Factor on cos and sin; off means 0.1 ln(factor) + 1."""
+    """Factor on cos and sin; off means 0.1 ln(factor) + 1, what the paper and YaRN's code call attention factor 1."""
 
     def to_hf(self) -> dict[str, Any]:
         """Return the entries of transformers' `rope_parameters`."""
@@ -212,6 +213,28 @@ class ModelConfig(Frozen):
             if outside:
                 raise ValueError(f"model.meta_attention_layers {outside} beyond the {self.num_hidden_layers} layers")
         return self
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The longest sequence; dynamic scaling goes beyond max_position_embeddings, the others say it there."""
+        factor = self.rope_scaling.factor if isinstance(self.rope_scaling, DynamicScaling) else 1
+        return int(self.max_position_embeddings * factor)
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the config that `to_hf` makes `fields` of, which may hold more than this class has fields for.
+
+        Raises:
+            ValidationError: where there is no such config, as for a RoPE scaling that is not offered here.
+        """
+        tree = {name: fields[name] for name in cls.model_fields if name in fields}
+        if tree.get("intermediate_size") == 4 * fields["hidden_size"]:
+            tree["intermediate_size"] = None
+        rope = dict(fields.get("rope_parameters") or {})
+        if rope:
+            tree["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+            tree["rope_scaling"] = {"kind": "none" if kind == "default" else kind, **rope}
+        return cls.model_validate(tree)
 
     def to_hf(self, text_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
         """Return the keyword arguments of `MetaTokenConfig`.
@@ -411,6 +434,8 @@ class RunConfig(Frozen, ABC):
 class PretrainConfig(RunConfig):
     """A pre-training run."""
 
+    start_from: Path | None = None
+    """A run, model or checkpoint folder whose weights the run starts from; off means new weights."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     injection: Injection = UniformInjection()
@@ -419,10 +444,12 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.data.block_size > self.model.max_position_embeddings:
+        if self.data.block_size > self.model.max_sequence_length:
+            stretched = self.model.max_sequence_length != self.model.max_position_embeddings
             raise ValueError(
                 f"data.block_size {self.data.block_size} exceeds model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}"
+                + (f" x model.rope_scaling.factor = {self.model.max_sequence_length}" if stretched else "")
             )
         if self.text_tokens_per_block < 1:
             raise ValueError(

@@ -43,7 +43,7 @@ class TrainingState:
     step: int
     """Optimizer steps done; the next one is this number, counted from 0."""
     content_id: str
-    """Identity of the tokens that the run reads."""
+    """Identity of the tokens that the run reads, and of the weights that it started from where they were not new."""
     world_size: int
     """Number of processes; another number continues with the same samples but not to the bit."""
     skipped_steps: int = 0
@@ -206,9 +206,7 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
-    tensors = _load_tensors(path / WEIGHTS)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
-    _check_tensors(path / WEIGHTS, own, tensors)
+    load_weights(path, model)
     moments = _load_tensors(path / MOMENTS)
     # a parameter without moments is one that no step has changed so far
     parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in moments}
@@ -219,10 +217,21 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
         for kind in MOMENT_KINDS
     }
     _check_tensors(path / MOMENTS, expected, moments)
-    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
     for name, parameter in parameters.items():
         # fused AdamW keeps its step beside the parameter
         optimizer.state[parameter] = {kind: moments[f"{kind}/{name}"].to(parameter.device) for kind in MOMENT_KINDS}
+
+
+def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
+    """Take over the weights in a checkpoint or model folder, to the bit.
+
+    Raises:
+        CheckpointError: if names, shapes or dtypes are not those of `model`.
+    """
+    tensors = _load_tensors(path / WEIGHTS)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
+    _check_tensors(path / WEIGHTS, own, tensors)
+    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

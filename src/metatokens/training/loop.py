@@ -55,7 +55,8 @@ class Job:
     tokenizer: Any
     """Saved with every checkpoint."""
     content_id: str
-    """Identity of what the batches are made of; a run is never continued on another."""
+    """Identity of what the batches are made of, and of the weights that a continued training starts from; a run is
+    never continued on others."""
     batches: Batches
     count_flops: Callable[[Batch], int]
     """Floating-point operations of forward and backward pass over a batch."""
@@ -152,9 +153,9 @@ class _Run:
         if state.content_id != self.job.content_id:
             raise DataError(
                 str(self.folder.path),
-                expected=f"the data that the run began with, content_id {state.content_id}",
+                expected=f"the data and weights that the run began with, content_id {state.content_id}",
                 found=self.job.content_id,
-                remedy="point to that data, or take another --out",
+                remedy="point to those, or take another --out",
             )
         load_checkpoint(path, self.model, self.optimizer)
         return state

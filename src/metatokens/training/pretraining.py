@@ -10,10 +10,12 @@ from metatokens.data.loader import BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
+from metatokens.model import MetaTokenForCausalLM
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
 from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.starting import check_tokenizer, load_start
 
 
 def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
@@ -34,7 +36,7 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
 
 def plan(config: PretrainConfig, dataset: TokenDataset) -> dict[str, Any]:
     """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text."""
-    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
+    model, _ = _make_model(config, dataset)
     text = config.text_tokens_per_block
     num_blocks = len(TokenBlocks(dataset, "train", text))
     return {
@@ -65,12 +67,22 @@ def vocabulary(dataset: TokenDataset) -> dict[str, int]:
     return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
 
 
+def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaTokenForCausalLM, str]:
+    """Return the model that a run starts from, and the identity of its tokens and of weights that are not new."""
+    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
+    if config.start_from is None:
+        return model, dataset.content_id
+    check_tokenizer(config.start_from, dataset.manifest.tokenizer_sha256, dataset.path)
+    return model, f"{dataset.content_id}+{load_start(config.start_from, model, config.model)}"
+
+
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> Job:
-    model = build_model(config.model, **vocabulary(dataset), seed=config.seed).to(processes.device)
+    model, content_id = _make_model(config, dataset)
+    model.to(processes.device)
     return Job(
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
-        content_id=dataset.content_id,
+        content_id=content_id,
         batches=_loader(config, dataset, processes, "train", config.training.batch_blocks),
         count_flops=lambda batch: count_batch_flops(model.config, batch),
         evaluate=None

@@ -32,7 +32,8 @@ FREE_KEYS = {
     "data": {"path", "verify"},
     "training": {"micro_batch_blocks", "compile", "gradient_checkpointing", "device", "distributed_timeout_seconds"},
 }
-FREE_SECTIONS = {"evaluation", "checkpoint", "logging"}
+# what a run starts from counts by its weights, not by where they lie
+FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
 
 
 class RunFolder:

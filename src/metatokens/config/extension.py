@@ -1,0 +1,86 @@
+"""The longer window of a trained model: from its shape and a factor to the configuration of the training that follows.
+
+Only RoPE has frequencies to scale. A model that was extended before is extended further by the same method: the factors
+multiply, and the trained window stays what it was at first.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from metatokens.config.loading import load_preset, override
+from metatokens.config.schema import Injection, ModelConfig, NoScaling, PretrainConfig
+from metatokens.errors import UsageError
+
+ExtensionMethod = Literal["yarn", "linear", "dynamic"]
+EXTENDABLE = "rope (by yarn, linear or dynamic); alibi and none need no scaling, learned positions have no more rows"
+"""Which position encodings can be extended, for messages."""
+
+
+def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> ModelConfig:
+    """Return the shape of a model whose window is `factor` times as long.
+
+    YaRN's trained window is `max_position_embeddings` of a model that was not extended before. Dynamic scaling leaves
+    that number alone, since transformers takes it for the trained window; `max_sequence_length` tells the new one.
+
+    Raises:
+        UsageError: a position encoding without frequencies, a factor that extends nothing, or another method on top of
+            the one that the model was extended by.
+    """
+    if model.position_encoding != "rope":
+        raise UsageError(
+            "position encoding of the model",
+            expected=EXTENDABLE,
+            found=model.position_encoding,
+            remedy="extend a model with rope",
+        )
+    if not (math.isfinite(factor) and factor > 1):
+        raise UsageError("--factor", expected="more than 1", found=f"{factor:g}", remedy="the paper takes 4 and 8")
+    before = model.rope_scaling
+    if isinstance(before, NoScaling):
+        scaling = {"kind": method, "factor": factor}
+        if method == "yarn":
+            scaling["original_max_position_embeddings"] = model.max_position_embeddings
+    elif before.kind == method:
+        scaling = {**before.model_dump(), "factor": before.factor * factor}
+    else:
+        raise UsageError(
+            f"--method {method}",
+            expected=f"{before.kind}, by which the model was extended before",
+            found=method,
+            remedy=f"extend it further by {before.kind}, or start from the model that was not extended",
+        )
+    window = model.max_position_embeddings * (1 if method == "dynamic" else factor)
+    changes = {"rope_scaling": scaling, "max_position_embeddings": int(window)}
+    return ModelConfig.model_validate({**model.model_dump(), **changes})
+
+
+def extension_config(
+    preset: str | Path,
+    *,
+    start_from: Path,
+    model: ModelConfig,
+    injection: Injection | None = None,
+    overrides: Sequence[str] = (),
+) -> PretrainConfig:
+    """Return the continued training of an extended model on blocks of its whole window.
+
+    Args:
+        preset: gives the optimizer, the schedule and the number of steps; its model is left aside.
+        start_from: folder of the trained weights.
+        model: the extended shape, as of `extend_model`.
+        injection: how the model was pre-trained; None takes the preset's.
+        overrides: come last, as in `load_preset`.
+
+    Raises:
+        UsageError: for an unknown preset or key, or settings that do not agree.
+    """
+    config = load_preset(preset)
+    changes = {
+        "start_from": start_from,
+        "model": model,
+        "data": config.data.model_copy(update={"block_size": model.max_sequence_length}),
+        "injection": injection or config.injection,
+    }
+    return override(config.model_copy(update=changes), overrides, origin="extend")

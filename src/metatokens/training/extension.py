@@ -1,0 +1,80 @@
+"""Length extension: a trained model with scaled RoPE, and the short training that its new window needs.
+
+The training is pre-training that starts from the model's weights: `metatokens.training.pretraining` does it. The
+paper's appendix gives YaRN's parameters.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metatokens.config.extension import ExtensionMethod, extend_model, extension_config
+from metatokens.config.schema import PretrainConfig
+from metatokens.data.tokenizer import build_hf_tokenizer
+from metatokens.errors import UsageError
+from metatokens.model.export import save_model
+from metatokens.training.checkpoint import new_folder
+from metatokens.training.initialization import build_model
+from metatokens.training.loading import injection_of, open_config, open_shape, open_tokenizer
+from metatokens.training.starting import load_start
+
+
+def plan_extension(
+    checkpoint: Path, *, method: ExtensionMethod, factor: float, preset: str, overrides: Sequence[str] = ()
+) -> PretrainConfig:
+    """Return the continued training of a model whose window becomes `factor` times as long.
+
+    Meta-tokens are injected as in the pre-training of the model where `checkpoint` lies in its run, else as `preset`
+    says.
+
+    Raises:
+        UsageError, CheckpointError: see `extend_model`, `extension_config` and `open_shape`.
+    """
+    return extension_config(
+        preset,
+        start_from=checkpoint,
+        model=extend_model(open_shape(checkpoint), method, factor),
+        injection=injection_of(checkpoint),
+        overrides=overrides,
+    )
+
+
+def describe_extension(config: PretrainConfig) -> dict[str, Any]:
+    """Return what a reader wants to know of an extension beside its training."""
+    return {
+        "start_from": str(config.start_from),
+        "rope_scaling": config.model.rope_scaling.model_dump(mode="json"),
+        "window": config.model.max_sequence_length,
+        "block_size": config.data.block_size,
+        "injection": config.injection.model_dump(mode="json"),
+    }
+
+
+def write_untrained(config: PretrainConfig, out: Path) -> dict[str, Any]:
+    """Write the extended model as it is before any training into the new model folder `out`.
+
+    Raises:
+        UsageError: if there is something at `out`, or it cannot be written.
+        CheckpointError: if the weights do not fit.
+    """
+    start = config.start_from
+    assert start is not None
+    hf = open_config(start)
+    model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
+    sha256 = load_start(start, model, config.model)
+    if out.exists():
+        raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            str(out), expected="a folder that can be made", found=str(error.strerror), remedy="choose another --out"
+        ) from None
+    with new_folder(out) as folder:
+        save_model(model, folder, build_hf_tokenizer(open_tokenizer(start)))
+    return {
+        "model": str(out),
+        "num_parameters": model.num_parameters(),
+        "start_sha256": sha256,
+        **describe_extension(config),
+    }
