@@ -74,7 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for add in _VERBS:
         add(verbs)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.verb not in (_pretrain, _finetune, _evaluate):
+    if overrides and options.verb not in (_pretrain, _extend, _finetune, _evaluate):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
@@ -128,6 +128,20 @@ def _add_prepare(verbs: Any) -> None:
 def _add_pretrain(verbs: Any) -> None:
     text = "pre-train a preset; picks up where it was; under torchrun on several devices"
     _add_run(_verb(verbs, "pretrain", _pretrain, text, long=True), "metatokens.config.schema:PretrainConfig")
+
+
+def _add_extend(verbs: Any) -> None:
+    text = "give a model a longer window: scale its RoPE, then train shortly on long blocks; picks up where it was"
+    parser = _verb(verbs, "extend", _extend, text, long=True)
+    parser.add_argument("checkpoint", type=Path, help="run, model or checkpoint folder of the trained model")
+    parser.add_argument(
+        "--method", choices=("yarn", "linear", "dynamic"), default="yarn", help="how RoPE is scaled (default: yarn)"
+    )
+    parser.add_argument("--factor", type=float, default=4.0, help="new window / present window (default: 4)")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; with --no-training, a new model folder")
+    parser.add_argument("--preset", default="paper/extend", help="of the training: paper/extend, small/extend ...")
+    parser.add_argument("--no-training", action="store_true", help="only write the model with its RoPE scaled")
+    _describe_overrides(parser, "metatokens.config.schema:PretrainConfig")
 
 
 def _add_finetune(verbs: Any) -> None:
@@ -229,6 +243,7 @@ _VERBS = (
     _add_demo,
     _add_prepare,
     _add_pretrain,
+    _add_extend,
     _add_finetune,
     _add_evaluate,
     _add_perplexity,
@@ -432,6 +447,31 @@ def _pretrain(options: argparse.Namespace) -> int:
     if not is_main_process():
         return 0
     return _emit(options, result, lambda: _show_table("pre-trained", asdict(result)))
+
+
+def _extend(options: argparse.Namespace) -> int:
+    from metatokens.training.distributed import is_main_process
+    from metatokens.training.extension import describe_extension, plan_extension, write_untrained
+    from metatokens.training.pretraining import open_dataset, plan, pretrain
+
+    config = plan_extension(
+        options.checkpoint,
+        method=options.method,
+        factor=options.factor,
+        preset=options.preset,
+        overrides=options.overrides,
+    )
+    rows = {"out": str(options.out), **describe_extension(config)}
+    if options.dry_run:
+        if not options.no_training:
+            with open_dataset(config) as dataset:
+                rows |= plan(config, dataset)
+        return _emit(options, rows, lambda: _show_table("extend would do", rows))
+    if options.no_training:
+        result = write_untrained(config, options.out) if is_main_process() else {}
+    else:
+        result = {**asdict(pretrain(config, options.out)), **describe_extension(config)}
+    return _emit(options, result, lambda: _show_table("extended", result)) if is_main_process() else 0
 
 
 def _finetune(options: argparse.Namespace) -> int:
