@@ -497,17 +497,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
     from metatokens.tasks.base import PieceEncoder
+    from metatokens.training.distributed import choose_device
     from metatokens.training.loading import open_model, open_tokenizer, questions_to
 
     config = questions_to(options.checkpoints[0], options.overrides)
     interventions = tuple(parse_intervention(text) for text in options.intervention)
     model = open_model(options.checkpoints[0])
     check_interventions(model, interventions)
+    device = choose_device(config.device)
     if options.dry_run:
         plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
         return _emit(options, plan, lambda: _show_table("evaluate would ask", plan))
     rows = evaluate_recall(
-        (open_model(path) for path in options.checkpoints),
+        (open_model(path).to(device) for path in options.checkpoints),
         config,
         PieceEncoder(TextEncoder(open_tokenizer(options.checkpoints[0]))),
         interventions=interventions,

@@ -53,6 +53,18 @@ class RecallEvaluationConfig(Frozen):
     """Test instances of one evaluation, at the difficulty of the last stage."""
 
 
+class TestConfig(Frozen):
+    """At which lengths a trained model is tested, on how many instances."""
+
+    lengths: tuple[str, ...] = Field(("easy", "medium", "hard"), min_length=1)
+    """Length bins by name (easy, medium, hard, extra-hard, long) or ranges of prompt tokens as 2049-4096."""
+    instances: int = Field(500, ge=1)
+    """Test instances of each row."""
+    extrapolate: bool = False
+    """Ask lengths beyond the model's window where its positions go on for ever (rope but for dynamic scaling, alibi,
+    none); without it, and elsewhere, such a row reads n/a."""
+
+
 class FinetuneConfig(RunConfig):
     """A fine-tuning run on one recall task."""
 
@@ -75,6 +87,8 @@ class FinetuneConfig(RunConfig):
     bucket_batches: int = Field(8, ge=1)
     """So many batches are drawn together and cut by length, so that rows of a batch are about equally long."""
     evaluation: RecallEvaluationConfig = RecallEvaluationConfig()
+    test: TestConfig = TestConfig()
+    """What `metatokens evaluate` asks of the trained model unless told otherwise; the training does not use it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,17 +103,15 @@ class FinetuneConfig(RunConfig):
         return sum(stage.steps for stage in self.curriculum)
 
 
-class EvaluateConfig(Frozen):
+class EvaluateConfig(TestConfig):
     """What a model is asked, at which lengths, and how its meta-tokens are treated."""
 
     task: Task = CopyingTask()
     size: tuple[int, int] = (4, 4)
     """Bounds of the task's own size, as in a stage of the curriculum."""
-    lengths: tuple[str, ...] = Field(("easy", "medium", "hard"), min_length=1)
-    """Length bins by name (easy, medium, hard, extra-hard, long) or ranges of prompt tokens as 2049-4096."""
-    instances: int = Field(500, ge=1)
-    """Test instances of each row."""
     batch_size: int = Field(32, ge=1)
     """Instances of one forward pass."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the test instances and of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""

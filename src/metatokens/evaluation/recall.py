@@ -12,7 +12,8 @@ of one arm is a bootstrap over seeds and instances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,14 +224,38 @@ def evaluate_recall(
                     instances=config.instances,
                 )
             encoded, limit = instances[length], sequence_limit(model)
-            if limit is not None and max(len(row.input_ids) for row in encoded) > limit:
+            longest = max(len(row.input_ids) for row in encoded)
+            if limit is not None and longest > limit and not (config.extrapolate and _has_no_last_position(model)):
                 counts[length].append(None)
             else:
-                with intervene(model, tuple(interventions), token_counts=_token_counts(encoded, encoder.vocab_size)):
+                token_counts = _token_counts(encoded, encoder.vocab_size)
+                # choices may be longer than the answer
+                with _window_of(model, 2 * longest), intervene(model, tuple(interventions), token_counts=token_counts):
                     counts[length].append(count_right_answers(model, encoded, batch_size=config.batch_size))
             if progress:
                 progress(f"{config.task.kind}, {length}, model {number}")
     return tuple(_row(config, length, counts[length], interventions) for length in config.lengths)
+
+
+def _has_no_last_position(model: Any) -> bool:
+    """Tell whether a model knows positions beyond its window; dynamic scaling takes the window for its own ends."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    encoding = getattr(model.config, "position_encoding", "learned")
+    return encoding in ("rope", "alibi", "none") and rope.get("rope_type") != "dynamic"
+
+
+@contextmanager
+def _window_of(model: Any, positions: int) -> Iterator[None]:
+    """Let a model that knows positions beyond its window read so many; others are left as they are."""
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is None or window >= positions or not _has_no_last_position(model):
+        yield
+        return
+    model.config.max_position_embeddings = positions
+    try:
+        yield
+    finally:
+        model.config.max_position_embeddings = window
 
 
 def report(rows: Sequence[RecallRow], config: EvaluateConfig, models: Sequence[str], model: Any) -> RecallReport:

@@ -113,12 +113,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
-    """Return what a model is asked: the task and size that its run was trained on, changed by overrides.
+    """Return what a model is asked: the task, the size and the test of its run, changed by overrides.
 
     A model that no fine-tuning run left behind is asked the defaults.
     """
     config = EvaluateConfig()
     if (path / "config.yaml").is_file() and "curriculum" in (path / "config.yaml").read_text(encoding="utf-8"):
         run = load_preset(path / "config.yaml", schema=FinetuneConfig)
-        config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed)
+        config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed, **run.test.model_dump())
     return override(config, overrides, origin="evaluate")

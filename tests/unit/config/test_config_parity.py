@@ -1,9 +1,20 @@
 """One source per number: the schema, the Hugging Face config and the documentation agree."""
 
+from pathlib import Path
+
 import pytest
+from pydantic import ValidationError
 
 from metatokens.config.loading import describe_fields, load_preset, preset_names, to_yaml
-from metatokens.config.schema import LinearScaling, ModelConfig, PretrainConfig, YarnScaling
+from metatokens.config.schema import (
+    DynamicScaling,
+    LinearScaling,
+    ModelConfig,
+    NoScaling,
+    PretrainConfig,
+    RopeScaling,
+    YarnScaling,
+)
 from metatokens.model import MetaTokenConfig
 
 TEXT_VOCAB_SIZE, EOS = 50_257, 50_256
@@ -25,6 +36,7 @@ CHANGED = {
     "meta_attention_layers": (0, 2),
     "loss_policy": "retarget",
 }
+PRETRAINING = [name for name in preset_names() if "recall" not in name]
 RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 
 
@@ -78,9 +90,51 @@ def test_yarn_reaches_transformers_with_all_its_parameters():
     }
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_every_preset_makes_a_valid_hugging_face_config(name: str):
     hf_config(load_preset(name).model).validate()
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_the_model_of_every_preset_is_read_back_from_a_saved_config(name: str, tmp_path: Path):
+    model = load_preset(name).model
+    hf_config(model).save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(MetaTokenConfig.from_pretrained(tmp_path).to_dict()) == model
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_field_is_read_back_from_a_saved_config(field: str, tmp_path: Path):
+    model = ModelConfig(**{"num_attention_heads": 1, field: CHANGED[field]})
+    hf_config(model).save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(MetaTokenConfig.from_pretrained(tmp_path).to_dict()) == model
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        NoScaling(),
+        LinearScaling(factor=2),
+        DynamicScaling(factor=2),
+        YarnScaling(factor=4, original_max_position_embeddings=64),
+        YarnScaling(factor=4, beta_fast=16, beta_slow=2, attention_factor=1.5),
+    ],
+)
+def test_every_scaling_is_read_back_from_a_saved_config(scaling: RopeScaling, tmp_path: Path):
+    model = ModelConfig(rope_scaling=scaling, rope_theta=500)
+    hf_config(model).save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(MetaTokenConfig.from_pretrained(tmp_path).to_dict()) == model
+
+
+def test_a_scaling_that_is_not_offered_is_refused():
+    fields = ModelConfig().to_hf(TEXT_VOCAB_SIZE, EOS)
+    with pytest.raises(ValidationError, match="llama3"):
+        ModelConfig.from_hf({**fields, "rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0}})
+
+
+@pytest.mark.parametrize("scaling", [NoScaling(), DynamicScaling(factor=4), YarnScaling(factor=4)])
+def test_both_configs_know_the_same_longest_sequence(scaling: RopeScaling):
+    model = ModelConfig(rope_scaling=scaling, max_position_embeddings=100)
+    assert model.max_sequence_length == hf_config(model).max_sequence_length
 
 
 def test_every_key_is_described_with_documentation():

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from metatokens.config.extension import extend_model
+from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import digest, load_preset, preset_names, to_yaml
 from metatokens.config.schema import (
     CosineSchedule,
@@ -36,8 +38,34 @@ def test_the_package_has_the_presets_of_the_paper_and_tiny_twins():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_resolved_preset_written_as_yaml_loads_to_an_equal_config(name: str, tmp_path: Path):
-    config = load_preset(name)
-    assert load_preset(write(tmp_path, "config.yaml", to_yaml(config))) == config
+    schema = FinetuneConfig if "recall" in name else PretrainConfig
+    config = load_preset(name, schema=schema)
+    assert load_preset(write(tmp_path, "config.yaml", to_yaml(config)), schema=schema) == config
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if "/recall-" in name and "512" not in name])
+def test_a_stage_leaves_room_for_meta_tokens_and_answers_in_the_window_that_its_file_names(name: str):
+    # the window of runs/extended-4k is 4,096 positions
+    config = load_preset(name, schema=FinetuneConfig)
+    window = 1024 * int(config.start.path.rpartition("-")[2].removesuffix("k"))
+    longest = config.curriculum[-1].prompt_tokens[1]
+    assert longest + 1 + 2 * config.task.questions < window
+
+
+def test_the_rows_of_a_table_of_lengths_are_asked_the_same():
+    for scale in ("paper", "small", "tiny"):
+        names = [name for name in preset_names() if name.startswith(f"{scale}/recall-") and name.endswith("k")]
+        configs = [load_preset(name, schema=FinetuneConfig) for name in names]
+        assert len(configs) >= 2
+        assert len({(config.task, config.test, config.curriculum[-1].size, config.seed) for config in configs}) == 1
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_an_extension_preset_is_four_times_its_model(scale: str):
+    config = load_preset(f"{scale}/extend")
+    window = load_preset({"tiny": "tiny/meta", "small": "small/meta", "paper": "paper/meta-rope-152m"}[scale]).model
+    assert config.model == extend_model(window, "yarn", 4)
+    assert config.data.block_size == config.model.max_position_embeddings
 
 
 def test_a_config_with_every_variant_changed_survives_the_round_trip(tmp_path: Path):
