@@ -83,6 +83,14 @@ def test_dynamic_scaling_leaves_the_trained_window_alone_and_returns_after_a_lon
     assert torch.equal(after, default)
 
 
+def test_dynamic_tables_do_not_depend_on_what_was_read_before() -> None:
+    # transformers keeps the base of the longest sequence, until one is shorter than the trained window
+    rotary, middle = MetaTokenRotaryEmbedding(wide_config("dynamic")), torch.arange(2000)[None]
+    alone = rotary(torch.zeros(1), middle)[0]
+    rotary(torch.zeros(1), torch.arange(4000)[None])
+    assert torch.equal(rotary(torch.zeros(1), middle)[0], alone)
+
+
 def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency() -> None:
     query, key = torch.randn(2, 1, 4, 10, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 2, 5, 9, 17, 100, 500, 1000, 1023])
