@@ -206,7 +206,7 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
-    load_weights(path, model)
+    tensors = _fitting_weights(path, model)
     moments = _load_tensors(path / MOMENTS)
     # a parameter without moments is one that no step has changed so far
     parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in moments}
@@ -217,6 +217,7 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
         for kind in MOMENT_KINDS
     }
     _check_tensors(path / MOMENTS, expected, moments)
+    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
     for name, parameter in parameters.items():
         # fused AdamW keeps its step beside the parameter
         optimizer.state[parameter] = {kind: moments[f"{kind}/{name}"].to(parameter.device) for kind in MOMENT_KINDS}
@@ -228,10 +229,14 @@ def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
+    model.load_state_dict(_fitting_weights(path, model), strict=False)  # tied weights are stored once
+
+
+def _fitting_weights(path: Path, model: MetaTokenForCausalLM) -> dict[str, Tensor]:
     tensors = _load_tensors(path / WEIGHTS)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
     _check_tensors(path / WEIGHTS, own, tensors)
-    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
+    return tensors
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
