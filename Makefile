@@ -17,8 +17,8 @@ test: .venv/installed ## every test
 	$(BIN)/pytest --numprocesses 2
 
 check: .venv/installed ## format, lint, types and the quick tests
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/ruff check src tests benchmarks experiments
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 -m "not slow" tests/unit tests/claims tests/test_architecture.py
 
