@@ -88,7 +88,7 @@ print("torch" in sys.modules)
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "pretrain", "perplexity", "generate", "info"])
+@pytest.mark.parametrize("verb", ["demo", "prepare", "pretrain", "extend", "perplexity", "generate", "info"])
 def test_every_verb_explains_itself(verb):
     assert verb in metatokens(verb, "--help").stdout
 
