@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pretraining_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
+from training_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
 
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig

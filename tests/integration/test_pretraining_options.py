@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining_runs import numbers, small_config, weights
+from training_runs import numbers, small_config, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metatokens.config.schema import PretrainConfig

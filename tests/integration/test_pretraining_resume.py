@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from pretraining_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
+from training_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.shards import TokenDataset
