@@ -96,7 +96,8 @@ def _add_demo(verbs: Any) -> None:
     text = "train a plain and a meta-token model on the text that comes with Python, compare them, generate"
     parser = _verb(verbs, "demo", _demo, text, long=True)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demonstration")
-    parser.add_argument("--text-tokens", type=int, default=1_500_000, help="text tokens that each model sees")
+    parser.add_argument("--text-tokens", type=int, default=1_500_000, help="text tokens that each language model sees")
+    parser.add_argument("--recall-steps", type=int, help="cut the training on the recall task down to so many steps")
 
 
 def _add_prepare(verbs: Any) -> None:
@@ -274,13 +275,13 @@ def _say(line: str) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from metatokens.demo import demo_configs, run_demo
+    from metatokens.demo import demo_configs, recall_configs, run_demo
 
     if options.dry_run:
-        configs = demo_configs(options.out, options.text_tokens)
+        configs = {**demo_configs(options.out, options.text_tokens), **recall_configs(options.recall_steps)}
         rows = {arm: f"{config.total_steps} steps" for arm, config in configs.items()}
         return _emit(options, {"out": str(options.out), **rows}, lambda: _show_table("demo would train", rows))
-    result = run_demo(options.out, text_tokens=options.text_tokens, say=_say, show_progress=True)
+    result = run_demo(options.out, text_tokens=options.text_tokens, recall_steps=options.recall_steps, say=_say)
     return _emit(options, result, lambda: _show_demo(result))
 
 
@@ -310,7 +311,14 @@ def _show_demo(result: Any) -> None:
     console.print(
         f"\nA sample of the meta-token model (meta-tokens hidden):\n\n{result.sample}\n", highlight=False, markup=False
     )
-    console.print("The model is a Hugging Face checkpoint:\n", highlight=False)
+    table = Table(title="Copying a marked span of words, by tokens of the prompt (95% interval)", title_justify="left")
+    for column in ("", "parameters", "training FLOPs", *(row.length for row in result.recall[0].rows)):
+        table.add_column(column, justify="left" if not column else "right")
+    for recall in result.recall:
+        accuracies = [_interval(row.sequence_accuracy, ".0%") for row in recall.rows]
+        table.add_row(recall.name, f"{recall.parameters:,}", f"{recall.training_flops:.2e}", *accuracies)
+    console.print(table)
+    console.print("\nThe model is a Hugging Face checkpoint:\n", highlight=False)
     console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
     load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'
     console.print(load, highlight=False, markup=False, soft_wrap=True)  # to be copied as one line
@@ -342,14 +350,16 @@ def _show_recall(result: Any) -> None:
         table.add_column(column, justify="right")
     for row in result.rows:
         cells = (row.token_accuracy, row.sequence_accuracy)
-        table.add_row(row.length, *("n/a" if cell is None else _interval(cell) for cell in cells))
+        table.add_row(row.length, *(_interval(cell, ".1%") for cell in cells))
     Console().print(table)
 
 
-def _interval(interval: Any) -> str:
+def _interval(interval: Any, form: str = ",.4g") -> str:
+    if interval is None:
+        return "n/a"
     if interval.low is None:
-        return f"{interval.estimate:,.4g} (one document: no interval)"
-    return f"{interval.estimate:,.4g} ({interval.low:,.4g} to {interval.high:,.4g})"
+        return f"{interval.estimate:{form}} (one document: no interval)"
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def _injection(kind: str, ratio: float) -> Any:
