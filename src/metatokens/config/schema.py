@@ -191,6 +191,11 @@ class ModelConfig(Frozen):
     """Context extension of RoPE."""
     meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have meta-attention: "all", "none" or a list of indices."""
+    meta_attention_over: Literal["meta", "all", "random"] = "meta"
+    """Who takes part in meta-attention: meta: the meta-tokens; all: every token, at full cost (double attention);
+    random: pseudo-random text tokens in place of the meta-tokens."""
+    random_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the text tokens that take part where meta_attention_over is random."""
     loss_policy: LossPolicy = "skip"
     """skip: drop the loss term whose target is a meta-token; retarget: predict the next text token from the
     last text token and use no output at a meta-token."""
@@ -206,6 +211,10 @@ class ModelConfig(Frozen):
             raise ValueError("model.position_encoding rope needs an even head size (hidden_size / num_attention_heads)")
         if self.position_encoding != "rope" and self.rope_scaling.kind != "none":
             raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        if self.meta_attention_over != "meta" and self.meta_attention_layers == "none":
+            raise ValueError(
+                f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
+            )
         if isinstance(self.meta_attention_layers, tuple):
             outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
             if outside:

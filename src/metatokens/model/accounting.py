@@ -44,17 +44,17 @@ def forward_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int 
     """Count the operations of one forward pass over one sequence with logits for its text tokens.
 
     Args:
-        config: the model.
+        config: the model; who takes part in its meta-attention and what its self-attention sees count as they are.
         num_positions: T, text and meta-tokens.
-        num_meta: M, packed meta-tokens among them.
+        num_meta: M, meta-tokens among them.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     projections = 2 * num_positions * (4 * width * width + 2 * width * config.intermediate_size)
+    pairs = sum(config.count_attention_pairs(i, num_positions, num_meta) for i in range(layers))
     head = 2 * (num_positions - num_meta) * width * config.vocab_size
-    meta = 2 * num_meta * 4 * width * width + _causal_attention_flops(width, num_meta)
-    return (
-        layers * (projections + _causal_attention_flops(width, num_positions)) + head + _num_meta_layers(config) * meta
-    )
+    members = config.count_meta_attention_members(num_positions, num_meta)
+    meta = 2 * members * 4 * width * width + _attention_flops(width, members * (members + 1) // 2)
+    return layers * projections + _attention_flops(width, pairs) + head + _num_meta_layers(config) * meta
 
 
 def training_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0) -> int:
@@ -62,9 +62,9 @@ def training_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int
     return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta)
 
 
-def _causal_attention_flops(width: int, length: int) -> int:
-    """Scores and weighted sum over the length (length + 1) / 2 pairs that causality allows."""
-    return 2 * 2 * width * length * (length + 1) // 2
+def _attention_flops(width: int, num_pairs: int) -> int:
+    """Scores and weighted sum over pairs of a query and a key."""
+    return 2 * 2 * width * num_pairs
 
 
 def _num_meta_layers(config: MetaTokenConfig) -> int:

@@ -23,6 +23,8 @@ CHANGED = {
     "rope_theta": 500.0,
     "rope_scaling": LinearScaling(factor=2),
     "meta_attention_layers": (0, 2),
+    "meta_attention_over": "all",
+    "random_ratio": 0.25,
     "loss_policy": "retarget",
 }
 RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
