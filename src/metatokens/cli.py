@@ -227,7 +227,7 @@ def _load_model(path: Path) -> Any:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    from metatokens.model import MetaTokenForCausalLM
+    from metatokens.baselines.building import load_model
 
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
@@ -239,9 +239,7 @@ def _load_model(path: Path) -> Any:
         )
     logging.disable_progress_bar()
     try:
-        if json.loads((folder / "config.json").read_text()).get("model_type") != "metatokens":
-            raise ValueError("another model_type than metatokens")
-        return MetaTokenForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        return load_model(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             str(folder), expected="a model of this package", found=str(error), remedy="use another checkpoint"
@@ -477,11 +475,12 @@ def _info(options: argparse.Namespace) -> int:
     if folder.is_dir():
         result = describe_model(_load_model(folder).config)
     else:
+        from metatokens.baselines.building import build_config
         from metatokens.config.loading import differences_from_paper, load_preset
-        from metatokens.model import MetaTokenConfig
 
         preset = load_preset(options.model)
-        config = MetaTokenConfig(**preset.model.to_hf(options.text_vocab_size, options.text_vocab_size - 1))
+        vocab_size = options.text_vocab_size
+        config = build_config(preset.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
         num_meta = preset.injection.num_meta(preset.data.block_size)
         result = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
         result["differs_from_the_paper"] = differences_from_paper(preset)

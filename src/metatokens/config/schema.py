@@ -8,28 +8,15 @@ Defaults are those of the paper (section 4.1 and appendix A) unless a field says
 """
 
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from metatokens.config.attention import Attention, FullAttention, LandmarkAttention, SparseAttention
+from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - imported from here elsewhere
 
 DEFAULT_META_RATIO = 0.1  # paper section 4.1: k = 0.1
 VOCABULARY_MULTIPLE = 64  # rows of the embedding are padded to this, for the speed of matrix products
-
-
-class Frozen(BaseModel):
-    """Base of every config class: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_off(cls, values: Any) -> Any:
-        """Read `off`, which is False in YAML, as None where a field may be off."""
-        if not isinstance(values, dict):
-            return values
-        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
-        return {key: None if value is False and key in optional else value for key, value in values.items()}
 
 
 # Injection of meta-tokens ------------------------------------------------------------------------------------
@@ -189,6 +176,8 @@ class ModelConfig(Frozen):
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
     """Context extension of RoPE."""
+    attention: Attention = FullAttention()
+    """What the causal self-attention sees."""
     meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have meta-attention: "all", "none" or a list of indices."""
     meta_attention_over: Literal["meta", "all", "random"] = "meta"
@@ -215,6 +204,10 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
             )
+        if isinstance(self.attention, SparseAttention):
+            beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
+            if beyond:
+                raise ValueError(f"model.attention.layers {beyond} beyond the {self.num_hidden_layers} layers")
         if isinstance(self.meta_attention_layers, tuple):
             outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
             if outside:
@@ -222,17 +215,20 @@ class ModelConfig(Frozen):
         return self
 
     def to_hf(self, text_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
-        """Return the keyword arguments of `MetaTokenConfig`.
+        """Return the keyword arguments of the config class, `MetaTokenConfig` for full attention.
+
+        `metatokens.baselines.building.build_config` knows the class of each kind of attention.
 
         The meta-token is the first id after the text vocabulary and padding the next one, so text can never
         hold either; the embedding is padded to a multiple of 64 rows.
         """
-        fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size"})
+        fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size", "attention"})
         if isinstance(self.meta_attention_layers, tuple):
             fields["meta_attention_layers"] = list(self.meta_attention_layers)
         rope = {"rope_theta": self.rope_theta, **self.rope_scaling.to_hf()}
         return {
             **fields,
+            **self.attention.to_hf(),
             "intermediate_size": self.intermediate_size or 4 * self.hidden_size,
             "rope_parameters": rope if self.position_encoding == "rope" else None,
             "vocab_size": -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
@@ -408,6 +404,7 @@ class PretrainConfig(Frozen):
                 f"training.batch_blocks {self.training.batch_blocks} is not a multiple of "
                 f"training.micro_batch_blocks {self.training.micro_batch_blocks}"
             )
+        self._check_landmarks()
         schedule = self.schedule
         if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > self.total_steps:
             raise ValueError(
@@ -415,6 +412,20 @@ class PretrainConfig(Frozen):
                 f"the {self.total_steps} steps of training.duration"
             )
         return self
+
+    def _check_landmarks(self) -> None:
+        attention = self.model.attention
+        if not isinstance(attention, LandmarkAttention):
+            return
+        num_landmarks = self.injection.num_meta(self.data.block_size)
+        fitting = self.data.block_size // (attention.every + 1)
+        if num_landmarks == 0:
+            raise ValueError("model.attention landmark needs landmarks: choose another injection.kind than none")
+        if self.injection.kind == "periodic" and num_landmarks != fitting:
+            raise ValueError(
+                f"model.attention.every {attention.every} puts {fitting} landmarks into data.block_size "
+                f"{self.data.block_size}, but injection.ratio {self.injection.ratio} puts {num_landmarks}"
+            )
 
     @property
     def text_tokens_per_block(self) -> int:
