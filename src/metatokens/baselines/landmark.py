@@ -89,7 +89,9 @@ def landmark_weights(scores: Tensor, landmarks: Landmarks) -> Tensor:
     """
     block_of_key = landmarks.block_of_key[:, None, None].expand(scores.shape)
     text_scores = scores.masked_fill(~landmarks.visible, -math.inf)
-    inside = _logsumexp_by_block(text_scores, block_of_key, landmarks.num_blocks)
+    # products with it have a deterministic backward pass on every device, unlike gather and scatter over all keys
+    is_in_block = nn.functional.one_hot(landmarks.block_of_key, landmarks.num_blocks)[:, None].to(scores.dtype)
+    inside = _logsumexp_by_block(text_scores, block_of_key, is_in_block)
     # blocks without a landmark gather column 0, and are no earlier block of any query
     columns = torch.arange(scores.shape[-1], device=scores.device).expand_as(landmarks.is_landmark)
     spare = torch.where(landmarks.is_landmark, landmarks.block_of_key, landmarks.num_blocks)
@@ -100,18 +102,18 @@ def landmark_weights(scores: Tensor, landmarks: Landmarks) -> Tensor:
     is_earlier = (numbers < landmarks.block_of_query[..., None])[:, None]
     is_open = is_earlier & (inside > -math.inf)
     gates = torch.where(is_open, landmark_scores - torch.where(is_open, inside, 0), 0)
-    gated = text_scores + gates.gather(-1, block_of_key)
+    gated = text_scores + gates @ is_in_block.transpose(-1, -2)
     sees_any = landmarks.visible.any(-1, keepdim=True)
     return torch.where(sees_any, gated, 0).softmax(-1) * sees_any
 
 
-def _logsumexp_by_block(scores: Tensor, block_of_key: Tensor, num_blocks: int) -> Tensor:
+def _logsumexp_by_block(scores: Tensor, block_of_key: Tensor, is_in_block: Tensor) -> Tensor:
     """Return (..., blocks): the logsumexp over the keys of each block, -inf for a block without any."""
-    shape = (*scores.shape[:-1], num_blocks)
+    shape = (*scores.shape[:-1], is_in_block.shape[-1])
     fixed = scores.detach()
     largest = fixed.new_full(shape, -math.inf).scatter_reduce(-1, block_of_key, fixed, "amax")
     largest = torch.where(largest > -math.inf, largest, 0)
-    total = scores.new_zeros(shape).scatter_add(-1, block_of_key, (scores - largest.gather(-1, block_of_key)).exp())
+    total = (scores - largest.gather(-1, block_of_key)).exp() @ is_in_block
     is_empty = total == 0
     return torch.where(is_empty, -math.inf, torch.where(is_empty, 1, total).log() + largest)
 
