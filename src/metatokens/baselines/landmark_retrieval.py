@@ -123,9 +123,9 @@ def _attend_chunk(
     if slopes is not None:
         scores = scores - slopes[:, None, None, None] * (query_columns[:, None, None] - columns)
     seen = (columns >= 0) & (columns <= query_columns[:, None, None])
-    seen[..., :-1, :] &= best.values[..., None] > -math.inf
     scores = scores.masked_fill(~seen, -math.inf)
     inside = scores[..., :-1, :].logsumexp(-1)
+    # where fewer than k blocks are usable, the others were chosen with a score of -inf, which closes their gate
     gates = torch.where(inside > -math.inf, best.values - inside, 0)
     scores = torch.cat([scores[..., :-1, :] + gates[..., None], scores[..., -1:, :]], dim=-2).flatten(3)
     sees_any = seen.flatten(3).any(-1, keepdim=True)

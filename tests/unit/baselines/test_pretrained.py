@@ -18,7 +18,10 @@ from transformers import (
 )
 
 from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained
+from metatokens.config.schema import ExplicitInjection
 from metatokens.data.injection import inject_meta_tokens
+from metatokens.data.tokenizer import TextEncoder, train_tokenizer
+from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.model.loss import targets_of_labels
 from metatokens.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from tiny_models import assert_close, gradients, randomize
@@ -229,3 +232,23 @@ def test_generation_never_gives_a_meta_token(folder: Path) -> None:
     weight[META:] = 50 * weight[1]  # would win every time
     generated = model.generate(ids_of([1, 2, 3]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert (generated < META).all()
+
+
+def test_perplexity_with_injected_meta_tokens_is_that_of_its_own_logits(tmp_path: Path) -> None:
+    text = "the owl sat, and the owl saw: a mouse; the mouse ran! "
+    tokenizer = train_tokenizer([text] * 3, 270)
+    encoder = TextEncoder(tokenizer)
+    randomize(GPTNeoForCausalLM(neo_config(vocab_size=encoder.vocab_size))).save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path, text_vocab_size=encoder.vocab_size).eval()
+    options = PerplexityOptions(window=16, injection=ExplicitInjection(positions=(2, 5)))
+    result = measure_perplexity(model, [("text", text)], tokenizer, options)
+    # the first window by hand: 16 text tokens, the first an end of text, and two meta-tokens
+    ids = [encoder.eos_token_id, *encoder.encode_batch([text])[0].tolist()]
+    row = [*ids[:2], model.config.meta_token_id, *ids[2:4], model.config.meta_token_id, *ids[4:16]]
+    targets = [ids[1], -100, ids[2], ids[3], -100, *ids[4:17]]
+    loss = model(ids_of(row), shift_labels=ids_of(targets)).loss
+    one_window = measure_perplexity(
+        model, [("text", text)], tokenizer, options.model_copy(update={"max_tokens_per_document": 16})
+    )
+    assert one_window.nats_per_token.estimate == pytest.approx(loss.item(), rel=1e-5)
+    assert result.text_tokens == len(ids) - 1
