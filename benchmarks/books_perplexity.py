@@ -26,7 +26,7 @@ from metatokens.evaluation.statistics import bootstrap_paired_ratio
 MAX_TOKENS_A_BOOK = 20_000
 WINDOW = 230  # text tokens of a training block of both models
 RATIO = 0.1
-TRAINING_KEYS = ("num_parameters", "steps", "text_tokens", "meta_tokens", "final_loss", "validation_loss")
+TRAINING_KEYS = ("num_parameters", "steps", "text_tokens", "meta_tokens", "final_loss", "validation")
 
 
 def cut_bodies(books: Path, work: Path, test_books: int) -> None:

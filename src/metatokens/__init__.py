@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metatokens.model import MetaTokenConfig as MetaTokenConfig
     from metatokens.model import MetaTokenForCausalLM as MetaTokenForCausalLM
     from metatokens.model import MetaTokenModel as MetaTokenModel
-    from metatokens.training.loop import pretrain as pretrain
+    from metatokens.training.pretraining import pretrain as pretrain
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _HOMES = {
     "load_preset": "metatokens.config.loading",
     "measure_perplexity": "metatokens.evaluation.perplexity",
     "prepare": "metatokens.data.prepare",
-    "pretrain": "metatokens.training.loop",
+    "pretrain": "metatokens.training.pretraining",
     "sample_meta_positions": "metatokens.data.injection",
 }
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - every name is a string

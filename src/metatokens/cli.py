@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import metatokens
-from metatokens.errors import CheckpointError, MetaTokensError, Preempted, ResourceError, UsageError
+from metatokens.errors import MetaTokensError, Preempted, ResourceError, UsageError
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
@@ -222,36 +222,6 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _load_model(path: Path) -> Any:
-    """Load the model in a model, checkpoint or run folder, for evaluation."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    from metatokens.baselines.building import load_model
-
-    folder = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            str(path),
-            expected="a folder with config.json",
-            found="none",
-            remedy="name a run, its model/ or a checkpoint",
-        )
-    logging.disable_progress_bar()
-    try:
-        return load_model(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            str(folder), expected="a model of this package", found=str(error), remedy="use another checkpoint"
-        ) from None
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from metatokens.data.tokenizer import load_text_tokenizer
-
-    return load_text_tokenizer(str(path / "model" if (path / "model" / "tokenizer.json").is_file() else path))
-
-
 # Verbs -------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +358,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_preset(options.preset, options.overrides)
     from metatokens.training.distributed import is_main_process
-    from metatokens.training.loop import open_dataset, plan, pretrain
+    from metatokens.training.pretraining import open_dataset, plan, pretrain
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
@@ -404,8 +374,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _perplexity(options: argparse.Namespace) -> int:
     from metatokens.data.sources import SourceOptions, iterate_documents
     from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+    from metatokens.training.loading import open_model, open_tokenizer
 
-    model = _load_model(options.checkpoint)
+    model = open_model(options.checkpoint)
     injection = _injection(options.injection, options.ratio)
     longest = model.config.max_sequence_length
     measured = PerplexityOptions(
@@ -424,7 +395,7 @@ def _perplexity(options: argparse.Namespace) -> int:
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
-    result = measure_perplexity(model, documents, _load_tokenizer(options.checkpoint), measured)
+    result = measure_perplexity(model, documents, open_tokenizer(options.checkpoint), measured)
     return _emit(options, result, lambda: _show_perplexity(result))
 
 
@@ -436,8 +407,9 @@ def _generate(options: argparse.Namespace) -> int:
         UniformSchedule,
         generate_text,
     )
+    from metatokens.training.loading import open_model, open_tokenizer
 
-    model, tokenizer = _load_model(options.checkpoint), _load_tokenizer(options.checkpoint)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
     schedules: dict[str, MetaSchedule] = {
         "none": NoSchedule(),
         "periodic": PeriodicSchedule(text_tokens=options.every),
@@ -470,10 +442,11 @@ def _info(options: argparse.Namespace) -> int:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
     from metatokens.evaluation.speed import describe_model
+    from metatokens.training.loading import open_model
 
     folder = Path(options.model)
     if folder.is_dir():
-        result = describe_model(_load_model(folder).config)
+        result = describe_model(open_model(folder).config)
     else:
         from metatokens.baselines.building import build_config
         from metatokens.config.loading import differences_from_paper, load_preset

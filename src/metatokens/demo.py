@@ -22,7 +22,7 @@ from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.training.initialization import build_model
-from metatokens.training.loop import pretrain, vocabulary
+from metatokens.training.pretraining import pretrain, vocabulary
 
 VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05

@@ -34,7 +34,7 @@ logging: {{interval_steps: 1}}
 DEADLINE_SECONDS = 300  # seconds suffice, but not on a machine that is busy with something else
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["metatokens.training.loop", "torch._dynamo"])  # DDP imports dynamo
+processes.set_forkserver_preload(["metatokens.training.pretraining", "torch._dynamo"])  # DDP imports dynamo
 
 
 def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from pretraining_runs import numbers, small_config, weights
 
-from metatokens.baselines.building import load_model
 from metatokens.cli import main
 from metatokens.config.schema import NoInjection, PeriodicInjection, PretrainConfig
-from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, generate_text
-from metatokens.training.loop import pretrain
+from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.pretraining import pretrain
 
 STEPS = 6
 VOCABULARY = 300
@@ -73,7 +72,7 @@ def test_an_arm_trains_and_its_model_is_described_loaded_evaluated_and_decoded(
     assert json.loads(capsys.readouterr().out)["parameters"] == result.num_parameters
 
     folder = tmp_path / "run" / "model"
-    model, tokenizer = load_model(folder), load_text_tokenizer(str(folder))
+    model, tokenizer = open_model(folder), open_tokenizer(folder)
     has_meta = settings.injection.kind != "none"
     options = PerplexityOptions(
         window=40, injection=PeriodicInjection(ratio=0.125) if has_meta else NoInjection(), batch_size=2

@@ -13,7 +13,7 @@ from pretraining_runs import losses, numbers, run, small_config, start, wait, wa
 
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
-from metatokens.training.loop import pretrain
+from metatokens.training.pretraining import pretrain
 
 STEPS = 16
 Config = Callable[..., PretrainConfig]

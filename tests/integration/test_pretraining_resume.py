@@ -17,7 +17,7 @@ from metatokens.config.schema import PretrainConfig
 from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
-from metatokens.training.loop import pretrain
+from metatokens.training.pretraining import pretrain
 
 Config = Callable[..., PretrainConfig]
 

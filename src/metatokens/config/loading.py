@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 MAX_PRESET_BYTES = 2**20
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -83,21 +85,28 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]
             yield prefix + entry.name.removesuffix(".yaml"), entry
 
 
-def load_preset(preset: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+@overload
+def load_preset(preset: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig: ...
+@overload
+def load_preset(preset: str | Path, overrides: Sequence[str] = (), *, schema: type[Config]) -> Config: ...
+def load_preset(
+    preset: str | Path, overrides: Sequence[str] = (), *, schema: type[BaseModel] = PretrainConfig
+) -> BaseModel:
     """Load a preset by name or path and apply overrides.
 
     Args:
         preset: a name from `preset_names()` or the path of a YAML file, such as a run folder's config.yaml.
         overrides: alternating `--section.key` and value, or `--section.key=value`.
+        schema: the config class of the run; its defaults are what the preset differs from.
 
     Raises:
         UsageError: for an unknown preset or key (with the nearest name), or a value that does not fit.
     """
-    tree = _merge(PretrainConfig().model_dump(mode="json"), _load_tree(str(preset), seen=()))
+    tree = _merge(schema().model_dump(mode="json"), _load_tree(str(preset), seen=()))
     # kinds first: they reset what belongs to the variant, wherever they stand
     for path, value in sorted(parse_overrides(overrides), key=lambda pair: pair[0][-1] != "kind"):
         _set(tree, path, value)
-    return validate(tree, origin=str(preset))
+    return validate(tree, origin=str(preset), schema=schema)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
@@ -123,15 +132,15 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any
     return pairs
 
 
-def validate(tree: dict[str, Any], origin: str) -> PretrainConfig:
+def validate(tree: dict[str, Any], origin: str, schema: type[Config]) -> Config:
     """Validate a tree of plain values; the first problem becomes the error's line."""
     try:
-        return PretrainConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise _usage_error(error, origin) from None
+        raise _usage_error(error, origin, schema) from None
 
 
-def to_yaml(config: PretrainConfig) -> str:
+def to_yaml(config: BaseModel) -> str:
     """Write a config as YAML; the text is a valid preset that loads to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -219,9 +228,9 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree.update(_merge(tree, value))
 
 
-def _usage_error(error: ValidationError, origin: str) -> UsageError:
+def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -> UsageError:
     problem = error.errors()[0]
-    keys = _keys_of(PretrainConfig, list(problem["loc"]))
+    keys = _keys_of(schema, list(problem["loc"]))
     path = ".".join(keys)
     where = f"{origin}: {path}" if path else origin
     if problem["type"] == "extra_forbidden":
@@ -229,7 +238,7 @@ def _usage_error(error: ValidationError, origin: str) -> UsageError:
             f"{origin}: unknown key {path}",
             expected="a key of the schema",
             found=repr(keys[-1]),
-            remedy=_nearest_key(path) or "see `metatokens pretrain -h`",
+            remedy=_nearest_key(path, schema) or "see `metatokens pretrain -h`",
         )
     if problem["type"] == "value_error":
         found = problem["msg"].removeprefix("Value error, ")
@@ -248,9 +257,9 @@ def _usage_error(error: ValidationError, origin: str) -> UsageError:
     return UsageError(where, expected=expected, found=repr(problem["input"]), remedy=remedy)
 
 
-def _nearest_key(path: str) -> str:
+def _nearest_key(path: str, schema: type[BaseModel]) -> str:
     """Suggest a key for an unknown one: of another variant, of another section, or one that is spelt alike."""
-    known = [key for key, _, _ in describe_fields(PretrainConfig) if not key.endswith(".")]
+    known = [key for key, _, _ in describe_fields(schema) if not key.endswith(".")]
     section, _, name = path.rpartition(".")
     if path in known:
         return f"another {section}.kind has it"

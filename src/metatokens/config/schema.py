@@ -7,13 +7,19 @@ The attribute docstrings are the documentation of the fields, here and in `metat
 Defaults are those of the paper (section 4.1 and appendix A) unless a field says otherwise.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from metatokens.config.attention import Attention, FullAttention, LandmarkAttention, SparseAttention
-from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - imported from here elsewhere
+from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - the schema is one module to its users
+from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
+from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
+from metatokens.config.rope import NoScaling as NoScaling  # noqa: PLC0414
+from metatokens.config.rope import RopeScaling as RopeScaling  # noqa: PLC0414
+from metatokens.config.rope import YarnScaling as YarnScaling  # noqa: PLC0414
 
 DEFAULT_META_RATIO = 0.1  # paper section 4.1: k = 0.1
 VOCABULARY_MULTIPLE = 64  # rows of the embedding are padded to this, for the speed of matrix products
@@ -87,64 +93,6 @@ Injection = Annotated[
 LossPolicy = Literal["skip", "retarget"]
 
 # Model -------------------------------------------------------------------------------------------------------
-
-
-class NoScaling(Frozen):
-    """RoPE as trained."""
-
-    kind: Literal["none"] = "none"
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "default"}
-
-
-class LinearScaling(Frozen):
-    """Position interpolation: positions divided by `factor`."""
-
-    kind: Literal["linear"] = "linear"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "linear", "factor": self.factor}
-
-
-class DynamicScaling(Frozen):
-    """NTK-aware base that grows with the sequence."""
-
-    kind: Literal["dynamic"] = "dynamic"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "dynamic", "factor": self.factor}
-
-
-class YarnScaling(Frozen):
-    """YaRN with the paper's parameters (appendix)."""
-
-    kind: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-    original_max_position_embeddings: int = Field(1024, ge=1)
-    """The trained window, in positions."""
-    beta_fast: float = 32
-    """Rotations over the trained window above which a frequency is kept."""
-    beta_slow: float = 1
-    """Rotations over the trained window below which a frequency is divided by `factor`."""
-    attention_factor: float | None = None
-    """Factor on cos and sin; off means 0.1 ln(factor) + 1."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        fields = self.model_dump(exclude={"kind"}, exclude_none=True)
-        return {"rope_type": "yarn", **fields}
-
-
-RopeScaling = Annotated[NoScaling | LinearScaling | DynamicScaling | YarnScaling, Field(discriminator="kind")]
 
 
 class ModelConfig(Frozen):
@@ -303,6 +251,15 @@ class WsdSchedule(Frozen):
 Schedule = Annotated[CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
+def check_schedule(schedule: CosineSchedule | WsdSchedule, total_steps: int, length_key: str) -> None:
+    """Raise ValueError where the phases of a schedule do not fit into the run, whose length `length_key` sets."""
+    if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > total_steps:
+        raise ValueError(
+            f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} exceed "
+            f"the {total_steps} steps of {length_key}"
+        )
+
+
 class StepsDuration(Frozen):
     """A number of optimizer steps."""
 
@@ -322,15 +279,13 @@ class TextTokensDuration(Frozen):
 Duration = Annotated[StepsDuration | TextTokensDuration, Field(discriminator="kind")]
 
 
-class TrainingConfig(Frozen):
+class StepConfig(Frozen):
     """The optimizer step and its hardware."""
 
-    duration: Duration = StepsDuration()
-    """How long to train."""
     batch_blocks: int = Field(480, ge=1)
-    """Blocks of one optimizer step, over all devices and all accumulated micro-batches."""
+    """Sequences of one optimizer step, over all devices and all accumulated micro-batches."""
     micro_batch_blocks: int = Field(12, ge=1)
-    """Blocks of one forward pass on one device."""
+    """Sequences of one forward pass on one device."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the forward pass under autocast; weights and optimizer stay float32."""
     compile: bool = False
@@ -343,6 +298,22 @@ class TrainingConfig(Frozen):
     """auto takes a GPU where there is one."""
     distributed_timeout_seconds: int = Field(600, ge=1)
     """How long a process waits for the others before it gives up."""
+
+    @model_validator(mode="after")
+    def _divide(self) -> Self:
+        if self.batch_blocks % self.micro_batch_blocks:
+            raise ValueError(
+                f"training.batch_blocks {self.batch_blocks} is not a multiple of "
+                f"training.micro_batch_blocks {self.micro_batch_blocks}"
+            )
+        return self
+
+
+class TrainingConfig(StepConfig):
+    """The optimizer step, its hardware, and how many steps there are."""
+
+    duration: Duration = StepsDuration()
+    """How long to train."""
 
 
 class EvaluationConfig(Frozen):
@@ -372,20 +343,31 @@ class LoggingConfig(Frozen):
     """Where metrics go besides metrics.jsonl; each needs its own package."""
 
 
-class PretrainConfig(Frozen):
+class RunConfig(Frozen, ABC):
+    """What the training loop needs to know of any run."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = CosineSchedule()
+    training: StepConfig = StepConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, the samples and where their meta-tokens stand."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+
+class PretrainConfig(RunConfig):
     """A pre-training run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     injection: Injection = UniformInjection()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: Schedule = CosineSchedule()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the weights, the sample order and the injection."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -399,18 +381,8 @@ class PretrainConfig(Frozen):
                 f"injection leaves no text: {self.injection.num_meta(self.data.block_size)} meta-tokens in "
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
             )
-        if self.training.batch_blocks % self.training.micro_batch_blocks:
-            raise ValueError(
-                f"training.batch_blocks {self.training.batch_blocks} is not a multiple of "
-                f"training.micro_batch_blocks {self.training.micro_batch_blocks}"
-            )
         self._check_landmarks()
-        schedule = self.schedule
-        if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > self.total_steps:
-            raise ValueError(
-                f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} exceed "
-                f"the {self.total_steps} steps of training.duration"
-            )
+        check_schedule(self.schedule, self.total_steps, "training.duration")
         return self
 
     def _check_landmarks(self) -> None:

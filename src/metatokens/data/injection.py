@@ -56,6 +56,26 @@ class InjectedBatch(NamedTuple):
     meta_positions: IntArray
     """(B, M), sorted indices of the meta-tokens in each row."""
 
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Loss terms of the batch."""
+        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
+
+    @property
+    def num_meta(self) -> int:
+        """Meta-tokens of the batch."""
+        return self.meta_positions.size
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens of the batch."""
+        return self.input_ids.size - self.num_meta
+
     def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """Return the model's keyword arguments for some rows: input_ids, shift_labels and, with M > 0, meta_indices."""
         import torch

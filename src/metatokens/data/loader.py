@@ -11,10 +11,11 @@ work ahead.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    import torch
 
     from metatokens.config.schema import Injection, LossPolicy
     from metatokens.data.shards import Split, TokenDataset
@@ -112,7 +115,67 @@ class TokenBlocks:
         return blocks
 
 
-class BatchLoader:
+class Batch(Protocol):
+    """A batch as the training loop sees it."""
+
+    @property
+    def input_ids(self) -> IntArray:
+        """(B, T)."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+
+    @property
+    def num_targets(self) -> int:
+        """Loss terms."""
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens, padding left out."""
+
+    @property
+    def num_meta(self) -> int:
+        """Meta-tokens."""
+
+    def to_model_inputs(self, rows: slice = ..., device: torch.device | str = ...) -> dict[str, torch.Tensor]:
+        """Return the model's keyword arguments for some rows."""
+
+
+class Batches(ABC):
+    """Batches by step number, of any kind.
+
+    Attributes:
+        seconds_waited: Time that consumers of `prefetch` have spent waiting for a batch.
+    """
+
+    seconds_waited: float = 0.0
+
+    @abstractmethod
+    def batch_at(self, step: int) -> Batch:
+        """Return this rank's rows of global batch `step`; a pure function, in any order, of any step."""
+
+    def prefetch(self, start_step: int, stop_step: int, depth: int = 2) -> Generator[Batch, None, None]:
+        """Yield the batches of steps [start_step, stop_step), made up to `depth` ahead by one thread.
+
+        What the thread raises is raised here. Closing the generator ends the thread.
+        """
+        steps = iter(range(start_step, stop_step))
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            pending = deque(thread.submit(self.batch_at, step) for step in islice(steps, depth))
+            try:
+                while pending:
+                    started = time.perf_counter()
+                    batch = pending.popleft().result()
+                    self.seconds_waited += time.perf_counter() - started
+                    pending.extend(thread.submit(self.batch_at, step) for step in islice(steps, 1))
+                    yield batch
+            finally:
+                for batch_ahead in pending:
+                    batch_ahead.cancel()
+
+
+class BatchLoader(Batches):
     """Batches by step number, with meta-tokens put in.
 
     Position p = step * batch_blocks + row of the global stream is block permute(p mod n) of epoch p // n, so a
@@ -132,9 +195,6 @@ class BatchLoader:
         ends_clause: (V,) bool, needed by the policy punctuation.
         shuffle: False gives the blocks in order and epoch 0 for ever, so that every evaluation sees the same
             blocks with the same layouts.
-
-    Attributes:
-        seconds_waited: Time that consumers of `prefetch` have spent waiting for a batch.
 
     Raises:
         UsageError: The world size does not divide the batch, the blocks do not fit the block size, or a
@@ -158,7 +218,6 @@ class BatchLoader:
         shuffle: bool = True,
     ) -> None:
         self.blocks = blocks
-        self.seconds_waited = 0.0
         self._injection, self._block_size, self._batch_blocks = injection, block_size, batch_blocks
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._meta_token_id, self._loss_policy, self._ends_clause = meta_token_id, loss_policy, ends_clause
@@ -190,25 +249,6 @@ class BatchLoader:
         if not self._shuffle:
             return positions, np.zeros_like(epochs)
         return permute(positions, len(self.blocks), hash_key(self._seed, epochs, _FOR_ORDER)), epochs
-
-    def prefetch(self, start_step: int, stop_step: int, depth: int = 2) -> Generator[InjectedBatch, None, None]:
-        """Yield the batches of steps [start_step, stop_step), made up to `depth` ahead by one thread.
-
-        What the thread raises is raised here. Closing the generator ends the thread.
-        """
-        steps = iter(range(start_step, stop_step))
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            pending = deque(thread.submit(self.batch_at, step) for step in islice(steps, depth))
-            try:
-                while pending:
-                    started = time.perf_counter()
-                    batch = pending.popleft().result()
-                    self.seconds_waited += time.perf_counter() - started
-                    pending.extend(thread.submit(self.batch_at, step) for step in islice(steps, 1))
-                    yield batch
-            finally:
-                for batch_ahead in pending:
-                    batch_ahead.cancel()
 
     def _check(self) -> None:
         if self._batch_blocks % self._world_size:

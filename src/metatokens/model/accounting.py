@@ -40,26 +40,31 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     )
 
 
-def forward_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0) -> int:
-    """Count the operations of one forward pass over one sequence with logits for its text tokens.
+def forward_flops(
+    config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0, num_logits: int | None = None
+) -> int:
+    """Count the operations of one forward pass over one sequence.
 
     Args:
         config: the model; who takes part in its meta-attention and what its self-attention sees count as they are.
         num_positions: T, text and meta-tokens.
         num_meta: M, meta-tokens among them.
+        num_logits: positions whose logits are made; by default those of the text tokens.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     projections = 2 * num_positions * (4 * width * width + 2 * width * config.intermediate_size)
     pairs = sum(config.count_attention_pairs(i, num_positions, num_meta) for i in range(layers))
-    head = 2 * (num_positions - num_meta) * width * config.vocab_size
+    head = 2 * (num_positions - num_meta if num_logits is None else num_logits) * width * config.vocab_size
     members = config.count_meta_attention_members(num_positions, num_meta)
     meta = 2 * members * 4 * width * width + _attention_flops(width, members * (members + 1) // 2)
     return layers * projections + _attention_flops(width, pairs) + head + _num_meta_layers(config) * meta
 
 
-def training_flops(config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0) -> int:
+def training_flops(
+    config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0, num_logits: int | None = None
+) -> int:
     """Count the operations of forward and backward pass over one sequence; the backward pass does twice the work."""
-    return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta)
+    return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
 
 
 def _attention_flops(width: int, num_pairs: int) -> int:

@@ -48,6 +48,12 @@ class TrainingState:
     """Number of processes; another number continues with the same samples but not to the bit."""
     skipped_steps: int = 0
     """Steps whose gradient was not finite and that changed nothing."""
+    text_tokens: int = 0
+    """Text tokens of the steps done, over all processes; padding does not count."""
+    meta_tokens: int = 0
+    """Meta-tokens of the steps done."""
+    training_flops: float = 0.0
+    """Floating-point operations of the steps done."""
 
 
 def save_checkpoint(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from metatokens.config.schema import TrainingConfig
+from metatokens.config.schema import StepConfig
 from metatokens.errors import UsageError
 
 
@@ -52,7 +52,7 @@ class Processes:
 
 
 @contextmanager
-def join_processes(config: TrainingConfig) -> Iterator[Processes]:
+def join_processes(config: StepConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))

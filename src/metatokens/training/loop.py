@@ -1,8 +1,9 @@
-"""Pre-training: the loop between verified tokens and a Hugging Face checkpoint.
+"""The training loop: from batches to a Hugging Face checkpoint, for pre-training and fine-tuning alike.
 
 One optimizer step: count the valid targets of the whole step over all micro-batches and processes, divide every
-micro-batch's summed loss by that count, and change nothing if the gradient is not finite. Learning rate, batches and
-layouts are functions of the step, so a run that was killed continues to the bit from its last checkpoint.
+micro-batch's summed loss by that count, and change nothing if the gradient is not finite. Learning rate and batches
+are functions of the step, so a run that was killed continues to the bit from its last checkpoint. What a run trains,
+on what, and how it is judged is a `Job`; `pretraining.py` and `finetuning.py` make them.
 """
 
 import contextlib
@@ -11,21 +12,20 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metatokens.config.schema import PretrainConfig
-from metatokens.data.injection import InjectedBatch, hash_key
-from metatokens.data.loader import BatchLoader, TokenBlocks
-from metatokens.data.shards import TokenDataset
-from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
-from metatokens.errors import DataError, NumericError, Preempted, ResourceError, UsageError
+from metatokens.config.schema import RunConfig
+from metatokens.data.injection import hash_key
+from metatokens.data.loader import Batch, Batches
+from metatokens.errors import DataError, NumericError, Preempted, ResourceError
+from metatokens.model import MetaTokenConfig
+from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import (
     TrainingState,
@@ -36,8 +36,7 @@ from metatokens.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from metatokens.training.distributed import Processes, join_processes
-from metatokens.training.initialization import build_model
+from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
 from metatokens.training.run_folder import RunFolder, write_atomically
@@ -48,7 +47,26 @@ _FOR_DROPOUT = 3  # what this draw is for; injection and the loader use 0 to 2
 
 
 @dataclass(frozen=True)
-class PretrainResult:
+class Job:
+    """What a run trains, on what, and how it is judged."""
+
+    model: Any
+    """On this process's device, in training mode, its weights those that the run starts from."""
+    tokenizer: Any
+    """Saved with every checkpoint."""
+    content_id: str
+    """Identity of what the batches are made of; a run is never continued on another."""
+    batches: Batches
+    count_flops: Callable[[Batch], int]
+    """Floating-point operations of forward and backward pass over a batch."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Called by every process, the model in evaluation mode and without gradients; None: never."""
+    evaluation_steps: int | None = None
+    """Optimizer steps between evaluations; one more after the last step."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
     """What a finished run has to say for itself."""
 
     run: str
@@ -57,10 +75,12 @@ class PretrainResult:
     steps: int
     text_tokens: int
     meta_tokens: int
+    training_flops: float
+    """Of forward and backward passes, counted, not measured; see `metatokens.model.accounting`."""
     final_loss: float | None
-    """Mean training loss of the last logged step, nats per text token; None where nothing was logged."""
-    validation_loss: float | None
-    """Nats per text token on fixed validation blocks, injected as in training; None if there was no evaluation."""
+    """Mean training loss of the last logged step, nats per target; None where nothing was logged."""
+    validation: dict[str, float]
+    """The last evaluation; empty if there was none."""
     text_tokens_per_second: float | None
     """Of the training steps since the run last started, evaluation and saving left out; None without a step."""
     meta_tokens_per_second: float | None
@@ -68,139 +88,84 @@ class PretrainResult:
     """Share of the training time that was spent waiting for the loader."""
 
 
-def plan(config: PretrainConfig, dataset: TokenDataset) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text."""
-    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
-    text = config.text_tokens_per_block
-    num_blocks = len(TokenBlocks(dataset, "train", text))
-    return {
-        "parameters": model.num_parameters(),
-        "steps": config.total_steps,
-        "text_tokens_per_step": text * config.training.batch_blocks,
-        "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
-        "text_tokens": text * config.training.batch_blocks * config.total_steps,
-        "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
-        "checkpoint_bytes": model.num_parameters() * BYTES_PER_PARAMETER_OF_CHECKPOINT,
-    }
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    processes: Processes,
+    make_job: Callable[[], Job],
+    *,
+    show_progress: bool = True,
+    label: str = "",
+) -> TrainingResult:
+    """Train a job into a run folder, from its last checkpoint where there is one.
 
-
-def open_dataset(config: PretrainConfig) -> TokenDataset:
-    """Open and verify the tokens that `config` names."""
-    if config.data.path is None:
-        raise UsageError(
-            "data.path",
-            expected="a folder of tokens",
-            found="none",
-            remedy="run `metatokens prepare` and pass --data.path DIR",
-        )
-    return TokenDataset.open(config.data.path, verify=config.data.verify)
-
-
-def vocabulary(dataset: TokenDataset) -> dict[str, int]:
-    """Return the arguments of `build_model` that come from the tokens."""
-    return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
-
-
-def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> PretrainResult:
-    """Train the model of `config` into the run folder `out`, from its last checkpoint where there is one.
-
-    Under torchrun every process calls this. Signals: the first SIGTERM or SIGINT ends the run after the current step
-    with a checkpoint.
+    Signals: the first SIGTERM or SIGINT ends the run after the current step with a checkpoint.
 
     Raises:
         UsageError, DataError, CheckpointError, NumericError, ResourceError: see `metatokens.errors`.
         Preempted: after a signal, when the checkpoint is safe.
     """
-    folder = RunFolder(Path(out))
-    with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
-        dataset = stack.enter_context(open_dataset(config))
+    with contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(folder.locked())
             folder.settle_config(config)
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints_path)
         processes.wait()
-        run = _Run(config, folder, dataset, processes)
-        return run.train(show_progress=show_progress, label=label or folder.path.name)
+        return _Run(config, make_job(), folder, processes).train(
+            show_progress=show_progress, label=label or folder.path.name
+        )
+
+
+def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
+    """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
+    num_positions = batch.input_ids.shape[1]
+    num_meta = round(batch.num_meta / batch.num_rows)
+    num_logits = round(batch.num_targets / batch.num_rows)
+    return batch.num_rows * training_flops(
+        config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits
+    )
 
 
 class _Run:
     """A run in progress: everything that a step needs."""
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder, dataset: TokenDataset, processes: Processes) -> None:
-        self.config, self.folder, self.processes = config, folder, processes
-        self.model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
-        self.model.to(processes.device)
+    def __init__(self, config: RunConfig, job: Job, folder: RunFolder, processes: Processes) -> None:
+        self.config, self.job, self.folder, self.processes = config, job, folder, processes
+        self.model = job.model
         if config.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.tokenizer = build_hf_tokenizer(dataset.tokenizer())
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.state = self._restore(dataset)
+        self.state = self._restore()
         wrapped = processes.wrap(self.model)
         self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
-        self.loader = self._loader(dataset, "train", config.training.batch_blocks)
-        self.evaluation = self._evaluation(dataset)
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
+            getattr(self.model.config, "attention_dropout", 0)
+        )
         self.consecutive_skips = 0
 
-    # Setting up ----------------------------------------------------------------------------------------------
-
-    def _loader(self, dataset: TokenDataset, split: Any, batch_blocks: int) -> BatchLoader:
-        config = self.config
-        assert self.model.config.meta_token_id is not None
-        punctuation = config.injection.kind == "punctuation"
-        return BatchLoader(
-            TokenBlocks(dataset, split, config.text_tokens_per_block),
-            injection=config.injection,
-            block_size=config.data.block_size,
-            batch_blocks=batch_blocks,
-            seed=config.seed,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            meta_token_id=self.model.config.meta_token_id,
-            loss_policy=config.model.loss_policy,
-            ends_clause=ends_clause_table(dataset.tokenizer()) if punctuation else None,
-            shuffle=split == "train",
-        )
-
-    def _evaluation(self, dataset: TokenDataset) -> tuple[BatchLoader, int] | None:
-        """Return the validation batches and how many of them an evaluation takes."""
-        if self.config.evaluation.interval_steps is None:
-            return None
-        blocks = TokenBlocks(dataset, "validation", self.config.text_tokens_per_block)
-        world_size = self.processes.world_size
-        num_blocks = min(self.config.evaluation.blocks, len(blocks)) // world_size * world_size
-        if num_blocks == 0:
-            raise UsageError(
-                "evaluation.interval_steps",
-                expected=f"{world_size} validation blocks or more",
-                found=str(len(blocks)),
-                remedy="set it to null or prepare more text",
-            )
-        batch_blocks = min(self.config.training.micro_batch_blocks * world_size, num_blocks)
-        return self._loader(dataset, "validation", batch_blocks), num_blocks // batch_blocks
-
-    def _restore(self, dataset: TokenDataset) -> TrainingState:
-        start = TrainingState(0, dataset.content_id, self.processes.world_size)
+    def _restore(self) -> TrainingState:
         path = find_checkpoint(self.folder.checkpoints_path)
         if path is None:
-            return start
+            return TrainingState(0, self.job.content_id, self.processes.world_size)
         state = read_state(path)
-        if state.content_id != dataset.content_id:
+        if state.content_id != self.job.content_id:
             raise DataError(
-                str(self.config.data.path),
-                expected=f"the tokens of the run, content_id {state.content_id}",
-                found=dataset.content_id,
-                remedy="point --data.path to them",
+                str(self.folder.path),
+                expected=f"the data that the run began with, content_id {state.content_id}",
+                found=self.job.content_id,
+                remedy="point to that data, or take another --out",
             )
         load_checkpoint(path, self.model, self.optimizer)
         return state
 
     # Training ------------------------------------------------------------------------------------------------
 
-    def train(self, *, show_progress: bool, label: str) -> PretrainResult:
+    def train(self, *, show_progress: bool, label: str) -> TrainingResult:
         config, total = self.config, self.config.total_steps
-        first, seconds, loss, validation = self.state.step, 0.0, None, None
-        metrics = None
+        start, seconds, loss = self.state, 0.0, None
+        first, metrics = start.step, None
+        validation: dict[str, float] = {}
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(_stop_signals())
@@ -212,30 +177,31 @@ class _Run:
             if first:
                 display.say(f"{label} continues after step {first}")
             self._settle_buckets(first)
-            batches = stack.enter_context(contextlib.closing(self.loader.prefetch(first, total)))
+            batches = stack.enter_context(contextlib.closing(self.job.batches.prefetch(first, total)))
             for step in range(first, total):
                 started = time.perf_counter()
                 step_loss, grad_norm, stopping = self._step(step, next(batches), stopping=bool(stop))
                 seconds += time.perf_counter() - started
                 if _due(step + 1, config.logging.interval_steps, total):
                     loss = self.processes.sum(float(step_loss))[0]
-                    rates = self._rates(step + 1 - first, seconds)
+                    rates = self._rates(start, seconds)
                     self._log(step, loss, grad_norm, rates, display=display, metrics=metrics)
-                if _due(step + 1, config.evaluation.interval_steps, total) and self.evaluation:
-                    validation = self.evaluate()
-                    display.say(f"{label} step {step + 1} validation loss {validation:.4f}")
+                if self.job.evaluate and _due(step + 1, self.job.evaluation_steps, total):
+                    validation = self._evaluate(self.job.evaluate)
+                    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in validation.items())
+                    display.say(f"{label} step {step + 1} {figures}")
                     if metrics:
-                        metrics.write(step + 1, validation_loss=validation)
+                        metrics.write(step + 1, **validation)
                 if _due(step + 1, config.checkpoint.interval_steps, total) or stopping:
                     self._save()
                 if stopping and step + 1 < total:
                     raise Preempted(f"stopped by a signal after step {step + 1}; the same command continues from there")
-        result = self._result(total - first, seconds, loss, validation)
+        result = self._result(start, seconds, loss, validation)
         self._finish(result)
         if first < total:
             return result
         measured = json.loads(self.folder.result_path.read_text())
-        return PretrainResult(**{**measured, "run": result.run, "model": result.model})
+        return TrainingResult(**{**measured, "run": result.run, "model": result.model})
 
     def _log(
         self,
@@ -260,14 +226,13 @@ class _Run:
                 meta_tokens_per_second=meta_rate,
             )
 
-    def _step(self, step: int, batch: InjectedBatch, *, stopping: bool) -> tuple[Tensor, float, bool]:
+    def _step(self, step: int, batch: Batch, *, stopping: bool) -> tuple[Tensor, float, bool]:
         """Do one optimizer step; returns this process's part of the mean loss, the gradient's norm, whether to stop."""
-        num_targets, stop = self.processes.sum(float((batch.targets >= 0).sum()), float(stopping))
+        counts = (batch.num_targets, stopping, batch.num_text, batch.num_meta, self.job.count_flops(batch))
+        num_targets, stop, num_text, num_meta, flops = self.processes.sum(*map(float, counts))
         device, world_size = self.processes.device, self.processes.world_size
-        rows = min(self.config.training.micro_batch_blocks, len(batch.input_ids))
-        micro_batches = [
-            batch.to_model_inputs(slice(i, i + rows), device) for i in range(0, len(batch.input_ids), rows)
-        ]
+        rows = min(self.config.training.micro_batch_blocks, batch.num_rows)
+        micro_batches = [batch.to_model_inputs(slice(i, i + rows), device) for i in range(0, batch.num_rows, rows)]
         self._seed_dropout(step)
         total = torch.zeros((), device=device)
         for index, inputs in enumerate(micro_batches):
@@ -288,7 +253,14 @@ class _Run:
         else:
             self._skip(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.state = TrainingState(step + 1, self.state.content_id, world_size, self.state.skipped_steps)
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            world_size=world_size,
+            text_tokens=self.state.text_tokens + int(num_text),
+            meta_tokens=self.state.meta_tokens + int(num_meta),
+            training_flops=self.state.training_flops + flops,
+        )
         return total, grad_norm, bool(stop)
 
     def _forward(self, inputs: dict[str, Tensor], num_targets: float) -> Tensor:
@@ -301,8 +273,7 @@ class _Run:
         """Count a step that changes nothing because its gradient is not finite."""
         warnings.warn(f"step {step} changes nothing: its gradient is not finite", stacklevel=2)
         self.consecutive_skips += 1
-        skipped = self.state.skipped_steps + 1
-        self.state = TrainingState(self.state.step, self.state.content_id, self.state.world_size, skipped)
+        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
         if self.consecutive_skips > MAX_CONSECUTIVE_SKIPS:
             raise NumericError(
                 f"step {step}",
@@ -313,7 +284,7 @@ class _Run:
 
     def _seed_dropout(self, step: int) -> None:
         """Key the masks of dropout by step and process, so that a resumed run draws the same."""
-        if self.config.model.attention_dropout or self.config.model.hidden_dropout:
+        if self.has_dropout:
             key = hash_key(self.config.seed, step, self.processes.rank, _FOR_DROPOUT)
             torch.manual_seed(int(key[0] >> 1))
 
@@ -326,28 +297,15 @@ class _Run:
         if self.processes.world_size == 1 or step == self.config.total_steps:
             return
         rows = slice(0, self.config.training.micro_batch_blocks)
-        self._forward(self.loader.batch_at(step).to_model_inputs(rows, self.processes.device), 1.0).backward()
+        self._forward(self.job.batches.batch_at(step).to_model_inputs(rows, self.processes.device), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Return the mean loss over the fixed validation blocks, nats per text token."""
-        assert self.evaluation is not None
-        loader, num_batches = self.evaluation
+    def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
-        total, count = 0.0, 0
-        for index in range(num_batches):
-            batch = loader.batch_at(index)
-            inputs = batch.to_model_inputs(device=self.processes.device)
-            with torch.autocast(
-                self.processes.device.type, torch.bfloat16, enabled=self.config.training.precision == "bfloat16"
-            ):
-                outputs = self.model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1)
-            total += float(outputs.loss)
-            count += int((batch.targets >= 0).sum())
+        figures = evaluate()
         self.model.train()
-        total, num_targets = self.processes.sum(total, count)
-        return total / num_targets
+        return figures
 
     def _save(self) -> None:
         if self.processes.is_main:
@@ -356,19 +314,19 @@ class _Run:
                 self.model,
                 self.optimizer,
                 self.state,
-                tokenizer=self.tokenizer,
+                tokenizer=self.job.tokenizer,
                 keep=self.config.checkpoint.keep,
             )
         self.processes.wait()
 
-    def _finish(self, result: PretrainResult) -> None:
+    def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""
         if self.processes.is_main:
             if not self.folder.result_path.exists():
                 write_atomically(self.folder.result_path, json.dumps(asdict(result), indent=2) + "\n")
             if not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
-                    save_model(self.model, path, self.tokenizer)
+                    save_model(self.model, path, self.job.tokenizer)
         self.processes.wait()
 
     # Numbers -------------------------------------------------------------------------------------------------
@@ -381,11 +339,10 @@ class _Run:
             schedule=self.config.schedule,
         )
 
-    def _rates(self, steps: int, seconds: float) -> tuple[float, float]:
-        """Return text and meta-tokens per second over all processes."""
-        blocks_per_second = steps * self.config.training.batch_blocks / seconds
-        text = self.config.text_tokens_per_block
-        return blocks_per_second * text, blocks_per_second * (self.config.data.block_size - text)
+    def _rates(self, start: TrainingState, seconds: float) -> tuple[float, float]:
+        """Return text and meta-tokens per second over all processes, since the run last started."""
+        text = self.state.text_tokens - start.text_tokens
+        return text / seconds, (self.state.meta_tokens - start.meta_tokens) / seconds
 
     def _check_disk(self) -> None:
         needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * self.model.num_parameters()
@@ -398,22 +355,23 @@ class _Run:
                 remedy="free some space or choose another --out",
             )
 
-    def _result(self, steps: int, seconds: float, loss: float | None, validation: float | None) -> PretrainResult:
-        config, total = self.config, self.config.total_steps
-        text = config.text_tokens_per_block * config.training.batch_blocks * total
-        rates = self._rates(steps, seconds) if steps else (None, None)
-        return PretrainResult(
+    def _result(
+        self, start: TrainingState, seconds: float, loss: float | None, validation: dict[str, float]
+    ) -> TrainingResult:
+        rates = self._rates(start, seconds) if seconds else (None, None)
+        return TrainingResult(
             run=str(self.folder.path),
             model=str(self.folder.model_path),
             num_parameters=self.model.num_parameters(),
-            steps=total,
-            text_tokens=text,
-            meta_tokens=config.data.block_size * config.training.batch_blocks * total - text,
+            steps=self.state.step,
+            text_tokens=self.state.text_tokens,
+            meta_tokens=self.state.meta_tokens,
+            training_flops=self.state.training_flops,
             final_loss=loss,
-            validation_loss=validation,
+            validation=validation,
             text_tokens_per_second=rates[0],
             meta_tokens_per_second=rates[1],
-            waited_for_batches=self.loader.seconds_waited / seconds if seconds else 0.0,
+            waited_for_batches=self.job.batches.seconds_waited / seconds if seconds else 0.0,
         )
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from pydantic import BaseModel
 
 import metatokens
 from metatokens.config.loading import digest, load_preset, to_yaml
-from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
 
 # what may change when a run is picked up again; everything else would make it another run
@@ -84,14 +84,14 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def settle_config(self, config: PretrainConfig) -> None:
+    def settle_config(self, config: BaseModel) -> None:
         """Write the config, or check that it continues the run that the folder holds.
 
         Raises:
             UsageError: naming the first key that makes it another run.
         """
         if self.config_path.exists():
-            stored = load_preset(self.config_path)
+            stored = load_preset(self.config_path, schema=type(config))
             for key, old, new in _differences(stored, config):
                 raise UsageError(
                     f"{self.path}: {key}",
@@ -111,7 +111,7 @@ class RunFolder:
         write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
 
 
-def _differences(stored: PretrainConfig, config: PretrainConfig) -> Iterator[tuple[str, object, object]]:
+def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, object, object]]:
     old_tree, new_tree = stored.model_dump(mode="json"), config.model_dump(mode="json")
     for section, new in new_tree.items():
         old = old_tree[section]

@@ -1,0 +1,135 @@
+"""Pre-training: verified tokens, with meta-tokens injected at load time, into the training loop."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metatokens.config.schema import PretrainConfig
+from metatokens.data.loader import BatchLoader, TokenBlocks
+from metatokens.data.shards import Split, TokenDataset
+from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
+from metatokens.errors import UsageError
+from metatokens.training.distributed import Processes, join_processes
+from metatokens.training.initialization import build_model
+from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, count_batch_flops, train
+from metatokens.training.run_folder import RunFolder
+
+
+def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
+    """Train the model of `config` into the run folder `out`, from its last checkpoint where there is one.
+
+    Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
+    """
+    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+        return train(
+            config,
+            RunFolder(Path(out)),
+            processes,
+            lambda: _make_job(config, dataset, processes),
+            show_progress=show_progress,
+            label=label,
+        )
+
+
+def plan(config: PretrainConfig, dataset: TokenDataset) -> dict[str, Any]:
+    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text."""
+    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
+    text = config.text_tokens_per_block
+    num_blocks = len(TokenBlocks(dataset, "train", text))
+    return {
+        "parameters": model.num_parameters(),
+        "steps": config.total_steps,
+        "text_tokens_per_step": text * config.training.batch_blocks,
+        "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
+        "text_tokens": text * config.training.batch_blocks * config.total_steps,
+        "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
+        "checkpoint_bytes": model.num_parameters() * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+    }
+
+
+def open_dataset(config: PretrainConfig) -> TokenDataset:
+    """Open and verify the tokens that `config` names."""
+    if config.data.path is None:
+        raise UsageError(
+            "data.path",
+            expected="a folder of tokens",
+            found="none",
+            remedy="run `metatokens prepare` and pass --data.path DIR",
+        )
+    return TokenDataset.open(config.data.path, verify=config.data.verify)
+
+
+def vocabulary(dataset: TokenDataset) -> dict[str, int]:
+    """Return the arguments of `build_model` that come from the tokens."""
+    return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
+
+
+def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> Job:
+    model = build_model(config.model, **vocabulary(dataset), seed=config.seed).to(processes.device)
+    return Job(
+        model=model,
+        tokenizer=build_hf_tokenizer(dataset.tokenizer()),
+        content_id=dataset.content_id,
+        batches=_loader(config, dataset, processes, "train", config.training.batch_blocks),
+        count_flops=lambda batch: count_batch_flops(model.config, batch),
+        evaluate=None
+        if config.evaluation.interval_steps is None
+        else _Validation(config, dataset, processes, model).measure,
+        evaluation_steps=config.evaluation.interval_steps,
+    )
+
+
+def _loader(
+    config: PretrainConfig, dataset: TokenDataset, processes: Processes, split: Split, batch_blocks: int
+) -> BatchLoader:
+    punctuation = config.injection.kind == "punctuation"
+    return BatchLoader(
+        TokenBlocks(dataset, split, config.text_tokens_per_block),
+        injection=config.injection,
+        block_size=config.data.block_size,
+        batch_blocks=batch_blocks,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        meta_token_id=dataset.vocab_size,
+        loss_policy=config.model.loss_policy,
+        ends_clause=ends_clause_table(dataset.tokenizer()) if punctuation else None,
+        shuffle=split == "train",
+    )
+
+
+class _Validation:
+    """Mean loss over fixed validation blocks, injected as in training."""
+
+    def __init__(self, config: PretrainConfig, dataset: TokenDataset, processes: Processes, model: Any) -> None:
+        self._config, self._processes, self._model = config, processes, model
+        available = len(TokenBlocks(dataset, "validation", config.text_tokens_per_block))
+        world_size = processes.world_size
+        num_blocks = min(config.evaluation.blocks, available) // world_size * world_size
+        if num_blocks == 0:
+            raise UsageError(
+                "evaluation.interval_steps",
+                expected=f"{world_size} validation blocks or more",
+                found=str(available),
+                remedy="set it to null or prepare more text",
+            )
+        batch_blocks = min(config.training.micro_batch_blocks * world_size, num_blocks)
+        self._batches = _loader(config, dataset, processes, "validation", batch_blocks)
+        self._num_batches = num_blocks // batch_blocks
+
+    def measure(self) -> dict[str, float]:
+        """Return the mean loss, nats per text token, over all processes."""
+        device = self._processes.device
+        bfloat16 = self._config.training.precision == "bfloat16"
+        total, count = 0.0, 0
+        for index in range(self._num_batches):
+            batch = self._batches.batch_at(index)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                outputs = self._model(
+                    **batch.to_model_inputs(device=device), use_cache=False, num_items_in_batch=1, logits_to_keep=1
+                )
+            total += float(outputs.loss)
+            count += batch.num_targets
+        total, num_targets = self._processes.sum(total, count)
+        return {"validation_loss": total / num_targets}
