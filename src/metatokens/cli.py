@@ -572,11 +572,12 @@ def _info(options: argparse.Namespace) -> int:
     if folder.is_dir():
         result = describe_model(open_model(folder).config)
     else:
+        from metatokens.baselines.building import build_config
         from metatokens.config.loading import differences_from_paper, load_preset
-        from metatokens.model import MetaTokenConfig
 
         preset = load_preset(options.model)
-        config = MetaTokenConfig(**preset.model.to_hf(options.text_vocab_size, options.text_vocab_size - 1))
+        vocab_size = options.text_vocab_size
+        config = build_config(preset.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
         num_meta = preset.injection.num_meta(preset.data.block_size)
         result = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
         result["differs_from_the_paper"] = differences_from_paper(preset)

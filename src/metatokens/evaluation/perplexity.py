@@ -384,7 +384,7 @@ class TokenScorer:
 
     def _losses(self, targets: Tensor, **inputs: Tensor) -> FloatArray:
         head: Callable[[Tensor], Tensor]
-        if self._model.config.model_type == "metatokens":
+        if self._model.config.model_type.startswith("metatokens"):  # this package's, whatever its attention
             hidden = self._model.get_decoder()(**inputs, use_cache=False).last_hidden_state
             head = self._model.get_output_embeddings()
         else:

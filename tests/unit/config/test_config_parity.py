@@ -2,6 +2,8 @@
 
 import pytest
 
+from metatokens.baselines.building import build_config
+from metatokens.config.attention import LandmarkAttention
 from metatokens.config.loading import describe_fields, load_preset, preset_names, to_yaml
 from metatokens.config.schema import LinearScaling, ModelConfig, PretrainConfig, YarnScaling
 from metatokens.model import MetaTokenConfig
@@ -22,14 +24,17 @@ CHANGED = {
     "position_encoding": "alibi",
     "rope_theta": 500.0,
     "rope_scaling": LinearScaling(factor=2),
+    "attention": LandmarkAttention(every=10),
     "meta_attention_layers": (0, 2),
+    "meta_attention_over": "all",
+    "random_ratio": 0.25,
     "loss_policy": "retarget",
 }
-RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters", "attention": "landmark_every"}
 
 
 def hf_config(model: ModelConfig) -> MetaTokenConfig:
-    return MetaTokenConfig(**model.to_hf(TEXT_VOCAB_SIZE, EOS))
+    return build_config(model, text_vocab_size=TEXT_VOCAB_SIZE, eos_token_id=EOS)
 
 
 def test_every_field_of_the_schema_is_tried_here():
@@ -42,7 +47,7 @@ def test_every_field_of_the_schema_reaches_the_hugging_face_config(field: str):
     changed = ModelConfig(**{"num_attention_heads": 1, field: CHANGED[field]})
     name = RENAMED.get(field, field)
     value = getattr(hf_config(changed), name)
-    assert value != getattr(hf_config(ModelConfig(num_attention_heads=2)), name)
+    assert value != getattr(hf_config(ModelConfig(num_attention_heads=2)), name, None)
     if name == field:
         assert value == (list(CHANGED[field]) if isinstance(CHANGED[field], tuple) else CHANGED[field])
 
