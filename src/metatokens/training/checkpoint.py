@@ -54,6 +54,8 @@ class TrainingState:
     """Meta-tokens of the steps done."""
     training_flops: float = 0.0
     """Floating-point operations of the steps done."""
+    run_sha256: str | None = None
+    """Identity of the run (see `run_folder.run_sha256`); None in a checkpoint from before it was kept."""
 
 
 def save_checkpoint(

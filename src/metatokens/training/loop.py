@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
-from metatokens.errors import DataError, NumericError, Preempted, ResourceError
+from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
@@ -39,7 +39,7 @@ from metatokens.training.checkpoint import (
 from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
-from metatokens.training.run_folder import RunFolder, write_atomically
+from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
 
 MAX_CONSECUTIVE_SKIPS = 3
 BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
@@ -108,7 +108,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(folder.locked())
-            folder.settle_config(config)
+            folder.check_config(config)
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints_path)
         processes.wait()
@@ -145,9 +145,9 @@ class _Run:
         self.consecutive_skips = 0
 
     def _restore(self) -> TrainingState:
-        path = find_checkpoint(self.folder.checkpoints_path)
+        path, run = find_checkpoint(self.folder.checkpoints_path), run_sha256(self.config)
         if path is None:
-            return TrainingState(0, self.job.content_id, self.processes.world_size)
+            return TrainingState(0, self.job.content_id, self.processes.world_size, run_sha256=run)
         state = read_state(path)
         if state.content_id != self.job.content_id:
             raise DataError(
@@ -156,8 +156,15 @@ class _Run:
                 found=self.job.content_id,
                 remedy="point to that data, or take another --out",
             )
+        if state.run_sha256 not in (None, run):
+            raise CheckpointError(
+                str(path),
+                expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
+                found=f"one of another, {state.run_sha256[:12]}...",
+                remedy="take the config that it was made with, or another --out",
+            )
         load_checkpoint(path, self.model, self.optimizer)
-        return state
+        return replace(state, run_sha256=run)
 
     # Training ------------------------------------------------------------------------------------------------
 
@@ -173,6 +180,7 @@ class _Run:
                 self._check_disk()
                 metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
                 stack.callback(metrics.close)
+                self.folder.write_config(config)
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
             if first:
                 display.say(f"{label} continues after step {first}")

@@ -12,6 +12,7 @@ RUN/
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -84,8 +85,8 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def settle_config(self, config: BaseModel) -> None:
-        """Write the config, or check that it continues the run that the folder holds.
+    def check_config(self, config: BaseModel) -> None:
+        """Check that the config continues the run that the folder holds, if it holds one.
 
         Raises:
             UsageError: naming the first key that makes it another run.
@@ -99,6 +100,9 @@ class RunFolder:
                     found=repr(new),
                     remedy="take the old value, or another --out",
                 )
+
+    def write_config(self, config: BaseModel) -> None:
+        """Make the folder that of a run: call when nothing can refuse the start any more."""
         write_atomically(self.config_path, to_yaml(config))
         versions = {
             "metatokens": metatokens.__version__,
@@ -109,6 +113,17 @@ class RunFolder:
             "config_sha256": digest(config),
         }
         write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def run_sha256(config: BaseModel) -> str:
+    """Return the identity of a run: the digest of its config without what may change when it is picked up again."""
+    tree = {
+        section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}
+        if isinstance(keys, dict)
+        else keys
+        for section, keys in config.model_dump(mode="json", exclude=FREE_SECTIONS).items()
+    }
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, object, object]]:
