@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from pretraining_runs import numbers, small_config, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metatokens.config.schema import PretrainConfig
+from metatokens.data.prepare import prepare
 from metatokens.data.shards import TokenDataset
+from metatokens.data.sources import SourceOptions
 from metatokens.errors import NumericError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
 from metatokens.training.pretraining import plan, pretrain
@@ -153,7 +156,40 @@ def test_without_a_data_path_the_remedy_is_named(config: Config, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_corpus_shorter_than_a_batch_is_refused(config: Config, tmp_path: Path):
-    changed = config("--training.batch_blocks", "4000")
-    with pytest.raises(UsageError, match="at least one batch of 4000 blocks"):
-        pretrain(changed, tmp_path / "run", show_progress=False)
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        (("--training.batch_blocks", "4000"), "at least one batch of 4000 blocks"),
+        (("--data.block_size", "200000", "--model.max_position_embeddings", "200000"), "one block of 180000"),
+        (("--model.hidden_act", "geluu"), "did you mean 'gelu'"),
+        (("--logging.trackers", "[wandb]"), "the package wandb"),
+    ],
+    ids=["batch", "block", "activation", "tracker"],
+)
+def test_a_refused_start_does_not_stand_in_the_way_of_the_corrected_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: tuple[str, ...], named: str
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UsageError, match=named):
+        pretrain(config(*mistake), tmp_path / "run", show_progress=False)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "checkpoints"}
+    pretrain(config("--training.duration.steps", "1"), tmp_path / "run", show_progress=False)
+
+
+def test_tokens_without_a_validation_split_are_refused_with_a_remedy_that_works(
+    config: Config, tokens: Path, tmp_path: Path
+):
+    prepare(
+        str(tokens.parent / "text"),
+        tmp_path / "tokens",
+        tokenizer=str(tokens),
+        vocab_size=0,
+        validation_fraction=0,
+        shard_tokens=5_000,
+        options=SourceOptions(),
+    )
+    changes = ["--data.path", str(tmp_path / "tokens"), "--training.duration.steps", "1"]
+    with pytest.raises(UsageError, match=r"set evaluation\.interval_steps to null"):
+        pretrain(config(*changes), tmp_path / "run", show_progress=False)
+    changes += ["--evaluation.interval_steps", "null"]
+    assert pretrain(config(*changes), tmp_path / "run", show_progress=False).validation == {}
