@@ -199,6 +199,37 @@ def test_a_ratio_that_leaves_no_text_or_none_at_all_is_refused(ratio):
     assert "ratio" in error_line("pretrain", "tiny/meta", "--injection.ratio", ratio, code=2)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("generate", flag) for flag in ("--ratio=1.5", "--ratio=nan", "--every=0", "--seed=-1", "--top-k=0")),
+        *(("generate", flag) for flag in ("--max-text-tokens=0", "--temperature=-1", "--top-p=0", f"--seed={2**63}")),
+        *(("perplexity", flag) for flag in ("--window=0", "--window=-5", "--stride=0", "--batch-size=0")),
+        *(("perplexity", flag) for flag in ("--max-tokens=0", "--seed=-1", "--ratio=1", "--max-documents=0")),
+        *(("prepare", flag) for flag in ("--max-documents=0", "--vocab-size=5", "--shard-tokens=0")),
+        *(("prepare", flag) for flag in ("--validation-fraction=1.5", "--max-documents=x")),
+        ("demo", "--text-tokens=0"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_out_of_range_is_one_line_that_names_its_flag(work, tmp_path, command):
+    verb, flag = command
+    places = {
+        "generate": (work / "run", "text", "--json"),
+        "perplexity": (work / "run", work / "books"),
+        "prepare": (work / "books", "--out", tmp_path / "out"),
+        "demo": ("--out", tmp_path / "out"),
+    }
+    line = error_line(verb, *places[verb], flag, code=2)
+    assert flag.partition("=")[0].removeprefix("--").replace("-", "") in line.replace("-", "").replace("_", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_is_built_of_its_own_numbers_only(work):
+    done = metatokens("generate", work / "run", "The", "--max-text-tokens", "9", "--schedule", "none", "--json")
+    assert json.loads(done.stdout)["meta_tokens"] == 0
+
+
 def test_a_missing_file_is_a_data_error(tmp_path):
     assert "missing.txt" in error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", code=3)
     assert not (tmp_path / "out").exists()

@@ -71,7 +71,14 @@ class SourceOptions:
     max_document_bytes: int = 64 << 20
     """Longest document, in bytes of its file or row after decompression."""
     max_documents: int | None = None
-    """Documents to read; off means all."""
+    """Documents to read, at least 1; off means all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of documents that cannot be read."""
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UsageError(
+                "max_documents", expected="at least 1", found=str(self.max_documents), remedy="leave it out for all"
+            )
 
 
 @dataclass

@@ -73,6 +73,11 @@ def test_max_documents_stops_the_reading(tmp_path):
     assert texts_of(tmp_path / "a.jsonl", max_documents=2) == ["0", "1"]
 
 
+def test_reading_no_document_is_a_usage_error(fails):
+    with fails(2, "max_documents", 0):
+        SourceOptions(max_documents=0)
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
