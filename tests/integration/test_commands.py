@@ -231,7 +231,10 @@ def test_a_schedule_is_built_of_its_own_numbers_only(work):
 
 
 def test_a_missing_file_is_a_data_error(tmp_path):
-    assert "missing.txt" in error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", code=3)
+    for more in ((), ("--dry-run",)):
+        line = error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", *more, code=3)
+        assert "missing.txt: " in line
+        assert "no such file" in line
     assert not (tmp_path / "out").exists()
 
 

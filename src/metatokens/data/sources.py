@@ -148,7 +148,9 @@ def source_files(source: str) -> list[Path]:
         if not path.name.endswith(_SUFFIXES):
             raise _unsupported(source, f"suffix {path.suffix!r}")
         return [path]
-    if source == PYTHON_DOCS or _DATASET_ID.fullmatch(source):
+    # a dataset id has the form of a path; what can only be meant as a path is not looked for on the network
+    is_dataset = _DATASET_ID.fullmatch(source) and not source.endswith(_SUFFIXES) and not path.parent.is_dir()
+    if source == PYTHON_DOCS or is_dataset:
         return []
     raise _unsupported(source, "no such file or folder")
 

@@ -184,6 +184,17 @@ def test_missing_source_is_a_data_error_that_says_what_is_possible(tmp_path, mon
         list(iterate_documents(source))
 
 
+@pytest.mark.parametrize("source", ["books/missing.txt", "books/missing", "nowhere/missing.jsonl.gz", "./missing"])
+def test_a_name_that_can_only_be_a_path_is_not_looked_for_on_the_network(tmp_path, monkeypatch, fails, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with fails(3, source, "no such file"):
+        list(iterate_documents(source))
+    with fails(3, source, "no such file"):
+        source_files(source)
+
+
 def test_folder_without_supported_files_is_a_data_error(tmp_path, fails):
     (tmp_path / "a.pdf").write_text("x")
     with fails(3, tmp_path, ".parquet"):
