@@ -1,5 +1,6 @@
 """What a run can be told changes how it computes, not what; and it learns."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,12 +14,15 @@ from pretraining_runs import numbers, small_config, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metatokens.config.schema import PretrainConfig
+from metatokens.data.loader import TokenBlocks
 from metatokens.data.prepare import prepare
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions
 from metatokens.errors import NumericError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
-from metatokens.training.pretraining import plan, pretrain
+from metatokens.training.distributed import Processes
+from metatokens.training.initialization import build_model
+from metatokens.training.pretraining import Validation, plan, pretrain, vocabulary
 
 Config = Callable[..., PretrainConfig]
 STEPS = 8
@@ -60,6 +64,42 @@ def test_accumulated_micro_batches_train_as_one_batch(
     changed = config("--training.micro_batch_blocks", str(micro_batch_blocks))
     pretrain(changed, tmp_path / "run", show_progress=False)
     assert numbers(tmp_path / "run") == pytest.approx(numbers(reference), rel=1e-5)
+
+
+class OneOfSeveral(Processes):
+    """A process that keeps what it would add up with the others."""
+
+    def sum(self, *values: float) -> list[float]:
+        sums.append(values)
+        return list(values)
+
+
+sums: list[tuple[float, ...]] = []
+
+
+@pytest.mark.parametrize(("asked", "evaluated"), [("10", 10), ("1", 1), ("100000", None)])
+def test_an_evaluation_is_of_the_blocks_asked_for_whatever_the_micro_batch_and_the_processes(
+    config: Config, tokens: Path, asked: str, evaluated: int | None
+):
+    found = {}
+    with TokenDataset.open(tokens) as dataset, torch.no_grad():
+        model = build_model(config().model, **vocabulary(dataset), seed=0).eval()
+        if evaluated is None:
+            evaluated = len(TokenBlocks(dataset, "validation", 58))
+            assert evaluated > 12
+        for rows, world_size in ((1, 1), (3, 1), (4, 1), (8, 1), (24, 1), (4, 2), (3, 3), (1, 5)):
+            changed = config(
+                *["--training.batch_blocks", "24", "--training.micro_batch_blocks", str(rows)],
+                *["--evaluation.blocks", asked],
+            )
+            sums.clear()
+            for rank in range(world_size):
+                process = OneOfSeveral(rank, world_size, torch.device("cpu"))
+                with contextlib.suppress(ZeroDivisionError):  # a process without a block, alone
+                    Validation(changed, dataset, process, model).measure()
+            found[rows, world_size] = [sum(column) for column in zip(*sums, strict=True)]
+    assert {count for _, count in found.values()} == {58 * evaluated}
+    assert [loss for loss, _ in found.values()] == pytest.approx([found[1, 1][0]] * len(found), rel=1e-5)
 
 
 def test_gradient_checkpointing_gives_equal_losses(config: Config, reference: Path, tmp_path: Path):
