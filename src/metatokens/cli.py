@@ -159,7 +159,9 @@ def _add_perplexity(verbs: Any) -> None:
         "--window-unit", choices=("text", "positions"), default="text", help="whether meta-tokens count in the window"
     )
     parser.add_argument(
-        "--stride", type=_at_least(1), help="text tokens that a sliding window moves by (default: up to 256)"
+        "--stride",
+        type=_at_least(1),
+        help="text tokens that a sliding window moves by (default: 256, at most half a window)",
     )
     parser.add_argument(
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"

@@ -108,7 +108,11 @@ def run_demo(
                     model,
                     documents,
                     dataset.tokenizer(),
-                    PerplexityOptions(window=config.text_tokens_per_block, injection=config.injection),
+                    PerplexityOptions(
+                        window=config.text_tokens_per_block,
+                        stride=config.text_tokens_per_block,
+                        injection=config.injection,
+                    ),
                 ).non_overlapping.perplexity,
             )
         sample = generate_text(
