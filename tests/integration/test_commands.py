@@ -312,8 +312,24 @@ def test_a_folder_that_is_no_checkpoint_is_a_checkpoint_error(tmp_path):
     error_line("generate", tmp_path, "text", code=4)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("folder", ["model", "checkpoints/step-00000003"])
+def test_a_flipped_bit_in_a_model_or_a_checkpoint_is_a_checkpoint_error_that_names_the_file(
+    work, tmp_path, folder, file
+):
+    shutil.copytree(work / "run", tmp_path / "run")
+    damaged = tmp_path / "run" / folder / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    where = tmp_path / "run" if folder == "model" else tmp_path / "run" / folder
+    for command in (("generate", where, "text", "--json"), ("perplexity", where, work / "books"), ("info", where)):
+        assert f"{folder}/{file}: expected SHA-256" in error_line(*command, code=4)
+
+
 def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_a_checkpoint_error(work, tmp_path):
     shutil.copytree(work / "run/model", tmp_path / "model")
+    (tmp_path / "model/manifest.json").unlink()
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 32}))
     error_line("generate", tmp_path / "model", "text", "--json", code=4)
@@ -321,6 +337,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_a_checkpoint_error(
 
 def test_a_damaged_weights_file_is_a_checkpoint_error(work, tmp_path):
     shutil.copytree(work / "run/model", tmp_path / "model")
+    (tmp_path / "model/manifest.json").unlink()
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     error_line("generate", tmp_path / "model", "text", "--json", code=4)

@@ -30,6 +30,7 @@ from metatokens.model.export import save_model
 MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+CONFIG = "config.json"
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -88,8 +89,7 @@ def save_checkpoint(
         save_model(model, temporary, tokenizer)
         save_file(_optimizer_tensors(model, optimizer), temporary / MOMENTS)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+        write_manifest(temporary)
     # a damaged checkpoint of a later step does not count, or the new one would be removed as old
     for old in [path for path in _step_folders(folder) if path.name <= final.name][keep:]:
         shutil.rmtree(old)
@@ -153,14 +153,34 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def write_manifest(folder: Path) -> None:
+    """Write size and SHA-256 of every file of a folder beside them."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+
+
 def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file of a checkpoint with its manifest.
 
     Raises:
         CheckpointError: naming the file.
     """
+    _verify(path, needed={WEIGHTS, MOMENTS, STATE}, remedy="use another checkpoint")
+
+
+def verify_model(path: Path) -> None:
+    """Compare every file of a model's folder with its manifest, if it has one, as what a run leaves has.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if (path / MANIFEST).exists():
+        remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
+        _verify(path, needed={CONFIG}, remedy=remedy)
+
+
+def _verify(path: Path, *, needed: set[str], remedy: str) -> None:
     manifest_path = path / MANIFEST
-    remedy = "use another checkpoint"
     try:
         if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError("too large")
@@ -170,7 +190,7 @@ def verify_checkpoint(path: Path) -> None:
             raise ValueError(f"the format {manifest['format']!r}")
         if wrong := [name for name in expected if not FILE_NAME.fullmatch(name)]:
             raise ValueError(f"the file name {wrong[0]!r}")
-        if missing := {WEIGHTS, MOMENTS, STATE} - expected.keys():
+        if missing := needed - expected.keys():
             raise ValueError(f"no entry {min(missing)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         found = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

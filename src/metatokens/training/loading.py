@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.errors import CheckpointError
+from metatokens.training.checkpoint import verify_model
 
 # what a config.json with a wrong value, or weights of another shape, end in somewhere inside of transformers
 _DOES_NOT_LOAD = (
@@ -43,10 +44,11 @@ def open_model(path: Path) -> Any:
     """Return a model of this package in evaluation mode.
 
     Raises:
-        CheckpointError: if there is none, it does not load, or its weights are not those that its config.json
-            describes, to the name and shape of each.
+        CheckpointError: if there is none, a file is not what its manifest says, it does not load, or its weights are
+            not those that its config.json describes, to the name and shape of each.
     """
     folder = model_folder(path)
+    verify_model(folder)
     try:
         if not str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("metatokens"):
             raise ValueError("a model_type of another package")

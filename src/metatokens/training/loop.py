@@ -35,6 +35,7 @@ from metatokens.training.checkpoint import (
     read_state,
     remove_leftovers,
     save_checkpoint,
+    write_manifest,
 )
 from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay
@@ -335,6 +336,7 @@ class _Run:
             if not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer)
+                    write_manifest(path)
         self.processes.wait()
 
     # Numbers -------------------------------------------------------------------------------------------------
