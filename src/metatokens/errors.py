@@ -5,6 +5,13 @@ Exit codes: 2 usage or config, 3 data integrity, 4 checkpoint integrity, 5 numer
 75 preempted after a good save.
 """
 
+import errno
+import shutil
+from pathlib import Path
+from typing import Self
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what a write gives where there is no room
+
 
 class MetaTokensError(Exception):
     """Base of every error that names its cause and its remedy in one line."""
@@ -44,6 +51,17 @@ class ResourceError(MetaTokensError):
     """Too little disk or memory."""
 
     exit_code = 6
+
+    @classmethod
+    def no_room(cls, path: Path, error: BaseException) -> Self:
+        """Return the error of a path that could not be written, with what is free on its disk."""
+        disk = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        return cls(
+            str(path),
+            expected="room to write it",
+            found=f"{error}, {shutil.disk_usage(disk).free} bytes free",
+            remedy="free some space and start again",
+        )
 
 
 class Preempted(Exception):

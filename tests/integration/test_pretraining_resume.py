@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged ends with the bits of one that was left alone."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -226,4 +227,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_without_room_for_two_checkpoints_is_refused_before_training(config: Config, small_disk: Path):
     with pytest.raises(ResourceError, match="for two checkpoints"):
         pretrain(config(), small_disk / "run", show_progress=False)
-    assert not (small_disk / "run" / "metrics.jsonl").exists()
+    assert {path.name for path in (small_disk / "run").iterdir()} == {"lock", "checkpoints"}
+
+
+def test_a_disk_that_is_full_to_the_last_byte_is_refused_as_such(config: Config, small_disk: Path):
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(ResourceError) as caught:
+        pretrain(config(), small_disk / "run", show_progress=False)
+    assert caught.value.exit_code == 6

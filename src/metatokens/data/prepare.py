@@ -7,7 +7,6 @@ absent. Equal input, options and tool versions give equal bytes, whatever the nu
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -34,7 +33,7 @@ from metatokens.data.shards import (
 )
 from metatokens.data.sources import Document, SourceCounts, SourceOptions, file_sha256, iterate_documents, source_files
 from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer, train_tokenizer
-from metatokens.errors import DataError, MetaTokensError, ResourceError, UsageError
+from metatokens.errors import FULL_DISK, DataError, MetaTokensError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +45,6 @@ TOKENIZER_SAMPLE_BYTES = 64 << 20  # a byte-level BPE gains little from more, an
 
 _BATCH_BYTES = 4 << 20  # text handed to the encoder at once: enough documents for every core
 _TOOLS = ("metatokens", "numpy", "tokenizers", "tiktoken")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def prepare(
@@ -296,7 +294,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _disk_error(out: Path, error: OSError) -> MetaTokensError:
-    if error.errno in _NO_SPACE:
+    if error.errno in FULL_DISK:
         free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
         return ResourceError(
             str(out),

@@ -116,13 +116,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         # safetensors and tokenizers raise types of their own for a full disk
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
-        disk = next(folder for folder in final.absolute().parents if folder.exists())
-        raise ResourceError(
-            str(final),
-            expected="room to write it",
-            found=f"{error}, {shutil.disk_usage(disk).free} bytes free",
-            remedy="free some space and start again",
-        ) from None
+        raise ResourceError.no_room(final, error) from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -134,6 +134,8 @@ class _Run:
     def __init__(self, config: RunConfig, job: Job, folder: RunFolder, processes: Processes) -> None:
         self.config, self.job, self.folder, self.processes = config, job, folder, processes
         self.model = job.model
+        if processes.is_main:
+            self._check_disk()
         if config.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -178,7 +180,6 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(_stop_signals())
             if self.processes.is_main:
-                self._check_disk()
                 metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
                 stack.callback(metrics.close)
                 self.folder.write_config(config)

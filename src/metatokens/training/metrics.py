@@ -3,7 +3,6 @@
 Progress goes to standard error, so that a command's result is alone on standard output.
 """
 
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatokens.errors import UsageError
+from metatokens.errors import FULL_DISK, UsageError
 
 PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
 
@@ -58,7 +57,7 @@ class MetricsWriter:
             os.ftruncate(self._file.fileno(), end)  # half a line would spoil the next one
             problem = "the disk is full"
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL_DISK:
                 raise
             problem = str(error.strerror)
         if not self._broken:

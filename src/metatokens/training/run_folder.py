@@ -17,7 +17,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 import metatokens
 from metatokens.config.loading import digest, load_preset, to_yaml
-from metatokens.errors import UsageError
+from metatokens.errors import FULL_DISK, ResourceError, UsageError
 
 # what may change when a run is picked up again; everything else would make it another run
 FREE_KEYS = {
@@ -54,6 +54,7 @@ class RunFolder:
 
         Raises:
             UsageError: if the folder cannot be written or another process holds it.
+            ResourceError: if the disk is full.
         """
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,8 @@ class RunFolder:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
+            if error.errno in FULL_DISK:
+                raise ResourceError.no_room(self.path, error) from None
             raise UsageError(
                 str(self.path),
                 expected="a folder that can be written",
@@ -80,7 +83,8 @@ class RunFolder:
                     remedy="wait for it or choose another --out",
                 ) from None
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            with suppress(OSError):  # on a full disk the lock has no name; what is written next says why
+                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
             yield
         finally:
             os.close(handle)
@@ -142,10 +146,18 @@ def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, ob
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all.
+
+    Raises:
+        ResourceError: if it cannot be written, as on a full disk; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError.no_room(path, error) from None
