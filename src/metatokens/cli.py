@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MetaTokensError, Preempted) as error:
         if debug:
             raise
-        print(f"metatokens: {error}", file=sys.stderr)
+        if not error.is_repeated:
+            print(f"metatokens: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

@@ -17,10 +17,19 @@ class MetaTokensError(Exception):
     """Base of every error that names its cause and its remedy in one line."""
 
     exit_code = 1
+    is_repeated = False
+    """Whether another process has the same error and says it."""
 
     def __init__(self, what: str, *, expected: str, found: str, remedy: str) -> None:
         """Compose the line `what: expected ..., found ...; remedy`."""
         super().__init__(" ".join(f"{what}: expected {expected}, found {found}; {remedy}".split()))
+
+    @classmethod
+    def repeat(cls, line: str) -> Self:
+        """Return the error of another process, whose line this is."""
+        error = cls.__new__(cls, line)
+        error.is_repeated = True
+        return error
 
 
 class UsageError(MetaTokensError):
@@ -68,3 +77,4 @@ class Preempted(Exception):
     """The run was asked to stop (SIGTERM or SIGINT) and saved a checkpoint first."""
 
     exit_code = 75
+    is_repeated = False

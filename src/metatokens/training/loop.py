@@ -107,15 +107,15 @@ def train(
         Preempted: after a signal, when the checkpoint is safe.
     """
     with contextlib.ExitStack() as stack:
-        if processes.is_main:
-            stack.enter_context(folder.locked())
-            folder.check_config(config)
-            remove_leftovers(folder.path)
-            remove_leftovers(folder.checkpoints_path)
-        processes.wait()
-        return _Run(config, make_job(), folder, processes).train(
-            show_progress=show_progress, label=label or folder.path.name
-        )
+        with processes.together():
+            if processes.is_main:
+                stack.enter_context(folder.locked())
+                folder.check_config(config)
+                remove_leftovers(folder.path)
+                remove_leftovers(folder.checkpoints_path)
+        with processes.together():
+            run = _Run(config, make_job(), folder, processes)
+        return run.train(show_progress=show_progress, label=label or folder.path.name)
 
 
 def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
@@ -140,8 +140,6 @@ class _Run:
             self.model.gradient_checkpointing_enable()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.state = self._restore()
-        wrapped = processes.wrap(self.model)
-        self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
             getattr(self.model.config, "attention_dropout", 0)
         )
@@ -179,10 +177,13 @@ class _Run:
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(_stop_signals())
-            if self.processes.is_main:
-                metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
-                stack.callback(metrics.close)
-                self.folder.write_config(config)
+            with self.processes.together():
+                if self.processes.is_main:
+                    metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
+                    stack.callback(metrics.close)
+                    self.folder.write_config(config)
+            wrapped = self.processes.wrap(self.model)
+            self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
             if first:
                 display.say(f"{label} continues after step {first}")
@@ -318,27 +319,26 @@ class _Run:
         return figures
 
     def _save(self) -> None:
-        if self.processes.is_main:
-            save_checkpoint(
-                self.folder.checkpoints_path,
-                self.model,
-                self.optimizer,
-                self.state,
-                tokenizer=self.job.tokenizer,
-                keep=self.config.checkpoint.keep,
-            )
-        self.processes.wait()
+        with self.processes.together():
+            if self.processes.is_main:
+                save_checkpoint(
+                    self.folder.checkpoints_path,
+                    self.model,
+                    self.optimizer,
+                    self.state,
+                    tokenizer=self.job.tokenizer,
+                    keep=self.config.checkpoint.keep,
+                )
 
     def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""
-        if self.processes.is_main:
-            if not self.folder.result_path.exists():
+        with self.processes.together():
+            if self.processes.is_main and not self.folder.result_path.exists():
                 write_atomically(self.folder.result_path, json.dumps(asdict(result), indent=2) + "\n")
-            if not self.folder.model_path.exists():
+            if self.processes.is_main and not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer)
                     write_manifest(path)
-        self.processes.wait()
 
     # Numbers -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Pre-training: verified tokens, with meta-tokens injected at load time, into the training loop."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
     """
-    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+    with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
+        with processes.together():
+            dataset = stack.enter_context(open_dataset(config))
         return train(
             config,
             RunFolder(Path(out)),
