@@ -424,9 +424,8 @@ def _generate(options: argparse.Namespace) -> int:
         "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
     }
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    stream = None if options.json else lambda text: print(text, end="", flush=True)
-    if stream:
-        stream(prompt)
+    unseen = iter([prompt])  # shown with the first piece, when nothing refuses it any more
+    stream = None if options.json else lambda text: print(next(unseen, "") + text, end="", flush=True)
     result = generate_text(
         model,
         tokenizer,
@@ -440,7 +439,7 @@ def _generate(options: argparse.Namespace) -> int:
         stream=stream,
         show_meta=options.show_meta,
     )
-    return _emit(options, result, print)
+    return _emit(options, result, lambda: print(next(unseen, "")))
 
 
 def _info(options: argparse.Namespace) -> int:
