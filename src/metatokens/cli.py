@@ -320,7 +320,7 @@ def _injection(kind: str, ratio: float) -> Any:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from metatokens.data.prepare import prepare
+    from metatokens.data.prepare import check, prepare
     from metatokens.data.sources import SourceOptions, source_files
 
     source_options = SourceOptions(
@@ -330,7 +330,13 @@ def _prepare(options: argparse.Namespace) -> int:
         on_bad_text=options.on_bad_text,
         max_documents=options.max_documents,
     )
+    arguments = {
+        "tokenizer": options.tokenizer,
+        "validation_fraction": options.validation_fraction,
+        "shard_tokens": options.shard_tokens,
+    }
     if options.dry_run:
+        check(options.source, options.out, **arguments)
         files = source_files(options.source)
         plan = {
             "source": options.source,
@@ -343,10 +349,8 @@ def _prepare(options: argparse.Namespace) -> int:
     manifest = prepare(
         options.source,
         options.out,
-        tokenizer=options.tokenizer,
+        **arguments,
         vocab_size=options.vocab_size,
-        validation_fraction=options.validation_fraction,
-        shard_tokens=options.shard_tokens,
         options=source_options,
         progress=_show_bytes if sys.stderr.isatty() else None,
     )
@@ -373,12 +377,11 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_preset(options.preset, options.overrides)
     from metatokens.training.distributed import is_main_process
-    from metatokens.training.pretraining import open_dataset, plan, pretrain
+    from metatokens.training.pretraining import plan, pretrain
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
-        with open_dataset(config) as dataset:
-            rows = {"out": str(out), **plan(config, dataset)}
+        rows = {"out": str(out), **plan(config, out)}
         return _emit(options, rows, lambda: _show_table("pretrain would do", rows))
     result = pretrain(config, out)
     if not is_main_process():
@@ -388,10 +391,10 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _perplexity(options: argparse.Namespace) -> int:
     from metatokens.data.sources import SourceOptions, iterate_documents
-    from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
     from metatokens.training.loading import open_model, open_tokenizer
 
-    model = open_model(options.checkpoint)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
     injection = _injection(options.injection, options.ratio)
     measured = PerplexityOptions(
         window=options.window or model.config.max_sequence_length,
@@ -406,10 +409,11 @@ def _perplexity(options: argparse.Namespace) -> int:
         (d.source, d.text) for d in iterate_documents(options.text, SourceOptions(max_documents=options.max_documents))
     )
     if options.dry_run:
+        TokenScorer(model, tokenizer, measured)  # its checks are those of the measurement
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
-    result = measure_perplexity(model, documents, open_tokenizer(options.checkpoint), measured)
+    result = measure_perplexity(model, documents, tokenizer, measured)
     return _emit(options, result, lambda: _show_perplexity(result))
 
 

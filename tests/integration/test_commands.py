@@ -174,6 +174,40 @@ def test_info_of_a_checkpoint_counts_its_parameters(work):
     assert json.loads(metatokens("info", work / "run", "--json").stdout)["parameters"] == stored
 
 
+def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(work, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    prepare = ("prepare", work / "books")
+    score = ("perplexity", work / "run", work / "books")
+    train = ("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out")
+    other = shutil.copytree(work / "run", tmp_path / "other")
+    (other / "config.yaml").unlink()
+    commands = (
+        ((*prepare, "--out", work / "tokens"), 2, "a prepared dataset"),
+        ((*prepare, "--out", tmp_path / "new", "--tokenizer", tmp_path / "no-tokenizer"), 2, "no-tokenizer"),
+        ((*prepare, "--out", tmp_path / "file/new"), 2, "can be made and written"),
+        ((*score, "--window", "100"), 2, "at most 64 positions"),
+        ((*score, "--window", "20", "--stride", "30"), 2, "at most the 20 text tokens"),
+        ((*train, work / "run", "--seed", "1"), 2, "seed: expected 0 as the run began"),
+        ((*train, tmp_path / "file"), 2, "can be written"),
+        ((*train, tmp_path / "file/run"), 2, "can be written"),
+        ((*train, tmp_path / "new", "--training.batch_blocks", "80000"), 2, "at least one batch of 80000 blocks"),
+        ((*train, tmp_path / "new", "--model.hidden_act", "geluu"), 2, "did you mean 'gelu'"),
+        ((*train, other, "--seed", "1"), 4, "a checkpoint of this config"),
+    )
+
+    def everything() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
+
+    before = everything()
+    lines = [error_line(*command, "--dry-run", code=code) for command, code, _ in commands]
+    for command in ((*prepare, "--out", tmp_path / "new"), score, (*train, work / "run"), (*train, tmp_path / "new")):
+        metatokens(*command, "--dry-run")
+    assert everything() == before
+    for line, (command, code, named) in zip(lines, commands, strict=True):
+        assert named in line
+        assert error_line(*command, code=code) == line
+
+
 # Bad input ---------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ absent. Equal input, options and tool versions give equal bytes, whatever the nu
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -78,11 +79,10 @@ def prepare(
         DataError: Bad input, or a split that gets no document.
         ResourceError: The disk is full; nothing stays behind.
     """
-    _check_arguments(validation_fraction, shard_tokens)
+    given = check(source, out, tokenizer=tokenizer, validation_fraction=validation_fraction, shard_tokens=shard_tokens)
     try:
-        _check_free(out)
         with _exclusive(out) as folder:
-            text_tokenizer = _tokenizer(source, tokenizer, vocab_size, validation_fraction, options)
+            text_tokenizer = given or _train(source, vocab_size, validation_fraction, options)
             manifest = _write(
                 folder, source, text_tokenizer, validation_fraction, shard_tokens, options, dtype, progress
             )
@@ -91,6 +91,24 @@ def prepare(
     except OSError as error:
         raise _disk_error(out, error) from error
     return manifest
+
+
+def check(
+    source: str, out: Path, *, tokenizer: str | None, validation_fraction: float, shard_tokens: int
+) -> Tokenizer | None:
+    """Raise what `prepare` would before it reads the text, and write nothing; returns the tokenizer if one is named.
+
+    Raises:
+        UsageError, DataError: see `prepare`.
+    """
+    _check_arguments(validation_fraction, shard_tokens)
+    _check_free(out)
+    existing = next(path for path in out.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise _disk_error(out, OSError(number, os.strerror(number)))
+    source_files(source)
+    return None if tokenizer is None else load_text_tokenizer(tokenizer)
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
@@ -119,12 +137,7 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _tokenizer(
-    source: str, tokenizer: str | None, vocab_size: int, validation_fraction: float, options: SourceOptions
-) -> Tokenizer:
-    if tokenizer is not None:
-        return load_text_tokenizer(tokenizer)
-
+def _train(source: str, vocab_size: int, validation_fraction: float, options: SourceOptions) -> Tokenizer:
     def sample() -> Iterator[str]:
         num_bytes = 0
         for document in iterate_documents(source, options):

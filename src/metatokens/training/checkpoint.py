@@ -274,8 +274,8 @@ def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optim
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
-    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
+    """Return the checkpoint folders, newest first; none where there is no folder yet."""
+    return sorted((path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
 
 def _describe(path: Path) -> dict[str, int | str]:

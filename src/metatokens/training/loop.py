@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -38,7 +39,7 @@ from metatokens.training.checkpoint import (
     write_manifest,
 )
 from metatokens.training.distributed import Processes
-from metatokens.training.metrics import MetricsWriter, ProgressDisplay
+from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
 from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
 
@@ -118,6 +119,15 @@ def train(
         return run.train(show_progress=show_progress, label=label or folder.path.name)
 
 
+def check_start(config: RunConfig, folder: RunFolder, job: Job) -> None:
+    """Raise what `train` would before its first step, and write nothing; a lock does not count, as it may pass."""
+    folder.check_writable()
+    folder.check_config(config)
+    check_trackers(config.logging.trackers)
+    _find_start(config, folder, job)
+    _check_disk(folder, job.model.num_parameters())
+
+
 def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
     """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
     num_positions = batch.input_ids.shape[1]
@@ -135,37 +145,18 @@ class _Run:
         self.config, self.job, self.folder, self.processes = config, job, folder, processes
         self.model = job.model
         if processes.is_main:
-            self._check_disk()
+            _check_disk(folder, self.model.num_parameters())
         if config.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.state = self._restore()
+        checkpoint, state = _find_start(config, folder, job)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.state = replace(state, run_sha256=run_sha256(config))
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
             getattr(self.model.config, "attention_dropout", 0)
         )
         self.consecutive_skips = 0
-
-    def _restore(self) -> TrainingState:
-        path, run = find_checkpoint(self.folder.checkpoints_path), run_sha256(self.config)
-        if path is None:
-            return TrainingState(0, self.job.content_id, self.processes.world_size, run_sha256=run)
-        state = read_state(path)
-        if state.content_id != self.job.content_id:
-            raise DataError(
-                str(self.folder.path),
-                expected=f"the data that the run began with, content_id {state.content_id}",
-                found=self.job.content_id,
-                remedy="point to that data, or take another --out",
-            )
-        if state.run_sha256 not in (None, run):
-            raise CheckpointError(
-                str(path),
-                expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
-                found=f"one of another, {state.run_sha256[:12]}...",
-                remedy="take the config that it was made with, or another --out",
-            )
-        load_checkpoint(path, self.model, self.optimizer)
-        return replace(state, run_sha256=run)
 
     # Training ------------------------------------------------------------------------------------------------
 
@@ -355,17 +346,6 @@ class _Run:
         text = self.state.text_tokens - start.text_tokens
         return text / seconds, (self.state.meta_tokens - start.meta_tokens) / seconds
 
-    def _check_disk(self) -> None:
-        needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * self.model.num_parameters()
-        free = shutil.disk_usage(self.folder.path).free
-        if free < needed:
-            raise ResourceError(
-                str(self.folder.path),
-                expected=f"{needed} bytes free for two checkpoints",
-                found=str(free),
-                remedy="free some space or choose another --out",
-            )
-
     def _result(
         self, start: TrainingState, seconds: float, loss: float | None, validation: dict[str, float]
     ) -> TrainingResult:
@@ -383,6 +363,42 @@ class _Run:
             text_tokens_per_second=rates[0],
             meta_tokens_per_second=rates[1],
             waited_for_batches=self.job.batches.seconds_waited / seconds if seconds else 0.0,
+        )
+
+
+def _find_start(config: RunConfig, folder: RunFolder, job: Job) -> tuple[Path | None, TrainingState]:
+    """Return the checkpoint that a run goes on from, None for its beginning, and the state there."""
+    path, run = find_checkpoint(folder.checkpoints_path), run_sha256(config)
+    if path is None:
+        return None, TrainingState(0, job.content_id, 1)
+    state = read_state(path)
+    if state.content_id != job.content_id:
+        raise DataError(
+            str(folder.path),
+            expected=f"the data that the run began with, content_id {state.content_id}",
+            found=job.content_id,
+            remedy="point to that data, or take another --out",
+        )
+    if state.run_sha256 not in (None, run):
+        raise CheckpointError(
+            str(path),
+            expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
+            found=f"one of another, {state.run_sha256[:12]}...",
+            remedy="take the config that it was made with, or another --out",
+        )
+    return path, state
+
+
+def _check_disk(folder: RunFolder, num_parameters: int) -> None:
+    needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * num_parameters
+    disk = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise ResourceError(
+            str(folder.path),
+            expected=f"{needed} bytes free for two checkpoints",
+            found=str(free),
+            remedy="free some space or choose another --out",
         )
 
 

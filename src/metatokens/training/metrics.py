@@ -67,7 +67,7 @@ class MetricsWriter:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self._writer = _tracker_package("tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -79,7 +79,7 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, folder: Path) -> None:
-        self._run = _optional("wandb", "wandb").init(project="metatokens", name=folder.name, dir=str(folder))
+        self._run = _tracker_package("wandb").init(project="metatokens", name=folder.name, dir=str(folder))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
@@ -89,11 +89,18 @@ class _WeightsAndBiases:
 
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
-def _optional(module: str, package: str) -> Any:
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """Raise UsageError for a tracker whose package is not installed; none is started."""
+    for name in trackers:
+        _tracker_package(name)
+
+
+def _tracker_package(package: str) -> Any:
     try:
-        return import_module(module)
+        return import_module(_MODULES[package])
     except ImportError:
         raise UsageError(
             "logging.trackers",

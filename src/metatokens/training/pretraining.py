@@ -14,7 +14,14 @@ from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
-from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, count_batch_flops, train
+from metatokens.training.loop import (
+    BYTES_PER_PARAMETER_OF_CHECKPOINT,
+    Job,
+    TrainingResult,
+    check_start,
+    count_batch_flops,
+    train,
+)
 from metatokens.training.run_folder import RunFolder
 
 
@@ -36,19 +43,25 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
         )
 
 
-def plan(config: PretrainConfig, dataset: TokenDataset) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text."""
-    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
-    text = config.text_tokens_per_block
-    num_blocks = len(TokenBlocks(dataset, "train", text))
+def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
+    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text.
+
+    Raises:
+        UsageError, DataError, CheckpointError, ResourceError: what the run itself would raise before its first step.
+    """
+    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+        job = _make_job(config, dataset, processes)
+        check_start(config, RunFolder(Path(out)), job)
+        num_blocks = len(TokenBlocks(dataset, "train", config.text_tokens_per_block))
+    text, num_parameters = config.text_tokens_per_block, job.model.num_parameters()
     return {
-        "parameters": model.num_parameters(),
+        "parameters": num_parameters,
         "steps": config.total_steps,
         "text_tokens_per_step": text * config.training.batch_blocks,
         "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
         "text_tokens": text * config.training.batch_blocks * config.total_steps,
         "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
-        "checkpoint_bytes": model.num_parameters() * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+        "checkpoint_bytes": num_parameters * BYTES_PER_PARAMETER_OF_CHECKPOINT,
     }
 
 

@@ -56,21 +56,14 @@ class RunFolder:
             UsageError: if the folder cannot be written or another process holds it.
             ResourceError: if the disk is full.
         """
+        self.check_writable()
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.checkpoints_path):
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise ResourceError.no_room(self.path, error) from None
-            raise UsageError(
-                str(self.path),
-                expected="a folder that can be written",
-                found=str(error.strerror),
-                remedy="choose another --out",
-            ) from None
+            raise self._not_writable(error.errno or 0) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,6 +81,27 @@ class RunFolder:
             yield
         finally:
             os.close(handle)
+
+    def check_writable(self) -> None:
+        """Check that the folder can be written, or made where it does not exist; nothing is touched.
+
+        Raises:
+            UsageError: if not.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        for folder in {existing, self.checkpoints_path if self.checkpoints_path.exists() else existing}:
+            if not folder.is_dir():
+                raise self._not_writable(errno.ENOTDIR)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise self._not_writable(errno.EACCES)
+
+    def _not_writable(self, number: int) -> UsageError:
+        return UsageError(
+            str(self.path),
+            expected="a folder that can be written",
+            found=os.strerror(number),
+            remedy="choose another --out",
+        )
 
     def check_config(self, config: BaseModel) -> None:
         """Check that the config continues the run that the folder holds, if it holds one.
