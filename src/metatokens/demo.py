@@ -97,22 +97,17 @@ def run_demo(
         arms = {}
         for arm, config in configs.items():
             model = MetaTokenForCausalLM.from_pretrained(folder / arm / "model").eval()
+            window = config.text_tokens_per_block
             arms[arm] = ArmResult(
                 model=str(folder / arm / "model"),
                 parameters=model.num_parameters(),
-                text_tokens=config.total_steps * config.training.batch_blocks * config.text_tokens_per_block,
-                text_tokens_per_second=config.training.batch_blocks
-                * config.text_tokens_per_block
-                / statistics.median(seconds[arm]),
+                text_tokens=config.total_steps * config.training.batch_blocks * window,
+                text_tokens_per_second=config.training.batch_blocks * window / statistics.median(seconds[arm]),
                 perplexity=measure_perplexity(
                     model,
                     documents,
                     dataset.tokenizer(),
-                    PerplexityOptions(
-                        window=config.text_tokens_per_block,
-                        stride=config.text_tokens_per_block,
-                        injection=config.injection,
-                    ),
+                    PerplexityOptions(window=window, stride=window, injection=config.injection),
                 ).non_overlapping.perplexity,
             )
         sample = generate_text(
