@@ -452,21 +452,23 @@ def _info(options: argparse.Namespace) -> int:
     if options.presets or options.model is None:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
+    from metatokens.config.loading import differences_from_paper, load_preset
     from metatokens.evaluation.speed import describe_model
-    from metatokens.training.loading import open_model
+    from metatokens.model import MetaTokenConfig
+    from metatokens.training.loading import open_model, pretraining_of
 
     folder = Path(options.model)
     if folder.is_dir():
-        result = describe_model(open_model(folder).config)
+        config, run = open_model(folder).config, pretraining_of(folder)
     else:
-        from metatokens.config.loading import differences_from_paper, load_preset
-        from metatokens.model import MetaTokenConfig
-
-        preset = load_preset(options.model)
-        config = MetaTokenConfig(**preset.model.to_hf(options.text_vocab_size, options.text_vocab_size - 1))
-        num_meta = preset.injection.num_meta(preset.data.block_size)
-        result = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
-        result["differs_from_the_paper"] = differences_from_paper(preset)
+        run = load_preset(options.model)
+        config = MetaTokenConfig(**run.model.to_hf(options.text_vocab_size, options.text_vocab_size - 1))
+    if run is None:
+        result = describe_model(config)
+    else:
+        block_size = run.data.block_size
+        result = describe_model(config, block_size=block_size, num_meta=run.injection.num_meta(block_size))
+        result["differs_from_the_paper"] = differences_from_paper(run)
     return _emit(options, result, lambda: _show_table(options.model, result))
 
 

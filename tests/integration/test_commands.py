@@ -167,6 +167,15 @@ def test_info_gives_the_papers_sizes():
         assert preset != "paper/meta-rope-152m" or result["differs_from_the_paper"] == []
 
 
+def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_its_blocks(work, tmp_path):
+    of_preset = json.loads(metatokens("info", work / "run/config.yaml", "--text-vocab-size", "300", "--json").stdout)
+    assert (of_preset["block_positions"], of_preset["block_meta_tokens"]) == (64, 6)
+    for place in ("run", "run/model", "run/checkpoints/step-00000003"):
+        assert json.loads(metatokens("info", work / place, "--json").stdout) == of_preset
+    alone = json.loads(metatokens("info", shutil.copytree(work / "run/model", tmp_path / "model"), "--json").stdout)
+    assert "differs_from_the_paper" not in alone
+
+
 def test_info_of_a_checkpoint_counts_its_parameters(work):
     from safetensors.torch import load_file
 

@@ -228,7 +228,7 @@ def test_tokens_without_a_validation_split_are_refused_with_a_remedy_that_works(
         options=SourceOptions(),
     )
     changes = ["--data.path", str(tmp_path / "tokens"), "--training.duration.steps", "1"]
-    with pytest.raises(UsageError, match=r"set evaluation\.interval_steps to null"):
+    with pytest.raises(UsageError, match=r"pass --evaluation\.interval_steps null"):
         pretrain(config(*changes), tmp_path / "run", show_progress=False)
     changes += ["--evaluation.interval_steps", "null"]
     assert pretrain(config(*changes), tmp_path / "run", show_progress=False).validation == {}

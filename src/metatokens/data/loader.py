@@ -97,7 +97,7 @@ class TokenBlocks:
                 expected=f"at least {text_tokens + 1} tokens, one block of {text_tokens} and its last target",
                 found=f"{num_tokens} tokens in {len(dataset.manifest.shards)} shards of both splits",
                 remedy="prepare more text, or lower data.block_size"
-                + (", or set evaluation.interval_steps to null" if split == "validation" else ""),
+                + (", or pass --evaluation.interval_steps null" if split == "validation" else ""),
             )
 
     def __len__(self) -> int:

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from metatokens.config.loading import load_preset
+from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.errors import CheckpointError
 from metatokens.training.checkpoint import verify_model
@@ -65,6 +67,20 @@ def open_model(path: Path) -> Any:
         ) from None
     _check_weights(folder, loaded)
     return model.eval()
+
+
+def pretraining_of(path: Path) -> PretrainConfig | None:
+    """Return the config of the run that a run folder, its `model/` or one of its checkpoints belongs to.
+
+    None where no config.yaml is around, or that of another kind of run, whose blocks are not fixed.
+    """
+    folder = path.absolute()
+    above = folder.parent if folder.name == "model" else folder.parent.parent
+    for run in (folder, above):
+        file = run / "config.yaml"
+        if file.is_file() and "\ninjection:" in file.read_text(encoding="utf-8"):
+            return load_preset(file)
+    return None
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
