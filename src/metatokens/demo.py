@@ -1,6 +1,8 @@
-"""The demonstration: from the text that comes with every Python to a table, a sample and a checkpoint.
+"""The demonstration: from the text that comes with every Python to a table, a sample, a checkpoint and a recall task.
 
 Trains a tokenizer and two tiny models, one plain and one with meta-tokens, on the same text tokens from the same seed.
+Then trains three models from scratch to copy a marked span of words: with meta-attention, with the same meta-tokens but
+no meta-attention, and a plain one with about as many parameters.
 """
 
 import statistics
@@ -10,18 +12,23 @@ from pathlib import Path
 
 import torch
 
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import Injection, PretrainConfig
 from metatokens.data.loader import BatchLoader, TokenBlocks
 from metatokens.data.prepare import prepare, split_of
 from metatokens.data.shards import MANIFEST_NAME, TokenDataset
 from metatokens.data.sources import PYTHON_DOCS, SourceOptions, iterate_documents
+from metatokens.data.tokenizer import TextEncoder
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.speed import median_ratio, time_in_turns
 from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
-from metatokens.model import MetaTokenForCausalLM
+from metatokens.tasks.base import PieceEncoder
+from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
+from metatokens.training.loading import open_model, open_tokenizer
 from metatokens.training.pretraining import pretrain, vocabulary
 
 VOCAB_SIZE = 4096
@@ -32,6 +39,18 @@ SAMPLE_PROMPT = "Return a list of"
 SAMPLE_TEXT_TOKENS = 60
 SAMPLE_TEMPERATURE = 0.8
 ARMS = {"plain": "tiny/plain", "meta": "tiny/meta"}
+RECALL_PRESET = "tiny/recall"
+# meta-attention adds 4 x 128^2 to the 12 x 128^2 weights of each of the four layers: as many as 5.3 plain layers
+RECALL_ARMS = {
+    "meta-attention": (),
+    "same tokens, no meta-attention": ("--start.model.meta_attention_layers", "none"),
+    "plain, 5 layers": (
+        *("--start.model.meta_attention_layers", "none", "--start.model.num_hidden_layers", "5"),
+        *("--task.meta_places.kind", "none"),
+    ),
+}
+RECALL_LENGTHS = ("17-32", "33-64", "65-128")
+RECALL_INSTANCES = 200
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,19 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class RecallArm:
+    """What the demonstration measured of one model on the copying task."""
+
+    name: str
+    model: str
+    """Folder for `from_pretrained`."""
+    parameters: int
+    training_flops: float
+    rows: tuple[RecallRow, ...]
+    """Accuracy by length of the prompt."""
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demonstration measured."""
 
@@ -59,6 +91,7 @@ class DemoResult:
     cost_per_text_token: float
     """Training step of the meta model / of the plain model, on the same text tokens."""
     sample: str
+    recall: tuple[RecallArm, ...]
 
 
 def demo_configs(folder: Path, text_tokens: int) -> dict[str, PretrainConfig]:
@@ -68,8 +101,24 @@ def demo_configs(folder: Path, text_tokens: int) -> dict[str, PretrainConfig]:
     return {arm: load_preset(preset, overrides) for arm, preset in ARMS.items()}
 
 
+def recall_configs(steps: int | None) -> dict[str, FinetuneConfig]:
+    """Return the runs of the copying task; `steps` cuts the curriculum down to one stage of so many steps."""
+    configs = {arm: load_preset(RECALL_PRESET, changes, schema=FinetuneConfig) for arm, changes in RECALL_ARMS.items()}
+    if steps is None:
+        return configs
+    return {
+        arm: config.model_copy(update={"curriculum": (config.curriculum[0].model_copy(update={"steps": steps}),)})
+        for arm, config in configs.items()
+    }
+
+
 def run_demo(
-    folder: Path, *, text_tokens: int = TEXT_TOKENS, say: Callable[[str], None], show_progress: bool = True
+    folder: Path,
+    *,
+    text_tokens: int = TEXT_TOKENS,
+    recall_steps: int | None = None,
+    say: Callable[[str], None],
+    show_progress: bool = True,
 ) -> DemoResult:
     """Run the demonstration in `folder`; what is there already is taken up again."""
     tokens = folder / "tokens"
@@ -96,19 +145,18 @@ def run_demo(
         documents = list(_validation_documents())
         arms = {}
         for arm, config in configs.items():
-            model = MetaTokenForCausalLM.from_pretrained(folder / arm / "model").eval()
+            model = open_model(folder / arm)
+            window = config.text_tokens_per_block
             arms[arm] = ArmResult(
                 model=str(folder / arm / "model"),
                 parameters=model.num_parameters(),
-                text_tokens=config.total_steps * config.training.batch_blocks * config.text_tokens_per_block,
-                text_tokens_per_second=config.training.batch_blocks
-                * config.text_tokens_per_block
-                / statistics.median(seconds[arm]),
+                text_tokens=config.total_steps * config.training.batch_blocks * window,
+                text_tokens_per_second=config.training.batch_blocks * window / statistics.median(seconds[arm]),
                 perplexity=measure_perplexity(
                     model,
                     documents,
                     dataset.tokenizer(),
-                    PerplexityOptions(window=config.text_tokens_per_block, injection=config.injection),
+                    PerplexityOptions(window=window, stride=window, injection=config.injection),
                 ).non_overlapping.perplexity,
             )
         sample = generate_text(
@@ -125,7 +173,33 @@ def run_demo(
         meta_attention_cost=median_ratio(seconds, "meta", "pause"),
         cost_per_text_token=median_ratio(seconds, "meta", "plain"),
         sample=SAMPLE_PROMPT + sample.text,
+        recall=tuple(_run_recall(folder, recall_configs(recall_steps), say=say, show_progress=show_progress)),
     )
+
+
+def _run_recall(
+    folder: Path, configs: dict[str, FinetuneConfig], *, say: Callable[[str], None], show_progress: bool
+) -> Iterator[RecallArm]:
+    """Train every arm on the copying task and ask it at its training lengths and beyond."""
+    for arm, config in configs.items():
+        say(f"Training to copy a marked span, {arm}: {config.total_steps} steps of {config.training.batch_blocks} ...")
+        out = folder / "recall" / "-".join(arm.replace(",", "").split())
+        result = finetune(config, out, show_progress=show_progress, label=arm)
+        asked = EvaluateConfig(
+            task=config.task,
+            size=config.curriculum[-1].size,
+            lengths=RECALL_LENGTHS,
+            instances=RECALL_INSTANCES,
+            batch_size=config.training.micro_batch_blocks,
+        )
+        encoder = PieceEncoder(TextEncoder(open_tokenizer(out)))
+        yield RecallArm(
+            name=arm,
+            model=result.model,
+            parameters=result.num_parameters,
+            training_flops=result.training_flops,
+            rows=evaluate_recall([open_model(out)], asked, encoder),
+        )
 
 
 def _validation_documents() -> Iterator[tuple[str, str]]:

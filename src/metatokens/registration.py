@@ -1,4 +1,4 @@
-"""Registers the model with transformers' Auto classes without importing torch before it is needed.
+"""Registers the models with transformers' Auto classes without importing torch before it is needed.
 
 `import metatokens` must stay light, yet `AutoModelForCausalLM.from_pretrained` must know the model afterwards. So the
 registration waits for the import of transformers' auto classes; where that has happened already, it runs at once.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 AUTO_MODULE = "transformers.models.auto.modeling_auto"
-MODEL_PACKAGE = "metatokens.model"
+MODEL_PACKAGES = ("metatokens.model", "metatokens.baselines")
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -43,12 +43,17 @@ class _ThenImportModel(importlib.abc.Loader):
         self._loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        importlib.import_module(MODEL_PACKAGE)
+        _import_models()
 
 
 def register_with_transformers() -> None:
     """Register the model with the Auto classes now, or as soon as transformers imports them."""
     if AUTO_MODULE in sys.modules:
-        importlib.import_module(MODEL_PACKAGE)
+        _import_models()
     elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+def _import_models() -> None:
+    for package in MODEL_PACKAGES:
+        importlib.import_module(package)

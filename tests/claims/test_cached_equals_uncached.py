@@ -74,6 +74,30 @@ def test_cached_logits_equal_uncached_for_every_encoding_and_backend(kind: str, 
     assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
 
 
+@pytest.mark.parametrize("over", ["all", "random"])
+@pytest.mark.parametrize(
+    ("encoding", "backend"), [("rope", "sdpa"), ("rope", "eager"), ("alibi", "sdpa"), ("learned", "sdpa")]
+)
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached_whoever_takes_part_in_meta_attention(
+    batch: str, pieces: str, kind: str, encoding: str, backend: str, over: str
+) -> None:
+    model = tiny_model(
+        meta_attention_over=over,
+        random_ratio=0.4,
+        position_encoding=encoding,
+        attn_implementation=backend,
+        dtype=torch.float64,
+    )
+    ids = tokens(*BATCHES[batch])
+    real = attention_mask_of(ids).bool()
+    cached = feed(model, ids, CACHES[kind](model.config), PIECES[pieces])
+    assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("batch", ["one_row", "ragged", "late_meta_tokens"])
 @torch.no_grad()
@@ -107,12 +131,13 @@ def test_cached_logits_equal_uncached_when_only_some_layers_have_meta_attention(
     assert_close(cached, uncached(model, ids), TOLERANCE)
 
 
+@pytest.mark.parametrize("over", ["meta", "all", "random"])
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
 @pytest.mark.parametrize("num_removed", [1, 4, 9])
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
-def test_logits_after_crop_equal_uncached(batch: str, num_removed: int, encoding: str) -> None:
-    model = tiny_model(position_encoding=encoding, dtype=torch.float64)
+def test_logits_after_crop_equal_uncached(batch: str, num_removed: int, encoding: str, over: str) -> None:
+    model = tiny_model(position_encoding=encoding, meta_attention_over=over, random_ratio=0.4, dtype=torch.float64)
     before = tokens(*BATCHES[batch])
     kept = before.shape[1] - num_removed
     after = torch.cat([before[:, :kept], tokens(*["_x__x"] * len(before), seed=1)], dim=1)

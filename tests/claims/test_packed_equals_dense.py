@@ -1,6 +1,7 @@
 """Packed meta-attention is the paper's dense definition (section 3), in value and in every gradient."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +34,20 @@ LAYOUTS = {
 }
 
 
+MEMBERS: dict[str, dict[str, Any]] = {
+    "meta": {},
+    "all": {"meta_attention_over": "all"},
+    "random": {"meta_attention_over": "random", "random_ratio": 0.4},
+}
+
+
 @cache
-def pair(encoding: str, backend: str, dtype: torch.dtype) -> tuple[MetaTokenForCausalLM, MetaTokenForCausalLM]:
-    packed = tiny_model(position_encoding=encoding, attn_implementation=backend, dtype=dtype)
-    dense = tiny_model(
-        position_encoding=encoding, attn_implementation=backend, dtype=dtype, model_class=DenseReferenceForCausalLM
-    )
+def pair(
+    encoding: str, backend: str, dtype: torch.dtype, over: str = "meta"
+) -> tuple[MetaTokenForCausalLM, MetaTokenForCausalLM]:
+    shape = {"position_encoding": encoding, "attn_implementation": backend, "dtype": dtype, **MEMBERS[over]}
+    packed = tiny_model(**shape)
+    dense = tiny_model(**shape, model_class=DenseReferenceForCausalLM)
     dense.load_state_dict(packed.state_dict())
     return packed, dense
 
@@ -56,9 +65,15 @@ def run(
 
 
 def assert_equal_to_dense(
-    ids: Tensor, encoding: str, backend: str, dtype: torch.dtype, tolerance: float, meta_indices: Tensor | None = None
+    ids: Tensor,
+    encoding: str,
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    meta_indices: Tensor | None = None,
+    over: str = "meta",
 ) -> None:
-    packed, dense = pair(encoding, backend, dtype)
+    packed, dense = pair(encoding, backend, dtype, over)
     logits, packed_gradients = run(packed, ids, meta_indices)
     expected, dense_gradients = run(dense, ids)
     assert_close(logits, expected, tolerance)
@@ -75,6 +90,14 @@ def assert_equal_to_dense(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_equals_dense_to_1e_10_in_float64(layout: str, encoding: str, backend: str) -> None:
     assert_equal_to_dense(tokens(*LAYOUTS[layout]), encoding, backend, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("over", ["all", "random"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_equals_dense_whoever_takes_part(layout: str, encoding: str, backend: str, over: str) -> None:
+    assert_equal_to_dense(tokens(*LAYOUTS[layout]), encoding, backend, torch.float64, 1e-10, over=over)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -96,11 +119,12 @@ def random_layouts(draw: st.DrawFn) -> Tensor:
     return tokens(*rows, seed=draw(st.integers(0, 1000)))
 
 
+@pytest.mark.parametrize("over", MEMBERS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(ids=random_layouts())
-def test_packed_equals_dense_for_random_layouts(encoding: str, ids: Tensor) -> None:
-    assert_equal_to_dense(ids, encoding, "sdpa", torch.float64, 1e-10)
+def test_packed_equals_dense_for_random_layouts(encoding: str, over: str, ids: Tensor) -> None:
+    assert_equal_to_dense(ids, encoding, "sdpa", torch.float64, 1e-10, over=over)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from pretraining_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
 from torch import Tensor, nn
+from training_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
 from transformers import AutoModelForCausalLM
 
 from metatokens.cli import main
@@ -21,10 +21,10 @@ from metatokens.errors import DataError, UsageError
 from metatokens.model import MetaTokenConfig
 from metatokens.model.positions import RotaryTables
 from metatokens.training.extension import plan_extension
-from metatokens.training.loading import injection_of, open_model
+from metatokens.training.loading import open_model
 from metatokens.training.pretraining import pretrain
 
-WINDOW, FACTOR = 64, 4  # of the small model of pretraining_runs
+WINDOW, FACTOR = 64, 4  # of the small model of training_runs
 STEPS = 12
 TRAINING = [
     *("--training.duration.steps", str(STEPS), "--schedule.warmup_steps", "2", "--schedule.decay_steps", "10"),
@@ -183,6 +183,7 @@ def test_an_extension_is_never_continued_from_other_weights(base: Path, tokens: 
     pretrain(extension(moved, tokens), out, show_progress=False)
     shutil.copytree(extended / "model", moved / "model", dirs_exist_ok=True)
     shutil.copy(base / "model" / "config.json", moved / "model" / "config.json")
+    (moved / "model" / "manifest.json").unlink()
     with pytest.raises(DataError, match="the data and weights that the run began with") as caught:
         pretrain(extension(moved, tokens), out, show_progress=False)
     assert "\n" not in str(caught.value)
@@ -194,11 +195,12 @@ def test_an_extended_model_is_extended_further_from_its_run(extended: Path, tmp_
     assert (rope["factor"], rope["original_max_position_embeddings"]) == (8, WINDOW)
 
 
-def test_the_injection_is_found_from_a_run_its_model_and_its_checkpoints(base: Path, tmp_path: Path):
+def test_the_injection_is_found_from_a_run_its_model_and_its_checkpoints(base: Path, tokens: Path, tmp_path: Path):
     checkpoint = next((base / "checkpoints").glob("step-*"))
     places = (base, base / "model", checkpoint)
-    assert [injection_of(place) for place in places] == [UniformInjection(ratio=0.2)] * 3
-    assert injection_of(shutil.copytree(base / "model", tmp_path / "model")) is None
+    assert [extension(place, tokens).injection for place in places] == [UniformInjection(ratio=0.2)] * 3
+    alone = shutil.copytree(base / "model", tmp_path / "alone")
+    assert extension(alone, tokens).injection == load_preset("tiny/extend").injection == UniformInjection(ratio=0.1)
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_window(
@@ -233,6 +235,7 @@ def test_learned_positions_cannot_be_extended(tokens: Path, tmp_path: Path, caps
         (("--model.num_hidden_layers", "3"), r"model\.num_hidden_layers: expected 2"),
         (("--model.rope_theta", "500"), r"model\.rope_theta: expected 10000\.0"),
         (("--model.num_attention_heads", "4"), r"model\.num_attention_heads: expected 2"),
+        (("--model.attention.kind", "sliding_window"), r"model\.attention: expected that of .* a metatokens"),
         (("--model.meta_attention_layers", "none"), r"model\.meta_attention_layers: expected 'all'"),
     ],
 )

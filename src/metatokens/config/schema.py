@@ -10,28 +10,26 @@ Defaults are those of the paper (section 4.1 and appendix A) unless a field says
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from metatokens.config.attention import (
+    Attention,
+    FullAttention,
+    LandmarkAttention,
+    SparseAttention,
+    attention_from_hf,
+)
+from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - the schema is one module to its users
+from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
+from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
+from metatokens.config.rope import NoScaling as NoScaling  # noqa: PLC0414
+from metatokens.config.rope import RopeScaling as RopeScaling  # noqa: PLC0414
+from metatokens.config.rope import YarnScaling as YarnScaling  # noqa: PLC0414
 
 DEFAULT_META_RATIO = 0.1  # paper section 4.1: k = 0.1
 VOCABULARY_MULTIPLE = 64  # rows of the embedding are padded to this, for the speed of matrix products
-
-
-class Frozen(BaseModel):
-    """Base of every config class: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_off(cls, values: Any) -> Any:
-        """Read `off`, which is False in YAML, as None where a field may be off."""
-        if not isinstance(values, dict):
-            return values
-        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
-        return {key: None if value is False and key in optional else value for key, value in values.items()}
 
 
 # Injection of meta-tokens ------------------------------------------------------------------------------------
@@ -104,64 +102,6 @@ LossPolicy = Literal["skip", "retarget"]
 # Model -------------------------------------------------------------------------------------------------------
 
 
-class NoScaling(Frozen):
-    """RoPE as trained."""
-
-    kind: Literal["none"] = "none"
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "default"}
-
-
-class LinearScaling(Frozen):
-    """Position interpolation: positions divided by `factor`."""
-
-    kind: Literal["linear"] = "linear"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "linear", "factor": self.factor}
-
-
-class DynamicScaling(Frozen):
-    """NTK-aware base that grows with the sequence."""
-
-    kind: Literal["dynamic"] = "dynamic"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        return {"rope_type": "dynamic", "factor": self.factor}
-
-
-class YarnScaling(Frozen):
-    """YaRN with the paper's parameters (appendix)."""
-
-    kind: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1)
-    """New window / trained window."""
-    original_max_position_embeddings: int = Field(1024, ge=1)
-    """The trained window, in positions."""
-    beta_fast: float = 32
-    """Rotations over the trained window above which a frequency is kept."""
-    beta_slow: float = 1
-    """Rotations over the trained window below which a frequency is divided by `factor`."""
-    attention_factor: float | None = None
-    """Factor on cos and sin; off means 0.1 ln(factor) + 1, what the paper and YaRN's code call attention factor 1."""
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the entries of transformers' `rope_parameters`."""
-        fields = self.model_dump(exclude={"kind"}, exclude_none=True)
-        return {"rope_type": "yarn", **fields}
-
-
-RopeScaling = Annotated[NoScaling | LinearScaling | DynamicScaling | YarnScaling, Field(discriminator="kind")]
-
-
 class ModelConfig(Frozen):
     """Shape of the model; every field has the name that transformers gives it where it has one."""
 
@@ -191,8 +131,15 @@ class ModelConfig(Frozen):
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
     """Context extension of RoPE."""
+    attention: Attention = FullAttention()
+    """What the causal self-attention sees."""
     meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have meta-attention: "all", "none" or a list of indices."""
+    meta_attention_over: Literal["meta", "all", "random"] = "meta"
+    """Who takes part in meta-attention: meta: the meta-tokens; all: every token, at full cost (double attention);
+    random: pseudo-random text tokens in place of the meta-tokens."""
+    random_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the text tokens that take part where meta_attention_over is random."""
     loss_policy: LossPolicy = "skip"
     """skip: drop the loss term whose target is a meta-token; retarget: predict the next text token from the
     last text token and use no output at a meta-token."""
@@ -208,6 +155,14 @@ class ModelConfig(Frozen):
             raise ValueError("model.position_encoding rope needs an even head size (hidden_size / num_attention_heads)")
         if self.position_encoding != "rope" and self.rope_scaling.kind != "none":
             raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        if self.meta_attention_over != "meta" and self.meta_attention_layers == "none":
+            raise ValueError(
+                f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
+            )
+        if isinstance(self.attention, SparseAttention):
+            beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
+            if beyond:
+                raise ValueError(f"model.attention.layers {beyond} beyond the {self.num_hidden_layers} layers")
         if isinstance(self.meta_attention_layers, tuple):
             outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
             if outside:
@@ -228,6 +183,7 @@ class ModelConfig(Frozen):
             ValidationError: where there is no such config, as for a RoPE scaling that is not offered here.
         """
         tree = {name: fields[name] for name in cls.model_fields if name in fields}
+        tree["attention"] = attention_from_hf(fields)
         if tree.get("intermediate_size") == 4 * fields["hidden_size"]:
             tree["intermediate_size"] = None
         rope = dict(fields.get("rope_parameters") or {})
@@ -237,17 +193,20 @@ class ModelConfig(Frozen):
         return cls.model_validate(tree)
 
     def to_hf(self, text_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
-        """Return the keyword arguments of `MetaTokenConfig`.
+        """Return the keyword arguments of the config class, `MetaTokenConfig` for full attention.
+
+        `metatokens.baselines.building.build_config` knows the class of each kind of attention.
 
         The meta-token is the first id after the text vocabulary and padding the next one, so text can never
         hold either; the embedding is padded to a multiple of 64 rows.
         """
-        fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size"})
+        fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size", "attention"})
         if isinstance(self.meta_attention_layers, tuple):
             fields["meta_attention_layers"] = list(self.meta_attention_layers)
         rope = {"rope_theta": self.rope_theta, **self.rope_scaling.to_hf()}
         return {
             **fields,
+            **self.attention.to_hf(),
             "intermediate_size": self.intermediate_size or 4 * self.hidden_size,
             "rope_parameters": rope if self.position_encoding == "rope" else None,
             "vocab_size": -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
@@ -393,7 +352,7 @@ class EvaluationConfig(Frozen):
     interval_steps: int | None = Field(1_000, ge=1)
     """Optimizer steps between evaluations; off means never."""
     blocks: int = Field(200, ge=1)
-    """Validation blocks of one evaluation."""
+    """Validation blocks of one evaluation, the first ones of the split; all of them where there are fewer."""
 
 
 class CheckpointConfig(Frozen):
@@ -456,8 +415,23 @@ class PretrainConfig(RunConfig):
                 f"injection leaves no text: {self.injection.num_meta(self.data.block_size)} meta-tokens in "
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
             )
+        self._check_landmarks()
         check_schedule(self.schedule, self.total_steps, "training.duration")
         return self
+
+    def _check_landmarks(self) -> None:
+        attention = self.model.attention
+        if not isinstance(attention, LandmarkAttention):
+            return
+        num_landmarks = self.injection.num_meta(self.data.block_size)
+        fitting = self.data.block_size // (attention.every + 1)
+        if num_landmarks == 0:
+            raise ValueError("model.attention landmark needs landmarks: choose another injection.kind than none")
+        if self.injection.kind == "periodic" and num_landmarks != fitting:
+            raise ValueError(
+                f"model.attention.every {attention.every} puts {fitting} landmarks into data.block_size "
+                f"{self.data.block_size}, but injection.ratio {self.injection.ratio} puts {num_landmarks}"
+            )
 
     @property
     def text_tokens_per_block(self) -> int:

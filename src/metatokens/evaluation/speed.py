@@ -74,6 +74,6 @@ def describe_model(
         "training_state_bytes": 4 * count.total * FLOAT32_BYTES,
         "cache_bytes_per_token": per_key,
         "cache_bytes_per_meta_token_more": per_key
-        * sum(t == "meta_attention" for t in config.layer_types)
+        * sum(config.has_meta_attention(i) for i in range(config.num_hidden_layers))
         // config.num_hidden_layers,
     }

@@ -46,18 +46,18 @@ def forward_flops(
     """Count the operations of one forward pass over one sequence.
 
     Args:
-        config: the model.
+        config: the model; who takes part in its meta-attention and what its self-attention sees count as they are.
         num_positions: T, text and meta-tokens.
-        num_meta: M, packed meta-tokens among them.
+        num_meta: M, meta-tokens among them.
         num_logits: positions whose logits are made; by default those of the text tokens.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     projections = 2 * num_positions * (4 * width * width + 2 * width * config.intermediate_size)
+    pairs = sum(config.count_attention_pairs(i, num_positions, num_meta) for i in range(layers))
     head = 2 * (num_positions - num_meta if num_logits is None else num_logits) * width * config.vocab_size
-    meta = 2 * num_meta * 4 * width * width + _causal_attention_flops(width, num_meta)
-    return (
-        layers * (projections + _causal_attention_flops(width, num_positions)) + head + _num_meta_layers(config) * meta
-    )
+    members = config.count_meta_attention_members(num_positions, num_meta)
+    meta = 2 * members * 4 * width * width + _attention_flops(width, members * (members + 1) // 2)
+    return layers * projections + _attention_flops(width, pairs) + head + _num_meta_layers(config) * meta
 
 
 def training_flops(
@@ -67,9 +67,9 @@ def training_flops(
     return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
 
 
-def _causal_attention_flops(width: int, length: int) -> int:
-    """Scores and weighted sum over the length (length + 1) / 2 pairs that causality allows."""
-    return 2 * 2 * width * length * (length + 1) // 2
+def _attention_flops(width: int, num_pairs: int) -> int:
+    """Scores and weighted sum over pairs of a query and a key."""
+    return 2 * 2 * width * num_pairs
 
 
 def _num_meta_layers(config: MetaTokenConfig) -> int:

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 LOSS_POLICIES = ("skip", "retarget")
+META_ATTENTION_MEMBERS = ("meta", "all", "random")
 POSITION_ENCODINGS = ("rope", "learned", "alibi", "none")
 
 
@@ -48,6 +49,8 @@ class MetaTokenConfig(PreTrainedConfig):
     position_encoding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
     meta_attention_layers: str | list[int] = "all"
+    meta_attention_over: str = "meta"
+    random_ratio: float | int = 0.1
     meta_token_id: int | None = None
     loss_policy: str = "skip"
     pad_token_id: int | None = None
@@ -60,6 +63,9 @@ class MetaTokenConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.position_encoding == "rope" and not self.rope_parameters:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        if "attention_pattern" in kwargs:
+            # transformers would keep the unknown field and build full attention in its place
+            raise ValueError("attention_pattern belongs to the configs of metatokens.baselines")
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
@@ -93,11 +99,30 @@ class MetaTokenConfig(PreTrainedConfig):
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
 
+    def check_length(self, num_positions: int) -> None:
+        """Raise ValueError for a sequence longer than the model."""
+        if num_positions > self.max_sequence_length:
+            raise ValueError(
+                f"sequence of {num_positions} positions is longer than the model's {self.max_sequence_length} "
+                "(max_position_embeddings); shorten it or extend the model with an explicit RoPE scaling"
+            )
+
     def has_meta_attention(self, layer_index: int) -> bool:
         """Tell whether block `layer_index` has a meta-attention."""
         if isinstance(self.meta_attention_layers, str):
             return self.meta_attention_layers == "all"
         return layer_index in self.meta_attention_layers
+
+    def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
+        """Count the (query, key) pairs of the self-attention of a block over T positions, M of them meta-tokens."""
+        del layer_index, num_meta
+        return num_positions * (num_positions + 1) // 2
+
+    def count_meta_attention_members(self, num_positions: int, num_meta: int) -> int:
+        """Count the tokens in meta-attention over T positions, M of them meta-tokens; "random" gives its mean."""
+        if self.meta_attention_over == "random":
+            return round(self.random_ratio * (num_positions - num_meta))
+        return num_positions if self.meta_attention_over == "all" else num_meta
 
     def validate_layer_type(self) -> None:
         """Check `meta_attention_layers`; the base class would check `layer_types` against its own names."""
@@ -114,6 +139,12 @@ class MetaTokenConfig(PreTrainedConfig):
         """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""
         if self.position_encoding not in POSITION_ENCODINGS:
             raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, not {self.position_encoding!r}")
+        if self.meta_attention_over not in META_ATTENTION_MEMBERS:
+            raise ValueError(
+                f"meta_attention_over must be one of {META_ATTENTION_MEMBERS}, not {self.meta_attention_over!r}"
+            )
+        if not 0 <= self.random_ratio <= 1:
+            raise ValueError(f"random_ratio must lie in 0..1, not {self.random_ratio}")
         if self.loss_policy not in LOSS_POLICIES:
             raise ValueError(f"loss_policy must be one of {LOSS_POLICIES}, not {self.loss_policy!r}")
         if self.meta_token_id is not None and self.meta_token_id == self.pad_token_id:

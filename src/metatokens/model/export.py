@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .configuration import MetaTokenConfig
 from .modeling import MetaTokenForCausalLM
 
 REMOTE_CODE = ("attention", "cache", "configuration", "loss", "meta_attention", "modeling", "positions")
@@ -19,10 +20,13 @@ AUTO_MAP = {
 def save_model(model: MetaTokenForCausalLM, path: Path, tokenizer: Any = None) -> None:
     """Save weights (safetensors), configs, tokenizer and the model's code into the folder `path`.
 
-    `AutoModelForCausalLM.from_pretrained(path)` then needs `import metatokens` or `trust_remote_code=True`.
+    `AutoModelForCausalLM.from_pretrained(path)` then needs `import metatokens` or `trust_remote_code=True`. The models
+    of `metatokens.baselines` are saved without code and need the import.
     """
+    travels = type(model.config) is MetaTokenConfig
     # transformers writes this attribute as it stands; its own helper would leave AutoModel out
-    model.config.auto_map = dict(AUTO_MAP)
+    if travels:
+        model.config.auto_map = dict(AUTO_MAP)
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would tear the training's own
     try:
@@ -30,7 +34,7 @@ def save_model(model: MetaTokenForCausalLM, path: Path, tokenizer: Any = None) -
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
-    for name in REMOTE_CODE:
+    for name in REMOTE_CODE if travels else ():
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), path / f"{name}.py")
     if tokenizer is not None:
         tokenizer.save_pretrained(path)

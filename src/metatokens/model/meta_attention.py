@@ -5,6 +5,9 @@ same function is ordinary causal attention over the sub-sequence of meta-tokens:
 them with their original positions, attend causally, add the result back to those rows. No T x T mask exists; where rows
 of a batch hold fewer meta-tokens than others, the packed rows are padded on the right and causality alone keeps the
 padding out of sight. `reference.py` is the dense definition; tests hold the two equal.
+
+Two controls ask what the gain is due to, with the same parameters (`meta_attention_over`): "all" is a second attention
+among all tokens at full cost, "random" packs pseudo-random text tokens in place of the meta-tokens.
 """
 
 from dataclasses import dataclass
@@ -20,13 +23,19 @@ from .cache import MetaDynamicLayer, MetaStaticLayer
 from .configuration import MetaTokenConfig
 from .positions import Rotary, add_alibi
 
+HASH_BITS = 32
+HASH_MASK = 2**HASH_BITS - 1
+HASH_MULTIPLIER = 0x45D9F3B  # Thomas Mueller's integer hash: small enough that a product of 32 bits fits into 63
+HASH_INCREMENT = 0x1E3779B9  # apart from zero, which the rounds above map to itself
+
 
 @dataclass(frozen=True)
 class MetaPack:
     """Where the meta-tokens of a batch are and what they may attend to; made once per forward pass for all layers."""
 
-    index: Tensor
-    """(B, M) int64: index in this forward's sequence of each packed meta-token; unique within a row."""
+    index: Tensor | None
+    """(B, M) int64: index in this forward's sequence of each packed meta-token, unique within a row; None if all
+    tokens take part as they stand."""
     valid: Tensor | None
     """(B, M) bool: False where a row has no such meta-token; None if all are real."""
     rotary: Rotary | None
@@ -38,21 +47,26 @@ class MetaPack:
 
     def gather(self, hidden_BTC: Tensor) -> Tensor:
         """Return the meta rows, (B, M, C)."""
+        if self.index is None:
+            return hidden_BTC
         flat = hidden_BTC.reshape(-1, hidden_BTC.shape[-1])
-        return flat.index_select(0, self._flat_index(hidden_BTC)).view(*self.index.shape, -1)
+        return flat.index_select(0, _flat_index(self.index, hidden_BTC)).view(*self.index.shape, -1)
 
     def add(self, hidden_BTC: Tensor, update_BMC: Tensor) -> Tensor:
         """Return `hidden_BTC` with the update added to its meta rows; every other row keeps its bits."""
         update_BMC = update_BMC.to(hidden_BTC.dtype)
+        if self.index is None:
+            return hidden_BTC + update_BMC
         if self.valid is not None:
             update_BMC = torch.where(self.valid[..., None], update_BMC, 0)
         # unique indices: index_add is exact and deterministic; a zero-filled full-size tensor would cost far more
         flat = hidden_BTC.reshape(-1, hidden_BTC.shape[-1])
-        return flat.index_add(0, self._flat_index(hidden_BTC), update_BMC.flatten(0, 1)).view_as(hidden_BTC)
+        return flat.index_add(0, _flat_index(self.index, hidden_BTC), update_BMC.flatten(0, 1)).view_as(hidden_BTC)
 
-    def _flat_index(self, hidden_BTC: Tensor) -> Tensor:
-        offsets = torch.arange(hidden_BTC.shape[0], device=self.index.device) * hidden_BTC.shape[1]
-        return (self.index + offsets[:, None]).flatten()
+
+def _flat_index(index_BM: Tensor, hidden_BTC: Tensor) -> Tensor:
+    offsets = torch.arange(hidden_BTC.shape[0], device=index_BM.device) * hidden_BTC.shape[1]
+    return (index_BM + offsets[:, None]).flatten()
 
 
 class MetaAttention(Attention):
@@ -68,7 +82,11 @@ class MetaAttention(Attention):
         """
         query, key, value = self.project(packed, pack.rotary)
         if past_key_values is not None:
-            key, value = past_key_values.layers[self.layer_idx].update_meta(key, value, pack.columns)
+            layer = past_key_values.layers[self.layer_idx]
+            key, value = layer.update_meta(key, value, pack.columns)
+            if pack.index is None and isinstance(layer, MetaStaticLayer):
+                # slots are columns, as in the mask; nothing was swallowed
+                key, value = key[:, :, : layer.meta_capacity], value[:, :, : layer.meta_capacity]
         return self.attend(query, key, value, pack.mask)
 
 
@@ -90,6 +108,60 @@ class _PackedPast:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         del layer_idx
         return self.length
+
+
+def choose_members(
+    config: MetaTokenConfig,
+    *,
+    input_ids: Tensor | None,
+    position_ids: Tensor,
+    meta_token_mask: Tensor,
+    attention_mask: Tensor | None,
+    seen: int | Tensor,
+) -> Tensor:
+    """Tell which tokens take part in meta-attention, (B, T) bool; padding never does.
+
+    A text token of "random" is chosen by a hash of its position and id, so that it is the same one whatever the batch,
+    the padding and the cache.
+
+    Raises:
+        ValueError: for "random" without ids.
+    """
+    shape = meta_token_mask.shape
+    if config.meta_attention_over == "meta":
+        members = meta_token_mask
+    elif config.meta_attention_over == "all":
+        members = torch.ones_like(meta_token_mask)
+    elif input_ids is None:
+        raise ValueError('meta_attention_over "random" chooses tokens by their ids: give input_ids, not inputs_embeds')
+    else:
+        chosen = hash_integers(position_ids.expand(shape), input_ids) < config.random_ratio * 2**HASH_BITS
+        members = chosen & ~meta_token_mask
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return members & attention_mask[:, -shape[1] :].bool()
+    if attention_mask is None or config.meta_attention_over == "meta":
+        return members
+    # a mask made for a static cache: what a real token may see holds itself
+    columns = (torch.arange(shape[1], device=members.device) + seen)[None, :, None].expand(shape[0], -1, 1)
+    itself = attention_mask[:, 0].expand(shape[0], -1, -1).gather(2, columns)[..., 0]
+    return members & (itself if itself.dtype == torch.bool else itself == 0)
+
+
+def hash_integers(*values: Tensor) -> Tensor:
+    """Mix integer tensors, broadcast together, into int64 in 0..2^32 - 1, alike on every device."""
+    mixed = torch.zeros((), dtype=torch.int64, device=values[0].device)
+    for value in values:
+        mixed = (mixed ^ value) & HASH_MASK
+        for _ in range(2):
+            mixed = ((mixed >> 16 ^ mixed) * HASH_MULTIPLIER) & HASH_MASK
+        mixed = ((mixed >> 16 ^ mixed) + HASH_INCREMENT) & HASH_MASK
+    return mixed
+
+
+def pack_all_tokens(hidden: Tensor, *, rotary: Rotary | None, mask: Any, seen: int | Tensor) -> MetaPack:
+    """Prepare a second causal attention of all tokens (B, T, C), under the mask of the first; nothing is gathered."""
+    columns = (torch.arange(hidden.shape[1], device=hidden.device) + seen).expand(hidden.shape[:2])
+    return MetaPack(index=None, valid=None, rotary=rotary, mask=mask, columns=columns)
 
 
 def pack_meta_tokens(
@@ -121,7 +193,8 @@ def pack_meta_tokens(
     """
     layer = None
     if past_key_values is not None:
-        layer = past_key_values.layers[config.layer_types.index("meta_attention")]
+        first = next(i for i in range(config.num_hidden_layers) if config.has_meta_attention(i))
+        layer = past_key_values.layers[first]
     found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=isinstance(layer, StaticLayer), always=always)
     if found is None:
         return None

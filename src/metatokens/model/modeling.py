@@ -7,6 +7,7 @@ nothing that they cannot hold, and the model has exactly the paper's 152M parame
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,8 +27,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention, SelfAttention
 from .configuration import MetaTokenConfig
 from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
-from .meta_attention import MetaAttention, MetaPack, pack_meta_tokens
+from .meta_attention import MetaAttention, MetaPack, choose_members, pack_all_tokens, pack_meta_tokens
 from .positions import MetaTokenRotaryEmbedding, Rotary, add_alibi, alibi_slopes
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Tells of (batch, head, query column, key column), each an index, whether the query sees the key."""
 
 
 class MLP(nn.Module):
@@ -49,11 +53,13 @@ class MLP(nn.Module):
 class MetaTokenBlock(GradientCheckpointingLayer):
     """Self-attention, meta-attention over the meta rows, feed-forward; each with its own norm and residual."""
 
+    attention_class: ClassVar[type[SelfAttention]] = SelfAttention
+
     def __init__(self, config: MetaTokenConfig, layer_index: int) -> None:
         """Create the block; one without meta-attention has no meta parameters."""
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = SelfAttention(config, layer_index)
+        self.self_attn = self.attention_class(config, layer_index)
         self.meta_attn = None
         if config.has_meta_attention(layer_index):
             self.meta_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
@@ -159,7 +165,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([self.block_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.has_meta_attention = "meta_attention" in config.layer_types
+        self.has_meta_attention = any(config.has_meta_attention(i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -189,11 +195,12 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             use_cache: return a cache.
             meta_token_mask: (B, T) bool, True at meta-tokens; by default `input_ids == config.meta_token_id`.
             meta_indices: (B, M) int64, the meta-tokens' indices in order, every row with M of them; spares a host
-                synchronisation and makes a training step one graph.
+                synchronisation and makes a training step one graph. Ignored unless meta-attention is over meta-tokens.
             **kwargs: passed to the attention function.
 
         Raises:
-            ValueError: for both or neither kind of input, or a sequence longer than the model.
+            ValueError: for both or neither kind of input, a sequence longer than the model, or meta-attention over
+                random tokens without their ids.
         """
         hidden, meta_token_mask = self._embed(input_ids, inputs_embeds, meta_token_mask)
         if use_cache and past_key_values is None:
@@ -208,19 +215,27 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
 
         pack = None
         if self.has_meta_attention:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                meta_token_mask = meta_token_mask & attention_mask[:, -hidden.shape[1] :].bool()
+            members = choose_members(
+                self.config,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                meta_token_mask=meta_token_mask,
+                attention_mask=attention_mask,
+                seen=seen,
+            )
             pack = self._pack(
                 hidden,
-                meta_token_mask=meta_token_mask,
-                meta_indices=meta_indices,
+                meta_token_mask=members,
+                meta_indices=meta_indices if self.config.meta_attention_over == "meta" else None,
                 rotary=rotary,
                 alibi_slopes=slopes,
                 past_key_values=past_key_values,
+                mask=mask,
             )
+        masks = self._masks_of_layers(mask, hidden, attention_mask, past_key_values, slopes, meta_token_mask)
         hidden = self.dropout(hidden)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, mask, pack, past_key_values, **kwargs)
+        for layer, layer_mask in zip(self.layers, masks, strict=True):
+            hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
         return MetaTokenModelOutput(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
@@ -243,12 +258,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
     ) -> Tensor:
         """Return the positions (B or 1, T), after checking that the sequence fits the model."""
         num_tokens = hidden.shape[1]
-        limit = self.config.max_sequence_length
-        if isinstance(seen, int) and seen + num_tokens > limit:
-            raise ValueError(
-                f"sequence of {seen + num_tokens} positions is longer than the model's {limit} "
-                "(max_position_embeddings); shorten it or extend the model with an explicit RoPE scaling"
-            )
+        if isinstance(seen, int):  # a static cache counts on the device; `prepare_inputs_for_generation` checks then
+            self.config.check_length(seen + num_tokens)
         if position_ids is not None:
             return position_ids
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -265,15 +276,35 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             )
         return torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=hidden.dtype, device=hidden.device)
 
+    def _masks_of_layers(
+        self,
+        mask: Any,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        slopes: Tensor | None,
+        meta_token_mask: Tensor,
+    ) -> Sequence[Any]:
+        """Return the mask of each block's self-attention; a subclass may narrow the causal one."""
+        del hidden, attention_mask, past_key_values, slopes, meta_token_mask
+        return [mask] * len(self.layers)
+
     def _causal_mask(
-        self, hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, slopes: Tensor | None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        slopes: Tensor | None,
+        pattern: MaskFunction | None = None,
     ) -> Any:
+        """Return the mask, in the backend's format, of what is causal, no padding and in the pattern."""
         # position_ids stay out of this call: transformers would take any that do not rise by one for packed documents
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            and_mask_function=pattern,
             allow_is_causal_skip=slopes is None,
         )
         if slopes is None:
@@ -283,7 +314,11 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         columns = torch.arange(hidden.shape[1], device=hidden.device) + seen
         return add_alibi(mask, columns[None], torch.arange(mask.shape[-1], device=hidden.device)[None], slopes)
 
-    def _pack(self, hidden: Tensor, **inputs: Any) -> MetaPack | None:
+    def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
+        if self.config.meta_attention_over == "all":
+            past = inputs["past_key_values"]
+            seen = past.get_seq_length() if past is not None else 0
+            return pack_all_tokens(hidden, rotary=inputs["rotary"], mask=mask, seen=seen)
         # while training, a batch without meta-tokens still touches the meta parameters (see `always`)
         return pack_meta_tokens(self.config, hidden, always=self.training and torch.is_grad_enabled(), **inputs)
 
@@ -301,9 +336,20 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if config.meta_token_id is not None:
-            # no loss is paid for predicting it, so its logit means nothing; what lies above it is padding
-            self.generation_config.suppress_tokens = list(range(config.meta_token_id, config.vocab_size))
+        # saved with the model, for what generates without this class
+        self.generation_config.suppress_tokens = self._ids_never_sampled() or None
+
+    def _ids_never_sampled(self) -> list[int]:
+        # no loss is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
+        first = self.config.meta_token_id
+        return [] if first is None else list(range(first, self.config.vocab_size))
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Add the ids that are never sampled to the caller's own `suppress_tokens`."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = {*(generation_config.suppress_tokens or ()), *self._ids_never_sampled()}
+        generation_config.suppress_tokens = sorted(suppressed) or None
+        return generation_config, model_kwargs
 
     def prepare_inputs_for_generation(
         self,
@@ -312,7 +358,15 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
         meta_token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Cut `meta_token_mask`, which describes the prompt, to each step's tokens; later ones show by their id."""
+        """Check the length, and cut `meta_token_mask`, which describes the prompt, to each step's tokens.
+
+        Later meta-tokens show by their id.
+
+        Raises:
+            ValueError: for a sequence longer than the model, whatever the cache.
+        """
+        sequence = args[0] if args else kwargs["input_ids"]
+        self.config.check_length(sequence.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1]))
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if meta_token_mask is None:
             return inputs

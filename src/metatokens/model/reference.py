@@ -5,7 +5,8 @@ P[b, i, j] = 0 if tokens i and j of row b are both meta-tokens, -inf otherwise (
 
     MetaAttention(Q, K, V) = softmax(Q K^T / sqrt(D) + M_causal + P) V
 
-A row that is no meta-token has no key at all: its output is zero and only the residual passes. This builds the whole
+A row that is no meta-token has no key at all: its output is zero and only the residual passes. Where
+`meta_attention_over` is "all" or "random", "meta-token" stands for the tokens that take part. This builds the whole
 (B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. No cache, no other backend.
 """
 
@@ -27,7 +28,7 @@ class DensePack:
     """Which tokens are meta-tokens, and the positions of all."""
 
     is_meta: Tensor
-    """(B, T) bool."""
+    """(B, T) bool: the tokens that take part."""
     rotary: Rotary | None
     alibi_slopes: Tensor | None
 

@@ -13,9 +13,10 @@ from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
 from metatokens.model.export import save_model
-from metatokens.training.checkpoint import new_folder
+from metatokens.training.checkpoint import new_folder, write_manifest
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import injection_of, open_config, open_shape, open_tokenizer
+from metatokens.training.loading import open_config, open_shape, open_tokenizer, pretraining_of
+from metatokens.training.run_folder import RunFolder
 from metatokens.training.starting import load_start
 
 
@@ -30,11 +31,12 @@ def plan_extension(
     Raises:
         UsageError, CheckpointError: see `extend_model`, `extension_config` and `open_shape`.
     """
+    model, run = extend_model(open_shape(checkpoint), method, factor), pretraining_of(checkpoint)
     return extension_config(
         preset,
         start_from=checkpoint,
-        model=extend_model(open_shape(checkpoint), method, factor),
-        injection=injection_of(checkpoint),
+        model=model,
+        injection=run.injection if run else None,
         overrides=overrides,
     )
 
@@ -50,8 +52,8 @@ def describe_extension(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def write_untrained(config: PretrainConfig, out: Path) -> dict[str, Any]:
-    """Write the extended model as it is before any training into the new model folder `out`.
+def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False) -> dict[str, Any]:
+    """Write the extended model as it is before any training into the new model folder `out`; a dry run only checks.
 
     Raises:
         UsageError: if there is something at `out`, or it cannot be written.
@@ -64,14 +66,13 @@ def write_untrained(config: PretrainConfig, out: Path) -> dict[str, Any]:
     sha256 = load_start(start, model, config.model)
     if out.exists():
         raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
-    try:
+    RunFolder(out).check_writable()
+    tokenizer = build_hf_tokenizer(open_tokenizer(start))
+    if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            str(out), expected="a folder that can be made", found=str(error.strerror), remedy="choose another --out"
-        ) from None
-    with new_folder(out) as folder:
-        save_model(model, folder, build_hf_tokenizer(open_tokenizer(start)))
+        with new_folder(out) as folder:
+            save_model(model, folder, tokenizer)
+            write_manifest(folder)
     return {
         "model": str(out),
         "num_parameters": model.num_parameters(),

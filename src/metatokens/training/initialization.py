@@ -10,9 +10,10 @@ import hashlib
 import torch
 from transformers.activations import ACT2FN
 
+from metatokens.baselines.building import MODEL_CLASSES, build_config
 from metatokens.config.schema import ModelConfig
 from metatokens.errors import UsageError
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from metatokens.model import MetaTokenForCausalLM
 
 
 def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int, seed: int) -> MetaTokenForCausalLM:
@@ -30,7 +31,8 @@ def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int,
             remedy=f"did you mean {close[0]!r}?" if close else "try 'gelu_pytorch_tanh'",
         )
     with torch.random.fork_rng(devices=[]):
-        model = MetaTokenForCausalLM(MetaTokenConfig(**config.to_hf(text_vocab_size, eos_token_id)))
+        hf_config = build_config(config, text_vocab_size=text_vocab_size, eos_token_id=eos_token_id)
+        model = MODEL_CLASSES[hf_config.model_type](hf_config)
         # children first: a sub-layer rescales the projection that its child has drawn
         for name, module in reversed(list(model.named_modules())):
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()

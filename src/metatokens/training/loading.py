@@ -1,4 +1,4 @@
-"""Open the model, its config and the tokenizer in a run folder, a checkpoint, or a model folder."""
+"""Open the model and the tokenizer in a run folder, a checkpoint, or a model folder."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -14,9 +15,16 @@ from transformers.utils import logging
 
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset, override
-from metatokens.config.schema import Injection, ModelConfig
+from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.errors import CheckpointError
+from metatokens.training.checkpoint import verify_model
+
+# what a config.json with a wrong value, or weights of another shape, end in somewhere inside of transformers
+_DOES_NOT_LOAD = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    *(StrictDataclassError, SafetensorError),
+)
 
 
 def model_folder(path: Path) -> Path:
@@ -40,24 +48,24 @@ def open_model(path: Path) -> Any:
     """Return a model of this package in evaluation mode.
 
     Raises:
-        CheckpointError: if there is none, or it does not load.
+        CheckpointError: if there is none, a file is not what its manifest says, it does not load, or its weights are
+            not those that its config.json describes, to the name and shape of each.
     """
     folder = model_folder(path)
-    bar_was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with _one_line_errors(folder):
-            return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    finally:
-        if bar_was_shown:
-            logging.enable_progress_bar()
+    verify_model(folder)
+    with _one_line_errors(folder):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _check_weights(folder, loaded)
+    return model.eval()
 
 
 def open_config(path: Path) -> Any:
     """Return the Hugging Face config of a model of this package.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, or it does not load.
     """
     folder = model_folder(path)
     with _one_line_errors(folder):
@@ -83,28 +91,18 @@ def open_shape(path: Path) -> ModelConfig:
         ) from None
 
 
-def injection_of(path: Path) -> Injection | None:
-    """Return how the pre-training that made a model injected meta-tokens; None where no run's config tells.
+def pretraining_of(path: Path) -> PretrainConfig | None:
+    """Return the config of the run that a run folder, its `model/` or one of its checkpoints belongs to.
 
-    Args:
-        path: a run, its model/, or one of its checkpoints/step-...
+    None where no config.yaml is around, or that of another kind of run, whose blocks are not fixed.
     """
-    whole = path.absolute()
-    run = whole.parent if whole.name == "model" else whole.parents[1] if whole.parent.name == "checkpoints" else whole
-    text = (run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else ""
-    return load_preset(run / "config.yaml").injection if text and "curriculum" not in text else None
-
-
-@contextmanager
-def _one_line_errors(folder: Path) -> Iterator[None]:
-    try:
-        if not str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("metatokens"):
-            raise ValueError("a model_type of another package")
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            str(folder), expected="a model of this package", found=str(error), remedy="use another checkpoint"
-        ) from None
+    folder = path.absolute()
+    above = folder.parent if folder.name == "model" else folder.parent.parent
+    for run in (folder, above):
+        file = run / "config.yaml"
+        if file.is_file() and "\ninjection:" in file.read_text(encoding="utf-8"):
+            return load_preset(file)
+    return None
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -122,3 +120,50 @@ def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
         run = load_preset(path / "config.yaml", schema=FinetuneConfig)
         config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed, **run.test.model_dump())
     return override(config, overrides, origin="evaluate")
+
+
+def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
+    """Refuse what transformers would draw at random or drop; tied weights, stored once, it does not count."""
+    problems = [f"no {name}" for name in sorted(loaded["missing_keys"])]
+    problems += [
+        f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])
+    ]
+    problems += [f"{name}, which the model lacks" for name in sorted(loaded["unexpected_keys"])]
+    if problems:
+        raise CheckpointError(
+            str(folder),
+            expected="the weights that its config.json describes",
+            found=problems[0],
+            remedy="use another checkpoint",
+        )
+
+
+@contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    """Load something of a folder silently; what does not load is one line."""
+    try:
+        if not str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("metatokens"):
+            raise ValueError("a model_type of another package")
+        with _silent_transformers():
+            yield
+    except _DOES_NOT_LOAD as error:
+        raise CheckpointError(
+            str(folder),
+            expected="a model of this package",
+            found=f"{type(error).__name__}: {error}",
+            remedy="use another checkpoint",
+        ) from None
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Keep the progress bar and the report of the loading off standard error: what is wrong is raised."""
+    bar_was_shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar_was_shown:
+            logging.enable_progress_bar()

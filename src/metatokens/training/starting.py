@@ -9,7 +9,7 @@ from metatokens.config.schema import ModelConfig
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError, UsageError
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.training.checkpoint import MANIFEST, WEIGHTS, load_weights, verify_checkpoint
+from metatokens.training.checkpoint import WEIGHTS, load_weights, verify_model
 from metatokens.training.loading import model_folder, open_config, open_tokenizer
 
 # what a training may change without changing what the weights mean; of rope_parameters the base stays
@@ -32,9 +32,16 @@ def load_start(path: Path, model: MetaTokenForCausalLM, config: ModelConfig) -> 
         CheckpointError: if there is no model, it is damaged, or a tensor does not fit.
     """
     folder = model_folder(path)
-    _check_shape(path, open_config(path), config)
-    if (folder / MANIFEST).exists():
-        verify_checkpoint(folder)
+    verify_model(folder)
+    start = open_config(path)
+    if start.model_type != model.config.model_type:
+        raise UsageError(
+            "model.attention",
+            expected=f"that of {path}, a {start.model_type}",
+            found=model.config.model_type,
+            remedy="take the attention of the trained model",
+        )
+    _check_shape(path, start, config)
     load_weights(folder, model)
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

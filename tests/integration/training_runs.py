@@ -1,4 +1,4 @@
-"""Pre-training runs of a few seconds in processes of their own, for tests that kill them.
+"""Training runs of a few seconds in processes of their own, for tests that kill them.
 
 The processes are forked from a server that has imported the package once, so that each starts in milliseconds.
 """
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from metatokens import load_preset, pretrain
-from metatokens.config.schema import PretrainConfig
+from metatokens.config.finetuning import FinetuneConfig
+from metatokens.config.schema import PretrainConfig, RunConfig
 from metatokens.errors import MetaTokensError, Preempted
+from metatokens.training.finetuning import finetune
 
 STEPS = 40
 SMALL = f"""
@@ -34,7 +36,9 @@ logging: {{interval_steps: 1}}
 DEADLINE_SECONDS = 300  # seconds suffice, but not on a machine that is busy with something else
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["metatokens.training.pretraining", "torch._dynamo"])  # DDP imports dynamo
+processes.set_forkserver_preload(
+    ["metatokens.training.finetuning", "metatokens.training.pretraining", "torch._dynamo"]
+)  # DDP imports dynamo
 
 
 def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:
@@ -43,7 +47,7 @@ def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:
     return load_preset(preset, ["--data.path", str(tokens), *overrides])
 
 
-def start(config: PretrainConfig, out: Path, *, world_size: int = 1) -> list[Any]:
+def start(config: RunConfig, out: Path, *, world_size: int = 1) -> list[Any]:
     """Start the processes of a run, with the environment that torchrun would give them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -67,16 +71,17 @@ def wait(started: Sequence[Any]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def run(config: PretrainConfig, out: Path, *, world_size: int = 1) -> list[int]:
+def run(config: RunConfig, out: Path, *, world_size: int = 1) -> list[int]:
     return wait(start(config, out, world_size=world_size))
 
 
-def _run(config: PretrainConfig, out: Path, environment: dict[str, str]) -> None:
+def _run(config: RunConfig, out: Path, environment: dict[str, str]) -> None:
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
     os.environ.update(environment)
     torch.set_num_threads(1)
+    train = finetune if isinstance(config, FinetuneConfig) else pretrain
     try:
-        pretrain(config, out, show_progress=False)
+        train(config, out, show_progress=False)
     except (MetaTokensError, Preempted) as error:
         out.with_name(f"{out.name}.error").write_text(str(error))
         sys.exit(error.exit_code)

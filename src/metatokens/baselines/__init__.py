@@ -1,0 +1,28 @@
+"""What meta-tokens are compared with, where it is more than a config: other attentions, and models from elsewhere.
+
+Each kind of attention has its own config class and `model_type`, registered with transformers' Auto classes like the
+model itself, so a saved one loads after `import metatokens`. Unlike the model's, its code does not travel with it.
+"""
+
+# the modules and not the package metatokens.model: transformers' auto classes may be imported in the middle of that
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkModel
+from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM, SparseAttentionModel
+
+for _config, _decoder, _model in (
+    (LandmarkConfig, LandmarkModel, LandmarkForCausalLM),
+    (SparseAttentionConfig, SparseAttentionModel, SparseAttentionForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _decoder, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+
+__all__ = [
+    "LandmarkConfig",
+    "LandmarkForCausalLM",
+    "LandmarkModel",
+    "SparseAttentionConfig",
+    "SparseAttentionForCausalLM",
+    "SparseAttentionModel",
+]

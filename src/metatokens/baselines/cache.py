@@ -1,0 +1,82 @@
+"""A cache layer that also remembers which tokens are meta-tokens.
+
+Landmark attention cuts blocks at them and Longformer's pattern may make them global, so a later token must know where
+they stand. The first block's layer keeps the marks for all. They grow with the sequence; a static cache has no place
+for them.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from metatokens.model.cache import MetaDynamicLayer
+
+MARKED_LAYER = "marked_attention"
+
+
+class MarkedDynamicLayer(MetaDynamicLayer):
+    """Keys and values of both attentions, and `marks` (B, K) bool, True at meta-tokens."""
+
+    _layer_type = MARKED_LAYER
+    marks: Tensor | None = None
+
+    def update_marks(self, is_meta_BT: Tensor) -> Tensor:
+        """Append the marks of new tokens and return those of all columns, (B, K)."""
+        self.marks = is_meta_BT if self.marks is None else torch.cat([self.marks, is_meta_BT], dim=-1)
+        return self.marks
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.marks = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        if self.marks is not None:
+            self.marks = self.marks.index_select(0, beam_idx.to(self.marks.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        if self.marks is not None:
+            self.marks = self.marks.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        if self.marks is not None:
+            self.marks = self.marks[indices, ...]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens."""
+        super().crop(tokens_to_remove)
+        if self.marks is not None:
+            self.marks = self.marks[:, : self.get_seq_length()]
+
+
+def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tensor:
+    """Return which of all columns, those in the cache first, are meta-tokens: (B, K) bool.
+
+    Raises:
+        ValueError: for a cache without a place for the marks, such as a static one.
+    """
+    if past_key_values is None:
+        return is_meta_BT
+    layer = past_key_values.layers[0]
+    if not isinstance(layer, MarkedDynamicLayer):
+        raise ValueError("this attention needs a DynamicCache made from the model's config")
+    return layer.update_marks(is_meta_BT)
+
+
+def real_tokens(attention_mask: Tensor | None, is_meta_BK: Tensor) -> Tensor:
+    """Return which of all columns are no padding, (B, K) bool.
+
+    Raises:
+        ValueError: for a mask that is not (B, K).
+    """
+    if attention_mask is None:
+        return torch.ones_like(is_meta_BK)
+    if attention_mask.ndim != 2:
+        raise ValueError("this attention makes its own mask: give attention_mask as (batch, tokens), 0 at padding")
+    return attention_mask.bool().to(is_meta_BK.device)

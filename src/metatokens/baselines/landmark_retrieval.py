@@ -1,0 +1,139 @@
+"""Landmark attention's block inference: score the landmarks of earlier blocks, read the best k of them and one's own.
+
+Mohtashami and Jaggi 2023, section 3.2, with the blocks chosen for each token and head. The cache is the ordinary one:
+every key stays where it is, rotated at its true position, and a query touches k blocks, its own and one key a block.
+Deviation: the "stingy" positions of Landmark's official code are not implemented. It squeezes the chosen blocks next to
+the query so that positions stay below the trained length; here a block keeps its true positions, so a model with RoPE
+meets distances it was not trained on unless its RoPE is scaled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERY_CHUNK = 128  # queries at a time: the gathered blocks take H x 128 x (k + 1) x block x D elements
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Which columns make up each block; blocks with fewer tokens than the longest are filled up with -1."""
+
+    columns: Tensor
+    """(B, blocks, L) int64: the columns of each block's text tokens."""
+    landmarks: Tensor
+    """(B, blocks) int64: the column of the landmark that ends the block, -1 where none does or it holds no token."""
+
+
+def tabulate_blocks(is_text: Tensor, is_landmark: Tensor, block_of_key: Tensor, num_blocks: int) -> BlockTable:
+    """Lay out the blocks of (B, K) columns; all arguments are (B, K), the last the block of each column."""
+    num_rows, num_keys = is_text.shape
+    columns = torch.arange(num_keys, device=is_text.device).expand(num_rows, -1)
+    sizes = is_text.new_zeros((num_rows, num_blocks), dtype=torch.long).scatter_add(1, block_of_key, is_text.long())
+    longest = max(1, int(sizes.max()))
+    before = (sizes.cumsum(-1) - sizes).gather(1, block_of_key)
+    place = block_of_key * longest + is_text.long().cumsum(-1) - 1 - before
+    spare = num_blocks * longest  # takes what is no text token
+    table = torch.full((num_rows, spare + 1), -1, device=is_text.device)
+    table = table.scatter(1, torch.where(is_text, place, spare), columns)[:, :spare]
+    ends = torch.full((num_rows, num_blocks + 1), -1, device=is_text.device)
+    ends = ends.scatter(1, torch.where(is_landmark, block_of_key, num_blocks), columns)[:, :num_blocks]
+    return BlockTable(table.view(num_rows, num_blocks, longest), torch.where(sizes > 0, ends, -1))
+
+
+def attend_to_best_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    blocks: BlockTable,
+    block_of_query: Tensor,
+    query_columns: Tensor,
+    num_best: int,
+    scaling: float,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Attend with each query and head to the `num_best` earlier blocks of highest landmark score and to the own block.
+
+    Equal to the full form when `num_best` reaches the number of blocks.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, H, K, D), rotated.
+        value: (B, H, K, D).
+        blocks: the table of all K columns.
+        block_of_query: (B, T) int64.
+        query_columns: (T,) int64, rising.
+        num_best: k.
+        scaling: factor on the scores.
+        slopes: (H,) of ALiBi, or None.
+
+    Returns:
+        (B, H, T, D) in the dtype of `value`; scores are made in float32, or float64 for float64 input.
+    """
+    pieces = []
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        chunk = slice(start, start + QUERY_CHUNK)
+        pieces.append(
+            _attend_chunk(
+                query[:, :, chunk],
+                key,
+                value,
+                blocks,
+                block_of_query[:, chunk],
+                query_columns[chunk],
+                min(num_best, blocks.landmarks.shape[1]),
+                scaling,
+                slopes,
+            )
+        )
+    return torch.cat(pieces, dim=2)
+
+
+def _attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockTable,
+    block_of_query: Tensor,
+    query_columns: Tensor,
+    num_best: int,
+    scaling: float,
+    slopes: Tensor | None,
+) -> Tensor:
+    num_rows, num_heads, num_queries, _ = query.shape
+    precision = torch.promote_types(query.dtype, torch.float32)
+    query = query.to(precision) * scaling
+    block_numbers = torch.arange(blocks.landmarks.shape[1], device=query.device)
+    usable = (block_numbers < block_of_query[..., None]) & (blocks.landmarks[:, None] >= 0)
+    landmark_keys = _take(key, blocks.landmarks[:, None].expand(-1, num_heads, -1)).to(precision)
+    landmark_scores = query @ landmark_keys.transpose(-1, -2)
+    if slopes is not None:
+        landmark_scores -= slopes[:, None, None] * (query_columns[:, None] - blocks.landmarks[:, None])[:, None]
+    best = landmark_scores.masked_fill(~usable[:, None], -math.inf).topk(num_best, dim=-1)
+
+    own = block_of_query[:, None, :, None].expand(-1, num_heads, -1, -1)
+    chosen = torch.cat([best.indices, own], dim=-1)  # (B, H, T, k + 1)
+    columns = blocks.columns[torch.arange(num_rows, device=query.device)[:, None, None, None], chosen]
+    shape = columns.shape  # (B, H, T, k + 1, L)
+    flat = columns.flatten(2)
+    keys = _take(key, flat).view(*shape, -1).to(precision)
+    scores = (keys @ query[:, :, :, None, :, None])[..., 0]
+    if slopes is not None:
+        scores = scores - slopes[:, None, None, None] * (query_columns[:, None, None] - columns)
+    seen = (columns >= 0) & (columns <= query_columns[:, None, None])
+    scores = scores.masked_fill(~seen, -math.inf)
+    inside = scores[..., :-1, :].logsumexp(-1)
+    # where fewer than k blocks are usable, the others were chosen with a score of -inf, which closes their gate
+    gates = torch.where(inside > -math.inf, best.values - inside, 0)
+    scores = torch.cat([scores[..., :-1, :] + gates[..., None], scores[..., -1:, :]], dim=-2).flatten(3)
+    sees_any = seen.flatten(3).any(-1, keepdim=True)
+    weights = torch.where(sees_any, scores, 0).softmax(-1) * sees_any
+    values = _take(value, flat).view(num_rows, num_heads, num_queries, weights.shape[-1], -1)
+    return (weights.to(value.dtype)[..., None, :] @ values)[..., 0, :]
+
+
+def _take(table: Tensor, columns: Tensor) -> Tensor:
+    """Gather rows of (B, H, K, D) at (B, H, N); a column -1 gives row 0, to be masked."""
+    return table.gather(2, columns.clamp(min=0)[..., None].expand(-1, -1, -1, table.shape[-1]))

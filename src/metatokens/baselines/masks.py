@@ -1,0 +1,281 @@
+"""Sparse patterns of the causal self-attention: sliding window, Longformer, BigBird, and GPT-Neo's local layers.
+
+A pattern tells of a query and a key, by their columns, whether the one sees the other; causality and padding come on
+top. Positions count from a row's first real token, so padding on the left shifts nothing, and from the start of the
+sequence, so a cache shifts nothing. Every query sees itself. The keys of all tokens stay in the cache, and the kernels
+of eager and sdpa still visit every pair: what these models show is what the pattern costs in quality. Under flex
+attention the blocks that no query of theirs sees are skipped.
+
+Sources: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird), transformers' GPT-Neo (`window_size`).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
+from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.meta_attention import hash_integers
+from metatokens.model.modeling import MaskFunction, MetaTokenForCausalLM, MetaTokenModel
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a pattern may ask of the columns of a batch."""
+
+    first: Tensor
+    """(B,) int64: the column of each row's first real token."""
+    is_meta: Tensor
+    """(B, K) bool."""
+
+    @property
+    def num_columns(self) -> int:
+        """K: columns in the cache and in this forward pass."""
+        return self.is_meta.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(ABC):
+    """Base of the patterns."""
+
+    kind: ClassVar[str]
+    layers: Literal["all", "odd"] | Sequence[int] = "all"
+    """Blocks with the pattern; the others see everything. "odd" alternates as GPT-Neo does."""
+
+    def applies_to(self, layer_index: int) -> bool:
+        """Tell whether block `layer_index` has the pattern."""
+        if isinstance(self.layers, str):
+            return self.layers == "all" or layer_index % 2 == 1
+        return layer_index in self.layers
+
+    @abstractmethod
+    def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
+        """Return the pattern of a block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow(Pattern):
+    """A query at i sees keys j in (i - window, i]."""
+
+    kind: ClassVar[str] = "sliding_window"
+    window: int
+
+    def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
+        """Return the pattern, the same for every block."""
+        del columns, layer_index
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del batch, head
+            return key > query - self.window
+
+        return sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Longformer(SlidingWindow):
+    """A sliding window, and tokens that every later query sees and that see everything before them."""
+
+    kind: ClassVar[str] = "longformer"
+    num_global_tokens: int
+    """Global tokens at the start of the sequence."""
+    meta_tokens_are_global: bool
+
+    def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
+        """Return the pattern, the same for every block."""
+        in_window = super().mask_function(columns, layer_index)
+        positions = torch.arange(columns.num_columns, device=columns.first.device) - columns.first[:, None]
+        is_global = (positions >= 0) & (positions < self.num_global_tokens)
+        if self.meta_tokens_are_global:
+            is_global = is_global | columns.is_meta
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return in_window(batch, head, query, key) | is_global[batch, query] | is_global[batch, key]
+
+        return sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigBird(Pattern):
+    """Blocks of tokens: a window of them, the first ones for all, and for each a few of the past drawn at random.
+
+    The random blocks of a query's block are drawn without replacement among the past blocks that it would not see
+    otherwise; they depend on the seed, the layer and the block alone, so they are the same in training and evaluation,
+    and a longer sequence only adds to them.
+    """
+
+    kind: ClassVar[str] = "bigbird"
+    block_size: int
+    window_blocks: int
+    """Blocks of the window: the query's own and the ones right before it."""
+    num_global_blocks: int
+    """Blocks at the start that every later query sees; causally they see everything anyway."""
+    num_random_blocks: int
+    seed: int
+
+    def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
+        """Return the pattern of a block."""
+        num_blocks = -(-columns.num_columns // self.block_size)
+        table = self.visible_blocks(num_blocks, layer_index, columns.first.device)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del head
+            first = columns.first[batch]
+            # padding on the left falls into block 0; the padding mask hides it
+            query_block = (query - first).clamp(min=0) // self.block_size
+            return table[query_block, (key - first).clamp(min=0) // self.block_size]
+
+        return sees
+
+    def visible_blocks(self, num_blocks: int, layer_index: int, device: torch.device | None = None) -> Tensor:
+        """Return which blocks each block sees, (blocks, blocks) bool."""
+        number = torch.arange(num_blocks, device=device)
+        query, key = number[:, None], number
+        is_seen = (key > query - self.window_blocks) | (key < self.num_global_blocks)
+        is_candidate = ~is_seen & (key < query)
+        source = torch.tensor([self.seed, layer_index], device=device)
+        draws = hash_integers(source[0], source[1], query, key).double()  # exact: 32 bits
+        ranks = torch.where(is_candidate, draws, math.inf).argsort(dim=-1, stable=True).argsort(-1)
+        visible: Tensor = (is_seen | (is_candidate & (ranks < self.num_random_blocks))) & (key <= query)
+        return visible
+
+
+PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in (SlidingWindow, Longformer, BigBird)}
+
+
+@strict
+class SparseAttentionConfig(MetaTokenConfig):
+    """Configuration of `SparseAttentionModel`; `attention_pattern` holds the fields of a pattern and its `kind`."""
+
+    model_type = "metatokens_sparse"
+
+    meta_attention_layers: str | list[int] = "none"
+    attention_pattern: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill the fields that follow from others."""
+        if self.attention_pattern is None:
+            self.attention_pattern = {"kind": "sliding_window", "window": 256}  # GPT-Neo
+        super().__post_init__(**kwargs)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Return the pattern.
+
+        Raises:
+            ValueError: for an unknown kind or fields that are not those of the kind.
+        """
+        fields = dict(self.attention_pattern or {})
+        kind = fields.pop("kind", None)
+        if kind not in PATTERNS:
+            raise ValueError(f"attention_pattern kind must be one of {sorted(PATTERNS)}, not {kind!r}")
+        try:
+            return PATTERNS[kind](**fields)
+        except TypeError as error:
+            raise ValueError(f"attention_pattern {kind}: {error}") from None
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Return the cache layer types; where meta-tokens are global, the first layer remembers them."""
+        types = super().layer_types
+        pattern = self.pattern
+        if isinstance(pattern, Longformer) and pattern.meta_tokens_are_global:
+            return [MARKED_LAYER, *types[1:]]
+        return types
+
+    def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
+        """Count the pairs that the pattern allows; global meta-tokens are taken to stand at even distances."""
+        if not self.pattern.applies_to(layer_index):
+            return super().count_attention_pairs(layer_index, num_positions, num_meta)
+        is_meta = torch.zeros(1, num_positions, dtype=torch.bool)
+        is_meta[0, torch.arange(1, num_meta + 1) * num_positions // max(num_meta, 1) - 1] = True
+        columns = Columns(torch.zeros(1, dtype=torch.long), is_meta)
+        sees = self.pattern.mask_function(columns, layer_index)
+        zero, key = torch.zeros((), dtype=torch.long), torch.arange(num_positions)
+        total = 0
+        for query in key.split(1024):
+            total += int((sees(zero, zero, query[:, None], key) & (key <= query[:, None])).sum())
+        return total
+
+    def validate_pattern(self) -> None:
+        """Check the kind and the numbers of the pattern."""
+        for name, value in asdict(self.pattern).items():
+            lowest = 1 if name in ("window", "block_size", "window_blocks") else 0
+            if isinstance(value, int) and value < lowest:
+                raise ValueError(f"attention_pattern {name} must be at least {lowest}, not {value}")
+
+
+class SparseAttentionModel(MetaTokenModel):
+    """The decoder whose self-attention follows a pattern."""
+
+    config_class = SparseAttentionConfig
+    config: SparseAttentionConfig
+    _supports_flash_attn = False
+
+    def _masks_of_layers(
+        self,
+        mask: Any,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        slopes: Tensor | None,
+        meta_token_mask: Tensor,
+    ) -> Sequence[Any]:
+        pattern = self.config.pattern
+        columns = self._columns(attention_mask, past_key_values, meta_token_mask, pattern)
+        masks: list[Any] = []
+        shared = None
+        for layer_index in range(len(self.layers)):
+            if not pattern.applies_to(layer_index):
+                masks.append(mask)
+                continue
+            if shared is None or isinstance(pattern, BigBird):
+                function = pattern.mask_function(columns, layer_index)
+                shared = self._causal_mask(hidden, attention_mask, past_key_values, slopes, function)
+            masks.append(shared)
+        return masks
+
+    def _columns(
+        self,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        meta_token_mask: Tensor,
+        pattern: Pattern,
+    ) -> Columns:
+        num_columns = meta_token_mask.shape[1]
+        if past_key_values is not None:
+            num_columns, _ = past_key_values.get_mask_sizes(num_columns, 0)
+        if isinstance(pattern, Longformer) and pattern.meta_tokens_are_global:
+            is_meta = mark_meta_tokens(meta_token_mask, past_key_values)
+        else:
+            is_meta = meta_token_mask.new_zeros((meta_token_mask.shape[0], num_columns))
+        # the index of the first 1
+        first = real_tokens(attention_mask, is_meta).int().argmax(-1)
+        return Columns(first, is_meta)
+
+
+class SparseAttentionForCausalLM(MetaTokenForCausalLM):
+    """The language model whose self-attention follows a pattern."""
+
+    config_class = SparseAttentionConfig
+    model_class: ClassVar[type[MetaTokenModel]] = SparseAttentionModel
+    _supports_flash_attn = False
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MetaTokenConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Leave the mask of `generate` with a static cache as it is: each block makes its own from it."""
+        del config, inputs_embeds, past_key_values, position_ids, kwargs
+        return attention_mask

@@ -1,0 +1,198 @@
+"""Any causal language model of transformers as an arm: GPT-Neo-125M from the hub, or a folder.
+
+The adapter gives it the meta-token and padding, each a new row of its embedding, and the call of
+`MetaTokenForCausalLM`, so that the same training and evaluation take it. Inside is the model as it came; what it saves
+is an ordinary transformers checkpoint. It has no meta-attention: meta-tokens are pause tokens to it.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from metatokens.config.schema import VOCABULARY_MULTIPLE
+from metatokens.model.loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
+from metatokens.model.modeling import MetaTokenCausalLMOutput
+
+
+class PretrainedCausalLM(nn.Module):
+    """A model of transformers under the call of `MetaTokenForCausalLM`.
+
+    Attributes:
+        wrapped: the model itself; `generate`, PEFT and whatever else transformers knows take it.
+        config: its config, with `meta_token_id`, `pad_token_id` and `loss_policy`.
+    """
+
+    def __init__(self, wrapped: PreTrainedModel) -> None:
+        """Wrap a model whose config and embedding have the meta-token already.
+
+        Raises:
+            ValueError: if it does more between its last hidden state and its logits than a linear head; the loss would
+                be another one than its own.
+        """
+        super().__init__()
+        self.wrapped = wrapped
+        self._takes_positions = "position_ids" in inspect.signature(wrapped.forward).parameters
+        self._check_head()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Return the config of the wrapped model."""
+        return self.wrapped.config
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        device: torch.device = self.wrapped.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the weights."""
+        dtype: torch.dtype = self.wrapped.dtype
+        return dtype
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Return which tensors are stored once."""
+        tied: dict[str, str] = self.wrapped.all_tied_weights_keys
+        return tied
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        meta_indices: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> MetaTokenCausalLMOutput:
+        """Run the model; the arguments and result of `MetaTokenForCausalLM.forward`, `meta_indices` without effect."""
+        del meta_indices
+        inputs: dict[str, Any] = {}
+        if attention_mask is not None and self._takes_positions:
+            # positions count from a row's first real token, as in the package's own models
+            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+        outputs = self.wrapped.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **inputs
+        )
+        hidden = outputs.last_hidden_state
+        if shift_labels is None and labels is not None:
+            is_meta = input_ids == self.config.meta_token_id
+            shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
+        head: Any = self.wrapped.get_output_embeddings()
+        loss = logits = None
+        if shift_labels is not None:
+            loss = self._summed_loss(hidden, head, shift_labels)
+            num_targets = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss / torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
+        if shift_labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head(hidden[:, kept])
+        return MetaTokenCausalLMOutput(loss=loss, logits=logits, past_key_values=outputs.get("past_key_values"))
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Generate with the wrapped model."""
+        return self.wrapped.generate(*args, **options)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override] # torch overloads it
+        """Return the tensors under the names that they have in the checkpoint."""
+        tensors: dict[str, Any] = self.wrapped.state_dict(*args, **options)
+        return tensors
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors under the names that they have in the checkpoint."""
+        return self.wrapped.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save the wrapped model as transformers does; `load_pretrained` and its own class load it."""
+        self.wrapped.save_pretrained(folder, **options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass."""
+        self.wrapped.gradient_checkpointing_enable(**options)
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @staticmethod
+    def _summed_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        weight = head.weight
+        if head.bias is not None:
+            hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
+            weight = torch.cat([weight, head.bias[:, None]], dim=1)
+        return summed_cross_entropy(hidden, weight, targets)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        was_training = self.wrapped.training
+        self.wrapped.eval()
+        ids = torch.arange(4, device=self.device)[None]
+        own, ours = self.wrapped(ids, use_cache=False).logits, self(ids).logits
+        self.wrapped.train(was_training)
+        if not torch.equal(own, ours):
+            raise ValueError(
+                f"{type(self.wrapped).__name__} does more between its last hidden state and its logits than a linear "
+                "head; such a model cannot be an arm"
+            )
+
+
+def load_pretrained(
+    source: str | Path, *, text_vocab_size: int, loss_policy: str = "skip", seed: int = 0, **options: Any
+) -> PretrainedCausalLM:
+    """Load a causal language model of transformers and give it a meta-token and padding.
+
+    The meta-token is the first id after the text vocabulary and padding the next one, as in the package's own models;
+    the embedding grows to a multiple of 64 rows. New rows, and rows beyond the text vocabulary that the model had
+    without a use, are drawn from N(0, initializer_range). A model saved by the adapter comes back as it was.
+
+    Args:
+        source: an id on the hub (`EleutherAI/gpt-neo-125m`) or a folder.
+        text_vocab_size: number of tokens of its text tokenizer.
+        loss_policy: "skip" or "retarget".
+        seed: of the new rows; the global generator is left alone.
+        **options: passed to `from_pretrained`; `dtype` is float32 unless it is among them.
+
+    Raises:
+        ValueError: if the model has no row for some text token, or a head that is not linear.
+        OSError: if there is no such model.
+    """
+    wrapped = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **options})
+    config = wrapped.config
+    rows = wrapped.get_input_embeddings().weight.shape[0]
+    if rows < text_vocab_size:
+        raise ValueError(f"{source} has {rows} rows in its embedding, fewer than the {text_vocab_size} text tokens")
+    if getattr(config, "meta_token_id", None) != text_vocab_size:
+        needed = -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped.resize_token_embeddings(max(rows, needed), mean_resizing=False)
+            _draw_new_rows(wrapped, text_vocab_size)
+    config.meta_token_id, config.pad_token_id, config.loss_policy = text_vocab_size, text_vocab_size + 1, loss_policy
+    # nothing is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
+    wrapped.generation_config.suppress_tokens = list(range(text_vocab_size, config.vocab_size))
+    wrapped.generation_config.pad_token_id = config.pad_token_id
+    return PretrainedCausalLM(wrapped)
+
+
+@torch.no_grad()
+def _draw_new_rows(model: PreTrainedModel, first: int) -> None:
+    std = getattr(model.config, "initializer_range", 0.02)  # GPT-2's
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    matrices = {id(module.weight): module.weight for module in (embedding, head)}  # tied: one matrix
+    for weight in matrices.values():
+        weight[first:] = std * torch.randn(weight[first:].shape, dtype=torch.float32).to(weight)
+    if getattr(head, "bias", None) is not None:
+        head.bias[first:] = 0

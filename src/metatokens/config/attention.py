@@ -1,0 +1,93 @@
+"""What the causal self-attention sees: everything, a sparse pattern, or blocks by their landmarks.
+
+The models behind all but the first are in `metatokens.baselines`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from metatokens.config.base import Frozen
+
+
+class FullAttention(Frozen):
+    """Every earlier token."""
+
+    kind: Literal["full"] = "full"
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the fields of the Hugging Face config."""
+        return {}
+
+
+class SparseAttention(Frozen):
+    """Base of the sparse patterns."""
+
+    layers: Literal["all", "odd"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
+    """Blocks with the pattern, the others seeing everything: "all", "odd" (alternating, as in GPT-Neo) or indices."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the fields of the Hugging Face config."""
+        return {"attention_pattern": self.model_dump(mode="json")}
+
+
+class SlidingWindowAttention(SparseAttention):
+    """The last tokens only; with layers odd and the default window the masks of GPT-Neo."""
+
+    kind: Literal["sliding_window"] = "sliding_window"
+    window: int = Field(256, ge=1)
+    """Keys that a query sees, itself among them."""
+
+
+class LongformerAttention(SparseAttention):
+    """A sliding window, and global tokens that all later ones see and that see all before them."""
+
+    kind: Literal["longformer"] = "longformer"
+    window: int = Field(256, ge=1)
+    """Keys that a query sees, itself among them, besides the global ones."""
+    num_global_tokens: int = Field(1, ge=0)
+    """Global tokens at the start of the sequence."""
+    meta_tokens_are_global: bool = False
+    """Make the meta-tokens global too."""
+
+
+class BigBirdAttention(SparseAttention):
+    """A window of blocks, global blocks at the start, and past blocks drawn at random."""
+
+    kind: Literal["bigbird"] = "bigbird"
+    block_size: int = Field(64, ge=1)
+    """Tokens in a block."""
+    window_blocks: int = Field(3, ge=1)
+    """Blocks of the window: the query's own and the ones right before it."""
+    num_global_blocks: int = Field(2, ge=0)
+    """Blocks at the start that every token sees."""
+    num_random_blocks: int = Field(3, ge=0)
+    """Past blocks that each block sees besides, drawn once a layer."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the random blocks; the same in training and evaluation."""
+
+
+class LandmarkAttention(Frozen):
+    """Landmark attention: each meta-token stands for the block of text that it ends."""
+
+    kind: Literal["landmark"] = "landmark"
+    every: int = Field(50, ge=1)
+    """Text tokens before each landmark; agrees with a periodic injection, any other injection sets its own blocks."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the fields of the Hugging Face config."""
+        return {"landmark_every": self.every}
+
+
+Attention = Annotated[
+    FullAttention | SlidingWindowAttention | LongformerAttention | BigBirdAttention | LandmarkAttention,
+    Field(discriminator="kind"),
+]
+
+
+def attention_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attention, as plain values, whose `to_hf` is in `fields`."""
+    if "landmark_every" in fields:
+        return {"kind": "landmark", "every": fields["landmark_every"]}
+    return dict(fields.get("attention_pattern") or {"kind": "full"})

@@ -1,0 +1,131 @@
+"""Fine-tuning on a recall task: learns, starts from a checkpoint, resumes to the bit, and runs on two processes."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_commands import error_line, metatokens
+from training_runs import losses, numbers, run, start, wait, wait_for_step, weights
+
+from metatokens.config.finetuning import FinetuneConfig
+from metatokens.config.loading import load_preset
+from metatokens.errors import UsageError
+from metatokens.training.finetuning import finetune
+
+SMALL = """
+extends: tiny/recall
+start:
+  kind: fresh
+  model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 128}
+task: {kind: parity}
+curriculum:
+  - {steps: 12, size: [3, 4], prompt_tokens: [1, 24]}
+  - {steps: 12, size: [3, 6], prompt_tokens: [1, 32]}
+bucket_batches: 5
+schedule: {warmup_steps: 2}
+training: {batch_blocks: 8, micro_batch_blocks: 4, device: cpu}
+evaluation: {interval_steps: 12, instances: 10}
+checkpoint: {interval_steps: 4}
+logging: {interval_steps: 1}
+"""
+Config = Callable[..., FinetuneConfig]
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(preset: Path) -> Config:
+    return lambda *overrides: load_preset(preset, overrides, schema=FinetuneConfig)
+
+
+@pytest.fixture(scope="module")
+def done(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("done") / "run"
+    finetune(config("--checkpoint.keep", "100"), out, show_progress=False)
+    return out
+
+
+def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_left_alone(config: Config, done: Path, tmp_path: Path):
+    started = start(config(), tmp_path / "run")
+    wait_for_step(tmp_path / "run", 14, started)  # in the second stage, in the middle of a group
+    started[0].kill()
+    assert wait(started) == [-signal.SIGKILL]
+    assert run(config(), tmp_path / "run") == [0]
+    assert losses(tmp_path / "run") == losses(done)
+    assert weights(tmp_path / "run") == weights(done)
+    accuracies = [json.loads((folder / "result.json").read_text())["validation"] for folder in (tmp_path / "run", done)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_two_processes_train_as_one(config: Config, done: Path, tmp_path: Path):
+    assert run(config(), tmp_path / "run", world_size=2) == [0, 0]
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(done), rel=1e-4)
+    result, alone = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", done))
+    for count in ("text_tokens", "meta_tokens"):
+        assert result[count] == alone[count] > 0
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(config: Config, done: Path, tmp_path: Path):
+    start_there = ["--start.kind", "checkpoint", "--start.path", str(done)]
+    again = config(*start_there, "--optimizer.learning_rate", "1e-9", "--evaluation.instances", "40")
+    result = finetune(again, tmp_path / "run", show_progress=False)
+    assert numbers(tmp_path / "run")[0] < numbers(done)[0] - 1
+    assert result.training_flops == json.loads((done / "result.json").read_text())["training_flops"]
+
+
+def test_a_model_learns_to_repeat_a_bit(config: Config, tmp_path: Path):
+    overrides = ["--curriculum", "[{steps: 80, size: [1, 1], prompt_tokens: [12, 16]}]", "--evaluation.instances", "50"]
+    overrides += ["--optimizer.learning_rate", "2e-3", "--training.batch_blocks", "32"]
+    overrides += ["--start.model.hidden_size", "64"]
+    result = finetune(config(*overrides), tmp_path / "run", show_progress=False)
+    assert result.validation["sequence_accuracy"] == 1
+
+
+def test_a_stage_longer_than_the_model_is_refused_before_anything_is_trained(config: Config, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"129.*at most the 128 positions"):
+        finetune(config("--curriculum", "[{steps: 1, size: [3, 3], prompt_tokens: [1, 129]}]"), tmp_path / "run")
+
+
+def test_the_commands_finetune_and_evaluate(preset: Path, done: Path, tmp_path: Path):
+    plan = json.loads(metatokens("finetune", preset, "--dry-run", "--json").stdout)
+    assert plan["steps"] == 24
+    shutil.copytree(done, tmp_path / "run")
+    result = json.loads(metatokens("finetune", preset, "--out", tmp_path / "run", "--json").stdout)
+    assert result["steps"] == 24
+    lengths = ["--lengths", "[17-24, 25-32, 201-220]", "--instances", "12"]
+    report = json.loads(metatokens("evaluate", done, tmp_path / "run", *lengths, "--json").stdout)
+    assert report["format"] == "recall/1"
+    assert report["config"]["task"]["kind"] == "parity"
+    rows = report["rows"]
+    assert [row["length"] for row in rows] == ["17-24", "25-32", "201-220"]
+    assert [len(row["sequence_outcomes"]) for row in rows] == [2, 2, 0]
+    assert rows[0]["sequence_outcomes"][0] == rows[0]["sequence_outcomes"][1]  # one model twice
+    assert 0 <= rows[0]["sequence_accuracy"]["low"] <= rows[0]["sequence_accuracy"]["estimate"] <= 1
+    assert rows[2]["sequence_accuracy"] is None
+    table = metatokens("evaluate", done, *lengths, "--intervention", "zero_embedding").stdout
+    assert "201-220" in table
+    assert "n/a" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--task.kind", "paritty"], ["task.kind", "did you mean 'parity'?"]),
+        (["--lengths", "[esay]"], ["esay", "easy"]),
+        (["--lengths", "[1-5]"], ["parity", "1-5"]),
+        (["--task.numbered", "true"], ["task.numbered"]),
+        (["--intervention", "zero"], ["zero"]),
+    ],
+)
+def test_a_wrong_question_is_one_line(done: Path, arguments: list[str], parts: list[str]):
+    line = error_line("evaluate", done, *arguments, code=2)
+    for part in parts:
+        assert part in line
