@@ -55,7 +55,7 @@ class Processes:
 def join_processes(config: StepConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if config.batch_blocks % (world_size * min(config.micro_batch_blocks, config.batch_blocks // world_size or 1)):
         raise UsageError(
             "training.batch_blocks",
@@ -92,7 +92,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device that "auto", "cpu" or "cuda" names for a process of this machine.
+
+    Raises:
+        UsageError: "cuda" without a GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("training.device", expected="a GPU", found="none", remedy="use --training.device cpu")
     if name != "cpu" and torch.cuda.is_available():

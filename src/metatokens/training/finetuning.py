@@ -4,8 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from metatokens.baselines.building import build_config
 from metatokens.config.finetuning import FinetuneConfig, FreshStart
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
@@ -16,7 +19,7 @@ from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.loading import model_folder, open_model, open_tokenizer
 from metatokens.training.loop import Job, TrainingResult, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 
@@ -43,7 +46,7 @@ def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = T
 def plan(config: FinetuneConfig) -> dict[str, Any]:
     """Return what a run would do, for `--dry-run`, after making its first and last batch."""
     model, tokenizer = _start(config)
-    batches = _batches(config, model, tokenizer)
+    batches = training_batches(config, model, tokenizer)
     first, last = batches.batch_at(0), batches.batch_at(config.total_steps - 1)
     return {
         "parameters": model.num_parameters(),
@@ -64,15 +67,40 @@ def word_tokenizer() -> Tokenizer:
 
 def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     """Return the model that a run starts from and its text tokenizer."""
-    start = config.start
+    start, tokenizer = config.start, _start_tokenizer(config)
     if isinstance(start, FreshStart):
-        tokenizer = word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
         encoder = TextEncoder(tokenizer)
         model = build_model(
             start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
         )
     else:
-        model, tokenizer = open_model(Path(start.path)).train(), open_tokenizer(Path(start.path))
+        model = open_model(Path(start.path)).train()
+    _check_length(config, model)
+    return model, tokenizer
+
+
+def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
+    """Return the model that a run starts from without its weights, on the meta device, and its text tokenizer."""
+    start, tokenizer = config.start, _start_tokenizer(config)
+    if isinstance(start, FreshStart):
+        encoder = TextEncoder(tokenizer)
+        hf_config = build_config(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
+    else:
+        hf_config = AutoConfig.from_pretrained(model_folder(Path(start.path)), local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    _check_length(config, model)
+    return model, tokenizer
+
+
+def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
+    start = config.start
+    if isinstance(start, FreshStart):
+        return word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
+    return open_tokenizer(Path(start.path))
+
+
+def _check_length(config: FinetuneConfig, model: Any) -> None:
     limit, longest = sequence_limit(model), max(stage.prompt_tokens[1] for stage in config.curriculum)
     if limit is not None and longest > limit:
         raise UsageError(
@@ -81,12 +109,12 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
             found=str(longest),
             remedy="shorten the last stages, or extend the model",
         )
-    return model, tokenizer
 
 
-def _batches(
+def training_batches(
     config: FinetuneConfig, model: Any, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
 ) -> RecallBatches:
+    """Return the batches of a run; of the model only its config matters."""
     return RecallBatches(
         config,
         PieceEncoder(TextEncoder(tokenizer)),
@@ -106,7 +134,7 @@ def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
         content_id=hashlib.sha256(identity.encode()).hexdigest(),
-        batches=_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
+        batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
         count_flops=lambda batch: count_batch_flops(model.config, batch),
         evaluate=None
         if config.evaluation.interval_steps is None
