@@ -74,7 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for add in _VERBS:
         add(verbs)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.verb not in (_pretrain, _finetune, _evaluate):
+    if overrides and options.verb not in (_pretrain, _finetune, _evaluate, _sweep):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
@@ -149,8 +149,23 @@ def _add_evaluate(verbs: Any) -> None:
         "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several are one arm, a seed each"
     )
     _add_interventions(parser)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
     parser.add_argument("--out", type=Path, help="file for the result as JSON, whatever is shown")
     _describe_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
+
+
+def _add_sweep(verbs: Any) -> None:
+    text = "fine-tune and evaluate a grid of runs; skips what is done and picks up where it was"
+    parser = _verb(verbs, "sweep", _sweep, text, long=True)
+    parser.add_argument("file", type=Path, help="YAML file of the sweep")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine, which share its cores")
+    places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
+    parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
+    _describe_overrides(parser, "metatokens.config.sweep:SweepConfig")
 
 
 def _add_perplexity(verbs: Any) -> None:
@@ -167,6 +182,10 @@ def _add_perplexity(verbs: Any) -> None:
     )
     parser.add_argument("--ratio", type=float, default=0.1, help="share of positions that are meta-tokens")
     _add_interventions(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the uniform injection")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument("--max-tokens", type=int, help="score the first so many text tokens of each document")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows of one forward pass")
 
 
 def _add_interventions(parser: argparse.ArgumentParser) -> None:
@@ -178,10 +197,6 @@ def _add_interventions(parser: argparse.ArgumentParser) -> None:
         help="what is changed at the meta-tokens, several times to combine: zero_embedding, mean_embedding, "
         "token_embedding=ID, zero_position, no_position_edges, no_meta_attention[=LAYER,LAYER...]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the uniform injection")
-    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
-    parser.add_argument("--max-tokens", type=int, help="score the first so many text tokens of each document")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows of one forward pass")
 
 
 def _add_generate(verbs: Any) -> None:
@@ -232,6 +247,7 @@ _VERBS = (
     _add_pretrain,
     _add_finetune,
     _add_evaluate,
+    _add_sweep,
     _add_perplexity,
     _add_generate,
     _add_info,
@@ -264,6 +280,22 @@ def _show_table(title: str, rows: dict[str, Any]) -> None:
         if isinstance(value, list):
             text = "\n".join(str(item) for item in value)
         table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def _show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Show rows that have the same columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        left = isinstance(value, str)
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        table.add_row(
+            *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
+        )
     Console().print(table)
 
 
@@ -467,17 +499,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
     from metatokens.tasks.base import PieceEncoder
+    from metatokens.training.distributed import choose_device
     from metatokens.training.loading import open_model, open_tokenizer, questions_to
 
     config = questions_to(options.checkpoints[0], options.overrides)
     interventions = tuple(parse_intervention(text) for text in options.intervention)
+    device = choose_device(options.device)
     model = open_model(options.checkpoints[0])
     check_interventions(model, interventions)
     if options.dry_run:
         plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
         return _emit(options, plan, lambda: _show_table("evaluate would ask", plan))
     rows = evaluate_recall(
-        (open_model(path) for path in options.checkpoints),
+        (open_model(path).to(device) for path in options.checkpoints),
         config,
         PieceEncoder(TextEncoder(open_tokenizer(options.checkpoints[0]))),
         interventions=interventions,
@@ -488,6 +522,31 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
     return _emit(options, result, lambda: _show_recall(result))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from metatokens.config.sweep import load_sweep
+
+    sweep = load_sweep(options.file, options.overrides)
+    from metatokens.report.tables import to_rich
+    from metatokens.sweep.planning import describe_plan, plan_sweep
+    from metatokens.sweep.running import make_slots, parse_gpus
+    from metatokens.sweep.writing import check_figures, run_and_write
+
+    slots = make_slots(options.jobs, parse_gpus(options.gpus))
+    if options.figures:
+        check_figures()
+    runs = plan_sweep(sweep, options.out, str(options.file))
+    if options.dry_run:
+        plan = describe_plan(sweep, runs)
+        return _emit(options, plan, lambda: _show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
+    results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
+    from rich.console import Console
+
+    _emit(options, results, lambda: Console().print(*to_rich(results)))
+    for failure in results.failed:
+        _say(f"metatokens: {failure.run}: {failure.error}")
+    return int(bool(results.failed))
 
 
 def _perplexity(options: argparse.Namespace) -> int:
