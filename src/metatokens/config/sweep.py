@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
 from metatokens.config.schema import Frozen
+from metatokens.errors import UsageError
 
 
 def _read_label(value: Any) -> Any:
@@ -149,10 +150,20 @@ class SweepConfig(Frozen):
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """Load a sweep by the path of its YAML file; a preset that is a file lies beside it.
 
+    Args:
+        path: of the file.
+        overrides: as for a preset, but not of axes, whose labels are names and not keys.
+
     Raises:
         UsageError: an unknown key or label (with the nearest name), or settings that do not agree.
     """
-    config = load_preset(path, list(overrides), schema=SweepConfig)
+    overrides = list(overrides)
+    inside = [flag for flag in overrides if flag.startswith("--axes")]
+    if inside:
+        raise UsageError(
+            inside[0], expected="axes as in the file", found="an override", remedy="write a file that `extends:` it"
+        )
+    config = load_preset(path, overrides, schema=SweepConfig)
     if config.preset.endswith(YAML_SUFFIXES):
         config = config.model_copy(update={"preset": str(Path(path).parent / config.preset)})
     return config
@@ -212,13 +223,13 @@ def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _join(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return two nested mappings as one; a leaf is in one of them only."""
     joined = dict(first)
     for key, value in second.items():
         if key in joined and not (isinstance(joined[key], dict) and isinstance(value, dict)):
-            raise ValueError(f"{key} is set twice")
-        joined[key] = _join(joined[key], value) if key in joined else value
+            raise ValueError(f"{prefix}{key} is set twice")
+        joined[key] = _join(joined[key], value, f"{prefix}{key}.") if key in joined else value
     return joined
 
 

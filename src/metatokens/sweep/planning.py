@@ -1,7 +1,7 @@
 """What a sweep will run: each run's config, folder and questions, and its budget, matched to the reference's.
 
-A budget is estimated from the first group of batches of each stage, all lengths of that stage in proportion: the text
-tokens and the counted operations (`metatokens.model.accounting`) of a step. It is a pure function of the config.
+A budget is estimated from the first batches of each stage, some hundreds of instances: the text tokens and the counted
+operations (`metatokens.model.accounting`) of a step. It is a pure function of the config.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig, Stage
     from metatokens.data.loader import Batch
 
+_SAMPLED_INSTANCES = 512  # at least, of each stage that has so many
 _MEASURED_BY = {"steps": "text_tokens", "text_tokens": "text_tokens", "flops": "training_flops"}
 _UNITS = {"text_tokens": "text tokens", "training_flops": "training FLOPs"}
 
@@ -177,8 +178,16 @@ class _Measure:
         )
         encoder = PieceEncoder(TextEncoder(tokenizer))
         for evaluation in asked:
-            check_interventions(model, [parse_intervention(text) for text in evaluation.interventions])
-            self._check_fillable(evaluation.config, encoder)
+            try:
+                check_interventions(model, [parse_intervention(text) for text in evaluation.interventions])
+                self._check_fillable(evaluation.config, encoder)
+            except UsageError as error:
+                raise UsageError(
+                    f"{origin}, {cell.name}: evaluations {evaluation.name}",
+                    expected="what its models can be asked",
+                    found=str(error),
+                    remedy="or ask others with where",
+                ) from None
         return _Arm(
             cell=cell,
             asked=asked,
@@ -188,7 +197,7 @@ class _Measure:
         )
 
     def _sample(self, config: FinetuneConfig, model: Any, tokenizer: Any) -> list[list[Batch]]:
-        """Return the first group of batches of each stage; equal for arms that read the same."""
+        """Return the first groups of batches of each stage; equal for arms that read the same."""
         encoder = TextEncoder(tokenizer)
         key = repr(
             (
@@ -200,9 +209,11 @@ class _Measure:
         if key not in self._batches:
             batches, first = training_batches(config, model, tokenizer), 0
             stages: list[list[Batch]] = []
+            # whole groups: the batches of one are sorted by length
+            num_groups = -(-_SAMPLED_INSTANCES // (config.bucket_batches * config.training.batch_blocks))
             for stage in config.curriculum:
-                group = range(first, first + min(config.bucket_batches, stage.steps))
-                stages.append([batches.batch_at(step) for step in group])
+                steps = range(first, first + min(num_groups * config.bucket_batches, stage.steps))
+                stages.append([batches.batch_at(step) for step in steps])
                 first += stage.steps
             self._batches[key] = stages
         return self._batches[key]

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from metatokens.baselines.building import build_config
 from metatokens.config.finetuning import FinetuneConfig, FreshStart
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
@@ -18,7 +17,7 @@ from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
-from metatokens.training.initialization import build_model
+from metatokens.training.initialization import build_model, outline_model
 from metatokens.training.loading import model_folder, open_model, open_tokenizer
 from metatokens.training.loop import Job, TrainingResult, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
@@ -84,11 +83,11 @@ def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     start, tokenizer = config.start, _start_tokenizer(config)
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
-        hf_config = build_config(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
+        model = outline_model(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
     else:
         hf_config = AutoConfig.from_pretrained(model_folder(Path(start.path)), local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
     _check_length(config, model)
     return model, tokenizer
 
