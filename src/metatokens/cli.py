@@ -162,7 +162,7 @@ def _add_sweep(verbs: Any) -> None:
     parser.add_argument("file", type=Path, help="YAML file of the sweep")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
     places = parser.add_mutually_exclusive_group()
-    places.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine, which share its cores")
+    places.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores of this machine")
     places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
     parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
     _describe_overrides(parser, "metatokens.config.sweep:SweepConfig")

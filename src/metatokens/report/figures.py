@@ -123,11 +123,13 @@ def draw_by_flops(results: SweepResults) -> Figure | None:
                 for point in cell.curve
             ]
     seeds = max((len(cell.seeds) for cell in results.cells), default=0)
+    caption = "During training, at the difficulty of the last stage"
+    if seeds > 1:
+        caption += f"; mean of {seeds} seeds, band: lowest to highest seed"
     return _draw_lines(
         lines,
         x_label="Training FLOPs",
-        caption=f"Mean of {_count(seeds, 'seed')} during training, at the difficulty of the last stage; "
-        "band: lowest to highest seed.",
+        caption=f"{caption}.",
         is_length=False,
     )
 
@@ -173,10 +175,6 @@ def _caption(results: SweepResults, evaluation: str) -> str:
 
 def _range(values: Sequence[int]) -> str:
     return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 # How it is drawn ---------------------------------------------------------------------------------------------

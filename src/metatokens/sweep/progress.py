@@ -73,10 +73,9 @@ class SweepDisplay:
 
     def update(self, run: SweepRun) -> None:
         """Show how far a run is."""
+        line = self._note_work(run)
         if self._bars.disable:
             return
-        self._note_work(run)
-        line = last_metrics(run.folder.metrics_path)
         step, loss = int(line.get("step", 0)), line.get("loss")
         text = f"{step}/{run.budget.steps}" + ("" if loss is None else f"  loss {loss:.3f}")
         if step < run.budget.steps:
@@ -115,9 +114,11 @@ class SweepDisplay:
             self._said.add(line)
             self.say(line)
 
-    def _note_work(self, run: SweepRun) -> None:
-        step = int(last_metrics(run.folder.metrics_path).get("step", 0))
-        self._work[run.name] = flops_after(run, step)
+    def _note_work(self, run: SweepRun) -> dict[str, float]:
+        """Count what a run has done so far; returns its last metrics."""
+        line = last_metrics(run.folder.metrics_path)
+        self._work[run.name] = flops_after(run, int(line.get("step", 0)))
+        return line
 
     def _update_overall(self) -> None:
         share = sum(self._work.values()) / self._total if self._total else 1.0

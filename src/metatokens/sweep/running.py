@@ -212,9 +212,9 @@ class _Scheduler:
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
-        error = process.error(code)
+        error, output = process.error(code), process.take_output()
         if error is None and process.asked is not None:
-            _store_answer(run, process.asked, process.output())
+            _store_answer(run, process.asked, output)
         if error is None and not process.has_left_its_result():
             error = f"{process.what} ended without its result; see {run.folder.path / 'log.txt'}"
         if error is None and not (stopping and not is_done(run)):
@@ -263,9 +263,11 @@ class _Process:
             else self.asked not in _unanswered(self.run)
         )
 
-    def output(self) -> str:
-        self._output.seek(0)
-        return self._output.read().decode()
+    def take_output(self) -> str:
+        """Return what it wrote on standard output, once."""
+        with self._output:
+            self._output.seek(0)
+            return self._output.read().decode()
 
     def error(self, code: int) -> str | None:
         """Return what went wrong in one line."""
