@@ -2,8 +2,9 @@
 
 Cuts Project Gutenberg books to their bodies (a manifest gives the offsets), prepares them with the GPT-2 BPE,
 pre-trains tiny/plain and tiny/meta on the same text tokens from the same seed, and scores PG-19 test books under
-the protocol of `metatokens perplexity`, the meta model with every injection. Every step is a command of the package;
-the JSON holds them all. A run that was cut off goes on where it was.
+the protocol of `metatokens perplexity`, the meta model with every injection, in windows of as many text tokens and
+of as many positions as the plain model's. Every step is a command of the package; the JSON holds them all, and the
+SHA-256 and the number of tokens of each book. A run that was cut off goes on where it was.
 
     python benchmarks/books_perplexity.py --books BOOKS --tokenizer GPT2 --work WORK \
         --out benchmarks/results/books_perplexity.json
@@ -11,6 +12,7 @@ the JSON holds them all. A run that was cut off goes on where it was.
 
 import argparse
 import gzip
+import hashlib
 import json
 import platform
 import subprocess
@@ -21,12 +23,22 @@ from typing import Any
 
 import torch
 
+from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer
 from metatokens.evaluation.statistics import bootstrap_paired_ratio
 
 MAX_TOKENS_A_BOOK = 20_000
-WINDOW = 230  # text tokens of a training block of both models
+WINDOW = 230  # text tokens of a training block of both models, and positions of the plain one's
+STRIDE = 64
 RATIO = 0.1
-TRAINING_KEYS = ("num_parameters", "steps", "text_tokens", "meta_tokens", "final_loss", "validation")
+TRAINING_KEYS = (
+    *("num_parameters", "steps", "text_tokens", "meta_tokens", "final_loss", "validation"),
+    "waited_for_batches",
+)
+# (model, injection, window unit); without meta-tokens the units are one
+SCORED = (
+    *(("plain", "none", "text"), ("meta", "none", "text"), ("meta", "periodic", "text"), ("meta", "uniform", "text")),
+    *(("meta", "periodic", "positions"), ("meta", "uniform", "positions")),
+)
 
 
 def cut_bodies(books: Path, work: Path, test_books: int) -> None:
@@ -41,6 +53,19 @@ def cut_bodies(books: Path, work: Path, test_books: int) -> None:
         text = gzip.decompress((books / entry["file"]).read_bytes()).decode("utf-8")
         body = text[entry["body_start"] : entry["body_end"]]
         (folder / Path(entry["file"]).name.removesuffix(".gz")).write_text(body, encoding="utf-8")
+
+
+def describe_books(work: Path, tokenizer: Path) -> dict[str, dict[str, Any]]:
+    """Return SHA-256 and number of tokens of the body of each book."""
+    encoder = TextEncoder(load_text_tokenizer(str(tokenizer)))
+    return {
+        path.relative_to(work).as_posix(): {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "tokens": len(encoder.encode_batch([path.read_text(encoding="utf-8")])[0]),
+        }
+        for part in ("train", "test")
+        for path in sorted((work / part).iterdir())
+    }
 
 
 class Commands:
@@ -77,6 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text-tokens", type=int, default=3_200_000, help="text tokens that each model sees")
     parser.add_argument("--test-books", type=int, default=10)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="of the training")
     options = parser.parse_args()
 
     commands = Commands({"WORK": options.work, "GPT2": options.tokenizer})
@@ -88,21 +114,31 @@ def main() -> None:
     for arm in ("plain", "meta"):
         where = ["--out", f"WORK/runs/{arm}", "--data.path", "WORK/tokens"]
         training[arm] = commands.run(
-            "pretrain", f"tiny/{arm}", *where, "--training.duration.tokens", str(options.text_tokens)
+            *("pretrain", f"tiny/{arm}", *where),
+            *("--training.duration.tokens", str(options.text_tokens), "--training.precision", options.precision),
         )
-    for arm, injection in (("plain", "none"), ("meta", "none"), ("meta", "periodic"), ("meta", "uniform")):
-        scores[f"{arm}/{injection}"] = commands.run(
-            *("perplexity", f"WORK/runs/{arm}", "WORK/test", "--window", str(WINDOW)),
-            *("--injection", injection, "--ratio", str(RATIO), "--max-tokens", str(MAX_TOKENS_A_BOOK)),
+    for arm, injection, unit in SCORED:
+        scores[f"{arm}/{injection}/{unit}"] = commands.run(
+            *("perplexity", f"WORK/runs/{arm}", "WORK/test", "--window", str(WINDOW), "--window-unit", unit),
+            *("--stride", str(STRIDE), "--injection", injection, "--ratio", str(RATIO)),
+            *("--max-tokens", str(MAX_TOKENS_A_BOOK)),
         )
+    plain = scores["plain/none/text"]
     report = {
-        "question": "perplexity per text token of PG-19 test books, equal text tokens in training and in every window",
+        "question": "perplexity per text token of PG-19 test books, equal text tokens in training, and in every window "
+        "equal text tokens (text) or equal positions (positions)",
         "command": "python benchmarks/books_perplexity.py --books BOOKS --tokenizer GPT2 --work WORK --out ...",
         "commands": commands.said,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "training": {arm: {key: result[key] for key in TRAINING_KEYS} for arm, result in training.items()},
+        "books": describe_books(options.work, options.tokenizer),
         "difference_from_plain_nats_per_token": {
-            name: difference(score, scores["plain/none"]) for name, score in scores.items() if name != "plain/none"
+            name: {
+                "non_overlapping": difference(score, plain, "nats"),
+                "sliding": difference(score, plain, "sliding_nats"),
+            }
+            for name, score in scores.items()
+            if score is not plain
         },
         "scores": scores,
     }
@@ -110,10 +146,10 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def difference(score: dict[str, Any], plain: dict[str, Any]) -> Any:
+def difference(score: dict[str, Any], plain: dict[str, Any], key: str) -> Any:
     """Return the difference of the mean losses over the same books, with its interval over books."""
     assert [d["name"] for d in score["documents"]] == [d["name"] for d in plain["documents"]]
-    nats = [[document["nats"] for document in result["documents"]] for result in (score, plain)]
+    nats = [[document[key] for document in result["documents"]] for result in (score, plain)]
     tokens = [document["text_tokens"] for document in plain["documents"]]
     return asdict(bootstrap_paired_ratio(*nats, tokens, seed=0))
 

@@ -101,7 +101,8 @@ def make_batch(variant: str, rows: int, length: int, device: str) -> dict[str, t
 def make_tasks(variant: str, options: argparse.Namespace, length: int, rows: int) -> dict[str, Callable[[], Any]]:
     """Return forward, forward plus backward, and training step of one variant."""
     model = build(variant, length).to(options.device)
-    step_model = torch.compile(model) if options.compile else model
+    decoder = model.transformer if variant == "transformers_gpt2" else model.model
+    step_model, decoder = (torch.compile(module) if options.compile else module for module in (model, decoder))
     batch = make_batch(variant, rows, length, options.device)
     inputs = {name: value for name, value in batch.items() if name in ("input_ids", "meta_indices")}
 
@@ -112,8 +113,7 @@ def make_tasks(variant: str, options: argparse.Namespace, length: int, rows: int
     def forward() -> None:
         # the decoder alone: with the head, making logits would hide what differs
         with autocast:
-            base = model.transformer if variant == "transformers_gpt2" else model.model
-            base(**inputs, use_cache=False)
+            decoder(**inputs, use_cache=False)
 
     def forward_backward() -> None:
         model.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError("command line", expected="known arguments", found=message, remedy=f"see `{self.prog} -h`")
+        raise UsageError("command line", expected="valid arguments", found=message, remedy=f"see `{self.prog} -h`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MetaTokensError, Preempted) as error:
         if debug:
             raise
-        print(f"metatokens: {error}", file=sys.stderr)
+        if not error.is_repeated:
+            print(f"metatokens: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -80,6 +81,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an argument that is a whole number in a range; it is checked before anything is loaded."""
+
+    def whole_number(text: str) -> int:
+        if not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and less than 2^63")
+        return int(text)
+
+    return whole_number
+
+
+def _ratio(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and less than 1")
+    return float(text)
+
+
 def _verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -96,8 +114,12 @@ def _add_demo(verbs: Any) -> None:
     text = "train a plain and a meta-token model on the text that comes with Python, compare them, generate"
     parser = _verb(verbs, "demo", _demo, text, long=True)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demonstration")
-    parser.add_argument("--text-tokens", type=int, default=1_500_000, help="text tokens that each language model sees")
-    parser.add_argument("--recall-steps", type=int, help="cut the training on the recall task down to so many steps")
+    parser.add_argument(
+        "--text-tokens", type=_at_least(1), default=1_500_000, help="text tokens that each language model sees"
+    )
+    parser.add_argument(
+        "--recall-steps", type=_at_least(1), help="cut the training on the recall task down to so many steps"
+    )
 
 
 def _add_prepare(verbs: Any) -> None:
@@ -110,17 +132,17 @@ def _add_prepare(verbs: Any) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id; without it one is trained on the source")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer trained here")
+    parser.add_argument("--vocab-size", type=_at_least(257), default=4096, help="of a tokenizer trained here")
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.02, help="share of documents kept out of training"
+        "--validation-fraction", type=_ratio, default=0.02, help="share of documents kept out of training"
     )
-    parser.add_argument("--shard-tokens", type=int, default=2**28, help="tokens of a shard, about")
+    parser.add_argument("--shard-tokens", type=_at_least(1), default=2**28, help="tokens of a shard, about")
     parser.add_argument(
         "--text-field", default="text", help="column of jsonl, parquet and datasets that holds the text"
     )
     parser.add_argument("--config-name", help="configuration of a Hugging Face dataset, such as en")
     parser.add_argument("--split", default="train", help="split of a Hugging Face dataset")
-    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    parser.add_argument("--max-documents", type=_at_least(1), help="stop after so many documents")
     parser.add_argument(
         "--on-bad-text", choices=("error", "replace", "skip"), default="error", help="for text that is not valid UTF-8"
     )
@@ -162,7 +184,9 @@ def _add_sweep(verbs: Any) -> None:
     parser.add_argument("file", type=Path, help="YAML file of the sweep")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
     places = parser.add_mutually_exclusive_group()
-    places.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores of this machine")
+    places.add_argument(
+        "--jobs", type=_at_least(1), default=1, help="runs at a time, which share the cores of this machine"
+    )
     places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
     parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
     _describe_overrides(parser, "metatokens.config.sweep:SweepConfig")
@@ -172,20 +196,24 @@ def _add_perplexity(verbs: Any) -> None:
     parser = _verb(verbs, "perplexity", _perplexity, "windowed perplexity of a model on text", long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("text", help="a source as for `prepare`; every document is scored on its own")
-    parser.add_argument("--window", type=int, help="length of a window (default: all positions of the model)")
+    parser.add_argument("--window", type=_at_least(1), help="length of a window (default: all positions of the model)")
     parser.add_argument(
         "--window-unit", choices=("text", "positions"), default="text", help="whether meta-tokens count in the window"
     )
-    parser.add_argument("--stride", type=int, help="text tokens that a sliding window moves by (default: up to 256)")
+    parser.add_argument(
+        "--stride",
+        type=_at_least(1),
+        help="text tokens that a sliding window moves by (default: 256, at most half a window)",
+    )
     parser.add_argument(
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
     )
-    parser.add_argument("--ratio", type=float, default=0.1, help="share of positions that are meta-tokens")
+    parser.add_argument("--ratio", type=_ratio, default=0.1, help="share of positions that are meta-tokens")
     _add_interventions(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the uniform injection")
-    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
-    parser.add_argument("--max-tokens", type=int, help="score the first so many text tokens of each document")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows of one forward pass")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the uniform injection")
+    parser.add_argument("--max-documents", type=_at_least(1), help="stop after so many documents")
+    parser.add_argument("--max-tokens", type=_at_least(1), help="score the first so many text tokens of each document")
+    parser.add_argument("--batch-size", type=_at_least(1), default=16, help="windows of one forward pass")
 
 
 def _add_interventions(parser: argparse.ArgumentParser) -> None:
@@ -203,16 +231,16 @@ def _add_generate(verbs: Any) -> None:
     parser = _verb(verbs, "generate", _generate, "continue a prompt, with meta-tokens on a schedule")
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
-    parser.add_argument("--max-text-tokens", type=int, default=100, help="text tokens to write")
+    parser.add_argument("--max-text-tokens", type=_at_least(1), default=100, help="text tokens to write")
     parser.add_argument(
         "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens go"
     )
-    parser.add_argument("--every", type=int, default=9, help="periodic: text tokens between meta-tokens")
-    parser.add_argument("--ratio", type=float, default=0.1, help="uniform: chance of a meta-token")
+    parser.add_argument("--every", type=_at_least(1), default=9, help="periodic: text tokens between meta-tokens")
+    parser.add_argument("--ratio", type=_ratio, default=0.1, help="uniform: chance of a meta-token")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
+    parser.add_argument("--top-k", type=_at_least(1), help="sample from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the uniform schedule")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of sampling and of the uniform schedule")
     parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
 
 
@@ -220,7 +248,7 @@ def _add_info(verbs: Any) -> None:
     text = "parameters, operations per token, memory, and what differs from the paper"
     parser = _verb(verbs, "info", _info, text)
     parser.add_argument("model", nargs="?", help="preset, YAML file, or model, checkpoint or run folder")
-    parser.add_argument("--text-vocab-size", type=int, default=50_257, help="tokens of the text, for a preset")
+    parser.add_argument("--text-vocab-size", type=_at_least(1), default=50_257, help="tokens of the text, for a preset")
     parser.add_argument("--presets", action="store_true", help="list the presets")
 
 
@@ -395,22 +423,15 @@ def _interval(interval: Any, form: str = ",.4g") -> str:
 
 
 def _injection(kind: str, ratio: float) -> Any:
-    from pydantic import ValidationError
-
     from metatokens.config.schema import NoInjection, PeriodicInjection, UniformInjection
 
-    try:
-        return {"none": NoInjection, "periodic": PeriodicInjection, "uniform": UniformInjection}[kind](
-            **({} if kind == "none" else {"ratio": ratio})
-        )
-    except ValidationError:
-        raise UsageError(
-            "--ratio", expected="at least 0 and less than 1", found=str(ratio), remedy="the paper's is 0.1"
-        ) from None
+    if kind == "none":
+        return NoInjection()
+    return {"periodic": PeriodicInjection, "uniform": UniformInjection}[kind](ratio=ratio)
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from metatokens.data.prepare import prepare
+    from metatokens.data.prepare import check, prepare
     from metatokens.data.sources import SourceOptions, source_files
 
     source_options = SourceOptions(
@@ -420,7 +441,13 @@ def _prepare(options: argparse.Namespace) -> int:
         on_bad_text=options.on_bad_text,
         max_documents=options.max_documents,
     )
+    arguments = {
+        "tokenizer": options.tokenizer,
+        "validation_fraction": options.validation_fraction,
+        "shard_tokens": options.shard_tokens,
+    }
     if options.dry_run:
+        check(options.source, options.out, **arguments)
         files = source_files(options.source)
         plan = {
             "source": options.source,
@@ -433,10 +460,8 @@ def _prepare(options: argparse.Namespace) -> int:
     manifest = prepare(
         options.source,
         options.out,
-        tokenizer=options.tokenizer,
+        **arguments,
         vocab_size=options.vocab_size,
-        validation_fraction=options.validation_fraction,
-        shard_tokens=options.shard_tokens,
         options=source_options,
         progress=_show_bytes if sys.stderr.isatty() else None,
     )
@@ -463,12 +488,11 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_preset(options.preset, options.overrides)
     from metatokens.training.distributed import is_main_process
-    from metatokens.training.pretraining import open_dataset, plan, pretrain
+    from metatokens.training.pretraining import plan, pretrain
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
-        with open_dataset(config) as dataset:
-            rows = {"out": str(out), **plan(config, dataset)}
+        rows = {"out": str(out), **plan(config, out)}
         return _emit(options, rows, lambda: _show_table("pretrain would do", rows))
     result = pretrain(config, out)
     if not is_main_process():
@@ -486,7 +510,7 @@ def _finetune(options: argparse.Namespace) -> int:
 
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
-        rows = {"out": str(out), **plan(config)}
+        rows = {"out": str(out), **plan(config, out)}
         return _emit(options, rows, lambda: _show_table("finetune would do", rows))
     result = finetune(config, out)
     if not is_main_process():
@@ -552,16 +576,15 @@ def _sweep(options: argparse.Namespace) -> int:
 def _perplexity(options: argparse.Namespace) -> int:
     from metatokens.data.sources import SourceOptions, iterate_documents
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
-    from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
     from metatokens.training.loading import open_model, open_tokenizer
 
     interventions = tuple(parse_intervention(text) for text in options.intervention)
-    model = open_model(options.checkpoint)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
-    longest = model.config.max_sequence_length
     measured = PerplexityOptions(
-        window=options.window or longest,
+        window=options.window or model.config.max_sequence_length,
         window_unit=options.window_unit if options.window else "positions",
         stride=options.stride,
         injection=injection,
@@ -574,39 +597,33 @@ def _perplexity(options: argparse.Namespace) -> int:
         (d.source, d.text) for d in iterate_documents(options.text, SourceOptions(max_documents=options.max_documents))
     )
     if options.dry_run:
+        TokenScorer(model, tokenizer, measured)  # its checks are those of the measurement
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
         return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
-    result = measure_perplexity(model, documents, open_tokenizer(options.checkpoint), measured)
+    result = measure_perplexity(model, documents, tokenizer, measured)
     return _emit(options, result, lambda: _show_perplexity(result))
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from metatokens.generation.decoding import (
-        MetaSchedule,
-        NoSchedule,
-        PeriodicSchedule,
-        UniformSchedule,
-        generate_text,
-    )
+    from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
     from metatokens.training.loading import open_model, open_tokenizer
 
     model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
-    schedules: dict[str, MetaSchedule] = {
-        "none": NoSchedule(),
-        "periodic": PeriodicSchedule(text_tokens=options.every),
-        "uniform": UniformSchedule(ratio=options.ratio, seed=options.seed),
+    schedules: dict[str, Callable[[], Any]] = {
+        "none": NoSchedule,
+        "periodic": lambda: PeriodicSchedule(text_tokens=options.every),
+        "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
     }
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    stream = None if options.json else lambda text: print(text, end="", flush=True)
-    if stream:
-        stream(prompt)
+    unseen = iter([prompt])  # shown with the first piece, when nothing refuses it any more
+    stream = None if options.json else lambda text: print(next(unseen, "") + text, end="", flush=True)
     result = generate_text(
         model,
         tokenizer,
         prompt,
-        schedule=schedules[options.schedule],
+        schedule=schedules[options.schedule](),
         max_text_tokens=options.max_text_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -615,7 +632,7 @@ def _generate(options: argparse.Namespace) -> int:
         stream=stream,
         show_meta=options.show_meta,
     )
-    return _emit(options, result, print)
+    return _emit(options, result, lambda: print(next(unseen, "")))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -624,22 +641,24 @@ def _info(options: argparse.Namespace) -> int:
     if options.presets or options.model is None:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
+    from metatokens.baselines.building import build_config
+    from metatokens.config.loading import differences_from_paper, load_preset
     from metatokens.evaluation.speed import describe_model
-    from metatokens.training.loading import open_model
+    from metatokens.training.loading import open_model, pretraining_of
 
     folder = Path(options.model)
     if folder.is_dir():
-        result = describe_model(open_model(folder).config)
+        config, run = open_model(folder).config, pretraining_of(folder)
     else:
-        from metatokens.baselines.building import build_config
-        from metatokens.config.loading import differences_from_paper, load_preset
-
-        preset = load_preset(options.model)
         vocab_size = options.text_vocab_size
-        config = build_config(preset.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
-        num_meta = preset.injection.num_meta(preset.data.block_size)
-        result = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
-        result["differs_from_the_paper"] = differences_from_paper(preset)
+        run = load_preset(options.model)
+        config = build_config(run.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
+    if run is None:
+        result = describe_model(config)
+    else:
+        block_size = run.data.block_size
+        result = describe_model(config, block_size=block_size, num_meta=run.injection.num_meta(block_size))
+        result["differs_from_the_paper"] = differences_from_paper(run)
     return _emit(options, result, lambda: _show_table(options.model, result))
 
 

@@ -25,7 +25,6 @@ from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.speed import median_ratio, time_in_turns
 from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
-from metatokens.model import MetaTokenForCausalLM
 from metatokens.tasks.base import PieceEncoder
 from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
@@ -146,19 +145,18 @@ def run_demo(
         documents = list(_validation_documents())
         arms = {}
         for arm, config in configs.items():
-            model = MetaTokenForCausalLM.from_pretrained(folder / arm / "model").eval()
+            model = open_model(folder / arm)
+            window = config.text_tokens_per_block
             arms[arm] = ArmResult(
                 model=str(folder / arm / "model"),
                 parameters=model.num_parameters(),
-                text_tokens=config.total_steps * config.training.batch_blocks * config.text_tokens_per_block,
-                text_tokens_per_second=config.training.batch_blocks
-                * config.text_tokens_per_block
-                / statistics.median(seconds[arm]),
+                text_tokens=config.total_steps * config.training.batch_blocks * window,
+                text_tokens_per_second=config.training.batch_blocks * window / statistics.median(seconds[arm]),
                 perplexity=measure_perplexity(
                     model,
                     documents,
                     dataset.tokenizer(),
-                    PerplexityOptions(window=config.text_tokens_per_block, injection=config.injection),
+                    PerplexityOptions(window=window, stride=window, injection=config.injection),
                 ).non_overlapping.perplexity,
             )
         sample = generate_text(

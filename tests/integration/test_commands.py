@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,18 +73,15 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def test_help_answers_quickly_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = """
 import sys, metatokens.cli as cli
 try: cli.main(["--help"])
 except SystemExit: pass
 print("torch" in sys.modules)
 """
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    # the promise is half a second on an idle machine; benchmarks/ has the figure
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("verb", ["demo", "prepare", "pretrain", "perplexity", "generate", "info"])
@@ -201,11 +197,54 @@ def test_info_gives_the_papers_sizes():
         assert preset != "paper/meta-rope-152m" or result["differs_from_the_paper"] == []
 
 
+def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_its_blocks(work, tmp_path):
+    of_preset = json.loads(metatokens("info", work / "run/config.yaml", "--text-vocab-size", "300", "--json").stdout)
+    assert (of_preset["block_positions"], of_preset["block_meta_tokens"]) == (64, 6)
+    for place in ("run", "run/model", "run/checkpoints/step-00000003"):
+        assert json.loads(metatokens("info", work / place, "--json").stdout) == of_preset
+    alone = json.loads(metatokens("info", shutil.copytree(work / "run/model", tmp_path / "model"), "--json").stdout)
+    assert "differs_from_the_paper" not in alone
+
+
 def test_info_of_a_checkpoint_counts_its_parameters(work):
     from safetensors.torch import load_file
 
     stored = sum(tensor.numel() for tensor in load_file(work / "run/model/model.safetensors").values())
     assert json.loads(metatokens("info", work / "run", "--json").stdout)["parameters"] == stored
+
+
+def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(work, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    prepare = ("prepare", work / "books")
+    score = ("perplexity", work / "run", work / "books")
+    train = ("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out")
+    other = shutil.copytree(work / "run", tmp_path / "other")
+    (other / "config.yaml").unlink()
+    commands = (
+        ((*prepare, "--out", work / "tokens"), 2, "a prepared dataset"),
+        ((*prepare, "--out", tmp_path / "new", "--tokenizer", tmp_path / "no-tokenizer"), 2, "no-tokenizer"),
+        ((*prepare, "--out", tmp_path / "file/new"), 2, "can be made and written"),
+        ((*score, "--window", "100"), 2, "at most 64 positions"),
+        ((*score, "--window", "20", "--stride", "30"), 2, "at most the 20 text tokens"),
+        ((*train, work / "run", "--seed", "1"), 2, "seed: expected 0 as the run began"),
+        ((*train, tmp_path / "file"), 2, "can be written"),
+        ((*train, tmp_path / "file/run"), 2, "can be written"),
+        ((*train, tmp_path / "new", "--training.batch_blocks", "80000"), 2, "at least one batch of 80000 blocks"),
+        ((*train, tmp_path / "new", "--model.hidden_act", "geluu"), 2, "did you mean 'gelu'"),
+        ((*train, other, "--seed", "1"), 4, "a checkpoint of this config"),
+    )
+
+    def everything() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
+
+    before = everything()
+    lines = [error_line(*command, "--dry-run", code=code) for command, code, _ in commands]
+    for command in ((*prepare, "--out", tmp_path / "new"), score, (*train, work / "run"), (*train, tmp_path / "new")):
+        metatokens(*command, "--dry-run")
+    assert everything() == before
+    for line, (command, code, named) in zip(lines, commands, strict=True):
+        assert named in line
+        assert error_line(*command, code=code) == line
 
 
 # Bad input ---------------------------------------------------------------------------------------------------
@@ -229,8 +268,42 @@ def test_a_ratio_that_leaves_no_text_or_none_at_all_is_refused(ratio):
     assert "ratio" in error_line("pretrain", "tiny/meta", "--injection.ratio", ratio, code=2)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("generate", flag) for flag in ("--ratio=1.5", "--ratio=nan", "--every=0", "--seed=-1", "--top-k=0")),
+        *(("generate", flag) for flag in ("--max-text-tokens=0", "--temperature=-1", "--top-p=0", f"--seed={2**63}")),
+        *(("perplexity", flag) for flag in ("--window=0", "--window=-5", "--stride=0", "--batch-size=0")),
+        *(("perplexity", flag) for flag in ("--max-tokens=0", "--seed=-1", "--ratio=1", "--max-documents=0")),
+        *(("prepare", flag) for flag in ("--max-documents=0", "--vocab-size=5", "--shard-tokens=0")),
+        *(("prepare", flag) for flag in ("--validation-fraction=1.5", "--max-documents=x")),
+        ("demo", "--text-tokens=0"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_out_of_range_is_one_line_that_names_its_flag(work, tmp_path, command):
+    verb, flag = command
+    places = {
+        "generate": (work / "run", "text", "--json"),
+        "perplexity": (work / "run", work / "books"),
+        "prepare": (work / "books", "--out", tmp_path / "out"),
+        "demo": ("--out", tmp_path / "out"),
+    }
+    line = error_line(verb, *places[verb], flag, code=2)
+    assert flag.partition("=")[0].removeprefix("--").replace("-", "") in line.replace("-", "").replace("_", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_is_built_of_its_own_numbers_only(work):
+    done = metatokens("generate", work / "run", "The", "--max-text-tokens", "9", "--schedule", "none", "--json")
+    assert json.loads(done.stdout)["meta_tokens"] == 0
+
+
 def test_a_missing_file_is_a_data_error(tmp_path):
-    assert "missing.txt" in error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", code=3)
+    for more in ((), ("--dry-run",)):
+        line = error_line("prepare", tmp_path / "missing.txt", "--out", tmp_path / "out", *more, code=3)
+        assert "missing.txt: " in line
+        assert "no such file" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -301,15 +374,32 @@ def test_a_window_longer_than_the_model_is_refused(work):
 
 
 def test_a_prompt_longer_than_the_model_is_refused(work):
-    assert "64" in error_line("generate", work / "run", "word " * 200, "--json", code=2)
+    for more in ((), ("--json",)):
+        assert "64" in error_line("generate", work / "run", "word " * 200, *more, code=2)
 
 
 def test_a_folder_that_is_no_checkpoint_is_a_checkpoint_error(tmp_path):
     error_line("generate", tmp_path, "text", code=4)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("folder", ["model", "checkpoints/step-00000003"])
+def test_a_flipped_bit_in_a_model_or_a_checkpoint_is_a_checkpoint_error_that_names_the_file(
+    work, tmp_path, folder, file
+):
+    shutil.copytree(work / "run", tmp_path / "run")
+    damaged = tmp_path / "run" / folder / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    where = tmp_path / "run" if folder == "model" else tmp_path / "run" / folder
+    for command in (("generate", where, "text", "--json"), ("perplexity", where, work / "books"), ("info", where)):
+        assert f"{folder}/{file}: expected SHA-256" in error_line(*command, code=4)
+
+
 def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_a_checkpoint_error(work, tmp_path):
     shutil.copytree(work / "run/model", tmp_path / "model")
+    (tmp_path / "model/manifest.json").unlink()
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 32}))
     error_line("generate", tmp_path / "model", "text", "--json", code=4)
@@ -317,6 +407,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_its_config_is_a_checkpoint_error(
 
 def test_a_damaged_weights_file_is_a_checkpoint_error(work, tmp_path):
     shutil.copytree(work / "run/model", tmp_path / "model")
+    (tmp_path / "model/manifest.json").unlink()
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     error_line("generate", tmp_path / "model", "text", "--json", code=4)
@@ -336,7 +427,7 @@ def test_debug_raises_the_error_with_its_traceback():
 
 @pytest.mark.slow
 def test_the_demonstration_runs_at_a_small_size_and_again(tmp_path):
-    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "15000")
+    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "15000", "--recall-steps", "3")
     shown = metatokens(*command)
     assert "from_pretrained(" in shown.stdout
     result = json.loads(metatokens(*command, "--json").stdout)

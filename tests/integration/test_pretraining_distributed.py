@@ -14,6 +14,7 @@ from training_runs import losses, numbers, run, small_config, start, wait, wait_
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
 from metatokens.training.pretraining import pretrain
+from metatokens.training.run_folder import RunFolder
 
 STEPS = 16
 Config = Callable[..., PretrainConfig]
@@ -103,6 +104,28 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_by_each
     assert run(config(), tmp_path / "run", world_size=5) == [2] * 5
     assert "training.batch_blocks" in (tmp_path / "run.error").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_main_process_alone_ends_every_process_with_it(config: Config, alone: Path, tmp_path: Path):
+    changed = config("--training.micro_batch_blocks", "6", "--optimizer.learning_rate", "1e-3")
+    assert run(changed, shutil.copytree(alone, tmp_path / "run"), world_size=2) == [2, 2]
+    assert "optimizer.learning_rate: expected 0.002" in (tmp_path / "run.error").read_text()
+    with RunFolder(tmp_path / "held").locked():
+        assert run(config("--training.micro_batch_blocks", "6"), tmp_path / "held", world_size=2) == [2, 2]
+    assert "locked by process" in (tmp_path / "held.error").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_under_torchrun_is_one_line(config: Config, alone: Path, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(to_yaml(config("--optimizer.learning_rate", "1e-3")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "metatokens.cli", "pretrain", str(tmp_path / "config.yaml"), "--training.micro_batch_blocks", "6"]
+    out = shutil.copytree(alone, tmp_path / "run")
+    finished = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300, check=False)
+    assert finished.stderr.count("metatokens: ") == 1
+    assert "optimizer.learning_rate: expected 0.002" in finished.stderr
+    assert "gloo" not in finished.stderr.lower()
+    assert "exitcode  : 2 " in finished.stderr
 
 
 def test_a_stop_signal_to_one_process_stops_all_after_a_save(config: Config, tmp_path: Path):

@@ -1,8 +1,10 @@
 """What a run can be told changes how it computes, not what; and it learns."""
 
+import contextlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,15 @@ from training_runs import numbers, small_config, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metatokens.config.schema import PretrainConfig
+from metatokens.data.loader import TokenBlocks
+from metatokens.data.prepare import prepare
 from metatokens.data.shards import TokenDataset
+from metatokens.data.sources import SourceOptions
 from metatokens.errors import NumericError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
-from metatokens.training.pretraining import plan, pretrain
+from metatokens.training.distributed import Processes
+from metatokens.training.initialization import build_model
+from metatokens.training.pretraining import Validation, plan, pretrain, vocabulary
 
 Config = Callable[..., PretrainConfig]
 STEPS = 8
@@ -57,6 +64,42 @@ def test_accumulated_micro_batches_train_as_one_batch(
     changed = config("--training.micro_batch_blocks", str(micro_batch_blocks))
     pretrain(changed, tmp_path / "run", show_progress=False)
     assert numbers(tmp_path / "run") == pytest.approx(numbers(reference), rel=1e-5)
+
+
+class OneOfSeveral(Processes):
+    """A process that keeps what it would add up with the others."""
+
+    def sum(self, *values: float) -> list[float]:
+        sums.append(values)
+        return list(values)
+
+
+sums: list[tuple[float, ...]] = []
+
+
+@pytest.mark.parametrize(("asked", "evaluated"), [("10", 10), ("1", 1), ("100000", None)])
+def test_an_evaluation_is_of_the_blocks_asked_for_whatever_the_micro_batch_and_the_processes(
+    config: Config, tokens: Path, asked: str, evaluated: int | None
+):
+    found = {}
+    with TokenDataset.open(tokens) as dataset, torch.no_grad():
+        model = build_model(config().model, **vocabulary(dataset), seed=0).eval()
+        if evaluated is None:
+            evaluated = len(TokenBlocks(dataset, "validation", 58))
+            assert evaluated > 12
+        for rows, world_size in ((1, 1), (3, 1), (4, 1), (8, 1), (24, 1), (4, 2), (3, 3), (1, 5)):
+            changed = config(
+                *["--training.batch_blocks", "24", "--training.micro_batch_blocks", str(rows)],
+                *["--evaluation.blocks", asked],
+            )
+            sums.clear()
+            for rank in range(world_size):
+                process = OneOfSeveral(rank, world_size, torch.device("cpu"))
+                with contextlib.suppress(ZeroDivisionError):  # a process without a block, alone
+                    Validation(changed, dataset, process, model).measure()
+            found[rows, world_size] = [sum(column) for column in zip(*sums, strict=True)]
+    assert {count for _, count in found.values()} == {58 * evaluated}
+    assert [loss for loss, _ in found.values()] == pytest.approx([found[1, 1][0]] * len(found), rel=1e-5)
 
 
 def test_gradient_checkpointing_gives_equal_losses(config: Config, reference: Path, tmp_path: Path):
@@ -113,11 +156,10 @@ def test_a_finished_run_loads_as_a_hugging_face_model_with_its_tokenizer(referen
     ]
 
 
-def test_tokens_are_counted_apart(config: Config, reference: Path, tokens: Path):
+def test_tokens_are_counted_apart(config: Config, reference: Path, tmp_path: Path):
     result = pretrain(config("--training.micro_batch_blocks", "12"), reference, show_progress=False)
     assert (result.text_tokens, result.meta_tokens) == (STEPS * 12 * 58, STEPS * 12 * 6)
-    with TokenDataset.open(tokens) as dataset:
-        planned = plan(config(), dataset)
+    planned = plan(config(), tmp_path / "none")
     assert (planned["text_tokens"], planned["steps"]) == (result.text_tokens, STEPS)
     assert planned["parameters"] == result.num_parameters
 
@@ -153,7 +195,40 @@ def test_without_a_data_path_the_remedy_is_named(config: Config, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_corpus_shorter_than_a_batch_is_refused(config: Config, tmp_path: Path):
-    changed = config("--training.batch_blocks", "4000")
-    with pytest.raises(UsageError, match="at least one batch of 4000 blocks"):
-        pretrain(changed, tmp_path / "run", show_progress=False)
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        (("--training.batch_blocks", "4000"), "at least one batch of 4000 blocks"),
+        (("--data.block_size", "200000", "--model.max_position_embeddings", "200000"), "one block of 180000"),
+        (("--model.hidden_act", "geluu"), "did you mean 'gelu'"),
+        (("--logging.trackers", "[wandb]"), "the package wandb"),
+    ],
+    ids=["batch", "block", "activation", "tracker"],
+)
+def test_a_refused_start_does_not_stand_in_the_way_of_the_corrected_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: tuple[str, ...], named: str
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UsageError, match=named):
+        pretrain(config(*mistake), tmp_path / "run", show_progress=False)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "checkpoints"}
+    pretrain(config("--training.duration.steps", "1"), tmp_path / "run", show_progress=False)
+
+
+def test_tokens_without_a_validation_split_are_refused_with_a_remedy_that_works(
+    config: Config, tokens: Path, tmp_path: Path
+):
+    prepare(
+        str(tokens.parent / "text"),
+        tmp_path / "tokens",
+        tokenizer=str(tokens),
+        vocab_size=0,
+        validation_fraction=0,
+        shard_tokens=5_000,
+        options=SourceOptions(),
+    )
+    changes = ["--data.path", str(tmp_path / "tokens"), "--training.duration.steps", "1"]
+    with pytest.raises(UsageError, match=r"pass --evaluation\.interval_steps null"):
+        pretrain(config(*changes), tmp_path / "run", show_progress=False)
+    changes += ["--evaluation.interval_steps", "null"]
+    assert pretrain(config(*changes), tmp_path / "run", show_progress=False).validation == {}

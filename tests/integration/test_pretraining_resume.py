@@ -1,5 +1,7 @@
 """A run that is killed, stopped or damaged ends with the bits of one that was left alone."""
 
+import contextlib
+import hashlib
 import json
 import os
 import random
@@ -18,6 +20,7 @@ from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
 from metatokens.training.pretraining import pretrain
+from metatokens.training.run_folder import run_sha256
 
 Config = Callable[..., PretrainConfig]
 
@@ -162,6 +165,34 @@ def test_a_resume_with_a_changed_key_is_refused(config: Config, uninterrupted: P
         pretrain(config("--optimizer.learning_rate", "1e-3"), uninterrupted, show_progress=False)
 
 
+def test_a_checkpoint_of_another_config_in_a_new_run_folder_is_refused(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000004")
+    with pytest.raises(CheckpointError, match="step-00000004: expected a checkpoint of this config") as caught:
+        pretrain(config("--optimizer.learning_rate", "1e-3"), out, show_progress=False)
+    assert caught.value.exit_code == 4
+    pretrain(config("--training.micro_batch_blocks", "4", "--evaluation.blocks", "6"), out, show_progress=False)
+    assert weights(out) == weights(uninterrupted)
+
+
+def test_a_checkpoint_from_before_runs_had_an_identity_goes_on(config: Config, uninterrupted: Path, tmp_path: Path):
+    out = cut_off_after(uninterrupted, 4, tmp_path / "run")
+    checkpoint = out / "checkpoints" / "step-00000004"
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("state.json", "manifest.json"))
+    del state["run_sha256"]
+    content = json.dumps(state).encode()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "state.json").write_bytes(content)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    pretrain(config(), out, show_progress=False)
+    assert_identical(out, uninterrupted)
+    last = find_checkpoint(out / "checkpoints")
+    assert last is not None
+    assert read_state(last).run_sha256 == run_sha256(config())
+
+
 def test_a_resume_with_other_tokens_is_refused(config: Config, uninterrupted: Path, other_tokens: Path):
     with pytest.raises(DataError) as caught:
         pretrain(config("--data.path", str(other_tokens)), uninterrupted, show_progress=False)
@@ -196,4 +227,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_without_room_for_two_checkpoints_is_refused_before_training(config: Config, small_disk: Path):
     with pytest.raises(ResourceError, match="for two checkpoints"):
         pretrain(config(), small_disk / "run", show_progress=False)
-    assert not (small_disk / "run" / "metrics.jsonl").exists()
+    assert {path.name for path in (small_disk / "run").iterdir()} == {"lock", "checkpoints"}
+
+
+def test_a_disk_that_is_full_to_the_last_byte_is_refused_as_such(config: Config, small_disk: Path):
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(ResourceError) as caught:
+        pretrain(config(), small_disk / "run", show_progress=False)
+    assert caught.value.exit_code == 6

@@ -322,7 +322,7 @@ class EvaluationConfig(Frozen):
     interval_steps: int | None = Field(1_000, ge=1)
     """Optimizer steps between evaluations; off means never."""
     blocks: int = Field(200, ge=1)
-    """Validation blocks of one evaluation."""
+    """Validation blocks of one evaluation, the first ones of the split; all of them where there are fewer."""
 
 
 class CheckpointConfig(Frozen):

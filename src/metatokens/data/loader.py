@@ -96,7 +96,8 @@ class TokenBlocks:
                 f"{dataset.path}, split {split}",
                 expected=f"at least {text_tokens + 1} tokens, one block of {text_tokens} and its last target",
                 found=f"{num_tokens} tokens in {len(dataset.manifest.shards)} shards of both splits",
-                remedy="prepare more text, or lower data.block_size",
+                remedy="prepare more text, or lower data.block_size"
+                + (", or pass --evaluation.interval_steps null" if split == "validation" else ""),
             )
 
     def __len__(self) -> int:
@@ -193,16 +194,13 @@ class BatchLoader(Batches):
         meta_token_id: The id to put in.
         loss_policy: Which position pays for which text token.
         ends_clause: (V,) bool, needed by the policy punctuation.
-        shuffle: False gives the blocks in order and epoch 0 for ever, so that every evaluation sees the same
-            blocks with the same layouts.
 
     Raises:
-        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or a
-            shuffled batch holds more blocks than there are.
+        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or a batch
+            holds more blocks than there are.
     """
 
-    # every argument is one fact about a batch, and none follows from the others
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         blocks: TokenBlocks,
         *,
@@ -215,18 +213,19 @@ class BatchLoader(Batches):
         meta_token_id: int,
         loss_policy: LossPolicy,
         ends_clause: BoolArray | None = None,
-        shuffle: bool = True,
     ) -> None:
         self.blocks = blocks
         self._injection, self._block_size, self._batch_blocks = injection, block_size, batch_blocks
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._meta_token_id, self._loss_policy, self._ends_clause = meta_token_id, loss_policy, ends_clause
-        self._shuffle = shuffle
         self._check()
 
     def batch_at(self, step: int) -> InjectedBatch:
         """Return this rank's rows of global batch `step`; a pure function, in any order, of any step."""
-        sample_ids, epochs = self.samples_at(step)
+        return self.make_batch(*self.samples_at(step))
+
+    def make_batch(self, sample_ids: IntArray, epochs: IntArray | int) -> InjectedBatch:
+        """Return the given blocks (B,) with the layouts that they have in the given epochs."""
         text = self.blocks.read(sample_ids)
         meta_positions = sample_meta_positions(
             self._injection,
@@ -246,8 +245,6 @@ class BatchLoader(Batches):
         num_rows = self._batch_blocks // self._world_size
         first = step * self._batch_blocks + self._rank * num_rows
         epochs, positions = np.divmod(np.arange(first, first + num_rows), len(self.blocks))
-        if not self._shuffle:
-            return positions, np.zeros_like(epochs)
         return permute(positions, len(self.blocks), hash_key(self._seed, epochs, _FOR_ORDER)), epochs
 
     def _check(self) -> None:
@@ -267,7 +264,7 @@ class BatchLoader(Batches):
                 found=f"blocks of {self.blocks.text_tokens}",
                 remedy="cut the blocks for this injection",
             )
-        if self._shuffle and len(self.blocks) < self._batch_blocks:
+        if len(self.blocks) < self._batch_blocks:
             raise UsageError(
                 f"{self.blocks.dataset.path}, split {self.blocks.split}",
                 expected=f"at least one batch of {self._batch_blocks} blocks of {self.blocks.text_tokens} tokens",

@@ -2,7 +2,8 @@
 
 Documents go to a split by the SHA-256 of their text, so that a text and its copies are never on both sides. All
 is written into a hidden sibling folder that is renamed at the end: under its final name a dataset is complete or
-absent. Equal input, options and tool versions give equal bytes, whatever the number of cores.
+absent. An error removes the hidden folder; a run that is killed leaves it, and the same command takes its finished
+shards over. Equal input, options and tool versions give equal bytes, whatever the number of cores and of kills.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -21,20 +23,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from metatokens.data.shard_writer import ShardWriter, remove_markers, write_durably
 from metatokens.data.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     Manifest,
-    ShardWriter,
+    ShardEntry,
     SourceFile,
     Split,
     TokenDtype,
     compute_content_id,
-    write_durably,
 )
 from metatokens.data.sources import Document, SourceCounts, SourceOptions, file_sha256, iterate_documents, source_files
 from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer, train_tokenizer
-from metatokens.errors import DataError, MetaTokensError, ResourceError, UsageError
+from metatokens.errors import FULL_DISK, DataError, MetaTokensError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +48,6 @@ TOKENIZER_SAMPLE_BYTES = 64 << 20  # a byte-level BPE gains little from more, an
 
 _BATCH_BYTES = 4 << 20  # text handed to the encoder at once: enough documents for every core
 _TOOLS = ("metatokens", "numpy", "tokenizers", "tiktoken")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def prepare(
@@ -80,14 +81,15 @@ def prepare(
         DataError: Bad input, or a split that gets no document.
         ResourceError: The disk is full; nothing stays behind.
     """
-    _check_arguments(validation_fraction, shard_tokens)
+    given = check(source, out, tokenizer=tokenizer, validation_fraction=validation_fraction, shard_tokens=shard_tokens)
     try:
-        _check_free(out)
         with _exclusive(out) as folder:
-            text_tokenizer = _tokenizer(source, tokenizer, vocab_size, validation_fraction, options)
+            text_tokenizer = given or _train(source, vocab_size, validation_fraction, options)
             manifest = _write(
                 folder, source, text_tokenizer, validation_fraction, shard_tokens, options, dtype, progress
             )
+            remove_markers(folder)
+            _flush_folder(folder)
             os.replace(folder, out)
             _flush_folder(out.parent)
     except OSError as error:
@@ -95,9 +97,31 @@ def prepare(
     return manifest
 
 
+def check(
+    source: str, out: Path, *, tokenizer: str | None, validation_fraction: float, shard_tokens: int
+) -> Tokenizer | None:
+    """Raise what `prepare` would before it reads the text, and write nothing; returns the tokenizer if one is named.
+
+    Raises:
+        UsageError, DataError: see `prepare`.
+    """
+    _check_arguments(validation_fraction, shard_tokens)
+    _check_free(out)
+    existing = next(path for path in out.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise _disk_error(out, OSError(number, os.strerror(number)))
+    source_files(source)
+    return None if tokenizer is None else load_text_tokenizer(tokenizer)
+
+
 def split_of(text: str, validation_fraction: float) -> Split:
     """Return the split of a document, a function of its text alone (see `SPLIT_RULE`)."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return _split_of(hashlib.sha256(text.encode()).digest(), validation_fraction)
+
+
+def _split_of(text_sha256: bytes, validation_fraction: float) -> Split:
+    draw = int.from_bytes(text_sha256[:8], "big")
     return "validation" if draw < int(validation_fraction * 2**64) else "train"
 
 
@@ -121,12 +145,7 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _tokenizer(
-    source: str, tokenizer: str | None, vocab_size: int, validation_fraction: float, options: SourceOptions
-) -> Tokenizer:
-    if tokenizer is not None:
-        return load_text_tokenizer(tokenizer)
-
+def _train(source: str, vocab_size: int, validation_fraction: float, options: SourceOptions) -> Tokenizer:
     def sample() -> Iterator[str]:
         num_bytes = 0
         for document in iterate_documents(source, options):
@@ -149,9 +168,14 @@ def _write(
     dtype: TokenDtype | None,
     progress: Callable[[int, int], None] | None,
 ) -> Manifest:
+    for name in (TOKENIZER_NAME, MANIFEST_NAME):
+        (folder / name).unlink(missing_ok=True)  # of a run that was killed at its very end
     encoder = TextEncoder(tokenizer)
     dtype = _dtype(encoder.vocab_size, dtype)
     counts = SourceCounts()
+    recorded_options = asdict(options) | {"shard_tokens": shard_tokens}
+    tools = {"python": platform.python_version()} | {name: _version(name) for name in _TOOLS}
+    plan = json.dumps([source, dtype, encoder.sha256, validation_fraction, recorded_options, tools])
     writers: dict[Split, ShardWriter] = {
         split: ShardWriter(
             folder,
@@ -160,22 +184,11 @@ def _write(
             shard_tokens=shard_tokens,
             vocab_size=encoder.vocab_size,
             eos_token_id=encoder.eos_token_id,
+            plan=plan,
         )
         for split in ("train", "validation")
     }
-    try:
-        num_bytes = num_tokens = 0
-        for batch in _batches(iterate_documents(source, options, counts)):
-            texts = [document.text for document in batch]
-            for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
-                num_tokens += writers[split_of(text, validation_fraction)].add(ids)
-                num_bytes += len(text.encode())
-            if progress is not None:
-                progress(num_bytes, num_tokens)
-        shards = tuple(entry for writer in writers.values() for entry in writer.close())
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+    shards = _encode(iterate_documents(source, options, counts), encoder, writers, validation_fraction, progress)
     _require_documents(source, {shard.split for shard in shards}, validation_fraction, counts)
     write_durably(folder / TOKENIZER_NAME, tokenizer.to_str().encode())
     root = Path(source) if Path(source).is_dir() else Path(source).parent
@@ -195,14 +208,42 @@ def _write(
             SourceFile(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
             for path in files
         ),
-        options=asdict(options) | {"shard_tokens": shard_tokens},
-        tools={"python": platform.python_version()} | {name: _version(name) for name in _TOOLS},
+        options=recorded_options,
+        tools=tools,
         shards=shards,
         content_id=compute_content_id(dtype, encoder.sha256, encoder.vocab_size, encoder.eos_token_id, shards),
     )
     write_durably(folder / MANIFEST_NAME, manifest.to_json().encode())
-    _flush_folder(folder)
     return manifest
+
+
+def _encode(
+    documents: Iterator[Document],
+    encoder: TextEncoder,
+    writers: dict[Split, ShardWriter],
+    validation_fraction: float,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[ShardEntry, ...]:
+    """Encode what no shard holds yet, and return the entries of all shards."""
+    num_bytes = 0
+    try:
+        for batch in _batches(documents):
+            new = []
+            for text, _ in batch:
+                content = text.encode()
+                num_bytes += len(content)
+                digest = hashlib.sha256(content).digest()
+                writer = writers[_split_of(digest, validation_fraction)]
+                if not writer.passes(digest):
+                    new.append((text, digest, writer))
+            for (_, digest, writer), ids in zip(new, encoder.encode_batch([text for text, *_ in new]), strict=True):
+                writer.add(ids, digest)
+            if progress is not None:
+                progress(num_bytes, sum(writer.num_tokens for writer in writers.values()))
+        return tuple(entry for writer in writers.values() for entry in writer.close())
+    finally:
+        for writer in writers.values():
+            writer.abandon()
 
 
 def _dtype(vocab_size: int, dtype: TokenDtype | None) -> TokenDtype:
@@ -252,7 +293,7 @@ def _version(package: str) -> str:
 
 @contextmanager
 def _exclusive(out: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder beside `out`, removed on failure, and keep other processes from `out`."""
+    """Yield a hidden folder beside `out`, removed on an error, and keep other processes from `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock_path = out.parent / f".{out.name}.lock"
     lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -273,14 +314,13 @@ def _exclusive(out: Path) -> Iterator[Path]:
         try:
             _check_free(out)  # again, now that no other process can make it
             # the lock dies with its process, so a folder that is still there belongs to one that was killed
-            for stale in out.parent.glob(f".{out.name}.tmp-*"):
-                shutil.rmtree(stale)
-            folder = out.parent / f".{out.name}.tmp-{os.getpid()}"
-            folder.mkdir()
+            folder = out.parent / f".{out.name}.partial"
+            folder.mkdir(exist_ok=True)
             try:
                 yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)  # gone already if it was renamed
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         finally:
             lock_path.unlink(missing_ok=True)
     finally:
@@ -296,7 +336,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _disk_error(out: Path, error: OSError) -> MetaTokensError:
-    if error.errno in _NO_SPACE:
+    if error.errno in FULL_DISK:
         free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
         return ResourceError(
             str(out),

@@ -1,4 +1,4 @@
-"""Tokens on disk: the format `tokens`, version 1, its writer and its verified reader.
+"""Tokens on disk: the format `tokens`, version 1, and its verified reader (`shard_writer` writes it).
 
     NAME/
       manifest.json          written last: the folder is a dataset only if it is there
@@ -22,7 +22,6 @@ import os
 import stat
 import weakref
 from bisect import bisect_right
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeAlias
@@ -157,113 +156,6 @@ def compute_content_id(
         "shards": [[s.split, s.name, s.num_tokens, s.sha256, s.index_sha256] for s in shards],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-class ShardWriter:
-    """Writes the shards of one split into a folder; a document is never cut by the limit of a shard.
-
-    Args:
-        folder: Where the files go; existing ones are refused.
-        split: Part of the file names and the entries.
-        dtype: Type of the ids on disk.
-        shard_tokens: A shard that has reached this many tokens is closed; the last document may exceed it.
-        vocab_size: Bound of the ids.
-        eos_token_id: Written after every document.
-    """
-
-    def __init__(
-        self, folder: Path, split: Split, *, dtype: TokenDtype, shard_tokens: int, vocab_size: int, eos_token_id: int
-    ) -> None:
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._shard_tokens, self._vocab_size, self._eos_token_id = shard_tokens, vocab_size, eos_token_id
-        self._entries: list[ShardEntry] = []
-        self._first_document = 0
-        self._open: _OpenShard | None = None
-
-    def add(self, ids: TokenArray) -> int:
-        """Append one document (length,) and its eos; return the number of tokens written.
-
-        Raises:
-            DataError: An id outside of the vocabulary or the type, or an eos inside of the document. Nothing
-                wraps around in silence.
-        """
-        largest = int(ids.max(initial=0))
-        bound = min(self._vocab_size, int(np.iinfo(self._dtype).max) + 1)
-        if largest >= bound or (ids == self._eos_token_id).any():
-            raise DataError(
-                "a document's token ids",
-                expected=f"ids below {bound} and no end of text ({self._eos_token_id})",
-                found=f"largest id {largest}, {int((ids == self._eos_token_id).sum())} ends of text",
-                remedy="encode with metatokens.data.tokenizer.TextEncoder",
-            )
-        if self._open is None:
-            self._open = _OpenShard(self._folder / f"{self._split}-{len(self._entries):05d}.ds", self._dtype)
-        self._open.append(np.append(ids, self._eos_token_id))
-        if self._open.num_tokens >= self._shard_tokens:
-            self._close_shard(self._open)
-        return len(ids) + 1
-
-    def close(self) -> list[ShardEntry]:
-        """Finish the last shard, flush all to the disk and return the entries for the manifest."""
-        if self._open is not None:
-            self._close_shard(self._open)
-        return self._entries
-
-    def abandon(self) -> None:
-        """Close the open file without finishing the shard."""
-        if self._open is not None:
-            self._open.abandon()
-            self._open = None
-
-    def _close_shard(self, shard: _OpenShard) -> None:
-        self._entries.append(shard.finish(self._split, self._first_document))
-        self._first_document += self._entries[-1].num_documents
-        self._open = None
-
-
-class _OpenShard:
-    """A shard that is being written; hashed on the way."""
-
-    def __init__(self, path: Path, dtype: TokenDtype) -> None:
-        self._path = path
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._file = path.open("xb")
-        self._sha256 = hashlib.sha256()
-        self._ends: list[int] = []
-        self._min_id, self._max_id = 2**32, 0
-        self.num_tokens = 0
-
-    def append(self, ids: TokenArray) -> None:
-        content = ids.astype(self._dtype).tobytes()
-        self._file.write(content)
-        self._sha256.update(content)
-        self._min_id, self._max_id = min(self._min_id, int(ids.min())), max(self._max_id, int(ids.max()))
-        self.num_tokens += len(ids)
-        self._ends.append(self.num_tokens)
-
-    def finish(self, split: Split, first_document: int) -> ShardEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        index = np.array(self._ends, dtype="<u8").tobytes()
-        write_durably(self._path.with_name(self._path.name + INDEX_SUFFIX), index)
-        return ShardEntry(
-            name=self._path.name,
-            split=split,
-            bytes=self.num_tokens * self._dtype.itemsize,
-            sha256=self._sha256.hexdigest(),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-            num_tokens=self.num_tokens,
-            num_documents=len(self._ends),
-            first_document=first_document,
-            min_id=self._min_id,
-            max_id=self._max_id,
-        )
-
-    def abandon(self) -> None:
-        # what is still buffered is not wanted, and on a full disk cannot be written
-        with suppress(OSError):
-            self._file.close()
 
 
 class TokenDataset:
@@ -403,14 +295,6 @@ class TokenDataset:
         if found != self.manifest.tokenizer_sha256:
             raise _broken(path, f"SHA-256 {self.manifest.tokenizer_sha256[:12]}...", f"{found[:12]}...")
         return content
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Create a file with this content and flush it to the disk; an existing one is refused."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_manifest(folder: Path) -> Manifest:

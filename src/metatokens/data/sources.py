@@ -71,7 +71,14 @@ class SourceOptions:
     max_document_bytes: int = 64 << 20
     """Longest document, in bytes of its file or row after decompression."""
     max_documents: int | None = None
-    """Documents to read; off means all."""
+    """Documents to read, at least 1; off means all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of documents that cannot be read."""
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UsageError(
+                "max_documents", expected="at least 1", found=str(self.max_documents), remedy="leave it out for all"
+            )
 
 
 @dataclass
@@ -141,7 +148,9 @@ def source_files(source: str) -> list[Path]:
         if not path.name.endswith(_SUFFIXES):
             raise _unsupported(source, f"suffix {path.suffix!r}")
         return [path]
-    if source == PYTHON_DOCS or _DATASET_ID.fullmatch(source):
+    # a dataset id has the form of a path; what can only be meant as a path is not looked for on the network
+    is_dataset = _DATASET_ID.fullmatch(source) and not source.endswith(_SUFFIXES) and not path.parent.is_dir()
+    if source == PYTHON_DOCS or is_dataset:
         return []
     raise _unsupported(source, "no such file or folder")
 

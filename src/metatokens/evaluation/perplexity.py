@@ -75,8 +75,9 @@ class PerplexityOptions(Frozen):
     window_unit: WindowUnit = "text"
     """text: L text tokens and the meta-tokens on top; positions: L positions, meta-tokens among them."""
     stride: int | None = Field(None, ge=1)
-    """S: text tokens that the sliding windows move by; by default 256, or a window's text tokens where they are
-    fewer. With S = a window's text tokens, sliding and non-overlapping windows are the same, and scored once."""
+    """S: text tokens that the sliding windows move by; by default 256, or half a window's text tokens where that is
+    less, so that they overlap. With S = all of them, sliding and non-overlapping windows are the same, and scored
+    once."""
     injection: Injection = NoInjection()
     """Meta-tokens of a window."""
     interventions: tuple[Intervention, ...] = ()
@@ -316,7 +317,7 @@ class TokenScorer:
                 found=f"{self.positions_per_window}",
                 remedy="take a shorter window or extend the model",
             )
-        self.stride = options.stride or min(DEFAULT_STRIDE, self.text_tokens_per_window)
+        self.stride = options.stride or max(1, min(DEFAULT_STRIDE, self.text_tokens_per_window // 2))
         if self.stride > self.text_tokens_per_window:
             raise UsageError(
                 "stride",

@@ -99,6 +99,14 @@ class MetaTokenConfig(PreTrainedConfig):
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
 
+    def check_length(self, num_positions: int) -> None:
+        """Raise ValueError for a sequence longer than the model."""
+        if num_positions > self.max_sequence_length:
+            raise ValueError(
+                f"sequence of {num_positions} positions is longer than the model's {self.max_sequence_length} "
+                "(max_position_embeddings); shorten it or extend the model with an explicit RoPE scaling"
+            )
+
     def has_meta_attention(self, layer_index: int) -> bool:
         """Tell whether block `layer_index` has a meta-attention."""
         if isinstance(self.meta_attention_layers, str):

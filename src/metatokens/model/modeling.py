@@ -258,12 +258,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
     ) -> Tensor:
         """Return the positions (B or 1, T), after checking that the sequence fits the model."""
         num_tokens = hidden.shape[1]
-        limit = self.config.max_sequence_length
-        if isinstance(seen, int) and seen + num_tokens > limit:
-            raise ValueError(
-                f"sequence of {seen + num_tokens} positions is longer than the model's {limit} "
-                "(max_position_embeddings); shorten it or extend the model with an explicit RoPE scaling"
-            )
+        if isinstance(seen, int):  # a static cache counts on the device; `prepare_inputs_for_generation` checks then
+            self.config.check_length(seen + num_tokens)
         if position_ids is not None:
             return position_ids
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -340,9 +336,20 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if config.meta_token_id is not None:
-            # no loss is paid for predicting it, so its logit means nothing; what lies above it is padding
-            self.generation_config.suppress_tokens = list(range(config.meta_token_id, config.vocab_size))
+        # saved with the model, for what generates without this class
+        self.generation_config.suppress_tokens = self._ids_never_sampled() or None
+
+    def _ids_never_sampled(self) -> list[int]:
+        # no loss is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
+        first = self.config.meta_token_id
+        return [] if first is None else list(range(first, self.config.vocab_size))
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Add the ids that are never sampled to the caller's own `suppress_tokens`."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = {*(generation_config.suppress_tokens or ()), *self._ids_never_sampled()}
+        generation_config.suppress_tokens = sorted(suppressed) or None
+        return generation_config, model_kwargs
 
     def prepare_inputs_for_generation(
         self,
@@ -351,7 +358,15 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
         meta_token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Cut `meta_token_mask`, which describes the prompt, to each step's tokens; later ones show by their id."""
+        """Check the length, and cut `meta_token_mask`, which describes the prompt, to each step's tokens.
+
+        Later meta-tokens show by their id.
+
+        Raises:
+            ValueError: for a sequence longer than the model, whatever the cache.
+        """
+        sequence = args[0] if args else kwargs["input_ids"]
+        self.config.check_length(sequence.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1]))
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if meta_token_mask is None:
             return inputs

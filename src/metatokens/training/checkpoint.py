@@ -30,6 +30,7 @@ from metatokens.model.export import save_model
 MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+CONFIG = "config.json"
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -54,6 +55,8 @@ class TrainingState:
     """Meta-tokens of the steps done."""
     training_flops: float = 0.0
     """Floating-point operations of the steps done."""
+    run_sha256: str | None = None
+    """Identity of the run (see `run_folder.run_sha256`); None in a checkpoint from before it was kept."""
 
 
 def save_checkpoint(
@@ -86,8 +89,7 @@ def save_checkpoint(
         save_model(model, temporary, tokenizer)
         save_file(_optimizer_tensors(model, optimizer), temporary / MOMENTS)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+        write_manifest(temporary)
     # a damaged checkpoint of a later step does not count, or the new one would be removed as old
     for old in [path for path in _step_folders(folder) if path.name <= final.name][keep:]:
         shutil.rmtree(old)
@@ -114,13 +116,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         # safetensors and tokenizers raise types of their own for a full disk
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
-        disk = next(folder for folder in final.absolute().parents if folder.exists())
-        raise ResourceError(
-            str(final),
-            expected="room to write it",
-            found=f"{error}, {shutil.disk_usage(disk).free} bytes free",
-            remedy="free some space and start again",
-        ) from None
+        raise ResourceError.no_room(final, error) from None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -151,14 +147,34 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def write_manifest(folder: Path) -> None:
+    """Write size and SHA-256 of every file of a folder beside them."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+
+
 def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file of a checkpoint with its manifest.
 
     Raises:
         CheckpointError: naming the file.
     """
+    _verify(path, needed={WEIGHTS, MOMENTS, STATE}, remedy="use another checkpoint")
+
+
+def verify_model(path: Path) -> None:
+    """Compare every file of a model's folder with its manifest, if it has one, as what a run leaves has.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if (path / MANIFEST).exists():
+        remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
+        _verify(path, needed={CONFIG}, remedy=remedy)
+
+
+def _verify(path: Path, *, needed: set[str], remedy: str) -> None:
     manifest_path = path / MANIFEST
-    remedy = "use another checkpoint"
     try:
         if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError("too large")
@@ -168,7 +184,7 @@ def verify_checkpoint(path: Path) -> None:
             raise ValueError(f"the format {manifest['format']!r}")
         if wrong := [name for name in expected if not FILE_NAME.fullmatch(name)]:
             raise ValueError(f"the file name {wrong[0]!r}")
-        if missing := {WEIGHTS, MOMENTS, STATE} - expected.keys():
+        if missing := needed - expected.keys():
             raise ValueError(f"no entry {min(missing)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         found = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
@@ -258,8 +274,8 @@ def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optim
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
-    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
+    """Return the checkpoint folders, newest first; none where there is no folder yet."""
+    return sorted((path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
 
 def _describe(path: Path) -> dict[str, int | str]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from metatokens.config.schema import StepConfig
-from metatokens.errors import UsageError
+from metatokens.errors import MetaTokensError, UsageError
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,28 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
-    def wait(self) -> None:
-        """Wait for all processes."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let every process do its part and wait for all; where a part fails, all end with the first one's error.
+
+        Nothing inside may wait for another process.
+        """
+        own: MetaTokensError | None = None
+        try:
+            yield
+        except MetaTokensError as error:
+            own = error
+        outcomes: list[Any] = [own and (type(own), str(own))]
         if self.world_size > 1:
-            dist.barrier()
+            outcomes *= self.world_size
+            dist.all_gather_object(outcomes, outcomes[self.rank])
+        first = next((rank for rank, outcome in enumerate(outcomes) if outcome), None)
+        if first is None:
+            return
+        if own is not None and first == self.rank:
+            raise own
+        kind, line = outcomes[first]
+        raise kind.repeat(line)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model as one of its copies whose gradients are averaged over the processes."""
@@ -56,13 +75,6 @@ def join_processes(config: StepConfig) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if config.batch_blocks % (world_size * min(config.micro_batch_blocks, config.batch_blocks // world_size or 1)):
-        raise UsageError(
-            "training.batch_blocks",
-            expected=f"a multiple of {world_size} processes x training.micro_batch_blocks {config.micro_batch_blocks}",
-            found=str(config.batch_blocks),
-            remedy="change one of the three",
-        )
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         # cuBLAS reads this when it starts
@@ -75,12 +87,26 @@ def join_processes(config: StepConfig) -> Iterator[Processes]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.distributed_timeout_seconds),
         )
+    processes = Processes(rank=rank, world_size=world_size, device=device)
     try:
-        yield Processes(rank=rank, world_size=world_size, device=device)
+        with processes.together():
+            _check_batch(config, world_size)
+        yield processes
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _check_batch(config: StepConfig, world_size: int) -> None:
+    rows = min(config.micro_batch_blocks, config.batch_blocks // world_size or 1)
+    if config.batch_blocks % (world_size * rows):
+        raise UsageError(
+            "training.batch_blocks",
+            expected=f"a multiple of {world_size} processes x training.micro_batch_blocks {config.micro_batch_blocks}",
+            found=str(config.batch_blocks),
+            remedy="change one of the three",
+        )
 
 
 def is_main_process() -> bool:

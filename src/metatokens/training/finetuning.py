@@ -19,7 +19,7 @@ from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, outline_model
 from metatokens.training.loading import model_folder, open_model, open_tokenizer
-from metatokens.training.loop import Job, TrainingResult, count_batch_flops, train
+from metatokens.training.loop import Job, TrainingResult, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 
 WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
@@ -42,13 +42,18 @@ def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = T
         )
 
 
-def plan(config: FinetuneConfig) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`, after making its first and last batch."""
-    model, tokenizer = _start(config)
-    batches = training_batches(config, model, tokenizer)
-    first, last = batches.batch_at(0), batches.batch_at(config.total_steps - 1)
+def plan(config: FinetuneConfig, out: str | Path) -> dict[str, Any]:
+    """Return what a run would do, for `--dry-run`, after making its first and last batch.
+
+    Raises:
+        UsageError, DataError, CheckpointError, ResourceError: what the run itself would raise before its first step.
+    """
+    with join_processes(config.training) as processes:
+        job = _make_job(config, processes)
+        check_start(config, RunFolder(Path(out)), job)
+    first, last = job.batches.batch_at(0), job.batches.batch_at(config.total_steps - 1)
     return {
-        "parameters": model.num_parameters(),
+        "parameters": job.model.num_parameters(),
         "task": config.task.kind,
         "steps": config.total_steps,
         "instances": config.total_steps * config.training.batch_blocks,

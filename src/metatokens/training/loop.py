@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
-from metatokens.errors import DataError, NumericError, Preempted, ResourceError
+from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
@@ -35,11 +36,12 @@ from metatokens.training.checkpoint import (
     read_state,
     remove_leftovers,
     save_checkpoint,
+    write_manifest,
 )
 from metatokens.training.distributed import Processes
-from metatokens.training.metrics import MetricsWriter, ProgressDisplay
+from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
-from metatokens.training.run_folder import RunFolder, write_atomically
+from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
 
 MAX_CONSECUTIVE_SKIPS = 3
 BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
@@ -106,15 +108,24 @@ def train(
         Preempted: after a signal, when the checkpoint is safe.
     """
     with contextlib.ExitStack() as stack:
-        if processes.is_main:
-            stack.enter_context(folder.locked())
-            folder.settle_config(config)
-            remove_leftovers(folder.path)
-            remove_leftovers(folder.checkpoints_path)
-        processes.wait()
-        return _Run(config, make_job(), folder, processes).train(
-            show_progress=show_progress, label=label or folder.path.name
-        )
+        with processes.together():
+            if processes.is_main:
+                stack.enter_context(folder.locked())
+                folder.check_config(config)
+                remove_leftovers(folder.path)
+                remove_leftovers(folder.checkpoints_path)
+        with processes.together():
+            run = _Run(config, make_job(), folder, processes)
+        return run.train(show_progress=show_progress, label=label or folder.path.name)
+
+
+def check_start(config: RunConfig, folder: RunFolder, job: Job) -> None:
+    """Raise what `train` would before its first step, and write nothing; a lock does not count, as it may pass."""
+    folder.check_writable()
+    folder.check_config(config)
+    check_trackers(config.logging.trackers)
+    _find_start(config, folder, job)
+    _check_disk(folder, job.model.num_parameters())
 
 
 def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
@@ -133,31 +144,19 @@ class _Run:
     def __init__(self, config: RunConfig, job: Job, folder: RunFolder, processes: Processes) -> None:
         self.config, self.job, self.folder, self.processes = config, job, folder, processes
         self.model = job.model
+        if processes.is_main:
+            _check_disk(folder, self.model.num_parameters())
         if config.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.state = self._restore()
-        wrapped = processes.wrap(self.model)
-        self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
+        checkpoint, state = _find_start(config, folder, job)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.state = replace(state, run_sha256=run_sha256(config))
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
             getattr(self.model.config, "attention_dropout", 0)
         )
         self.consecutive_skips = 0
-
-    def _restore(self) -> TrainingState:
-        path = find_checkpoint(self.folder.checkpoints_path)
-        if path is None:
-            return TrainingState(0, self.job.content_id, self.processes.world_size)
-        state = read_state(path)
-        if state.content_id != self.job.content_id:
-            raise DataError(
-                str(self.folder.path),
-                expected=f"the data that the run began with, content_id {state.content_id}",
-                found=self.job.content_id,
-                remedy="point to that data, or take another --out",
-            )
-        load_checkpoint(path, self.model, self.optimizer)
-        return state
 
     # Training ------------------------------------------------------------------------------------------------
 
@@ -169,10 +168,13 @@ class _Run:
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(collect_stop_signals())
-            if self.processes.is_main:
-                self._check_disk()
-                metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
-                stack.callback(metrics.close)
+            with self.processes.together():
+                if self.processes.is_main:
+                    metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
+                    stack.callback(metrics.close)
+                    self.folder.write_config(config)
+            wrapped = self.processes.wrap(self.model)
+            self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
             if first:
                 display.say(f"{label} continues after step {first}")
@@ -308,26 +310,26 @@ class _Run:
         return figures
 
     def _save(self) -> None:
-        if self.processes.is_main:
-            save_checkpoint(
-                self.folder.checkpoints_path,
-                self.model,
-                self.optimizer,
-                self.state,
-                tokenizer=self.job.tokenizer,
-                keep=self.config.checkpoint.keep,
-            )
-        self.processes.wait()
+        with self.processes.together():
+            if self.processes.is_main:
+                save_checkpoint(
+                    self.folder.checkpoints_path,
+                    self.model,
+                    self.optimizer,
+                    self.state,
+                    tokenizer=self.job.tokenizer,
+                    keep=self.config.checkpoint.keep,
+                )
 
     def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""
-        if self.processes.is_main:
-            if not self.folder.result_path.exists():
+        with self.processes.together():
+            if self.processes.is_main and not self.folder.result_path.exists():
                 write_atomically(self.folder.result_path, json.dumps(asdict(result), indent=2) + "\n")
-            if not self.folder.model_path.exists():
+            if self.processes.is_main and not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer)
-        self.processes.wait()
+                    write_manifest(path)
 
     # Numbers -------------------------------------------------------------------------------------------------
 
@@ -343,17 +345,6 @@ class _Run:
         """Return text and meta-tokens per second over all processes, since the run last started."""
         text = self.state.text_tokens - start.text_tokens
         return text / seconds, (self.state.meta_tokens - start.meta_tokens) / seconds
-
-    def _check_disk(self) -> None:
-        needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * self.model.num_parameters()
-        free = shutil.disk_usage(self.folder.path).free
-        if free < needed:
-            raise ResourceError(
-                str(self.folder.path),
-                expected=f"{needed} bytes free for two checkpoints",
-                found=str(free),
-                remedy="free some space or choose another --out",
-            )
 
     def _result(
         self, start: TrainingState, seconds: float, loss: float | None, validation: dict[str, float]
@@ -372,6 +363,42 @@ class _Run:
             text_tokens_per_second=rates[0],
             meta_tokens_per_second=rates[1],
             waited_for_batches=self.job.batches.seconds_waited / seconds if seconds else 0.0,
+        )
+
+
+def _find_start(config: RunConfig, folder: RunFolder, job: Job) -> tuple[Path | None, TrainingState]:
+    """Return the checkpoint that a run goes on from, None for its beginning, and the state there."""
+    path, run = find_checkpoint(folder.checkpoints_path), run_sha256(config)
+    if path is None:
+        return None, TrainingState(0, job.content_id, 1)
+    state = read_state(path)
+    if state.content_id != job.content_id:
+        raise DataError(
+            str(folder.path),
+            expected=f"the data that the run began with, content_id {state.content_id}",
+            found=job.content_id,
+            remedy="point to that data, or take another --out",
+        )
+    if state.run_sha256 not in (None, run):
+        raise CheckpointError(
+            str(path),
+            expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
+            found=f"one of another, {state.run_sha256[:12]}...",
+            remedy="take the config that it was made with, or another --out",
+        )
+    return path, state
+
+
+def _check_disk(folder: RunFolder, num_parameters: int) -> None:
+    needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * num_parameters
+    disk = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise ResourceError(
+            str(folder.path),
+            expected=f"{needed} bytes free for two checkpoints",
+            found=str(free),
+            remedy="free some space or choose another --out",
         )
 
 

@@ -3,7 +3,6 @@
 Progress goes to standard error, so that a command's result is alone on standard output.
 """
 
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatokens.errors import UsageError
+from metatokens.errors import FULL_DISK, UsageError
 
 PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
 
@@ -58,7 +57,7 @@ class MetricsWriter:
             os.ftruncate(self._file.fileno(), end)  # half a line would spoil the next one
             problem = "the disk is full"
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL_DISK:
                 raise
             problem = str(error.strerror)
         if not self._broken:
@@ -68,7 +67,7 @@ class MetricsWriter:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self._writer = _tracker_package("tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -80,7 +79,7 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, folder: Path) -> None:
-        self._run = _optional("wandb", "wandb").init(project="metatokens", name=folder.name, dir=str(folder))
+        self._run = _tracker_package("wandb").init(project="metatokens", name=folder.name, dir=str(folder))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
@@ -90,11 +89,18 @@ class _WeightsAndBiases:
 
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
-def _optional(module: str, package: str) -> Any:
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """Raise UsageError for a tracker whose package is not installed; none is started."""
+    for name in trackers:
+        _tracker_package(name)
+
+
+def _tracker_package(package: str) -> Any:
     try:
-        return import_module(module)
+        return import_module(_MODULES[package])
     except ImportError:
         raise UsageError(
             "logging.trackers",

@@ -1,8 +1,10 @@
 """Pre-training: verified tokens, with meta-tokens injected at load time, into the training loop."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from metatokens.config.schema import PretrainConfig
@@ -12,7 +14,14 @@ from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
-from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT, Job, TrainingResult, count_batch_flops, train
+from metatokens.training.loop import (
+    BYTES_PER_PARAMETER_OF_CHECKPOINT,
+    Job,
+    TrainingResult,
+    check_start,
+    count_batch_flops,
+    train,
+)
 from metatokens.training.run_folder import RunFolder
 
 
@@ -21,7 +30,9 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
     """
-    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+    with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
+        with processes.together():
+            dataset = stack.enter_context(open_dataset(config))
         return train(
             config,
             RunFolder(Path(out)),
@@ -32,19 +43,25 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
         )
 
 
-def plan(config: PretrainConfig, dataset: TokenDataset) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text."""
-    model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
-    text = config.text_tokens_per_block
-    num_blocks = len(TokenBlocks(dataset, "train", text))
+def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
+    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text.
+
+    Raises:
+        UsageError, DataError, CheckpointError, ResourceError: what the run itself would raise before its first step.
+    """
+    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+        job = _make_job(config, dataset, processes)
+        check_start(config, RunFolder(Path(out)), job)
+        num_blocks = len(TokenBlocks(dataset, "train", config.text_tokens_per_block))
+    text, num_parameters = config.text_tokens_per_block, job.model.num_parameters()
     return {
-        "parameters": model.num_parameters(),
+        "parameters": num_parameters,
         "steps": config.total_steps,
         "text_tokens_per_step": text * config.training.batch_blocks,
         "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
         "text_tokens": text * config.training.batch_blocks * config.total_steps,
         "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
-        "checkpoint_bytes": model.num_parameters() * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+        "checkpoint_bytes": num_parameters * BYTES_PER_PARAMETER_OF_CHECKPOINT,
     }
 
 
@@ -71,60 +88,57 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
         content_id=dataset.content_id,
-        batches=_loader(config, dataset, processes, "train", config.training.batch_blocks),
+        batches=_loader(
+            config,
+            dataset,
+            "train",
+            batch_blocks=config.training.batch_blocks,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        ),
         count_flops=lambda batch: count_batch_flops(model.config, batch),
         evaluate=None
         if config.evaluation.interval_steps is None
-        else _Validation(config, dataset, processes, model).measure,
+        else Validation(config, dataset, processes, model).measure,
         evaluation_steps=config.evaluation.interval_steps,
     )
 
 
-def _loader(
-    config: PretrainConfig, dataset: TokenDataset, processes: Processes, split: Split, batch_blocks: int
-) -> BatchLoader:
+def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share: int) -> BatchLoader:
     punctuation = config.injection.kind == "punctuation"
     return BatchLoader(
         TokenBlocks(dataset, split, config.text_tokens_per_block),
         injection=config.injection,
         block_size=config.data.block_size,
-        batch_blocks=batch_blocks,
         seed=config.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
         meta_token_id=dataset.vocab_size,
         loss_policy=config.model.loss_policy,
         ends_clause=ends_clause_table(dataset.tokenizer()) if punctuation else None,
-        shuffle=split == "train",
+        **share,
     )
 
 
-class _Validation:
-    """Mean loss over fixed validation blocks, injected as in training."""
+class Validation:
+    """Mean loss over the first blocks of the validation split, injected as in training.
+
+    They are the same blocks with the same layouts in every evaluation, whatever the micro-batch and the processes.
+    """
 
     def __init__(self, config: PretrainConfig, dataset: TokenDataset, processes: Processes, model: Any) -> None:
         self._config, self._processes, self._model = config, processes, model
-        available = len(TokenBlocks(dataset, "validation", config.text_tokens_per_block))
-        world_size = processes.world_size
-        num_blocks = min(config.evaluation.blocks, available) // world_size * world_size
-        if num_blocks == 0:
-            raise UsageError(
-                "evaluation.interval_steps",
-                expected=f"{world_size} validation blocks or more",
-                found=str(available),
-                remedy="set it to null or prepare more text",
-            )
-        batch_blocks = min(config.training.micro_batch_blocks * world_size, num_blocks)
-        self._batches = _loader(config, dataset, processes, "validation", batch_blocks)
-        self._num_batches = num_blocks // batch_blocks
+        self._loader = _loader(config, dataset, "validation", batch_blocks=1)
+        num_blocks = min(config.evaluation.blocks, len(self._loader.blocks))
+        # a share may be a block longer than another, or empty: only the sums meet
+        self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
 
     def measure(self) -> dict[str, float]:
         """Return the mean loss, nats per text token, over all processes."""
         device = self._processes.device
         bfloat16 = self._config.training.precision == "bfloat16"
+        rows = self._config.training.micro_batch_blocks
         total, count = 0.0, 0
-        for index in range(self._num_batches):
-            batch = self._batches.batch_at(index)
+        for start in range(0, len(self._sample_ids), rows):
+            batch = self._loader.make_batch(self._sample_ids[start : start + rows], epochs=0)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 outputs = self._model(
                     **batch.to_model_inputs(device=device), use_cache=False, num_items_in_batch=1, logits_to_keep=1

@@ -12,11 +12,12 @@ RUN/
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 
 import metatokens
 from metatokens.config.loading import digest, load_preset, to_yaml
-from metatokens.errors import UsageError
+from metatokens.errors import FULL_DISK, ResourceError, UsageError
 
 # what may change when a run is picked up again; everything else would make it another run
 FREE_KEYS = {
@@ -53,20 +54,16 @@ class RunFolder:
 
         Raises:
             UsageError: if the folder cannot be written or another process holds it.
+            ResourceError: if the disk is full.
         """
+        self.check_writable()
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.checkpoints_path):
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UsageError(
-                str(self.path),
-                expected="a folder that can be written",
-                found=str(error.strerror),
-                remedy="choose another --out",
-            ) from None
+            if error.errno in FULL_DISK:
+                raise ResourceError.no_room(self.path, error) from None
+            raise self._not_writable(error.errno or 0) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +76,8 @@ class RunFolder:
                     remedy="wait for it or choose another --out",
                 ) from None
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            with suppress(OSError):  # on a full disk the lock has no name; what is written next says why
+                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
             yield
         finally:
             os.close(handle)
@@ -104,8 +102,29 @@ class RunFolder:
             return False
         return not any(_differences(load_preset(self.config_path, schema=type(config)), config))
 
-    def settle_config(self, config: BaseModel) -> None:
-        """Write the config, or check that it continues the run that the folder holds.
+    def check_writable(self) -> None:
+        """Check that the folder can be written, or made where it does not exist; nothing is touched.
+
+        Raises:
+            UsageError: if not.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        for folder in {existing, self.checkpoints_path if self.checkpoints_path.exists() else existing}:
+            if not folder.is_dir():
+                raise self._not_writable(errno.ENOTDIR)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise self._not_writable(errno.EACCES)
+
+    def _not_writable(self, number: int) -> UsageError:
+        return UsageError(
+            str(self.path),
+            expected="a folder that can be written",
+            found=os.strerror(number),
+            remedy="choose another --out",
+        )
+
+    def check_config(self, config: BaseModel) -> None:
+        """Check that the config continues the run that the folder holds, if it holds one.
 
         Raises:
             UsageError: naming the first key that makes it another run.
@@ -119,6 +138,9 @@ class RunFolder:
                     found=repr(new),
                     remedy="take the old value, or another --out",
                 )
+
+    def write_config(self, config: BaseModel) -> None:
+        """Make the folder that of a run: call when nothing can refuse the start any more."""
         write_atomically(self.config_path, to_yaml(config))
         versions = {
             "metatokens": metatokens.__version__,
@@ -129,6 +151,17 @@ class RunFolder:
             "config_sha256": digest(config),
         }
         write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def run_sha256(config: BaseModel) -> str:
+    """Return the identity of a run: the digest of its config without what may change when it is picked up again."""
+    tree = {
+        section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}
+        if isinstance(keys, dict)
+        else keys
+        for section, keys in config.model_dump(mode="json", exclude=FREE_SECTIONS).items()
+    }
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, object, object]]:
@@ -147,10 +180,18 @@ def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, ob
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all.
+
+    Raises:
+        ResourceError: if it cannot be written, as on a full disk; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError.no_room(path, error) from None

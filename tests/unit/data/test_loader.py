@@ -110,13 +110,13 @@ def test_ranks_in_order_make_the_batch_of_one_process(dataset, world_size):
         np.testing.assert_array_equal(np.concatenate([rank[field] for rank in ranks]), alone[field])
 
 
-def test_unshuffled_loader_repeats_the_same_blocks_and_layouts(dataset):
-    loader = make_loader(dataset, "validation", shuffle=False, batch_blocks=1)
-    num_blocks = len(loader.blocks)
-    for step in (0, 1):
-        assert loader.samples_at(step)[0].tolist() == [step]
-        for a, b in zip(loader.batch_at(step), loader.batch_at(step + num_blocks), strict=True):
-            np.testing.assert_array_equal(a, b)
+def test_blocks_of_choice_have_the_layouts_of_their_epoch_however_they_are_put_together(dataset):
+    loader = make_loader(dataset)
+    for a, b in zip(loader.make_batch(*loader.samples_at(9)), loader.batch_at(9), strict=True):
+        np.testing.assert_array_equal(a, b)
+    together, alone = loader.make_batch(np.arange(5), 0), [loader.make_batch(np.array([i]), 0) for i in range(5)]
+    for field in range(3):
+        np.testing.assert_array_equal(np.concatenate([batch[field] for batch in alone]), together[field])
 
 
 @pytest.mark.parametrize("injection", [NoInjection(), ExplicitInjection(positions=(0, 9))])

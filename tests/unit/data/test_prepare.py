@@ -1,6 +1,7 @@
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,21 +201,86 @@ def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, t
     run(corpus, tmp_path / "tokens", tokenizer_file)
 
 
-def test_prepare_after_a_kill_clears_the_remains_and_gives_the_same_bytes(corpus, tokenizer_file, tmp_path):
-    script = """if True:
-        import os, signal, sys
-        from pathlib import Path
-        from metatokens.data.prepare import prepare
-        from metatokens.data.sources import SourceOptions
-        prepare(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3], vocab_size=0, validation_fraction=0.2,
-                shard_tokens=1000, options=SourceOptions(), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    """
-    out = tmp_path / "out" / "tokens"
-    killed = subprocess.run([sys.executable, "-c", script, corpus, out, tokenizer_file], check=False)
-    assert killed.returncode == -signal.SIGKILL
+KILLED = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from metatokens.data import prepare as module
+    from metatokens.data.sources import SourceOptions
+    module._BATCH_BYTES = 500
+    calls = iter(range(int(sys.argv[4])))
+    module.prepare(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3], vocab_size=0, validation_fraction=0.2,
+                   shard_tokens=300, options=SourceOptions(),
+                   progress=lambda *_: next(calls, None) is None and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def kill(source, out, tokenizer, after_batches):
+    command = [sys.executable, "-c", KILLED, source, out, tokenizer, str(after_batches)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    assert len(list(out.parent.iterdir())) == 2  # the lock file, which no one holds, and the hidden folder
-    run(corpus, out, tokenizer_file)
-    run(corpus, tmp_path / "again", tokenizer_file)
+    (partial,) = out.parent.glob(".*.partial")
+    return partial
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The number of documents that this process has encoded in each batch."""
+    counts, encode_batch = [], TextEncoder.encode_batch
+    monkeypatch.setattr(
+        TextEncoder, "encode_batch", lambda self, texts: [counts.append(len(texts)), encode_batch(self, texts)][1]
+    )
+    return counts
+
+
+def test_prepare_that_is_killed_again_and_again_gives_the_same_bytes_and_encodes_no_finished_shard_twice(
+    corpus, tokenizer_file, tmp_path, encoded
+):
+    out = tmp_path / "out" / "tokens"
+    done = set()
+    for after_batches in (3, 12, 20, 12):
+        partial = kill(corpus, out, tokenizer_file, after_batches)
+        now = {path.name for path in partial.glob("*.done")}
+        assert now >= done
+        done = now
+    assert len(done) > 5
+    run(corpus, out, tokenizer_file, shard_tokens=300)
+    num_encoded = sum(encoded)
+    encoded.clear()
+    run(corpus, tmp_path / "again", tokenizer_file, shard_tokens=300)
+    assert num_encoded < 0.7 * sum(encoded)
     assert list(out.parent.iterdir()) == [out]
     assert contents(out) == contents(tmp_path / "again")
+
+
+def test_prepare_after_a_kill_makes_a_damaged_shard_again(corpus, tokenizer_file, tmp_path):
+    partial = kill(corpus, tmp_path / "tokens", tokenizer_file, 20)
+    shard = partial / "train-00001.ds"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    run(corpus, tmp_path / "tokens", tokenizer_file, shard_tokens=300)
+    run(corpus, tmp_path / "again", tokenizer_file, shard_tokens=300)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "again")
+
+
+def test_prepare_after_a_kill_with_other_options_starts_from_the_beginning(corpus, tokenizer_file, tmp_path):
+    kill(corpus, tmp_path / "tokens", tokenizer_file, 20)
+    run(corpus, tmp_path / "tokens", tokenizer_file, shard_tokens=301)
+    run(corpus, tmp_path / "again", tokenizer_file, shard_tokens=301)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("change", ["another document", "fewer documents"])
+def test_prepare_after_a_kill_of_a_source_that_changed_is_a_data_error_and_then_starts_from_the_beginning(
+    corpus, tokenizer_file, tmp_path, fails, change
+):
+    changed = shutil.copytree(corpus, tmp_path / "corpus")
+    kill(changed, tmp_path / "tokens", tokenizer_file, 20)
+    if change == "another document":
+        (changed / "000.txt").write_text("something else")
+    else:
+        for path in sorted(changed.iterdir())[10:]:
+            path.unlink()
+    with fails(3, "an interrupted run has read"):
+        run(changed, tmp_path / "tokens", tokenizer_file, shard_tokens=300)
+    run(changed, tmp_path / "tokens", tokenizer_file, shard_tokens=300)
+    run(changed, tmp_path / "again", tokenizer_file, shard_tokens=300)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "again")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metatokens.data.shards import ShardWriter, TokenDataset
+from metatokens.data.shard_writer import ShardWriter
+from metatokens.data.shards import TokenDataset
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError
 

@@ -73,6 +73,11 @@ def test_max_documents_stops_the_reading(tmp_path):
     assert texts_of(tmp_path / "a.jsonl", max_documents=2) == ["0", "1"]
 
 
+def test_reading_no_document_is_a_usage_error(fails):
+    with fails(2, "max_documents", 0):
+        SourceOptions(max_documents=0)
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -177,6 +182,17 @@ def test_missing_source_is_a_data_error_that_says_what_is_possible(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with fails(3, source, "python-docs"):
         list(iterate_documents(source))
+
+
+@pytest.mark.parametrize("source", ["books/missing.txt", "books/missing", "nowhere/missing.jsonl.gz", "./missing"])
+def test_a_name_that_can_only_be_a_path_is_not_looked_for_on_the_network(tmp_path, monkeypatch, fails, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with fails(3, source, "no such file"):
+        list(iterate_documents(source))
+    with fails(3, source, "no such file"):
+        source_files(source)
 
 
 def test_folder_without_supported_files_is_a_data_error(tmp_path, fails):

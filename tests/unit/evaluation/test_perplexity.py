@@ -250,7 +250,7 @@ def test_window_of_text_holds_the_same_text_under_every_injection(skip_model, to
 def test_window_of_positions_holds_the_metas_among_them(skip_model, tokenizer):
     options = PerplexityOptions(window=20, window_unit="positions", injection=UniformInjection(ratio=0.25))
     result = measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
-    assert (result.text_tokens_per_window, result.positions_per_window, result.stride) == (15, 20, 15)
+    assert (result.text_tokens_per_window, result.positions_per_window, result.stride) == (15, 20, 7)
 
 
 def test_window_of_positions_holds_as_many_metas_as_a_training_block(skip_model, tokenizer):
@@ -263,6 +263,18 @@ def test_window_of_positions_holds_as_many_metas_as_a_training_block(skip_model,
     measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
     handle.remove()
     assert {batch.shape[1] for batch in seen} == {10}
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (12, 6), (17, 8)])
+def test_sliding_windows_overlap_by_default(skip_model, tokenizer, window, stride):
+    assert TokenScorer(skip_model, tokenizer, PerplexityOptions(window=window)).stride == stride
+    result = measure_perplexity(skip_model, DOCUMENTS, tokenizer, PerplexityOptions(window=window))
+    assert (result.sliding.nats != result.non_overlapping.nats) == (window > 1)
+
+
+def test_the_default_stride_of_long_windows_is_that_of_yarn(tokenizer):
+    model = make_model(tokenizer, max_position_embeddings=2048)
+    assert TokenScorer(model, tokenizer, PerplexityOptions(window=2048)).stride == 256
 
 
 def test_stride_of_a_whole_window_scores_once(skip_model, tokenizer):

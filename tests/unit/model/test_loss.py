@@ -104,6 +104,27 @@ def test_no_full_matrix_of_logits_exists_forward_or_backward() -> None:
     assert of_ours.num_elements <= LOGITS_CHUNK_ELEMENTS < LARGE_ROWS * LARGE_VOCAB
 
 
+class MatrixProducts(TorchDispatchMode):
+    """Counts the products of matrices."""
+
+    num_products = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_the_loss_takes_the_logits_and_no_product_more() -> None:
+    hidden, weight, targets = inputs(3, 7)
+    with MatrixProducts() as with_gradients:
+        loss = summed_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), MatrixProducts() as without:
+        assert torch.equal(summed_cross_entropy(hidden, weight, targets), loss)
+    assert (without.num_products, with_gradients.num_products) == (1, 3)
+
+
 def test_loss_of_bfloat16_states_is_summed_in_float32() -> None:
     hidden, weight, targets = inputs(64, 8, dtype=torch.bfloat16)
     total, *gradients = value_and_gradients(summed_cross_entropy, hidden, weight, targets)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.export import save_model
-from tiny_models import META, PAD, attention_mask_of, tiny_model, tokens
+from tiny_models import MAX_LENGTH, META, PAD, attention_mask_of, tiny_model, tokens
 
 PROMPTS = tokens("x_xx_xx", "xxxxxxx", "___xxxx")
 NUM_NEW = 10
@@ -38,9 +38,27 @@ def generate(model: MetaTokenForCausalLM, prompts: Tensor = PROMPTS, **options: 
     return generated[:, prompts.shape[1] :]
 
 
-def test_greedy_without_suppression_would_emit_the_meta_token_or_what_is_above_it() -> None:
+class Unbanned(MetaTokenForCausalLM):
+    def _ids_never_sampled(self) -> list[int]:
+        return []
+
+
+def test_greedy_without_the_ban_would_emit_the_meta_token_or_what_is_above_it() -> None:
     # otherwise the tests below could not fail
-    assert (generate(eager_for_meta_tokens(), do_sample=False, suppress_tokens=None) >= META).all()
+    assert (generate(eager_for_meta_tokens(model_class=Unbanned), do_sample=False) >= META).all()
+
+
+@pytest.mark.parametrize("own", [None, [], [3, 5]])
+@pytest.mark.parametrize("as_config", [False, True])
+def test_a_callers_own_suppressed_tokens_are_added_to_the_ban(own: list[int] | None, as_config: bool) -> None:
+    model = eager_for_meta_tokens()
+    with torch.no_grad():
+        model.lm_head.weight[3] = 9  # what comes first after the ban
+    options = {"suppress_tokens": own, "do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
+    generated = generate(model, **({"generation_config": GenerationConfig(**options)} if as_config else options))
+    assert (generated < META).all()
+    assert (generated == 3).any() == (3 not in (own or ()))
+    assert model.generation_config.suppress_tokens == list(range(META, 24))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -81,6 +99,28 @@ def test_greedy_with_a_static_cache_equals_greedy_with_a_dynamic_one() -> None:
     prompts = tokens("...x_xx", "x_xxx_x")
     static = generate(model, prompts, do_sample=False, cache_implementation="static")
     assert torch.equal(static, generate(model, prompts, do_sample=False))
+
+
+@pytest.mark.parametrize("from_embeds", [False, True])
+@pytest.mark.parametrize("cache", ["static", "dynamic", None])
+@pytest.mark.parametrize("encoding", ["rope", "learned"])
+def test_generation_beyond_the_model_is_an_error_that_names_both_lengths(
+    encoding: str, cache: str | None, from_embeds: bool
+) -> None:
+    model = tiny_model(position_encoding=encoding)
+    prompts = tokens("x" * (MAX_LENGTH - 3))
+    options: dict[str, Any] = {"do_sample": False, "use_cache": cache is not None, "cache_implementation": cache}
+    options["attention_mask"] = torch.ones_like(prompts)
+    if from_embeds:
+        options["inputs_embeds"] = model.get_input_embeddings()(prompts)
+    else:
+        options["input_ids"] = prompts
+    # the last new token is not read
+    assert model.generate(**options, max_new_tokens=4, min_new_tokens=4).shape[1] in (4, MAX_LENGTH + 1)
+    with pytest.raises(ValueError, match=f"{MAX_LENGTH + 1} positions is longer than the model's {MAX_LENGTH}"):
+        model.generate(**options, max_new_tokens=5, min_new_tokens=5)
+    # a refusal leaves nothing behind
+    assert model.generate(**options, max_new_tokens=4, min_new_tokens=4).shape[1] in (4, MAX_LENGTH + 1)
 
 
 def test_each_row_of_a_left_padded_batch_generates_what_it_generates_alone() -> None:

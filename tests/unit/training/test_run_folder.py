@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -14,8 +15,8 @@ import pytest
 
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig
-from metatokens.errors import MetaTokensError, UsageError
-from metatokens.training.run_folder import RunFolder
+from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
 
 NOBODY = 65534
 PROCESSES = multiprocessing.get_context("fork")
@@ -100,7 +101,8 @@ def read_only() -> Iterator[Path]:
 def lock_and_settle(path: Path) -> None:
     folder = RunFolder(path)
     with folder.locked():
-        folder.settle_config(load_preset("tiny/meta"))
+        folder.check_config(load_preset("tiny/meta"))
+        folder.write_config(load_preset("tiny/meta"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(read_only: Path):
@@ -130,7 +132,8 @@ def settle(path: Path, *overrides: str) -> PretrainConfig:
     config = load_preset("tiny/meta", overrides)
     folder = RunFolder(path)
     with folder.locked():
-        folder.settle_config(config)
+        folder.check_config(config)
+        folder.write_config(config)
     return config
 
 
@@ -191,6 +194,34 @@ def test_a_key_that_does_not_change_the_run_may_change_and_is_written_down(tmp_p
     settle(tmp_path)
     config = settle(tmp_path, f"--{key}", value)
     assert load_preset(tmp_path / "config.yaml") == config != load_preset("tiny/meta")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_the_same"),
+    [
+        (("--training.micro_batch_blocks", "4", "--data.path", "elsewhere", "--checkpoint.keep", "5"), True),
+        (("--evaluation.interval_steps", "off"), True),
+        (("--seed", "1"), False),
+        (("--injection.kind", "periodic"), False),
+        (("--training.batch_blocks", "64"), False),
+    ],
+)
+def test_the_identity_of_a_run_holds_what_makes_it_another_run(overrides: tuple[str, ...], is_the_same: bool):
+    assert (run_sha256(load_preset("tiny/meta", overrides)) == run_sha256(load_preset("tiny/meta"))) == is_the_same
+
+
+def test_a_small_file_that_does_not_fit_is_a_resource_error_and_the_old_one_stays(tmp_path: Path):
+    (tmp_path / "result.json").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # a limit on file sizes fails writes as a full disk does, and can be lifted again
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(ResourceError, match="bytes free") as caught:
+            write_atomically(tmp_path / "result.json", "new and longer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.exit_code == 6
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path):

@@ -1,0 +1,102 @@
+"""A model opens with exactly the weights that its config describes, or not at all."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from metatokens.errors import CheckpointError
+from metatokens.model.export import save_model
+from metatokens.training.loading import open_model
+
+if TYPE_CHECKING:
+    from conftest import Training
+
+
+@pytest.fixture
+def folder(training: "Training", tmp_path: Path) -> Path:
+    save_model(training.model, tmp_path / "model", training.tokenizer)
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def refusal(folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """Return the one line of an error with exit code 4, beside which nothing is said."""
+    with pytest.raises(CheckpointError) as caught:
+        open_model(folder)
+    assert caught.value.exit_code == 4
+    assert capfd.readouterr() == ("", "")
+    return str(caught.value)
+
+
+def test_a_saved_model_opens_with_its_weights(
+    training: "Training", folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = open_model(folder)
+    assert not model.training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in training.model.state_dict().items())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 3}, "no model.layers.2.input_layernorm.bias"),
+        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.bias, which the model lacks"),
+        ({"meta_attention_layers": "none"}, "model.layers.0.meta_attn.k_proj.bias, which the model lacks"),
+        ({"position_encoding": "learned", "rope_parameters": None}, "no model.embed_positions.weight"),
+        ({"tie_word_embeddings": False}, "no lm_head.weight"),
+        ({"vocab_size": 640}, "model.embed_tokens.weight of (320, 16), not (640, 16)"),
+    ],
+)
+def test_weights_that_the_config_does_not_describe_are_refused_by_name(
+    folder: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], named: str
+) -> None:
+    change_config(folder, **changes)
+    assert f"found {named};" in refusal(folder, capfd)
+
+
+def test_weights_that_lack_a_tensor_or_have_one_more_are_refused_by_name(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "found no model.norm.weight;" in refusal(folder, capfd)
+    save_file(
+        {**weights, "model.norm.weight": norm, "extra": norm.clone()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "found extra, which the model lacks;" in refusal(folder, capfd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "16"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_act": "geluu"}, "geluu"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"position_encoding": "wrong"}, "position_encoding"),
+        ({"meta_attention_layers": ["a"]}, "meta_attention_layers"),
+        ({"dtype": "float9"}, "float9"),
+        ({"id2label": 3}, "int"),
+        ({"model_type": "gpt2"}, "model_type"),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_named(
+    folder: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], named: str
+) -> None:
+    change_config(folder, **changes)
+    assert named in refusal(folder, capfd)
+
+
+def test_a_config_that_is_no_mapping_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text("[]")
+    assert "expected a model of this package" in refusal(folder, capfd)
