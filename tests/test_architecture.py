@@ -24,7 +24,7 @@ STAGES = (
     {"baselines"},
     {"training", "generation", "evaluation", "analysis"},
     {"report"},
-    {"demo"},
+    {"demo", "sweep"},
     {"cli", "__main__"},
 )
 STAGE_OF = {part: stage for stage, parts in enumerate(STAGES) for part in parts}

@@ -75,7 +75,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for add in _VERBS:
         add(verbs)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.verb not in (_pretrain, _extend, _finetune, _evaluate):
+    if overrides and options.verb not in (_pretrain, _extend, _finetune, _evaluate, _sweep):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
@@ -189,6 +189,20 @@ def _add_evaluate(verbs: Any) -> None:
     _describe_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
 
 
+def _add_sweep(verbs: Any) -> None:
+    text = "fine-tune and evaluate a grid of runs; skips what is done and picks up where it was"
+    parser = _verb(verbs, "sweep", _sweep, text, long=True)
+    parser.add_argument("file", type=Path, help="YAML file of the sweep")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument(
+        "--jobs", type=_at_least(1), default=1, help="runs at a time, which share the cores of this machine"
+    )
+    places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
+    parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
+    _describe_overrides(parser, "metatokens.config.sweep:SweepConfig")
+
+
 def _add_perplexity(verbs: Any) -> None:
     parser = _verb(verbs, "perplexity", _perplexity, "windowed perplexity of a model on text", long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
@@ -273,6 +287,7 @@ _VERBS = (
     _add_extend,
     _add_finetune,
     _add_evaluate,
+    _add_sweep,
     _add_perplexity,
     _add_generate,
     _add_info,
@@ -305,6 +320,22 @@ def _show_table(title: str, rows: dict[str, Any]) -> None:
         if isinstance(value, list):
             text = "\n".join(str(item) for item in value)
         table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def _show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Show rows that have the same columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        left = isinstance(value, str)
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        table.add_row(
+            *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
+        )
     Console().print(table)
 
 
@@ -551,6 +582,31 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
     return _emit(options, result, lambda: _show_recall(result))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from metatokens.config.sweep import load_sweep
+
+    sweep = load_sweep(options.file, options.overrides)
+    from metatokens.report.tables import to_rich
+    from metatokens.sweep.planning import describe_plan, plan_sweep
+    from metatokens.sweep.running import make_slots, parse_gpus
+    from metatokens.sweep.writing import check_figures, run_and_write
+
+    slots = make_slots(options.jobs, parse_gpus(options.gpus))
+    if options.figures:
+        check_figures()
+    runs = plan_sweep(sweep, options.out, str(options.file))
+    if options.dry_run:
+        plan = describe_plan(sweep, runs)
+        return _emit(options, plan, lambda: _show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
+    results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
+    from rich.console import Console
+
+    _emit(options, results, lambda: Console().print(*to_rich(results)))
+    for failure in results.failed:
+        _say(f"metatokens: {failure.run}: {failure.error}")
+    return int(bool(results.failed))
 
 
 def _perplexity(options: argparse.Namespace) -> int:

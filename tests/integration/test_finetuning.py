@@ -115,6 +115,13 @@ def test_the_commands_finetune_and_evaluate(preset: Path, done: Path, tmp_path: 
     assert "n/a" in table
 
 
+def test_every_field_of_an_evaluation_is_an_override(done: Path):
+    fields = {"seed": 5, "batch_size": 3, "instances": 7}
+    flags = [f"--{key}={value}" for key, value in fields.items()]
+    asked = json.loads(metatokens("evaluate", done, *flags, "--dry-run", "--json").stdout)
+    assert {key: asked[key] for key in fields} == fields
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -113,6 +113,15 @@ def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
         UsageError: for an unknown key (with the nearest name), or a value that does not fit.
     """
     return _override_tree(config.model_dump(mode="json"), overrides, origin=origin, schema=type(config))
+
+
+def override_fields(config: Config, changes: Mapping[str, Any], origin: str) -> Config:
+    """Return a config with a nested mapping of changes applied, as those of a preset to what it extends.
+
+    Raises:
+        UsageError: as `override`; the message begins with `origin`.
+    """
+    return validate(_merge(config.model_dump(mode="json"), changes), origin=origin, schema=type(config))
 
 
 def _override_tree(tree: dict[str, Any], overrides: Sequence[str], origin: str, schema: type[Config]) -> Config:
@@ -223,7 +232,7 @@ def _read_preset(preset: str) -> str:
     )
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; a change of `kind` starts that variant from its defaults."""
     merged = dict(base)
     for key, value in changes.items():
@@ -288,7 +297,9 @@ def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:
     """Return the keys of an error's location without what pydantic adds, such as the tag of a union's variant."""
     if not location:
         return []
-    name = str(location[0])
+    if isinstance(location[0], int):  # one of several of the same kind
+        return _keys_of(model, location[1:])
+    name = location[0]
     if name not in model.model_fields:
         return [name]
     variants = [v for v in _variants(model.model_fields[name].annotation) if issubclass(v, BaseModel)]

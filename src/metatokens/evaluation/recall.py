@@ -55,6 +55,9 @@ class RecallRow:
     """None where the model cannot represent the length: the row reads n/a."""
     sequence_accuracy: Interval | None
     """None where `token_accuracy` is."""
+    token_outcomes: tuple[tuple[float, ...], ...]
+    """For each model, for each instance the share of its answers' tokens that are right: with those of other seeds, the
+    interval of an arm."""
     sequence_outcomes: tuple[tuple[float, ...], ...]
     """For each model, for each instance the share of its answers that are right: what a comparison with another arm on
     the same instances needs."""
@@ -284,6 +287,7 @@ def _row(
         models=len(counts),
         token_accuracy=_accuracy([(c.right_tokens, c.tokens) for c in known], config.seed) if whole else None,
         sequence_accuracy=_accuracy([(c.right_answers, c.answers) for c in known], config.seed) if whole else None,
+        token_outcomes=tuple(tuple((c.right_tokens / c.tokens).tolist()) for c in known) if whole else (),
         sequence_outcomes=tuple(tuple((c.right_answers / c.answers).tolist()) for c in known) if whole else (),
     )
 

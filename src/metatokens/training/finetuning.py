@@ -4,7 +4,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from metatokens.config.finetuning import FinetuneConfig, FreshStart
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
@@ -15,8 +17,8 @@ from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
-from metatokens.training.initialization import build_model
-from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.initialization import build_model, outline_model
+from metatokens.training.loading import model_folder, open_model, open_tokenizer
 from metatokens.training.loop import Job, TrainingResult, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 
@@ -69,15 +71,40 @@ def word_tokenizer() -> Tokenizer:
 
 def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     """Return the model that a run starts from and its text tokenizer."""
-    start = config.start
+    start, tokenizer = config.start, _start_tokenizer(config)
     if isinstance(start, FreshStart):
-        tokenizer = word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
         encoder = TextEncoder(tokenizer)
         model = build_model(
             start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
         )
     else:
-        model, tokenizer = open_model(Path(start.path)).train(), open_tokenizer(Path(start.path))
+        model = open_model(Path(start.path)).train()
+    _check_length(config, model)
+    return model, tokenizer
+
+
+def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
+    """Return the model that a run starts from without its weights, on the meta device, and its text tokenizer."""
+    start, tokenizer = config.start, _start_tokenizer(config)
+    if isinstance(start, FreshStart):
+        encoder = TextEncoder(tokenizer)
+        model = outline_model(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
+    else:
+        hf_config = AutoConfig.from_pretrained(model_folder(Path(start.path)), local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    _check_length(config, model)
+    return model, tokenizer
+
+
+def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
+    start = config.start
+    if isinstance(start, FreshStart):
+        return word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
+    return open_tokenizer(Path(start.path))
+
+
+def _check_length(config: FinetuneConfig, model: Any) -> None:
     limit, longest = sequence_limit(model), max(stage.prompt_tokens[1] for stage in config.curriculum)
     if limit is not None and longest > limit:
         raise UsageError(
@@ -86,12 +113,12 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
             found=str(longest),
             remedy="shorten the last stages, or extend the model",
         )
-    return model, tokenizer
 
 
-def _batches(
+def training_batches(
     config: FinetuneConfig, model: Any, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
 ) -> RecallBatches:
+    """Return the batches of a run; of the model only its config matters."""
     return RecallBatches(
         config,
         PieceEncoder(TextEncoder(tokenizer)),
@@ -111,7 +138,7 @@ def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
         content_id=hashlib.sha256(identity.encode()).hexdigest(),
-        batches=_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
+        batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
         count_flops=lambda batch: count_batch_flops(model.config, batch),
         evaluate=None
         if config.evaluation.interval_steps is None

@@ -22,6 +22,24 @@ def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int,
     Raises:
         UsageError: if transformers has no such activation; the config imports no transformers to check it.
     """
+    with torch.random.fork_rng(devices=[]):
+        model = _construct(config, text_vocab_size, eos_token_id)
+        # children first: a sub-layer rescales the projection that its child has drawn
+        for name, module in reversed(list(model.named_modules())):
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(key[:8], "little", signed=True))
+            model._init_weights(module)
+    model.train()
+    return model
+
+
+def outline_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int) -> MetaTokenForCausalLM:
+    """Return the model of `config` without its weights, on the meta device; errors are those of `build_model`."""
+    with torch.device("meta"):
+        return _construct(config, text_vocab_size, eos_token_id)
+
+
+def _construct(config: ModelConfig, text_vocab_size: int, eos_token_id: int) -> MetaTokenForCausalLM:
     if config.hidden_act not in ACT2FN:
         close = difflib.get_close_matches(config.hidden_act, ACT2FN, n=1)
         raise UsageError(
@@ -30,13 +48,5 @@ def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int,
             found=repr(config.hidden_act),
             remedy=f"did you mean {close[0]!r}?" if close else "try 'gelu_pytorch_tanh'",
         )
-    with torch.random.fork_rng(devices=[]):
-        hf_config = build_config(config, text_vocab_size=text_vocab_size, eos_token_id=eos_token_id)
-        model = MODEL_CLASSES[hf_config.model_type](hf_config)
-        # children first: a sub-layer rescales the projection that its child has drawn
-        for name, module in reversed(list(model.named_modules())):
-            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            torch.manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            model._init_weights(module)
-    model.train()
-    return model
+    hf_config = build_config(config, text_vocab_size=text_vocab_size, eos_token_id=eos_token_id)
+    return MODEL_CLASSES[hf_config.model_type](hf_config)

@@ -168,7 +168,7 @@ class _Run:
         validation: dict[str, float] = {}
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(_stop_signals())
+            stop = stack.enter_context(collect_stop_signals())
             with self.processes.together():
                 if self.processes.is_main:
                     metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
@@ -409,7 +409,7 @@ def _due(step: int, interval: int | None, total: int) -> bool:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def collect_stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list; a second signal acts at once."""
     received: list[int] = []
 

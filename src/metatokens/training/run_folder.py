@@ -83,6 +83,26 @@ class RunFolder:
         finally:
             os.close(handle)
 
+    def holder(self) -> str:
+        """Return which process holds the lock; empty where none does."""
+        try:
+            handle = os.open(self.path / "lock", os.O_RDWR)
+        except FileNotFoundError:
+            return ""
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except BlockingIOError:
+            return os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
+        finally:
+            os.close(handle)
+
+    def is_finished(self, config: BaseModel) -> bool:
+        """Tell whether the folder holds the finished run of this config."""
+        if not (self.result_path.is_file() and self.model_path.is_dir() and self.config_path.is_file()):
+            return False
+        return not any(_differences(load_preset(self.config_path, schema=type(config)), config))
+
     def check_writable(self) -> None:
         """Check that the folder can be written, or made where it does not exist; nothing is touched.
 

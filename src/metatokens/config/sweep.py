@@ -1,0 +1,242 @@
+"""The configuration of a sweep: one fine-tuning run for each combination of labels and each seed.
+
+    preset: tiny/recall
+    axes:
+      task:
+        copying: {task.kind: copying}
+        parity: {task: {kind: parity}, curriculum: [{steps: 500, size: [2, 8], prompt_tokens: [1, 32]}]}
+      arm:
+        meta: {}
+        pause: {start.model.meta_attention_layers: none}
+    seeds: [0, 1, 2]
+    match: flops
+    reference: pause
+    evaluations:
+      - {name: lengths, ask: {lengths: [33-64, 65-128], task.questions: 1}}
+      - {name: zeroed, ask: {lengths: [33-64]}, interventions: [zero_embedding], where: {arm: meta}}
+
+That is 2 x 2 x 3 runs, each with the first evaluation, those of the arm `meta` with the second too. A file may extend
+another as a preset does.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations, product
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
+from metatokens.config.schema import Frozen
+from metatokens.errors import UsageError
+
+
+def _read_label(value: Any) -> Any:
+    """Read a number, such as a ratio, as the label that it spells."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _read_changes(value: Any) -> Any:
+    """Read nothing as no change, and dotted keys as the nested mapping that they stand for."""
+    return _nest(value) if isinstance(value, dict) else {} if value is None else value
+
+
+def _read_one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Label = Annotated[str, BeforeValidator(_read_label), Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*$")]
+"""A name that is also the name of a folder."""
+Changes = Annotated[dict[str, Any], BeforeValidator(_read_changes)]
+"""What differs, as in a preset; keys may be dotted."""
+Match = Literal["steps", "text_tokens", "flops"]
+
+
+class SweepEvaluation(Frozen):
+    """What trained models are asked."""
+
+    name: Label
+    """Of its rows in the results."""
+    ask: Changes = Field(default_factory=dict)
+    """Fields of `metatokens evaluate`; the others are the task and the last size that the run was trained on, and seed
+    0, so that all models of a task are asked the same."""
+    interventions: tuple[str, ...] = ()
+    """What is changed at the meta-tokens, as `metatokens evaluate --intervention` has it."""
+    where: dict[Label, Annotated[tuple[Label, ...], BeforeValidator(_read_one_or_more)]] = Field(default_factory=dict)
+    """Axis, and a label or several of it: only these runs are asked; an axis that is not named does not matter."""
+
+
+class Cell(NamedTuple):
+    """One combination of labels: the runs that differ in their seed alone."""
+
+    labels: dict[str, str]
+    """A label for each axis, in the order of the axes."""
+    config: FinetuneConfig
+    """With the first seed."""
+
+    @property
+    def name(self) -> str:
+        """The labels as one."""
+        return "/".join(self.labels.values()) or "run"
+
+
+class SweepConfig(Frozen):
+    """A grid of fine-tuning runs, how their budgets are matched, and what the trained models are asked."""
+
+    preset: str = "tiny/recall"
+    """What every run differs from: the name of a preset, or a YAML file beside this one."""
+    axes: dict[Label, Annotated[dict[Label, Changes], Field(min_length=1)]] = Field(default_factory=dict)
+    """Axis, label, and what differs under it; there is a run for each combination of a label of every axis."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
+    """Seeds of the trainings of each combination."""
+    match: Match = "steps"
+    """What every arm has as much of as the reference, under the same labels of the other axes. steps: all have the
+    steps of their curriculum, which must agree; text_tokens, flops: the steps of each stage are scaled until the text
+    tokens, or the operations of training, agree. The learning-rate schedule keeps its own numbers."""
+    reference: Label | None = None
+    """Label of the arm whose budget counts, and that the others are compared with; off means neither."""
+    tolerance: float = Field(0.05, ge=0, lt=1)
+    """How far an arm's matched budget, and with match steps its text tokens, may be from the reference's, as a share
+    of it."""
+    evaluations: tuple[SweepEvaluation, ...] = Field((SweepEvaluation(name="trained"),), min_length=1)
+    """What each trained model is asked."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [evaluation.name for evaluation in self.evaluations]
+        for key, values in (("seeds", self.seeds), ("evaluations.name", tuple(names))):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} {list(values)} has an entry twice")
+        if self.reference is None and self.match != "steps":
+            raise ValueError(f"match {self.match} needs a reference, the label of an arm")
+        if self.reference is not None:
+            self._check_reference(self.reference)
+        for evaluation in self.evaluations:
+            for axis, labels in evaluation.where.items():
+                _check_known(f"evaluations {evaluation.name}: where.{axis}", axis, self.axes)
+                for label in labels:
+                    _check_known(f"evaluations {evaluation.name}: where.{axis} {label}", label, self.axes[axis])
+        self._check_overlap()
+        return self
+
+    def _check_reference(self, reference: str) -> None:
+        axes = [axis for axis, labels in self.axes.items() if reference in labels]
+        _check_known(f"reference {reference}", reference, [label for labels in self.axes.values() for label in labels])
+        if len(axes) > 1:
+            raise ValueError(f"reference {reference} is a label of both axes.{axes[0]} and axes.{axes[1]}")
+
+    def _check_overlap(self) -> None:
+        keys = {
+            axis: {key: f"axes.{axis}.{label}" for label, changes in labels.items() for key in _leaves(changes)}
+            for axis, labels in self.axes.items()
+        }
+        for own in keys.values():
+            if "seed" in own:
+                raise ValueError(f"{own['seed']} sets seed, which only seeds may")
+        for first, second in combinations(keys.values(), 2):
+            for one, other in product(first, second):
+                if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."):
+                    raise ValueError(f"{first[one]} and {second[other]} both set {max(one, other)}")
+
+    @property
+    def arm_axis(self) -> str | None:
+        """The axis whose labels are compared: that of the reference, or else the last one; None without any."""
+        holding = [axis for axis, labels in self.axes.items() if self.reference in labels]
+        return holding[0] if holding else next(reversed(self.axes), None)
+
+
+def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
+    """Load a sweep by the path of its YAML file; a preset that is a file lies beside it.
+
+    Args:
+        path: of the file.
+        overrides: as for a preset, but not of axes, whose labels are names and not keys.
+
+    Raises:
+        UsageError: an unknown key or label (with the nearest name), or settings that do not agree.
+    """
+    overrides = list(overrides)
+    inside = [flag for flag in overrides if flag.startswith("--axes")]
+    if inside:
+        raise UsageError(
+            inside[0], expected="axes as in the file", found="an override", remedy="write a file that `extends:` it"
+        )
+    config = load_preset(path, overrides, schema=SweepConfig)
+    if config.preset.endswith(YAML_SUFFIXES):
+        config = config.model_copy(update={"preset": str(Path(path).parent / config.preset)})
+    return config
+
+
+def expand(sweep: SweepConfig, origin: str) -> list[Cell]:
+    """Return every combination of labels with its run's config, the last axis fastest.
+
+    Raises:
+        UsageError: a preset or a change that makes no valid run; the message names the labels.
+    """
+    base = load_preset(sweep.preset, schema=FinetuneConfig)
+    cells = []
+    for labels in product(*sweep.axes.values()):
+        named = dict(zip(sweep.axes, labels, strict=True))
+        changes: dict[str, Any] = {"seed": sweep.seeds[0]}
+        for axis, label in named.items():
+            changes = _join(changes, sweep.axes[axis][label])
+        where = ", ".join(f"{axis} {label}" for axis, label in named.items())
+        cells.append(Cell(named, override_fields(base, changes, f"{origin}, {where}" if where else origin)))
+    return cells
+
+
+def questions_for(sweep: SweepConfig, cell: Cell, origin: str) -> Iterator[tuple[SweepEvaluation, EvaluateConfig]]:
+    """Yield the evaluations of a combination, each with all that is asked.
+
+    Raises:
+        UsageError: a field of `ask` that does not exist or fit.
+    """
+    base = EvaluateConfig(task=cell.config.task, size=cell.config.curriculum[-1].size)
+    for evaluation in sweep.evaluations:
+        if all(cell.labels[axis] in labels for axis, labels in evaluation.where.items()):
+            where = f"{origin}, {cell.name}: evaluations {evaluation.name}: ask"
+            yield evaluation, override_fields(base, evaluation.ask, where)
+
+
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
+        raise ValueError(f"{what} is no name of axes; {hint}")
+
+
+def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested mappings.
+
+    Raises:
+        ValueError: a key set twice.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in changes.items():
+        tree = _nest(value) if isinstance(value, dict) else value
+        for name in reversed(str(key).split(".")):
+            tree = {name: tree}
+        nested = _join(nested, tree)
+    return nested
+
+
+def _join(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return two nested mappings as one; a leaf is in one of them only."""
+    joined = dict(first)
+    for key, value in second.items():
+        if key in joined and not (isinstance(joined[key], dict) and isinstance(value, dict)):
+            raise ValueError(f"{prefix}{key} is set twice")
+        joined[key] = _join(joined[key], value, f"{prefix}{key}.") if key in joined else value
+    return joined
+
+
+def _leaves(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a nested mapping."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

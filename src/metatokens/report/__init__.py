@@ -1,0 +1,1 @@
+"""How results are told: their schema, tables and figures."""

@@ -1,0 +1,132 @@
+"""The schema of a sweep's results.json.
+
+One `CellResult` is one combination of labels over all seeds that are done. What each model answered on each instance
+stays in the run folders (evaluation.json); here are the intervals that were drawn from it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from metatokens.errors import DataError
+from metatokens.evaluation.statistics import Interval
+
+RESULTS_FORMAT = "sweep/1"
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Accuracy of a cell's models at one length."""
+
+    length: str
+    """Name of the bin, or lo-hi, in text tokens of the prompt."""
+    prompt_tokens: tuple[int, int]
+    size: tuple[int, int]
+    instances: int
+    seeds: tuple[int, ...]
+    """Of the trainings asked so far."""
+    token_accuracy: Interval | None
+    """Over seeds and instances; None, or n/a, where the model cannot represent the length."""
+    sequence_accuracy: Interval | None
+    """None where `token_accuracy` is."""
+    difference: Interval | None
+    """Sequence accuracy minus the reference's, paired by seed and instance; None for the reference, without one, or
+    where either is n/a or was asked something else."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The rows of one evaluation."""
+
+    name: str
+    meta_places: str
+    interventions: tuple[str, ...]
+    rows: tuple[AccuracyRow, ...]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy during training, on test instances at the difficulty of the last stage."""
+
+    step: int
+    training_flops: float
+    """Spent so far, the total of the run shared out by the estimated costs of the stages."""
+    sequence_accuracy: float
+    """Mean over seeds."""
+    lowest: float
+    """Of the seeds."""
+    highest: float
+    """Of the seeds."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What the runs of one combination of labels have in common, and how well they did."""
+
+    labels: dict[str, str]
+    task: str
+    matching: str
+    """What this arm has in common with the reference."""
+    seeds: tuple[int, ...]
+    """That are done."""
+    models: tuple[str, ...]
+    """Their folders, below that of the sweep."""
+    parameters: int
+    steps: int
+    text_tokens: float
+    """Trained on, mean over seeds."""
+    meta_tokens: float
+    training_flops: float
+    """Counted, not measured; mean over seeds."""
+    trained_to: int
+    """Text tokens of the longest prompt of the last stage."""
+    curve: tuple[CurvePoint, ...]
+    evaluations: tuple[EvaluationResult, ...]
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """A run that ended with an error."""
+
+    run: str
+    error: str
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """What `metatokens sweep` writes."""
+
+    format: str
+    sweep: dict[str, Any]
+    """The sweep's config, all fields."""
+    arm_axis: str | None
+    """The axis whose labels are compared."""
+    runs: int
+    done: int
+    failed: tuple[FailedRun, ...]
+    versions: dict[str, str]
+    cells: tuple[CellResult, ...]
+    """In the order of the axes; those without a finished run are left out."""
+
+
+def to_json(results: SweepResults) -> str:
+    """Write results as JSON."""
+    return json.dumps(asdict(results), indent=1) + "\n"
+
+
+def load_results(path: Path) -> SweepResults:
+    """Read results.json.
+
+    Raises:
+        DataError: no file, or one of another format.
+    """
+    try:
+        return TypeAdapter(SweepResults).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        found = str(error).splitlines()[0]
+        raise DataError(
+            str(path), expected=f"results of the format {RESULTS_FORMAT}", found=found, remedy="run the sweep again"
+        ) from None

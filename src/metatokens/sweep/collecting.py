@@ -1,0 +1,212 @@
+"""From run folders to the results of a sweep: accuracies over seeds and instances, and differences from the reference.
+
+Every arm answers the same test instances, so a difference is paired by seed and by instance. With one seed finished the
+interval is that of this training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+import metatokens
+from metatokens.config.sweep import SweepConfig
+from metatokens.evaluation.statistics import (
+    Interval,
+    bootstrap_paired_seeds_and_instances,
+    bootstrap_seeds_and_instances,
+)
+from metatokens.report.sweep_results import (
+    RESULTS_FORMAT,
+    AccuracyRow,
+    CellResult,
+    CurvePoint,
+    EvaluationResult,
+    FailedRun,
+    SweepResults,
+)
+from metatokens.sweep.planning import SweepRun, matching_text
+from metatokens.sweep.progress import flops_after
+from metatokens.sweep.running import is_done, read_answers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Outcomes = tuple[tuple[float, ...], ...]
+"""For each seed, for each instance, the share of what is right."""
+Labels = tuple[str, ...]
+
+
+def collect(sweep: SweepConfig, runs: Sequence[SweepRun], out: Path, failed: Sequence[FailedRun] = ()) -> SweepResults:
+    """Return what the finished runs of a sweep have shown so far."""
+    cells: dict[Labels, list[SweepRun]] = {}
+    done = [run for run in runs if is_done(run)]
+    for run in runs:
+        cells.setdefault(tuple(run.labels.values()), [])
+    for run in done:
+        cells[tuple(run.labels.values())].append(run)
+    answers = {run.name: read_answers(run) for run in done}
+    results = [
+        _cell(sweep, finished, cells.get(_reference_labels(sweep, finished[0]), []), answers, out)
+        for finished in cells.values()
+        if finished
+    ]
+    return SweepResults(
+        format=RESULTS_FORMAT,
+        sweep=sweep.model_dump(mode="json"),
+        arm_axis=sweep.arm_axis,
+        runs=len(runs),
+        done=len(done),
+        failed=tuple(failed),
+        versions={
+            "metatokens": metatokens.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        cells=tuple(results),
+    )
+
+
+def _reference_labels(sweep: SweepConfig, run: SweepRun) -> Labels:
+    """Return the labels of the cell that a run's cell is compared with; none where it is that cell itself."""
+    axis = sweep.arm_axis
+    if sweep.reference is None or axis is None or run.labels[axis] == sweep.reference:
+        return ("",)
+    return tuple({**run.labels, axis: sweep.reference}.values())
+
+
+Answers = Mapping[str, Mapping[str, dict[str, Any]]]
+
+
+def _cell(
+    sweep: SweepConfig, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers, out: Path
+) -> CellResult:
+    first = runs[0]
+    measured = [json.loads(run.folder.result_path.read_text(encoding="utf-8")) for run in runs]
+
+    def mean(key: str) -> float:
+        return float(sum(result[key] for result in measured) / len(measured))
+
+    return CellResult(
+        labels=first.labels,
+        task=first.config.task.kind,
+        matching=matching_text(sweep),
+        seeds=tuple(run.seed for run in runs),
+        models=tuple(str(run.folder.model_path.relative_to(out)) for run in runs),
+        parameters=measured[0]["num_parameters"],
+        steps=measured[0]["steps"],
+        text_tokens=mean("text_tokens"),
+        meta_tokens=mean("meta_tokens"),
+        training_flops=mean("training_flops"),
+        trained_to=first.config.curriculum[-1].prompt_tokens[1],
+        curve=tuple(_curve(runs, mean("training_flops"))),
+        evaluations=tuple(
+            EvaluationResult(
+                name=asked.name,
+                meta_places=asked.config.task.meta_places.kind,
+                interventions=asked.interventions,
+                rows=tuple(_rows(asked.name, runs, references, answers)),
+            )
+            for asked in first.asked
+        ),
+    )
+
+
+def _rows(
+    name: str, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers
+) -> Iterator[AccuracyRow]:
+    reports = {run.seed: answers[run.name][name] for run in runs}
+    others = {run.seed: answers[run.name][name] for run in references if name in answers[run.name]}
+    for index, row in enumerate(next(iter(reports.values()))["rows"]):
+        rows = [report["rows"][index] for report in reports.values()]
+        known = all(row["sequence_accuracy"] is not None for row in rows)
+        yield AccuracyRow(
+            length=row["length"],
+            prompt_tokens=tuple(row["prompt_tokens"]),
+            size=tuple(row["size"]),
+            instances=row["instances"],
+            seeds=tuple(reports),
+            token_accuracy=_pooled(rows, "token") if known else None,
+            sequence_accuracy=_pooled(rows, "sequence") if known else None,
+            difference=_difference(reports, others, row["length"]) if known else None,
+        )
+
+
+def _pooled(rows: Sequence[dict[str, Any]], kind: str) -> Interval:
+    """Return the accuracy of several models, or that of one as its own report has it."""
+    if len(rows) == 1:
+        return Interval(**rows[0][f"{kind}_accuracy"])
+    return _bootstrap(_outcomes(rows, kind), seed=0)
+
+
+def _outcomes(rows: Sequence[dict[str, Any]], kind: str) -> Outcomes:
+    return tuple(tuple(row[f"{kind}_outcomes"][0]) for row in rows)
+
+
+def _difference(
+    reports: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], length: str
+) -> Interval | None:
+    """Return the sequence accuracy minus the reference's over the seeds that both have."""
+    own, theirs = [], []
+    for seed in sorted(reports.keys() & others.keys()):
+        pair = _row_of(reports[seed], length), _row_of(others[seed], length)
+        if pair[0] is None or pair[1] is None or not _same_instances(reports[seed], others[seed]):
+            return None
+        own.append(pair[0])
+        theirs.append(pair[1])
+    return _bootstrap_paired(_outcomes(own, "sequence"), _outcomes(theirs, "sequence"), seed=0) if own else None
+
+
+def _row_of(report: dict[str, Any], length: str) -> dict[str, Any] | None:
+    """Return the row of a length; None where there is none or it reads n/a."""
+    rows = [row for row in report["rows"] if row["length"] == length and row["sequence_accuracy"] is not None]
+    return rows[0] if rows else None
+
+
+def _same_instances(report: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two models were asked about the same texts: where meta-tokens stand in them does not matter."""
+
+    def question(config: dict[str, Any]) -> Any:
+        task = {key: value for key, value in config["task"].items() if key not in {"meta_places", "loss"}}
+        return task, config["size"], config["seed"], config["instances"]
+
+    return bool(question(report["config"]) == question(other["config"]))
+
+
+# a finished cell's intervals do not change while the others run
+@cache
+def _bootstrap(outcomes: Outcomes, seed: int) -> Interval:
+    return bootstrap_seeds_and_instances(outcomes, seed=seed)
+
+
+@cache
+def _bootstrap_paired(outcomes: Outcomes, other: Outcomes, seed: int) -> Interval:
+    return bootstrap_paired_seeds_and_instances(outcomes, other, seed=seed)
+
+
+def _curve(runs: Sequence[SweepRun], total_flops: float) -> Iterator[CurvePoint]:
+    """Yield the accuracies that the trainings logged at the steps that all of them have."""
+    curves = [_logged(run) for run in runs]
+    estimated = runs[0].budget.training_flops
+    for step in sorted(set.intersection(*(set(curve) for curve in curves))):
+        accuracies = [curve[step] for curve in curves]
+        yield CurvePoint(
+            step=step,
+            training_flops=total_flops * flops_after(runs[0], step) / estimated,
+            sequence_accuracy=sum(accuracies) / len(accuracies),
+            lowest=min(accuracies),
+            highest=max(accuracies),
+        )
+
+
+def _logged(run: SweepRun) -> dict[int, float]:
+    """Return the sequence accuracy of the evaluations during training by step."""
+    if not run.folder.metrics_path.is_file():
+        return {}
+    lines = (json.loads(line) for line in run.folder.metrics_path.read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line["sequence_accuracy"] for line in lines if "sequence_accuracy" in line}

@@ -1,0 +1,309 @@
+"""What a sweep will run: each run's config, folder and questions, and its budget, matched to the reference's.
+
+A budget is estimated from the first batches of each stage, some hundreds of instances: the text tokens and the counted
+operations (`metatokens.model.accounting`) of a step. It is a pure function of the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from metatokens.config.loading import override_fields
+from metatokens.config.sweep import Cell, SweepConfig, expand, questions_for
+from metatokens.config.tasks import Difficulty, length_bin
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import check_interventions, parse_intervention
+from metatokens.generation.decoding import sequence_limit
+from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.registry import make_instance
+from metatokens.training.finetuning import outline, training_batches
+from metatokens.training.loop import count_batch_flops
+from metatokens.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig, Stage
+    from metatokens.data.loader import Batch
+
+_SAMPLED_INSTANCES = 512  # at least, of each stage that has so many
+_MEASURED_BY = {"steps": "text_tokens", "text_tokens": "text_tokens", "flops": "training_flops"}
+_UNITS = {"text_tokens": "text tokens", "training_flops": "training FLOPs"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run spends, as estimated before it starts."""
+
+    steps: int
+    text_tokens: float
+    training_flops: float
+    flops_of_stages: tuple[float, ...]
+    """Operations of one step of each stage."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One evaluation of a run."""
+
+    name: str
+    config: EvaluateConfig
+    interventions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    labels: dict[str, str]
+    seed: int
+    folder: RunFolder
+    config: FinetuneConfig
+    asked: tuple[Asked, ...]
+    parameters: int
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        """Labels and seed as one."""
+        return "/".join((*self.labels.values(), f"seed-{self.seed}"))
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A combination of labels with the costs of a step of each of its stages."""
+
+    cell: Cell
+    asked: tuple[Asked, ...]
+    parameters: int
+    text_tokens: tuple[float, ...]
+    flops: tuple[float, ...]
+
+    def budget(self, curriculum: Sequence[Stage]) -> Budget:
+        steps = [stage.steps for stage in curriculum]
+        return Budget(
+            steps=sum(steps),
+            text_tokens=sum(n * tokens for n, tokens in zip(steps, self.text_tokens, strict=True)),
+            training_flops=sum(n * flops for n, flops in zip(steps, self.flops, strict=True)),
+            flops_of_stages=self.flops,
+        )
+
+
+def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
+    """Return the runs in their order, seeds outermost, so that a grid cut short has whole seeds.
+
+    Args:
+        sweep: what is varied.
+        out: folder of the sweep; nothing is written.
+        origin: name of the sweep's file, for messages.
+
+    Raises:
+        UsageError: a run that cannot be trained or asked, or arms that cannot share a budget.
+    """
+    measure = _Measure()
+    arms = [measure.arm(sweep, cell, origin) for cell in expand(sweep, origin)]
+    configs = [_matched(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
+    return [
+        SweepRun(
+            labels=arm.cell.labels,
+            seed=seed,
+            folder=RunFolder(out.joinpath("runs", *arm.cell.labels.values(), f"seed-{seed}")),
+            config=config.model_copy(update={"seed": seed}),
+            asked=arm.asked,
+            parameters=arm.parameters,
+            budget=arm.budget(config.curriculum),
+        )
+        for seed in sweep.seeds
+        for arm, config in zip(arms, configs, strict=True)
+    ]
+
+
+def matching_text(sweep: SweepConfig) -> str:
+    """Say what the arms have in common."""
+    shared = {"steps": "the same steps", "text_tokens": "equal text tokens", "flops": "equal training FLOPs"}
+    if sweep.reference is None:
+        return "each arm its own steps"
+    return f"{shared[sweep.match]} as {sweep.reference}"
+
+
+def describe_plan(sweep: SweepConfig, runs: Sequence[SweepRun]) -> dict[str, Any]:
+    """Return what a sweep would do, for `--dry-run`."""
+    return {
+        "matching": matching_text(sweep),
+        "training_flops": sum(run.budget.training_flops for run in runs),
+        "runs": [
+            {
+                "run": run.name,
+                "parameters": run.parameters,
+                "steps": run.budget.steps,
+                "text_tokens": round(run.budget.text_tokens),
+                "training_flops": run.budget.training_flops,
+                "evaluations": ", ".join(asked.name for asked in run.asked),
+                "state": "trained" if run.folder.is_finished(run.config) else "to do",
+            }
+            for run in runs
+        ],
+    }
+
+
+# Costs -------------------------------------------------------------------------------------------------------
+
+
+class _Measure:
+    """Costs and checks of combinations; what several share is made once."""
+
+    def __init__(self) -> None:
+        self._batches: dict[str, list[list[Batch]]] = {}
+        self._fillable: set[tuple[str, str]] = set()
+
+    def arm(self, sweep: SweepConfig, cell: Cell, origin: str) -> _Arm:
+        """Return a combination with its costs, after the checks that need no training."""
+        model, tokenizer = outline(cell.config)
+        stages = self._sample(cell.config, model, tokenizer)
+        limit = sequence_limit(model)
+        longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)
+        if limit is not None and longest > limit:
+            raise UsageError(
+                f"{origin}, {cell.name}: curriculum",
+                expected=f"batches of at most the {limit} positions of the model",
+                found=f"one of {longest}, answers and meta-tokens included",
+                remedy="raise start.model.max_position_embeddings, or shorten the last stages",
+            )
+        asked = tuple(
+            Asked(evaluation.name, config, evaluation.interventions)
+            for evaluation, config in questions_for(sweep, cell, origin)
+        )
+        encoder = PieceEncoder(TextEncoder(tokenizer))
+        for evaluation in asked:
+            try:
+                check_interventions(model, [parse_intervention(text) for text in evaluation.interventions])
+                self._check_fillable(evaluation.config, encoder)
+            except UsageError as error:
+                raise UsageError(
+                    f"{origin}, {cell.name}: evaluations {evaluation.name}",
+                    expected="what its models can be asked",
+                    found=str(error),
+                    remedy="or ask others with where",
+                ) from None
+        return _Arm(
+            cell=cell,
+            asked=asked,
+            parameters=model.num_parameters(),
+            text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
+            flops=tuple(_mean([count_batch_flops(model.config, b) for b in batches]) for batches in stages),
+        )
+
+    def _sample(self, config: FinetuneConfig, model: Any, tokenizer: Any) -> list[list[Batch]]:
+        """Return the first groups of batches of each stage; equal for arms that read the same."""
+        encoder = TextEncoder(tokenizer)
+        key = repr(
+            (
+                (encoder.sha256, model.config.meta_token_id, getattr(model.config, "loss_policy", None)),
+                config.model_dump_json(include={"task", "curriculum", "train_instances", "bucket_batches", "seed"}),
+                config.training.batch_blocks,
+            )
+        )
+        if key not in self._batches:
+            batches, first = training_batches(config, model, tokenizer), 0
+            stages: list[list[Batch]] = []
+            # whole groups: the batches of one are sorted by length
+            num_groups = -(-_SAMPLED_INSTANCES // (config.bucket_batches * config.training.batch_blocks))
+            for stage in config.curriculum:
+                steps = range(first, first + min(num_groups * config.bucket_batches, stage.steps))
+                stages.append([batches.batch_at(step) for step in steps])
+                first += stage.steps
+            self._batches[key] = stages
+        return self._batches[key]
+
+    def _check_fillable(self, config: EvaluateConfig, encoder: PieceEncoder) -> None:
+        """Raise what the evaluation would if no instance has one of the lengths."""
+        for length in config.lengths:
+            key = (encoder.text_encoder.sha256, config.model_dump_json(include={"task", "size", "seed"}) + length)
+            if key not in self._fillable:
+                difficulty = Difficulty(size=config.size, prompt_tokens=length_bin(length))
+                make_instance(config.task, difficulty, encoder=encoder, seed=config.seed, split="test", index=0)
+                self._fillable.add(key)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# Matching ----------------------------------------------------------------------------------------------------
+
+
+def _reference_of(sweep: SweepConfig, arm: _Arm, arms: Sequence[_Arm]) -> _Arm | None:
+    """Return the arm that counts for another: the reference under the same labels of the other axes."""
+    axis = sweep.arm_axis
+    if sweep.reference is None or axis is None:
+        return None
+    labels = {**arm.cell.labels, axis: sweep.reference}
+    return next(other for other in arms if other.cell.labels == labels)
+
+
+def _matched(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
+    """Return the config of an arm with the steps that match its budget to the reference's."""
+    config = arm.cell.config
+    if reference is None or reference is arm:
+        return config
+    measured = _MEASURED_BY[sweep.match]
+    theirs = reference.budget(reference.cell.config.curriculum)
+    own = arm.budget(config.curriculum)
+    if sweep.match == "steps":
+        if own.steps != theirs.steps:
+            raise _unmatched(
+                origin, arm, reference, "the same steps", f"{own.steps} and {theirs.steps}", "choose another match"
+            )
+    else:
+        target, spent = getattr(theirs, measured), getattr(own, measured)
+        steps = scale_steps([stage.steps for stage in config.curriculum], target / spent)
+        if steps is None:
+            found = f"{own.steps * target / spent:.1f} steps for {len(config.curriculum)} stages"
+            raise _unmatched(origin, arm, reference, "a step for each stage", found, "lengthen the reference")
+        config = _with_steps(config, steps, f"{origin}, {arm.cell.name}, matched to {reference.cell.name}")
+        own = arm.budget(config.curriculum)
+    ratio = getattr(own, measured) / getattr(theirs, measured)
+    if abs(ratio - 1) > sweep.tolerance:
+        raise _unmatched(
+            origin,
+            arm,
+            reference,
+            f"{_UNITS[measured]} within {sweep.tolerance:.1%} of each other",
+            f"a ratio of {ratio:.3f}",
+            "give both the same batches and curriculum, raise tolerance, or choose another match",
+        )
+    return config
+
+
+def scale_steps(steps: Sequence[int], factor: float) -> list[int] | None:
+    """Return the steps of stages times a factor, at least 1 each, their sum rounded; None where it is too small.
+
+    What rounding leaves goes to the stages with the largest remainders.
+    """
+    ideal = [count * factor for count in steps]
+    total = round(sum(ideal))
+    if total < len(steps):
+        return None
+    scaled = [max(1, int(count)) for count in ideal]
+    by_remainder = sorted(range(len(steps)), key=lambda i: scaled[i] - ideal[i])
+    for index in by_remainder[: max(0, total - sum(scaled))]:
+        scaled[index] += 1
+    while sum(scaled) > total:  # stages that were raised to their one step
+        scaled[max(range(len(steps)), key=lambda i: scaled[i] - ideal[i] if scaled[i] > 1 else float("-inf"))] -= 1
+    return scaled
+
+
+def _with_steps(config: FinetuneConfig, steps: Sequence[int], origin: str) -> FinetuneConfig:
+    curriculum = [
+        {**stage.model_dump(mode="json"), "steps": count} for stage, count in zip(config.curriculum, steps, strict=True)
+    ]
+    return override_fields(config, {"curriculum": curriculum}, origin)
+
+
+def _unmatched(origin: str, arm: _Arm, reference: _Arm, expected: str, found: str, remedy: str) -> UsageError:
+    return UsageError(
+        f"{origin}: budgets of {arm.cell.name} and {reference.cell.name}", expected=expected, found=found, remedy=remedy
+    )

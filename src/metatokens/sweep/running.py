@@ -1,0 +1,337 @@
+"""Run a sweep: each training and each evaluation is a process of its own, several at a time.
+
+What is done is found in the run folders: a training by its result, an evaluation by its entry in RUN/evaluation.json
+with the same questions. So a sweep that was killed goes on by the same command, and so does each run from its last
+checkpoint. A run that fails costs the others nothing.
+
+OUT/
+  results.json, table.md     written again after every finished run
+  runs/LABEL/.../seed-N/
+    preset.yaml              the resolved config; `metatokens finetune` of it is the run
+    evaluation.json          what the model answered, by evaluation
+    log.txt                  standard error of the run's processes
+  lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from metatokens.config.loading import to_yaml
+from metatokens.errors import Preempted, UsageError
+from metatokens.report.sweep_results import FailedRun
+from metatokens.sweep.progress import SweepDisplay
+from metatokens.training.loop import collect_stop_signals
+from metatokens.training.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from metatokens.sweep.planning import Asked, SweepRun
+
+_POLL_SECONDS = 0.1
+_FREE_KEYS = {"batch_size"}  # of an evaluation: how it is computed, not what
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one process."""
+
+    threads: int
+    gpu: str | None = None
+    """For CUDA_VISIBLE_DEVICES; None leaves it as it is."""
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of its processes."""
+        own = {"OMP_NUM_THREADS": str(self.threads)}
+        if self.gpu is not None:
+            own["CUDA_VISIBLE_DEVICES"] = self.gpu
+        return {**os.environ, **own}
+
+
+def parse_gpus(text: str | None) -> list[str]:
+    """Read GPUs as written on the command line: indices or UUIDs with commas.
+
+    Raises:
+        UsageError: one that is empty or named twice.
+    """
+    if text is None:
+        return []
+    gpus = [gpu.strip() for gpu in text.split(",")]
+    if not all(gpus) or len(set(gpus)) < len(gpus):
+        raise UsageError("--gpus", expected="different indices as 0,1", found=repr(text), remedy="see `nvidia-smi -L`")
+    return gpus
+
+
+def make_slots(jobs: int, gpus: Sequence[str]) -> list[Slot]:
+    """Return a slot for each GPU, or else so many that share the cores.
+
+    Raises:
+        UsageError: no job.
+    """
+    if jobs < 1:
+        raise UsageError("--jobs", expected="at least 1", found=str(jobs), remedy="leave it out for one at a time")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = len(gpus) or jobs
+    threads = max(1, cores // number)
+    return [Slot(threads, gpus[i] if gpus else None) for i in range(number)]
+
+
+def is_done(run: SweepRun) -> bool:
+    """Tell whether a run is trained and has answered everything."""
+    return run.folder.is_finished(run.config) and not _unanswered(run)
+
+
+def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
+    """Return the report of each evaluation of a run that was asked as the sweep asks it."""
+    path = run.folder.path / "evaluation.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        asked.name: stored[asked.name]["report"]
+        for asked in run.asked
+        if asked.name in stored and _same_question(stored[asked.name], asked)
+    }
+
+
+def run_sweep(
+    runs: Sequence[SweepRun],
+    out: Path,
+    slots: Sequence[Slot],
+    *,
+    show_progress: bool = True,
+    on_finished: Callable[[Sequence[FailedRun]], None],
+) -> list[FailedRun]:
+    """Run what is not done yet, in order.
+
+    Signals: the first SIGTERM or SIGINT is passed on, so that each training saves a checkpoint and ends.
+
+    Args:
+        runs: from `plan_sweep`.
+        out: folder of the sweep.
+        slots: where processes run.
+        show_progress: on standard error.
+        on_finished: called after every run, with those that have failed so far.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        UsageError: another process runs this sweep.
+        Preempted: after a signal, when every process has ended.
+    """
+    with _locked(out), collect_stop_signals() as stop, SweepDisplay(runs, shown=show_progress) as display:
+        return _Scheduler(runs, slots, display, on_finished).run(stop)
+
+
+class _Scheduler:
+    def __init__(
+        self,
+        runs: Sequence[SweepRun],
+        slots: Sequence[Slot],
+        display: SweepDisplay,
+        on_finished: Callable[[Sequence[FailedRun]], None],
+    ) -> None:
+        self._display, self._on_finished = display, on_finished
+        self._waiting: deque[SweepRun] = deque()
+        for run in runs:
+            if is_done(run):
+                display.skip(run)
+            else:
+                self._waiting.append(run)
+        self._free = list(slots)
+        self._active: list[_Process] = []
+        self._failed: list[FailedRun] = []
+
+    def run(self, stop: Sequence[int]) -> list[FailedRun]:
+        passed_on = False
+        try:
+            while self._active or (self._waiting and not stop):
+                if stop and not passed_on:
+                    passed_on = True
+                    self._display.say(f"stopping: {len(self._active)} processes save and end")
+                    for process in self._active:
+                        process.send_signal(signal.SIGTERM)
+                if not stop:
+                    self._start_waiting()
+                for process in list(self._active):
+                    code = process.poll()
+                    if code is None:
+                        self._display.update(process.run)
+                    else:
+                        self._active.remove(process)
+                        self._end(process, code, stopping=bool(stop))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for process in self._active:  # an error here: nothing may go on alone
+                process.send_signal(signal.SIGTERM)
+        if stop:
+            raise Preempted("stopped by a signal; the same command continues from there")
+        return self._failed
+
+    def _start_waiting(self) -> None:
+        """Fill the free slots; a run that another process still holds is left for later."""
+        for run in list(self._waiting):
+            if not self._free:
+                return
+            holder = run.folder.holder()
+            if holder:
+                self._display.say_once(f"{run.name} waits: {holder} holds it")
+            else:
+                self._waiting.remove(run)
+                run.folder.path.mkdir(parents=True, exist_ok=True)
+                write_atomically(run.folder.path / "preset.yaml", to_yaml(run.config))
+                self._go_on(run, self._free.pop(0))
+
+    def _go_on(self, run: SweepRun, slot: Slot) -> None:
+        """Start the next process of a run, or finish it."""
+        if not run.folder.is_finished(run.config):
+            self._start(run, slot, None)
+        elif unanswered := _unanswered(run):
+            self._start(run, slot, unanswered[0])
+        else:
+            self._free.append(slot)
+            self._on_finished(self._failed)
+            self._display.finish(run)
+
+    def _start(self, run: SweepRun, slot: Slot, asked: Asked | None) -> None:
+        process = _Process(run, slot, asked)
+        self._active.append(process)
+        self._display.start(run, process.what)
+
+    def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
+        run, slot = process.run, process.slot
+        error, output = process.error(code), process.take_output()
+        if error is None and process.asked is not None:
+            _store_answer(run, process.asked, output)
+        if error is None and not process.has_left_its_result():
+            error = f"{process.what} ended without its result; see {run.folder.path / 'log.txt'}"
+        if error is None and not (stopping and not is_done(run)):
+            self._go_on(run, slot)
+            return
+        self._free.append(slot)
+        if error is None or stopping:
+            self._display.drop(run)
+            return
+        self._failed.append(FailedRun(run.name, error))
+        self._on_finished(self._failed)
+        self._display.fail(run, error)
+
+
+class _Process:
+    """A training or an evaluation under way."""
+
+    def __init__(self, run: SweepRun, slot: Slot, asked: Asked | None) -> None:
+        self.run, self.slot, self.asked = run, slot, asked
+        folder = run.folder.path
+        self.what = "training" if asked is None else f"evaluation {asked.name}"
+        self._log_path = folder / "log.txt"
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
+        arguments = _training(folder) if asked is None else _evaluation(folder, asked)
+        with self._log_path.open("ab") as log:
+            self._log_start = log.seek(0, os.SEEK_END)
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "metatokens.sweep.child", *arguments],
+                env=slot.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches it once, by the sweep
+            )
+
+    def poll(self) -> int | None:
+        return self._popen.poll()
+
+    def send_signal(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def has_left_its_result(self) -> bool:
+        return (
+            self.run.folder.is_finished(self.run.config)
+            if self.asked is None
+            else self.asked not in _unanswered(self.run)
+        )
+
+    def take_output(self) -> str:
+        """Return what it wrote on standard output, once."""
+        with self._output:
+            self._output.seek(0)
+            return self._output.read().decode()
+
+    def error(self, code: int) -> str | None:
+        """Return what went wrong in one line."""
+        if code == 0:
+            return None
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}; the same command continues it"
+        with self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("metatokens: ") and "metatokens: warning: " not in line]
+        return (told or lines or [f"exit code {code}"])[-1].removeprefix("metatokens: ")
+
+
+def _training(folder: Path) -> list[str]:
+    return ["finetune", str(folder / "preset.yaml"), "--out", str(folder), "--json"]
+
+
+def _evaluation(folder: Path, asked: Asked) -> list[str]:
+    compact = (",", ":")  # argparse takes a word with a space for an argument of its own
+    fields = [
+        f"--{key}={json.dumps(value, separators=compact)}"
+        for key, value in asked.config.model_dump(mode="json").items()
+    ]
+    interventions = [f"--intervention={intervention}" for intervention in asked.interventions]
+    return ["evaluate", str(folder), *fields, *interventions, "--json"]
+
+
+def _unanswered(run: SweepRun) -> list[Asked]:
+    answers = read_answers(run)
+    return [asked for asked in run.asked if asked.name not in answers]
+
+
+def _store_answer(run: SweepRun, asked: Asked, report: str) -> None:
+    path = run.folder.path / "evaluation.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored[asked.name] = {"interventions": list(asked.interventions), "report": json.loads(report)}
+    write_atomically(path, json.dumps(stored) + "\n")
+
+
+def _same_question(stored: dict[str, Any], asked: Asked) -> bool:
+    old, new = stored["report"]["config"], asked.config.model_dump(mode="json")
+    same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
+    return same and stored["interventions"] == list(asked.interventions)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of the sweep's folder; it ends with the process, however that ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("ab")
+    except OSError as error:
+        raise UsageError(
+            str(out), expected="a folder that can be written", found=str(error.strerror), remedy="choose another --out"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                str(out),
+                expected="a folder that no sweep uses",
+                found="a sweep at work in it",
+                remedy="wait for it or choose another --out",
+            ) from None
+        yield

@@ -1,0 +1,62 @@
+"""A sweep from its runs to what it leaves: results.json, table.md and figures, up to date after every run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from metatokens.errors import UsageError
+from metatokens.report.sweep_results import SweepResults, load_results, to_json
+from metatokens.report.tables import to_markdown
+from metatokens.sweep.collecting import collect
+from metatokens.sweep.running import Slot, run_sweep
+from metatokens.training.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from metatokens.config.sweep import SweepConfig
+    from metatokens.report.sweep_results import FailedRun
+    from metatokens.sweep.planning import SweepRun
+
+
+def check_figures() -> None:
+    """Raise UsageError where figures cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "--figures",
+            expected="the package matplotlib",
+            found="not installed",
+            remedy="pip install 'metatokens[report]'",
+        )
+
+
+def run_and_write(
+    sweep: SweepConfig,
+    runs: Sequence[SweepRun],
+    out: Path,
+    slots: Sequence[Slot],
+    *,
+    show_progress: bool = True,
+    figures: bool = False,
+) -> SweepResults:
+    """Run what is not done yet and return the results, written to `out` after every run.
+
+    Raises:
+        UsageError, Preempted: see `metatokens.sweep.running.run_sweep`.
+    """
+
+    def write(failed: Sequence[FailedRun]) -> None:
+        results = collect(sweep, runs, out, failed)
+        write_atomically(out / "results.json", to_json(results))
+        write_atomically(out / "table.md", to_markdown(results))
+
+    failed = run_sweep(runs, out, slots, show_progress=show_progress, on_finished=write)
+    write(failed)
+    results = load_results(out / "results.json")
+    if figures:
+        from metatokens.report.figures import draw_sweep
+
+        draw_sweep(results, out / "figures")
+    return results

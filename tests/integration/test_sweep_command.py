@@ -1,0 +1,170 @@
+"""Sweeps of runs of a second, in real processes: killed, continued, skipped, and with an arm that fails."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_commands import error_line, metatokens
+from training_runs import DEADLINE_SECONDS, weights
+
+SWEEP = """
+preset: base.yaml
+axes:
+  arm:
+    meta:
+    pause: {start.model.meta_attention_layers: none}
+seeds: [0]
+reference: pause
+evaluations:
+  - {name: lengths, ask: {lengths: [9-24, 25-32, 101-110], instances: 12}}
+"""
+BASE = """
+extends: tiny/recall
+start:
+  kind: fresh
+  model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}
+task: {kind: parity, questions: 1}
+curriculum: [{steps: 60, size: [1, 1], prompt_tokens: [8, 16]}]
+optimizer: {learning_rate: 5.0e-3}
+schedule: {warmup_steps: 2}
+training: {batch_blocks: 16, micro_batch_blocks: 16, device: cpu}
+evaluation: {interval_steps: 20, instances: 20}
+checkpoint: {interval_steps: 5, keep: 1}
+logging: {interval_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "base.yaml").write_text(BASE)
+    (folder / "sweep.yaml").write_text(SWEEP)
+    (folder / "one.yaml").write_text(SWEEP.replace("    meta:\n", ""))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was left alone."""
+    out = tmp_path_factory.mktemp("done")
+    metatokens("sweep", files / "sweep.yaml", "--out", out, "--jobs", "2")
+    return out
+
+
+def rows(out: Path, arm: str) -> Any:
+    """Return all that was measured of an arm, but for the difference from another."""
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    (cell,) = [cell for cell in cells if cell["labels"]["arm"] == arm]
+    for row in cell["evaluations"][0]["rows"]:
+        row.pop("difference")
+    return cell
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_results_a_table_and_its_answers(done: Path):
+    results = json.loads((done / "results.json").read_text())
+    assert results["format"] == "sweep/1"
+    assert (results["runs"], results["done"], results["failed"]) == (2, 2, [])
+    meta, pause = results["cells"]
+    assert meta["labels"] == {"arm": "meta"}
+    assert meta["matching"] == "the same steps as pause"
+    assert meta["parameters"] > pause["parameters"]
+    assert meta["training_flops"] > pause["training_flops"] > 0
+    assert meta["text_tokens"] == pause["text_tokens"]
+    assert [point["step"] for point in meta["curve"]] == [20, 40, 60]
+    near, _, far = meta["evaluations"][0]["rows"]
+    assert (
+        near["sequence_accuracy"]["low"] <= near["sequence_accuracy"]["estimate"] <= near["sequence_accuracy"]["high"]
+    )
+    assert near["difference"] is not None
+    assert far["sequence_accuracy"] is None
+    assert "n/a" in (done / "table.md").read_text()
+    answers = json.loads((done / meta["models"][0]).parent.joinpath("evaluation.json").read_text())
+    assert len(answers["lengths"]["report"]["rows"][0]["sequence_outcomes"][0]) == 12
+
+
+@pytest.mark.slow
+def test_what_is_done_is_skipped_and_a_failing_arm_costs_the_others_nothing(done: Path, files: Path):
+    before = {path: path.stat().st_mtime_ns for path in done.glob("runs/**/*.*")}
+    blocked = done / "runs/broken/seed-0"
+    blocked.mkdir(parents=True)
+    (blocked / "config.yaml").write_text("seed: 7\n")  # the folder of another run
+    (files / "more.yaml").write_text("extends: sweep.yaml\npreset: base.yaml\naxes: {arm: {broken: {}}}\n")
+    command = [sys.executable, "-m", "metatokens.cli", "sweep", files / "more.yaml", "--out", done, "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    results = json.loads(ended.stdout)
+    assert (results["runs"], results["done"]) == (3, 2)
+    (failure,) = results["failed"]
+    assert failure["run"] == "broken/seed-0"
+    assert ended.stderr.splitlines()[-1] == f"metatokens: broken/seed-0: {failure['error']}"
+    assert "another --out" in failure["error"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_one_that_was_left_alone(done: Path, files: Path, tmp_path: Path):
+    run = tmp_path / "runs/pause/seed-0"
+    # as many threads as in the other sweep: sums depend on them in the last bits
+    arguments = ["sweep", str(files / "one.yaml"), "--out", str(tmp_path), "--jobs", "2"]
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "metatokens.cli", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    sweep = start()
+    wait_until(lambda: steps_of(run) >= 8, sweep)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.communicate()
+    wait_until(lambda: not is_locked(run))  # its training saves and ends by itself
+    assert not (run / "result.json").exists()
+    stopped_at = steps_of(run)
+
+    sweep = start()
+    wait_until(lambda: steps_of(run) >= stopped_at + 8, sweep)
+    sweep.send_signal(signal.SIGTERM)
+    _, errors = sweep.communicate(timeout=DEADLINE_SECONDS)
+    assert sweep.returncode == 75, errors
+    assert "the same command continues from there" in errors
+    assert not is_locked(run)
+    assert not (run / "result.json").exists()
+
+    metatokens(*arguments)
+    assert weights(run) == weights(done / "runs/pause/seed-0")
+    assert rows(tmp_path, "pause") == rows(done, "pause")
+
+
+@pytest.mark.slow
+def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
+    import fcntl
+
+    with (done / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = error_line("sweep", files / "sweep.yaml", "--out", done, code=2)
+    assert "a sweep at work in it" in line
+
+
+def steps_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def is_locked(run: Path) -> bool:
+    from metatokens.training.run_folder import RunFolder
+
+    return bool(RunFolder(run).holder())
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
