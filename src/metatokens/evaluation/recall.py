@@ -7,7 +7,7 @@ answer is instead the choice with the highest probability, scored over a cache o
 
 Token accuracy is the share of answer tokens that are right, sequence accuracy that of whole answers. The interval of
 one model is Wilson's where an instance has one answer, and otherwise a bootstrap over instances; that of several models
-of one arm is a bootstrap over seeds and instances.
+of one arm is a bootstrap over seeds and instances. Where all or none is right it is Wilson's, as no draw would differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metatokens.config.tasks import Difficulty, Task, length_bin
 from metatokens.evaluation.interventions import Intervention, intervene
-from metatokens.evaluation.statistics import Interval, bootstrap_ratio, bootstrap_seeds_and_instances, wilson_interval
+from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
 from metatokens.tasks.encoding import EncodedInstance, encode_instance, pad
 from metatokens.tasks.registry import make_instance
@@ -294,9 +294,9 @@ def _row(
 
 def _accuracy(counts: Sequence[tuple[Outcomes, Outcomes]], seed: int) -> Interval:
     """Return the share of what is right with its interval; one pair (right, all) of (instances,) for each model."""
-    if len(counts) > 1:
-        return bootstrap_seeds_and_instances([right / every for right, every in counts], seed=seed)
-    ((right, every),) = counts
+    (right, every), *others = counts
+    if others or right.sum() in (0, every.sum()):
+        return accuracy_interval([right / every for right, every in counts], seed=seed)
     if (every == 1).all():
         return wilson_interval(int(right.sum()), len(right))
     return bootstrap_ratio(right, every, seed=seed)

@@ -184,6 +184,23 @@ def bootstrap_seeds_and_instances(
     return _percentile_interval(estimate, np.concatenate(means), level)
 
 
+def accuracy_interval(outcomes: Sequence[Numbers], *, seed: int) -> Interval:
+    """Return the mean accuracy of trained models on shared instances, with its interval.
+
+    A bootstrap over seeds and instances; where every outcome is 0, or every one is 1, no draw differs and its interval
+    would be a point, so Wilson's for one answer an instance stands in its place.
+
+    Args:
+        outcomes: for each training seed, (instances,) shares of right answers in [0, 1].
+        seed: of the generator.
+    """
+    shares = np.concatenate([np.asarray(one, dtype=np.float64) for one in outcomes])
+    if shares.min() == shares.max() and shares[0] in (0, 1):
+        num_instances = len(outcomes[0])
+        return wilson_interval(num_instances * int(shares[0]), num_instances)
+    return bootstrap_seeds_and_instances(outcomes, seed=seed)
+
+
 def bootstrap_paired_seeds_and_instances(
     outcomes: Sequence[npt.ArrayLike],
     other_outcomes: Sequence[npt.ArrayLike],

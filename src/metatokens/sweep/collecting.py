@@ -18,8 +18,8 @@ import metatokens
 from metatokens.config.sweep import SweepConfig
 from metatokens.evaluation.statistics import (
     Interval,
+    accuracy_interval,
     bootstrap_paired_seeds_and_instances,
-    bootstrap_seeds_and_instances,
 )
 from metatokens.report.sweep_results import (
     RESULTS_FORMAT,
@@ -141,7 +141,7 @@ def _pooled(rows: Sequence[dict[str, Any]], kind: str) -> Interval:
     """Return the accuracy of several models, or that of one as its own report has it."""
     if len(rows) == 1:
         return Interval(**rows[0][f"{kind}_accuracy"])
-    return _bootstrap(_outcomes(rows, kind), seed=0)
+    return _accuracy(_outcomes(rows, kind), seed=0)
 
 
 def _outcomes(rows: Sequence[dict[str, Any]], kind: str) -> Outcomes:
@@ -180,8 +180,8 @@ def _same_instances(report: dict[str, Any], other: dict[str, Any]) -> bool:
 
 # a finished cell's intervals do not change while the others run
 @cache
-def _bootstrap(outcomes: Outcomes, seed: int) -> Interval:
-    return bootstrap_seeds_and_instances(outcomes, seed=seed)
+def _accuracy(outcomes: Outcomes, seed: int) -> Interval:
+    return accuracy_interval(outcomes, seed=seed)
 
 
 @cache

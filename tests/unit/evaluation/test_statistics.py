@@ -5,6 +5,7 @@ import pytest
 
 from metatokens.evaluation.statistics import (
     Interval,
+    accuracy_interval,
     bootstrap_paired_ratio,
     bootstrap_paired_seeds_and_instances,
     bootstrap_ratio,
@@ -297,3 +298,12 @@ def test_seeds_without_outcomes_are_refused(outcomes, options):
 def test_paired_arms_need_the_same_seeds_and_instances(other):
     with pytest.raises(ValueError, match="both arms"):
         bootstrap_paired_seeds_and_instances([[1.0, 0.0], [1.0, 1.0]], other, seed=0)
+
+
+def test_accuracy_has_an_interval_where_all_or_none_is_right_and_a_bootstrap_elsewhere():
+    none, every = (accuracy_interval([[share] * 10, [share] * 10], seed=0) for share in (0.0, 1.0))
+    assert (none, every) == (wilson_interval(0, 10), wilson_interval(10, 10))
+    mixed = [[0.0, 1.0, 0.5], [1.0, 1.0, 0.0]]
+    assert accuracy_interval(mixed, seed=3) == bootstrap_seeds_and_instances(mixed, seed=3)
+    halves = [[0.5, 0.5], [0.5, 0.5]]
+    assert accuracy_interval(halves, seed=0).estimate == 0.5
