@@ -115,10 +115,10 @@ def _add_demo(verbs: Any) -> None:
     parser = _verb(verbs, "demo", _demo, text, long=True)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demonstration")
     parser.add_argument(
-        "--text-tokens", type=_at_least(1), default=1_500_000, help="text tokens that each language model sees"
+        "--text-tokens", type=_at_least(1), default=1_000_000, help="text tokens that each language model sees"
     )
     parser.add_argument(
-        "--recall-steps", type=_at_least(1), help="cut the training on the recall task down to so many steps"
+        "--recall-steps", type=_at_least(1), default=400, help="training steps of each model on the recall task"
     )
 
 
@@ -678,15 +678,28 @@ def _info(options: argparse.Namespace) -> int:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
     from metatokens.baselines.building import build_config
-    from metatokens.config.loading import differences_from_paper, load_preset
+    from metatokens.config.finetuning import FinetuneConfig, FreshStart
+    from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
+    from metatokens.config.schema import PretrainConfig
     from metatokens.evaluation.speed import describe_model
     from metatokens.training.loading import open_model, pretraining_of
 
     folder = Path(options.model)
+    vocab_size = options.text_vocab_size
+    run: PretrainConfig | None = None
     if folder.is_dir():
         config, run = open_model(folder).config, pretraining_of(folder)
+    elif is_finetuning(options.model):
+        start = load_preset(options.model, schema=FinetuneConfig).start
+        if not isinstance(start, FreshStart):
+            raise UsageError(
+                options.model,
+                expected="a preset with a model of its own",
+                found=f"one that starts from {start.path}",
+                remedy="ask for that checkpoint",
+            )
+        config = build_config(start.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
     else:
-        vocab_size = options.text_vocab_size
         run = load_preset(options.model)
         config = build_config(run.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
     if run is None:

@@ -36,6 +36,7 @@ def body_words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[a-z]+|\d+", body.lower()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", task_names())
 def test_solver_answers_ten_thousand_instances_from_the_prompt_alone(name):
     solve = find_task(name).solve

@@ -84,7 +84,9 @@ print("torch" in sys.modules)
     assert done.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "pretrain", "extend", "perplexity", "generate", "info"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "prepare", "pretrain", "extend", "finetune", "evaluate", "sweep", "perplexity", "generate", "info"]
+)
 def test_every_verb_explains_itself(verb):
     assert verb in metatokens(verb, "--help").stdout
 
@@ -204,6 +206,12 @@ def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_it
         assert json.loads(metatokens("info", work / place, "--json").stdout) == of_preset
     alone = json.loads(metatokens("info", shutil.copytree(work / "run/model", tmp_path / "model"), "--json").stdout)
     assert "differs_from_the_paper" not in alone
+
+
+def test_info_knows_presets_of_fine_tuning():
+    result = json.loads(metatokens("info", "tiny/recall", "--text-vocab-size", "300", "--json").stdout)
+    assert result["parameters_of_meta_attention"] == 4 * (4 * 128 * 128 + 4 * 128)
+    assert "starts from" in error_line("info", "paper/recall", code=2)
 
 
 def test_info_of_a_checkpoint_counts_its_parameters(work):

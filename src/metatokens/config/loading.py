@@ -106,6 +106,11 @@ def load_preset(
     return _override_tree(tree, overrides, origin=str(preset), schema=schema)
 
 
+def is_finetuning(preset: str | Path) -> bool:
+    """Tell whether a preset describes fine-tuning on a recall task, and not pre-training."""
+    return not _load_tree(str(preset), seen=()).keys().isdisjoint({"task", "curriculum", "start"})
+
+
 def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
     """Return a config with overrides applied, as `load_preset` does to a preset.
 
