@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import metatokens
 from metatokens.errors import MetaTokensError, Preempted, ResourceError, UsageError
+from metatokens.report.console import show_demo, show_perplexity, show_recall, show_rows, show_table
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("metatokens: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # the top level: whatever it is, it ends in one line
         if debug:
             raise
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -306,39 +307,6 @@ def _emit(options: argparse.Namespace, result: Any, show: Callable[[], None]) ->
     return 0
 
 
-def _show_table(title: str, rows: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value is None:
-            continue
-        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        if isinstance(value, list):
-            text = "\n".join(str(item) for item in value)
-        table.add_row(name.replace("_", " "), text)
-    Console().print(table)
-
-
-def _show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Show rows that have the same columns."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items():
-        left = isinstance(value, str)
-        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
-    for row in rows:
-        table.add_row(
-            *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
-        )
-    Console().print(table)
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -352,86 +320,9 @@ def _demo(options: argparse.Namespace) -> int:
     if options.dry_run:
         configs = {**demo_configs(options.out, options.text_tokens), **recall_configs(options.recall_steps)}
         rows = {arm: f"{config.total_steps} steps" for arm, config in configs.items()}
-        return _emit(options, {"out": str(options.out), **rows}, lambda: _show_table("demo would train", rows))
+        return _emit(options, {"out": str(options.out), **rows}, lambda: show_table("demo would train", rows))
     result = run_demo(options.out, text_tokens=options.text_tokens, recall_steps=options.recall_steps, say=_say)
-    return _emit(options, result, lambda: _show_demo(result))
-
-
-def _show_demo(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="Plain and meta-token model, same text tokens, same seed", title_justify="left")
-    for column in ("", "parameters", "text tokens seen", "text tokens/s", "validation perplexity (95% interval)"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, arm in (("plain", result.plain), ("meta-tokens", result.meta)):
-        table.add_row(
-            name,
-            f"{arm.parameters:,}",
-            f"{arm.text_tokens:,}",
-            f"{arm.text_tokens_per_second:,.0f}",
-            _interval(arm.perplexity),
-        )
-    console.print(table)
-    console.print(
-        f"Meta-attention changes the time of a training step by {100 * (result.meta_attention_cost - 1):+.1f}% on the "
-        f"same tokens; with the meta-tokens' own positions, a text token's by "
-        f"{100 * (result.cost_per_text_token - 1):+.1f}%.",
-        highlight=False,
-    )
-    console.print(
-        f"\nA sample of the meta-token model (meta-tokens hidden):\n\n{result.sample}\n", highlight=False, markup=False
-    )
-    table = Table(title="Copying a marked span of words, by tokens of the prompt (95% interval)", title_justify="left")
-    for column in ("", "parameters", "training FLOPs", *(row.length for row in result.recall[0].rows)):
-        table.add_column(column, justify="left" if not column else "right")
-    for recall in result.recall:
-        accuracies = [_interval(row.sequence_accuracy, ".0%") for row in recall.rows]
-        table.add_row(recall.name, f"{recall.parameters:,}", f"{recall.training_flops:.2e}", *accuracies)
-    console.print(table)
-    console.print("\nThe model is a Hugging Face checkpoint:\n", highlight=False)
-    console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
-    load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'
-    console.print(load, highlight=False, markup=False, soft_wrap=True)  # to be copied as one line
-
-
-def _show_perplexity(result: Any) -> None:
-    rows = {
-        "documents": len(result.documents),
-        "text tokens": result.text_tokens,
-        "window": f"{result.text_tokens_per_window} text tokens, {result.positions_per_window} positions",
-        "injection": result.injection["kind"],
-        "interventions": [intervention["kind"] for intervention in result.interventions] or None,
-    }
-    for name, scores in (("non-overlapping", result.non_overlapping), (f"sliding by {result.stride}", result.sliding)):
-        rows[f"perplexity, {name}"] = _interval(scores.perplexity)
-        rows[f"nats per token, {name}"] = _interval(scores.nats_per_token)
-        if scores.word_perplexity:
-            rows[f"word perplexity, {name}"] = _interval(scores.word_perplexity)
-    _show_table("perplexity (95% interval over documents)", rows)
-
-
-def _show_recall(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval)", title_justify="left")
-    table.add_column("prompt tokens")
-    for column in ("of tokens", "of whole answers"):
-        table.add_column(column, justify="right")
-    for row in result.rows:
-        cells = (row.token_accuracy, row.sequence_accuracy)
-        table.add_row(row.length, *(_interval(cell, ".1%") for cell in cells))
-    Console().print(table)
-
-
-def _interval(interval: Any, form: str = ",.4g") -> str:
-    if interval is None:
-        return "n/a"
-    if interval.low is None:
-        return f"{interval.estimate:{form}} (one document: no interval)"
-    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+    return _emit(options, result, lambda: show_demo(result))
 
 
 def _injection(kind: str, ratio: float) -> Any:
@@ -468,7 +359,7 @@ def _prepare(options: argparse.Namespace) -> int:
             "tokenizer": options.tokenizer or f"trained here, {options.vocab_size} tokens",
             "out": str(options.out),
         }
-        return _emit(options, plan, lambda: _show_table("prepare would read", plan))
+        return _emit(options, plan, lambda: show_table("prepare would read", plan))
     manifest = prepare(
         options.source,
         options.out,
@@ -488,7 +379,7 @@ def _prepare(options: argparse.Namespace) -> int:
         "documents_skipped": manifest.num_documents_skipped,
         "content_id": manifest.content_id,
     }
-    return _emit(options, result, lambda: _show_table("prepared", result))
+    return _emit(options, result, lambda: show_table("prepared", result))
 
 
 def _show_bytes(num_bytes: int, num_tokens: int) -> None:
@@ -505,11 +396,11 @@ def _pretrain(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
-        return _emit(options, rows, lambda: _show_table("pretrain would do", rows))
+        return _emit(options, rows, lambda: show_table("pretrain would do", rows))
     result = pretrain(config, out)
     if not is_main_process():
         return 0
-    return _emit(options, result, lambda: _show_table("pre-trained", asdict(result)))
+    return _emit(options, result, lambda: show_table("pre-trained", asdict(result)))
 
 
 def _extend(options: argparse.Namespace) -> int:
@@ -528,12 +419,12 @@ def _extend(options: argparse.Namespace) -> int:
     if options.dry_run:
         more = write_untrained(config, options.out, dry_run=True) if options.no_training else plan(config, options.out)
         rows |= more
-        return _emit(options, rows, lambda: _show_table("extend would do", rows))
+        return _emit(options, rows, lambda: show_table("extend would do", rows))
     if options.no_training:
         result = write_untrained(config, options.out) if is_main_process() else {}
     else:
         result = {**asdict(pretrain(config, options.out)), **describe_extension(config)}
-    return _emit(options, result, lambda: _show_table("extended", result)) if is_main_process() else 0
+    return _emit(options, result, lambda: show_table("extended", result)) if is_main_process() else 0
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -547,11 +438,11 @@ def _finetune(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / Path(options.preset).stem
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
-        return _emit(options, rows, lambda: _show_table("finetune would do", rows))
+        return _emit(options, rows, lambda: show_table("finetune would do", rows))
     result = finetune(config, out)
     if not is_main_process():
         return 0
-    return _emit(options, result, lambda: _show_table("fine-tuned", asdict(result)))
+    return _emit(options, result, lambda: show_table("fine-tuned", asdict(result)))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -569,7 +460,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     device = choose_device(config.device)
     if options.dry_run:
         plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
-        return _emit(options, plan, lambda: _show_table("evaluate would ask", plan))
+        return _emit(options, plan, lambda: show_table("evaluate would ask", plan))
     rows = evaluate_recall(
         (open_model(path).to(device) for path in options.checkpoints),
         config,
@@ -581,7 +472,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    return _emit(options, result, lambda: _show_recall(result))
+    return _emit(options, result, lambda: show_recall(result))
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -599,7 +490,7 @@ def _sweep(options: argparse.Namespace) -> int:
     runs = plan_sweep(sweep, options.out, str(options.file))
     if options.dry_run:
         plan = describe_plan(sweep, runs)
-        return _emit(options, plan, lambda: _show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
+        return _emit(options, plan, lambda: show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
     results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
     from rich.console import Console
 
@@ -637,9 +528,9 @@ def _perplexity(options: argparse.Namespace) -> int:
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
-        return _emit(options, rows, lambda: _show_table("perplexity would score", rows))
+        return _emit(options, rows, lambda: show_table("perplexity would score", rows))
     result = measure_perplexity(model, documents, tokenizer, measured)
-    return _emit(options, result, lambda: _show_perplexity(result))
+    return _emit(options, result, lambda: show_perplexity(result))
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -708,7 +599,7 @@ def _info(options: argparse.Namespace) -> int:
         block_size = run.data.block_size
         result = describe_model(config, block_size=block_size, num_meta=run.injection.num_meta(block_size))
         result["differs_from_the_paper"] = differences_from_paper(run)
-    return _emit(options, result, lambda: _show_table(options.model, result))
+    return _emit(options, result, lambda: show_table(options.model, result))
 
 
 if __name__ == "__main__":

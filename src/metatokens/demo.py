@@ -44,8 +44,8 @@ RECALL_STEPS = 400  # about a minute an arm on two cores
 # meta-attention adds 4 x 128^2 to the 12 x 128^2 weights of each of the four layers: as many as 5.3 plain layers
 RECALL_ARMS = {
     "meta-attention": (),
-    "same tokens, no meta-attention": ("--start.model.meta_attention_layers", "none"),
-    "plain, 5 layers": (
+    "pause tokens": ("--start.model.meta_attention_layers", "none"),
+    "five plain layers": (
         *("--start.model.meta_attention_layers", "none", "--start.model.num_hidden_layers", "5"),
         *("--task.meta_places.kind", "none"),
     ),
@@ -182,7 +182,7 @@ def _run_recall(
     """Train every arm on the copying task and ask it at its training lengths and beyond."""
     for arm, config in configs.items():
         say(f"Training to copy a marked span, {arm}: {config.total_steps} steps of {config.training.batch_blocks} ...")
-        out = folder / "recall" / "-".join(arm.replace(",", "").split())
+        out = folder / "recall" / "-".join(arm.split())
         result = finetune(config, out, show_progress=show_progress, label=arm)
         asked = EvaluateConfig(
             task=config.task,

@@ -319,6 +319,7 @@ def _exclusive(out: Path) -> Iterator[Path]:
             try:
                 yield folder
             except Exception:
+                # an error would come again; a kill or Ctrl-C leaves the finished shards to the next try
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
         finally:

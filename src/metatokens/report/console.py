@@ -1,0 +1,118 @@
+"""Results as a person reads them on a terminal; `--json` is for everything else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_table(title: str, rows: dict[str, Any]) -> None:
+    """Show named values, one a row; None is left out."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is None:
+            continue
+        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = "\n".join(str(item) for item in value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Show rows that have the same columns."""
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        left = isinstance(value, str)
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        table.add_row(
+            *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
+        )
+    Console().print(table)
+
+
+def show_demo(result: Any) -> None:
+    """Show a `metatokens.demo.DemoResult`."""
+    console = Console()
+    table = Table(title="Plain and meta-token model, same text tokens, same seed", title_justify="left")
+    for column in ("", "parameters", "text tokens", "tokens/s", "perplexity (95% interval)"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, arm in (("plain", result.plain), ("meta-tokens", result.meta)):
+        table.add_row(
+            name,
+            f"{arm.parameters:,}",
+            f"{arm.text_tokens:,}",
+            f"{arm.text_tokens_per_second:,.0f}",
+            _interval(arm.perplexity),
+        )
+    console.print(table)
+    console.print(
+        f"Meta-attention changes the time of a training step by {100 * (result.meta_attention_cost - 1):+.1f}% on the "
+        f"same tokens; with the meta-tokens' own positions, a text token's by "
+        f"{100 * (result.cost_per_text_token - 1):+.1f}%.",
+        highlight=False,
+    )
+    console.print(
+        f"\nA sample of the meta-token model (meta-tokens hidden):\n\n{result.sample}\n", highlight=False, markup=False
+    )
+    table = Table(
+        title="Copying a marked span of words: % right by tokens of the prompt (95% interval)", title_justify="left"
+    )
+    for column in ("", "parameters", "training FLOPs", *(row.length for row in result.recall[0].rows)):
+        table.add_column(column, justify="left" if not column else "right")
+    for recall in result.recall:
+        accuracies = [_percent(row.sequence_accuracy) for row in recall.rows]
+        table.add_row(recall.name, f"{recall.parameters:,}", f"{recall.training_flops:.2e}", *accuracies)
+    console.print(table)
+    console.print("\nThe model is a Hugging Face checkpoint:\n", highlight=False)
+    console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
+    load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'
+    console.print(load, highlight=False, markup=False, soft_wrap=True)  # to be copied as one line
+
+
+def show_perplexity(result: Any) -> None:
+    """Show a `PerplexityResult`."""
+    rows = {
+        "documents": len(result.documents),
+        "text tokens": result.text_tokens,
+        "window": f"{result.text_tokens_per_window} text tokens, {result.positions_per_window} positions",
+        "injection": result.injection["kind"],
+        "interventions": [intervention["kind"] for intervention in result.interventions] or None,
+    }
+    for name, scores in (("non-overlapping", result.non_overlapping), (f"sliding by {result.stride}", result.sliding)):
+        rows[f"perplexity, {name}"] = _interval(scores.perplexity)
+        rows[f"nats per token, {name}"] = _interval(scores.nats_per_token)
+        if scores.word_perplexity:
+            rows[f"word perplexity, {name}"] = _interval(scores.word_perplexity)
+    show_table("perplexity (95% interval over documents)", rows)
+
+
+def show_recall(result: Any) -> None:
+    """Show a `RecallReport`."""
+    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval)", title_justify="left")
+    table.add_column("prompt tokens")
+    for column in ("of tokens", "of whole answers"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        cells = (row.token_accuracy, row.sequence_accuracy)
+        table.add_row(row.length, *(_interval(cell, ".1%") for cell in cells))
+    Console().print(table)
+
+
+def _interval(interval: Any, form: str = ",.4g") -> str:
+    if interval is None:
+        return "n/a"
+    if interval.low is None:
+        return f"{interval.estimate:{form}} (one document: no interval)"
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
+def _percent(interval: Any) -> str:
+    """Write an accuracy so briefly that a table of several lengths fits a terminal."""
+    if interval is None:
+        return "n/a"
+    return f"{100 * interval.estimate:.0f} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
