@@ -14,7 +14,7 @@ demo: .venv/installed ## train two tiny models on the text that comes with Pytho
 	$(BIN)/metatokens demo $(DEMO_FLAGS)
 
 test: .venv/installed ## every test
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 check: .venv/installed ## format, lint, types and the quick tests
 	$(BIN)/ruff format --check src tests benchmarks experiments
