@@ -1,0 +1,161 @@
+"""Where the parts of a model are: one description for ours and for transformers' GPT-2 and GPT-Neo.
+
+The lens reads and changes activations through it and knows no model class itself. Raw Hugging Face weights stay as
+they are; nothing is folded, centred or copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import GPT2LMHeadModel, GPTNeoForCausalLM, PreTrainedModel
+
+from metatokens.errors import UsageError
+from metatokens.model import MetaTokenForCausalLM
+
+Branch = Literal["attn", "meta_attn"]
+"""The causal self-attention of a block, or its meta-attention."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of one block."""
+
+    layer: int
+    branch: Branch
+    module: nn.Module
+    """Its forward takes the mask, and its first result is what the residual stream receives."""
+    projections: tuple[nn.Module, ...]
+    """Of queries, keys and values, in the order in which they run; one module where they are fused."""
+    output: nn.Module
+    """The output projection."""
+    num_heads: int
+    head_dim: int
+    scaling: float
+    """What a product of query and key is multiplied by."""
+    mask_argument: tuple[int, str]
+    """Place and name of the mask, or of the pack that holds it, among the arguments of `module`."""
+    cache_argument: tuple[int, str]
+    """Place and name of the cache."""
+    is_output_transposed: bool = False
+    """Whether the output projection holds (H D, C), as GPT-2's does, and not (C, H D)."""
+    rotates: bool = False
+    """Whether `module.project` gives rotated queries and keys."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its taps begin with."""
+        return f"blocks.{self.layer}.{self.branch}"
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """One block."""
+
+    block: nn.Module
+    attentions: tuple[AttentionSite, ...]
+    mlp_norm: nn.Module
+    """The norm before the feed-forward part; its input is the middle of the residual stream."""
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a causal language model."""
+
+    blocks: tuple[BlockSite, ...]
+    final_norm: nn.Module
+    head: nn.Module
+    """Gives the logits."""
+
+
+def describe_layout(model: PreTrainedModel) -> Layout:
+    """Return where the parts of a model are.
+
+    Raises:
+        UsageError: A class that is not known.
+    """
+    for known, describe in _DESCRIPTIONS.items():
+        if isinstance(model, known):
+            return describe(model)
+    raise UsageError(
+        "model",
+        expected=", ".join(known.__name__ for known in _DESCRIPTIONS),
+        found=type(model).__name__,
+        remedy="pass one of these; a PEFT wrapper has its model in get_base_model()",
+    )
+
+
+def _of_ours(model: Any) -> Layout:
+    blocks = []
+    for layer, block in enumerate(model.model.layers):
+        modules: list[tuple[Branch, Any]] = [("attn", block.self_attn), ("meta_attn", block.meta_attn)]
+        attentions = tuple(
+            AttentionSite(
+                layer=layer,
+                branch=branch,
+                module=module,
+                projections=(module.q_proj, module.k_proj, module.v_proj),
+                output=module.o_proj,
+                num_heads=model.config.num_attention_heads,
+                head_dim=module.head_dim,
+                scaling=module.scaling,
+                mask_argument=(2, "mask") if branch == "attn" else (1, "pack"),
+                cache_argument=(3 if branch == "attn" else 2, "past_key_values"),
+                rotates=True,
+            )
+            for branch, module in modules
+            if module is not None
+        )
+        blocks.append(BlockSite(block, attentions, block.post_attention_layernorm, block.mlp))
+    return Layout(tuple(blocks), model.model.norm, model.lm_head)
+
+
+def _of_gpt2(model: Any) -> Layout:
+    blocks = []
+    for layer, block in enumerate(model.transformer.h):
+        module = block.attn
+        site = AttentionSite(
+            layer=layer,
+            branch="attn",
+            module=module,
+            projections=(module.c_attn,),
+            output=module.c_proj,
+            num_heads=module.num_heads,
+            head_dim=module.head_dim,
+            scaling=module.scaling,
+            mask_argument=(2, "attention_mask"),
+            cache_argument=(1, "past_key_values"),
+            is_output_transposed=True,
+        )
+        blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))
+    return Layout(tuple(blocks), model.transformer.ln_f, model.lm_head)
+
+
+def _of_gpt_neo(model: Any) -> Layout:
+    blocks = []
+    for layer, block in enumerate(model.transformer.h):
+        module = block.attn.attention
+        site = AttentionSite(
+            layer=layer,
+            branch="attn",
+            module=module,
+            projections=(module.q_proj, module.k_proj, module.v_proj),
+            output=module.out_proj,
+            num_heads=module.num_heads,
+            head_dim=module.head_dim,
+            scaling=1.0,  # GPT-Neo does not scale its logits
+            mask_argument=(1, "attention_mask"),
+            cache_argument=(2, "layer_past"),
+        )
+        blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))
+    return Layout(tuple(blocks), model.transformer.ln_f, model.lm_head)
+
+
+_DESCRIPTIONS = {
+    MetaTokenForCausalLM: _of_ours,
+    GPT2LMHeadModel: _of_gpt2,
+    GPTNeoForCausalLM: _of_gpt_neo,
+}
