@@ -11,8 +11,8 @@ the entropy is a function of x and N alone, whatever the logits:
     H(x) = ln(e^x + N) - x e^x / (e^x + N),      dH/dx = -p (1 - p) x.
 
 So a boost lowers H from the start if x >= 0; if x < 0, H first rises, up to ln(1 + N) at x = 0, and is lower than
-before only once the boost exceeds a critical one between |x| and 2 |x|. All functions work on tensors of any shape, float64
-for exactness; entropies in nats.
+before only once the boost exceeds a critical one between |x| and 2 |x|. All functions work on tensors of any shape,
+float64 for exactness; entropies in nats.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def key_margin(score: Tensor, *, entropy: Tensor, log_sum_exp: Tensor, mean_scor
 def set_entropy(log_odds: Tensor, meta_entropy: Tensor, text_entropy: Tensor) -> Tensor:
     """Return H = h(P) + P H_S + (1 - P) H_C by the log-odds of the set S (the chain rule)."""
     share = torch.sigmoid(log_odds)
-    binary = torch.special.entr(share) + torch.special.entr(1 - share)
+    binary: Tensor = torch.special.entr(share) + torch.special.entr(1 - share)
     return binary + share * meta_entropy + (1 - share) * text_entropy
 
 
