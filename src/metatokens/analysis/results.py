@@ -113,7 +113,7 @@ class TokenView(Frozen):
 class Results(Frozen):
     """All that a report needs."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     title: str
     checkpoint: dict[str, Any]
     config: dict[str, Any]
