@@ -294,7 +294,7 @@ def _decoder_of(model: nn.Module | Any, intervention: Intervention) -> Any:
     raise UsageError(
         f"intervention {intervention.kind}",
         expected="a model of this package (model_type metatokens)",
-        found=type(model).__name__,
+        found=type(getattr(model, "wrapped", model)).__name__,
         remedy="leave out the intervention",
     )
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
-from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import (
@@ -129,14 +130,14 @@ def check_start(config: RunConfig, folder: RunFolder, job: Job) -> None:
     _check_disk(folder, job.model.num_parameters())
 
 
-def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
+def count_batch_flops(model: Any, batch: Batch) -> int:
     """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
+    count = model.training_flops if isinstance(model, PretrainedCausalLM) else partial(training_flops, model.config)
     num_positions = batch.input_ids.shape[1]
     num_meta = round(batch.num_meta / batch.num_rows)
     num_logits = round(batch.num_targets / batch.num_rows)
-    return batch.num_rows * training_flops(
-        config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits
-    )
+    flops: int = count(num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
+    return batch.num_rows * flops
 
 
 class _Run:
