@@ -27,11 +27,15 @@ from transformers import (
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
+from metatokens.config.sweep import load_sweep
 from metatokens.data.tokenizer import META_TOKEN, load_text_tokenizer, text_vocab_size
+from metatokens.errors import DataError
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.sweep.planning import plan_sweep
 from metatokens.training.finetuning import finetune, outline, training_batches, word_tokenizer
 from metatokens.training.loading import open_model, open_tokenizer
 from metatokens.training.loop import count_batch_flops
+from metatokens.training.run_folder import RunFolder
 from tiny_models import randomize
 
 PRESET = """
@@ -44,7 +48,7 @@ curriculum:
 schedule: {{warmup_steps: 2}}
 training: {{batch_blocks: 8, micro_batch_blocks: 4, device: cpu}}
 evaluation: {{interval_steps: 6, instances: 10}}
-checkpoint: {{interval_steps: 2}}
+checkpoint: {{interval_steps: 2, keep: 100}}
 logging: {{interval_steps: 1}}
 """
 POSITIONS = 64
@@ -152,6 +156,49 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_left_alone(
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+def cut_off(reference: Path, out: Path) -> Path:
+    """Make the folder of a run that was killed some time after its checkpoint of step 10."""
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    assert (out / "checkpoints" / "step-00000010").is_dir()
+    return out
+
+
+def test_a_run_goes_on_from_the_same_weights_at_another_place(config: Config, neo: Path, done: Path, tmp_path: Path):
+    shutil.copytree(neo, tmp_path / "copy")
+    out = cut_off(done, tmp_path / "run")
+    finetune(config(tmp_path / "copy"), out, show_progress=False)
+    assert weights(out) == weights(done)
+    # a sweep that starts elsewhere has not this run
+    assert RunFolder(out).is_finished(config(tmp_path / "copy"))
+    assert not RunFolder(out).is_finished(config(neo))
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
+def test_a_run_goes_on_from_no_other_weights_at_the_same_place(
+    config: Config, neo: Path, done: Path, tmp_path: Path, changed: str
+):
+    there = tmp_path / "there"
+    shutil.copytree(neo, there)
+    out = cut_off(done, tmp_path / "run")
+    if changed == "config.json":
+        shape = json.loads((there / changed).read_text())
+        (there / changed).write_text(json.dumps({**shape, "window_size": 9}))
+    else:
+        randomize(GPTNeoForCausalLM.from_pretrained(there), seed=1).save_pretrained(there)
+    with pytest.raises(DataError, match="expected the data and weights that the run began with"):
+        finetune(config(there), out, show_progress=False)
+    assert not (out / "model").exists()
+    # another version of transformers writes its own name alone
+    shutil.rmtree(there)
+    shutil.copytree(neo, there)
+    shape = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**shape, "transformers_version": "0"}))
+    finetune(config(there), out, show_progress=False)
+    assert weights(out) == weights(done)
+
+
 @torch.no_grad()
 def test_what_a_run_leaves_opens_with_transformers_alone_and_here(done: Path, vocab_size: int):
     plain = AutoModelForCausalLM.from_pretrained(done / "model").eval()
@@ -198,6 +245,21 @@ def test_the_commands_score_it_in_its_whole_window_with_pause_tokens(done: Path,
     generated = metatokens("generate", done, "The cube", "--max-text-tokens", "4", "--json")
     assert json.loads(generated.stdout)["text_tokens"] <= 4
     assert json.loads(metatokens("info", done, "--json").stdout)["block_positions"] == POSITIONS
+
+
+def test_a_sweep_matches_the_budget_of_one_to_that_of_ours(neo: Path, tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(PRESET.format(path=neo))
+    model = "{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}"
+    (tmp_path / "sweep.yaml").write_text(
+        f"preset: base.yaml\naxes: {{arm: {{neo: , ours: {{start: {{kind: fresh, model: {model}}}}}}}}}\n"
+        "seeds: [0]\nreference: neo\nmatch: flops\ntolerance: 0.1\n"
+        "evaluations: [{name: asked, ask: {lengths: [17-32]}}]\n"
+    )
+    runs = plan_sweep(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out", "sweep.yaml")
+    theirs, ours = runs
+    assert theirs.parameters == open_model(neo).num_parameters() < ours.parameters  # no meta-attention
+    assert ours.budget.training_flops == pytest.approx(theirs.budget.training_flops, rel=0.1)
+    assert ours.budget.flops_of_stages[0] > theirs.budget.flops_of_stages[0]
 
 
 def test_a_stage_longer_than_its_table_is_refused_before_anything_is_trained(neo: Path, tmp_path: Path):

@@ -18,9 +18,17 @@ from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, outline_model
-from metatokens.training.loading import is_ours, open_config, open_model, open_tokenizer, outline_arm
+from metatokens.training.loading import (
+    is_ours,
+    model_folder,
+    open_config,
+    open_model,
+    open_tokenizer,
+    outline_arm,
+)
 from metatokens.training.loop import Job, TrainingResult, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.starting import model_sha256
 
 WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
 _EVALUATION_BATCH = 64
@@ -69,18 +77,19 @@ def word_tokenizer() -> Tokenizer:
     return train_tokenizer([text + "List Bits Text Item Parity Copy Point Count: [ ] | , ."] * 8, WORD_VOCABULARY)
 
 
-def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
-    """Return the model that a run starts from and its text tokenizer."""
-    start, tokenizer = config.start, _start_tokenizer(config)
+def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
+    """Return the model that a run starts from, its text tokenizer, and its identity where it is not new."""
+    start, tokenizer, identity = config.start, _start_tokenizer(config), ""
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
         model = build_model(
             start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
         )
     else:
-        model = open_model(Path(start.path), seed=config.seed).train()
+        folder = model_folder(Path(start.path))
+        model, identity = open_model(folder, seed=config.seed).train(), f"+{model_sha256(folder)}"
     _check_length(config, model)
-    return model, tokenizer
+    return model, tokenizer, identity
 
 
 def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
@@ -134,13 +143,13 @@ def training_batches(
 
 
 def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
-    model, tokenizer = _start(config)
+    model, tokenizer, start_id = _start(config)
     model.to(processes.device)
     identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
     return Job(
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
-        content_id=hashlib.sha256(identity.encode()).hexdigest(),
+        content_id=hashlib.sha256(identity.encode()).hexdigest() + start_id,
         batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
         count_flops=lambda batch: count_batch_flops(model, batch),
         evaluate=None
