@@ -89,7 +89,7 @@ def _check_shape(path: Path, start: Any, config: ModelConfig) -> None:
         )
     fields = config.to_hf(start.meta_token_id, start.eos_token_id)
     pairs = {key: (getattr(start, key, None), fields[key]) for key in fields.keys() - _MAY_CHANGE}
-    if config.position_encoding == "rope":
+    if config.has_rotation:
         pairs["rope_theta"] = ((start.rope_parameters or {}).get("rope_theta"), config.rope_theta)
     for key, (old, new) in sorted(pairs.items()):
         if old != new:
