@@ -135,12 +135,41 @@ class RowAudit:
         return self.entropy_without - self.entropy_with
 
 
+@dataclass(frozen=True)
+class KeyBoosts:
+    """How the keys of rows fare between two runs; (B, H, Q, K) each, NaN where nothing is known."""
+
+    margin: Tensor
+    """x in the ablated run."""
+    competitors: Tensor
+    """N in the ablated run."""
+    boost: Tensor
+    """D."""
+
+
+def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor) -> KeyBoosts:
+    """Return the margin of every key in the ablated run, and its boost.
+
+    The boost is how much its score rises more than those of its competitors, weighted as they are in the ablated run:
+    softmax knows no common shift. The arguments are those of `audit_rows`.
+    """
+    before, after = scores_without.double(), scores_with.double()
+    visible = visible.expand(before.shape)
+    weights = _weights(before, visible)
+    before, after = torch.where(visible, before, 0), torch.where(visible, after, 0)
+    log_norm = torch.where(visible, before, -torch.inf).logsumexp(-1, keepdim=True)
+    mean_before, mean_after = ((weights * scores).sum(-1, keepdim=True) for scores in (before, after))
+    entropy = torch.special.entr(weights).sum(-1, keepdim=True)
+    key = key_margin(before, entropy=entropy, log_sum_exp=log_norm, mean_score=mean_before)
+    others_rise = (mean_after - mean_before - key.share * (after - before)) / (1 - key.share)
+    return KeyBoosts(key.margin, key.competitors, after - before - others_rise)
+
+
 def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, is_meta: Tensor) -> RowAudit:
     """Hold the theorem against attention rows of two runs.
 
-    The boost of a key is how much its score rises more than those of its competitors, weighted as they are in the
-    ablated run: softmax knows no common shift. The mechanism is the change of H when the scores of the meta keys alone
-    go from one run to the other, with those of all other keys as in the first run or as in the second, averaged.
+    The mechanism is the change of H when the scores of the meta keys alone go from one run to the other, with those of
+    all other keys as in the first run or as in the second, averaged.
 
     Args:
         scores_without: (B, H, Q, K) scores of the ablated run.
@@ -153,24 +182,14 @@ def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
     meta = visible & is_meta[:, None, None, :]
     mixed = torch.where(meta, after, before), torch.where(meta, before, after)
     entropies = [_row_entropy(scores, visible) for scores in (before, after, *mixed)]
-    mechanism = ((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2
-
-    weights = _weights(before, visible)
-    finite_before, finite_after = torch.where(visible, before, 0), torch.where(visible, after, 0)
-    mean_before = (weights * finite_before).sum(-1, keepdim=True)
-    mean_after = (weights * finite_after).sum(-1, keepdim=True)
-    log_norm = torch.where(visible, before, -torch.inf).logsumexp(-1, keepdim=True)
-    key = key_margin(before, entropy=entropies[0][..., None], log_sum_exp=log_norm, mean_score=mean_before)
-    rest = 1 - key.share
-    others_rise = (mean_after - mean_before - key.share * (finite_after - finite_before)) / rest
-    boost = finite_after - finite_before - others_rise
-    known = meta & key.margin.isfinite() & boost.isfinite()
-    boosted = known & (boost > 0)
-    beyond = boosted & (boost > critical_boost(key.margin, key.competitors.clamp(min=1)))
+    key = key_boosts(before, after, visible=visible)
+    known = meta & key.margin.isfinite() & key.boost.isfinite()
+    boosted = known & (key.boost > 0)
+    beyond = boosted & (key.boost > critical_boost(key.margin, key.competitors.clamp(min=1)))
     return RowAudit(
         entropy_without=entropies[0],
         entropy_with=entropies[1],
-        entropy_mechanism=mechanism,
+        entropy_mechanism=((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2,
         num_edges=known.sum(-1),
         num_above=(known & (key.margin >= 0)).sum(-1),
         num_boosted=boosted.sum(-1),

@@ -1,0 +1,90 @@
+"""Effects of the meta-tokens' embedding on attention, against weights of the model's own eager attention."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metatokens.analysis import Lens
+from metatokens.analysis.attention_effects import Document, attention_effects
+from metatokens.analysis.attention_statistics import StratifiedQueries
+from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import ZeroEmbedding, intervene
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+
+META = 48
+
+
+def build(attn_implementation: str = "sdpa") -> MetaTokenForCausalLM:
+    torch.manual_seed(0)
+    config = MetaTokenConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        meta_token_id=META,
+        attn_implementation=attn_implementation,
+    )
+    model = MetaTokenForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def document(seed: int, meta: tuple[int, ...] = (4, 9, 15)) -> Document:
+    ids = torch.randint(0, META, (1, 20), generator=torch.Generator().manual_seed(seed))
+    ids[0, list(meta)] = META
+    return Document(f"text {seed}", ids, ids == META)
+
+
+def eager_weights(document: Document, *, zeroed: bool) -> list[Tensor]:
+    model = build("eager")
+    with torch.no_grad(), intervene(model, [ZeroEmbedding()] if zeroed else []):
+        return [weights.double() for weights in model(document.input_ids, output_attentions=True).attentions]
+
+
+def test_effects_are_differences_of_the_models_own_weights() -> None:
+    documents = [document(seed) for seed in range(3)]
+    found = attention_effects(
+        Lens(build()), documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512, seed=0)
+    )
+    for number, one in enumerate(documents):
+        full, zeroed = (eager_weights(one, zeroed=zeroed) for zeroed in (False, True))
+        for layer in range(2):
+            entropies = [torch.special.entr(weights[layer]).sum(-1)[0, :, 4:] for weights in (zeroed, full)]
+            drop = (entropies[0] - entropies[1]).mean(-1)
+            np.testing.assert_allclose(found.entropy_drop[number, layer], drop.numpy(), atol=1e-5)
+            np.testing.assert_allclose(found.entropy[number, layer], entropies[1].mean(-1).numpy(), atol=1e-5)
+            masses = [(weights[layer] * one.is_meta[:, None, None]).sum(-1)[0, :, 4:] for weights in (zeroed, full)]
+            boost = (torch.logit(masses[1]) - torch.logit(masses[0])).mean(-1)
+            np.testing.assert_allclose(found.log_odds_boost[number, layer], boost.numpy(), atol=1e-4)
+            np.testing.assert_allclose(found.meta_mass[number, layer], masses[1].mean(-1).numpy(), atol=1e-5)
+            rows = found.changes[number, layer]
+            assert rows[0] == 2 * 16
+            np.testing.assert_allclose(rows[1], -found.entropy_drop[number, layer].sum() * 16, atol=1e-3)
+            edges, above, boosted, beyond = found.edges[number, layer]
+            assert edges == 2 * sum(20 - place for place in (4, 9, 15))
+            assert 0 < above < edges
+            assert 0 <= beyond <= boosted < edges
+    assert found.entropy_drop.shape == (3, 2, 2)
+    assert found.points.shape == (3 * 2 * 40, 4)
+    layers, margin, boost, critical = found.points.T
+    assert set(layers) == {0, 1}
+    assert ((critical == 0) == (margin >= 0)).all()
+    assert (boost > 0).any()
+    assert found.edges[..., 3].any()
+
+
+def test_a_sample_of_the_queries_estimates_all_of_them() -> None:
+    documents, lens = [document(0)], Lens(build())
+    whole = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
+    some = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(10))
+    assert some.changes[0, 0, 0] < whole.changes[0, 0, 0]
+    np.testing.assert_allclose(some.entropy, whole.entropy, atol=0.5)
+
+
+def test_a_document_without_a_meta_token_is_refused() -> None:
+    with pytest.raises(UsageError, match="text 0: expected a meta-token that a query can see, found 0 meta-tokens"):
+        attention_effects(Lens(build()), [document(0, ())], ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
