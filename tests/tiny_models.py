@@ -18,7 +18,7 @@ PAD = 21
 VOCAB_SIZE = 24
 MAX_LENGTH = 64
 
-ENCODINGS = ("rope", "learned", "alibi", "none")
+ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 
 
 def tiny_config(**changes: Any) -> MetaTokenConfig:

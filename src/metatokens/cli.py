@@ -511,7 +511,7 @@ def _perplexity(options: argparse.Namespace) -> int:
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
     measured = PerplexityOptions(
-        window=options.window or model.config.max_sequence_length,
+        window=options.window or _whole_window(model),
         window_unit=options.window_unit if options.window else "positions",
         stride=options.stride,
         injection=injection,
@@ -531,6 +531,15 @@ def _perplexity(options: argparse.Namespace) -> int:
         return _emit(options, rows, lambda: show_table("perplexity would score", rows))
     result = measure_perplexity(model, documents, tokenizer, measured)
     return _emit(options, result, lambda: show_perplexity(result))
+
+
+def _whole_window(model: Any) -> int:
+    from metatokens.generation.decoding import sequence_limit
+
+    limit = sequence_limit(model)
+    if limit is None:
+        raise UsageError("--window", expected="a length", found="none, and a model without a limit", remedy="set it")
+    return limit
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -569,17 +578,22 @@ def _info(options: argparse.Namespace) -> int:
         names = preset_names()
         return _emit(options, {"presets": names}, lambda: print("\n".join(names)))
     from metatokens.baselines.building import build_config
+    from metatokens.baselines.pretrained import PretrainedCausalLM
     from metatokens.config.finetuning import FinetuneConfig, FreshStart
     from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
     from metatokens.config.schema import PretrainConfig
-    from metatokens.evaluation.speed import describe_model
+    from metatokens.evaluation.speed import describe_model, describe_pretrained
     from metatokens.training.loading import open_model, pretraining_of
 
     folder = Path(options.model)
     vocab_size = options.text_vocab_size
     run: PretrainConfig | None = None
     if folder.is_dir():
-        config, run = open_model(folder).config, pretraining_of(folder)
+        model = open_model(folder)
+        if isinstance(model, PretrainedCausalLM):
+            result = describe_pretrained(model)
+            return _emit(options, result, lambda: show_table(options.model, result))
+        config, run = model.config, pretraining_of(folder)
     elif is_finetuning(options.model):
         start = load_preset(options.model, schema=FinetuneConfig).start
         if not isinstance(start, FreshStart):

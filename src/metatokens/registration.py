@@ -12,38 +12,52 @@ from collections.abc import Sequence
 from types import ModuleType
 
 AUTO_MODULE = "transformers.models.auto.modeling_auto"
+LAYERS_MODULE = "transformers.modeling_layers"
 MODEL_PACKAGES = ("metatokens.model", "metatokens.baselines")
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the auto module as usual, once, and imports the model after it."""
+    """Finds the auto module as usual, and imports the models once neither it nor what they need of it is half-way.
+
+    transformers' `modeling_layers` imports the auto module and is needed by the models, so where it comes first (as
+    with `from transformers import GPT2LMHeadModel`) they wait for its end.
+    """
+
+    def __init__(self) -> None:
+        self.num_running = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AUTO_MODULE:
+        if fullname not in (AUTO_MODULE, LAYERS_MODULE):
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenImportModel(spec.loader)
+            spec.loader = _ThenImportModels(spec.loader, self)
         return spec
 
 
-class _ThenImportModel(importlib.abc.Loader):
-    """The module's own loader, followed by the import of the model."""
+class _ThenImportModels(importlib.abc.Loader):
+    """A module's own loader, followed by the import of the models."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: importlib.abc.Loader, finder: _RegisterAfterImport) -> None:
         self._loader = loader
+        self._finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
+        self._finder.num_running += 1
+        try:
+            self._loader.exec_module(module)
+        finally:
+            self._finder.num_running -= 1
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        _import_models()
+        if not self._finder.num_running and AUTO_MODULE in sys.modules and self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+            _import_models()
 
 
 def register_with_transformers() -> None:

@@ -90,12 +90,21 @@ def rope_score(_: int, distance: int, *, factor: float = 1.0, temperature: float
     return sum(2 * math.cos(distance * frequency) for frequency in frequencies) * temperature**2 / math.sqrt(8)
 
 
+def xpos_score(_: int, distance: int) -> float:
+    # Sun et al. 2022, equation 14: each pair decays by its own zeta; 512 positions to a power as in torchscale
+    zetas = [(2 * pair / 8 + 0.4) / 1.4 for pair in range(4)]
+    frequencies = [THETA ** (-2 * pair / 8) for pair in range(4)]
+    pairs = zip(zetas, frequencies, strict=True)
+    return sum(2 * math.cos(distance * f) * zeta ** (distance / 512) for zeta, f in pairs) / math.sqrt(8)
+
+
 SCORES: dict[str, tuple[dict[str, Any], Any]] = {
     "rope": ({}, rope_score),
     "linear": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": THETA, "factor": 4.0}},
         lambda head, distance: rope_score(head, distance, factor=4),
     ),
+    "xpos": ({"position_encoding": "xpos"}, xpos_score),
     "alibi": ({"position_encoding": "alibi"}, lambda head, distance: -(2.0 ** (-2 * (head + 1))) * distance),
     "none": ({"position_encoding": "none"}, lambda _head, _distance: 0.0),
 }

@@ -11,11 +11,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
 
-from metatokens.config.schema import PretrainConfig
+from metatokens.config.schema import OptimizerConfig, PretrainConfig
 from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
@@ -170,27 +171,89 @@ def test_a_checkpoint_of_another_config_in_a_new_run_folder_is_refused(
 ):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000004")
-    with pytest.raises(CheckpointError, match="step-00000004: expected a checkpoint of this config") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000004: expected a checkpoint of this config, optimizer\.learning_rate 0\.001, found 0\.002",
+    ) as caught:
         pretrain(config("--optimizer.learning_rate", "1e-3"), out, show_progress=False)
     assert caught.value.exit_code == 4
     pretrain(config("--training.micro_batch_blocks", "4", "--evaluation.blocks", "6"), out, show_progress=False)
     assert weights(out) == weights(uninterrupted)
 
 
-def test_a_checkpoint_from_before_runs_had_an_identity_goes_on(config: Config, uninterrupted: Path, tmp_path: Path):
-    out = cut_off_after(uninterrupted, 4, tmp_path / "run")
+def checkpoint_alone(reference: Path, out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Make a folder with nothing but the checkpoint of step 4, its state changed, as of an older version."""
     checkpoint = out / "checkpoints" / "step-00000004"
+    shutil.copytree(reference / "checkpoints" / checkpoint.name, checkpoint)
     state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("state.json", "manifest.json"))
-    del state["run_sha256"]
+    change(state)
     content = json.dumps(state).encode()
     manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "state.json").write_bytes(content)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_checkpoint_from_before_a_key_was_there_goes_on_with_its_default(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    def forget(state: dict[str, Any]) -> None:
+        assert state["config"]["model"].pop("random_ratio") == 0.1
+        del state["config"]["optimizer"]["eps"]
+        del state["config"]["schedule"]["horizon_steps"]
+
+    other = config("--model.meta_attention_over", "random", "--model.random_ratio", "0.2")
+    out = checkpoint_alone(uninterrupted, tmp_path / "run", forget)
+    with pytest.raises(CheckpointError, match=r"model\.(meta_attention_over|random_ratio)"):
+        pretrain(other, out, show_progress=False)
+    with pytest.raises(CheckpointError, match=r"of this config, optimizer\.eps 1e-06, found 1e-08"):
+        pretrain(config("--optimizer.eps", "1e-6"), out, show_progress=False)
     pretrain(config(), out, show_progress=False)
-    assert_identical(out, uninterrupted)
+    assert weights(out) == weights(uninterrupted)
     last = find_checkpoint(out / "checkpoints")
     assert last is not None
-    assert read_state(last).run_sha256 == run_sha256(config())
+    assert read_state(last).config == config().model_dump(mode="json")
+
+
+def test_a_checkpoint_from_before_a_default_was_changed_is_refused_by_name(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    def had_another_default(state: dict[str, Any]) -> None:
+        assert config().optimizer.eps == OptimizerConfig().eps
+        state["config"]["optimizer"]["eps"] = 1e-6
+
+    out = checkpoint_alone(uninterrupted, tmp_path / "run", had_another_default)
+    with pytest.raises(CheckpointError, match=r"of this config, optimizer\.eps 1e-08, found 1e-06"):
+        pretrain(config(), out, show_progress=False)
+    pretrain(config("--optimizer.eps", "1e-6"), out, show_progress=False)
+
+
+def test_a_checkpoint_with_a_key_that_is_no_more_is_refused_by_name(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = checkpoint_alone(uninterrupted, tmp_path / "run", lambda state: state["config"]["model"].update(swirl=2))
+    with pytest.raises(UsageError, match=r"step-00000004: unknown key model\.swirl"):
+        pretrain(config(), out, show_progress=False)
+
+
+def test_a_checkpoint_from_before_configs_were_kept_has_their_digest(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    digest = run_sha256(config())
+    out = checkpoint_alone(uninterrupted, tmp_path / "run", lambda state: state.update(config=None, run_sha256=digest))
+    with pytest.raises(CheckpointError, match=f"found one of another, {digest[:12]}"):
+        pretrain(config("--optimizer.learning_rate", "1e-3"), out, show_progress=False)
+    pretrain(config(), out, show_progress=False)
+    assert weights(out) == weights(uninterrupted)
+
+
+def test_a_checkpoint_from_before_runs_had_an_identity_goes_on(config: Config, uninterrupted: Path, tmp_path: Path):
+    def forget(state: dict[str, Any]) -> None:
+        del state["config"], state["run_sha256"]
+
+    out = checkpoint_alone(uninterrupted, tmp_path / "run", forget)
+    pretrain(config(), out, show_progress=False)
+    assert weights(out) == weights(uninterrupted)
 
 
 def test_a_resume_with_other_tokens_is_refused(config: Config, uninterrupted: Path, other_tokens: Path):

@@ -479,7 +479,7 @@ class _Pass:
     ) -> Any:
         """Note the mask of an attention, and return its arguments with the edges cut."""
         place, name = site.mask_argument
-        given = args[place] if len(args) > place else kwargs.get(name)
+        given: Any = args[place] if len(args) > place else kwargs.get(name)
         cache_place, cache_name = site.cache_argument
         cache = args[cache_place] if len(args) > cache_place else kwargs.get(cache_name)
         if site.branch == "meta_attn":

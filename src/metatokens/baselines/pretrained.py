@@ -2,17 +2,18 @@
 
 The adapter gives it the meta-token and padding, each a new row of its embedding, and the call of
 `MetaTokenForCausalLM`, so that the same training and evaluation take it. Inside is the model as it came; what it saves
-is an ordinary transformers checkpoint. It has no meta-attention: meta-tokens are pause tokens to it.
+is an ordinary transformers checkpoint. It has no meta-attention: meta-tokens are pause tokens to it. Its weights are
+read from safetensors alone, and code that comes with a model is not run.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
@@ -33,12 +34,13 @@ class PretrainedCausalLM(nn.Module):
 
         Raises:
             ValueError: if it does more between its last hidden state and its logits than a linear head; the loss would
-                be another one than its own.
+                be another one than its own. A model without weights, on the meta device, is not asked.
         """
         super().__init__()
         self.wrapped = wrapped
         self._takes_positions = "position_ids" in inspect.signature(wrapped.forward).parameters
-        self._check_head()
+        if self.device.type != "meta":
+            self._check_head()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -77,15 +79,12 @@ class PretrainedCausalLM(nn.Module):
         logits_to_keep: int | Tensor = 0,
     ) -> MetaTokenCausalLMOutput:
         """Run the model; the arguments and result of `MetaTokenForCausalLM.forward`, `meta_indices` without effect."""
-        del meta_indices
-        inputs: dict[str, Any] = {}
-        if attention_mask is not None and self._takes_positions:
-            # positions count from a row's first real token, as in the package's own models
-            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values
-        outputs = self.wrapped.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **inputs
+        outputs = self._decode(
+            input_ids,
+            attention_mask,
+            meta_indices=meta_indices,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
         )
         hidden = outputs.last_hidden_state
         if shift_labels is None and labels is not None:
@@ -101,6 +100,34 @@ class PretrainedCausalLM(nn.Module):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(hidden[:, kept])
         return MetaTokenCausalLMOutput(loss=loss, logits=logits, past_key_values=outputs.get("past_key_values"))
+
+    def get_decoder(self) -> Callable[..., Any]:
+        """Return the model without its head, under the call of `MetaTokenModel`."""
+        return self._decode
+
+    def get_output_embeddings(self) -> Any:
+        """Return the head."""
+        return self.wrapped.get_output_embeddings()
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        meta_indices: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> Any:
+        del meta_indices
+        inputs: dict[str, Any] = {}
+        if attention_mask is not None and self._takes_positions:
+            # positions count from a row's first real token, as in the package's own models
+            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+        return self.wrapped.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **inputs
+        )
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Generate with the wrapped model."""
@@ -127,6 +154,33 @@ class PretrainedCausalLM(nn.Module):
         """Return the number of parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def training_flops(self, *, num_positions: int, num_meta: int = 0, num_logits: int | None = None) -> int:
+        """Count the operations of forward and backward pass over one sequence: 6 N a position, and the attention.
+
+        N are the weights of matrices, embeddings and head left out: each is multiplied once a position, in the forward
+        pass and twice in the backward. The head counts where logits are made. Attention counts scores and weighted sum
+        over all pairs that causality allows, in every layer, also where a layer sees a window of them alone. For a
+        GPT-2 that is what `metatokens.model.accounting` counts; experts that a token does not visit count too.
+
+        Args:
+            num_positions: T, text and meta-tokens.
+            num_meta: M, meta-tokens among them.
+            num_logits: positions whose logits are made; by default those of the text tokens.
+        """
+        config: Any = self.config.get_text_config()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        pairs = num_positions * (num_positions + 1) // 2
+        attention = config.num_hidden_layers * 2 * 2 * config.num_attention_heads * head_size * pairs
+        logits = num_positions - num_meta if num_logits is None else num_logits
+        head = 2 * logits * self.get_output_embeddings().weight.numel()
+        flops: int = 3 * (2 * num_positions * self._num_matrix_weights() + attention + head)
+        return flops
+
+    def _num_matrix_weights(self) -> int:
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        apart = {id(weight) for weight in (*tables, self.get_output_embeddings().weight)}
+        return sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in apart)
+
     @staticmethod
     def _summed_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         weight = head.weight
@@ -150,7 +204,7 @@ class PretrainedCausalLM(nn.Module):
 
 
 def load_pretrained(
-    source: str | Path, *, text_vocab_size: int, loss_policy: str = "skip", seed: int = 0, **options: Any
+    source: str | Path, *, text_vocab_size: int, loss_policy: str | None = None, seed: int = 0, **options: Any
 ) -> PretrainedCausalLM:
     """Load a causal language model of transformers and give it a meta-token and padding.
 
@@ -161,30 +215,68 @@ def load_pretrained(
     Args:
         source: an id on the hub (`EleutherAI/gpt-neo-125m`) or a folder.
         text_vocab_size: number of tokens of its text tokenizer.
-        loss_policy: "skip" or "retarget".
+        loss_policy: "skip" or "retarget"; None is that of a model saved by the adapter, else "skip".
         seed: of the new rows; the global generator is left alone.
         **options: passed to `from_pretrained`; `dtype` is float32 unless it is among them.
 
     Raises:
-        ValueError: if the model has no row for some text token, or a head that is not linear.
-        OSError: if there is no such model.
+        ValueError: if the weights lack some that its config describes or have another shape, or the model has no row
+            for some text token, or a head that is not linear.
+        OSError: if there is no such model, or none in safetensors.
     """
-    wrapped = AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **options})
+    wrapped, loaded = AutoModelForCausalLM.from_pretrained(
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        use_safetensors=True,
+        trust_remote_code=False,
+        **{"dtype": torch.float32, **options},
+    )
+    # left over is what other heads had, or masks that older versions of transformers stored
+    wrong = [f"no {name}" for name in sorted(loaded["missing_keys"])]
+    wrong += [f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"{source} has not the weights that its config describes: {wrong[0]}")
     config = wrapped.config
-    rows = wrapped.get_input_embeddings().weight.shape[0]
-    if rows < text_vocab_size:
-        raise ValueError(f"{source} has {rows} rows in its embedding, fewer than the {text_vocab_size} text tokens")
+    rows = _check_rows(config, wrapped.get_input_embeddings().weight.shape[0], source, text_vocab_size)
     if getattr(config, "meta_token_id", None) != text_vocab_size:
-        needed = -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            wrapped.resize_token_embeddings(max(rows, needed), mean_resizing=False)
+            wrapped.resize_token_embeddings(rows, mean_resizing=False)
             _draw_new_rows(wrapped, text_vocab_size)
-    config.meta_token_id, config.pad_token_id, config.loss_policy = text_vocab_size, text_vocab_size + 1, loss_policy
+    _set_tokens(config, text_vocab_size, loss_policy)
     # nothing is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
     wrapped.generation_config.suppress_tokens = list(range(text_vocab_size, config.vocab_size))
     wrapped.generation_config.pad_token_id = config.pad_token_id
     return PretrainedCausalLM(wrapped)
+
+
+def outline_pretrained(folder: Path, *, text_vocab_size: int) -> PretrainedCausalLM:
+    """Return what `load_pretrained` would of the config in a folder, without its weights, on the meta device.
+
+    Raises:
+        ValueError: if the model has no row for some text token, or is no causal language model.
+        OSError: if there is no such config.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.vocab_size = _check_rows(config, config.vocab_size, folder, text_vocab_size)
+    _set_tokens(config, text_vocab_size, None)
+    with torch.device("meta"):
+        return PretrainedCausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def _check_rows(config: PreTrainedConfig, rows: int, source: str | Path, text_vocab_size: int) -> int:
+    """Return the rows that the embedding needs."""
+    if rows < text_vocab_size:
+        raise ValueError(f"{source} has {rows} rows in its embedding, fewer than the {text_vocab_size} text tokens")
+    if getattr(config, "meta_token_id", None) == text_vocab_size:
+        return rows
+    return max(rows, -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
+
+
+def _set_tokens(config: PreTrainedConfig, text_vocab_size: int, loss_policy: str | None) -> None:
+    config.meta_token_id, config.pad_token_id = text_vocab_size, text_vocab_size + 1
+    config.loss_policy = loss_policy or getattr(config, "loss_policy", "skip")
 
 
 @torch.no_grad()

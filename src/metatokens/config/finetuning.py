@@ -61,8 +61,8 @@ class TestConfig(Frozen):
     instances: int = Field(500, ge=1)
     """Test instances of each row."""
     extrapolate: bool = False
-    """Ask lengths beyond the model's window where its positions go on for ever (rope but for dynamic scaling, alibi,
-    none); without it, and elsewhere, such a row reads n/a."""
+    """Ask lengths beyond the model's window where its positions go on for ever (rope but for dynamic scaling, xpos,
+    alibi, none); without it, and elsewhere, such a row reads n/a."""
 
 
 class FinetuneConfig(RunConfig):

@@ -125,8 +125,8 @@ class ModelConfig(Frozen):
     """Dropout on attention weights."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the embedding and on what each sub-layer adds to the residual stream."""
-    position_encoding: Literal["rope", "learned", "alibi", "none"] = "rope"
-    """How positions enter both attentions."""
+    position_encoding: Literal["rope", "xpos", "learned", "alibi", "none"] = "rope"
+    """How positions enter both attentions; xpos: RoPE with scores that decay with the distance."""
     rope_theta: float = Field(10_000.0, gt=0)
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
@@ -151,8 +151,11 @@ class ModelConfig(Frozen):
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.position_encoding == "rope" and (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError("model.position_encoding rope needs an even head size (hidden_size / num_attention_heads)")
+        if self.has_rotation and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"model.position_encoding {self.position_encoding} needs an even head size "
+                "(hidden_size / num_attention_heads)"
+            )
         if self.position_encoding != "rope" and self.rope_scaling.kind != "none":
             raise ValueError("model.rope_scaling needs model.position_encoding rope")
         if self.meta_attention_over != "meta" and self.meta_attention_layers == "none":
@@ -168,6 +171,11 @@ class ModelConfig(Frozen):
             if outside:
                 raise ValueError(f"model.meta_attention_layers {outside} beyond the {self.num_hidden_layers} layers")
         return self
+
+    @property
+    def has_rotation(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.position_encoding in ("rope", "xpos")
 
     @property
     def max_sequence_length(self) -> int:
@@ -208,7 +216,7 @@ class ModelConfig(Frozen):
             **fields,
             **self.attention.to_hf(),
             "intermediate_size": self.intermediate_size or 4 * self.hidden_size,
-            "rope_parameters": rope if self.position_encoding == "rope" else None,
+            "rope_parameters": rope if self.has_rotation else None,
             "vocab_size": -(-(text_vocab_size + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
             "meta_token_id": text_vocab_size,
             "pad_token_id": text_vocab_size + 1,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
+_XPOS = "xpos, under which a position also scales queries and keys"
 _WIDE_BACKENDS = ("eager", "sdpa")  # flash and flex attention want values as wide as keys
 
 
@@ -94,6 +95,7 @@ class ZeroPosition(_Intervention):
         """Refuse a model whose tokens have no position of their own."""
         if config.position_encoding not in ("rope", "learned"):
             found = f"{config.position_encoding}, under which a token carries no position that could be zeroed"
+            found = _XPOS if config.position_encoding == "xpos" else found
             raise _misfit(self, "position_encoding rope or learned", found)
 
 
@@ -107,6 +109,7 @@ class NoPositionEdges(_Intervention):
         """Refuse other positions than RoPE, and backends that want values as wide as keys."""
         if config.position_encoding != "rope":
             found = f"{config.position_encoding}, under which queries and keys are not rotated"
+            found = _XPOS if config.position_encoding == "xpos" else found
             remedy = "use zero_position" if config.position_encoding == "learned" else "leave out the intervention"
             raise _misfit(self, "position_encoding rope", found, remedy)
         if config._attn_implementation not in _WIDE_BACKENDS:
@@ -294,7 +297,7 @@ def _decoder_of(model: nn.Module | Any, intervention: Intervention) -> Any:
     raise UsageError(
         f"intervention {intervention.kind}",
         expected="a model of this package (model_type metatokens)",
-        found=type(model).__name__,
+        found=type(getattr(model, "wrapped", model)).__name__,
         remedy="leave out the intervention",
     )
 

@@ -44,6 +44,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import ExplicitInjection, Frozen, Injection, LossPolicy, NoInjection
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_meta_tokens, sample_meta_positions
 from metatokens.data.tokenizer import TextEncoder, TokenIds, ends_clause_table
@@ -385,7 +386,8 @@ class TokenScorer:
 
     def _losses(self, targets: Tensor, **inputs: Tensor) -> FloatArray:
         head: Callable[[Tensor], Tensor]
-        if self._model.config.model_type.startswith("metatokens"):  # this package's, whatever its attention
+        ours = self._model.config.model_type.startswith("metatokens")  # whatever its attention
+        if ours or isinstance(self._model, PretrainedCausalLM):
             hidden = self._model.get_decoder()(**inputs, use_cache=False).last_hidden_state
             head = self._model.get_output_embeddings()
         else:

@@ -244,7 +244,7 @@ def _has_no_last_position(model: Any) -> bool:
     """Tell whether a model knows positions beyond its window; dynamic scaling takes the window for its own ends."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     encoding = getattr(model.config, "position_encoding", "learned")
-    return encoding in ("rope", "alibi", "none") and rope.get("rope_type") != "dynamic"
+    return encoding in ("rope", "xpos", "alibi", "none") and rope.get("rope_type") != "dynamic"
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from metatokens.baselines.pretrained import PretrainedCausalLM
+from metatokens.generation.decoding import sequence_limit
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import count_parameters, training_flops
 
@@ -76,4 +78,16 @@ def describe_model(
         "cache_bytes_per_meta_token_more": per_key
         * sum(config.has_meta_attention(i) for i in range(config.num_hidden_layers))
         // config.num_hidden_layers,
+    }
+
+
+def describe_pretrained(model: PretrainedCausalLM) -> dict[str, Any]:
+    """Return parameters, operations and memory of a model of another package, as far as `describe_model` can."""
+    parameters, block_size = model.num_parameters(), sequence_limit(model) or 1
+    return {
+        "parameters": parameters,
+        "block_positions": block_size,
+        "training_flops_per_text_token": model.training_flops(num_positions=block_size) / block_size,
+        "weights_bytes": parameters * FLOAT32_BYTES,
+        "training_state_bytes": 4 * parameters * FLOAT32_BYTES,
     }

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
-POSITION_ENCODINGS = ("rope", "learned", "alibi", "none")
+POSITION_ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 
 
 @strict
@@ -61,7 +61,7 @@ class MetaTokenConfig(PreTrainedConfig):
         """Fill the fields that follow from others."""
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.position_encoding == "rope" and not self.rope_parameters:
+        if self.has_rotation and not self.rope_parameters:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         if "attention_pattern" in kwargs:
             # transformers would keep the unknown field and build full attention in its place
@@ -70,7 +70,7 @@ class MetaTokenConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Standardize RoPE parameters where there are any; other position encodings have none."""
-        if self.position_encoding != "rope":
+        if not self.has_rotation:
             return kwargs
         converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
         return converted
@@ -81,6 +81,11 @@ class MetaTokenConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Return the cache layer type of each block; transformers builds its caches from these."""
         return ["meta_attention" if self.has_meta_attention(i) else "full_attention" for i in range(self.num_layers)]
+
+    @property
+    def has_rotation(self) -> bool:
+        """Tell whether queries and keys are rotated by their positions."""
+        return self.position_encoding in ("rope", "xpos")
 
     @property
     def num_layers(self) -> int:

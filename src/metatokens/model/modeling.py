@@ -28,7 +28,7 @@ from .attention import Attention, SelfAttention
 from .configuration import MetaTokenConfig
 from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
 from .meta_attention import MetaAttention, MetaPack, choose_members, pack_all_tokens, pack_meta_tokens
-from .positions import MetaTokenRotaryEmbedding, Rotary, add_alibi, alibi_slopes
+from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, add_alibi, alibi_slopes
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Tells of (batch, head, query column, key column), each an index, whether the query sees the key."""
@@ -160,8 +160,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        elif config.position_encoding == "rope":
-            self.rotary_emb = MetaTokenRotaryEmbedding(config=config)
+        elif config.has_rotation:
+            rotary = XposRotaryEmbedding if config.position_encoding == "xpos" else MetaTokenRotaryEmbedding
+            self.rotary_emb = rotary(config=config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([self.block_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -209,7 +210,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         position_ids = self._place(hidden, attention_mask, position_ids, seen)
         if self.config.position_encoding == "learned":
             hidden = hidden + self.embed_positions(position_ids)
-        rotary = self.rotary_emb(hidden, position_ids) if self.config.position_encoding == "rope" else None
+        rotary = self.rotary_emb(hidden, position_ids) if self.config.has_rotation else None
         slopes = self._alibi_slopes(hidden)
         mask = self._causal_mask(hidden, attention_mask, past_key_values, slopes)
 

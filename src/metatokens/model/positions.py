@@ -1,4 +1,4 @@
-"""Position encodings: RoPE with transformers' own frequencies and scalings, and the ALiBi bias.
+"""Position encodings: RoPE with transformers' own frequencies and scalings, xPos, and the ALiBi bias.
 
 Learned positions are an embedding of the model; "none" needs nothing. Every function works on explicit positions, so
 packed meta-attention sees the distances that its tokens have in the whole sequence.
@@ -11,6 +11,10 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
+# positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py
+XPOS_SCALE_BASE = 512
 
 
 class Rotary(Protocol):
@@ -44,8 +48,26 @@ class RotaryTables(NamedTuple):
         return self._replace(cos=_take_positions(self.cos, index_BM), sin=_take_positions(self.sin, index_BM))
 
 
+class XposTables(NamedTuple):
+    """RoPE with a score that decays with the distance, by a rate of its own for each pair of dimensions."""
+
+    rotation: RotaryTables
+    scale: Tensor
+    """(B or 1, T, D): zeta to the power of the position."""
+
+    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate, then multiply queries and divide keys by the scale; the shapes stay."""
+        query_BHTD, key_BHTD = self.rotation.apply(query_BHTD, key_BHTD)
+        scale = self.scale[:, None]
+        return query_BHTD * scale, key_BHTD / scale
+
+    def at(self, index_BM: Tensor) -> Self:
+        """Return the tables of the tokens at `index_BM`."""
+        return self._replace(rotation=self.rotation.at(index_BM), scale=_take_positions(self.scale, index_BM))
+
+
 def _take_positions(table: Tensor, index: Tensor) -> Tensor:
-    """Gather rows of cos or sin, (B or 1, T, D), at (B, M)."""
+    """Gather rows of a table, (B or 1, T, D), at (B, M)."""
     table = table.expand(index.shape[0], -1, -1)
     return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
 
@@ -75,6 +97,24 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
             # transformers keeps the frequencies of the longest batch so far; here they follow from this one alone
             self.inv_freq, self.max_seq_len_cached = self.original_inv_freq, self.original_max_seq_len
         return RotaryTables(*super().forward(hidden, position_ids))
+
+
+class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
+    """xPos (Sun et al. 2022): RoPE whose pair d of a score decays as zeta_d^(distance / 512).
+
+    zeta_d = (2 d / D + 0.4) / 1.4. Each side has its part, the query zeta^(t / 512) and the key zeta^(-t / 512), with t
+    counted from the middle of the window, which keeps both within range. torchscale counts from the middle of each
+    call; here the middle is fixed, so that keys of a cache stay right. Scores do not depend on it.
+    """
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> XposTables:  # type: ignore[override] # another table
+        """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
+        rotation = super().forward(hidden, position_ids)
+        pairs = self.inv_freq.shape[0]
+        zeta = (torch.arange(pairs, device=hidden.device) / pairs + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+        power = (position_ids - self.original_max_seq_len // 2) / XPOS_SCALE_BASE
+        scale = zeta ** power[..., None]
+        return XposTables(rotation, torch.cat([scale, scale], dim=-1).to(hidden.dtype))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -193,7 +193,7 @@ class _Measure:
             asked=asked,
             parameters=model.num_parameters(),
             text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
-            flops=tuple(_mean([count_batch_flops(model.config, b) for b in batches]) for batches in stages),
+            flops=tuple(_mean([count_batch_flops(model, b) for b in batches]) for batches in stages),
         )
 
     def _sample(self, config: FinetuneConfig, model: Any, tokenizer: Any) -> list[list[Batch]]:

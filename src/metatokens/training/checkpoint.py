@@ -55,8 +55,10 @@ class TrainingState:
     """Meta-tokens of the steps done."""
     training_flops: float = 0.0
     """Floating-point operations of the steps done."""
+    config: dict[str, Any] | None = None
+    """The resolved config of the run, as plain values; None in a checkpoint from before it was kept."""
     run_sha256: str | None = None
-    """Identity of the run (see `run_folder.run_sha256`); None in a checkpoint from before it was kept."""
+    """What older checkpoints have in its place (see `run_folder.run_sha256`), or neither."""
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from metatokens.config.finetuning import FinetuneConfig, FreshStart
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
@@ -18,9 +18,17 @@ from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, outline_model
-from metatokens.training.loading import model_folder, open_model, open_tokenizer
+from metatokens.training.loading import (
+    is_ours,
+    model_folder,
+    open_config,
+    open_model,
+    open_tokenizer,
+    outline_arm,
+)
 from metatokens.training.loop import Job, TrainingResult, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.starting import model_sha256
 
 WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
 _EVALUATION_BATCH = 64
@@ -69,30 +77,34 @@ def word_tokenizer() -> Tokenizer:
     return train_tokenizer([text + "List Bits Text Item Parity Copy Point Count: [ ] | , ."] * 8, WORD_VOCABULARY)
 
 
-def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
-    """Return the model that a run starts from and its text tokenizer."""
-    start, tokenizer = config.start, _start_tokenizer(config)
+def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
+    """Return the model that a run starts from, its text tokenizer, and its identity where it is not new."""
+    start, tokenizer, identity = config.start, _start_tokenizer(config), ""
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
         model = build_model(
             start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
         )
     else:
-        model = open_model(Path(start.path)).train()
+        folder = model_folder(Path(start.path))
+        model, identity = open_model(folder, seed=config.seed).train(), f"+{model_sha256(folder)}"
     _check_length(config, model)
-    return model, tokenizer
+    return model, tokenizer, identity
 
 
 def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     """Return the model that a run starts from without its weights, on the meta device, and its text tokenizer."""
     start, tokenizer = config.start, _start_tokenizer(config)
+    model: Any
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
         model = outline_model(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
-    else:
-        hf_config = AutoConfig.from_pretrained(model_folder(Path(start.path)), local_files_only=True)
+    elif is_ours(Path(start.path)):
+        hf_config = open_config(Path(start.path))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)
+    else:
+        model = outline_arm(Path(start.path))
     _check_length(config, model)
     return model, tokenizer
 
@@ -131,15 +143,15 @@ def training_batches(
 
 
 def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
-    model, tokenizer = _start(config)
+    model, tokenizer, start_id = _start(config)
     model.to(processes.device)
     identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
     return Job(
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
-        content_id=hashlib.sha256(identity.encode()).hexdigest(),
+        content_id=hashlib.sha256(identity.encode()).hexdigest() + start_id,
         batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
-        count_flops=lambda batch: count_batch_flops(model.config, batch),
+        count_flops=lambda batch: count_batch_flops(model, batch),
         evaluate=None
         if config.evaluation.interval_steps is None
         else _Validation(config, processes, model, tokenizer).measure,

@@ -1,11 +1,17 @@
-"""Open the model and the tokenizer in a run folder, a checkpoint, or a model folder."""
+"""Open the model and the tokenizer in a run folder, a checkpoint, a model folder, or a model of the hub.
+
+A model of another package, as GPT-Neo or what its fine-tuning has left, opens as an arm: see
+`metatokens.baselines.pretrained`.
+"""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -13,10 +19,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
-from metatokens.data.tokenizer import load_text_tokenizer
+from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.errors import CheckpointError
 from metatokens.training.checkpoint import verify_model
 
@@ -25,15 +32,24 @@ _DOES_NOT_LOAD = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
     *(StrictDataclassError, SafetensorError),
 )
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# of a repository what opens a model: no weights but safetensors, nothing in folders
+_OPENED = ["*.json", "*.safetensors", "merges.txt"]
+_LONGEST_CAUSE = 300
 
 
 def model_folder(path: Path) -> Path:
-    """Return the folder of the model: `model/` of a run, or the folder itself.
+    """Return the folder of the model: `model/` of a run, the folder itself, or where a model of the hub is cached.
+
+    `owner/name` is an id on the hub only where no folder `owner` is here, so a run that is spelt wrong is not sought
+    there.
 
     Raises:
-        CheckpointError: if there is no config.json.
+        CheckpointError: if there is no config.json, or no such model on the hub or in its cache.
     """
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
+        folder = _hub_folder(str(path))
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             str(path),
@@ -44,8 +60,25 @@ def model_folder(path: Path) -> Path:
     return folder
 
 
-def open_model(path: Path) -> Any:
-    """Return a model of this package in evaluation mode.
+def _hub_folder(name: str) -> Path:
+    try:
+        with _silent_transformers():  # the bars of the hub, too
+            return Path(snapshot_download(name, allow_patterns=_OPENED, ignore_patterns="*/*"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            name,
+            expected="a folder, or a model on the Hugging Face hub or in its cache",
+            found=f"neither ({type(error).__name__})",
+            remedy="check the spelling and the connection",
+        ) from None
+
+
+def open_model(path: Path, *, seed: int = 0) -> Any:
+    """Return a model in evaluation mode: of this package, or any causal language model of transformers as an arm.
+
+    Args:
+        path: a run, model or checkpoint folder, or an id on the hub.
+        seed: of the rows of meta-token and padding, where the model has none yet.
 
     Raises:
         CheckpointError: if there is none, a file is not what its manifest says, it does not load, or its weights are
@@ -53,12 +86,39 @@ def open_model(path: Path) -> Any:
     """
     folder = model_folder(path)
     verify_model(folder)
+    if not is_ours(folder):
+        vocab_size = text_vocab_size(open_tokenizer(folder))
+        with _one_line_errors(folder, "a causal language model in safetensors"):
+            return load_pretrained(folder, text_vocab_size=vocab_size, seed=seed, local_files_only=True).eval()
     with _one_line_errors(folder):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     _check_weights(folder, loaded)
     return model.eval()
+
+
+def outline_arm(path: Path) -> PretrainedCausalLM:
+    """Return a model of another package as `open_model` does, without its weights, on the meta device.
+
+    Raises:
+        CheckpointError: if there is none, or its config does not load.
+    """
+    folder = model_folder(path)
+    vocab_size = text_vocab_size(open_tokenizer(folder))
+    with _one_line_errors(folder, "a causal language model in safetensors"):
+        return outline_pretrained(folder, text_vocab_size=vocab_size)
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a model is of this package.
+
+    Raises:
+        CheckpointError: if there is no model, or its config.json is no JSON.
+    """
+    folder = model_folder(path)
+    with _one_line_errors(folder):
+        return str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("metatokens")
 
 
 def open_config(path: Path) -> Any:
@@ -68,7 +128,10 @@ def open_config(path: Path) -> Any:
         CheckpointError: if there is none, or it does not load.
     """
     folder = model_folder(path)
+    ours = is_ours(folder)
     with _one_line_errors(folder):
+        if not ours:
+            raise ValueError("a model_type of another package")
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -107,7 +170,8 @@ def pretraining_of(path: Path) -> PretrainConfig | None:
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """Return the text tokenizer of a model."""
-    return load_text_tokenizer(str(path / "model" if (path / "model" / "tokenizer.json").is_file() else path))
+    folder = path / "model" if (path / "model" / "tokenizer.json").is_file() else path
+    return load_text_tokenizer(str(folder if folder.exists() else model_folder(path)))
 
 
 def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
@@ -139,18 +203,18 @@ def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_line_errors(folder: Path) -> Iterator[None]:
+def _one_line_errors(folder: Path, expected: str = "a model of this package") -> Iterator[None]:
     """Load something of a folder silently; what does not load is one line."""
     try:
-        if not str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("metatokens"):
-            raise ValueError("a model_type of another package")
         with _silent_transformers():
             yield
     except _DOES_NOT_LOAD as error:
+        text = str(error)
         raise CheckpointError(
             str(folder),
-            expected="a model of this package",
-            found=f"{type(error).__name__}: {error}",
+            expected=expected,
+            # transformers may list all that it knows
+            found=f"{type(error).__name__}: {text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + '...'}",
             remedy="use another checkpoint",
         ) from None
 

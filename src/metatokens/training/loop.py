@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
-from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import (
@@ -41,7 +42,12 @@ from metatokens.training.checkpoint import (
 from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
-from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
+from metatokens.training.run_folder import (
+    RunFolder,
+    differences_from_checkpoint,
+    run_sha256,
+    write_atomically,
+)
 
 MAX_CONSECUTIVE_SKIPS = 3
 BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
@@ -129,14 +135,14 @@ def check_start(config: RunConfig, folder: RunFolder, job: Job) -> None:
     _check_disk(folder, job.model.num_parameters())
 
 
-def count_batch_flops(config: MetaTokenConfig, batch: Batch) -> int:
+def count_batch_flops(model: Any, batch: Batch) -> int:
     """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
+    count = model.training_flops if isinstance(model, PretrainedCausalLM) else partial(training_flops, model.config)
     num_positions = batch.input_ids.shape[1]
     num_meta = round(batch.num_meta / batch.num_rows)
     num_logits = round(batch.num_targets / batch.num_rows)
-    return batch.num_rows * training_flops(
-        config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits
-    )
+    flops: int = count(num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
+    return batch.num_rows * flops
 
 
 class _Run:
@@ -153,7 +159,7 @@ class _Run:
         checkpoint, state = _find_start(config, folder, job)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self.model, self.optimizer)
-        self.state = replace(state, run_sha256=run_sha256(config))
+        self.state = replace(state, config=config.model_dump(mode="json"), run_sha256=None)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
             getattr(self.model.config, "attention_dropout", 0)
         )
@@ -369,7 +375,7 @@ class _Run:
 
 def _find_start(config: RunConfig, folder: RunFolder, job: Job) -> tuple[Path | None, TrainingState]:
     """Return the checkpoint that a run goes on from, None for its beginning, and the state there."""
-    path, run = find_checkpoint(folder.checkpoints_path), run_sha256(config)
+    path = find_checkpoint(folder.checkpoints_path)
     if path is None:
         return None, TrainingState(0, job.content_id, 1)
     state = read_state(path)
@@ -380,14 +386,27 @@ def _find_start(config: RunConfig, folder: RunFolder, job: Job) -> tuple[Path | 
             found=job.content_id,
             remedy="point to those, or take another --out",
         )
-    if state.run_sha256 not in (None, run):
-        raise CheckpointError(
-            str(path),
-            expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
-            found=f"one of another, {state.run_sha256[:12]}...",
-            remedy="take the config that it was made with, or another --out",
-        )
+    _check_run(config, path, state)
     return path, state
+
+
+def _check_run(config: RunConfig, path: Path, state: TrainingState) -> None:
+    """Refuse the checkpoint of another run."""
+    remedy = "take the config that it was made with, or another --out"
+    if state.config is None:
+        run = run_sha256(config)
+        if state.run_sha256 not in (None, run):
+            raise CheckpointError(
+                str(path),
+                expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
+                found=f"one of another, {state.run_sha256[:12]}...",
+                remedy=remedy,
+            )
+        return
+    for key, old, new in differences_from_checkpoint(state.config, config, str(path)):
+        raise CheckpointError(
+            str(path), expected=f"a checkpoint of this config, {key} {new!r}", found=f"{old!r}", remedy=remedy
+        )
 
 
 def _check_disk(folder: RunFolder, num_parameters: int) -> None:

@@ -108,7 +108,7 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
             rank=processes.rank,
             world_size=processes.world_size,
         ),
-        count_flops=lambda batch: count_batch_flops(model.config, batch),
+        count_flops=lambda batch: count_batch_flops(model, batch),
         evaluate=None
         if config.evaluation.interval_steps is None
         else Validation(config, dataset, processes, model).measure,

@@ -19,22 +19,25 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from pydantic import BaseModel
 
 import metatokens
-from metatokens.config.loading import digest, load_preset, to_yaml
+from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
 from metatokens.errors import FULL_DISK, ResourceError, UsageError
 
-# what may change when a run is picked up again; everything else would make it another run
+# what may change when a run is picked up again; everything else would make it another run. What a run starts from
+# counts by its weights, which are part of Job.content_id, not by where they lie.
 FREE_KEYS = {
+    "start": {"path"},
     "data": {"path", "verify"},
     "training": {"micro_batch_blocks", "compile", "gradient_checkpointing", "device", "distributed_timeout_seconds"},
 }
-# what a run starts from counts by its weights, not by where they lie
 FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
+_STARTS = ("start", "start_from")
 
 
 class RunFolder:
@@ -98,10 +101,15 @@ class RunFolder:
             os.close(handle)
 
     def is_finished(self, config: BaseModel) -> bool:
-        """Tell whether the folder holds the finished run of this config."""
+        """Tell whether the folder holds the finished run of this config; another place to start from is another run.
+
+        Nothing is opened, so what the run started from counts by where it lies alone.
+        """
         if not (self.result_path.is_file() and self.model_path.is_dir() and self.config_path.is_file()):
             return False
-        return not any(_differences(load_preset(self.config_path, schema=type(config)), config))
+        stored = load_preset(self.config_path, schema=type(config))
+        starts = [{key: tree.get(key) for key in _STARTS} for tree in (stored.model_dump(), config.model_dump())]
+        return starts[0] == starts[1] and not any(_differences(stored, config))
 
     def check_writable(self) -> None:
         """Check that the folder can be written, or made where it does not exist; nothing is touched.
@@ -154,8 +162,30 @@ class RunFolder:
         write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
 
 
+def differences_from_checkpoint(
+    tree: dict[str, Any], config: BaseModel, origin: str
+) -> Iterator[tuple[str, object, object]]:
+    """Yield (key, old, new) of what makes a config another run than that of a checkpoint.
+
+    A checkpoint holds the whole config of its run. A key that the schema has got since is read as its default, which
+    therefore has to mean what runs before it did; a default that has changed since differs from what is stored.
+
+    Args:
+        tree: `TrainingState.config`.
+        config: of the run that would go on from it.
+        origin: name of the checkpoint, for messages.
+
+    Raises:
+        UsageError: if the tree is no config of this version.
+    """
+    yield from _differences(override_fields(type(config)(), tree, origin), config)
+
+
 def run_sha256(config: BaseModel) -> str:
-    """Return the identity of a run: the digest of its config without what may change when it is picked up again."""
+    """Return what older checkpoints have in place of the config: its digest without what may change.
+
+    It holds only as long as the schema has the same keys.
+    """
     tree = {
         section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}
         if isinstance(keys, dict)

@@ -1,6 +1,7 @@
 """Start a training from weights that are there already, and know them again when it is resumed."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def load_start(path: Path, model: MetaTokenForCausalLM, config: ModelConfig) -> 
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_sha256(folder: Path) -> str:
+    """Return the identity of the model in a folder: its config but for the version that wrote it, and its weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    whole = folder / WEIGHTS
+    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    parts = [hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()]
+    for path in files:
+        with path.open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
 def check_tokenizer(path: Path, tokenizer_sha256: str, tokens: Path | None) -> None:
     """Compare the tokenizer beside the weights with that of the tokens.
 
@@ -75,7 +89,7 @@ def _check_shape(path: Path, start: Any, config: ModelConfig) -> None:
         )
     fields = config.to_hf(start.meta_token_id, start.eos_token_id)
     pairs = {key: (getattr(start, key, None), fields[key]) for key in fields.keys() - _MAY_CHANGE}
-    if config.position_encoding == "rope":
+    if config.has_rotation:
         pairs["rope_theta"] = ((start.rope_parameters or {}).get("rope_theta"), config.rope_theta)
     for key, (old, new) in sorted(pairs.items()):
         if old != new:

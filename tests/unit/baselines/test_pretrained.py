@@ -1,5 +1,6 @@
 """A model of transformers as an arm: its call, its new rows, and what it saves."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
 )
 
-from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained
+from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
 from metatokens.config.schema import ExplicitInjection
 from metatokens.data.injection import inject_meta_tokens
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.model.accounting import training_flops
 from metatokens.model.loss import targets_of_labels
 from metatokens.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from tiny_models import assert_close, gradients, randomize
+from tiny_models import assert_close, gradients, randomize, tiny_config
 
 TEXT_VOCAB_SIZE = 70
 META, PAD = 70, 71
@@ -199,6 +203,40 @@ def test_an_untied_head_gets_rows_of_its_own_and_unused_rows_are_drawn_anew(tmp_
     for weight in (embedding, head):
         assert weight[META:].std().item() == pytest.approx(0.02, rel=0.1)
         assert weight[:META].std().item() > 0.1
+
+
+def test_the_operations_of_a_gpt2_are_those_that_our_plain_model_counts(tmp_path: Path) -> None:
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, "vocab_size": 128}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=69, eos_token_id=69)).save_pretrained(tmp_path)
+    ours = tiny_config(meta_attention_layers="none", position_encoding="learned", vocab_size=128)
+    model = load(tmp_path)
+    assert model.config.vocab_size == 128
+    for counted in ({"num_positions": 64}, {"num_positions": 20, "num_meta": 3}, {"num_positions": 9, "num_logits": 2}):
+        assert model.training_flops(**counted) == training_flops(ours, **counted)
+
+
+def test_an_outline_counts_what_the_loaded_model_does(folder: Path) -> None:
+    model, outline = load(folder), outline_pretrained(folder, text_vocab_size=TEXT_VOCAB_SIZE)
+    assert outline.device.type == "meta"
+    assert outline.num_parameters() == model.num_parameters()
+    assert outline.training_flops(num_positions=20) == model.training_flops(num_positions=20)
+    for name in ("meta_token_id", "pad_token_id", "vocab_size", "loss_policy"):
+        assert getattr(outline.config, name) == getattr(model.config, name)
+
+
+def test_a_loss_policy_is_kept_unless_another_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    load(folder, loss_policy="retarget").save_pretrained(tmp_path / "saved")
+    assert load(folder).config.loss_policy == "skip"
+    assert load(tmp_path / "saved").config.loss_policy == "retarget"
+    assert load(tmp_path / "saved", loss_policy="skip").config.loss_policy == "skip"
+
+
+def test_weights_that_the_config_does_not_describe_are_refused_by_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "attention_layers": ["global"] * 4}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=r"no transformer\.h\.2\."):
+        load(folder)
 
 
 def test_a_model_with_too_few_rows_is_refused(folder: Path) -> None:

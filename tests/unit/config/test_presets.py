@@ -43,7 +43,7 @@ def test_a_resolved_preset_written_as_yaml_loads_to_an_equal_config(name: str, t
     assert load_preset(write(tmp_path, "config.yaml", to_yaml(config)), schema=schema) == config
 
 
-WINDOWS = {"tiny/recall-256": 256, "small/recall": 1024, "paper/recall-512": 1024}
+WINDOWS = {"tiny/recall-256": 256, "small/recall": 1024, "paper/recall-512": 1024, "paper/recall-gpt-neo": 2048}
 
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if "recall" in name and name != "tiny/recall"])

@@ -426,6 +426,8 @@ def test_mean_weighs_tokens_by_their_counts_and_leaves_out_the_absent() -> None:
 @pytest.mark.parametrize(
     ("interventions", "counts", "changes", "message"),
     [
+        ((ZeroPosition(),), None, {"position_encoding": "xpos"}, "xpos, under which a position also scales"),
+        ((NoPositionEdges(),), None, {"position_encoding": "xpos"}, "xpos, under which a position also scales"),
         ((ZeroPosition(),), None, {"position_encoding": "alibi"}, "alibi, under which a token carries no position"),
         ((ZeroPosition(),), None, {"position_encoding": "none"}, "expected position_encoding rope or learned"),
         ((NoPositionEdges(),), None, {"position_encoding": "learned"}, "use zero_position"),

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from metatokens.model import MetaTokenConfig
 from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes
-from tiny_models import assert_close, tiny_config
+from tiny_models import assert_close, tiny_config, tiny_model, tokens
 
 THETA = 10_000.0
 TRAINED = 1024
@@ -141,3 +141,23 @@ def test_alibi_bias_is_the_same_on_a_bool_and_on_an_additive_mask() -> None:
     assert torch.equal(
         add_alibi(causal, positions, positions, slopes), add_alibi(additive, positions, positions, slopes)
     )
+
+
+@torch.no_grad()
+def test_scores_of_xpos_do_not_depend_on_the_middle_of_the_window_that_it_counts_from() -> None:
+    ids = tokens("xx_xxx_xxxxx")
+    near, far = (tiny_model(position_encoding="xpos", max_position_embeddings=window) for window in (64, 4096))
+    assert_close(near(ids).logits, far(ids).logits, 1e-5)
+    query = torch.ones(1, 1, 12, 8)
+    tables = [model.model.rotary_emb(query, torch.arange(12)[None]) for model in (near, far)]
+    assert (tables[1].scale / tables[0].scale).max() > 100  # what is cached differs
+
+
+@torch.no_grad()
+def test_xpos_in_bfloat16_stays_finite_at_the_ends_of_a_long_window() -> None:
+    model = tiny_model(position_encoding="xpos", max_position_embeddings=8192, dtype=torch.bfloat16)
+    positions = torch.tensor([[0, 1, 8190, 8191]])
+    tables = model.model.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), positions)
+    for side in tables.apply(torch.ones(1, 4, 4, 8).bfloat16(), torch.ones(1, 4, 4, 8).bfloat16()):
+        assert side.isfinite().all()
+        assert side.abs().max() < 1e5

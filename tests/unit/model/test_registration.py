@@ -16,6 +16,8 @@ PROGRAMS = {
     "package_first": "import metatokens" + IS_REGISTERED,
     "transformers_first": "import transformers, metatokens" + IS_REGISTERED,
     "auto_classes_first": "from transformers import AutoModelForCausalLM\nimport metatokens" + IS_REGISTERED,
+    "model_of_transformers_first": "import metatokens\nfrom transformers import GPT2LMHeadModel" + IS_REGISTERED,
+    "layers_first": "import metatokens\nfrom transformers import modeling_layers" + IS_REGISTERED,
 }
 
 

@@ -1,0 +1,190 @@
+"""What an analysis leaves behind: `results.json`, one record a number, and `arrays.npz` for what is too large for it.
+
+A report renders these and computes nothing. The same analysis gives the same bytes: keys are sorted, no date is
+written, and the archive's members have one fixed time.
+
+The records, by section and metric. `at` says what a number belongs to; where a key is left out it is the mean over it.
+
+    section          metric              unit         at
+    attention        entropy_drop        nats         layer, head          without minus with the meta-tokens' embedding
+                     log_odds_boost      nats         layer, head          ln P / (1 - P), with minus without
+                     max_score_boost     logits       layer, head          largest score, with minus without
+                     entropy             nats         layer, head
+                     meta_mass           1            layer, head
+                     meta_lift           ratio        layer, head
+    theory           share_above         1            layer                edges with x >= 0 in the ablated run
+                     share_beyond        1            layer                boosted edges beyond the critical boost
+                     mechanism           nats         layer                change of H that the meta keys' logits make
+                     change              nats         layer                change of H, with minus without
+                     r_squared           1            layer
+                     sign_agreement      1            layer
+    similarity       cosine              1            layer, distance, kind, form    kind meta or ordinary; raw, centred
+                     excess_cosine       1            layer, distance      centred, meta minus ordinary
+                     decodability        R2           layer, kind
+                     retrieval           MRR          layer, kind
+    rate_distortion  rate, distortion    nats         state, beta
+                     label_entropy       nats
+                     area                nats^2       against              between hulls; positive: meta-tokens better
+    probes           v_information       nats         state, target
+    causal           logit_difference    nats         condition            full, direct cut, meta cut, both cut
+                     interaction         nats
+                     interchange         1            layer, where         restored share of the logit difference
+                     knockout            nats         layer, mode          loss of the logit difference
+    eviction         cost                nats/token   policy, kept         kept: share of the cache
+    language_model   loss_change         nats/token                        without minus with meta-attention
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+
+from metatokens.config.base import Frozen
+from metatokens.errors import DataError
+
+SCHEMA_VERSION = 1
+RESULTS_NAME = "results.json"
+ARRAYS_NAME = "arrays.npz"
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+
+Section = Literal[
+    "attention", "theory", "similarity", "rate_distortion", "probes", "causal", "eviction", "language_model"
+]
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Record(Frozen):
+    """One measured number."""
+
+    section: Section
+    metric: str
+    unit: str
+    method: str
+    """Which definition: an id as A8 or E2, see docs/guide/analysis.md."""
+    at: dict[str, str | int | float] = Field(default_factory=dict)
+    value: float | None
+    """None where it cannot be computed; `note` says why."""
+    low: float | None = None
+    high: float | None = None
+    num_documents: int = Field(ge=0)
+    p_value: float | None = None
+    adjusted_p: float | None = None
+    """Corrected for all records of the same section and metric."""
+    note: str | None = None
+
+
+class Verdict(Frozen):
+    """One claim of the paper, and what came of it here."""
+
+    claim: str
+    paper: str
+    """The paper's own number, as text."""
+    endpoint: str
+    """Which number decides, and how; fixed before the run."""
+    verdict: Literal["supported", "not supported", "not tested"]
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    num_documents: int = 0
+    p_value: float | None = None
+    """Adjusted over all verdicts (Holm)."""
+    note: str | None = None
+
+
+class TokenView(Frozen):
+    """One text, token by token."""
+
+    title: str
+    tokens: tuple[str, ...]
+    is_meta: tuple[bool, ...]
+    arrays: dict[str, str]
+    """What is shown, to its key in arrays.npz."""
+
+
+class Results(Frozen):
+    """All that a report needs."""
+
+    schema_version: Literal[1] = 1
+    title: str
+    checkpoint: dict[str, Any]
+    config: dict[str, Any]
+    config_sha256: str
+    endpoints_sha256: str
+    """Of the primary endpoints alone, so that it can be seen that they were not changed after the fact."""
+    data: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    command: str
+    not_run: tuple[str, ...] = ()
+    records: tuple[Record, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    token_views: tuple[TokenView, ...] = ()
+
+    def find(self, section: Section, metric: str, **at: str | float) -> list[Record]:
+        """Return the records of a metric whose coordinates include the given ones."""
+        return [
+            record
+            for record in self.records
+            if record.section == section
+            and record.metric == metric
+            and all(record.at.get(key) == value for key, value in at.items())
+        ]
+
+
+def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
+    """Write both files; the archive first, so that results.json says that all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / ARRAYS_NAME, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.asarray(arrays[name]), allow_pickle=False)
+            member = zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME)
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, data.getvalue())
+    text = json.dumps(results.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False)
+    (folder / RESULTS_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
+    """Return what `write_results` wrote.
+
+    Raises:
+        DataError: files that are missing, broken or of another version.
+    """
+    remedy = "write it anew with metatokens analyze"
+    path = folder / RESULTS_NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(str(path), expected="results of metatokens analyze", found=str(error), remedy=remedy) from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(str(path), expected=f"schema_version {SCHEMA_VERSION}", found=repr(version), remedy=remedy)
+    try:
+        results = Results.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DataError(str(path), expected="the declared schema", found=found, remedy=remedy) from error
+    try:
+        with np.load(folder / ARRAYS_NAME, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            str(folder / ARRAYS_NAME), expected="the arrays of the results", found=str(error), remedy=remedy
+        ) from error
+    missing = sorted({key for view in results.token_views for key in view.arrays.values()} - arrays.keys())
+    if missing:
+        raise DataError(
+            str(folder / ARRAYS_NAME), expected=f"an array {missing[0]}", found="none of that name", remedy=remedy
+        )
+    return results, arrays

@@ -1,0 +1,242 @@
+"""Statistics of attention rows equal a dense float64 softmax, whatever the path."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metatokens.analysis import Lens
+from metatokens.analysis.attention_statistics import (
+    RowStatistics,
+    StratifiedQueries,
+    attention_statistics,
+    distance_profile,
+    fused_statistics,
+    row_statistics,
+)
+from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
+from metatokens.errors import UsageError
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+
+SIZES = (1, 2, 63, 64, 65, 257)
+META = 48
+NAMES = (
+    "entropy",
+    "log_sum_exp",
+    "mean_score",
+    "meta_mass",
+    "meta_log_odds",
+    "meta_entropy",
+    "text_entropy",
+    "sink_mass",
+)
+
+
+def draw(tokens: int, scale: float, *, heads: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(2, heads, tokens, 16, generator=generator) * scale**0.5 for _ in range(2))
+    return query, key + torch.randn(16, generator=generator), torch.rand(2, tokens, generator=generator) < 0.3
+
+
+def dense(query: Tensor, key: Tensor, is_meta: Tensor, scaling: float, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The definitions, with every weight written out in float64."""
+    tokens = query.shape[-2]
+    scores = query.double() @ key.double().transpose(-1, -2) * scaling
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        seen, scores = seen & (mask > -1e30), scores + mask
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1)
+    meta = is_meta[:, None, None, :] & seen
+    on_meta, on_text = torch.where(meta, weights, 0), torch.where(meta, 0, weights)
+    mass, rest = on_meta.sum(-1), on_text.sum(-1)
+    return {
+        "entropy": torch.special.entr(weights).sum(-1),
+        "log_sum_exp": scores.logsumexp(-1),
+        "mean_score": (weights * scores.masked_fill(~seen, 0)).sum(-1),
+        "meta_mass": mass,
+        "meta_log_odds": mass.log() - rest.log(),
+        "meta_entropy": torch.special.entr(on_meta / mass[..., None]).sum(-1),
+        "text_entropy": torch.special.entr(on_text / rest[..., None]).sum(-1),
+        "sink_mass": weights.gather(-1, seen.int().argmax(-1, keepdim=True).expand(2, query.shape[1], -1, -1))[..., 0],
+    }
+
+
+def assert_same(found: RowStatistics, expected: dict[str, Tensor], atol: float) -> None:
+    for name in NAMES:
+        torch.testing.assert_close(
+            getattr(found, name).double(),
+            expected[name],
+            rtol=1e-4,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", SIZES)
+def test_both_paths_equal_the_dense_softmax(tokens: int, scale: float) -> None:
+    query, key, is_meta = draw(tokens, scale)
+    expected = dense(query, key, is_meta, 0.25)
+    assert_same(row_statistics(query, key, scaling=0.25, is_meta=is_meta), expected, 1e-4)
+    fused = fused_statistics(query, key, scaling=0.25, is_meta=is_meta)
+    assert_same(fused, expected, 1e-3)
+    assert torch.allclose(fused.entropy.double(), expected["entropy"], atol=1e-4)
+
+
+def test_extreme_scores_stay_exact() -> None:
+    query, key, is_meta = draw(65, 300.0)
+    expected = dense(query, key, is_meta, 1.0)
+    found = row_statistics(query, key, scaling=1.0, is_meta=is_meta)
+    assert torch.allclose(found.entropy.double(), expected["entropy"], atol=1e-3)
+    assert (found.entropy >= 0).all()
+
+
+def test_uniform_rows_have_the_logarithm_of_their_keys_and_one_hot_rows_none() -> None:
+    key = torch.ones(1, 1, 9, 4)
+    uniform = row_statistics(torch.ones(1, 1, 9, 4), key, scaling=1.0, is_meta=torch.zeros(1, 9, dtype=torch.bool))
+    assert torch.allclose(uniform.entropy[0, 0], torch.arange(1, 10).float().log(), atol=1e-6)
+    assert torch.allclose(uniform.effective_keys[0, 0], torch.arange(1, 10).float(), rtol=1e-6)
+    assert torch.allclose(uniform.normalised_entropy[0, 0, 1:], torch.ones(8))
+    assert uniform.normalised_entropy[0, 0, 0].isnan()
+    assert torch.allclose(uniform.entropy_without_sink[0, 0, 1:], torch.arange(1, 9).float().log(), atol=1e-5)
+    one_hot = row_statistics(
+        torch.eye(9)[None, None] * 1e3,
+        torch.eye(9)[None, None],
+        scaling=1.0,
+        is_meta=torch.ones(1, 9, dtype=torch.bool),
+    )
+    assert torch.equal(one_hot.entropy, torch.zeros(1, 1, 9))
+    assert torch.equal(one_hot.meta_lift, torch.ones(1, 1, 9))
+
+
+@pytest.mark.parametrize("kind", ["padding", "documents", "additive"])
+def test_hidden_keys_do_not_count(kind: str) -> None:
+    query, key, is_meta = draw(40, 2.0)
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool)
+    if kind == "documents":
+        document = torch.arange(40) // 13
+        mask &= document[:, None] == document
+    else:
+        mask[1, :, 5:, :5] = False
+    given_mask: Tensor = mask if kind != "additive" else torch.where(mask, 0.5, torch.finfo(torch.float32).min)
+    found = row_statistics(query, key, scaling=0.25, is_meta=is_meta, mask=given_mask)
+    assert_same(found, dense(query, key, is_meta, 0.25, given_mask), 1e-4)
+    assert torch.equal(found.num_keys[:, 0], (mask & torch.ones(40, 40, dtype=torch.bool).tril()).sum(-1)[:, 0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), shift=st.floats(-50, 50), tokens=st.integers(2, 40))
+def test_entropy_knows_neither_the_order_of_keys_nor_a_constant(seed: int, shift: float, tokens: int) -> None:
+    query, key, is_meta = draw(tokens, 3.0, seed=seed)
+    last = torch.tensor([tokens - 1])
+    plain = row_statistics(query, key, scaling=0.25, is_meta=is_meta, rows=last)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+    permuted = row_statistics(query, key[:, :, order], scaling=0.25, is_meta=is_meta[:, order], rows=last)
+    bias = torch.full((1, 1, tokens, tokens), shift)
+    shifted = row_statistics(query, key, scaling=0.25, is_meta=is_meta, rows=last, mask=bias)
+    for other in (permuted, shifted):
+        for name in ("entropy", "meta_log_odds", "meta_entropy", "text_entropy"):
+            torch.testing.assert_close(getattr(other, name), getattr(plain, name), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_chain_rule_holds_and_rows_are_those_asked_for() -> None:
+    query, key, is_meta = draw(300, 4.0)
+    rows = StratifiedQueries(count=50, seed=3).draw(300)
+    assert len(rows) == 50
+    assert torch.equal(rows // 6, torch.arange(50))
+    found = row_statistics(query, key, scaling=0.25, is_meta=is_meta, rows=rows)
+    whole = row_statistics(query, key, scaling=0.25, is_meta=is_meta)
+    assert torch.equal(found.entropy, whole.entropy[..., rows])
+    mass = found.meta_mass
+    inside = torch.special.entr(mass) + torch.special.entr(1 - mass)
+    total = inside + torch.nan_to_num(mass * found.meta_entropy) + torch.nan_to_num((1 - mass) * found.text_entropy)
+    assert torch.allclose(total, found.entropy, atol=1e-4)
+    assert found.max_score is not None
+    assert (found.max_score <= found.log_sum_exp).all()
+
+
+def test_distance_profile_adds_up_and_finds_a_previous_token_head() -> None:
+    query, key, is_meta = draw(33, 2.0)
+    profile = distance_profile(query, key, scaling=0.25, is_meta=is_meta)
+    assert torch.allclose(profile.sum((0, 3)), torch.ones(2, 2, dtype=torch.float64))
+    positions = torch.eye(33)[None, None] * 50
+    previous = torch.roll(positions, -1, dims=-2)
+    found = distance_profile(positions, previous, scaling=1.0, is_meta=torch.zeros(1, 33, dtype=torch.bool))
+    assert found[0, 0, 0, 1] > 0.95  # distance 1; the first token has only itself
+
+
+def build(**changes: Any) -> MetaTokenForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MetaTokenConfig(**shape, max_position_embeddings=64, meta_token_id=META, **changes)
+    model = MetaTokenForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("position_encoding", ["rope", "learned", "alibi"])
+def test_statistics_of_a_model_are_those_of_its_eager_weights(position_encoding: str) -> None:
+    model = build(position_encoding=position_encoding, attn_implementation="sdpa")
+    ids = torch.randint(0, META, (2, 20), generator=torch.Generator().manual_seed(1))
+    ids[0, [2, 5, 9]] = ids[1, [4, 11]] = META
+    found = attention_statistics(Lens(model), ids, is_meta=ids == META)
+    sampled = attention_statistics(Lens(model), ids, is_meta=ids == META, queries=StratifiedQueries(8))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(ids, output_attentions=True, output_meta_attentions=True)
+    for layer in range(2):
+        weights = output.attentions[layer].double()
+        entropy = torch.special.entr(weights).sum(-1)
+        torch.testing.assert_close(found[layer, "attn"].entropy.double(), entropy, rtol=1e-4, atol=1e-4)
+        mass = (weights * (ids == META)[:, None, None]).sum(-1)
+        torch.testing.assert_close(found[layer, "attn"].meta_mass.double(), mass, rtol=1e-4, atol=1e-5)
+        rows = StratifiedQueries(8).draw(20)
+        torch.testing.assert_close(sampled[layer, "attn"].entropy.double(), entropy[..., rows], rtol=1e-4, atol=1e-4)
+        meta = torch.special.entr(output.meta_attentions[layer].double()).sum(-1)
+        real = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)[:, None].expand_as(meta)
+        torch.testing.assert_close(found[layer, "meta_attn"].entropy.double()[real], meta[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_grouped_softmax_is_refused() -> None:
+    config = LandmarkConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        meta_token_id=META,
+        meta_attention_layers="none",
+    )
+    lens = Lens(LandmarkForCausalLM(config).eval())
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(UsageError, match="grouped softmax"):
+        attention_statistics(lens, ids, is_meta=ids == META)
+
+
+LONG = """
+import resource, torch
+from metatokens.analysis.attention_statistics import fused_statistics, row_statistics
+query, key = (torch.randn(1, 12, 4096, 64) for _ in range(2))
+is_meta = torch.rand(1, 4096) < 0.1
+{call}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["fused_statistics", "row_statistics"])
+def test_four_thousand_tokens_need_no_square_array(path: str) -> None:
+    call = f"{path}(query, key, scaling=0.125, is_meta=is_meta)"
+    result = subprocess.run([sys.executable, "-c", LONG.format(call=call)], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1.5e9  # one layer's weights alone would be 0.8 GB, twelve 9.7 GB

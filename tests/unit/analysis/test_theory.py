@@ -1,0 +1,158 @@
+"""The corrected sharpening theorem, held against autograd and against the logits themselves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metatokens.analysis.theory import (
+    audit_rows,
+    critical_boost,
+    entropy_slope,
+    key_margin,
+    largest_entropy,
+    largest_set_entropy,
+    margin_entropy,
+    set_entropy,
+    set_entropy_slope,
+)
+
+
+def draw_logits(seed: int, keys: int, scale: float) -> Tensor:
+    return torch.randn(keys, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def margin_of(logits: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """x and N by their definitions."""
+    others = torch.cat([logits[:key], logits[key + 1 :]])
+    return logits[key] - (others.softmax(-1) * others).sum(), entropy_of(others).exp()
+
+
+rows = st.tuples(st.integers(0, 10**6), st.integers(2, 40), st.floats(0, 6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows, boost=st.floats(0, 8))
+def test_entropy_is_a_function_of_margin_and_competitors_alone(row: tuple[int, int, float], boost: float) -> None:
+    logits = draw_logits(*row)
+    margin, competitors = margin_of(logits, 0)
+    boosted = logits.clone()
+    boosted[0] += boost
+    assert float(margin_entropy(margin + boost, competitors)) == pytest.approx(float(entropy_of(boosted)), abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows)
+def test_slope_is_the_derivative(row: tuple[int, int, float]) -> None:
+    logits = draw_logits(*row).requires_grad_()
+    entropy_of(logits).backward()
+    margin, competitors = margin_of(logits.detach(), 0)
+    assert logits.grad is not None
+    assert float(entropy_slope(margin, competitors)) == pytest.approx(float(logits.grad[0]), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows)
+def test_a_key_below_its_share_raises_entropy_until_the_critical_boost(row: tuple[int, int, float]) -> None:
+    margin, competitors = margin_of(draw_logits(*row), 0)
+    start = margin_entropy(margin, competitors)
+    boosts = torch.linspace(0.01, 1.0, 50, dtype=torch.float64)
+    critical = critical_boost(margin, competitors)
+    assert bool((margin_entropy(margin + boosts, competitors) <= largest_entropy(competitors) + 1e-12).all())
+    if margin >= 0:
+        assert critical == 0
+        assert bool((margin_entropy(margin + boosts, competitors) < start + 1e-12).all())
+    else:
+        assert abs(margin) <= critical <= 2 * abs(margin) + 1e-12
+        inside, outside = critical * boosts * 0.99, critical * (1.01 + boosts)
+        assert bool((margin_entropy(margin + inside, competitors) >= start - 1e-12).all())
+        assert bool((margin_entropy(margin + outside, competitors) <= start + 1e-12).all())
+        rise = largest_entropy(competitors) - start
+        assert rise <= torch.log1p(1 / competitors) + 1e-12
+
+
+def test_one_competitor_makes_the_critical_boost_twice_the_margin() -> None:
+    margin = torch.tensor([-0.5, -2.0, -5.0], dtype=torch.float64)
+    assert torch.allclose(critical_boost(margin, torch.ones(3, dtype=torch.float64)), -2 * margin)
+
+
+def test_the_counter_examples_of_the_documentation() -> None:
+    sharp = torch.tensor([-2.0, 0.0], dtype=torch.float64)
+    assert float(entropy_of(sharp)) == pytest.approx(0.3653, abs=5e-5)
+    assert float(entropy_of(sharp + torch.tensor([2.0, 0.0]))) == pytest.approx(math.log(2), abs=5e-5)
+    diffuse = torch.zeros(1024, dtype=torch.float64)
+    found = []
+    for boost in (0.0, 2.0, 4.0):
+        diffuse[0] = boost - 2.0
+        found.append(float(entropy_of(diffuse)))
+    assert found == pytest.approx([6.9309, 6.9315, 6.9233], abs=5e-5)
+
+
+def test_a_boosted_set_blurs_a_sharp_row_and_ends_at_its_own_entropy() -> None:
+    logits = torch.zeros(1024, dtype=torch.float64)
+    logits[0] = 9.0
+    members = torch.arange(1024) >= 1024 - 102
+    start = entropy_of(logits)
+    found = [float(entropy_of(logits + boost * members)) for boost in (0.0, 1.0, 5.0, 60.0)]
+    assert found == pytest.approx([1.128, 1.268, 3.942, math.log(102)], abs=5e-4)
+    assert float(start) < found[-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows, boost=st.floats(-6, 6))
+def test_set_version_is_the_chain_rule_and_its_derivative(row: tuple[int, int, float], boost: float) -> None:
+    seed, keys, scale = row
+    logits, members = draw_logits(seed, keys + 2, scale), torch.arange(keys + 2) % 3 == 0
+    amount = torch.tensor(boost, dtype=torch.float64, requires_grad=True)
+    entropy = entropy_of(logits + amount * members)
+    entropy.backward()
+    of_set, of_rest = logits[members], logits[~members]
+    odds = of_set.logsumexp(-1) - of_rest.logsumexp(-1) + boost
+    parts = entropy_of(of_set), entropy_of(of_rest)
+    assert float(set_entropy(odds, *parts)) == pytest.approx(float(entropy.detach()), abs=1e-12)
+    assert amount.grad is not None
+    assert float(set_entropy_slope(odds, *parts)) == pytest.approx(float(amount.grad), abs=1e-9)
+    assert entropy.detach() <= largest_set_entropy(*parts) + 1e-12
+    peak = parts[0] - parts[1]
+    assert float(set_entropy(peak, *parts)) == pytest.approx(float(largest_set_entropy(*parts)), abs=1e-12)
+
+
+def test_margins_follow_from_three_statistics_of_a_row() -> None:
+    logits = draw_logits(3, 12, 2.0)
+    weights = logits.softmax(-1)
+    found = key_margin(
+        logits, entropy=entropy_of(logits), log_sum_exp=logits.logsumexp(-1), mean_score=(weights * logits).sum()
+    )
+    expected = [margin_of(logits, key) for key in range(12)]
+    torch.testing.assert_close(found.margin, torch.stack([margin for margin, _ in expected]))
+    torch.testing.assert_close(found.competitors, torch.stack([count for _, count in expected]))
+    alone = key_margin(
+        *(torch.zeros(1),), entropy=torch.zeros(1), log_sum_exp=torch.zeros(1), mean_score=torch.zeros(1)
+    )
+    assert alone.margin.isnan().all()
+
+
+def test_audit_finds_a_pure_boost_exactly() -> None:
+    """Where only meta keys gain, and all alike, the mechanism is the whole change."""
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 3, 5, 9, generator=generator, dtype=torch.float64) * 2
+    is_meta = torch.arange(9).expand(2, -1) % 4 == 1
+    visible = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    common = torch.randn(2, 3, 5, 1, generator=generator, dtype=torch.float64)
+    one_key = torch.arange(9) == 1
+    after = before + 1.5 * one_key + common
+    found = audit_rows(before, after, visible=visible, is_meta=is_meta & one_key)
+    torch.testing.assert_close(found.entropy_without, entropy_of(before.masked_fill(~visible, -torch.inf)))
+    pure = audit_rows(before, before + 1.5 * one_key, visible=visible, is_meta=is_meta & one_key)
+    torch.testing.assert_close(pure.entropy_mechanism, pure.entropy_with - pure.entropy_without)
+    torch.testing.assert_close(found.entropy_with, pure.entropy_with)
+    assert torch.equal(found.num_boosted, torch.ones_like(found.num_boosted))
+    assert torch.equal(found.num_beyond > 0, found.drop > 0)
+    assert 0 < int(found.num_above.sum()) < found.num_above.numel()
