@@ -227,7 +227,10 @@ def direct_logit_attribution(
     gap = float((total - residual_NC).abs().max()) if len(residual_NC) else 0.0
     if gap > COMPLETE_TO * float(residual_NC.abs().max() if len(residual_NC) else 1):
         raise UsageError(
-            "components", expected="a sum equal to the residual", found=f"a gap of {gap:.3g}", remedy="pass all of them"
+            "components",
+            expected="a sum equal to the residual",
+            found=f"a gap of {gap:.3g}",
+            remedy="pass all of them, of a model in float32",
         )
     scaled = direction * head.gain.double() / head.scale(residual_NC.double())
     scaled = scaled - scaled.mean(-1, keepdim=True)  # the same as taking its mean from every component
