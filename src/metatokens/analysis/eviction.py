@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
+from metatokens.analysis.pair_scores import Scores, join_scores
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
@@ -30,10 +31,12 @@ from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 if TYPE_CHECKING:
     from metatokens.analysis.lens import AttentionCall, Lens
+    from metatokens.analysis.minimal_pairs import MinimalPair
 
 FloatArray = npt.NDArray[np.float64]
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
+DEFAULT_POLICIES: tuple[Policy, ...] = ("window", "meta", "slots", "even", "random", "heavy_hitters")
 _FOR_EVICTION = 7  # what this draw is for; 6 is in analysis/minimal_pairs.py
 _QUERIES_AT_ONCE = 256  # bounds the memory of attention weights
 
@@ -105,7 +108,7 @@ def measure_eviction(
     prefix_length: int,
     *,
     meta_token_id: int,
-    policies: Sequence[Policy] = ("window", "meta", "slots", "even", "random", "heavy_hitters"),
+    policies: Sequence[Policy] = DEFAULT_POLICIES,
     budgets: Sequence[float] = BUDGETS,
     punctuation: BoolArray | None = None,
     slots: BoolArray | None = None,
@@ -156,6 +159,53 @@ def measure_eviction(
     full = np.array(losses.pop(None))
     costs = {key: np.array(values) - full for key, values in losses.items() if key is not None}
     return EvictionCosts(full, np.array(num_targets), kept, costs)
+
+
+@dataclass(frozen=True)
+class RecallAfterEviction:
+    """Scores of the answer of each pair's clean prompt when the question meets an evicted cache."""
+
+    full: Scores
+    """With the whole cache."""
+    kept: dict[Condition, Scores]
+
+
+def measure_recall_after_eviction(
+    lens: Lens,
+    pairs: Sequence[MinimalPair],
+    *,
+    meta_token_id: int,
+    policies: Sequence[Policy] = DEFAULT_POLICIES,
+    budgets: Sequence[float] = BUDGETS,
+    seed: int = 0,
+    always_kept: AlwaysKept = ALWAYS_KEPT,
+) -> RecallAfterEviction:
+    """Evict from the cache of the body of each clean prompt, then read the question and score the answer.
+
+    A budget is a share of the columns before the question. The policies choose before the question is known. See
+    `measure_eviction` for the arguments.
+    """
+    check_model(lens.model)
+    parts: list[dict[Condition | None, Scores]] = []
+    for number, pair in enumerate(pairs):
+        start = pair.question_start
+        ids = torch.from_numpy(pair.clean[None]).to(lens.model.device)
+        answer, foil = (torch.tensor([token], device=ids.device) for token in (pair.answer, pair.foil))
+        prefix, cache = read_prefix(
+            lens,
+            ids[:, :start],
+            meta_token_id=meta_token_id,
+            with_attention="heavy_hitters" in policies,
+            key=int(hash_key(seed, number, _FOR_EVICTION)[0]),
+        )
+        kept = {budget: count_kept(budget, start) for budget in budgets}
+        scores: dict[Condition | None, Scores] = {}
+        for condition, columns in _all_columns(prefix, policies, kept, always_kept):
+            logits = continue_sequence(lens, cache, ids[:, start:], start, columns=columns)
+            scores[condition] = Scores.of_logits(logits[:, -1], answer, foil, meta_token_id)
+        parts.append(scores)
+    joined = join_scores(parts)
+    return RecallAfterEviction(joined.pop(None), {key: value for key, value in joined.items() if key is not None})
 
 
 def read_prefix(
