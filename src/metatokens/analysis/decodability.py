@@ -1,0 +1,298 @@
+"""How much of the text before a token a linear map reads from its state (ANALYSIS R3), and linear CKA of two sets.
+
+What is to be read is the mean of the token embeddings of the last w text tokens before the position, without position
+encodings and without meta-tokens, whose embedding is always the same. Two numbers, both on documents that had no part
+in the fit: R2 of a ridge regression, and the mean reciprocal rank at which its prediction finds the own prefix
+among the prefixes of other documents. Prefixes of the same document are no candidates: they overlap with the own one.
+
+Shapes: n states, C hidden size, K size of the target; B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metatokens.analysis.documents import DocumentSums, FloatArray, IntArray
+from metatokens.analysis.lens import Lens
+from metatokens.analysis.states import capture_residuals, find_meta_tokens, real_tokens
+from metatokens.errors import UsageError
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
+WINDOWS = (1, 4, 16, 64)
+FOLDS = 5
+MINIMUM_FOLDS = 3  # one to test, one to choose the penalty, one to fit
+MINIMUM_CKA_PAIRS = 4  # the unbiased estimate divides by n - 3
+_CANDIDATES_AT_A_TIME = 2**24  # bounds the memory of the similarities
+
+
+def mean_of_last(embeddings_BTC: Tensor, text_BT: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Average the embeddings of the last `window` text tokens strictly before each position.
+
+    Args:
+        embeddings_BTC: (B, T, C).
+        text_BT: (B, T) bool, True at text tokens; neither meta-tokens nor padding.
+        window: how many, at least 1.
+
+    Returns:
+        Means (B, T, C) float64, and (B, T) bool that tells where so many text tokens stand before the position;
+        elsewhere the mean is of what there is, or 0.
+    """
+    if window < 1:
+        raise UsageError("window", expected="at least 1 token", found=str(window), remedy="average over some tokens")
+    num_rows, num_positions, width = embeddings_BTC.shape
+    ordinals = text_BT.long().cumsum(1)
+    before = ordinals - text_BT.long()  # text tokens strictly before each position
+    # sums[b, j] is the sum over the first j text tokens of the row
+    sums = embeddings_BTC.new_zeros((num_rows, num_positions + 1, width), dtype=torch.float64)
+    rows, positions = text_BT.nonzero(as_tuple=True)
+    sums[rows, ordinals[rows, positions]] = embeddings_BTC[rows, positions].double()
+    sums = sums.cumsum(1)
+    row_index = torch.arange(num_rows, device=text_BT.device)[:, None]
+    taken = before.clamp(max=window)
+    means = (sums[row_index, before] - sums[row_index, before - taken]) / taken.clamp(min=1)[..., None]
+    return means, before >= window
+
+
+@dataclass(frozen=True)
+class Decodability:
+    """What a ridge regression reads, document by document, each held out of its fit."""
+
+    residual_squares: DocumentSums
+    """(num_documents,) sum of |y - prediction|^2 over the states of a document."""
+    total_squares: DocumentSums
+    """(num_documents,) sum of |y - mean of the fit's documents|^2."""
+    reciprocal_rank: DocumentSums
+    """(num_documents,) 1 / rank of the own prefix."""
+    chance: DocumentSums
+    """(num_documents,) the mean reciprocal rank of a random order of as many candidates."""
+    penalties: tuple[float, ...]
+    """The one chosen in each fold; at an end of the list it may be too short."""
+
+    @property
+    def r_squared(self) -> float:
+        """1 - residual / total over all documents; below 0 where the mean predicts better."""
+        return float(1 - self.residual_squares.sums.sum() / self.total_squares.sums.sum())
+
+
+def held_out_ridge(
+    states_NC: Tensor,
+    targets_NK: Tensor,
+    documents: npt.ArrayLike,
+    *,
+    seed: int,
+    penalties: Sequence[float] = PENALTIES,
+    folds: int = FOLDS,
+) -> Decodability:
+    """Fit the targets linearly from the states on some documents and score the others, each document once.
+
+    Documents are dealt into folds; one is scored, the next chooses the penalty, the rest are fitted. States are
+    z-scored by the fitted documents. A pure function of its arguments; float64.
+
+    Args:
+        states_NC: (n, C).
+        targets_NK: (n, K).
+        documents: (n,) integers.
+        seed: of the deal, PCG64.
+        penalties: ridge penalties, per state and in units of a state dimension's variance.
+        folds: at least 3.
+
+    Raises:
+        UsageError: fewer documents than folds, fewer than 3 folds, or penalties that are not above 0.
+    """
+    ids, group = np.unique(np.asarray(documents, dtype=np.int64), return_inverse=True)
+    if folds < MINIMUM_FOLDS or len(ids) < folds or min(penalties, default=0) <= 0:
+        raise UsageError(
+            "held-out ridge",
+            expected=f"penalties above 0 and at least {MINIMUM_FOLDS} folds with a document each",
+            found=f"{len(ids)} documents, {folds} folds and penalties {tuple(penalties)}",
+            remedy="measure more documents",
+        )
+    states, targets = states_NC.double().cpu(), targets_NK.double().cpu()
+    fold_of_document = np.random.Generator(np.random.PCG64(seed)).permutation(len(ids)) % folds
+    fold = torch.from_numpy(fold_of_document[group])
+    residual, total, ranks = (torch.zeros(len(states), dtype=torch.float64) for _ in range(3))
+    chosen = []
+    for tested in range(folds):
+        choosing = fold == (tested + 1) % folds
+        test = fold == tested
+        fit = _RidgePath(states[~test & ~choosing], targets[~test & ~choosing])
+        errors = [float((fit.predict(states[choosing], p) - targets[choosing]).square().sum()) for p in penalties]
+        chosen.append(float(penalties[int(np.argmin(errors))]))
+        predicted = fit.predict(states[test], chosen[-1])
+        residual[test] = (predicted - targets[test]).square().sum(-1)
+        total[test] = (targets[test] - fit.target_mean).square().sum(-1)
+        ranks[test] = reciprocal_ranks(
+            predicted - fit.target_mean, targets - fit.target_mean, own=test.nonzero()[:, 0], documents=group
+        )
+    num_candidates = len(group) - np.bincount(group)[group] + 1
+    return Decodability(
+        DocumentSums.of_values(ids[group], residual),
+        DocumentSums.of_values(ids[group], total),
+        DocumentSums.of_values(ids[group], ranks),
+        DocumentSums.of_values(ids[group], [chance_reciprocal_rank(n) for n in num_candidates.tolist()]),
+        tuple(chosen),
+    )
+
+
+class _RidgePath:
+    """Ridge regressions of one data set for any penalty, by one eigendecomposition of the states' correlations."""
+
+    def __init__(self, states: Tensor, targets: Tensor) -> None:
+        self.state_mean, self.target_mean = states.mean(0), targets.mean(0)
+        deviation = states.std(0, correction=0)
+        self.scale = torch.where(deviation > 0, 1 / deviation, 0)
+        inputs = (states - self.state_mean) * self.scale
+        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
+        self.projected = self.eigenvectors.T @ (inputs.T @ (targets - self.target_mean) / len(inputs))
+
+    def predict(self, states: Tensor, penalty: float) -> Tensor:
+        """Return the predictions (n, K) for states (n, C)."""
+        weights = self.eigenvectors @ (self.projected / (self.eigenvalues.clamp(min=0) + penalty)[:, None])
+        predicted: Tensor = (states - self.state_mean) * self.scale @ weights + self.target_mean
+        return predicted
+
+
+def reciprocal_ranks(predictions_NK: Tensor, targets_MK: Tensor, *, own: Tensor, documents: IntArray) -> Tensor:
+    """Return 1 / rank of each prediction's own target among it and the targets of other documents, by cosine.
+
+    Of targets that are as near as the own one, half count as nearer, so a constant prediction ranks in the middle.
+
+    Args:
+        predictions_NK: (n, K).
+        targets_MK: (m, K), the candidates.
+        own: (n,) int64, the index of each prediction's own target.
+        documents: (m,) integers, the document of each candidate.
+
+    Returns:
+        (n,) float64.
+    """
+    predictions = torch.nn.functional.normalize(predictions_NK.double(), dim=-1)
+    targets = torch.nn.functional.normalize(targets_MK.double(), dim=-1)
+    of_document = torch.from_numpy(np.asarray(documents, dtype=np.int64)).to(own.device)
+    rows_at_a_time = max(1, _CANDIDATES_AT_A_TIME // max(len(targets), 1))
+    ranks = []
+    for rows, index in zip(predictions.split(rows_at_a_time), own.split(rows_at_a_time), strict=True):
+        similarity = rows @ targets.T
+        own_similarity = similarity.gather(1, index[:, None])
+        other = of_document[None] != of_document[index][:, None]
+        nearer, as_near = (similarity > own_similarity) & other, (similarity == own_similarity) & other
+        ranks.append(1 + nearer.sum(1) + as_near.sum(1) / 2)
+    return 1 / torch.cat(ranks).double()
+
+
+def chance_reciprocal_rank(num_candidates: int) -> float:
+    """Return the mean reciprocal rank of a random order: (1 + 1/2 + ... + 1/n) / n."""
+    return float((1 / np.arange(1, num_candidates + 1)).mean())
+
+
+def debiased_linear_cka(first_NC: Tensor, second_NK: Tensor) -> float:
+    """Return the linear centred kernel alignment of two sets of states, by the unbiased HSIC.
+
+    1 for the same states up to rotation, scale and offset; about 0 for independent ones, whatever the sizes, which the
+    biased estimate is not (Kornblith et al. 2019; Song et al. 2012, eq. 5; Nguyen et al. 2021). Costs n C K: the n x n
+    kernels are never made.
+
+    Args:
+        first_NC: (n, C), n >= 4.
+        second_NK: (n, K), the paired states.
+
+    Raises:
+        UsageError: fewer than 4 pairs, sets of unequal size, or one without any variance.
+    """
+    first, second = (states.double() - states.double().mean(0) for states in (first_NC, second_NK))
+    if not len(first) == len(second) >= MINIMUM_CKA_PAIRS:
+        raise UsageError(
+            "CKA",
+            expected=f"at least {MINIMUM_CKA_PAIRS} pairs of states",
+            found=f"{len(first)} and {len(second)} states",
+            remedy="measure more positions",
+        )
+    spread = _unbiased_hsic(first, first) * _unbiased_hsic(second, second)
+    if not spread > 0:
+        raise UsageError(
+            "CKA", expected="states that differ", found="states without variance", remedy="look at another layer"
+        )
+    return float(_unbiased_hsic(first, second) / spread**0.5)
+
+
+def cka_without_each_document(first_NC: Tensor, second_NK: Tensor, documents: npt.ArrayLike) -> FloatArray:
+    """Return the CKA with each document left out in turn, (num_documents,) in order of their ids, for a jackknife."""
+    ids = np.asarray(documents, dtype=np.int64)
+    keeps = [torch.from_numpy(ids != left_out).to(first_NC.device) for left_out in np.unique(ids)]
+    return np.array([debiased_linear_cka(first_NC[keep], second_NK[keep]) for keep in keeps])
+
+
+def _unbiased_hsic(first: Tensor, second: Tensor) -> float:
+    """Return Song's estimate for linear kernels K = X X^T and L = Y Y^T without their diagonals, from X and Y."""
+    num = len(first)
+    first_diagonal, second_diagonal = first.square().sum(-1), second.square().sum(-1)
+    first_rows = first @ first.sum(0) - first_diagonal
+    second_rows = second @ second.sum(0) - second_diagonal
+    trace = (first.T @ second).square().sum() - first_diagonal @ second_diagonal
+    totals = first_rows.sum() * second_rows.sum() / ((num - 1) * (num - 2))
+    return float((trace + totals - 2 / (num - 2) * (first_rows @ second_rows)) / (num * (num - 3)))
+
+
+@dataclass(frozen=True)
+class PrefixStates:
+    """States of all layers beside what is to be read from them; `held_out_ridge` and CKA take one layer and window."""
+
+    states: Tensor
+    """(L + 1, n, C) float32."""
+    prefixes: Tensor
+    """(num_windows, n, C) float32, see `mean_of_last`."""
+    documents: IntArray
+    """(n,)."""
+
+    @classmethod
+    def merge(cls, parts: Sequence[PrefixStates]) -> Self:
+        """Put together what was collected in several batches."""
+        return cls(
+            torch.cat([part.states for part in parts], dim=1),
+            torch.cat([part.prefixes for part in parts], dim=1),
+            np.concatenate([part.documents for part in parts]),
+        )
+
+
+def collect_prefix_states(
+    lens: Lens,
+    input_ids: Tensor,
+    *,
+    at: Tensor,
+    documents: npt.ArrayLike,
+    windows: Sequence[int] = WINDOWS,
+    steps_back: int = 0,
+    attention_mask: Tensor | None = None,
+) -> PrefixStates:
+    """Collect states and the text right before them in one forward pass; positions with too little text are left out.
+
+    Three sets answer what a meta-token adds: its own states; those of ordinary tokens at the same positions in a run
+    with other meta-tokens; and, with `steps_back=1` and the same `at`, those of the tokens right before the
+    meta-tokens, which have seen the same text (leave out of `at` what follows another meta-token).
+
+    Args:
+        lens: on the model.
+        input_ids: (B, T).
+        at: (B, T) bool, the positions before which the text ends.
+        documents: (B,) integers, the document of each row.
+        windows: numbers of text tokens.
+        steps_back: the state is taken so many positions earlier.
+        attention_mask: (B, T), 0 at padding.
+    """
+    text = real_tokens(input_ids, attention_mask) & ~find_meta_tokens(lens, input_ids)
+    embeddings = lens.model.get_input_embeddings()(input_ids).detach().float()
+    _, enough = mean_of_last(embeddings, text, max(windows))
+    ends = at & enough
+    ends[:, :steps_back] = False
+    read = torch.roll(ends, -steps_back, dims=1)
+    states = capture_residuals(lens, input_ids, attention_mask=attention_mask, at=read)
+    prefixes = [mean_of_last(embeddings, text, window)[0][ends].float() for window in windows]
+    rows = np.asarray(documents, dtype=np.int64)[ends.nonzero()[:, 0].numpy(force=True)]
+    return PrefixStates(torch.stack(states).cpu(), torch.stack(prefixes).cpu(), rows)

@@ -1,0 +1,364 @@
+"""Figures of an analysis for papers, as PNG and PDF: one for each chart of the page, from the same records.
+
+Equal results give equal bytes for equal versions of matplotlib. The colours are those of Okabe and Ito; intervals are
+bands or bars, units stand on the axes, the number of documents in the caption.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from metatokens.analysis.results import Record, Results, Section
+from metatokens.report.figures import COLOURS, MARKERS
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Draw = Callable[[Results, Arrays], Figure]
+SINGLE_COLUMN, DOUBLE_COLUMN = 3.5, 7.0
+"""Widths in inches that journals set."""
+_DOTS_PER_INCH = 300
+_PAGE_DOTS_PER_INCH = 110
+_MOST_LAYERS = 4  # panels of a figure that has one a layer
+
+
+@dataclass(frozen=True)
+class AnalysisFigure:
+    """What a figure shows."""
+
+    title: str
+    text: str
+    """Of the caption, before the number of documents."""
+    metrics: tuple[tuple[Section, str], ...]
+    draw: Draw
+
+    def caption(self, records: Sequence[Record]) -> str:
+        """Return the caption with the number of documents."""
+        counts = sorted({record.num_documents for record in records if record.value is not None})
+        span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{self.text} n = {span} documents; 95% intervals."
+
+
+def draw_figure(figure_id: str, results: Results, arrays: Arrays) -> bytes:
+    """Return a figure as the PNG that the page shows without JavaScript."""
+    return _save(FIGURES[figure_id].draw(results, arrays), "png", _PAGE_DOTS_PER_INCH)
+
+
+def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
+    """Return every figure that the results have numbers for, by file name, as PNG and as PDF."""
+    files = {}
+    for figure_id, figure in FIGURES.items():
+        if any(
+            record.value is not None for section, metric in figure.metrics for record in results.find(section, metric)
+        ):
+            for kind in ("png", "pdf"):
+                files[f"{figure_id}.{kind}"] = _save(figure.draw(results, arrays), kind, _DOTS_PER_INCH)
+    return files
+
+
+def _save(figure: Figure, kind: str, dots_per_inch: int) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Software": None} if kind == "png" else {"CreationDate": None, "Creator": None, "Producer": None}
+    with mpl.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, dpi=dots_per_inch, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for one in axes:
+        one.tick_params(labelsize=7)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def _present(results: Results, section: Section, metric: str, **at: str | float) -> list[Record]:
+    return [record for record in results.find(section, metric, **at) if record.value is not None]
+
+
+# One function a figure ---------------------------------------------------------------------------------------------
+
+
+def _draw_maps(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    metrics = (
+        ("entropy_drop", "Entropy drop, nats"),
+        ("log_odds_boost", "Log-odds boost, nats"),
+        ("meta_mass", "Meta mass"),
+    )
+    shown = [(m, t) for m, t in metrics if any("head" in r.at for r in _present(results, "attention", m))]
+    figure, axes = _figure(DOUBLE_COLUMN, 2.4, len(shown))
+    for axis, (metric, title) in zip(axes, shown, strict=True):
+        records = [record for record in _present(results, "attention", metric) if "head" in record.at]
+        layers, heads = (1 + max(int(record.at[key]) for record in records) for key in ("layer", "head"))
+        values = np.full((layers, heads), np.nan)
+        for record in records:
+            values[int(record.at["layer"]), int(record.at["head"])] = record.value
+            if record.adjusted_p is not None and record.adjusted_p <= 0.05:
+                axis.plot(int(record.at["head"]), int(record.at["layer"]), "k.", markersize=3)
+        most = float(np.nanmax(np.abs(values))) or 1.0
+        signed = bool(np.nanmin(values) < 0)
+        image = axis.imshow(
+            values,
+            origin="lower",
+            aspect="auto",
+            cmap="PuOr" if signed else "cividis",
+            vmin=-most if signed else 0,
+            vmax=most,
+        )
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("head", fontsize=8)
+        axis.set_ylabel("layer", fontsize=8)
+        axis.set_xticks(range(heads))
+        axis.set_yticks(range(layers))
+        figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _draw_theorem(results: Results, arrays: Arrays) -> Figure:
+    del results
+    figure, (axis,) = _figure(SINGLE_COLUMN * 1.3, 3.0)
+    points = arrays.get("theory_points", np.zeros((0, 4)))
+    margin, boost, critical = points[:, 1], points[:, 2], points[:, 3]
+    kinds = (
+        ("premise holds: falls", (boost > 0) & (margin >= 0), COLOURS[2]),
+        ("beyond the critical boost: falls", (boost > critical) & (boost > 0) & (margin < 0), COLOURS[0]),
+        ("below it: rises", (boost > 0) & (boost <= critical) & (margin < 0), COLOURS[1]),
+        ("not boosted", boost <= 0, "#8b949e"),
+    )
+    for name, chosen, colour in kinds:
+        axis.plot(margin[chosen], boost[chosen], ".", color=colour, markersize=2, label=name, alpha=0.6)
+    lowest = float(margin.min(initial=0))
+    limits = axis.get_ylim()
+    axis.plot([lowest, 0], [-lowest, 0], "k--", linewidth=0.8)
+    axis.plot([lowest, 0], [-2 * lowest, 0], "k:", linewidth=0.8)
+    axis.set_ylim(limits)
+    axis.axhline(0, color="k", linewidth=0.5)
+    axis.axvline(0, color="k", linewidth=0.5)
+    axis.set_xlabel("margin x without the embedding, nats", fontsize=8)
+    axis.set_ylabel("boost, nats", fontsize=8)
+    axis.legend(fontsize=6, frameon=False, markerscale=3)
+    return figure
+
+
+def _draw_mechanism(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    figure, (axis,) = _figure(SINGLE_COLUMN, 2.4)
+    for metric, name, style in (("mechanism", "by the meta keys' logits", 0), ("change", "whole change", 1)):
+        _line(axis, [r for r in _present(results, "theory", metric) if "layer" in r.at], "layer", name, style)
+    _finish(axis, "layer", "change of entropy, nats")
+    return figure
+
+
+def _draw_similarity(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    records = [
+        record for record in _present(results, "similarity", "cosine", form="centred") if "distance" in record.at
+    ]
+    layers = sorted({int(record.at["layer"]) for record in records})
+    if len(layers) > _MOST_LAYERS:
+        layers = [layers[round(i * (len(layers) - 1) / (_MOST_LAYERS - 1))] for i in range(_MOST_LAYERS)]
+    figure, axes = _figure(DOUBLE_COLUMN, 2.2, max(1, len(layers)), sharey=True)
+    for axis, layer in zip(axes, layers, strict=True):
+        for style, kind in enumerate(sorted({str(record.at["kind"]) for record in records}, reverse=True)):
+            chosen = [r for r in records if r.at["layer"] == layer and r.at["kind"] == kind]
+            _line(axis, chosen, "distance", kind, style)
+        axis.set_xscale("log", base=2)
+        axis.set_title(f"layer {layer}", fontsize=8)
+        _finish(axis, "distance, tokens", "centred cosine" if axis is axes[0] else "", legend=axis is axes[0])
+    return figure
+
+
+def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    figure, (axis,) = _figure(SINGLE_COLUMN * 1.2, 2.8)
+    rates = {(r.at["state"], r.at["beta"]): _value(r) for r in _present(results, "rate_distortion", "rate")}
+    distortions = _present(results, "rate_distortion", "distortion")
+    for style, state in enumerate(sorted({str(record.at["state"]) for record in distortions})):
+        chosen = [r for r in distortions if r.at["state"] == state and (state, r.at["beta"]) in rates]
+        places = {rates[state, record.at["beta"]]: record for record in chosen}
+        _draw_line(axis, sorted(places.items(), key=lambda place: place[0]), state, style)
+    for record in _present(results, "rate_distortion", "label_entropy"):
+        axis.axhline(_value(record), color="k", linestyle="--", linewidth=0.8)
+    _finish(axis, "rate, nats", "distortion, nats")
+    return figure
+
+
+def _draw_bars(results: Results, section: Section, metric: str, name: Callable[[Record], str], label: str) -> Figure:
+    records = _present(results, section, metric)
+    figure, (axis,) = _figure(SINGLE_COLUMN * 1.3, 0.7 + 0.26 * len(records))
+    places = range(len(records))
+    axis.barh(list(places), [_value(record) for record in records], color=COLOURS[0], alpha=0.75, height=0.6)
+    for place, record in zip(places, records, strict=True):
+        if record.low is not None and record.high is not None:
+            axis.plot([record.low, record.high], [place, place], "k-", linewidth=1.5)
+    axis.set_yticks(list(places), [name(record) for record in records])
+    axis.invert_yaxis()
+    axis.axvline(0, color="k", linewidth=0.5)
+    axis.set_xlabel(label, fontsize=8)
+    return figure
+
+
+def _draw_two_by_two(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    label = "logit of the answer minus the foil's"
+    return _draw_bars(results, "causal", "logit_difference", lambda record: str(record.at["condition"]), label)
+
+
+def _draw_probes(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    name: Callable[[Record], str] = lambda record: f"{record.at['state']}: {record.at['target']}"  # noqa: E731
+    return _draw_bars(results, "probes", "v_information", name, "usable information, nats")
+
+
+def _draw_interchange(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    return _draw_lines(results, "causal", "interchange", ("layer", "where"), ("layer", "restored share"))
+
+
+def _draw_knockout(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    return _draw_lines(results, "causal", "knockout", ("layer", "mode"), ("layer", "loss of the logit difference"))
+
+
+def _draw_eviction(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    labels = ("share of the cache kept", "cost, nats per token")
+    return _draw_lines(results, "eviction", "cost", ("kept", "policy"), labels)
+
+
+def _draw_lines(
+    results: Results, section: Section, metric: str, keys: tuple[str, str], labels: tuple[str, str]
+) -> Figure:
+    x, by = keys
+    figure, (axis,) = _figure(SINGLE_COLUMN * 1.3, 2.8)
+    records = [record for record in _present(results, section, metric) if x in record.at and by in record.at]
+    for style, name in enumerate(sorted({str(record.at[by]) for record in records})):
+        _line(axis, [record for record in records if record.at[by] == name], x, name, style)
+    _finish(axis, *labels)
+    return figure
+
+
+def _line(axis: Axes, records: Sequence[Record], x: str, name: str, style: int) -> None:
+    places = [(float(record.at[x]), record) for record in records]
+    _draw_line(axis, sorted(places, key=lambda place: place[0]), name, style)
+
+
+def _draw_line(axis: Axes, places: Sequence[tuple[float, Record]], name: str, style: int) -> None:
+    """Draw records at their places on the x axis, rising, with a band where they have intervals."""
+    axis.plot([x for x, _ in places], [_value(record) for _, record in places], **_style(style), label=name)
+    band = [(x, r.low, r.high) for x, r in places if r.low is not None and r.high is not None]
+    if band:
+        axis.fill_between(
+            [x for x, _, _ in band],
+            [low for _, low, _ in band],
+            [high for _, _, high in band],
+            color=COLOURS[style % len(COLOURS)],
+            alpha=0.18,
+            linewidth=0,
+        )
+
+
+def _value(record: Record) -> float:
+    assert record.value is not None
+    return record.value
+
+
+def _style(number: int) -> dict[str, Any]:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2}
+
+
+def _finish(axis: Axes, x_label: str, y_label: str, *, legend: bool = True) -> None:
+    axis.axhline(0, color="k", linewidth=0.5)
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    if legend:
+        axis.legend(fontsize=6, frameon=False)
+
+
+FIGURES: dict[str, AnalysisFigure] = {
+    "attention-maps": AnalysisFigure(
+        "Entropy drop, log-odds boost and mass on meta-tokens by head",
+        "Means over the queries of a document, from its first meta-token on.",
+        (
+            *(("attention", metric) for metric in ("entropy_drop", "log_odds_boost", "max_score_boost")),
+            *(("attention", metric) for metric in ("entropy", "meta_mass", "meta_lift")),
+        ),
+        _draw_maps,
+    ),
+    "theorem": AnalysisFigure(
+        "Where the theorem's premise holds",
+        "A sample of the edges from queries to meta keys.",
+        (("theory", "share_above"), ("theory", "share_beyond"), ("theory", "sign_agreement")),
+        _draw_theorem,
+    ),
+    "mechanism": AnalysisFigure(
+        "How much of the change of entropy the theorem's mechanism makes",
+        "With minus without the embedding, mean over rows; the mechanism changes the meta keys' logits alone.",
+        (("theory", "mechanism"), ("theory", "change"), ("theory", "r_squared")),
+        _draw_mechanism,
+    ),
+    "similarity": AnalysisFigure(
+        "Centred cosine with earlier tokens by distance",
+        "Meta-tokens and ordinary tokens at the same places of the same documents.",
+        (
+            ("similarity", "cosine"),
+            ("similarity", "excess_cosine"),
+            ("similarity", "decodability"),
+            ("similarity", "retrieval"),
+        ),
+        _draw_similarity,
+    ),
+    "rate-distortion": AnalysisFigure(
+        "Rate and distortion of the answer, by state",
+        "Held-out documents; a point is one beta, the mean over seeds of the head.",
+        (
+            ("rate_distortion", "rate"),
+            ("rate_distortion", "distortion"),
+            ("rate_distortion", "label_entropy"),
+            ("rate_distortion", "area"),
+        ),
+        _draw_rate_distortion,
+    ),
+    "probes": AnalysisFigure(
+        "What a probe can use",
+        "V-information of a state about a target, held out.",
+        (("probes", "v_information"),),
+        _draw_probes,
+    ),
+    "two-by-two": AnalysisFigure(
+        "Direct path and path through meta-tokens, cut and not",
+        "Caching predicts that the answer survives the direct cut and not both.",
+        (("causal", "logit_difference"), ("causal", "interaction")),
+        _draw_two_by_two,
+    ),
+    "interchange": AnalysisFigure(
+        "What the clean state of some tokens restores",
+        "States of the clean prompt put into the corrupt one, after each layer; 1 restores all, 0 nothing.",
+        (("causal", "interchange"),),
+        _draw_interchange,
+    ),
+    "knockout": AnalysisFigure(
+        "Meta-attention removed, layer by layer",
+        "Loss of the logit difference against the whole model.",
+        (("causal", "knockout"),),
+        _draw_knockout,
+    ),
+    "eviction": AnalysisFigure(
+        "Cost of a small cache, by what is kept",
+        "Loss on a continuation with part of the prefix's cache minus with all of it.",
+        (("eviction", "cost"),),
+        _draw_eviction,
+    ),
+}

@@ -1,0 +1,265 @@
+"""One self-contained HTML page of an analysis: charts, tables, verdicts and the token view, with nothing to fetch.
+
+The page renders what `metatokens.analysis.results` holds and computes nothing. Its charts are drawn in the browser by
+Observable Plot and d3, which are vendored with their licences; without JavaScript the same figures are there as images
+and every number as a table. Equal results give an equal page, byte for byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+
+from metatokens.analysis.results import Record, Results, TokenView, Verdict, read_results
+from metatokens.report.analysis_figures import FIGURES, draw_figure, figure_files
+
+PAGE_NAME = "report.html"
+META_MARK = "\N{BLACK DIAMOND}"
+LARGEST_PAGE_BYTES = 15_000_000
+"""Above this a token view is left out, and the page says so."""
+
+_SHOWN_DIGITS = 16  # of a SHA-256; results.json has them all
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Section:
+    id: str
+    title: str
+    text: str
+    figures: tuple[str, ...]
+
+
+_SECTIONS = (
+    _Section(
+        "attention",
+        "Entropy and boost",
+        "The same documents are run twice, with the meta-tokens' embedding and with it zeroed. A dot marks a head "
+        "whose difference survives the correction for all heads (false discovery rate 5%).",
+        ("attention-maps",),
+    ),
+    _Section(
+        "theory",
+        "The sharpening theorem, audited",
+        "A boost of a key lowers the entropy of its row from the start only where its margin x is at least 0; below, "
+        "the entropy rises first, and falls below its start only beyond a critical boost between |x| (dashed) and "
+        "2|x| (dotted). A point is an edge from a query to a meta key.",
+        ("theorem", "mechanism"),
+    ),
+    _Section(
+        "similarity",
+        "What residuals have in common",
+        "Cosine between the state of a token and that of an earlier one, after subtracting the mean state of other "
+        "documents: raw cosines are near 1 in any such model. The control is ordinary tokens at the same places.",
+        ("similarity",),
+    ),
+    _Section(
+        "compression",
+        "Rate and distortion",
+        "A variational bottleneck on one state predicts what the task asks for. At equal rate, lower is better; the "
+        "dashed line is the entropy of the label, which no rate at all would leave.",
+        ("rate-distortion", "probes"),
+    ),
+    _Section(
+        "causal",
+        "Cause",
+        "Pairs of prompts that differ in one item. Edges are cut, states exchanged and meta-attention removed, to see "
+        "which path the answer takes.",
+        ("two-by-two", "interchange", "knockout"),
+    ),
+    _Section(
+        "eviction",
+        "Meta-tokens as a cache",
+        "Most of the key-value cache is dropped after a prefix; the cost is what the continuation loses. If "
+        "meta-tokens do not beat evenly spaced ordinary ones at equal budget, they do not compress.",
+        ("eviction",),
+    ),
+)
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Render the results in a folder and return the page; figures for papers go to `figures/` beside it.
+
+    Raises:
+        DataError: results that are missing, broken or of another version.
+    """
+    results, arrays = read_results(folder)
+    target = folder if out is None else out
+    target.mkdir(parents=True, exist_ok=True)
+    for name, data in figure_files(results, arrays).items():
+        (target / "figures").mkdir(exist_ok=True)
+        (target / "figures" / name).write_bytes(data)
+    page = target / PAGE_NAME
+    page.write_text(render_page(results, arrays), encoding="utf-8")
+    return page
+
+
+def render_page(results: Results, arrays: Arrays) -> str:
+    """Return the page as one string."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"estimate": format_estimate, "p_value": _format_p}
+    views, left_out = _choose_views(results, arrays)
+    if left_out:
+        lines = [f"token view of {title}: the page would be too large, see arrays.npz" for title in left_out]
+        results = results.model_copy(update={"not_run": (*results.not_run, *lines)})
+    return environment.from_string(_asset("page.html")).render(
+        results=results,
+        lead=_lead(results),
+        facts=_facts(results),
+        sections=[_render_section(section, results, arrays) for section in _SECTIONS],
+        views=views,
+        meta_mark=META_MARK,
+        css=Markup(_asset("page.css")),
+        d3=Markup(_asset("vendor/d3.min.js")),
+        plot=Markup(_asset("vendor/plot.umd.min.js")),
+        js=Markup(_asset("page.js")),
+        results_json=_embed(results.model_dump(mode="json")),
+        points_json=_embed(_rounded(arrays["theory_points"]) if "theory_points" in arrays else []),
+    )
+
+
+def format_estimate(number: Record | Verdict) -> str:
+    """Return a number with its interval and unit, for people."""
+    if number.value is None:
+        return "n/a"
+    interval = "" if number.low is None else f" ({_format(number.low)} to {_format(number.high)})"
+    unit = "" if number.unit in ("", "1") else f" {number.unit}"
+    return f"{_format(number.value)}{interval}{unit}"
+
+
+def _format(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if value == 0 or 0.001 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:.2g}" if abs(value) < 1 else f"{value:,.0f}"
+
+
+def _format_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _lead(results: Results) -> str:
+    counts = {verdict: sum(v.verdict == verdict for v in results.verdicts) for verdict in _VERDICTS}
+    if not results.verdicts:
+        return "What one trained model does with its meta-tokens."
+    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return f"Of {len(results.verdicts)} claims about what happens inside: {', '.join(parts)}."
+
+
+_VERDICTS = ("supported", "not supported", "not tested")
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    checkpoint = {
+        f"checkpoint: {key}": str(value)[:_SHOWN_DIGITS] if key == "sha256" else str(value)
+        for key, value in sorted(results.checkpoint.items())
+    }
+    data = {f"data: {key}": str(value) for key, value in sorted(results.data.items())}
+    identity = {
+        "seed": str(results.seed),
+        "config SHA-256": results.config_sha256[:_SHOWN_DIGITS],
+        "endpoints SHA-256": results.endpoints_sha256[:_SHOWN_DIGITS],
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(results.versions.items())),
+        "command": results.command,
+    }
+    return [*checkpoint.items(), *data.items(), *identity.items()]
+
+
+def _render_section(section: _Section, results: Results, arrays: Arrays) -> dict[str, Any]:
+    figures = []
+    for figure_id in section.figures:
+        figure = FIGURES[figure_id]
+        records = [record for record in results.records if (record.section, record.metric) in figure.metrics]
+        if not any(record.value is not None for record in records):
+            continue
+        columns, rows = _table(records)
+        figures.append(
+            {
+                "id": figure_id,
+                "title": figure.title,
+                "caption": figure.caption(records),
+                "columns": columns,
+                "rows": rows,
+                "png": base64.b64encode(draw_figure(figure_id, results, arrays)).decode(),
+            }
+        )
+    return {"id": section.id, "title": section.title, "text": section.text, "figures": figures}
+
+
+def _table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    keys = sorted({key for record in records for key in record.at})
+    rows = [
+        [
+            record.metric,
+            *(_cell(record.at.get(key, "all")) for key in keys),
+            format_estimate(record),
+            str(record.num_documents),
+            "" if record.adjusted_p is None else _format_p(record.adjusted_p).removeprefix("= "),
+            record.note or "",
+        ]
+        for record in records
+    ]
+    return ["metric", *keys, "value (95% interval)", "n", "adjusted p", "note"], rows
+
+
+def _cell(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _choose_views(results: Results, arrays: Arrays) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the token views that fit into a page, and the titles of those that do not."""
+    views, left_out, used = [], [], 0
+    for view in results.token_views:
+        packed = _pack_view(view, arrays)
+        size = len(packed)
+        if used + size > LARGEST_PAGE_BYTES:
+            left_out.append(view.title)
+            continue
+        used += size
+        views.append({"title": view.title, "json": packed})
+    return views, left_out
+
+
+def _pack_view(view: TokenView, arrays: Arrays) -> Markup:
+    packed = {name: _pack_array(arrays[key]) for name, key in sorted(view.arrays.items())}
+    return _embed({"title": view.title, "tokens": view.tokens, "is_meta": view.is_meta, "arrays": packed})
+
+
+def _pack_array(array: npt.NDArray[Any]) -> dict[str, Any]:
+    if array.dtype == np.uint8:
+        data = gzip.compress(np.ascontiguousarray(array).tobytes(), mtime=0)
+        return {"shape": list(array.shape), "gzip": base64.b64encode(data).decode()}
+    return {"shape": list(array.shape), "values": _rounded(array)}
+
+
+def _rounded(array: npt.NDArray[Any]) -> Any:
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(entry) for entry in value]
+        return round(value, 5) if math.isfinite(value) else None
+
+    return clean(np.asarray(array, dtype=np.float64).tolist())
+
+
+def _embed(document: Any) -> Markup:
+    """Return JSON that no text in it can end the script element of."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _asset(name: str) -> str:
+    return resources.files("metatokens.report").joinpath("assets", *name.split("/")).read_text(encoding="utf-8")

@@ -1,0 +1,177 @@
+"""Results with a record for every chart of the report, whose numbers follow from formulas and not from a model."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from metatokens.analysis.results import Record, Results, TokenView, Verdict
+
+NUM_LAYERS, NUM_HEADS, NUM_DOCUMENTS = 4, 3, 24
+HOSTILE = "</script><b id='injected'>x"
+TEXT = "The quick brown fox jumps over HOSTILE the lazy dog and runs away from the"
+TOKENS = tuple(HOSTILE if word == "HOSTILE" else word for word in TEXT.split())
+META_PLACES = (3, 8, 12)
+
+
+def record(section: Any, metric: str, unit: str, value: float | None, **at: Any) -> Record:
+    band = 0.05 + 0.1 * abs(value or 0)
+    known = value is not None
+    return Record(
+        section=section,
+        metric=metric,
+        unit=unit,
+        method="A0",
+        at=at,
+        value=value,
+        low=value - band if known else None,
+        high=value + band if known else None,
+        num_documents=NUM_DOCUMENTS if known else 0,
+        p_value=0.01 if known else None,
+        adjusted_p=0.02 if known and value > 0 else 0.2 if known else None,
+        note=None if known else "no pair of documents",
+    )
+
+
+def attention_records() -> list[Record]:
+    rows = []
+    for layer in range(NUM_LAYERS):
+        for head in range(NUM_HEADS):
+            wave = math.sin(1 + layer * 1.3 + head)
+            rows += [
+                record("attention", "entropy_drop", "nats", 0.3 * wave, layer=layer, head=head),
+                record("attention", "log_odds_boost", "nats", 0.8 * wave - 0.1, layer=layer, head=head),
+                record("attention", "meta_mass", "1", 0.2 + 0.15 * wave, layer=layer, head=head),
+            ]
+        rows += [
+            record("theory", "mechanism", "nats", -0.05 * layer, layer=layer),
+            record("theory", "change", "nats", 0.04 - 0.06 * layer, layer=layer),
+            record("theory", "share_above", "1", 0.3, layer=layer),
+        ]
+    return rows
+
+
+def similarity_records() -> list[Record]:
+    return [
+        record("similarity", "cosine", "1", level / (1 + i), layer=layer, distance=2**i, kind=kind, form="centred")
+        for layer in range(NUM_LAYERS + 1)
+        for i in range(6)
+        for kind, level in (("meta", 0.4), ("ordinary", 0.2))
+    ]
+
+
+def compression_records() -> list[Record]:
+    rows = [record("rate_distortion", "label_entropy", "nats", 2.0)]
+    for state, factor in (("meta", 0.9), ("last token", 1.1)):
+        for beta in (0.01, 0.1, 0.5, 1.0):
+            rate = 3 * math.exp(-2 * beta)
+            rows += [
+                record("rate_distortion", "rate", "nats", rate, state=state, beta=beta),
+                record("rate_distortion", "distortion", "nats", 2 * factor * math.exp(-rate), state=state, beta=beta),
+            ]
+        rows.append(record("probes", "v_information", "nats", factor, state=state, target="answer"))
+    return rows
+
+
+def causal_records() -> list[Record]:
+    conditions = {"full": 3.0, "direct cut": 2.5, "meta cut": 2.8, "both cut": 0.1}
+    rows = [record("causal", "logit_difference", "nats", v, condition=k) for k, v in conditions.items()]
+    rows.append(record("causal", "interaction", "nats", 1.9))
+    for layer in range(NUM_LAYERS):
+        rows += [
+            record("causal", "interchange", "1", 1 - layer / 4, layer=layer, where="meta-tokens"),
+            record("causal", "interchange", "1", layer / 6, layer=layer, where="last token"),
+            record("causal", "knockout", "nats", 0.2 * layer, layer=layer, mode="zero"),
+        ]
+    for policy, slope in (("meta", 0.5), ("even", 0.8), ("sinks and window", 0.6)):
+        for kept in (0.05, 0.1, 0.25, 0.5):
+            rows.append(record("eviction", "cost", "nats/token", slope * (1 - kept), policy=policy, kept=kept))
+    return rows
+
+
+def token_view() -> tuple[TokenView, dict[str, np.ndarray]]:
+    count = len(TOKENS)
+    generator = np.random.Generator(np.random.PCG64(0))
+    weights = np.tril(generator.random((NUM_LAYERS, NUM_HEADS, count, count)) ** 4 + 1e-3)
+    weights /= weights.sum(-1, keepdims=True)
+    num_meta = len(META_PLACES)
+    meta_weights = np.tril(np.ones((NUM_LAYERS, NUM_HEADS, num_meta, num_meta)))
+    meta_weights /= meta_weights.sum(-1, keepdims=True)
+    loss = generator.random(count)
+    loss[list(META_PLACES)] = np.nan
+    arrays = {
+        "view0_attention": np.round(255 * np.sqrt(weights)).astype(np.uint8),
+        "view0_meta_attention": np.round(255 * np.sqrt(meta_weights)).astype(np.uint8),
+        "view0_loss_with": loss,
+        "view0_loss_without": loss + 0.1,
+    }
+    is_meta = tuple(place in META_PLACES for place in range(count))
+    view = TokenView(
+        title="a hostile text",
+        tokens=TOKENS,
+        is_meta=is_meta,
+        arrays={name.removeprefix("view0_"): name for name in arrays},
+    )
+    return view, arrays
+
+
+def build_results() -> tuple[Results, dict[str, np.ndarray]]:
+    view, arrays = token_view()
+    generator = np.random.Generator(np.random.PCG64(1))
+    margin, boost = generator.normal(-1, 2, 300), generator.normal(1, 2, 300)
+    critical = np.where(margin >= 0, 0, -1.5 * margin)
+    arrays["theory_points"] = np.stack([np.arange(300) % NUM_LAYERS, margin, boost, critical], axis=1)
+    verdicts = [
+        Verdict(
+            claim="Attention entropy falls with meta-tokens",
+            paper="+1.40 nats",
+            endpoint="mean entropy drop over heads and layers",
+            verdict="supported",
+            value=0.2,
+            low=0.1,
+            high=0.3,
+            unit="nats",
+            num_documents=NUM_DOCUMENTS,
+            p_value=0.0004,
+        ),
+        Verdict(
+            claim="Meta-tokens compress",
+            paper="lower distortion at equal rate",
+            endpoint="area between hulls",
+            verdict="not supported",
+            value=-0.01,
+            low=-0.05,
+            high=0.03,
+            unit="nats^2",
+            num_documents=NUM_DOCUMENTS,
+        ),
+        Verdict(
+            claim="Residuals cache near context",
+            paper="spikes on near context",
+            endpoint="excess cosine at distance 1",
+            verdict="not tested",
+            note="too few documents",
+        ),
+    ]
+    results = Results(
+        title="Analysis of a synthetic model",
+        checkpoint={"name": "synthetic", "sha256": "0" * 64, "layers": NUM_LAYERS, "heads": NUM_HEADS},
+        config={"seed": 0},
+        config_sha256="1" * 64,
+        endpoints_sha256="2" * 64,
+        data={"documents": NUM_DOCUMENTS, "source": "formulas"},
+        seed=0,
+        versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        command="metatokens analyze runs/synthetic --out analysis",
+        not_run=("E5 to E7: not part of this run",),
+        records=[
+            *attention_records(),
+            *similarity_records(),
+            *compression_records(),
+            *causal_records(),
+            record("similarity", "excess_cosine", "1", None, layer=0, distance=512),
+        ],
+        verdicts=verdicts,
+        token_views=[view],
+    )
+    return results, arrays

@@ -1,0 +1,274 @@
+"""Ridge on held-out documents, retrieval of the own prefix and CKA, on data whose answers are known."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metatokens.analysis import Lens
+from metatokens.analysis.decodability import (
+    PrefixStates,
+    chance_reciprocal_rank,
+    cka_without_each_document,
+    collect_prefix_states,
+    debiased_linear_cka,
+    held_out_ridge,
+    mean_of_last,
+    reciprocal_ranks,
+)
+from metatokens.analysis.states import capture_residuals
+from metatokens.errors import UsageError
+from tiny_models import META, attention_mask_of, tiny_model, tokens
+
+
+def random_states(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# the text before a position --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_mean_of_last_equals_the_definition(window: int) -> None:
+    embeddings = random_states(2, 11, 4)
+    text = torch.tensor([[c == "x" for c in row] for row in ("xx_xxx_xx_x", "__xxxx_x_xx")])
+    means, enough = mean_of_last(embeddings, text, window)
+    for row in range(2):
+        for position in range(11):
+            before = [j for j in range(position) if text[row, j]][-window:]
+            assert bool(enough[row, position]) == (len(before) == window)
+            expected = embeddings[row, before].mean(0) if before else torch.zeros(4, dtype=torch.float64)
+            torch.testing.assert_close(means[row, position], expected)
+
+
+def test_window_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least 1 token"):
+        mean_of_last(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), 0)
+
+
+# ridge -----------------------------------------------------------------------------------------------------------
+
+
+def linear_data(
+    num_documents: int = 15, per_document: int = 12, noise: float = 0.0
+) -> tuple[Tensor, Tensor, list[int]]:
+    num = num_documents * per_document
+    states, weights = random_states(num, 6), random_states(6, 3, seed=1)
+    targets = states @ weights + 2 + noise * random_states(num, 3, seed=2)
+    return states, targets, [i // per_document for i in range(num)]
+
+
+def test_linear_data_are_read_perfectly() -> None:
+    states, targets, documents = linear_data()
+    read = held_out_ridge(states, targets, documents, seed=0, penalties=(1e-8, 1.0))
+    assert read.r_squared > 1 - 1e-9
+    assert float(read.reciprocal_rank.mean) == 1
+    assert read.penalties == (1e-8,) * 5
+    assert read.residual_squares.documents.tolist() == list(range(15))
+
+
+def test_noise_that_is_half_the_variance_leaves_half_of_r_squared() -> None:
+    states, targets, documents = linear_data(num_documents=60, per_document=30)
+    noise = random_states(*targets.shape, seed=3) * targets.std(0)
+    read = held_out_ridge(states, targets + noise, documents, seed=0)
+    assert read.r_squared == pytest.approx(0.5, abs=0.05)
+
+
+def test_independent_targets_are_not_read() -> None:
+    states, _, documents = linear_data()
+    read = held_out_ridge(states, random_states(len(states), 3, seed=9), documents, seed=0)
+    assert -0.1 < read.r_squared < 0.03
+    assert float(read.reciprocal_rank.mean) < 3 * float(read.chance.mean)
+
+
+def test_what_is_the_same_within_a_document_alone_is_not_read() -> None:
+    # states name the document, targets are one random vector a document: split by rows, this would be read perfectly
+    documents = [i // 10 for i in range(200)]
+    states = torch.nn.functional.one_hot(torch.tensor(documents)).double()
+    targets = random_states(20, 3, seed=4)[documents]
+    assert held_out_ridge(states, targets, documents, seed=0).r_squared < 0.01
+
+
+def test_offset_and_scale_of_states_and_targets_do_not_matter() -> None:
+    states, targets, documents = linear_data(noise=1.0)
+    read = held_out_ridge(states, targets, documents, seed=0)
+    moved = held_out_ridge(states * torch.tensor([1e3, 1, 1, 1, 1, 1e-3]) + 5, targets * 7 - 3, documents, seed=0)
+    assert moved.r_squared == pytest.approx(read.r_squared, abs=1e-9)
+    np.testing.assert_allclose(moved.reciprocal_rank.sums, read.reciprocal_rank.sums)
+
+
+def test_fit_equals_the_normal_equations() -> None:
+    states, targets, documents = linear_data(num_documents=3, per_document=20, noise=1.0)
+    read = held_out_ridge(states, targets, documents, seed=0, penalties=(0.3,), folds=3)
+    ids, order = np.array(documents), np.random.Generator(np.random.PCG64(0)).permutation(3) % 3
+    for tested in range(3):
+        fitted = torch.from_numpy(ids == int(np.flatnonzero(order == (tested + 2) % 3)[0]))
+        document = int(np.flatnonzero(order == tested)[0])
+        x = (states[fitted] - states[fitted].mean(0)) / states[fitted].std(0, correction=0)
+        y = targets[fitted] - targets[fitted].mean(0)
+        weights = torch.linalg.solve(x.T @ x + 20 * 0.3 * torch.eye(6, dtype=torch.float64), x.T @ y)
+        held_out = torch.from_numpy(ids == document)
+        x = (states[held_out] - states[fitted].mean(0)) / states[fitted].std(0, correction=0)
+        error = (x @ weights + targets[fitted].mean(0) - targets[held_out]).square().sum()
+        assert read.residual_squares.sums[document] == pytest.approx(float(error))
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "folds", "penalties"), [(4, 5, (1.0,)), (9, 2, (1.0,)), (9, 5, (0.0, 1.0)), (9, 5, ())]
+)
+def test_data_that_cannot_be_held_out_are_refused(num_documents: int, folds: int, penalties: Sequence[float]) -> None:
+    states, targets, documents = linear_data(num_documents)
+    with pytest.raises(UsageError, match="held-out ridge"):
+        held_out_ridge(states, targets, documents, seed=0, folds=folds, penalties=penalties)
+
+
+# retrieval -------------------------------------------------------------------------------------------------------
+
+
+def test_perfect_predictions_rank_first_and_opposite_ones_last() -> None:
+    targets, own, documents = random_states(30, 8), torch.arange(30), np.arange(30)
+    assert (reciprocal_ranks(targets * 3, targets, own=own, documents=documents) == 1).all()
+    opposite = reciprocal_ranks(-targets, targets, own=own, documents=documents)
+    torch.testing.assert_close(opposite, torch.full((30,), 1 / 30, dtype=torch.float64))
+
+
+def test_random_predictions_rank_as_chance() -> None:
+    targets, predictions = random_states(600, 16), random_states(600, 16, seed=1)
+    ranks = reciprocal_ranks(predictions, targets, own=torch.arange(600), documents=np.arange(600))
+    chance = chance_reciprocal_rank(600)
+    assert chance == pytest.approx(sum(1 / i for i in range(1, 601)) / 600)
+    # the standard error of the mean of 1 / rank is 0.002 here
+    assert float(ranks.mean()) == pytest.approx(chance, abs=0.008)
+
+
+def test_prefixes_of_the_same_document_are_no_candidates() -> None:
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    prediction = torch.tensor([[1.0, 0.1]])
+    own = torch.tensor([0])
+    apart = reciprocal_ranks(prediction, targets, own=own, documents=np.array([0, 1, 2]))
+    together = reciprocal_ranks(prediction, targets, own=own, documents=np.array([0, 0, 2]))
+    assert (float(apart), float(together)) == (0.5, 1.0)
+
+
+def test_a_prediction_of_nothing_ranks_in_the_middle() -> None:
+    targets = random_states(21, 4)
+    ranks = reciprocal_ranks(torch.zeros(1, 4), targets, own=torch.tensor([3]), documents=np.arange(21))
+    assert float(ranks) == pytest.approx(1 / 11)
+
+
+# CKA -------------------------------------------------------------------------------------------------------------
+
+
+def slow_cka(first: Tensor, second: Tensor) -> float:
+    """Song et al. 2012, eq. 5, with the n x n kernels."""
+
+    def hsic(kernel: Tensor, other: Tensor) -> float:
+        num = len(kernel)
+        k, m = kernel - kernel.diag().diag(), other - other.diag().diag()
+        ones = torch.ones(num, dtype=torch.float64)
+        total = (k @ m).trace() + (ones @ k @ ones) * (ones @ m @ ones) / ((num - 1) * (num - 2))
+        return float((total - 2 / (num - 2) * (ones @ k @ m @ ones)) / (num * (num - 3)))
+
+    a, b = first @ first.T, second @ second.T
+    return hsic(a, b) / (hsic(a, a) * hsic(b, b)) ** 0.5
+
+
+def related_states(num: int = 40) -> tuple[Tensor, Tensor]:
+    first = random_states(num, 7)
+    return first, first @ random_states(7, 5, seed=1) + random_states(num, 5, seed=2)
+
+
+def test_cka_equals_its_definition() -> None:
+    first, second = related_states()
+    assert debiased_linear_cka(first, second) == pytest.approx(slow_cka(first, second), abs=1e-10)
+    assert 0.1 < debiased_linear_cka(first, second) < 0.95
+
+
+def test_cka_ignores_rotation_scale_and_offset_and_is_symmetric() -> None:
+    first, second = related_states()
+    rotation = torch.linalg.qr(random_states(7, 7, seed=5)).Q
+    value = debiased_linear_cka(first, second)
+    assert debiased_linear_cka(1e3 * first @ rotation + 1e4, second - 8) == pytest.approx(value, abs=1e-8)
+    assert debiased_linear_cka(second, first) == pytest.approx(value, abs=1e-12)
+    assert debiased_linear_cka(first, 2 * first @ rotation + 1) == pytest.approx(1, abs=1e-10)
+
+
+def test_cka_does_see_an_uneven_scale() -> None:
+    first, second = related_states()
+    stretched = first * torch.tensor([10.0, 1, 1, 1, 1, 1, 1])
+    assert abs(debiased_linear_cka(stretched, second) - debiased_linear_cka(first, second)) > 0.05
+
+
+def test_cka_of_independent_states_is_about_zero_though_dimensions_outnumber_pairs() -> None:
+    # the biased estimate is above 0.9 here
+    values = [
+        debiased_linear_cka(random_states(50, 300, seed=s), random_states(50, 300, seed=s + 99)) for s in range(8)
+    ]
+    assert abs(np.mean(values)) < 0.05
+
+
+def test_cka_without_a_document_is_that_of_the_others() -> None:
+    first, second = related_states(30)
+    documents = [3] * 10 + [1] * 12 + [2] * 8
+    values = cka_without_each_document(first, second, documents)
+    assert values[0] == debiased_linear_cka(torch.cat([first[:10], first[22:]]), torch.cat([second[:10], second[22:]]))
+    assert values[2] == debiased_linear_cka(first[10:], second[10:])
+
+
+def test_cka_of_too_few_or_constant_states_is_refused() -> None:
+    first, second = related_states()
+    with pytest.raises(UsageError, match="at least 4 pairs"):
+        debiased_linear_cka(first[:3], second[:3])
+    with pytest.raises(UsageError, match="without variance"):
+        debiased_linear_cka(first, torch.ones(40, 2))
+
+
+# on a model ------------------------------------------------------------------------------------------------------
+
+
+def test_collected_states_stand_beside_the_text_before_them() -> None:
+    model = tiny_model()
+    lens = Lens(model)
+    ids = tokens("x_xx_xxx_x", "xxxx_x_x..")
+    at = ids == META
+    collected = collect_prefix_states(
+        lens, ids, at=at, documents=[8, 5], windows=(1, 2), attention_mask=attention_mask_of(ids)
+    )
+    # the meta-token at row 0, column 1 has one text token before it and is left out
+    places = [(0, 4), (0, 8), (1, 4), (1, 6)]
+    assert collected.documents.tolist() == [8, 8, 5, 5]
+    states = capture_residuals(lens, ids, attention_mask=attention_mask_of(ids))
+    for index, (row, column) in enumerate(places):
+        torch.testing.assert_close(collected.states[1, index], states[1][row, column])
+    embed = model.model.embed_tokens.weight
+    torch.testing.assert_close(collected.prefixes[1, 0], embed[ids[0, [2, 3]]].mean(0))
+    torch.testing.assert_close(collected.prefixes[1, 3], embed[ids[1, [3, 5]]].mean(0))
+    torch.testing.assert_close(collected.prefixes[0, 3], embed[ids[1, 5]])
+
+
+def test_a_step_back_keeps_the_text_and_takes_the_state_before() -> None:
+    lens = Lens(tiny_model())
+    ids = tokens("xxx_xxx_xx", "_xxxx_xxxx")
+    at = ids == META
+    collected, back = (
+        collect_prefix_states(lens, ids, at=at, documents=[0, 1], windows=(2,), steps_back=steps) for steps in (0, 1)
+    )
+    torch.testing.assert_close(back.prefixes, collected.prefixes)
+    states = capture_residuals(lens, ids)
+    torch.testing.assert_close(back.states[2], torch.stack([states[2][0, 2], states[2][0, 6], states[2][1, 4]]))
+
+
+def test_collected_batches_go_into_one_fit() -> None:
+    lens = Lens(tiny_model())
+    parts = []
+    for document in range(6):
+        ids = tokens("xxx_xxxx_xxx_xxx_xxxx_xx", seed=document)
+        parts.append(collect_prefix_states(lens, ids, at=ids == META, documents=[document], windows=(1, 4)))
+    merged = PrefixStates.merge(parts)
+    assert merged.states.shape == (3, 6 * 4, 32)  # before the first meta-token stand three text tokens
+    read = held_out_ridge(merged.states[2], merged.prefixes[0], merged.documents, seed=0)
+    assert read.residual_squares.documents.tolist() == list(range(6))
+    # before the first block all meta-tokens are the same, so nothing can be read
+    assert held_out_ridge(merged.states[0], merged.prefixes[0], merged.documents, seed=0).r_squared <= 1e-9

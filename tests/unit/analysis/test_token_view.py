@@ -1,0 +1,188 @@
+"""What a page shows of a text is what the model computed, to the precision that the module states."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from metatokens.analysis import Lens
+from metatokens.analysis.results import Results, read_results, write_results
+from metatokens.analysis.similarity import Calibration, calibrate
+from metatokens.analysis.states import capture_residuals
+from metatokens.analysis.token_view import (
+    LONGEST_VIEW,
+    attention_weights,
+    measure_token_view,
+    quantize_weights,
+    token_losses,
+)
+from metatokens.errors import UsageError
+from tiny_models import ENCODINGS, META, randomize, tiny_model, tokens
+
+PICTURE = "xx_xxx_xxxx_xx"
+PRECISION = 0.004
+
+
+def decode(ids: list[int]) -> str:
+    return "".join("_" if token_id == META else f" t{token_id}" for token_id in ids)
+
+
+def picture(text: str = PICTURE) -> Tensor:
+    return tokens(text)[0]
+
+
+def weights_of(steps: np.ndarray) -> np.ndarray:
+    return (steps / 255.0) ** 2
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_attention_is_the_models_own(encoding: str, implementation: str) -> None:
+    model = tiny_model(position_encoding=encoding, attn_implementation=implementation)
+    ids = picture()
+    view = measure_token_view(Lens(model), ids, decode)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(ids[None], output_attentions=True, output_meta_attentions=True)
+    for layer in range(2):
+        attention = output.attentions[layer][0].numpy()
+        np.testing.assert_allclose(weights_of(view.arrays["attention"][layer]), attention, atol=PRECISION)
+        meta_attention = output.meta_attentions[layer][0].numpy()
+        np.testing.assert_allclose(weights_of(view.arrays["meta_attention"][layer]), meta_attention, atol=PRECISION)
+        for key in range(len(ids)):
+            expected = attention[:, key:, key].mean(1)
+            np.testing.assert_allclose(view.arrays["received_attention"][layer][:, key], expected, atol=1e-5)
+    assert view.arrays["attention"].shape == (2, 4, 14, 14)
+    assert view.arrays["meta_attention_tokens"].tolist() == [2, 6, 11]
+    assert (np.triu(view.arrays["attention"], 1) == 0).all()
+
+
+def test_tokens_are_decoded_one_by_one_and_meta_tokens_named() -> None:
+    ids = picture()
+    view = measure_token_view(Lens(tiny_model()), ids, decode)
+    assert view.is_meta == tuple(character == "_" for character in PICTURE)
+    assert view.tokens[2] == "_"
+    assert view.tokens[0] == f" t{int(ids[0])}"
+
+
+def test_losses_are_those_of_the_text_with_and_without_its_meta_tokens() -> None:
+    model = tiny_model()
+    ids = picture("_xx_xxx_xx")
+    view = measure_token_view(Lens(model), ids, decode)
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0].log_softmax(-1)
+        text_log_p = model(ids[ids != META][None]).logits[0].log_softmax(-1)
+    text = [position for position in range(10) if ids[position] != META]
+    for ordinal, position in enumerate(text):
+        loss, without = view.arrays["loss_with"][position], view.arrays["loss_without"][position]
+        assert loss == pytest.approx(-float(log_p[position - 1, ids[position]]), abs=1e-5)
+        if ordinal:
+            assert without == pytest.approx(-float(text_log_p[ordinal - 1, ids[position]]), abs=1e-5)
+    meta = (ids == META).numpy()
+    assert np.isnan(view.arrays["loss_with"][meta]).all()
+    assert np.isnan(view.arrays["loss_without"][meta]).all()
+    assert np.isnan(view.arrays["loss_without"][1])  # no token stands before the first
+
+
+@pytest.mark.parametrize("policy", ["skip", "retarget"])
+def test_mean_of_the_losses_is_the_models_loss(policy: str) -> None:
+    model = tiny_model(loss_policy=policy)
+    ids = picture("_x_xx__xxx_x")
+    view = measure_token_view(Lens(model), ids, decode)
+    with torch.no_grad():
+        loss = float(model(ids[None], labels=ids[None]).loss)
+    assert np.nanmean(view.arrays["loss_with"]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_retargeted_loss_is_read_at_the_last_text_token() -> None:
+    log_p = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    ids, is_meta = torch.tensor([1, 5, 5, 2]), torch.tensor([False, True, True, False])
+    losses = token_losses(log_p, ids, is_meta, "retarget")
+    assert losses[3] == pytest.approx(-float(log_p[0, 2]))
+    assert np.isnan(losses[:3]).all()
+    assert token_losses(log_p, ids, is_meta, "skip")[3] == pytest.approx(-float(log_p[2, 2]))
+
+
+def test_cosines_are_those_of_the_states_after_each_block() -> None:
+    lens = Lens(tiny_model())
+    ids = picture()
+    calibrations = calibrate(lens, [{"input_ids": tokens("xx_xxx_x", seed=4)}])
+    view = measure_token_view(lens, ids, decode, calibrations=calibrations)
+    states = capture_residuals(lens, ids[None])
+    for layer in range(2):
+        after = states[layer + 1][0]
+        together = calibrations[layer + 1].text.merge(calibrations[layer + 1].meta)
+        for name, moved in (("cosine_raw", after), ("cosine_centred", after - together.mean.float())):
+            expected = torch.cosine_similarity(moved[:, None], moved[None], dim=-1).tril()
+            np.testing.assert_allclose(view.arrays[name][layer] / 127, expected.numpy(), atol=PRECISION)
+    assert np.abs(view.arrays["cosine_raw"].astype(int) - view.arrays["cosine_centred"]).max() > 5
+    assert "cosine_centred" not in measure_token_view(lens, ids, decode).arrays
+    assert isinstance(calibrations[0], Calibration)
+
+
+def test_rounding_keeps_weights_within_the_stated_precision() -> None:
+    weights = torch.linspace(0, 1, 100_001)
+    errors = np.abs(weights_of(quantize_weights(weights)) - weights.numpy())
+    assert 0.003 < errors.max() < PRECISION
+
+
+def test_weights_of_masked_keys_and_of_rows_without_keys_are_zero() -> None:
+    states = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([False, True, True, True]).expand(1, 4, 4)
+    weights = attention_weights(states, states, scaling=1.0, mask=keep)
+    assert (weights[..., 0] == 0).all()
+    assert (weights[:, 0] == 0).all()
+    torch.testing.assert_close(weights[:, 1:].sum(-1), torch.ones(1, 3))
+    additive = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(attention_weights(states, states, scaling=1.0, mask=additive), weights)
+
+
+def test_layer_without_meta_attention_is_zero() -> None:
+    view = measure_token_view(Lens(tiny_model(meta_attention_layers=[1])), picture(), decode)
+    assert (view.arrays["meta_attention"][0] == 0).all()
+    assert (view.arrays["meta_attention"][1].max(-1) > 0).all()
+
+
+def test_text_without_meta_tokens_has_no_meta_attention_and_one_loss() -> None:
+    config = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    models: list[Any] = [tiny_model(), randomize(GPT2LMHeadModel(config)).eval()]
+    for model in models:
+        view = measure_token_view(Lens(model), picture("xxxxxx"), decode)
+        assert not {"meta_attention", "meta_attention_tokens"} & view.arrays.keys()
+        np.testing.assert_array_equal(view.arrays["loss_with"], view.arrays["loss_without"])
+        np.testing.assert_allclose(weights_of(view.arrays["attention"]).sum(-1), 1, atol=0.02)
+
+
+def test_what_is_no_window_of_text_is_refused() -> None:
+    lens = Lens(tiny_model(max_position_embeddings=300))
+    for ids in (torch.zeros(LONGEST_VIEW + 1, dtype=torch.long), picture()[None], picture("____"), picture()[:0]):
+        with pytest.raises(UsageError, match="at most 256"):
+            measure_token_view(lens, ids, decode)
+    assert len(measure_token_view(lens, torch.zeros(LONGEST_VIEW, dtype=torch.long), decode).tokens) == LONGEST_VIEW
+
+
+def test_view_goes_through_the_files_of_the_results(tmp_path: Path) -> None:
+    measured = measure_token_view(Lens(tiny_model()), picture(), decode)
+    view, arrays = measured.named("A text", "view0")
+    results = Results(
+        title="t",
+        checkpoint={},
+        config={},
+        config_sha256="",
+        endpoints_sha256="",
+        data={},
+        seed=0,
+        versions={},
+        command="",
+        records=(),
+        token_views=(view,),
+    )
+    write_results(tmp_path, results, arrays)
+    read, read_arrays = read_results(tmp_path)
+    assert read.token_views[0].tokens == measured.tokens
+    for name, key in read.token_views[0].arrays.items():
+        np.testing.assert_array_equal(read_arrays[key], measured.arrays[name])

@@ -1,0 +1,81 @@
+"""The page is one file, the same for the same results, and says what the results say."""
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from metatokens.analysis.results import write_results
+from metatokens.errors import DataError
+from metatokens.report import page as page_module
+from metatokens.report.analysis_figures import FIGURES, figure_files
+from metatokens.report.page import render_page, write_report
+from synthetic_results import HOSTILE, build_results
+
+ASSETS = resources.files("metatokens.report") / "assets"
+
+
+def test_vendored_files_are_those_of_their_release() -> None:
+    listed = json.loads((ASSETS / "vendor" / "vendor.json").read_text())
+    for name, entry in listed.items():
+        data = (ASSETS / "vendor" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        assert b"</script" not in data
+        stem = "plot" if "plot" in name else "d3"
+        assert "Permission to use, copy, modify" in (ASSETS / "vendor" / f"{stem}.LICENSE").read_text()
+
+
+def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    results, arrays = build_results()
+    write_results(tmp_path / "results", results, arrays)
+    first = write_report(tmp_path / "results", tmp_path / "one").read_bytes()
+    assert write_report(tmp_path / "results", tmp_path / "two").read_bytes() == first
+    figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
+    assert figures == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png"))
+    for name in figures:
+        one, two = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("one", "two"))
+        assert one == two
+
+
+def test_text_of_a_document_stays_text() -> None:
+    text = render_page(*build_results())
+    assert HOSTILE not in text
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, flags=re.DOTALL)
+    views = [json.loads(script) for script in scripts if script.startswith('{"arrays"')]
+    assert HOSTILE in views[0]["tokens"]
+
+
+def test_every_number_stands_in_a_table() -> None:
+    results, arrays = build_results()
+    text = render_page(results, arrays)
+    for record in results.records:
+        if record.value is not None:
+            assert page_module.format_estimate(record) in text
+    assert "no pair of documents" in text
+    for verdict in results.verdicts:
+        assert verdict.claim in text
+    assert "Of 3 claims about what happens inside: 1 supported, 1 not supported, 1 not tested." in text
+
+
+def test_what_was_not_run_is_said_and_has_no_figure() -> None:
+    results, arrays = build_results()
+    without = results.model_copy(update={"records": tuple(r for r in results.records if r.section != "eviction")})
+    text = render_page(without, arrays)
+    assert 'id="figure-eviction"' not in text
+    assert text.count('<p class="absent">Not run.</p>') == 1
+    assert "eviction.png" not in figure_files(without, arrays)
+
+
+def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "LARGEST_PAGE_BYTES", 100)
+    text = render_page(*build_results())
+    assert "token view of a hostile text: the page would be too large, see arrays.npz" in text
+    assert 'id="token-view"' not in text
+
+
+def test_missing_results_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="write it anew with metatokens analyze"):
+        write_report(tmp_path)
