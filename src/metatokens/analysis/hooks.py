@@ -364,8 +364,9 @@ class Hooks:
         changed = self._fire(f"{site.prefix}.hook_z", heads, columns)
         weight: Tensor = site.output.weight  # type: ignore[assignment]
         weight = (weight if site.is_output_transposed else weight.T).unflatten(0, (site.num_heads, site.head_dim))
-        result = partial(torch.einsum, "...hd,hdc->...hc")
-        self._keep(f"{site.prefix}.hook_result", changed, columns, lambda z: result(z, weight))
+        self._keep(
+            f"{site.prefix}.hook_result", changed, columns, lambda z: torch.einsum("...hd,hdc->...hc", z, weight)
+        )
         return None if changed is heads else ((changed.flatten(-2), *args[1:]), kwargs)
 
 
