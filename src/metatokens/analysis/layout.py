@@ -43,6 +43,8 @@ class AttentionSite:
     """Whether the output projection holds (H D, C), as GPT-2's does, and not (C, H D)."""
     rotates: bool = False
     """Whether `module.project` gives rotated queries and keys."""
+    window: int | None = None
+    """How many of the latest keys a query sees, its own included, by the module's own doing; None means all."""
 
     @property
     def prefix(self) -> str:
@@ -147,6 +149,7 @@ def _of_gpt_neo(model: Any) -> Layout:
             num_heads=module.num_heads,
             head_dim=module.head_dim,
             scaling=1.0,  # GPT-Neo does not scale its logits
+            window=model.config.window_size if module.attention_type == "local" else None,
             mask_argument=(1, "attention_mask"),
             cache_argument=(2, "layer_past"),
         )

@@ -58,7 +58,8 @@ class AttentionCall:
     """Rotated; without a cache."""
     key_BHTD: Tensor
     mask: Any
-    """None for plain causal attention, bool (True = keep) or additive, (B or 1, 1 or H, T, T)."""
+    """None for plain causal attention, bool (True = keep) or additive, (B or 1, 1 or H, T, T). It holds all that the
+    attention hides, also what it hides by itself, as GPT-Neo's local layers do."""
     scaling: float
     columns: Tensor
     """(B, T) int64: the column in the sequence of each token; -1 where a row of packed meta-tokens has none."""
@@ -416,7 +417,9 @@ class Lens:
                 remedy="run it whole",
             )
         columns = self._pass.columns(site, query.transpose(1, 2))
-        call = AttentionCall(site.layer, site.branch, query, key, self._pass.mask, site.scaling, columns)
+        key = key[..., : query.shape[-1]]  # the surplus is for later queries, see `Rotary.apply`
+        mask = _narrow(self._pass.mask, site.window, query)
+        call = AttentionCall(site.layer, site.branch, query, key, mask, site.scaling, columns)
         for observer in self._observers:
             observer(call)
 
@@ -516,6 +519,17 @@ def _cut(mask: Any, cuts: Sequence[EdgeCut], query_columns: Tensor, key_columns:
         kept = mask & keep
         return torch.where(kept, 0.0, torch.finfo(torch.float32).min) if additive else kept
     return torch.where(keep, mask, torch.finfo(mask.dtype).min)
+
+
+def _narrow(mask: Any, window: int | None, query: Tensor) -> Any:
+    """Return a mask without the keys behind a window."""
+    num_tokens = query.shape[-2]
+    if window is None or num_tokens <= window:
+        return mask
+    near = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if mask is None:
+        return near[None, None]
+    return mask & near if mask.dtype == torch.bool else torch.where(near, mask, torch.finfo(mask.dtype).min)
 
 
 def _out_tap(site: AttentionSite) -> str:
