@@ -1,4 +1,4 @@
-"""What attention rows look like, exactly, without ever storing one: entropy, mass on meta-tokens, log-odds, distance.
+"""What attention rows look like, exactly, without ever storing one: entropy, mass on meta-tokens, log-odds.
 
 All logarithms are natural, so entropies are in nats. With scores s of a row over its visible keys, S the meta keys
 among them and C the others,
@@ -18,7 +18,6 @@ would be wrong by up to 0.15 nats.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -45,7 +44,7 @@ SELF_CHECK_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Of each attention row, float32, (B, H, Q) each; NaN where a row has no key of the set, as padding may have none."""
+    """Of each attention row, float32, (B, H, Q) each; NaN where a row has no key of the set, as padding may."""
 
     entropy: Tensor
     """H, nats."""
@@ -173,44 +172,6 @@ def fused_statistics(query_BHTD: Tensor, key_BHTD: Tensor, *, scaling: float, is
     return replace(centred, log_sum_exp=centred.log_sum_exp + shift, mean_score=centred.mean_score + shift)
 
 
-def distance_profile(
-    query_BHQD: Tensor,
-    key_BHKD: Tensor,
-    *,
-    scaling: float,
-    is_meta: Tensor,
-    columns: Tensor | None = None,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Return the mean attention mass by distance, (2, B, H, bins) float64: on other keys, and on meta keys.
-
-    Bin 0 is the token itself, bin b > 0 the distances 2^(b-1) to 2^b - 1. Distances are counted in `columns` (B, T), by
-    default 0..T-1; tokens at -1 are none. The mean is over the rows that see a key; the other arguments are those of
-    `row_statistics`.
-    """
-    batch, num_heads, num_tokens, _ = query_BHQD.shape
-    device = query_BHQD.device
-    columns = torch.arange(num_tokens, device=device)[None] if columns is None else columns
-    columns, is_meta = columns.expand(batch, -1), is_meta.expand(batch, -1)
-    num_bins = 2 + int(math.log2(max(1, int(columns.max()))))
-    total = torch.zeros(2, batch, num_heads, num_bins, dtype=torch.float64, device=device)
-    num_rows = torch.zeros(batch, 1, 1, dtype=torch.float64, device=device)
-    for scores, visible, chosen in score_blocks(query_BHQD, key_BHKD, scaling=scaling, mask=mask, rows=rows):
-        keys = columns[:, None, : scores.shape[-1]]
-        queries = columns[:, chosen, None]
-        seen = visible & ((keys >= 0) & (queries >= 0))[:, None]
-        weights = torch.nan_to_num(torch.where(seen, scores, -torch.inf).softmax(-1)).double()
-        distance = (queries - keys).clamp(min=0)
-        bins = torch.where(distance > 0, 1 + torch.log2(distance.clamp(min=1).double()).long(), 0)
-        index = bins[:, None].expand_as(weights).flatten(2)
-        meta = is_meta[:, None, None, : scores.shape[-1]]
-        for kind, members in enumerate((~meta, meta)):
-            total[kind].scatter_add_(2, index, (weights * members).flatten(2))
-        num_rows += seen.any(-1)[:, :1].sum(-1, keepdim=True)
-    return total / num_rows
-
-
 @dataclass(frozen=True)
 class StratifiedQueries:
     """A sample of the queries of a sequence: one drawn from each of `count` equally long stretches."""
@@ -277,7 +238,7 @@ def attention_statistics(
     found: dict[tuple[int, Branch], RowStatistics] = {}
 
     def look(call: AttentionCall) -> None:
-        rows = _rows_of(call, queries)
+        rows = rows_of(call, queries)
         shared: dict[str, Any] = {"scaling": call.scaling, "is_meta": members_of(call, is_meta)}
         if call.mask is None and rows is None:
             statistics = fused_statistics(call.query_BHTD, call.key_BHTD, **shared)
@@ -285,54 +246,25 @@ def attention_statistics(
             statistics = row_statistics(call.query_BHTD, call.key_BHTD, mask=mask_of(call), rows=rows, **shared)
         found[call.layer, call.branch] = statistics
 
-    _look_at(lens, look, branches, input_ids, inputs)
+    observe_attention(lens, look, branches, input_ids, inputs)
     return found
 
 
-def distance_profiles(
-    lens: Lens,
-    input_ids: Tensor,
-    *,
-    is_meta: Tensor,
-    branches: Sequence[Branch] = ("attn", "meta_attn"),
-    queries: StratifiedQueries | None = None,
-    **inputs: Any,
-) -> dict[tuple[int, Branch], Tensor]:
-    """Return `distance_profile` of every attention of a model; the arguments are those of `attention_statistics`.
-
-    Distances are in tokens of the whole sequence in both branches.
-    """
-    check_plain_softmax(lens)
-    found: dict[tuple[int, Branch], Tensor] = {}
-
-    def look(call: AttentionCall) -> None:
-        found[call.layer, call.branch] = distance_profile(
-            call.query_BHTD,
-            call.key_BHTD,
-            scaling=call.scaling,
-            is_meta=members_of(call, is_meta),
-            columns=call.columns,
-            mask=mask_of(call),
-            rows=_rows_of(call, queries),
-        )
-
-    _look_at(lens, look, branches, input_ids, inputs)
-    return found
-
-
-def _look_at(
+def observe_attention(
     lens: Lens,
     look: Callable[[AttentionCall], None],
     branches: Sequence[Branch],
     input_ids: Tensor,
     inputs: dict[str, Any],
 ) -> None:
+    """Run a model, and hand each attention of these branches to a function as it runs."""
     with lens.observe(lambda call: look(call) if call.branch in branches else None):
         # neither a cache nor the logits of 8,192 tokens (1.6 GB at GPT-2's vocabulary) are asked for
         lens(input_ids, **{"use_cache": False, "logits_to_keep": 1, **inputs})
 
 
-def _rows_of(call: AttentionCall, queries: StratifiedQueries | None) -> Tensor | None:
+def rows_of(call: AttentionCall, queries: StratifiedQueries | None) -> Tensor | None:
+    """Return the queries to look at; None means all, as ever in meta-attention, which is small."""
     if queries is None or call.branch == "meta_attn":
         return None
     return queries.draw(call.query_BHTD.shape[-2])
@@ -398,9 +330,23 @@ def check_fused_kernel(device: torch.device | str = "cpu") -> None:
 
 
 def score_blocks(
-    query: Tensor, key: Tensor, *, scaling: float, mask: Tensor | None, rows: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    block_scores: int = BLOCK_SCORES,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield causal attention's scores, block of queries by block of queries, in float32 or better.
+
+    Args:
+        query: (B, H, T, D), as in `row_statistics`, whose arguments the others are.
+        key: (B, H, T, D).
+        scaling: what products are multiplied by.
+        mask: None, bool or additive.
+        rows: (Q,) indices of queries.
+        block_scores: scores at a time, at most, but for a single row.
 
     Yields:
         Scores (B, H, r, K) over the keys up to the last query's own, bool (1 or B, 1 or H, r, K), which of them are
@@ -409,7 +355,7 @@ def score_blocks(
     precise = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(precise), key.to(precise)
     everything = torch.arange(query.shape[-2], device=query.device)
-    rows_at_a_time = max(1, BLOCK_SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))
+    rows_at_a_time = max(1, block_scores // (key.shape[0] * key.shape[1] * key.shape[2]))
     for chosen in (everything if rows is None else rows.to(query.device)).split(rows_at_a_time):
         num_keys = int(chosen.max()) + 1
         scores = query[:, :, chosen] @ key[:, :, :num_keys].transpose(-1, -2) * scaling

@@ -16,8 +16,6 @@ from metatokens.analysis.attention_statistics import (
     RowStatistics,
     StratifiedQueries,
     attention_statistics,
-    distance_profile,
-    distance_profiles,
     fused_statistics,
     row_statistics,
 )
@@ -190,8 +188,6 @@ def test_rows_that_see_nothing_have_no_statistics() -> None:
         assert getattr(found, name)[1, :, :3].isnan().all(), name
     assert found.meta_lift[1, :, :3].isnan().all()
     assert found.entropy[1, :, 3:].isfinite().all()
-    profile = distance_profile(query, key, scaling=0.25, is_meta=is_meta, mask=mask)
-    assert torch.allclose(profile.sum((0, 3)), torch.ones(2, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("trend", [0.0, 5.0])
@@ -208,16 +204,6 @@ def test_sampling_error_is_the_spread_of_means_of_samples(trend: float) -> None:
     spread = float(torch.stack(means).std())
     assert float((torch.stack(errors) ** 2).mean() ** 0.5) == pytest.approx(spread, rel=0.15)
     assert float(StratifiedQueries(count).standard_error(values, tokens)) == 0.0
-
-
-def test_distance_profile_adds_up_and_finds_a_previous_token_head() -> None:
-    query, key, is_meta = draw(33, 2.0)
-    profile = distance_profile(query, key, scaling=0.25, is_meta=is_meta)
-    assert torch.allclose(profile.sum((0, 3)), torch.ones(2, 2, dtype=torch.float64))
-    positions = torch.eye(33)[None, None] * 50
-    previous = torch.roll(positions, -1, dims=-2)
-    found = distance_profile(positions, previous, scaling=1.0, is_meta=torch.zeros(1, 33, dtype=torch.bool))
-    assert found[0, 0, 0, 1] > 0.95  # distance 1; the first token has only itself
 
 
 def build(**changes: Any) -> MetaTokenForCausalLM:
@@ -275,32 +261,6 @@ def test_local_layers_of_gpt_neo_see_their_window_alone() -> None:
         torch.testing.assert_close(found[layer, "attn"].entropy.double(), entropy, rtol=1e-4, atol=1e-4)
     assert int(found[0, "attn"].num_keys.max()) == 20
     assert int(found[1, "attn"].num_keys.max()) == 4
-
-
-def test_profiles_of_a_model_count_tokens_of_the_sequence_in_both_branches() -> None:
-    model = build(position_encoding="rope", attn_implementation="eager")
-    ids = torch.randint(0, META, (2, 20), generator=torch.Generator().manual_seed(1))
-    ids[0, [2, 5, 9]] = ids[1, [4, 11]] = META
-    is_real = torch.arange(20) >= torch.tensor([[0], [2]])  # the second row is padded on the left
-    found = distance_profiles(Lens(model), ids, is_meta=ids == META, attention_mask=is_real.long())
-    with torch.no_grad():
-        output = model(ids, attention_mask=is_real.long(), output_attentions=True, output_meta_attentions=True)
-    distance = torch.arange(20)[:, None] - torch.arange(20)
-    for layer in range(2):
-        profile, weights = found[layer, "attn"], output.attentions[layer].double()
-        rows = is_real[:, None, :, None]
-        on_meta = (weights * rows * (ids == META)[:, None, None]).sum((2, 3)) / is_real.sum(-1, keepdim=True)
-        torch.testing.assert_close(profile[1].sum(-1), on_meta, rtol=1e-4, atol=1e-5)
-        near = ((distance == 2) | (distance == 3)) & rows
-        mass = (weights * near).sum((2, 3)) / is_real.sum(-1, keepdim=True)
-        torch.testing.assert_close(profile[:, :, :, 2].sum(0), mass, rtol=1e-4, atol=1e-5)
-        meta_profile, meta_weights = found[layer, "meta_attn"], output.meta_attentions[layer].double()
-        assert meta_profile[0].abs().max() == 0
-        torch.testing.assert_close(meta_profile.sum((0, 3)), torch.ones(2, 2, dtype=torch.float64))
-        # the distances of 2, 5, 9 are 3, 4 and 7; those of 4 and 11 are 7
-        expected = [meta_weights[0, :, 1, 0] / 3, (meta_weights[0, :, 2, 0] + meta_weights[0, :, 2, 1]) / 3]
-        torch.testing.assert_close(meta_profile[1, 0, :, 2:4], torch.stack(expected, -1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(meta_profile[1, 1, :, 3], meta_weights[1, :, 1, 0] / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_meta_tokens_in_sight_is_measured_under_unrotated_edges() -> None:
