@@ -55,7 +55,7 @@ def fixture_open_page(browser: Any, page_path: Path) -> Iterator[Any]:
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(page_path.as_uri() + fragment)
         if script:
-            page.wait_for_function("document.body.dataset.ready === '1'")
+            page.wait_for_selector("body[data-ready='1']")  # a string to evaluate would break the policy
         return page
 
     yield open_page

@@ -19,6 +19,7 @@ from metatokens.analysis.causal import (
     list_knock_outs,
 )
 from metatokens.analysis.eviction import measure_eviction
+from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
 from metatokens.analysis.minimal_pairs import make_minimal_pairs
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
@@ -41,8 +42,6 @@ from metatokens.evaluation.recall import count_right_answers
 from metatokens.tasks.base import PieceEncoder
 
 Array = npt.NDArray[np.float64]
-THEOREM_SHARE = 0.99
-"""A theorem for every row holds for at least so many, rounding allowed for."""
 _BATCH = 16
 _UNITS = {"meta_mass": "1", "meta_lift": "ratio", "max_score_boost": "logits"}
 _METHODS = dict(zip(ROW_METRICS, ("A1", "A8", "A5", "A6", "A4", "A4"), strict=True))
@@ -93,9 +92,8 @@ def measure_attention(lens: Lens, subject: Subject, config: AnalysisConfig, find
         columns = np.stack([rows, change, squares, residuals], axis=1)
         findings.add("theory", "r_squared", "1", "theory", columns, at=at, statistic=r_squared_statistic)
     _, _, boosted, beyond = np.moveaxis(effects.edges.sum(axis=1), -1, 0)
-    findings.endpoints["theorem"] = np.divide(beyond, boosted, out=np.full(len(beyond), np.nan), where=boosted > 0) - (
-        THEOREM_SHARE
-    )
+    shares = np.divide(beyond, boosted, out=np.full(len(beyond), np.nan), where=boosted > 0)
+    findings.endpoints["theorem"] = shares
     findings.arrays["theory_points"] = effects.points.astype(np.float32)
 
 
@@ -228,6 +226,7 @@ def measure_evictions(
         meta_token_id=int(lens.model.config.meta_token_id),
         budgets=config.budgets,
         seed=config.seed,
+        always_kept=ALWAYS_KEPT._replace(newest=config.newest_kept),
     )
     for condition, cost in costs.costs.items():
         findings.add(

@@ -1,8 +1,11 @@
-"""The documents of an analysis: instances of a recall task, or the beginnings of texts with meta-tokens injected."""
+"""The documents of an analysis: instances of a recall task, or passages of texts with meta-tokens injected.
+
+A passage begins at a drawn place, one a text: the beginnings of books are licences and title pages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from metatokens.analysis.attention_effects import Document
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
-from metatokens.data.injection import inject_into_prompt
+from metatokens.data.injection import hash_key, inject_into_prompt
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -21,6 +24,8 @@ from metatokens.evaluation.recall import make_test_instances
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance
 
+_CHARACTERS_PER_TOKEN = 16  # more than a window needs of any text
+_FOR_PASSAGE = 8  # what this draw is for; 7 is in analysis/eviction.py
 _CONTROL_SEED = 2**32  # of the second injection, which puts ordinary tokens at the meta-tokens' places
 
 
@@ -78,7 +83,7 @@ def task_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
 
 
 def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TextSubject) -> Subject:
-    """Return the first `window` positions of texts, as many as are asked for and long enough.
+    """Return passages of `window` positions, one of each text that is long enough, as many as are asked for.
 
     Raises:
         UsageError: a window longer than the model, or too few texts that fill it.
@@ -94,10 +99,12 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
     wanted = config.documents + config.calibration_documents
     found: list[tuple[str, list[int]]] = []
     num_seen = 0
-    for name, ids in _texts(encoder, subject):
+    for document in iterate_documents(subject.source, SourceOptions()):
+        passage = _passage(document.text, subject.window * _CHARACTERS_PER_TOKEN, seed=config.seed, number=num_seen)
+        ids = np.asarray(encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
         num_seen += 1
         if len(ids) >= num_text:
-            found.append((name, ids[:num_text]))
+            found.append((document.source, ids[:num_text]))
         if len(found) == wanted:
             break
     if len(found) < wanted:
@@ -126,11 +133,14 @@ def stack(documents: Sequence[Document]) -> Tensor:
     return torch.cat([document.input_ids for document in documents])
 
 
-def _texts(encoder: TextEncoder, subject: TextSubject) -> Iterator[tuple[str, list[int]]]:
-    for document in iterate_documents(subject.source, SourceOptions()):
-        # no token is longer than a few dozen bytes, and a window needs no more than its beginning
-        text = document.text[: subject.window * 64]
-        yield document.source, np.asarray(encoder.encode_batch([text])[0]).astype(np.int64).tolist()
+def _passage(text: str, num_characters: int, *, seed: int, number: int) -> str:
+    """Return so many characters of a text from a drawn place on, at the beginning of a word; or all of a short text."""
+    room = len(text) - num_characters
+    if room <= 0:
+        return text
+    start = int(hash_key(seed, number, _FOR_PASSAGE)[0]) % (room + 1)
+    behind = text[start : start + num_characters]
+    return behind if start == 0 else behind.partition(" ")[2]
 
 
 def _document(name: str, ids: Tensor, meta_token_id: int) -> Document:

@@ -1,8 +1,8 @@
 """The paper's claims about the inside of a model (PAPER section 4), and what decides each: one number, named before.
 
-An endpoint is one number a document, whose mean must lie above 0 with its whole interval for the claim to be supported.
-An interval that holds 0, or lies below it, does not support the claim; a claim whose number was not measured is not
-tested.
+An endpoint is one number a document, whose mean must lie above the claim's threshold with its whole interval for the
+claim to be supported. An interval that holds the threshold, or lies below it, does not support the claim; a claim whose
+number was not measured is not tested.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Claim:
     paper: str
     endpoint: str
     unit: str
+    threshold: float = 0.0
+    """What the interval must lie above."""
 
 
 CLAIMS: dict[Endpoint, Claim] = {
@@ -52,8 +54,9 @@ CLAIMS: dict[Endpoint, Claim] = {
     "theorem": Claim(
         "A boost of a meta key lowers the entropy of its row, for every row (Theorem 4.1)",
         "for every row",
-        "share of boosted edges whose boost alone lowers the entropy, minus 0.99",
+        "share of boosted edges whose boost alone lowers the entropy, above 0.99",
         "1",
+        0.99,
     ),
     "excess_cosine": Claim(
         "The state of a meta-token resembles the text right before it",
@@ -123,11 +126,11 @@ def _judge_one(name: Endpoint, documents: Array | None, seed: int) -> Verdict:
     assert interval.high is not None
     return Verdict(
         **shared,
-        verdict="supported" if interval.low > 0 else "not supported",
+        verdict="supported" if interval.low > claim.threshold else "not supported",
         value=interval.estimate,
         low=interval.low,
         high=interval.high,
         num_documents=len(values),
-        p_value=sign_flip_test(values, seed=seed),
-        note="the opposite holds" if interval.high < 0 else None,
+        p_value=sign_flip_test(values - claim.threshold, seed=seed),
+        note="the opposite holds" if interval.high < 0 and not claim.threshold else None,
     )

@@ -37,7 +37,7 @@ class TaskSubject(Frozen):
 
 
 class TextSubject(Frozen):
-    """The beginnings of texts are the documents."""
+    """Passages of texts are the documents, one a text."""
 
     kind: Literal["text"] = "text"
     source: str
@@ -62,6 +62,8 @@ class AnalysisConfig(Frozen):
     """Attention rows of a document, one from each of so many stretches."""
     distances: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16, 32, 64)
     """Positions back, of the cosines."""
+    newest_kept: int = Field(8, ge=0)
+    """The latest columns, which every policy of eviction keeps, beside four sinks."""
     budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.15, 0.2, 0.3, 0.5)
     """Shares of the cache that stay."""
     token_views: int = Field(2, ge=0)
