@@ -1,0 +1,120 @@
+"""`metatokens analyze` and `metatokens report` on models that the commands before them have trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metatokens.analysis.results import read_results
+from metatokens.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("analysis")]
+
+SHAPE = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 128}"
+TASK_PRESET = f"""
+extends: tiny/recall
+start: {{kind: fresh, model: {SHAPE}}}
+task: {{kind: list_recall, questions: 2, num_lists: [1, 200]}}
+curriculum: [{{steps: 3, size: [2, 3], prompt_tokens: [1, 48]}}]
+schedule: {{warmup_steps: 1}}
+training: {{batch_blocks: 4, micro_batch_blocks: 4}}
+"""
+SMALL = ["--documents", "8", "--calibration_documents", "4", "--token_views", "1"]
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew black coffee in silence"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module", name="recall_run")
+def fixture_recall_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recall")
+    (folder / "preset.yaml").write_text(TASK_PRESET)
+    assert main(["finetune", str(folder / "preset.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module", name="texts")
+def fixture_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(14):
+        words = [WORDS[(number + 3 * place + place // 7) % len(WORDS)] for place in range(400)]
+        (folder / f"{number:02}.txt").write_text(" ".join(words))
+    return folder
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_recall_run_is_analysed_on_its_task(
+    recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["analyze", str(recall_run), *SMALL, "--subject.pairs", "8"]
+    printed = run_json(capsys, *arguments, "--out", str(tmp_path / "one"))
+    results, arrays = read_results(tmp_path / "one")
+    assert printed == results.model_dump(mode="json")
+    sections = {record.section for record in results.records}
+    assert {"attention", "theory", "causal"} <= sections
+    assert len(results.find("attention", "entropy_drop", layer=1)) == 2
+    assert {record.at["intervention"] for record in results.find("causal", "accuracy")} == {
+        "none",
+        "zero_embedding",
+        "zero_position",
+        "no_position_edges",
+    }
+    assert results.find("causal", "interaction")[0].num_documents > 0
+    tested = {verdict.claim for verdict in results.verdicts if verdict.verdict != "not tested"}
+    assert "Meta-tokens lower the entropy of attention" in tested
+    assert "theory_points" in arrays
+    assert len(results.checkpoint["sha256"]) == 64
+    assert main([*arguments, "--out", str(tmp_path / "two")]) == 0
+    for name in ("results.json", "arrays.npz"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    page = run_json(capsys, "report", str(tmp_path / "one"), "--out", str(tmp_path / "page"))["page"]
+    assert "Inside run" in Path(page).read_text()
+
+
+def test_a_model_is_analysed_on_text(
+    recall_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["analyze", str(recall_run), "--text", str(texts), *SMALL, "--subject.window", "64"]
+    run_json(capsys, *arguments, "--out", str(tmp_path))
+    results, _ = read_results(tmp_path)
+    sections = {record.section for record in results.records}
+    assert {"attention", "theory", "similarity", "eviction", "language_model"} <= sections
+    assert len(results.find("eviction", "cost", policy="meta")) == 4
+    assert results.data["documents"] == 8
+    assert results.not_run == ()
+
+
+def test_what_cannot_be_analysed_is_one_line(
+    recall_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["analyze", *arguments, "--out", str(tmp_path)]) == 2
+        found = capsys.readouterr().err.strip().splitlines()
+        assert len(found) == 1
+        return found[0]
+
+    assert "expected the run folder of a recall task, or --text" in line(str(recall_run / "model"))
+    assert "at least 8, found 5" in line(str(recall_run), "--documents", "5")
+    text = (str(recall_run), "--text", str(texts), *SMALL)
+    assert "expected at most 128, the model's, found 400" in line(*text, "--subject.window", "400")
+    many = line(str(recall_run), "--text", str(texts), "--documents", "20", "--subject.window", "64")
+    assert "expected 36 of at least 58 tokens each, found 14 of 14" in many
+    assert "did you mean 'documents'" in line(str(recall_run), "--document", "8")
+    places = line(str(recall_run), *SMALL, "--subject.task.meta_places.kind", "none")
+    assert "expected places of meta-tokens, found none" in places
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_would_be_measured(
+    recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = run_json(capsys, "analyze", str(recall_run), "--out", str(tmp_path / "no"), "--dry-run")
+    assert plan["subject"]["task"]["kind"] == "list_recall"
+    assert plan["subject"]["difficulty"]["prompt_tokens"] == [1, 48]
+    assert not (tmp_path / "no").exists()
