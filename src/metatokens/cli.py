@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import metatokens
 from metatokens.errors import MetaTokensError, Preempted, ResourceError, UsageError
-from metatokens.report.console import show_demo, show_perplexity, show_recall, show_rows, show_table
+from metatokens.report.console import show_demo, show_perplexity, show_recall, show_rows, show_table, show_verdicts
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
@@ -76,7 +76,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for add in _VERBS:
         add(verbs)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.verb not in (_pretrain, _extend, _finetune, _evaluate, _sweep):
+    if overrides and options.verb not in (_pretrain, _extend, _finetune, _evaluate, _sweep, _analyze):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
@@ -239,6 +239,21 @@ def _add_interventions(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_analyze(verbs: Any) -> None:
+    text = "take a model apart: attention, cause, compression, with intervals and a verdict on each claim of the paper"
+    parser = _verb(verbs, "analyze", _analyze, text, long=True)
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("--text", help="a source as for `prepare`; without it the instances of the run's recall task")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.json and arrays.npz")
+    _describe_overrides(parser, "metatokens.config.analysis:AnalysisConfig")
+
+
+def _add_report(verbs: Any) -> None:
+    parser = _verb(verbs, "report", _report, "render an analysis as one HTML page, and as figures for papers")
+    parser.add_argument("results", type=Path, help="folder that `analyze` wrote")
+    parser.add_argument("--out", type=Path, help="folder of the page and the figures (default: that folder)")
+
+
 def _add_generate(verbs: Any) -> None:
     parser = _verb(verbs, "generate", _generate, "continue a prompt, with meta-tokens on a schedule")
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
@@ -290,6 +305,8 @@ _VERBS = (
     _add_evaluate,
     _add_sweep,
     _add_perplexity,
+    _add_analyze,
+    _add_report,
     _add_generate,
     _add_info,
 )
@@ -540,6 +557,35 @@ def _whole_window(model: Any) -> int:
     if limit is None:
         raise UsageError("--window", expected="a length", found="none, and a model without a limit", remedy="set it")
     return limit
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from metatokens.analysis.pipeline import Identity, analyze
+    from metatokens.analysis.results import write_results
+    from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
+    from metatokens.training.starting import model_sha256
+
+    config = analysis_of(options.checkpoint, options.text, options.overrides)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    if options.dry_run:
+        plan = {"out": str(options.out), **config.model_dump(mode="json")}
+        return _emit(options, plan, lambda: show_table("analyze would measure", plan))
+    words = ["metatokens analyze", str(options.checkpoint), *([f"--text {options.text}"] if options.text else [])]
+    identity = Identity(
+        name=options.checkpoint.absolute().name,
+        weights_sha256=model_sha256(model_folder(options.checkpoint)),
+        command=" ".join([*words, *options.overrides]),
+    )
+    results, arrays = analyze(model, tokenizer, config, identity=identity, say=_say)
+    write_results(options.out, results, arrays)
+    return _emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from metatokens.report.page import write_report
+
+    page = write_report(options.results, options.out)
+    return _emit(options, {"page": str(page)}, lambda: print(page))
 
 
 def _generate(options: argparse.Namespace) -> int:

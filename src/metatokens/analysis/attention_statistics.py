@@ -1,4 +1,4 @@
-"""What attention rows look like, exactly, without ever storing one: entropy, mass on meta-tokens, log-odds, distance.
+"""What attention rows look like, exactly, without ever storing one: entropy, mass on meta-tokens, log-odds.
 
 All logarithms are natural, so entropies are in nats. With scores s of a row over its visible keys, S the meta keys
 among them and C the others,
@@ -9,17 +9,17 @@ among them and C the others,
     chain rule         H = h(P) + P H_S + (1 - P) H_C
 
 Two paths give the same numbers, and a test says so. `row_statistics` takes blocks of queries with all their keys:
-obvious, any mask, any statistic. `fused_statistics` asks the fused causal kernel with the keys in place of the values,
-which is faster on long sequences; where P is within 0.01 of 0 or 1 its subtractions cancel, and the rows are done again
-by the first path. Queries and keys are taken as the model used them, after rotation, in float32: in bfloat16
-the second path would be wrong by up to 0.15 nats.
+obvious, any mask, any sample of rows. `fused_statistics` asks the fused causal kernel for each of S and C, with the
+keys in place of the values, and is several times faster. Both know the row from its two sets by the chain rule, a sum
+of terms that are none of them negative, so that a set of next to no weight has its entropy and its odds as exactly as
+the other. Queries and keys are taken as the model used them, after rotation, in float32: in bfloat16 the second path
+would be wrong by up to 0.15 nats.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,15 +32,19 @@ from metatokens.errors import UsageError
 
 BLOCK_SCORES = 2**22
 """Scores at a time, at most, but for a single row: 16 MB."""
-CANCELLATION = 1e-2
-"""Below this share of either set the fused path loses the smaller one to rounding."""
+SINK_LEAVES = 1e-2
+"""With less than this beside the sink, the entropy of the rest is lost to rounding."""
+HIDDEN = -1e10
+"""Added to the scores of keys outside a set: beyond any score, and far from float32's end."""
+LANES = 8
+"""Fused kernels want heads of a multiple of these."""
 SELF_CHECK_TOKENS = 64
 SELF_CHECK_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Of each attention row, float32, (B, H, Q) each; NaN where a row has no key of the set."""
+    """Of each attention row, float32, (B, H, Q) each; NaN where a row has no key of the set, as padding may."""
 
     entropy: Tensor
     """H, nats."""
@@ -61,8 +65,8 @@ class RowStatistics:
     """Visible keys, (B, 1, Q)."""
     num_meta_keys: Tensor
     """Meta keys among them, (B, 1, Q)."""
-    max_score: Tensor | None = None
-    """Largest score of the row; the fused path has none."""
+    max_score: Tensor
+    """Largest score of the row; a common shift of all scores moves it and no weight."""
 
     @property
     def effective_keys(self) -> Tensor:
@@ -78,7 +82,7 @@ class RowStatistics:
     def entropy_without_sink(self) -> Tensor:
         """Entropy of the row without its first key, by the chain rule."""
         rest = 1 - self.sink_mass
-        return torch.where(rest > CANCELLATION, (self.entropy - binary_entropy(self.sink_mass)) / rest, torch.nan)
+        return torch.where(rest > SINK_LEAVES, (self.entropy - binary_entropy(self.sink_mass)) / rest, torch.nan)
 
     @property
     def meta_lift(self) -> Tensor:
@@ -116,8 +120,9 @@ def row_statistics(
     num_rows = query_BHQD.shape[-2] if rows is None else len(rows)
     # filled in place: results allocated between blocks would pin the freed blocks' memory
     filled: dict[str, Tensor] = {}
+    is_meta = is_meta.expand(key_BHKD.shape[0], -1)
     start = 0
-    for scores, visible, chosen in _score_blocks(query_BHQD, key_BHKD, scaling=scaling, mask=mask, rows=rows):
+    for scores, visible, chosen in score_blocks(query_BHQD, key_BHKD, scaling=scaling, mask=mask, rows=rows):
         block = _block_statistics(scores, visible, is_meta)
         for field in fields(RowStatistics):
             part: Tensor = getattr(block, field.name)
@@ -131,78 +136,40 @@ def row_statistics(
 def fused_statistics(query_BHTD: Tensor, key_BHTD: Tensor, *, scaling: float, is_meta: Tensor) -> RowStatistics:
     """Return the statistics of plain causal attention through the fused kernel; the arguments of `row_statistics`.
 
-    The kernel gives LSE and, with the keys as values, E[k] and so E[s] = scaling q . E[k]. Keys are centred on their
-    mean first, which shifts a row's scores alike and changes no weight.
+    The kernel gives LSE and, with the keys as values, E[k] and so E[s] = scaling q . E[k]. It is asked once for each
+    set; one more lane, 1 in the queries, hides the other set's keys. Keys are centred on their mean first, which shifts
+    a row's scores alike, changes no weight and costs the smaller numbers less.
     """
     query, key = query_BHTD.float(), key_BHTD.float()
+    is_meta = is_meta.expand(key.shape[0], -1)
     mean_key = key.mean(-2, keepdim=True)
-    centred = key - mean_key
     shift = (query @ mean_key.transpose(-1, -2))[..., 0] * scaling
-    meta = is_meta.expand(key.shape[0], -1)[:, None, :, None].to(key)
-    marks = torch.zeros_like(key)
-    marks[..., :1], marks[:, :, 0, 1] = meta, 1.0
-    expected_key, lse = _fused(query, centred, centred, scaling)
-    expected_meta_key, _ = _fused(query, centred, centred * meta, scaling)
-    masses, _ = _fused(query, centred, marks, scaling)
-    mass, sink = masses[..., 0].clamp(0, 1), masses[..., 1].clamp(0, 1)
-    mean_score = (query * expected_key).sum(-1) * scaling
-    meta_score = (query * expected_meta_key).sum(-1) * scaling
-    entropy = (lse - mean_score).clamp(min=0)
-    text_mass = 1 - mass
-    num_keys, num_meta = _count_causal(is_meta.expand(key.shape[0], -1))
-    meta_entropy = torch.where(num_meta > 0, lse + mass.log() - meta_score / mass, torch.nan)
-    text_entropy = torch.where(
-        num_meta < num_keys, lse + text_mass.log() - (mean_score - meta_score) / text_mass, torch.nan
-    )
-    statistics = RowStatistics(
-        entropy=entropy,
-        log_sum_exp=lse + shift,
-        mean_score=mean_score + shift,
-        meta_mass=mass,
-        meta_log_odds=torch.where(num_meta > 0, torch.logit(mass), -torch.inf),
-        meta_entropy=meta_entropy,
-        text_entropy=text_entropy,
-        sink_mass=sink,
+    lane = query.shape[-1]
+    wide_query, value = (torch.nn.functional.pad(x, (0, LANES - lane % LANES)) for x in (query, key - mean_key))
+    wide_query[..., lane] = 1
+    num_keys, num_meta = _count_causal(is_meta)
+    of_sets = []
+    for members, count in ((is_meta, num_meta), (~is_meta, num_keys - num_meta)):
+        wide_key = value.clone()
+        wide_key[..., lane] = torch.where(members, 0.0, HIDDEN / scaling)[:, None]
+        expected_key, lse = _fused(wide_query, wide_key, value, scaling)
+        mean = (query * expected_key[..., :lane]).sum(-1) * scaling
+        has_keys = count > 0
+        of_sets.append(
+            _Softmax(
+                log_sum_exp=torch.where(has_keys, lse, -torch.inf),
+                entropy=torch.where(has_keys, (lse - mean).clamp(min=0), torch.nan),
+                mean=torch.where(has_keys, mean, torch.nan),
+            )
+        )
+    centred = _join(
+        *of_sets,
+        first_score=(wide_query * value[..., :1, :]).sum(-1) * scaling,
+        max_score=_largest_scores(query, key, scaling),
         num_keys=num_keys,
         num_meta_keys=num_meta,
     )
-    cancels = ((num_meta > 0) & ((mass < CANCELLATION) | (text_mass < CANCELLATION))).any(0).any(0)
-    return _redo_rows(statistics, cancels.nonzero()[:, 0], query, key, scaling=scaling, is_meta=is_meta)
-
-
-def distance_profile(
-    query_BHQD: Tensor,
-    key_BHKD: Tensor,
-    *,
-    scaling: float,
-    is_meta: Tensor,
-    columns: Tensor | None = None,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Return the mean attention mass by distance, (2, B, H, bins): on other keys, and on meta keys.
-
-    Bin 0 is the token itself, bin b > 0 the distances 2^(b-1) to 2^b - 1. Distances are counted in `columns` (B, T), by
-    default 0..T-1; the other arguments are those of `row_statistics`.
-    """
-    batch, num_heads, num_tokens, _ = query_BHQD.shape
-    places = torch.arange(num_tokens)[None] if columns is None else columns
-    num_bins = 2 + int(math.log2(max(1, int(places.max()))))
-    total = torch.zeros(2, batch, num_heads, num_bins, dtype=torch.float64)
-    num_rows = 0
-    meta = is_meta.expand(batch, -1)
-    for scores, visible, chosen in _score_blocks(query_BHQD, key_BHKD, scaling=scaling, mask=mask, rows=rows):
-        weights = torch.nan_to_num(torch.where(visible, scores, -torch.inf).softmax(-1)).double()
-        distance = (places[:, chosen, None] - places[:, None, :]).clamp(min=0).expand(batch, -1, -1)
-        bins = torch.where(distance > 0, 1 + torch.log2(distance.clamp(min=1).double()).long(), 0)
-        for kind, keys in enumerate((~meta, meta)):
-            kept = weights * keys[:, None, None, :]
-            index = bins[:, None].expand_as(kept).flatten(2)
-            total[kind] += torch.zeros(batch, num_heads, num_bins, dtype=torch.float64).scatter_add(
-                2, index, kept.flatten(2)
-            )
-        num_rows += len(chosen)
-    return total / num_rows
+    return replace(centred, log_sum_exp=centred.log_sum_exp + shift, mean_score=centred.mean_score + shift)
 
 
 @dataclass(frozen=True)
@@ -221,6 +188,25 @@ class StratifiedQueries:
         widths = edges.diff()
         return edges[:-1] + (torch.rand(self.count, generator=generator, dtype=torch.float64) * widths).long()
 
+    def standard_error(self, values: Tensor, num_tokens: int) -> Tensor:
+        """Return the sampling error of the mean over the queries drawn, as an estimate of the mean over all.
+
+        From the differences of neighbours, so that a trend along the sequence does not count as noise; a steep one
+        makes it too large rather than too small. It says nothing of other documents.
+
+        Args:
+            values: (..., queries) a statistic at the queries that `draw` gave, in their order; NaN is left out.
+            num_tokens: of the sequence.
+
+        Returns:
+            (...); 0 where every query was drawn, NaN with fewer than two values.
+        """
+        drawn = values.shape[-1]
+        squares = values.diff(dim=-1) ** 2 / 2
+        num_values = values.isfinite().sum(-1)
+        left_out = 1 - drawn / num_tokens
+        return (torch.nanmean(squares, dim=-1) / num_values * left_out).sqrt()
+
 
 def attention_statistics(
     lens: Lens,
@@ -229,48 +215,59 @@ def attention_statistics(
     is_meta: Tensor,
     branches: Sequence[Branch] = ("attn", "meta_attn"),
     queries: StratifiedQueries | None = None,
-    **inputs: Tensor,
+    **inputs: Any,
 ) -> dict[tuple[int, Branch], RowStatistics]:
     """Return the row statistics of every attention of a model, each computed as it runs, so that none is stored.
+
+    Rows of padding tokens are returned like all others: they mean nothing, and are NaN where they see no key.
 
     Args:
         lens: of the model.
         input_ids: (B, T).
         is_meta: (B, T) bool, True at meta-tokens.
-        branches: which attentions. Rows of "meta_attn" are its packed meta-tokens, all of whose keys are meta.
-        queries: a sample of the queries of "attn", which then also have `max_score`; None takes all rows, through the
-            fused kernel where the attention is plain.
+        branches: which attentions. Rows of "meta_attn" are its packed meta-tokens, all of whose keys are meta; rows of
+            the batch with fewer of them end in padding.
+        queries: a sample of the queries of "attn"; None takes all, through the fused kernel where attention is plain.
         **inputs: of the model, such as `attention_mask`.
 
     Raises:
         UsageError: an attention that is no softmax of these scores, or a kernel that fails its check.
     """
     check_plain_softmax(lens)
-    check_fused_kernel()
+    check_fused_kernel(input_ids.device)
     found: dict[tuple[int, Branch], RowStatistics] = {}
-    rows = None if queries is None else queries.draw(input_ids.shape[1])
 
     def look(call: AttentionCall) -> None:
-        if call.branch not in branches:
-            return
-        keys_are_meta = members_of(call, is_meta)
-        if call.branch == "attn" and call.mask is None and rows is None:
-            found[call.layer, call.branch] = fused_statistics(
-                call.query_BHTD, call.key_BHTD, scaling=call.scaling, is_meta=keys_are_meta
-            )
+        rows = rows_of(call, queries)
+        shared: dict[str, Any] = {"scaling": call.scaling, "is_meta": members_of(call, is_meta)}
+        if call.mask is None and rows is None:
+            statistics = fused_statistics(call.query_BHTD, call.key_BHTD, **shared)
         else:
-            found[call.layer, call.branch] = row_statistics(
-                call.query_BHTD,
-                call.key_BHTD,
-                scaling=call.scaling,
-                is_meta=keys_are_meta,
-                mask=mask_of(call),
-                rows=rows if call.branch == "attn" else None,
-            )
+            statistics = row_statistics(call.query_BHTD, call.key_BHTD, mask=mask_of(call), rows=rows, **shared)
+        found[call.layer, call.branch] = statistics
 
-    with lens.observe(look):
-        lens(input_ids, **inputs)
+    observe_attention(lens, look, branches, input_ids, inputs)
     return found
+
+
+def observe_attention(
+    lens: Lens,
+    look: Callable[[AttentionCall], None],
+    branches: Sequence[Branch],
+    input_ids: Tensor,
+    inputs: dict[str, Any],
+) -> None:
+    """Run a model, and hand each attention of these branches to a function as it runs."""
+    with lens.observe(lambda call: look(call) if call.branch in branches else None):
+        # neither a cache nor the logits of 8,192 tokens (1.6 GB at GPT-2's vocabulary) are asked for
+        lens(input_ids, **{"use_cache": False, "logits_to_keep": 1, **inputs})
+
+
+def rows_of(call: AttentionCall, queries: StratifiedQueries | None) -> Tensor | None:
+    """Return the queries to look at; None means all, as ever in meta-attention, which is small."""
+    if queries is None or call.branch == "meta_attn":
+        return None
+    return queries.draw(call.query_BHTD.shape[-2])
 
 
 def members_of(call: AttentionCall, is_meta: Tensor) -> Tensor:
@@ -307,87 +304,149 @@ def check_plain_softmax(lens: Lens) -> None:
         )
 
 
-def check_fused_kernel() -> None:
+def check_fused_kernel(device: torch.device | str = "cpu") -> None:
     """Compare the fused path with a dense float64 softmax on random rows.
 
     Raises:
         UsageError: They differ by more than 1e-4 nats; the kernel is an internal of torch.
     """
     generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 2, SELF_CHECK_TOKENS, 16, generator=generator) * 2 for _ in range(2))
-    is_meta = torch.arange(SELF_CHECK_TOKENS)[None] % 7 == 3
+    query, key = (torch.randn(1, 2, SELF_CHECK_TOKENS, 16, generator=generator).to(device) * 2 for _ in range(2))
+    is_meta = torch.arange(SELF_CHECK_TOKENS, device=device)[None] % 7 == 3
     fused = fused_statistics(query, key, scaling=0.25, is_meta=is_meta)
-    scores = (query.double() @ key.double().transpose(-1, -2)) * 0.25
-    hidden = ~torch.ones(SELF_CHECK_TOKENS, SELF_CHECK_TOKENS, dtype=torch.bool).tril()
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    error = float((torch.special.entr(weights).sum(-1) - fused.entropy).abs().max())
+    dense = row_statistics(query.double(), key.double(), scaling=0.25, is_meta=is_meta)
+    # NaN and infinity where there is no key of a set
+    error = max(
+        float((torch.nan_to_num(getattr(fused, name)) - torch.nan_to_num(getattr(dense, name)).float()).abs().max())
+        for name in ("entropy", "meta_mass", "meta_entropy", "text_entropy")
+    )
     if not error <= SELF_CHECK_TOLERANCE:
         raise UsageError(
             "fused attention kernel",
-            expected=f"entropies within {SELF_CHECK_TOLERANCE} nats of a dense softmax",
+            expected=f"statistics within {SELF_CHECK_TOLERANCE} of a dense softmax",
             found=f"{error:.2g}",
             remedy="sample the queries (StratifiedQueries), which does without it",
         )
 
 
-def _score_blocks(
-    query: Tensor, key: Tensor, *, scaling: float, mask: Tensor | None, rows: Tensor | None
+def score_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    block_scores: int = BLOCK_SCORES,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield scores (B, H, r, T) in float32 or better, which of them are visible, and the indices of the rows."""
+    """Yield causal attention's scores, block of queries by block of queries, in float32 or better.
+
+    Args:
+        query: (B, H, T, D), as in `row_statistics`, whose arguments the others are.
+        key: (B, H, T, D).
+        scaling: what products are multiplied by.
+        mask: None, bool or additive.
+        rows: (Q,) indices of queries.
+        block_scores: scores at a time, at most, but for a single row.
+
+    Yields:
+        Scores (B, H, r, K) over the keys up to the last query's own, bool (1 or B, 1 or H, r, K), which of them are
+        visible, and the indices (r,) of the queries.
+    """
     precise = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(precise), key.to(precise)
-    columns = torch.arange(key.shape[-2])
-    rows_at_a_time = max(1, BLOCK_SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))
-    for chosen in (torch.arange(query.shape[-2]) if rows is None else rows).split(rows_at_a_time):
-        scores = query[:, :, chosen] @ key.transpose(-1, -2) * scaling
-        visible = columns <= chosen[:, None]
+    everything = torch.arange(query.shape[-2], device=query.device)
+    rows_at_a_time = max(1, block_scores // (key.shape[0] * key.shape[1] * key.shape[2]))
+    for chosen in (everything if rows is None else rows.to(query.device)).split(rows_at_a_time):
+        num_keys = int(chosen.max()) + 1
+        scores = query[:, :, chosen] @ key[:, :, :num_keys].transpose(-1, -2) * scaling
+        visible = (everything[:num_keys] <= chosen[:, None])[None, None]
         if mask is not None and mask.dtype == torch.bool:
-            visible = visible & mask[:, :, chosen]
+            visible = visible & mask[:, :, chosen, :num_keys]
         elif mask is not None:
-            bias = mask[:, :, chosen]
+            bias = mask[:, :, chosen, :num_keys]
             visible = visible & (bias > torch.finfo(mask.dtype).min / 2)
             scores = scores + bias
         yield scores, visible, chosen
 
 
 def _block_statistics(scores: Tensor, visible: Tensor, is_meta: Tensor) -> RowStatistics:
-    batch = scores.shape[0]
-    seen = (visible if visible.ndim == 4 else visible[None, None]).expand(batch, -1, -1, -1)
-    meta = seen & is_meta.expand(batch, -1)[:, None, None, :]
-    of_all, of_meta, of_text = (_softmax_over(scores, keys) for keys in (seen, meta, seen & ~meta))
-    first = seen.int().argmax(-1, keepdim=True).expand(-1, scores.shape[1], -1, -1)
-    return RowStatistics(
-        entropy=of_all.entropy,
-        log_sum_exp=of_all.log_sum_exp,
-        mean_score=of_all.mean,
-        meta_mass=(of_meta.log_sum_exp - of_all.log_sum_exp).exp(),
-        meta_log_odds=of_meta.log_sum_exp - of_text.log_sum_exp,
-        meta_entropy=of_meta.entropy,
-        text_entropy=of_text.entropy,
-        sink_mass=(scores.gather(-1, first)[..., 0] - of_all.log_sum_exp).exp(),
+    meta = visible & is_meta[:, None, None, : scores.shape[-1]]
+    seen = visible.expand(meta.shape)
+    first = seen.int().argmax(-1, keepdim=True).expand(*scores.shape[:-1], 1)
+    return _join(
+        _softmax_over(scores, meta),
+        _softmax_over(scores, seen & ~meta),
+        first_score=scores.gather(-1, first)[..., 0],
+        max_score=torch.where(seen, scores, -torch.inf).amax(-1),
         num_keys=seen.sum(-1),
         num_meta_keys=meta.sum(-1),
-        max_score=of_all.largest,
     )
 
 
 @dataclass(frozen=True)
 class _Softmax:
+    """Of each row over one set of its keys."""
+
     log_sum_exp: Tensor
+    """Minus infinity without such a key."""
     entropy: Tensor
+    """NaN without such a key, as the mean."""
     mean: Tensor
-    largest: Tensor
 
 
 def _softmax_over(scores: Tensor, keys: Tensor) -> _Softmax:
-    """Return ln Z, H = ln Z' - U / Z' with both terms at least 0, E[s] and max s, over the given keys of each row."""
+    """Return ln Z, H = ln Z' - U / Z' with both terms at least 0, and E[s], over the given keys of each row."""
     kept = torch.where(keys, scores, -torch.inf)
     largest = kept.amax(-1)
     shifted = kept - torch.where(largest.isfinite(), largest, 0)[..., None]
     weights = shifted.exp()
     norm = weights.sum(-1)
     mean = (weights * torch.where(keys, shifted, 0)).sum(-1) / norm  # NaN for a row without keys
-    return _Softmax(largest + norm.log(), norm.log() - mean, largest + mean, largest)
+    return _Softmax(largest + norm.log(), norm.log() - mean, largest + mean)
+
+
+def _join(
+    meta: _Softmax,
+    text: _Softmax,
+    *,
+    first_score: Tensor,
+    max_score: Tensor,
+    num_keys: Tensor,
+    num_meta_keys: Tensor,
+) -> RowStatistics:
+    """Return the statistics of rows from those of their two sets of keys."""
+    has_keys = num_keys > 0
+    log_sum_exp = torch.logaddexp(meta.log_sum_exp, text.log_sum_exp)
+    log_odds = meta.log_sum_exp - text.log_sum_exp
+    mass, rest = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+
+    def average(of_meta: Tensor, of_text: Tensor) -> Tensor:
+        """Weigh the sets by their masses; a set without keys has none."""
+        return torch.where(mass > 0, mass * of_meta, 0) + torch.where(rest > 0, rest * of_text, 0)
+
+    between = torch.special.entr(mass) + torch.special.entr(rest)
+    entropy = between + average(meta.entropy, text.entropy)
+    return RowStatistics(
+        entropy=torch.where(has_keys, entropy, torch.nan),
+        log_sum_exp=log_sum_exp,
+        mean_score=torch.where(has_keys, average(meta.mean, text.mean), torch.nan),
+        meta_mass=mass,
+        meta_log_odds=log_odds,
+        meta_entropy=meta.entropy,
+        text_entropy=text.entropy,
+        sink_mass=torch.where(has_keys, (first_score - log_sum_exp).exp(), torch.nan),
+        num_keys=num_keys,
+        num_meta_keys=num_meta_keys,
+        max_score=max_score,
+    )
+
+
+def _largest_scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Return the largest score of each causal row, (B, H, T)."""
+    largest = query.new_empty(query.shape[:-1])
+    for scores, visible, chosen in score_blocks(query, key, scaling=scaling, mask=None, rows=None):
+        largest[..., chosen] = scores.masked_fill_(~visible, -torch.inf).amax(-1)
+    return largest
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -405,18 +464,5 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 
 
 def _count_causal(is_meta: Tensor) -> tuple[Tensor, Tensor]:
-    num_keys = torch.arange(1, is_meta.shape[1] + 1).expand(is_meta.shape)[:, None]
+    num_keys = torch.arange(1, is_meta.shape[1] + 1, device=is_meta.device).expand(is_meta.shape)[:, None]
     return num_keys, is_meta.long().cumsum(-1)[:, None]
-
-
-def _redo_rows(
-    statistics: RowStatistics, rows: Tensor, query: Tensor, key: Tensor, *, scaling: float, is_meta: Tensor
-) -> RowStatistics:
-    if not len(rows):
-        return statistics
-    again = row_statistics(query, key, scaling=scaling, is_meta=is_meta, rows=rows)
-    values: dict[str, Any] = {}
-    for field in fields(RowStatistics):
-        whole, part = getattr(statistics, field.name), getattr(again, field.name)
-        values[field.name] = None if whole is None else whole.clone().index_copy_(-1, rows, part)
-    return RowStatistics(**values)

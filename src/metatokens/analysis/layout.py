@@ -18,6 +18,10 @@ from metatokens.model import MetaTokenForCausalLM
 Branch = Literal["attn", "meta_attn"]
 """The causal self-attention of a block, or its meta-attention."""
 
+PROJECTION_TAPS = ("hook_q", "hook_k", "hook_v")
+ROTATED_TAPS = {"hook_q": "hook_rot_q", "hook_k": "hook_rot_k"}
+ATTENTION_TAPS = (*PROJECTION_TAPS, *ROTATED_TAPS.values(), "hook_z", "hook_result")
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -39,15 +43,22 @@ class AttentionSite:
     """Place and name of the mask, or of the pack that holds it, among the arguments of `module`."""
     cache_argument: tuple[int, str]
     """Place and name of the cache."""
+    rotary_argument: tuple[int, str] | None = None
+    """Place and name of the `Rotary`, or of the pack that holds it; None where queries and keys stay as projected."""
     is_output_transposed: bool = False
     """Whether the output projection holds (H D, C), as GPT-2's does, and not (C, H D)."""
-    rotates: bool = False
-    """Whether `module.project` gives rotated queries and keys."""
+    window: int | None = None
+    """A query sees the last so many keys, itself included, which its mask does not say; None means all."""
 
     @property
     def prefix(self) -> str:
         """What the names of its taps begin with."""
         return f"blocks.{self.layer}.{self.branch}"
+
+    @property
+    def output_tap(self) -> str:
+        """Name of the tap of what it adds to the residual stream."""
+        return f"blocks.{self.layer}.{'hook_attn_out' if self.branch == 'attn' else 'hook_meta_out'}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,18 @@ class Layout:
     head: nn.Module
     """Gives the logits."""
 
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """Every tap, in the order of firing."""
+        names = ["embed.hook_embed"]
+        for layer, site in enumerate(self.blocks):
+            names.append(f"blocks.{layer}.hook_resid_pre")
+            for attention in site.attentions:
+                names += [f"{attention.prefix}.{tap}" for tap in ATTENTION_TAPS]
+                names.append(attention.output_tap)
+            names += [f"blocks.{layer}.{tap}" for tap in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")]
+        return (*names, "ln_final.hook_normalized", "unembed.hook_logits")
+
 
 def describe_layout(model: PreTrainedModel) -> Layout:
     """Return where the parts of a model are.
@@ -84,7 +107,7 @@ def describe_layout(model: PreTrainedModel) -> Layout:
         "model",
         expected=", ".join(known.__name__ for known in _DESCRIPTIONS),
         found=type(model).__name__,
-        remedy="pass one of these; a PEFT wrapper has its model in get_base_model()",
+        remedy="pass one of these; a PEFT wrapper has its model in get_base_model(), a PretrainedCausalLM in wrapped",
     )
 
 
@@ -104,7 +127,7 @@ def _of_ours(model: Any) -> Layout:
                 scaling=module.scaling,
                 mask_argument=(2, "mask") if branch == "attn" else (1, "pack"),
                 cache_argument=(3 if branch == "attn" else 2, "past_key_values"),
-                rotates=True,
+                rotary_argument=(1, "rotary") if branch == "attn" else (1, "pack"),
             )
             for branch, module in modules
             if module is not None
@@ -114,6 +137,10 @@ def _of_ours(model: Any) -> Layout:
 
 
 def _of_gpt2(model: Any) -> Layout:
+    if model.config.add_cross_attention:
+        raise UsageError(
+            "model", expected="a decoder", found="GPT-2 with cross-attention", remedy="load it without an encoder"
+        )
     blocks = []
     for layer, block in enumerate(model.transformer.h):
         module = block.attn
@@ -149,6 +176,7 @@ def _of_gpt_neo(model: Any) -> Layout:
             scaling=1.0,  # GPT-Neo does not scale its logits
             mask_argument=(1, "attention_mask"),
             cache_argument=(2, "layer_past"),
+            window=model.config.window_size if module.attention_type == "local" else None,
         )
         blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))
     return Layout(tuple(blocks), model.transformer.ln_f, model.lm_head)

@@ -20,100 +20,31 @@ Taps of a block, in the order in which they fire, with their shapes:
     hook_resid_mid, hook_mlp_out, hook_resid_post        (B, T, C)
 
 and `embed.hook_embed` (what enters the first block), `ln_final.hook_normalized`, `unembed.hook_logits`. Block l has the
-prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention only where there are meta-tokens.
+prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention only where there are meta-tokens. GPT-Neo
+projects one after the other, so its rotated queries fire before its keys.
 
 Hooks are hung on the modules that requested taps need, and gone with the context. With nothing changed the logits keep
-their bits. Not under `torch.compile`, nor with a static cache.
+their bits. No attention backend is asked for its weights. Not under `torch.compile`, nor with a static cache.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import fnmatch
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatokens.analysis.layout import AttentionSite, BlockSite, Branch, describe_layout
+from metatokens.analysis.captures import AttentionCall, Captured
+from metatokens.analysis.hooks import Hooks, Requests, match_names
+from metatokens.analysis.layout import describe_layout
 from metatokens.analysis.ops import EdgeCut, Edit
 from metatokens.errors import UsageError
 
-_QKV = ("hook_q", "hook_k", "hook_v")
-_BRANCH_TAPS = (*_QKV, "hook_rot_q", "hook_rot_k", "hook_z", "hook_result")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionCall:
-    """What one attention is about to compute, for `Lens.observe`."""
-
-    layer: int
-    branch: Branch
-    query_BHTD: Tensor
-    """Rotated; without a cache."""
-    key_BHTD: Tensor
-    mask: Any
-    """None for plain causal attention, bool (True = keep) or additive, (B or 1, 1 or H, T, T)."""
-    scaling: float
-    columns: Tensor
-    """(B, T) int64: the column in the sequence of each token; -1 where a row of packed meta-tokens has none."""
-
-
-class Captured:
-    """Activations that one forward pass left, by the names of their taps.
-
-    With `at`, each is packed to the selected tokens, (n, ...), in the order of `index`; else as it is, (B, T, ...).
-    """
-
-    def __init__(self, names: frozenset[str], at: Tensor | None, dtype: torch.dtype | None, device: str | None) -> None:
-        """Wait for the taps of these names."""
-        self.names, self.at, self.dtype, self.device = names, at, dtype, device
-        self.meta_columns: Tensor | None = None
-        """(B, M) int64, the column of each packed meta-token, -1 for padding; None without a tap of meta-attention."""
-        self._values: dict[str, Tensor] = {}
-
-    @property
-    def index(self) -> Tensor:
-        """(n, 2) int64, row and column of each selected token."""
-        assert self.at is not None, "without `at` nothing is packed"
-        return self.at.nonzero()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._values:
-            return self._values[name]
-        raise UsageError(
-            f"capture of {name}",
-            expected="a tap that was asked for and fired",
-            found="no forward pass with meta-tokens" if name in self.names else "one that was not asked for",
-            remedy="run the lens within the context" if name in self.names else "add it to the names",
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def store(self, name: str, value: Tensor, columns: Tensor, finish: Callable[[Tensor], Tensor] | None) -> None:
-        """Keep a copy of the selected tokens; `finish` is applied to these alone."""
-        if name in self._values:
-            raise UsageError(
-                "capture", expected="one forward pass", found="a second", remedy="open a new capture for each"
-            )
-        if self.at is not None:
-            inside = (columns >= 0) & (columns < self.at.shape[1])
-            at = self.at.to(columns.device).expand(columns.shape[0], -1)
-            value = value[inside & at.gather(1, columns.clamp(0, at.shape[1] - 1))]
-        value = value.detach()
-        value = value.clone() if finish is None else finish(value)
-        self._values[name] = value.to(device=self.device, dtype=self.dtype or value.dtype)
-        if ".meta_attn." in name:
-            self.meta_columns = columns
+__all__ = ["AttentionCall", "Captured", "Lens"]
 
 
 class Lens:
@@ -128,24 +59,13 @@ class Lens:
         self.model = model
         self._check_mode()
         self.layout = describe_layout(model)
-        self._edits: list[Edit] = []
-        self._cuts: list[EdgeCut] = []
-        self._captures: list[Captured] = []
-        self._observers: list[Callable[[AttentionCall], None]] = []
-        self._undo: list[Callable[[], None]] = []
-        self._pass = _Pass()
+        self._requests = Requests()
+        self._hooks = Hooks(model, self.layout, self._requests)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every tap, in the order of firing."""
-        names = ["embed.hook_embed"]
-        for layer, site in enumerate(self.layout.blocks):
-            names.append(f"blocks.{layer}.hook_resid_pre")
-            for attention in site.attentions:
-                names += [f"{attention.prefix}.{tap}" for tap in _BRANCH_TAPS]
-                names.append(f"blocks.{layer}.{_out_tap(attention)}")
-            names += [f"blocks.{layer}.{tap}" for tap in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")]
-        return (*names, "ln_final.hook_normalized", "unembed.hook_logits")
+        return self.layout.tap_names
 
     def __call__(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
         """Run the model without gradients; the arguments are its own."""
@@ -171,10 +91,17 @@ class Lens:
             device: to copy to; None keeps it.
 
         Raises:
-            UsageError: A name that no tap has.
+            UsageError: A name that no tap has, or an `at` that is no such mask.
         """
+        if at is not None and (at.dtype != torch.bool or at.ndim != 2):
+            raise UsageError(
+                "at",
+                expected="a mask (B or 1, T) of bool",
+                found=f"{tuple(at.shape)} of {str(at.dtype).removeprefix('torch.')}",
+                remedy="write it as input_ids == id, or mask[None]",
+            )
         captured = Captured(frozenset(name for pattern in names for name in self._match(pattern)), at, dtype, device)
-        with self._active(self._captures, [captured]):
+        with self._active(self._requests.captures, [captured]):
             yield captured
 
     @contextmanager
@@ -182,7 +109,7 @@ class Lens:
         """Change every forward pass of the model within the context, in the order given; contexts nest.
 
         Raises:
-            UsageError: A name that no tap has, a tap that can only be read, or edges of layers without the branch.
+            UsageError: A name that no tap has, a tap that can only be read, or edges that the model does not have.
         """
         changes = [edit for edit in edits if isinstance(edit, Edit)]
         cuts = [edit for edit in edits if isinstance(edit, EdgeCut)]
@@ -195,27 +122,41 @@ class Lens:
                     remedy="change hook_z of the same attention",
                 )
         for cut in cuts:
-            self._check_layers(cut)
-        with self._active(self._edits, changes), self._active(self._cuts, cuts):
+            self._check_edges(cut)
+        with self._active(self._requests.edits, changes), self._active(self._requests.cuts, cuts):
             yield
 
     @contextmanager
     def observe(self, observer: Callable[[AttentionCall], None]) -> Iterator[None]:
         """Hand each attention's queries, keys and mask to a function as it runs, so that no layer must be stored."""
-        with self._active(self._observers, [observer]):
+        with self._active(self._requests.observers, [observer]):
             yield
 
-    # what follows hangs the hooks up and takes them down -----------------------------------------------------------
+    @contextmanager
+    def _active(self, requests: list[Any], new: Sequence[Any]) -> Iterator[None]:
+        before = list(requests)
+        try:
+            requests.extend(new)
+            self._hang()
+            yield
+        finally:
+            requests[:] = before
+            self._hang()
+
+    def _hang(self) -> None:
+        self._hooks.remove()
+        self._hooks = Hooks(self.model, self.layout, self._requests)
 
     def _check_mode(self) -> None:
-        if self.model.training:
+        # a part in training mode would drop activations
+        if any(module.training for module in self.model.modules()):
             raise UsageError(
                 "model", expected="evaluation mode", found="training mode", remedy="call model.eval() before"
             )
 
     def _match(self, pattern: str) -> list[str]:
         names = self.names
-        matched = fnmatch.filter(names, pattern)
+        matched = match_names(names, pattern)
         if not matched:
             nearest = difflib.get_close_matches(pattern, names, n=1)
             raise UsageError(
@@ -226,297 +167,22 @@ class Lens:
             )
         return matched
 
-    def _check_layers(self, cut: EdgeCut) -> None:
-        with_branch = {
-            site.layer for block in self.layout.blocks for site in block.attentions if site.branch == cut.branch
-        }
-        missing = sorted((cut.layers or set()) - with_branch)
-        if missing or not with_branch:
+    def _check_edges(self, cut: EdgeCut) -> None:
+        sites = [site for block in self.layout.blocks for site in block.attentions if site.branch == cut.branch]
+        layers = {site.layer for site in sites}
+        missing = sorted((cut.layers or set()) - layers)
+        if missing or not layers:
             raise UsageError(
                 f"layers of cut {cut.branch} edges",
-                expected=f"some of {sorted(with_branch)}",
+                expected=f"some of {sorted(layers)}",
                 found=str(missing or "a model without that attention"),
                 remedy="name layers that have it",
             )
-
-    @contextmanager
-    def _active(self, active: list[Any], new: Sequence[Any]) -> Iterator[None]:
-        before = list(active)
-        active.extend(new)
-        self._install()
-        try:
-            yield
-        finally:
-            active[:] = before
-            self._install()
-
-    def _install(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        wanted = {name for captured in self._captures for name in captured.names}
-        wanted.update(name for edit in self._edits for name in self._match(edit.name))
-        if not (wanted or self._cuts or self._observers):
-            return
-        self._hook(self.model, before=self._begin)
-        for layer, site in enumerate(self.layout.blocks):
-            self._install_block(layer, site, wanted)
-        for name, module in (
-            ("ln_final.hook_normalized", self.layout.final_norm),
-            ("unembed.hook_logits", self.layout.head),
-        ):
-            if name in wanted:
-                self._hook(module, after=lambda _, __, output, name=name: self._fire(name, output))
-
-    def _install_block(self, layer: int, site: BlockSite, wanted: set[str]) -> None:
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0]
-            self._pass.hidden_shape = hidden.shape
-            changed = self._fire("embed.hook_embed", hidden) if layer == 0 else hidden
-            changed = self._fire(f"blocks.{layer}.hook_resid_pre", changed)
-            return None if changed is hidden else ((changed, *args[1:]), kwargs)
-
-        def middle(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            changed = self._fire(f"blocks.{layer}.hook_resid_mid", args[0])
-            if changed is args[0]:
-                return None
-            # the block adds its feed-forward part to what it had before, so the change is added behind it
-            self._pass.added_in_middle = changed - args[0]
-            return (changed, *args[1:]), kwargs
-
-        def leave(_: nn.Module, __: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = hidden
-            if self._pass.added_in_middle is not None:
-                changed, self._pass.added_in_middle = changed + self._pass.added_in_middle, None
-            changed = self._fire(f"blocks.{layer}.hook_resid_post", changed)
-            if changed is hidden:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        self._hook(site.block, before=enter, after=leave)
-        self._hook(site.mlp_norm, before=middle)
-        if f"blocks.{layer}.hook_mlp_out" in wanted:
-            self._hook(site.mlp, after=lambda _, __, out: self._fire(f"blocks.{layer}.hook_mlp_out", out))
-        for attention in site.attentions:
-            self._install_attention(attention, wanted)
-
-    def _install_attention(self, site: AttentionSite, wanted: set[str]) -> None:
-        cuts = [
-            cut for cut in self._cuts if cut.branch == site.branch and (cut.layers is None or site.layer in cut.layers)
-        ]
-        taps = {name.removeprefix(f"{site.prefix}.") for name in wanted if name.startswith(f"{site.prefix}.")}
-        out_name = f"blocks.{site.layer}.{_out_tap(site)}"
-        if not (cuts or taps or self._observers or out_name in wanted):
-            return
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._pass.enter_attention(site, args, kwargs, cuts, additive=self._is_mask_additive())
-
-        def leave(_: nn.Module, __: Any, output: tuple[Any, ...]) -> Any:
-            if site.branch == "attn":
-                changed = self._fire(out_name, output[0])
-                return None if changed is output[0] else (changed, *output[1:])
-            pack = self._pass.pack
-            full = pack.add(output[0].new_zeros(self._pass.hidden_shape), output[0])
-            changed = self._fire(out_name, full)
-            return None if changed is full else (pack.gather(changed), *output[1:])
-
-        self._hook(site.module, before=enter, after=leave if out_name in wanted else None)
-        if taps & {"hook_z", "hook_result"}:
-            self._hook(site.output, before=lambda _, args, kwargs: self._fire_heads(site, args, kwargs))
-        needs_scores = bool(self._observers) or bool(taps & {"hook_rot_q", "hook_rot_k"})
-        if taps & set(_QKV) or (needs_scores and not site.rotates):
-            self._install_projections(site)
-        if site.rotates and needs_scores:
-            self._replace_project(site)
-
-    def _install_projections(self, site: AttentionSite) -> None:
-        """Tap queries, keys and values where they are made; without rotation these are what the scores use."""
-        taps = _QKV if len(site.projections) > 1 else (_QKV,)
-        for module, tap in zip(site.projections, taps, strict=True):
-
-            def made(_: nn.Module, __: Any, output: Tensor, tap: Any = tap) -> Tensor | None:
-                names = (tap,) if isinstance(tap, str) else tap
-                parts = output.chunk(len(names), dim=-1)
-                changed = [self._fire_projection(site, name, part) for name, part in zip(names, parts, strict=True)]
-                if all(new is old for new, old in zip(changed, parts, strict=True)):
-                    return None
-                return torch.cat(changed, dim=-1)
-
-            self._hook(module, after=made)
-
-    def _fire_projection(self, site: AttentionSite, tap: str, flat: Tensor) -> Tensor:
-        heads = flat.unflatten(-1, (site.num_heads, site.head_dim))
-        changed = self._fire(f"{site.prefix}.{tap}", heads, site=site)
-        if not site.rotates and tap != "hook_v":
-            changed = self._fire(f"{site.prefix}.{tap.replace('hook_', 'hook_rot_')}", changed, site=site)
-            self._pass.scored[tap] = changed
-            if tap == "hook_k":
-                self._observe(site, self._pass.scored["hook_q"].transpose(1, 2), changed.transpose(1, 2))
-        return flat if changed is heads else changed.flatten(-2)
-
-    def _replace_project(self, site: AttentionSite) -> None:
-        module: Any = site.module
-        project = module.project
-
-        def tapped(hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor, Tensor]:
-            query, key, value = project(hidden, rotary)
-            query = self._fire_rotated(site, "hook_rot_q", query)
-            key = self._fire_rotated(site, "hook_rot_k", key)
-            self._observe(site, query, key)
-            return query, key, value
-
-        module.project = tapped  # an attribute of this instance, which hides the method
-        self._undo.append(lambda: delattr(module, "project"))
-
-    def _fire_rotated(self, site: AttentionSite, tap: str, heads_BHTD: Tensor) -> Tensor:
-        heads = heads_BHTD.transpose(1, 2)
-        changed = self._fire(f"{site.prefix}.{tap}", heads, site=site)
-        return heads_BHTD if changed is heads else changed.transpose(1, 2)
-
-    def _fire_heads(self, site: AttentionSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        heads = args[0].unflatten(-1, (site.num_heads, site.head_dim))
-        changed = self._fire(f"{site.prefix}.hook_z", heads, site=site)
-        weight: Tensor = site.output.weight  # type: ignore[assignment]
-        weight = (weight if site.is_output_transposed else weight.T).unflatten(0, (site.num_heads, site.head_dim))
-        self._fire(
-            f"{site.prefix}.hook_result",
-            changed,
-            site=site,
-            finish=lambda z: torch.einsum("...hd,hdc->...hc", z, weight),
-        )
-        return None if changed is heads else ((changed.flatten(-2), *args[1:]), kwargs)
-
-    def _fire(
-        self,
-        name: str,
-        value: Tensor,
-        *,
-        site: AttentionSite | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        columns = self._pass.columns(site, value)
-        if finish is None:
-            for edit in self._edits:
-                if fnmatch.fnmatchcase(name, edit.name):
-                    value = edit.change(value, columns)
-        for captured in self._captures:
-            if name in captured.names:
-                captured.store(name, value, columns, finish)
-        return value
-
-    def _observe(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
-        if not self._observers:
-            return
-        if self._pass.num_seen:
+        missing = sorted((cut.heads or set()) - set(range(sites[0].num_heads)))
+        if missing:
             raise UsageError(
-                "observed forward pass",
-                expected="no cached tokens",
-                found=str(self._pass.num_seen),
-                remedy="run it whole",
+                f"heads of cut {cut.branch} edges",
+                expected=f"some of 0..{sites[0].num_heads - 1}",
+                found=str(missing),
+                remedy="name heads of the model",
             )
-        columns = self._pass.columns(site, query.transpose(1, 2))
-        call = AttentionCall(site.layer, site.branch, query, key, self._pass.mask, site.scaling, columns)
-        for observer in self._observers:
-            observer(call)
-
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        past = inputs.get("past_key_values")
-        seen = 0 if past is None else past.get_seq_length()
-        if not isinstance(seen, int):
-            raise UsageError(
-                "past_key_values", expected="a growing cache", found=type(past).__name__, remedy="use a DynamicCache"
-            )
-        self._pass = _Pass(num_seen=seen)
-
-    def _is_mask_additive(self) -> bool:
-        implementation = self.model.config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
-            raise UsageError(
-                "attention implementation of a model with cut edges",
-                expected="eager or sdpa, whose masks are tensors",
-                found=implementation,
-                remedy='call model.set_attn_implementation("sdpa")',
-            )
-        return bool(implementation == "eager")
-
-    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None) -> None:
-        if before is not None:
-            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if after is not None:
-            self._undo.append(module.register_forward_hook(after).remove)
-
-
-@dataclasses.dataclass
-class _Pass:
-    """The forward pass that is under way."""
-
-    num_seen: int = 0
-    """Tokens in the cache before it."""
-    hidden_shape: Any = None
-    added_in_middle: Tensor | None = None
-    pack: Any = None
-    mask: Any = None
-    scored: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    def columns(self, site: AttentionSite | None, value: Tensor) -> Tensor:
-        """Return the columns (B, T) of an activation's tokens."""
-        if site is not None and site.branch == "meta_attn":
-            columns: Tensor = self.pack.columns
-            return columns
-        count = torch.arange(value.shape[1], device=value.device) + self.num_seen
-        return count.expand(value.shape[:2])
-
-    def enter_attention(
-        self,
-        site: AttentionSite,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        cuts: Sequence[EdgeCut],
-        *,
-        additive: bool,
-    ) -> Any:
-        """Note the mask of an attention, and return its arguments with the edges cut."""
-        place, name = site.mask_argument
-        given: Any = args[place] if len(args) > place else kwargs.get(name)
-        cache_place, cache_name = site.cache_argument
-        cache = args[cache_place] if len(args) > cache_place else kwargs.get(cache_name)
-        if site.branch == "meta_attn":
-            self.pack = given
-            query_columns = given.columns
-            layer = None if cache is None else cache.layers[site.layer]
-            cached = None if layer is None else getattr(layer, "meta_columns", None)
-            key_columns = query_columns if cached is None else torch.cat([cached, query_columns], dim=1)
-            self.mask = _cut(given.mask, cuts, query_columns, key_columns, additive=additive)
-            new = dataclasses.replace(given, mask=self.mask) if cuts else given
-        else:
-            query_columns = self.columns(None, args[0] if args else kwargs["hidden_states"])
-            total = self.num_seen + query_columns.shape[1]
-            key_columns = torch.arange(total, device=query_columns.device).expand(query_columns.shape[0], -1)
-            self.mask = new = _cut(given, cuts, query_columns, key_columns, additive=additive)
-        if not cuts:
-            return None
-        if len(args) > place:
-            return (*args[:place], new, *args[place + 1 :]), kwargs
-        return args, {**kwargs, name: new}
-
-
-def _cut(mask: Any, cuts: Sequence[EdgeCut], query_columns: Tensor, key_columns: Tensor, *, additive: bool) -> Any:
-    if not cuts:
-        return mask
-    queries, keys = query_columns[:, :, None], key_columns[:, None, :]
-    keep = torch.ones_like(queries == keys)
-    for cut in cuts:
-        keep &= ~cut.pattern(query_columns, key_columns)
-    keep = (keep | (queries == keys))[:, None]  # the own edge keeps every row from being empty
-    if mask is None:
-        mask = ((keys <= queries) & (keys >= 0))[:, None]  # a key of no column is padding
-    if mask.dtype == torch.bool:
-        kept = mask & keep
-        return torch.where(kept, 0.0, torch.finfo(torch.float32).min) if additive else kept
-    return torch.where(keep, mask, torch.finfo(mask.dtype).min)
-
-
-def _out_tap(site: AttentionSite) -> str:
-    return "hook_attn_out" if site.branch == "attn" else "hook_meta_out"

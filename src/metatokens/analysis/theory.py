@@ -112,6 +112,30 @@ def largest_set_entropy(meta_entropy: Tensor, text_entropy: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class KeyBoosts:
+    """How the meta keys of rows fare between two runs; (B, H, Q, M) each, NaN where nothing is known."""
+
+    margin: Tensor
+    """x in the ablated run."""
+    competitors: Tensor
+    """N in the ablated run."""
+    boost: Tensor
+    """D."""
+
+    @property
+    def is_known(self) -> Tensor:
+        """True at keys that the query sees and that leave some weight to others."""
+        return self.margin.isfinite() & self.boost.isfinite()
+
+    @property
+    def is_beyond(self) -> Tensor:
+        """True at boosts beyond the critical one, which need not be known for it: H is lower for the boost alone."""
+        before = margin_entropy(self.margin, self.competitors)
+        is_lower = margin_entropy(self.margin + self.boost, self.competitors) < before
+        return (self.boost > 0) & ((self.margin >= 0) | is_lower)
+
+
+@dataclass(frozen=True)
 class RowAudit:
     """The theorem held against rows of one attention, with the meta-tokens' embedding and without; (B, H, Q) each."""
 
@@ -128,6 +152,8 @@ class RowAudit:
     """With a boost D > 0."""
     num_beyond: Tensor
     """With a boost beyond the critical one: H is lower for it alone."""
+    boosts: KeyBoosts
+    """Of each edge to a meta key."""
 
     @property
     def drop(self) -> Tensor:
@@ -135,34 +161,32 @@ class RowAudit:
         return self.entropy_without - self.entropy_with
 
 
-@dataclass(frozen=True)
-class KeyBoosts:
-    """How the keys of rows fare between two runs; (B, H, Q, K) each, NaN where nothing is known."""
+def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, keys: Tensor) -> KeyBoosts:
+    """Return the margin of some keys in the ablated run, and their boosts.
 
-    margin: Tensor
-    """x in the ablated run."""
-    competitors: Tensor
-    """N in the ablated run."""
-    boost: Tensor
-    """D."""
+    The boost is how much a score rises more than those of its competitors, weighted as they are in the ablated run:
+    softmax knows no common shift.
 
-
-def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor) -> KeyBoosts:
-    """Return the margin of every key in the ablated run, and its boost.
-
-    The boost is how much its score rises more than those of its competitors, weighted as they are in the ablated run:
-    softmax knows no common shift. The arguments are those of `audit_rows`.
+    Args:
+        scores_without: (B, H, Q, K) scores of the ablated run.
+        scores_with: (B, H, Q, K) scores of the full run.
+        visible: (B, H, Q, K) bool.
+        keys: (B, M) int64, indices of the keys to look at; -1 for none.
     """
     before, after = scores_without.double(), scores_with.double()
-    visible = visible.expand(before.shape)
     weights = _weights(before, visible)
     before, after = torch.where(visible, before, 0), torch.where(visible, after, 0)
     log_norm = torch.where(visible, before, -torch.inf).logsumexp(-1, keepdim=True)
     mean_before, mean_after = ((weights * scores).sum(-1, keepdim=True) for scores in (before, after))
     entropy = torch.special.entr(weights).sum(-1, keepdim=True)
+
+    index = keys.clamp(min=0)[:, None, None, :].expand(*before.shape[:3], -1)
+    before, after, sees = before.gather(-1, index), after.gather(-1, index), visible.gather(-1, index)
     key = key_margin(before, entropy=entropy, log_sum_exp=log_norm, mean_score=mean_before)
     others_rise = (mean_after - mean_before - key.share * (after - before)) / (1 - key.share)
-    return KeyBoosts(key.margin, key.competitors, after - before - others_rise)
+    is_none = ~sees | (keys < 0)[:, None, None, :]
+    found = (key.margin, key.competitors, after - before - others_rise)
+    return KeyBoosts(*(values.masked_fill(is_none, torch.nan) for values in found))
 
 
 def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, is_meta: Tensor) -> RowAudit:
@@ -182,19 +206,25 @@ def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
     meta = visible & is_meta[:, None, None, :]
     mixed = torch.where(meta, after, before), torch.where(meta, before, after)
     entropies = [_row_entropy(scores, visible) for scores in (before, after, *mixed)]
-    key = key_boosts(before, after, visible=visible)
-    known = meta & key.margin.isfinite() & key.boost.isfinite()
-    boosted = known & (key.boost > 0)
-    beyond = boosted & (key.boost > critical_boost(key.margin, key.competitors.clamp(min=1)))
+    boosts = key_boosts(before, after, visible=visible, keys=_indices_of(is_meta))
+    known = boosts.is_known
     return RowAudit(
         entropy_without=entropies[0],
         entropy_with=entropies[1],
         entropy_mechanism=((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2,
         num_edges=known.sum(-1),
-        num_above=(known & (key.margin >= 0)).sum(-1),
-        num_boosted=boosted.sum(-1),
-        num_beyond=beyond.sum(-1),
+        num_above=(known & (boosts.margin >= 0)).sum(-1),
+        num_boosted=(known & (boosts.boost > 0)).sum(-1),
+        num_beyond=(known & boosts.is_beyond).sum(-1),
+        boosts=boosts,
     )
+
+
+def _indices_of(members: Tensor) -> Tensor:
+    """Return (B, M) int64, the indices of the members of each row in order, filled up with -1."""
+    most = int(members.sum(-1).max())
+    order = torch.argsort(~members, dim=-1, stable=True)[:, :most]
+    return torch.where(members.gather(1, order), order, -1)
 
 
 def _weights(scores: Tensor, visible: Tensor) -> Tensor:

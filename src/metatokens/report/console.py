@@ -103,6 +103,20 @@ def show_recall(result: Any) -> None:
     Console().print(table)
 
 
+def show_verdicts(results: Any) -> None:
+    """Show the verdicts of an analysis, and what was not run."""
+    table = Table(title=results.title, title_justify="left")
+    for column in ("claim of the paper", "here (95% interval)", "verdict"):
+        table.add_column(column)
+    for verdict in results.verdicts:
+        number = "" if verdict.value is None else f"{verdict.value:.3g} ({verdict.low:.3g} to {verdict.high:.3g})"
+        table.add_row(verdict.claim, f"{number} {verdict.unit if number else ''}", verdict.verdict)
+    console = Console()
+    console.print(table)
+    for line in results.not_run:
+        console.print(f"not run: {line}", highlight=False, markup=False)
+
+
 def _interval(interval: Any, form: str = ",.4g") -> str:
     if interval is None:
         return "n/a"

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
+from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
-from metatokens.errors import CheckpointError
+from metatokens.errors import CheckpointError, UsageError
 from metatokens.training.checkpoint import verify_model
 
 # what a config.json with a wrong value, or weights of another shape, end in somewhere inside of transformers
@@ -180,10 +181,41 @@ def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
     A model that no fine-tuning run left behind is asked the defaults.
     """
     config = EvaluateConfig()
-    if (path / "config.yaml").is_file() and "curriculum" in (path / "config.yaml").read_text(encoding="utf-8"):
-        run = load_preset(path / "config.yaml", schema=FinetuneConfig)
+    run = _finetuning_of(path)
+    if run is not None:
         config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed, **run.test.model_dump())
     return override(config, overrides, origin="evaluate")
+
+
+def analysis_of(path: Path, text: str | None, overrides: Sequence[str]) -> AnalysisConfig:
+    """Return what is analysed of a model: a text, or the last stage of its run's recall task; changed by overrides.
+
+    Raises:
+        UsageError: neither a text nor a fine-tuning run.
+    """
+    subject: TextSubject | TaskSubject
+    if text is not None:
+        limit = getattr(open_config(path), "max_sequence_length", None) if is_ours(path) else None
+        window = TextSubject.model_fields["window"].default
+        subject = TextSubject(source=text, window=min(window, limit or window))
+    else:
+        run = _finetuning_of(path)
+        if run is None:
+            raise UsageError(
+                str(path),
+                expected="the run folder of a recall task, or --text",
+                found="neither",
+                remedy="name a text, for example --text python-docs",
+            )
+        subject = TaskSubject(task=run.task, difficulty=run.curriculum[-1].difficulty)
+    return override(AnalysisConfig(subject=subject), overrides, origin="analyze")
+
+
+def _finetuning_of(path: Path) -> FinetuneConfig | None:
+    file = path / "config.yaml"
+    if file.is_file() and "curriculum" in file.read_text(encoding="utf-8"):
+        return load_preset(file, schema=FinetuneConfig)
+    return None
 
 
 def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:

@@ -9,18 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from metatokens.analysis import Lens
 from metatokens.analysis.attention_statistics import (
     RowStatistics,
     StratifiedQueries,
     attention_statistics,
-    distance_profile,
     fused_statistics,
     row_statistics,
 )
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import NoPositionEdges, intervene
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 SIZES = (1, 2, 63, 64, 65, 257)
@@ -34,6 +35,7 @@ NAMES = (
     "meta_entropy",
     "text_entropy",
     "sink_mass",
+    "max_score",
 )
 
 
@@ -65,6 +67,7 @@ def dense(query: Tensor, key: Tensor, is_meta: Tensor, scaling: float, mask: Ten
         "meta_log_odds": mass.log() - rest.log(),
         "meta_entropy": torch.special.entr(on_meta / mass[..., None]).sum(-1),
         "text_entropy": torch.special.entr(on_text / rest[..., None]).sum(-1),
+        "max_score": scores.amax(-1),
         "sink_mass": weights.gather(-1, seen.int().argmax(-1, keepdim=True).expand(2, query.shape[1], -1, -1))[..., 0],
     }
 
@@ -87,9 +90,21 @@ def test_both_paths_equal_the_dense_softmax(tokens: int, scale: float) -> None:
     query, key, is_meta = draw(tokens, scale)
     expected = dense(query, key, is_meta, 0.25)
     assert_same(row_statistics(query, key, scaling=0.25, is_meta=is_meta), expected, 1e-4)
-    fused = fused_statistics(query, key, scaling=0.25, is_meta=is_meta)
-    assert_same(fused, expected, 1e-3)
-    assert torch.allclose(fused.entropy.double(), expected["entropy"], atol=1e-4)
+    assert_same(fused_statistics(query, key, scaling=0.25, is_meta=is_meta), expected, 1e-4)
+
+
+@pytest.mark.parametrize("shift", [-40.0, 40.0])
+def test_a_set_of_next_to_no_weight_is_as_exact_as_the_other(shift: float) -> None:
+    """Of 1 - P of the order of e^-40, float32 knows nothing; the log-odds and both entropies do."""
+    query, key, is_meta = draw(200, 2.0)
+    query[..., 0], key[..., 0] = 1.0, torch.where(is_meta, 4 * shift, 0.0)[:, None]
+    expected = dense(query, key, is_meta, 0.25)
+    for path in (row_statistics, fused_statistics):
+        found = path(query, key, scaling=0.25, is_meta=is_meta)
+        for name in ("entropy", "meta_log_odds", "meta_entropy", "text_entropy"):
+            torch.testing.assert_close(
+                getattr(found, name).double(), expected[name], rtol=1e-4, atol=1e-4, equal_nan=True
+            )
 
 
 def test_extreme_scores_stay_exact() -> None:
@@ -155,23 +170,40 @@ def test_chain_rule_holds_and_rows_are_those_asked_for() -> None:
     assert torch.equal(rows // 6, torch.arange(50))
     found = row_statistics(query, key, scaling=0.25, is_meta=is_meta, rows=rows)
     whole = row_statistics(query, key, scaling=0.25, is_meta=is_meta)
-    assert torch.equal(found.entropy, whole.entropy[..., rows])
+    assert torch.allclose(found.entropy, whole.entropy[..., rows], atol=1e-5)
     mass = found.meta_mass
     inside = torch.special.entr(mass) + torch.special.entr(1 - mass)
     total = inside + torch.nan_to_num(mass * found.meta_entropy) + torch.nan_to_num((1 - mass) * found.text_entropy)
     assert torch.allclose(total, found.entropy, atol=1e-4)
-    assert found.max_score is not None
     assert (found.max_score <= found.log_sum_exp).all()
 
 
-def test_distance_profile_adds_up_and_finds_a_previous_token_head() -> None:
-    query, key, is_meta = draw(33, 2.0)
-    profile = distance_profile(query, key, scaling=0.25, is_meta=is_meta)
-    assert torch.allclose(profile.sum((0, 3)), torch.ones(2, 2, dtype=torch.float64))
-    positions = torch.eye(33)[None, None] * 50
-    previous = torch.roll(positions, -1, dims=-2)
-    found = distance_profile(positions, previous, scaling=1.0, is_meta=torch.zeros(1, 33, dtype=torch.bool))
-    assert found[0, 0, 0, 1] > 0.95  # distance 1; the first token has only itself
+def test_rows_that_see_nothing_have_no_statistics() -> None:
+    query, key, is_meta = draw(9, 2.0)
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    mask[1, :, :3] = False
+    found = row_statistics(query, key, scaling=0.25, is_meta=is_meta, mask=mask)
+    assert torch.equal(found.num_keys[1, 0, :4], torch.tensor([0, 0, 0, 4]))
+    for name in ("entropy", "mean_score", "meta_mass", "meta_log_odds", "meta_entropy", "text_entropy", "sink_mass"):
+        assert getattr(found, name)[1, :, :3].isnan().all(), name
+    assert found.meta_lift[1, :, :3].isnan().all()
+    assert found.entropy[1, :, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("trend", [0.0, 5.0])
+def test_sampling_error_is_the_spread_of_means_of_samples(trend: float) -> None:
+    tokens, count = 600, 60
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(tokens, generator=generator, dtype=torch.float64) + trend * torch.linspace(0, 1, tokens)
+    means, errors = [], []
+    for seed in range(400):
+        queries = StratifiedQueries(count, seed)
+        drawn = values[queries.draw(tokens)]
+        means.append(drawn.mean())
+        errors.append(queries.standard_error(drawn, tokens))
+    spread = float(torch.stack(means).std())
+    assert float((torch.stack(errors) ** 2).mean() ** 0.5) == pytest.approx(spread, rel=0.15)
+    assert float(StratifiedQueries(count).standard_error(values, tokens)) == 0.0
 
 
 def build(**changes: Any) -> MetaTokenForCausalLM:
@@ -206,6 +238,40 @@ def test_statistics_of_a_model_are_those_of_its_eager_weights(position_encoding:
         meta = torch.special.entr(output.meta_attentions[layer].double()).sum(-1)
         real = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)[:, None].expand_as(meta)
         torch.testing.assert_close(found[layer, "meta_attn"].entropy.double()[real], meta[real], rtol=1e-4, atol=1e-4)
+
+
+def test_local_layers_of_gpt_neo_see_their_window_alone() -> None:
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    )
+    model = GPTNeoForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
+    found = attention_statistics(Lens(model), ids, is_meta=ids < 10)
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions
+    for layer in range(2):
+        entropy = torch.special.entr(weights[layer].double()).sum(-1)
+        torch.testing.assert_close(found[layer, "attn"].entropy.double(), entropy, rtol=1e-4, atol=1e-4)
+    assert int(found[0, "attn"].num_keys.max()) == 20
+    assert int(found[1, "attn"].num_keys.max()) == 4
+
+
+def test_a_model_without_meta_tokens_in_sight_is_measured_under_unrotated_edges() -> None:
+    """The keys of `no_position_edges` are wider than its queries while no meta-token has come."""
+    model = build(position_encoding="rope", attn_implementation="sdpa")
+    ids = torch.randint(0, META, (1, 12), generator=torch.Generator().manual_seed(1))
+    lens, is_meta = Lens(model), torch.zeros(1, 12, dtype=torch.bool)
+    plain = attention_statistics(lens, ids, is_meta=is_meta)
+    with intervene(model, [NoPositionEdges()]):
+        wide = attention_statistics(lens, ids, is_meta=is_meta, use_cache=True)
+    torch.testing.assert_close(wide[1, "attn"].entropy, plain[1, "attn"].entropy)
 
 
 def test_a_grouped_softmax_is_refused() -> None:

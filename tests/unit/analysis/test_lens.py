@@ -1,106 +1,26 @@
-"""The lens reads what the model computes, changes what it is told to, and leaves nothing behind."""
+"""The lens reads what the model computes and leaves nothing behind."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import DynamicCache, GPTNeoForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from baseline_models import BASELINES, baseline_model
+from lens_models import META, MODELS, assert_untouched, build, gpt2, sample_ids
 from metatokens.analysis import Lens, ops
+from metatokens.analysis.lens import AttentionCall
 from metatokens.errors import UsageError
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
-from metatokens.model import attention as attention_module
-
-VOCABULARY, META = 50, 48
-NUM_LAYERS, NUM_HEADS, WIDTH = 3, 2, 16
-
-
-def build(**changes: Any) -> MetaTokenForCausalLM:
-    torch.manual_seed(0)
-    config = MetaTokenConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": WIDTH,
-            "intermediate_size": 32,
-            "num_hidden_layers": NUM_LAYERS,
-            "num_attention_heads": NUM_HEADS,
-            "max_position_embeddings": 64,
-            "meta_token_id": META,
-            "attn_implementation": "sdpa",
-        }
-        | changes
-    )
-    model = MetaTokenForCausalLM(config).eval()
-    enlarge(model)
-    return model
-
-
-def enlarge(model: nn.Module) -> None:
-    """Make random weights large enough that attention is far from uniform."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-
-
-def sample_ids(rows: int = 2, tokens: int = 12) -> Tensor:
-    ids = torch.randint(0, META, (rows, tokens), generator=torch.Generator().manual_seed(1))
-    ids[0, [2, 5, 9]] = META
-    ids[1:, [1, 7]] = META
-    return ids
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=NUM_LAYERS, n_head=NUM_HEADS, n_positions=64)
-    model = GPT2LMHeadModel(config).eval()
-    enlarge(model)
-    return model
-
-
-def gpt_neo() -> GPTNeoForCausalLM:
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_layers=2,
-        num_heads=NUM_HEADS,
-        attention_types=[[["global", "local"], 1]],
-        window_size=4,
-        max_position_embeddings=64,
-    )
-    model = GPTNeoForCausalLM(config).eval()
-    enlarge(model)
-    return model
-
-
-OURS = {
-    "rope": {},
-    "learned": {"position_encoding": "learned"},
-    "alibi": {"position_encoding": "alibi"},
-    "none": {"position_encoding": "none"},
-    "all": {"meta_attention_over": "all"},
-    "random": {"meta_attention_over": "random", "random_ratio": 0.4},
-    "one layer": {"meta_attention_layers": [1]},
-    "eager": {"attn_implementation": "eager"},
-}
-MODELS = {name: (lambda changes=changes: build(**changes)) for name, changes in OURS.items()} | {
-    "gpt2": gpt2,
-    "gpt-neo": gpt_neo,
-}
+from metatokens.evaluation.interventions import NoPositionEdges, intervene
+from metatokens.model.attention import eager_attention
+from tiny_models import tokens
 
 
 @pytest.fixture(params=MODELS, name="model")
 def fixture_model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]()
-
-
-def assert_untouched(model: nn.Module) -> None:
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert "project" not in vars(module)
 
 
 def test_logits_keep_their_bits_while_everything_is_read(model: Any) -> None:
@@ -116,34 +36,40 @@ def test_logits_keep_their_bits_while_everything_is_read(model: Any) -> None:
     assert_untouched(model)
 
 
-def test_every_tap_fires_once_a_forward_pass(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lens = Lens(model)
-    fired: Counter[str] = Counter()
-    fire = Lens._fire
+def test_every_tap_fires_once_a_forward_pass(model: Any) -> None:
+    lens, fired = Lens(model), []
 
-    def counting(self: Lens, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-        fired[name] += 1
-        return fire(self, name, value, **kwargs)
+    def note(name: str) -> ops.Edit:
+        return ops.Edit(name, lambda value, columns: (fired.append((name, tuple(columns.shape))), value)[1])
 
-    monkeypatch.setattr(Lens, "_fire", counting)
-    with lens.capture(["*"]):
+    with (
+        lens.edit(*(note(name) for name in lens.names if not name.endswith("hook_result"))),
+        lens.capture(["*"]) as captured,
+    ):
         lens(sample_ids())
-    assert set(fired) == set(lens.names)
-    assert set(fired.values()) == {1}
-    if isinstance(model, MetaTokenForCausalLM):  # without rotation, rotated queries are there before the keys
-        assert list(fired) == list(lens.names)
+    read_only = {name for name in lens.names if name.endswith("hook_result")}
+    assert sorted(name for name, _ in fired) == sorted(set(lens.names) - read_only)
+    assert read_only <= set(captured)  # a second firing of a captured tap raises
+    if not isinstance(model, GPTNeoForCausalLM):
+        assert [name for name, _ in fired] == [name for name in lens.names if name not in read_only]
+    assert all(shape == tuple(captured[name].shape[:2]) for name, shape in fired)
 
 
-def test_both_attentions_of_every_block_run_under_the_lens(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    attend = attention_module.Attention.attend
-    monkeypatch.setattr(
-        attention_module.Attention, "attend", lambda self, *a, **k: (calls.append(self), attend(self, *a, **k))[1]
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_attention_function_runs_twice_in_every_block(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lens that saw one of the two attentions twice, or ran one itself, would pass for one that sees both."""
+    model, calls = build(attn_implementation=implementation), []
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS,
+        implementation,
+        lambda module, *a, **k: (calls.append(module), attend(module, *a, **k))[1],
     )
-    lens = Lens(build())
-    with lens.capture(["blocks.*.hook_resid_post"]):
+    lens = Lens(model)
+    with lens.capture(["*"]), lens.observe([].append):
         lens(sample_ids())
-    assert len(set(calls)) == len(calls) == 2 * NUM_LAYERS
+    layers = model.model.layers
+    assert calls == [module for layer in layers for module in (layer.self_attn, layer.meta_attn)]
 
 
 def test_parts_add_up_to_the_residual_stream(model: Any) -> None:
@@ -211,156 +137,189 @@ def test_selected_tokens_are_packed_in_the_order_of_the_index() -> None:
         assert torch.equal(packed[name].float(), whole[name][whole.meta_columns >= 0])
 
 
-def test_no_edit_and_an_activations_own_value_change_nothing(model: Any) -> None:
+def test_nothing_is_left_behind_when_the_model_raises(model: Any) -> None:
     lens, ids = Lens(model), sample_ids()
     plain = lens(ids).logits
-    with lens.edit():
-        assert torch.equal(lens(ids).logits, plain)
-    names = ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.1.attn.hook_rot_k"]
-    with lens.capture(names) as captured:
-        lens(ids)
-    with lens.edit(*(ops.replace(name, captured[name]) for name in names)):
-        assert torch.equal(lens(ids).logits, plain)
 
+    def fail(old: Tensor, columns: Tensor) -> Tensor:
+        raise RuntimeError(f"on purpose, at {old.shape} and {columns.shape}")
 
-@pytest.mark.parametrize(
-    "name",
-    ["embed.hook_embed", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
-    + [f"blocks.1.attn.{tap}" for tap in ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z")]
-    + ["blocks.1.hook_attn_out", "ln_final.hook_normalized", "unembed.hook_logits"],
-)
-def test_an_edit_at_some_tokens_reaches_what_follows(name: str, model: Any) -> None:
-    lens, ids = Lens(model), sample_ids()
-    at = torch.zeros(1, ids.shape[1], dtype=torch.bool)
-    at[:, 4] = True
-    plain = lens(ids).logits
-    with lens.capture([name]) as before:
+    edits = [ops.scale("*.hook_z", 0.0), ops.cut_edges(None, query=ids == META, key=ids == META)]
+    edits.append(ops.Edit("blocks.1.hook_mlp_out", fail))
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        lens.capture(["*"]),
+        lens.edit(*edits),
+        lens.observe([].append),
+    ):
         lens(ids)
-    with lens.edit(ops.scale(name, 0.5, at=at)), lens.capture([name]) as after:
-        changed = lens(ids).logits
-    assert torch.equal(after[name][:, 4], before[name][:, 4] * 0.5)
-    assert torch.equal(changed[:, :4], plain[:, :4])
-    assert not torch.allclose(changed[:, 4:], plain[:, 4:], atol=1e-4)
     assert_untouched(model)
-
-
-def test_edits_apply_in_the_order_given() -> None:
-    lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_post"
-    one, double = ops.add(name, torch.ones(WIDTH)), ops.scale(name, 2.0)
-    with lens.capture([name]) as plain:
-        lens(ids)
-    with lens.edit(one, double), lens.capture([name]) as first:
-        lens(ids)
-    with lens.edit(double), lens.edit(one), lens.capture([name]) as second:
-        lens(ids)
-    assert torch.equal(first[name], (plain[name] + 1) * 2)
-    assert torch.equal(second[name], plain[name] * 2 + 1)
-
-
-def test_a_middle_replaced_is_the_stream_from_there_on() -> None:
-    lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_mid"
-    other = torch.randn(1, ids.shape[1], WIDTH, generator=torch.Generator().manual_seed(3))
-    with (
-        lens.edit(ops.replace(name, other)),
-        lens.capture([name, "blocks.1.hook_mlp_out", "*.hook_resid_post"]) as seen,
-    ):
-        lens(ids)
-    expected = other + seen["blocks.1.hook_mlp_out"]
-    torch.testing.assert_close(seen["blocks.1.hook_resid_post"], expected)
-
-
-def test_meta_branch_removed_is_a_model_without_it() -> None:
-    model, ids = build(), sample_ids()
-    without = build(meta_attention_layers="none")
-    without.load_state_dict(model.state_dict(), strict=False)
-    lens = Lens(model)
-    with lens.edit(ops.scale("blocks.*.hook_meta_out", 0.0)):
-        removed = lens(ids).logits
-    with torch.no_grad():
-        torch.testing.assert_close(removed, without(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["rope", "learned", "alibi", "eager", "gpt2", "gpt-neo"])
-def test_cut_keys_take_no_part_in_the_softmax(name: str) -> None:
-    """o = (o_all - sum over the cut keys of a v) / (1 - their mass), at every query but the cut ones themselves."""
-    model, ids = MODELS[name](), sample_ids()
-    lens, is_key = Lens(model), torch.zeros(1, 12, dtype=torch.bool)
-    is_key[:, [1, 3]] = True
-    everywhere = torch.ones(1, 12, dtype=torch.bool)
-    taps = ["blocks.0.attn.hook_rot_q", "blocks.0.attn.hook_rot_k", "blocks.0.attn.hook_v", "blocks.0.attn.hook_z"]
-    masks = []
-    with lens.observe(lambda call: masks.append(call.mask)), lens.capture(taps) as before:
-        lens(ids)
-    with lens.edit(ops.cut_edges([0], query=everywhere, key=is_key)), lens.capture(taps) as after:
-        lens(ids)
-    query, key, value, z = (before[tap].transpose(1, 2) for tap in taps)
-    scores = query @ key.transpose(-1, -2) * lens.layout.blocks[0].attentions[0].scaling
-    mask = masks[0]
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask
-    weights = scores.masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
-    weights = weights * ~torch.eye(12, dtype=torch.bool)[None, None].logical_and(is_key[:, None, None, :])
-    of_cut = torch.where(is_key[:, None, None, :], weights, 0)
-    expected = (z - of_cut @ value) / (1 - of_cut.sum(-1, keepdim=True))
-    others = ~is_key[0]
-    torch.testing.assert_close(
-        after[taps[3]].transpose(1, 2)[:, :, others], expected[:, :, others], rtol=1e-3, atol=1e-4
-    )
-
-
-def test_meta_edges_cut_leave_each_meta_token_to_itself() -> None:
-    lens, ids = Lens(build()), sample_ids()
-    is_meta = ids == META
-    taps = ["blocks.1.meta_attn.hook_v", "blocks.1.meta_attn.hook_z"]
-    with (
-        lens.edit(ops.cut_edges(None, query=is_meta, key=is_meta, branch="meta_attn")),
-        lens.capture(taps, at=is_meta) as captured,
-    ):
-        lens(ids)
-    torch.testing.assert_close(captured[taps[1]], captured[taps[0]], rtol=1e-5, atol=1e-6)
-
-
-def test_older_meta_edges_cut_keep_the_nearest() -> None:
-    model, ids = build(), sample_ids()
-    lens, is_meta, taps = Lens(model), ids == META, ["blocks.0.meta_attn.hook_z"]
-    with lens.capture(taps) as whole:
-        lens(ids)
-    for num_kept in (0, 1, 2):
-        with lens.edit(ops.cut_older_edges([0], is_meta=is_meta, num_kept=num_kept)), lens.capture(taps) as cut:
-            lens(ids)
-        same = (cut[taps[0]] - whole[taps[0]]).abs().amax((-1, -2)) < 1e-6
-        assert same[0].tolist() == [True, num_kept >= 1, num_kept >= 2]
-
-
-EDITS = {
-    "replace": lambda at: ops.replace("blocks.1.hook_resid_post", torch.ones(WIDTH), at=at),
-    "keys": lambda at: ops.scale("blocks.0.attn.hook_rot_k", 0.0, at=at),
-    "meta branch": lambda _: ops.scale("blocks.*.hook_meta_out", 0.0),
-    "edges": lambda at: ops.cut_edges([0, 2], query=torch.ones(1, 12, dtype=torch.bool), key=at),
-    "meta edges": lambda at: ops.cut_edges(None, query=torch.ones_like(at), key=at, branch="meta_attn"),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("name", ["rope", "alibi", "all", "eager"])
-def test_edits_mean_the_same_under_cached_decoding(name: str, edit: str) -> None:
-    model, ids = MODELS[name](), sample_ids()
-    lens, at = Lens(model), ids == META
-    with lens.edit(EDITS[edit](at)):
-        whole = lens(ids).logits
-        cache = DynamicCache(config=model.config)
-        steps = [lens(ids[:, :6], past_key_values=cache, use_cache=True).logits]
-        steps += [lens(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(6, 12)]
-    assert not torch.allclose(whole, lens(ids).logits, atol=1e-3)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_is_left_behind_when_the_model_raises() -> None:
-    model = build()
-    lens = Lens(model)
-    with pytest.raises(ValueError, match="exactly one"), lens.capture(["*"]), lens.edit(ops.scale("*.hook_z", 0.0)):
+    assert torch.equal(lens(ids).logits, plain)
+    with pytest.raises(ValueError, match="input_ids"), lens.capture(["*"]):
         lens()
     assert_untouched(model)
+
+
+def test_hooks_are_hung_on_what_is_asked_for_alone() -> None:
+    model = build()
+    lens, block = Lens(model), model.model.layers[1]
+
+    def hooked() -> set[nn.Module]:
+        return {module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks}
+
+    with lens.capture(["blocks.1.hook_resid_post"]):
+        assert hooked() == {model, block}
+    with lens.capture(["blocks.1.attn.hook_rot_q"]):
+        assert hooked() == {model, block.self_attn}
+    with lens.capture(["blocks.1.meta_attn.hook_v"]):
+        assert hooked() == {model, block.meta_attn, *(getattr(block.meta_attn, f"{x}_proj") for x in "qkv")}
+    cut = ops.cut_edges([1], query=sample_ids() == META, key=sample_ids() == META)
+    with lens.edit(cut), lens.edit(ops.scale("blocks.1.hook_resid_mid", 2.0)):
+        assert hooked() == {model, block, block.self_attn, block.mlp, block.post_attention_layernorm}
+    with lens.edit():
+        assert hooked() == set()
+
+
+def test_two_lenses_on_a_model_do_not_disturb_each_other() -> None:
+    model, ids = build(), sample_ids()
+    one, other, name = Lens(model), Lens(model), "blocks.1.attn.hook_rot_q"
+    with one.capture([name]) as plain:
+        one(ids)
+    with one.edit(ops.scale(name, 2.0)), other.capture([name]) as seen:
+        other(ids)
+    assert torch.equal(seen[name], plain[name] * 2)
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_read_as_they_are(name: str) -> None:
+    model, ids = baseline_model(name), tokens("xx_xx_xxx_x", "_xxx_xxxx_x")
+    lens = Lens(model)
+    plain = lens(ids).logits
+    with lens.capture(["*"]) as captured, lens.observe([].append):
+        assert torch.equal(lens(ids).logits, plain)
+    assert set(captured) == set(lens.names)
+
+
+@pytest.mark.slow  # a block mask is compiled
+def test_flex_attention_is_read_and_its_edges_are_not_cut() -> None:
+    model, ids = build(attn_implementation="flex_attention"), sample_ids()
+    lens = Lens(model)
+    plain = lens(ids).logits
+    with lens.capture(["*"]) as captured:
+        assert torch.equal(lens(ids).logits, plain)
+    assert set(captured) == set(lens.names)
+
+
+def test_index_tells_row_and_column_of_what_is_packed() -> None:
+    lens, ids = Lens(build()), sample_ids()
+    at = torch.zeros(1, 12, dtype=torch.bool)
+    at[:, [1, 5, 6]] = True
+    tokens_of, of_meta = "blocks.1.hook_resid_post", "blocks.1.meta_attn.hook_z"
+    with lens.capture([tokens_of, "unembed.hook_logits"], at=at) as captured:
+        lens(ids)
+    assert captured.index.tolist() == [[0, 1], [0, 5], [0, 6], [1, 1], [1, 5], [1, 6]]
+    with lens.capture([tokens_of, of_meta], at=at) as captured:
+        lens(ids)
+    assert len(captured[tokens_of]) == 6
+    assert captured.index_of(of_meta).tolist() == [[0, 5], [1, 1]]
+    assert len(captured[of_meta]) == 2
+    with pytest.raises(UsageError, match=r"ask index_of\(name\)"):
+        _ = captured.index
+    with lens.capture([tokens_of]) as captured:
+        lens(ids)
+    with pytest.raises(UsageError, match="at=mask"):
+        _ = captured.index
+
+
+@pytest.mark.parametrize("name", ["rope", "random", "all", "gpt2", "gpt-neo"])
+def test_a_cached_step_is_read_at_the_columns_of_the_whole_sequence(name: str) -> None:
+    model, ids = MODELS[name](), sample_ids()
+    lens, at = Lens(model), torch.zeros(1, 12, dtype=torch.bool)
+    at[:, [3, 7, 10]] = True
+    with lens.capture(["*"], at=at) as whole:
+        lens(ids)
+    cache = DynamicCache(config=model.config)
+    lens(ids[:, :6], past_key_values=cache, use_cache=True)
+    with lens.capture(["*"], at=at) as step:
+        lens(ids[:, 6:], past_key_values=cache, use_cache=True)
+    for tap in step:
+        index = step.index_of(tap)
+        assert bool((index[:, 1] >= 6).all())
+        rows = [whole.index_of(tap).tolist().index(place) for place in index.tolist()]
+        torch.testing.assert_close(step[tap], whole[tap][rows], rtol=1e-3, atol=1e-4)
+    assert step.index_of("unembed.hook_logits").tolist() == [[0, 7], [0, 10], [1, 7], [1, 10]]
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([2, 11])])
+def test_logits_of_some_tokens_are_read_and_changed_at_their_columns(kept: Any) -> None:
+    lens, ids = Lens(build()), sample_ids()
+    last = torch.arange(12)[None] == 11
+    with lens.edit(ops.scale("unembed.hook_logits", 2.0, at=last)):
+        with lens.capture(["unembed.hook_logits"], at=last) as captured:
+            some = lens(ids, logits_to_keep=kept).logits
+        whole = lens(ids).logits
+    torch.testing.assert_close(captured["unembed.hook_logits"], whole[:, -1])
+    torch.testing.assert_close(some[:, -1], whole[:, -1])
+
+
+def weights_of(call: AttentionCall) -> Tensor:
+    """Return the attention weights that the observed queries, keys and mask give, (B, H, T, T)."""
+    scores = call.query_BHTD @ call.key_BHTD.transpose(-1, -2) * call.scaling
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        scores = scores.masked_fill(~call.mask, -torch.inf)
+    elif call.mask is not None:
+        scores = scores + call.mask
+    hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_observed_queries_keys_and_masks_give_the_weights_of_the_eager_backend(name: str) -> None:
+    model, ids = MODELS[name](), sample_ids(tokens=14)
+    lens, calls = Lens(model), []
+    padding = torch.ones_like(ids)
+    padding[1, :2] = 0
+    with lens.observe(calls.append):
+        lens(ids, attention_mask=padding)
+    if not isinstance(model, GPTNeoForCausalLM):
+        model.set_attn_implementation("eager")
+    ours = {} if name.startswith("gpt") else {"output_meta_attentions": True}
+    output = lens(ids, attention_mask=padding, output_attentions=True, **ours)
+    expected = {"attn": list(output.attentions), "meta_attn": list(getattr(output, "meta_attentions", None) or ())}
+    for call in calls:
+        weights, eager = weights_of(call), expected[call.branch].pop(0)
+        real = call.columns >= 0
+        if call.branch == "attn" or name == "all":
+            real = real & (padding == 1)
+        kept = real[:, None, :, None].expand_as(weights)
+        torch.testing.assert_close(weights[kept], eager[kept], rtol=1e-4, atol=1e-5)
+    assert not any(expected.values())
+
+
+def test_observed_scores_are_those_of_an_intervention() -> None:
+    """Keys cached for unrotated edges are wider than the queries that use them."""
+    model, ids = build(attn_implementation="eager"), sample_ids().clamp(max=META - 1)
+    lens, calls = Lens(model), []
+    with intervene(model, [NoPositionEdges()]), lens.observe(calls.append):
+        output = lens(ids, use_cache=True, output_attentions=True)
+    for call, weights in zip(calls, output.attentions, strict=True):
+        torch.testing.assert_close(weights_of(call), weights, rtol=1e-4, atol=1e-5)
+    ids[:, [3, 5]] = META
+    calls.clear()
+    with intervene(model, [NoPositionEdges()]), lens.observe(calls.append):
+        output = lens(ids, output_attentions=True)
+    torch.testing.assert_close(weights_of(calls[4]), output.attentions[2], rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_models_keep_their_bits() -> None:
+    lens, ids = Lens(build().to(torch.bfloat16)), sample_ids()
+    plain = lens(ids).logits
+    with lens.capture(["*"], dtype=torch.float32) as captured:
+        assert torch.equal(lens(ids).logits, plain)
+    assert {value.dtype for value in captured.values()} == {torch.float32}
+    with lens.edit(ops.cut_edges(None, query=ids == META, key=ids == 3), ops.scale("*.hook_z", 1.0)):
+        assert lens(ids).logits.dtype == torch.bfloat16
 
 
 def test_observers_see_every_attention_with_its_mask() -> None:
@@ -403,10 +362,25 @@ def test_a_mistake_is_one_line() -> None:
     model.set_attn_implementation("flex_attention")
     with pytest.raises(UsageError, match="expected eager or sdpa"), lens.edit(ops.cut_edges([0], query=at, key=at)):
         lens(ids)
-    model.train()
-    with pytest.raises(UsageError, match="found training mode"):
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UsageError, match="one of the whole model"), lens.capture(["*.hook_z"]):
+        model.model(ids)
+    with (
+        pytest.raises(UsageError, match=r"expected \(1 or 2, T\), rows of the batch"),
+        lens.capture(["*.hook_resid_pre"], at=at.repeat(2, 1)),
+    ):
         lens(ids)
-    with pytest.raises(UsageError, match=r"model\.eval"):
-        Lens(model)
+    with pytest.raises(UsageError, match=r"found \(2, 12\) of int64"), lens.capture(["*.hook_z"], at=ids):
+        pass
+    for part in (model, model.model.layers[2].mlp):
+        part.train()
+        with pytest.raises(UsageError, match="found training mode"):
+            lens(ids)
+        with pytest.raises(UsageError, match=r"model\.eval"):
+            Lens(model)
+        model.eval()
+    crossed = gpt2(add_cross_attention=True)
+    with pytest.raises(UsageError, match="GPT-2 with cross-attention"):
+        Lens(crossed)
     with pytest.raises(UsageError, match="found Linear"):
         Lens(nn.Linear(1, 1).eval())  # type: ignore[arg-type]

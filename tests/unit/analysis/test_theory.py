@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metatokens.analysis.theory import (
+    KeyBoosts,
     audit_rows,
     critical_boost,
     entropy_slope,
@@ -156,3 +157,40 @@ def test_audit_finds_a_pure_boost_exactly() -> None:
     assert torch.equal(found.num_boosted, torch.ones_like(found.num_boosted))
     assert torch.equal(found.num_beyond > 0, found.drop > 0)
     assert 0 < int(found.num_above.sum()) < found.num_above.numel()
+
+
+def test_boosts_are_those_of_the_definition_in_rows_with_unequal_numbers_of_meta_keys() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before, after = (torch.randn(2, 2, 7, 7, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    visible = torch.ones(7, 7, dtype=torch.bool).tril()
+    is_meta = torch.zeros(2, 7, dtype=torch.bool)
+    is_meta[0, [0, 2, 5]] = is_meta[1, [3]] = True
+    found = audit_rows(before, after, visible=visible, is_meta=is_meta)
+    assert found.boosts.boost.shape == (2, 2, 7, 3)
+    num_edges = torch.zeros(2, 7, dtype=torch.long)
+    for batch, head, query, number in torch.cartesian_prod(*map(torch.arange, (2, 2, 7, 3))).tolist():
+        keys = is_meta[batch].nonzero()[:, 0].tolist()
+        values = [
+            getattr(found.boosts, name)[batch, head, query, number] for name in ("margin", "competitors", "boost")
+        ]
+        if number >= len(keys) or keys[number] > query or query == 0:  # the first query sees nothing else
+            assert all(value.isnan() for value in values)
+            continue
+        num_edges[batch, query] += head == 0
+        row, new = (scores[batch, head, query, : query + 1] for scores in (before, after))
+        margin, competitors = margin_of(row, keys[number])
+        others = torch.arange(query + 1) != keys[number]
+        rise = (row[others].softmax(-1) * (new - row)[others]).sum()
+        expected = [margin, competitors, (new - row)[keys[number]] - rise]
+        torch.testing.assert_close(torch.stack(values), torch.stack(expected))
+    assert torch.equal(found.num_edges[:, 0], num_edges)
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows, boost=st.floats(-4, 12))
+def test_a_boost_is_beyond_where_it_exceeds_the_critical_one(row: tuple[int, int, float], boost: float) -> None:
+    margin, competitors = margin_of(draw_logits(*row), 0)
+    critical = critical_boost(margin, competitors)
+    found = KeyBoosts(margin, competitors, torch.tensor(boost, dtype=torch.float64)).is_beyond
+    if abs(float(boost - critical)) > 1e-3:
+        assert bool(found) == (boost > critical)

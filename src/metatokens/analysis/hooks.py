@@ -1,0 +1,390 @@
+"""The hooks of the lens: hung on the modules that the requests need, and on no other, until they are removed.
+
+No module is patched and no attention implementation is changed. Queries and keys are seen as the scores use them
+through the `Rotary` that an attention of this package is handed; without rotation these are what was projected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from metatokens.analysis.captures import AttentionCall, Captured
+from metatokens.analysis.edges import cut_mask, window_mask
+from metatokens.analysis.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
+from metatokens.analysis.ops import EdgeCut, Edit
+from metatokens.errors import UsageError
+
+_MASKS_ARE_TENSORS = ("eager", "sdpa")
+
+Observer = Callable[[AttentionCall], None]
+
+
+@dataclasses.dataclass
+class Requests:
+    """What is asked of a model at present."""
+
+    edits: list[Edit] = dataclasses.field(default_factory=list)
+    cuts: list[EdgeCut] = dataclasses.field(default_factory=list)
+    captures: list[Captured] = dataclasses.field(default_factory=list)
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+
+
+def match_names(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the names of taps that a pattern means; `*` stands for any text."""
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+@dataclasses.dataclass
+class _Forward:
+    """The forward pass that is under way."""
+
+    columns: Tensor
+    """(B, T) int64: the column in the sequence of each token."""
+    logit_columns: Tensor
+    """(B, T') int64: of the tokens that get logits."""
+    num_seen: int
+    """Tokens in the cache before it."""
+    pack: Any = None
+    """The packed meta-tokens."""
+    masks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the attention that is running, by branch."""
+    scored: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Its queries and keys, where they are not rotated."""
+    middle: Tensor | None = None
+    """The middle of the residual stream of the block that is running, if it was changed."""
+    mlp_out: Tensor | None = None
+
+
+class _TappedRotary:
+    """Rotates as the one that it wraps does, and shows what comes out."""
+
+    def __init__(self, rotary: Any, look: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._rotary, self._look = rotary, look
+
+    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rotary is not None:
+            query_BHTD, key_BHTD = self._rotary.apply(query_BHTD, key_BHTD)
+        return self._look(query_BHTD, key_BHTD)
+
+
+class Hooks:
+    """The hooks that some requests need on a model."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, requests: Requests) -> None:
+        """Hang them up."""
+        self._model, self._layout = model, layout
+        self._cuts, self._observers = tuple(requests.cuts), tuple(requests.observers)
+        self._edits: dict[str, list[Edit]] = {}
+        for edit in requests.edits:
+            for name in match_names(layout.tap_names, edit.name):
+                self._edits.setdefault(name, []).append(edit)
+        self._captures: dict[str, list[Captured]] = {}
+        for captured in requests.captures:
+            for name in captured.names:
+                self._captures.setdefault(name, []).append(captured)
+        self._handles: list[Any] = []
+        self._current: _Forward | None = None
+        if self._edits or self._captures or self._cuts or self._observers:
+            self._install()
+
+    def remove(self) -> None:
+        """Take them down."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None) -> None:
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self._handles.append(module.register_forward_hook(after))
+
+    def _wants(self, *names: str) -> bool:
+        return any(name in self._edits or name in self._captures for name in names)
+
+    # firing --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _forward(self) -> _Forward:
+        if self._current is None:
+            raise UsageError(
+                "forward pass under a lens",
+                expected="one of the whole model",
+                found="one of a part of it",
+                remedy="call lens(...) or model(...)",
+            )
+        return self._current
+
+    def _fire(self, name: str, value: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Edit and keep an activation (B, T, ...); an unchanged one comes back itself."""
+        columns = self._forward.columns if columns is None else columns
+        value = self._edit(name, value, columns)
+        self._keep(name, value, columns)
+        return value
+
+    def _edit(self, name: str, value: Tensor, columns: Tensor) -> Tensor:
+        for edit in self._edits.get(name, ()):
+            value = edit.change(value, columns)
+        return value
+
+    def _keep(
+        self, name: str, value: Tensor, columns: Tensor, finish: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        for captured in self._captures.get(name, ()):
+            captured.store(name, value, columns, finish)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return  # the model refuses it
+        past, kept = inputs.get("past_key_values"), inputs.get("logits_to_keep", 0)
+        seen = 0 if past is None else past.get_seq_length()
+        implementation = self._model.config._attn_implementation
+        if not isinstance(seen, int):
+            raise UsageError(
+                "past_key_values", expected="a growing cache", found=type(past).__name__, remedy="use a DynamicCache"
+            )
+        if self._cuts and implementation not in _MASKS_ARE_TENSORS:
+            raise UsageError(
+                "attention implementation of a model with cut edges",
+                expected=f"{' or '.join(_MASKS_ARE_TENSORS)}, whose masks are tensors",
+                found=str(implementation),
+                remedy='call model.set_attn_implementation("sdpa")',
+            )
+        columns = (torch.arange(tokens.shape[1], device=tokens.device) + seen).expand(tokens.shape[:2])
+        logit_columns = columns[:, slice(-kept, None) if isinstance(kept, int) else kept]
+        self._current = _Forward(columns, logit_columns, seen)
+
+    def _end(self, *_: Any) -> None:
+        self._current = None
+
+    # hanging up ----------------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        self._hook(self._model, before=self._begin)
+        self._handles.append(self._model.register_forward_hook(self._end, always_call=True))
+        for layer, site in enumerate(self._layout.blocks):
+            self._install_block(layer, site)
+            for attention in site.attentions:
+                self._install_attention(attention)
+        if self._wants("ln_final.hook_normalized"):
+            self._hook(self._layout.final_norm, after=lambda _, __, out: self._fire("ln_final.hook_normalized", out))
+        if self._wants("unembed.hook_logits"):
+
+            def unembed(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
+                return self._fire("unembed.hook_logits", logits, self._forward.logit_columns)
+
+            self._hook(self._layout.head, after=unembed)
+
+    def _install_block(self, layer: int, site: BlockSite) -> None:
+        taps = ("hook_resid_pre", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+        pre, middle, mlp_out, post = (f"blocks.{layer}.{tap}" for tap in taps)
+        moves_middle = middle in self._edits
+        if self._wants(pre) or (layer == 0 and self._wants("embed.hook_embed")):
+            self._hook(site.block, before=partial(self._enter_block, layer, pre))
+        if self._wants(middle):
+            self._hook(site.mlp_norm, before=partial(self._fire_middle, middle))
+        if self._wants(mlp_out) or moves_middle:
+            self._hook(site.mlp, after=partial(self._fire_mlp, mlp_out))
+        if self._wants(post) or moves_middle:
+            self._hook(site.block, after=partial(self._leave_block, post))
+
+    def _install_attention(self, site: AttentionSite) -> None:
+        cuts = [
+            cut for cut in self._cuts if cut.branch == site.branch and (cut.layers is None or site.layer in cut.layers)
+        ]
+        shows_scores = bool(self._observers) or self._wants(*(f"{site.prefix}.{tap}" for tap in ROTATED_TAPS.values()))
+        shows_projections = self._wants(*(f"{site.prefix}.{tap}" for tap in PROJECTION_TAPS))
+        shows_heads = self._wants(f"{site.prefix}.hook_z", f"{site.prefix}.hook_result")
+        shows_output = self._wants(site.output_tap)
+        if not (cuts or shows_scores or shows_projections or shows_heads or shows_output):
+            return
+        self._hook(site.module, before=partial(self._enter_attention, site, cuts, shows_scores))
+        if shows_output:
+            self._hook(site.module, after=partial(self._leave_attention, site))
+        if shows_heads:
+            self._hook(site.output, before=partial(self._fire_heads, site))
+        if shows_projections or (shows_scores and site.rotary_argument is None):
+            taps = [(tap,) for tap in PROJECTION_TAPS] if len(site.projections) > 1 else [PROJECTION_TAPS]
+            for module, made in zip(site.projections, taps, strict=True):
+                self._hook(module, after=partial(self._fire_projections, site, made))
+
+    # blocks --------------------------------------------------------------------------------------------------------
+
+    def _enter_block(self, layer: int, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = self._fire("embed.hook_embed", args[0]) if layer == 0 else args[0]
+        changed = self._fire(name, changed)
+        return None if changed is args[0] else ((changed, *args[1:]), kwargs)
+
+    def _fire_middle(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = self._fire(name, args[0])
+        if changed is args[0]:
+            return None
+        self._forward.middle = changed
+        return (changed, *args[1:]), kwargs
+
+    def _fire_mlp(self, name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        self._forward.mlp_out = self._fire(name, output)
+        return self._forward.mlp_out
+
+    def _leave_block(self, name: str, _: nn.Module, __: Any, output: Any) -> Any:
+        hidden = changed = output[0] if isinstance(output, tuple) else output
+        if self._forward.middle is not None:
+            # the block added its feed-forward part to the middle as it was before the change
+            assert self._forward.mlp_out is not None
+            changed, self._forward.middle = self._forward.middle + self._forward.mlp_out, None
+        changed = self._fire(name, changed)
+        if changed is hidden:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    # attentions ----------------------------------------------------------------------------------------------------
+
+    def _columns_of(self, site: AttentionSite) -> Tensor:
+        columns: Tensor = self._forward.columns if site.branch == "attn" else self._forward.pack.columns
+        return columns
+
+    def _enter_attention(
+        self,
+        site: AttentionSite,
+        cuts: Sequence[EdgeCut],
+        shows_scores: bool,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note the mask of an attention, and return its arguments with the edges cut and the rotation tapped."""
+        arguments = _Arguments(args, kwargs)
+        given = arguments.get(site.mask_argument)
+        look = partial(self._look_at_rotated, site)
+        if site.branch == "attn":
+            new = mask = self._cut(site, cuts, given, arguments)
+            if shows_scores and site.rotary_argument is not None:
+                arguments.set(site.rotary_argument, _TappedRotary(arguments.get(site.rotary_argument), look))
+        else:
+            self._forward.pack = given
+            mask = self._cut(site, cuts, given.mask, arguments)
+            rotary = _TappedRotary(given.rotary, look) if shows_scores else given.rotary
+            new = dataclasses.replace(given, mask=mask, rotary=rotary) if cuts or shows_scores else given
+        if self._observers:
+            self._forward.masks[site.branch] = mask
+        if new is not given:
+            arguments.set(site.mask_argument, new)
+        return (arguments.args, arguments.kwargs) if arguments.is_changed else None
+
+    def _cut(self, site: AttentionSite, cuts: Sequence[EdgeCut], mask: Any, arguments: _Arguments) -> Any:
+        if not cuts:
+            return mask
+        columns = self._columns_of(site)
+        if site.branch == "attn":
+            num_keys = self._forward.num_seen + columns.shape[1]
+            key_columns = torch.arange(num_keys, device=columns.device).expand(len(columns), -1)
+        else:
+            cache = arguments.get(site.cache_argument)
+            cached = None if cache is None else cache.layers[site.layer].meta_columns
+            key_columns = columns if cached is None else torch.cat([cached, columns], dim=1)
+        return cut_mask(mask, cuts, columns, key_columns, num_heads=site.num_heads)
+
+    def _leave_attention(self, site: AttentionSite, _: nn.Module, __: Any, output: tuple[Any, ...]) -> Any:
+        if site.branch == "attn":
+            changed = self._fire(site.output_tap, output[0])
+            return None if changed is output[0] else (changed, *output[1:])
+        pack, columns = self._forward.pack, self._forward.columns
+        empty = output[0].new_zeros((*columns.shape, output[0].shape[-1]))
+        full = pack.add(empty, output[0])
+        changed = self._edit(site.output_tap, full, columns)
+        rows = output[0] if changed is full else pack.gather(changed)
+        # a token that takes no part gets nothing, whatever an edit says
+        self._keep(site.output_tap, full if changed is full else pack.add(empty, rows), columns)
+        return None if changed is full else (rows, *output[1:])
+
+    def _fire_projections(
+        self, site: AttentionSite, taps: tuple[str, ...], _: nn.Module, __: Any, output: Tensor
+    ) -> Tensor | None:
+        """Tap queries, keys and values where they are made; without rotation the scores use them as they are."""
+        columns = self._columns_of(site)
+        made = [part.unflatten(-1, (site.num_heads, site.head_dim)) for part in output.chunk(len(taps), dim=-1)]
+        heads = {tap: self._fire(f"{site.prefix}.{tap}", part, columns) for tap, part in zip(taps, made, strict=True)}
+        if site.rotary_argument is None:
+            for tap in (tap for tap in taps if tap in ROTATED_TAPS):
+                heads[tap] = self._fire(f"{site.prefix}.{ROTATED_TAPS[tap]}", heads[tap], columns)
+            if self._observers:
+                self._observe_when_complete(site, heads)
+        if all(new is old for new, old in zip(heads.values(), made, strict=True)):
+            return None
+        return torch.cat([part.flatten(-2) for part in heads.values()], dim=-1)
+
+    def _observe_when_complete(self, site: AttentionSite, heads: dict[str, Tensor]) -> None:
+        scored = self._forward.scored
+        scored.update((tap, part) for tap, part in heads.items() if tap in ROTATED_TAPS)
+        if len(scored) == len(ROTATED_TAPS):
+            query, key = (scored.pop(tap).transpose(1, 2) for tap in ROTATED_TAPS)
+            self._observe(site, query, key)
+
+    def _look_at_rotated(self, site: AttentionSite, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        rotated = []
+        columns = self._columns_of(site)
+        for tap, heads_BHTD in zip(ROTATED_TAPS.values(), (query_BHTD, key_BHTD), strict=True):
+            heads = heads_BHTD.transpose(1, 2)
+            changed = self._fire(f"{site.prefix}.{tap}", heads, columns)
+            rotated.append(heads_BHTD if changed is heads else changed.transpose(1, 2))
+        query, key = rotated
+        if self._observers:
+            self._observe(site, query, key[..., : query.shape[-1]])  # see `Rotary.apply`
+        return query, key
+
+    def _observe(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
+        if self._forward.num_seen:
+            raise UsageError(
+                "observed forward pass",
+                expected="no cached tokens",
+                found=str(self._forward.num_seen),
+                remedy="run it whole",
+            )
+        columns, mask = self._columns_of(site), self._forward.masks[site.branch]
+        if site.window is not None:
+            mask = window_mask(mask, site.window, columns)
+        call = AttentionCall(site.layer, site.branch, query, key, mask, site.scaling, columns)
+        for observer in self._observers:
+            observer(call)
+
+    def _fire_heads(self, site: AttentionSite, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        columns = self._columns_of(site)
+        heads = args[0].unflatten(-1, (site.num_heads, site.head_dim))
+        changed = self._fire(f"{site.prefix}.hook_z", heads, columns)
+        weight: Tensor = site.output.weight  # type: ignore[assignment]
+        weight = (weight if site.is_output_transposed else weight.T).unflatten(0, (site.num_heads, site.head_dim))
+        self._keep(
+            f"{site.prefix}.hook_result", changed, columns, lambda z: torch.einsum("...hd,hdc->...hc", z, weight)
+        )
+        return None if changed is heads else ((changed.flatten(-2), *args[1:]), kwargs)
+
+
+class _Arguments:
+    """The arguments of a call, by place or by name."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.is_changed = False
+
+    def get(self, which: tuple[int, str]) -> Any:
+        place, name = which
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+
+    def set(self, which: tuple[int, str], value: Any) -> None:
+        place, name = which
+        if len(self.args) > place:
+            self.args = (*self.args[:place], value, *self.args[place + 1 :])
+        else:
+            self.kwargs = {**self.kwargs, name: value}
+        self.is_changed = True

@@ -1,0 +1,288 @@
+"""One function for each part of an analysis: measure, record with intervals, and note what claims are decided by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.analysis.attention_effects import ROW_METRICS, attention_effects
+from metatokens.analysis.attention_statistics import StratifiedQueries
+from metatokens.analysis.causal import (
+    KnockOut,
+    Patch,
+    block_paths,
+    interchange,
+    knock_out_meta_attention,
+    knock_out_on_text,
+    list_knock_outs,
+)
+from metatokens.analysis.eviction import measure_eviction
+from metatokens.analysis.lens import Lens
+from metatokens.analysis.minimal_pairs import make_minimal_pairs
+from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
+from metatokens.analysis.results import TokenView
+from metatokens.analysis.similarity import ExcessCosine, calibrate, measure_excess_cosine
+from metatokens.analysis.subjects import Subject, stack
+from metatokens.analysis.token_view import LONGEST_VIEW, measure_token_view
+from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import (
+    Intervention,
+    NoPositionEdges,
+    ZeroEmbedding,
+    ZeroPosition,
+    check_interventions,
+    intervene,
+)
+from metatokens.evaluation.recall import count_right_answers
+from metatokens.tasks.base import PieceEncoder
+
+Array = npt.NDArray[np.float64]
+THEOREM_SHARE = 0.99
+"""A theorem for every row holds for at least so many, rounding allowed for."""
+_BATCH = 16
+_UNITS = {"meta_mass": "1", "meta_lift": "ratio", "max_score_boost": "logits"}
+_METHODS = dict(zip(ROW_METRICS, ("A1", "A8", "A5", "A6", "A4", "A4"), strict=True))
+_CONDITIONS = {"none": "full", "direct": "direct cut", "meta": "meta cut", "direct+meta": "both cut"}
+_MORE_CONDITIONS = {
+    "meta branch": "meta-attention off",
+    "direct+meta branch": "direct cut, meta-attention off",
+    "direct+meta+detour": "all paths cut",
+}
+_STATES = {"meta": "meta-tokens", "ordinary": "ordinary tokens", "item": "the item", "last": "last token"}
+
+
+def measure_attention(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:
+    """Entropy, boost and mass with the meta-tokens' embedding and with it zeroed, and the theorem's audit."""
+    effects = attention_effects(
+        lens, subject.documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(config.queries, config.seed)
+    )
+    for metric in ROW_METRICS:
+        values: Array = getattr(effects, metric)
+        is_change = metric.endswith(("drop", "boost"))
+        unit, method = _UNITS.get(metric, "nats"), _METHODS[metric]
+        for layer in range(values.shape[1]):
+            for head in range(values.shape[2]):
+                findings.add(
+                    "attention",
+                    metric,
+                    unit,
+                    method,
+                    values[:, layer, head],
+                    at={"layer": layer, "head": head},
+                    test=is_change,
+                )
+        means = over_layers_and_heads(values)
+        findings.add("attention", metric, unit, method, means, test=is_change)
+        if is_change:
+            findings.endpoints[metric] = means
+    places: list[tuple[At, slice]] = [({"layer": i}, slice(i, i + 1)) for i in range(effects.edges.shape[1])]
+    for at, chosen in [*places, ({}, slice(None))]:
+        edges, above, boosted, beyond = np.moveaxis(effects.edges[:, chosen].sum(axis=1), -1, 0)
+        rows, change, squares, mechanism, residuals, agree, moved = np.moveaxis(
+            effects.changes[:, chosen].sum(axis=1), -1, 0
+        )
+        findings.add_ratio("theory", "share_above", "1", "theory", above, edges, at=at)
+        findings.add_ratio("theory", "share_beyond", "1", "theory", beyond, boosted, at=at)
+        findings.add_ratio("theory", "mechanism", "nats", "theory", mechanism, rows, at=at)
+        findings.add_ratio("theory", "change", "nats", "theory", change, rows, at=at)
+        findings.add_ratio("theory", "sign_agreement", "1", "theory", agree, moved, at=at)
+        columns = np.stack([rows, change, squares, residuals], axis=1)
+        findings.add("theory", "r_squared", "1", "theory", columns, at=at, statistic=r_squared_statistic)
+    _, _, boosted, beyond = np.moveaxis(effects.edges.sum(axis=1), -1, 0)
+    findings.endpoints["theorem"] = np.divide(beyond, boosted, out=np.full(len(beyond), np.nan), where=boosted > 0) - (
+        THEOREM_SHARE
+    )
+    findings.arrays["theory_points"] = effects.points.astype(np.float32)
+
+
+def measure_zeroing(lens: Lens, subject: Subject, findings: Findings) -> None:
+    """Accuracy of a task with something taken from the meta-tokens, at inference (the paper's Table 2)."""
+    full = _accuracy(lens.model, subject, ())
+    findings.add_accuracy("accuracy", "C1", full, at={"intervention": "none"})
+    interventions: tuple[Intervention, ...] = (ZeroEmbedding(), ZeroPosition(), NoPositionEdges())
+    for intervention in interventions:
+        try:
+            check_interventions(lens.model, [intervention])
+        except UsageError as error:
+            findings.not_run.append(str(error))
+            continue
+        accuracy = _accuracy(lens.model, subject, (intervention,))
+        at = {"intervention": intervention.kind}
+        findings.add_accuracy("accuracy", "C1", accuracy, at=at)
+        findings.add("causal", "accuracy_change", "1", "C1", accuracy - full, at=at, test=True)
+        if intervention.kind == "zero_position":
+            findings.endpoints["zero_position"] = accuracy - full
+        elif intervention.kind == "zero_embedding":
+            findings.endpoints["zero_embedding"] = full - accuracy
+
+
+def measure_causes(
+    lens: Lens, encoder: TextEncoder, subject: TaskSubject, config: AnalysisConfig, findings: Findings
+) -> None:
+    """Path blocking, interchange and knock-out on minimal pairs."""
+    pairs = make_minimal_pairs(
+        subject.task,
+        subject.difficulty,
+        encoder=PieceEncoder(encoder),
+        meta_token_id=int(lens.model.config.meta_token_id),
+        seed=config.seed,
+        pairs=subject.pairs,
+    )
+    usable = [pair for pair in pairs if len(pair.later_meta_positions)]
+    if len(usable) < len(pairs):
+        findings.not_run.append(f"causal part: {len(pairs) - len(usable)} pairs have no meta-token behind the item")
+    if not usable:
+        return
+    blocking = block_paths(lens, usable, first_layers=[0])
+    for blocked, scores in blocking.scores.items():
+        name = _CONDITIONS.get(blocked.paths) or _MORE_CONDITIONS.get(blocked.paths)
+        if name is not None:
+            findings.add("causal", "logit_difference", "logits", "E2", scores.logit_difference, at={"condition": name})
+            findings.add_accuracy("pair_accuracy", "E2", scores.accuracy, at={"condition": name})
+    interaction = blocking.interaction(0)
+    findings.add("causal", "interaction", "logits", "E2", interaction, test=True)
+    findings.endpoints["interaction"] = interaction
+
+    exchanged = interchange(lens, usable, directions=("denoise",), windows=(1,))
+    for patch in exchanged.patched:
+        effect = exchanged.effect(Patch(*patch))
+        findings.add_ratio(
+            "causal",
+            "interchange",
+            "1",
+            "E1",
+            effect.numerators,
+            effect.denominators,
+            at={"layer": patch.site, "where": _STATES[patch.state]},
+        )
+    if any(site.branch == "meta_attn" for block in lens.layout.blocks for site in block.attentions):
+        chosen = [one for one in list_knock_outs(lens) if one.kind in ("zero", "mean")]
+        knocked = knock_out_meta_attention(lens, usable, knock_outs=chosen)
+        for one in chosen:
+            findings.add(
+                "causal", "knockout", "nats", "E3", knocked.loss(one), at={"mode": one.kind, **_layers_of(one)}
+            )
+
+
+def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:
+    """Cosine of meta-tokens with earlier text, beside that of ordinary tokens at the same places."""
+    calibrations = calibrate(lens, [{"input_ids": document.input_ids} for document in subject.calibration])
+    longest = subject.documents[0].input_ids.shape[1]
+    distances = [distance for distance in config.distances if distance < longest // 2]
+    parts = []
+    for start in range(0, len(subject.documents), _BATCH):
+        rows = slice(start, start + _BATCH)
+        if len(subject.documents[rows]) < 2:
+            break  # the control needs another document
+        parts.append(
+            measure_excess_cosine(
+                lens,
+                stack(subject.documents[rows]),
+                stack(subject.control[rows]),
+                documents=np.arange(start, start + len(subject.documents[rows])),
+                calibrations=calibrations,
+                seed=config.seed,
+                distances=distances,
+                variants=("raw", "centred"),
+            )
+        )
+    found = ExcessCosine.merge(parts)
+    curves = {"meta": found.meta.own, "ordinary": found.ordinary.own, "meta, shuffled": found.meta.shuffled}
+    for kind, sums in curves.items():
+        means = sums.means  # (documents, variants, layers + 1, distances)
+        for variant, form in enumerate(("raw", "centred")):
+            for layer in range(means.shape[2]):
+                for index, distance in enumerate(distances):
+                    findings.add(
+                        "similarity",
+                        "cosine",
+                        "1",
+                        "R1",
+                        means[:, variant, layer, index],
+                        at={"layer": layer, "distance": distance, "kind": kind, "form": form},
+                    )
+    excess = found.over_ordinary.means[:, 1]
+    for layer in range(excess.shape[1]):
+        for index, distance in enumerate(distances):
+            values = excess[:, layer, index]
+            findings.add(
+                "similarity", "excess_cosine", "1", "R2", values, at={"layer": layer, "distance": distance}, test=True
+            )
+    findings.endpoints["excess_cosine"] = excess[:, 1:, 0].mean(axis=1)
+    meta = found.meta.own.means[:, 1, 1:]
+    findings.endpoints["fading_cosine"] = (meta[..., 0] - meta[..., -1]).mean(axis=1)
+
+
+def measure_evictions(
+    lens: Lens, subject: Subject, text: TextSubject, config: AnalysisConfig, findings: Findings
+) -> None:
+    """Cost of a continuation when most of the cache is gone, by what stays."""
+    costs = measure_eviction(
+        lens,
+        stack(subject.documents).numpy(),
+        int(text.prefix_share * text.window),
+        meta_token_id=int(lens.model.config.meta_token_id),
+        budgets=config.budgets,
+        seed=config.seed,
+    )
+    for condition, cost in costs.costs.items():
+        findings.add(
+            "eviction",
+            "cost",
+            "nats/token",
+            "E4",
+            cost,
+            at={"policy": condition.policy, "kept": float(condition.budget)},
+        )
+    smallest = min(config.budgets)
+    by_policy = {key.policy: cost for key, cost in costs.costs.items() if key.budget == smallest}
+    findings.endpoints["eviction"] = by_policy["even"] - by_policy["meta"]
+
+
+def measure_knock_outs(lens: Lens, subject: Subject, findings: Findings) -> None:
+    """What removing meta-attention costs on text."""
+    chosen = [one for one in list_knock_outs(lens) if one.kind == "zero"]
+    rows = [document.input_ids[0].numpy() for document in subject.documents]
+    losses = knock_out_on_text(lens, rows, knock_outs=chosen)
+    for one in chosen:
+        findings.add(
+            "language_model",
+            "loss_change",
+            "nats/token",
+            "C2",
+            losses.losses[one] - losses.full,
+            at=_layers_of(one),
+            test=True,
+        )
+
+
+def measure_views(
+    lens: Lens, subject: Subject, encoder: Any, config: AnalysisConfig, findings: Findings
+) -> list[TokenView]:
+    """Show some documents token by token."""
+    calibrations = calibrate(lens, [{"input_ids": document.input_ids} for document in subject.calibration])
+    views = []
+    for number, document in enumerate(subject.documents[: config.token_views]):
+        ids = document.input_ids[0, :LONGEST_VIEW]
+        measured = measure_token_view(lens, ids, encoder.decode, calibrations=calibrations)
+        view, arrays = measured.named(document.name, f"view{number}")
+        views.append(view)
+        findings.arrays.update(arrays)
+    return views
+
+
+def _accuracy(model: Any, subject: Subject, interventions: tuple[Intervention, ...]) -> Array:
+    """Return the share of answers of each instance that are right."""
+    with intervene(model, interventions):
+        found = count_right_answers(model, subject.instances, batch_size=_BATCH)
+    share: Array = found.right_answers / found.answers
+    return share
+
+
+def _layers_of(knock_out: KnockOut) -> dict[str, int]:
+    """Return the layer of a knock-out of one, nothing for one of all."""
+    return {"layer": knock_out.layers[0]} if len(knock_out.layers) == 1 else {}

@@ -1,0 +1,153 @@
+"""The whole analysis of one model: every part that its subject allows, in one set of results.
+
+For instances of a recall task: attention and the theorem's audit, zeroing, minimal pairs, rate and distortion. For
+text: attention and the audit, similarity, eviction, knock-out. A part that cannot run is named with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from metatokens.analysis.lens import Lens
+from metatokens.analysis.measuring import (
+    measure_attention,
+    measure_causes,
+    measure_evictions,
+    measure_knock_outs,
+    measure_similarity,
+    measure_views,
+    measure_zeroing,
+)
+from metatokens.analysis.recording import Findings
+from metatokens.analysis.results import Results, TokenView
+from metatokens.analysis.subjects import Subject, task_subject, text_subject
+from metatokens.analysis.verdicts import judge
+from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
+from metatokens.evaluation.significance import check_documents
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was analysed, for the header of the report."""
+
+    name: str
+    weights_sha256: str
+    command: str
+
+
+def analyze(
+    model: Any, tokenizer: Tokenizer, config: AnalysisConfig, *, identity: Identity, say: Say = lambda _: None
+) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
+    """Measure what the config asks for and return the results with their arrays.
+
+    Raises:
+        UsageError: a model in training mode or without meta-tokens, too few or too short documents.
+    """
+    lens = Lens(getattr(model, "wrapped", model))
+    encoder = TextEncoder(tokenizer)
+    check_documents(np.zeros(config.documents))
+    if isinstance(config.subject, TaskSubject):
+        subject = task_subject(lens.model, encoder, config, config.subject)
+    else:
+        subject = text_subject(lens.model, encoder, config, config.subject)
+    findings = Findings(config.seed)
+    views: list[TokenView] = []
+
+    def show() -> None:
+        views.extend(measure_views(lens, subject, tokenizer, config, findings))
+
+    for part, run in _parts(lens, subject, encoder, config, findings).items():
+        if part in config.parts:
+            say(f"{part} ...")
+            _run(part, run, findings)
+    if "token_view" in config.parts and config.token_views:
+        say("token_view ...")
+        _run("token_view", show, findings)
+    records = findings.finished_records()
+    results = Results(
+        title=f"Inside {identity.name}",
+        checkpoint=_describe(lens.model, identity),
+        config=config.model_dump(mode="json"),
+        config_sha256=_digest(config.model_dump(mode="json")),
+        endpoints_sha256=_digest(list(config.endpoints)),
+        data=_describe_data(config, subject),
+        seed=config.seed,
+        versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        command=identity.command,
+        not_run=tuple(findings.not_run),
+        records=tuple(records),
+        verdicts=tuple(judge(findings.endpoints, config.endpoints, seed=config.seed)),
+        token_views=tuple(views),
+    )
+    return results, findings.arrays
+
+
+def _parts(
+    lens: Lens, subject: Subject, encoder: TextEncoder, config: AnalysisConfig, findings: Findings
+) -> Mapping[Part, Callable[[], None]]:
+    """Return what can be measured of the subject, in order."""
+    of = config.subject
+    parts: dict[Part, Callable[[], None]] = {"attention": lambda: measure_attention(lens, subject, config, findings)}
+    if isinstance(of, TaskSubject):
+
+        def causal() -> None:
+            measure_zeroing(lens, subject, findings)
+            measure_causes(lens, encoder, of, config, findings)
+
+        parts["causal"] = causal
+    else:
+        parts["similarity"] = lambda: measure_similarity(lens, subject, config, findings)
+        parts["eviction"] = lambda: measure_evictions(lens, subject, of, config, findings)
+        parts["knockout"] = lambda: measure_knock_outs(lens, subject, findings)
+    return parts
+
+
+def _run(part: Part, run: Callable[[], None], findings: Findings) -> None:
+    """Run a part; one that this model or these documents do not allow is named, the others go on."""
+    try:
+        run()
+    except UsageError as error:
+        findings.not_run.append(f"{part}: {error}")
+
+
+def _describe(model: Any, identity: Identity) -> dict[str, Any]:
+    config = model.config
+    return {
+        "name": identity.name,
+        "sha256": identity.weights_sha256,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "position encoding": getattr(config, "position_encoding", "learned"),
+        "training seeds": 1,
+    }
+
+
+def _describe_data(config: AnalysisConfig, subject: Subject) -> dict[str, Any]:
+    lengths = [document.input_ids.shape[1] for document in subject.documents]
+    is_task = isinstance(config.subject, TaskSubject)
+    return {
+        "subject": f"task {config.subject.task.kind}" if isinstance(config.subject, TaskSubject) else "text",
+        "instances" if is_task else "documents": len(subject.documents),
+        "positions": f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(lengths[0]),
+        "meta-tokens each": f"{np.mean([int(document.is_meta.sum()) for document in subject.documents]):.1f}",
+    }
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

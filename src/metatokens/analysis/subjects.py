@@ -1,0 +1,138 @@
+"""The documents of an analysis: instances of a recall task, or the beginnings of texts with meta-tokens injected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metatokens.analysis.attention_effects import Document
+from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
+from metatokens.config.schema import UniformInjection
+from metatokens.data.injection import inject_into_prompt
+from metatokens.data.sources import SourceOptions, iterate_documents
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
+from metatokens.evaluation.recall import make_test_instances
+from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.encoding import EncodedInstance
+
+_CONTROL_SEED = 2**32  # of the second injection, which puts ordinary tokens at the meta-tokens' places
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a model is looked at on."""
+
+    documents: list[Document]
+    calibration: list[Document]
+    """Other documents."""
+    control: list[Document]
+    """The texts of `documents` with as many meta-tokens elsewhere; empty for a task, whose places mean something."""
+    instances: list[EncodedInstance]
+    """Of a task, one a document."""
+
+
+def check_model(model: Any) -> int:
+    """Return the meta-token's id.
+
+    Raises:
+        UsageError: a model without meta-tokens.
+    """
+    meta_token_id = getattr(model.config, "meta_token_id", None)
+    if meta_token_id is None:
+        raise UsageError(
+            "model", expected="one with a meta-token", found="none in its config", remedy="analyse another checkpoint"
+        )
+    return int(meta_token_id)
+
+
+def task_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TaskSubject) -> Subject:
+    """Return instances of the test split, whole rows with their answers."""
+    meta_token_id = check_model(model)
+    total = config.documents + config.calibration_documents
+    instances = make_test_instances(
+        subject.task,
+        subject.difficulty,
+        encoder=PieceEncoder(encoder),
+        meta_token_id=meta_token_id,
+        seed=config.seed,
+        instances=total,
+    )
+    documents = [
+        _document(f"instance {number}", torch.from_numpy(instance.input_ids), meta_token_id)
+        for number, instance in enumerate(instances)
+    ]
+    if not any(bool(document.is_meta.any()) for document in documents):
+        raise UsageError(
+            "subject.task.meta_places",
+            expected="places of meta-tokens",
+            found=subject.task.meta_places.kind,
+            remedy="analyse a model that was trained with them",
+        )
+    return Subject(documents[: config.documents], documents[config.documents :], [], instances[: config.documents])
+
+
+def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TextSubject) -> Subject:
+    """Return the first `window` positions of texts, as many as are asked for and long enough.
+
+    Raises:
+        UsageError: a window longer than the model, or too few texts that fill it.
+    """
+    meta_token_id = check_model(model)
+    limit = getattr(model.config, "max_sequence_length", None) or model.config.max_position_embeddings
+    if subject.window > limit:
+        raise UsageError(
+            "subject.window", expected=f"at most {limit}, the model's", found=str(subject.window), remedy="lower it"
+        )
+    injection = UniformInjection(ratio=subject.ratio)
+    num_text = subject.window - injection.num_meta(subject.window)
+    wanted = config.documents + config.calibration_documents
+    found: list[tuple[str, list[int]]] = []
+    num_seen = 0
+    for name, ids in _texts(encoder, subject):
+        num_seen += 1
+        if len(ids) >= num_text:
+            found.append((name, ids[:num_text]))
+        if len(found) == wanted:
+            break
+    if len(found) < wanted:
+        raise UsageError(
+            f"texts of {subject.source}",
+            expected=f"{wanted} of at least {num_text} tokens each",
+            found=f"{len(found)} of {num_seen}",
+            remedy="lower documents, calibration_documents or subject.window",
+        )
+
+    def inject(number: int, offset: int) -> Document:
+        name, ids = found[number]
+        row = inject_into_prompt(ids, injection, meta_token_id=meta_token_id, seed=config.seed + number + offset)
+        return _document(name, torch.tensor(row), meta_token_id)
+
+    return Subject(
+        documents=[inject(number, 0) for number in range(config.documents)],
+        calibration=[inject(number, 0) for number in range(config.documents, wanted)],
+        control=[inject(number, _CONTROL_SEED) for number in range(config.documents)],
+        instances=[],
+    )
+
+
+def stack(documents: Sequence[Document]) -> Tensor:
+    """Return documents of one length as one batch, (documents, T)."""
+    return torch.cat([document.input_ids for document in documents])
+
+
+def _texts(encoder: TextEncoder, subject: TextSubject) -> Iterator[tuple[str, list[int]]]:
+    for document in iterate_documents(subject.source, SourceOptions()):
+        # no token is longer than a few dozen bytes, and a window needs no more than its beginning
+        text = document.text[: subject.window * 64]
+        yield document.source, np.asarray(encoder.encode_batch([text])[0]).astype(np.int64).tolist()
+
+
+def _document(name: str, ids: Tensor, meta_token_id: int) -> Document:
+    row = ids[None].long()
+    return Document(name, row, row == meta_token_id)

@@ -1,0 +1,133 @@
+"""The paper's claims about the inside of a model (PAPER section 4), and what decides each: one number, named before.
+
+An endpoint is one number a document, whose mean must lie above 0 with its whole interval for the claim to be supported.
+An interval that holds 0, or lies below it, does not support the claim; a claim whose number was not measured is not
+tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.analysis.results import Verdict
+from metatokens.config.analysis import Endpoint
+from metatokens.evaluation.significance import MINIMUM_DOCUMENTS, bca_interval, holm, sign_flip_test
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, and the number that decides."""
+
+    text: str
+    paper: str
+    endpoint: str
+    unit: str
+
+
+CLAIMS: dict[Endpoint, Claim] = {
+    "entropy_drop": Claim(
+        "Meta-tokens lower the entropy of attention",
+        "+1.40 nats",
+        "entropy without minus with the meta-tokens' embedding, mean over layers, heads and queries",
+        "nats",
+    ),
+    "max_score_boost": Claim(
+        "Meta-tokens raise the largest logit",
+        "+1.26",
+        "largest attention score with minus without the embedding; not free of a common shift",
+        "logits",
+    ),
+    "log_odds_boost": Claim(
+        "Meta-tokens draw attention to themselves",
+        "implied by the boost",
+        "log-odds of the mass on meta keys, with minus without the embedding; free of a common shift",
+        "nats",
+    ),
+    "theorem": Claim(
+        "A boost of a meta key lowers the entropy of its row, for every row (Theorem 4.1)",
+        "for every row",
+        "share of boosted edges whose boost alone lowers the entropy, minus 0.99",
+        "1",
+    ),
+    "excess_cosine": Claim(
+        "The state of a meta-token resembles the text right before it",
+        "spikes on near context",
+        "centred cosine at distance 1 minus that of ordinary tokens at the same places, mean over layers",
+        "1",
+    ),
+    "fading_cosine": Claim(
+        "That resemblance fades with distance",
+        "fades with distance",
+        "centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers",
+        "1",
+    ),
+    "area": Claim(
+        "A meta-token's state holds the answer at a lower distortion for equal rate",
+        "lower distortion at equal rate",
+        "area between the rate-distortion hulls, last token minus last meta-token",
+        "nats^2",
+    ),
+    "interaction": Claim(
+        "Meta-tokens cache what stands before them",
+        "implicit caching",
+        "by how much more cutting the meta path costs once the direct path is cut (path blocking, from layer 0)",
+        "logits",
+    ),
+    "eviction": Claim(
+        "Meta-tokens stand in for the text before them in the key-value cache",
+        "compression",
+        "cost of keeping evenly spaced columns minus that of keeping meta-tokens, smallest budget",
+        "nats/token",
+    ),
+    "zero_position": Claim(
+        "Zeroing the position at meta-tokens helps recall",
+        "0.0-44.4 -> 22.2-66.7% with RoPE",
+        "accuracy with the position zeroed minus in full",
+        "1",
+    ),
+    "zero_embedding": Claim(
+        "Zeroing the embedding of meta-tokens hurts recall",
+        "falls on almost every task",
+        "accuracy in full minus with the embedding zeroed",
+        "1",
+    ),
+}
+
+
+def judge(endpoints: Mapping[str, Array], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
+    """Return a verdict on every claim; p-values are corrected together (Holm)."""
+    verdicts = [_judge_one(name, endpoints.get(name) if name in chosen else None, seed) for name in CLAIMS]
+    tested = [index for index, verdict in enumerate(verdicts) if verdict.p_value is not None]
+    adjusted = holm([verdicts[index].p_value or 0.0 for index in tested])
+    for index, p_value in zip(tested, adjusted, strict=True):
+        verdicts[index] = verdicts[index].model_copy(update={"p_value": p_value})
+    return verdicts
+
+
+def _judge_one(name: Endpoint, documents: Array | None, seed: int) -> Verdict:
+    claim = CLAIMS[name]
+    shared = {"claim": claim.text, "paper": claim.paper, "endpoint": claim.endpoint, "unit": claim.unit}
+    values = np.asarray([] if documents is None else documents, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < MINIMUM_DOCUMENTS:
+        note = "not measured" if documents is None else f"{len(values)} documents are too few for an interval"
+        return Verdict(**shared, verdict="not tested", note=note)
+    interval = bca_interval(values, seed=seed)
+    assert interval.low is not None
+    assert interval.high is not None
+    return Verdict(
+        **shared,
+        verdict="supported" if interval.low > 0 else "not supported",
+        value=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        num_documents=len(values),
+        p_value=sign_flip_test(values, seed=seed),
+        note="the opposite holds" if interval.high < 0 else None,
+    )
