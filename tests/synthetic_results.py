@@ -77,6 +77,10 @@ def causal_records() -> list[Record]:
     conditions = {"full": 3.0, "direct cut": 2.5, "meta cut": 2.8, "both cut": 0.1}
     rows = [record("causal", "logit_difference", "nats", v, condition=k) for k, v in conditions.items()]
     rows.append(record("causal", "interaction", "nats", 1.9))
+    for intervention, accuracy in (("none", 0.9), ("zero_embedding", 0.31), ("zero_position", 0.88)):
+        rows.append(record("causal", "accuracy", "1", accuracy, intervention=intervention))
+    rows.append(record("causal", "knockout", "nats", 1.234, mode="zero"))
+    rows.append(record("language_model", "loss_change", "nats/token", 0.0417, layer=1))
     for layer in range(NUM_LAYERS):
         rows += [
             record("causal", "interchange", "1", 1 - layer / 4, layer=layer, where="meta-tokens"),
@@ -99,9 +103,13 @@ def token_view() -> tuple[TokenView, dict[str, np.ndarray]]:
     meta_weights /= meta_weights.sum(-1, keepdims=True)
     loss = generator.random(count)
     loss[list(META_PLACES)] = np.nan
+    cosines = np.tril(generator.uniform(-1, 1, (NUM_LAYERS, count, count)))
     arrays = {
         "view0_attention": np.round(255 * np.sqrt(weights)).astype(np.uint8),
         "view0_meta_attention": np.round(255 * np.sqrt(meta_weights)).astype(np.uint8),
+        "view0_meta_attention_tokens": np.array(META_PLACES, dtype=np.int16),
+        "view0_cosine_raw": np.round(127 * cosines).astype(np.int8),
+        "view0_cosine_centred": np.round(-127 * cosines).astype(np.int8),
         "view0_loss_with": loss,
         "view0_loss_without": loss + 0.1,
     }

@@ -1,15 +1,18 @@
 """The report in a real browser: no network, no errors, and what it shows is what Python computed."""
 
+import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from metatokens.analysis.results import write_results
-from metatokens.report.page import write_report
+from metatokens.analysis.results import TokenView, write_results
+from metatokens.report.analysis_figures import FIGURES
+from metatokens.report.page import LARGEST_PAGE_BYTES, write_report
 from synthetic_results import META_PLACES, NUM_HEADS, NUM_LAYERS, TOKENS, build_results
 
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -20,6 +23,24 @@ pytestmark = [
 ]
 RESULTS, ARRAYS = build_results()
 QUERY = len(TOKENS) - 1
+SECONDS_TO_READY = 30  # 3 on an idle machine; a test machine may be busy
+TOKEN_COLOURS = """[...document.querySelectorAll("#strip span")].map((span) => [
+  getComputedStyle(document.body), getComputedStyle(span),
+].map((style) => style.backgroundColor).concat(getComputedStyle(span).color))"""
+
+
+def parse_colour(text: str) -> list[float]:
+    channels = [float(number) for number in re.findall(r"[\d.]+", text)]
+    return channels if len(channels) == 4 else [*channels, 1.0]
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    def luminance(colour: Sequence[float]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dim, bright = sorted((luminance(one), luminance(other)))
+    return (bright + 0.05) / (dim + 0.05)
 
 
 @pytest.fixture(scope="module", name="browser")
@@ -55,7 +76,8 @@ def fixture_open_page(browser: Any, page_path: Path) -> Iterator[Any]:
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(page_path.as_uri() + fragment)
         if script:
-            page.wait_for_selector("body[data-ready='1']")  # a string to evaluate would break the policy
+            # not wait_for_function: to poll it evaluates a string, which the page's policy forbids
+            page.wait_for_selector("body[data-ready='1']")
         return page
 
     yield open_page
@@ -71,7 +93,7 @@ def test_page_loads_alone_without_errors_or_sideways_scroll(open_page: Any, widt
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     figures = page.locator("figure[data-figure]")
-    assert figures.count() == 10
+    assert figures.count() == len(FIGURES)
     for figure in figures.all():
         assert figure.get_attribute("aria-label")
         assert figure.locator(".chart svg").count() > 0
@@ -145,6 +167,134 @@ def test_every_quantity_and_the_address_work(open_page: Any) -> None:
     assert page.problems == []
 
 
+def test_bars_are_as_long_as_their_numbers(open_page: Any) -> None:
+    bars = open_page().locator("#figure-two-by-two g[aria-label=bar] rect")
+    lengths = [float(bar.get_attribute("width")) for bar in bars.all()]
+    values = [record.value for record in RESULTS.find("causal", "logit_difference")]
+    assert [length / lengths[0] for length in lengths] == pytest.approx([value / values[0] for value in values])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_cosines_keep_their_sign(open_page: Any, sign: int) -> None:
+    quantity = "cosine_raw" if sign > 0 else "cosine_centred"
+    page = open_page(fragment=f"#quantity={quantity}&layer=2&query={QUERY}")
+    cosines = ARRAYS["view0_cosine_raw"][2, QUERY] / 127
+    best = int(np.abs(cosines).argmax())
+    assert f"at {best}: {sign * cosines[best]:.3f}" in page.locator("#tip").text_content()
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "#layer=99",
+        "#head=7",
+        "#head=__proto__",
+        "#text=0.5",
+        "#text=9",
+        "#query=-3",
+        "#query=1.5",
+        "#query=99",
+        "#quantity=x",
+    ],
+)
+def test_an_address_of_nothing_falls_back(open_page: Any, fragment: str) -> None:
+    page = open_page(fragment=fragment)
+    assert page.problems == []
+    place = QUERY if fragment == "#query=99" else 0
+    assert f" at {place}. " in page.locator("#tip").text_content()
+    assert page.locator("#view-layer").input_value() == "0"
+    assert page.locator("#view-head").input_value() == "mean"
+
+
+def test_an_address_holds_the_whole_state(open_page: Any) -> None:
+    page = open_page()
+    page.locator("#view-layer").select_option("1")
+    page.locator("#token-4").click()
+    page.locator("#token-9").click()
+    shown = page.locator("#tip").text_content()
+    fragment = "#" + page.url.split("#")[1]
+    other = open_page(fragment=fragment)
+    assert other.locator("#tip").text_content() == shown
+    other.evaluate("location.hash = '#layer=2&query=6'")
+    other.wait_for_selector("#token-6.query")
+    assert other.locator("#view-layer").input_value() == "2"
+
+
+def test_a_second_click_compares_the_same_keys(open_page: Any) -> None:
+    page = open_page(fragment="#layer=3&head=2")
+    page.locator("#token-13").click()
+    page.locator("#token-9").click()
+    weights = [attention(3, 2, 9, key) for key in range(10)]
+    best = sorted(range(10), key=lambda key: -weights[key])[:4]
+    of_pinned = ", ".join(f"{attention(3, 2, 13, key):.3f}" for key in best)
+    tip = page.locator("#tip").text_content()
+    assert tip.endswith(f"at 13: {of_pinned}; from 13 to 9: {attention(3, 2, 13, 9):.3f}")
+    page.locator("#token-2").hover()
+    assert page.locator("#tip").text_content() == tip
+
+
+@pytest.mark.parametrize("quantity", ["attention", "meta_attention"])
+def test_a_row_of_the_matrix_is_the_query_under_the_pointer(open_page: Any, quantity: str) -> None:
+    page = open_page(fragment=f"#quantity={quantity}")
+    places = META_PLACES if quantity == "meta_attention" else range(len(TOKENS))
+    matrix = page.locator("#matrix")
+    matrix.scroll_into_view_if_needed()
+    box = matrix.bounding_box()
+    for row, place in enumerate(places):
+        matrix.hover(position={"x": 5, "y": box["height"] * (row + 0.5) / len(places)})
+        assert f" at {place}. " in page.locator("#tip").text_content()
+
+
+def test_heads_are_one_stop_of_the_keyboard(open_page: Any) -> None:
+    page = open_page(fragment="#layer=1&head=1")
+    assert page.locator("#heads button[tabindex='0']").count() == 1
+    page.locator("#heads button[tabindex='0']").focus()
+    page.keyboard.press("ArrowDown")
+    assert (page.locator("#view-layer").input_value(), page.locator("#view-head").input_value()) == ("2", "1")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#view-head").input_value() == "0"
+    assert page.evaluate("document.activeElement.ariaLabel") == "layer 2, head 0"
+
+
+def test_downloaded_results_are_the_results(open_page: Any) -> None:
+    page = open_page()
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    assert download.value.suggested_filename == "results.json"
+    assert json.loads(Path(download.value.path()).read_text()) == RESULTS.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tokens_stay_readable_on_their_shades(open_page: Any, scheme: str) -> None:
+    page = open_page(scheme=scheme)
+    for fragment in ("attention", "cosine_raw", "loss"):
+        page.evaluate(f"location.hash = '#quantity={fragment}&layer=1&query=9'")
+        page.wait_for_selector("#token-9.query")
+        page.locator("#view-quantity").select_option(fragment)
+        for found in page.evaluate(TOKEN_COLOURS):
+            channels = [parse_colour(colour) for colour in found]
+            paper, shade, ink = channels
+            mixed = [shade[3] * over + (1 - shade[3]) * under for over, under in zip(shade[:3], paper[:3], strict=True)]
+            assert contrast(mixed, ink[:3]) >= 4.5, (scheme, fragment, found)
+
+
+def test_the_largest_view_is_ready_in_time(browser: Any, tmp_path: Path) -> None:
+    count, shape = 256, (12, 12, 256, 256)
+    generator = np.random.Generator(np.random.PCG64(2))
+    attention_steps = np.tril(generator.integers(0, 40, shape, dtype=np.uint8))
+    tokens, is_meta = tuple(f" w{i}" for i in range(count)), tuple(i % 10 == 9 for i in range(count))
+    view = TokenView(title="long", tokens=tokens, is_meta=is_meta, arrays={"attention": "long"})
+    write_results(tmp_path, RESULTS.model_copy(update={"token_views": (view,)}), ARRAYS | {"long": attention_steps})
+    path = write_report(tmp_path)
+    assert path.stat().st_size < LARGEST_PAGE_BYTES + 2_000_000
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready='1']")
+    assert page.locator("#token-255").count() == 1
+    assert page.evaluate("performance.now()") < SECONDS_TO_READY * 1000
+    page.close()
+
+
 def test_matrix_is_drawn(open_page: Any) -> None:
     page = open_page()
     painted = page.evaluate(
@@ -163,7 +313,7 @@ def test_markup_in_a_text_is_shown_and_not_obeyed(open_page: Any) -> None:
 def test_without_javascript_images_and_tables_tell_the_same(open_page: Any) -> None:
     page = open_page(script=False)
     images = page.locator("figure noscript img")
-    assert images.count() == 10
+    assert images.count() == len(FIGURES)
     assert all(image.is_visible() for image in images.all())
     assert page.locator("table.verdicts").is_visible()
     assert not page.locator("#token-view").is_visible()
@@ -173,11 +323,6 @@ def test_without_javascript_images_and_tables_tell_the_same(open_page: Any) -> N
 def test_text_has_contrast(open_page: Any, scheme: str) -> None:
     page = open_page(scheme=scheme)
 
-    def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
     style = "getComputedStyle(document.documentElement).getPropertyValue"
     colours = {
         name: page.evaluate(f"{style}('--{name}').trim()")
@@ -185,5 +330,5 @@ def test_text_has_contrast(open_page: Any, scheme: str) -> None:
     }
     for background in ("paper", "panel"):
         for name in ("ink", "soft", "accent", "good", "bad", "meta"):
-            bright, dim = sorted((luminance(colours[name]), luminance(colours[background])), reverse=True)
-            assert (bright + 0.05) / (dim + 0.05) >= 4.5, (scheme, name, background)
+            one, other = ([int(colours[key][i : i + 2], 16) for i in (1, 3, 5)] for key in (name, background))
+            assert contrast(one, other) >= 4.5, (scheme, name, background)

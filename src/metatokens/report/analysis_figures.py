@@ -17,12 +17,14 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from metatokens.analysis.results import Record, Results, Section
 from metatokens.report.figures import COLOURS, MARKERS
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Draw = Callable[[Results, Arrays], Figure]
+IsDrawable = Callable[[Results, Arrays], bool]
 SINGLE_COLUMN, DOUBLE_COLUMN = 3.5, 7.0
 """Widths in inches that journals set."""
 _DOTS_PER_INCH = 300
@@ -38,7 +40,10 @@ class AnalysisFigure:
     text: str
     """Of the caption, before the number of documents."""
     metrics: tuple[tuple[Section, str], ...]
+    """Of its table; not all are drawn."""
     draw: Draw
+    is_drawable: IsDrawable
+    """Whether the records that the chart draws are there, and not only others of its table."""
 
     def caption(self, records: Sequence[Record]) -> str:
         """Return the caption with the number of documents."""
@@ -56,9 +61,7 @@ def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
     """Return every figure that the results have numbers for, by file name, as PNG and as PDF."""
     files = {}
     for figure_id, figure in FIGURES.items():
-        if any(
-            record.value is not None for section, metric in figure.metrics for record in results.find(section, metric)
-        ):
+        if figure.is_drawable(results, arrays):
             for kind in ("png", "pdf"):
                 files[f"{figure_id}.{kind}"] = _save(figure.draw(results, arrays), kind, _DOTS_PER_INCH)
     return files
@@ -86,6 +89,34 @@ def _present(results: Results, section: Section, metric: str, **at: str | float)
     return [record for record in results.find(section, metric, **at) if record.value is not None]
 
 
+def _names(records: Sequence[Record], key: str) -> list[str]:
+    """Return the values of a coordinate in the order of the records, so that the page has the same colours."""
+    return list(dict.fromkeys(str(record.at[key]) for record in records))
+
+
+def _drawn_from(section: Section, metrics: Sequence[str], *keys: str, **at: str) -> IsDrawable:
+    def is_drawable(results: Results, arrays: Arrays) -> bool:
+        del arrays
+        records = (record for metric in metrics for record in _present(results, section, metric, **at))
+        return any(all(key in record.at for key in keys) for record in records)
+
+    return is_drawable
+
+
+def _has_curves(results: Results, arrays: Arrays) -> bool:
+    del arrays
+    rates, distortions = (
+        {(record.at.get("state"), record.at.get("beta")) for record in _present(results, "rate_distortion", metric)}
+        for metric in ("rate", "distortion")
+    )
+    return any(None not in place for place in rates & distortions)
+
+
+def _has_points(results: Results, arrays: Arrays) -> bool:
+    del results
+    return len(arrays.get("theory_points", ())) > 0
+
+
 # One function a figure ---------------------------------------------------------------------------------------------
 
 
@@ -105,14 +136,15 @@ def _draw_maps(results: Results, arrays: Arrays) -> Figure:
         for record in records:
             values[int(record.at["layer"]), int(record.at["head"])] = record.value
             if record.adjusted_p is not None and record.adjusted_p <= 0.05:
-                axis.plot(int(record.at["head"]), int(record.at["layer"]), "k.", markersize=3)
+                place = int(record.at["head"]), int(record.at["layer"])
+                axis.plot(*place, "ko", markersize=2.5, markeredgecolor="w", markeredgewidth=0.5)
         most = float(np.nanmax(np.abs(values))) or 1.0
         signed = bool(np.nanmin(values) < 0)
         image = axis.imshow(
             values,
             origin="lower",
             aspect="auto",
-            cmap="PuOr" if signed else "cividis",
+            cmap="PuOr_r" if signed else "cividis",  # orange is positive, as on the page
             vmin=-most if signed else 0,
             vmax=most,
         )
@@ -140,14 +172,14 @@ def _draw_theorem(results: Results, arrays: Arrays) -> Figure:
         axis.plot(margin[chosen], boost[chosen], ".", color=colour, markersize=2, label=name, alpha=0.6)
     lowest = float(margin.min(initial=0))
     limits = axis.get_ylim()
-    axis.plot([lowest, 0], [-lowest, 0], "k--", linewidth=0.8)
-    axis.plot([lowest, 0], [-2 * lowest, 0], "k:", linewidth=0.8)
+    axis.plot([lowest, 0], [-lowest, 0], "k--", linewidth=0.8, label="boost = |x|")
+    axis.plot([lowest, 0], [-2 * lowest, 0], "k:", linewidth=0.8, label="boost = 2|x|")
     axis.set_ylim(limits)
     axis.axhline(0, color="k", linewidth=0.5)
     axis.axvline(0, color="k", linewidth=0.5)
     axis.set_xlabel("margin x without the embedding, nats", fontsize=8)
     axis.set_ylabel("boost, nats", fontsize=8)
-    axis.legend(fontsize=6, frameon=False, markerscale=3)
+    figure.legend(fontsize=6, frameon=False, markerscale=3, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -170,10 +202,11 @@ def _draw_similarity(results: Results, arrays: Arrays) -> Figure:
         layers = [layers[round(i * (len(layers) - 1) / (_MOST_LAYERS - 1))] for i in range(_MOST_LAYERS)]
     figure, axes = _figure(DOUBLE_COLUMN, 2.2, max(1, len(layers)), sharey=True)
     for axis, layer in zip(axes, layers, strict=True):
-        for style, kind in enumerate(sorted({str(record.at["kind"]) for record in records}, reverse=True)):
+        for style, kind in enumerate(_names(records, "kind")):
             chosen = [r for r in records if r.at["layer"] == layer and r.at["kind"] == kind]
             _line(axis, chosen, "distance", kind, style)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(f"layer {layer}", fontsize=8)
         _finish(axis, "distance, tokens", "centred cosine" if axis is axes[0] else "", legend=axis is axes[0])
     return figure
@@ -184,25 +217,25 @@ def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
     figure, (axis,) = _figure(SINGLE_COLUMN * 1.2, 2.8)
     rates = {(r.at["state"], r.at["beta"]): _value(r) for r in _present(results, "rate_distortion", "rate")}
     distortions = _present(results, "rate_distortion", "distortion")
-    for style, state in enumerate(sorted({str(record.at["state"]) for record in distortions})):
+    for style, state in enumerate(_names(distortions, "state")):
         chosen = [r for r in distortions if r.at["state"] == state and (state, r.at["beta"]) in rates]
         places = {rates[state, record.at["beta"]]: record for record in chosen}
         _draw_line(axis, sorted(places.items(), key=lambda place: place[0]), state, style)
     for record in _present(results, "rate_distortion", "label_entropy"):
-        axis.axhline(_value(record), color="k", linestyle="--", linewidth=0.8)
+        axis.axhline(_value(record), color="k", linestyle="--", linewidth=0.8, label="H(Y)")
     _finish(axis, "rate, nats", "distortion, nats")
     return figure
 
 
-def _draw_bars(results: Results, section: Section, metric: str, name: Callable[[Record], str], label: str) -> Figure:
-    records = _present(results, section, metric)
+def _draw_bars(results: Results, section: Section, metric: str, keys: tuple[str, ...], label: str) -> Figure:
+    records = [record for record in _present(results, section, metric) if all(key in record.at for key in keys)]
     figure, (axis,) = _figure(SINGLE_COLUMN * 1.3, 0.7 + 0.26 * len(records))
     places = range(len(records))
     axis.barh(list(places), [_value(record) for record in records], color=COLOURS[0], alpha=0.75, height=0.6)
     for place, record in zip(places, records, strict=True):
         if record.low is not None and record.high is not None:
             axis.plot([record.low, record.high], [place, place], "k-", linewidth=1.5)
-    axis.set_yticks(list(places), [name(record) for record in records])
+    axis.set_yticks(list(places), [": ".join(str(record.at[key]) for key in keys) for record in records])
     axis.invert_yaxis()
     axis.axvline(0, color="k", linewidth=0.5)
     axis.set_xlabel(label, fontsize=8)
@@ -212,13 +245,17 @@ def _draw_bars(results: Results, section: Section, metric: str, name: Callable[[
 def _draw_two_by_two(results: Results, arrays: Arrays) -> Figure:
     del arrays
     label = "logit of the answer minus the foil's"
-    return _draw_bars(results, "causal", "logit_difference", lambda record: str(record.at["condition"]), label)
+    return _draw_bars(results, "causal", "logit_difference", ("condition",), label)
+
+
+def _draw_zeroing(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    return _draw_bars(results, "causal", "accuracy", ("intervention",), "accuracy")
 
 
 def _draw_probes(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    name: Callable[[Record], str] = lambda record: f"{record.at['state']}: {record.at['target']}"  # noqa: E731
-    return _draw_bars(results, "probes", "v_information", name, "usable information, nats")
+    return _draw_bars(results, "probes", "v_information", ("state", "target"), "usable information, nats")
 
 
 def _draw_interchange(results: Results, arrays: Arrays) -> Figure:
@@ -243,7 +280,7 @@ def _draw_lines(
     x, by = keys
     figure, (axis,) = _figure(SINGLE_COLUMN * 1.3, 2.8)
     records = [record for record in _present(results, section, metric) if x in record.at and by in record.at]
-    for style, name in enumerate(sorted({str(record.at[by]) for record in records})):
+    for style, name in enumerate(_names(records, by)):
         _line(axis, [record for record in records if record.at[by] == name], x, name, style)
     _finish(axis, *labels)
     return figure
@@ -283,6 +320,8 @@ def _finish(axis: Axes, x_label: str, y_label: str, *, legend: bool = True) -> N
     axis.axhline(0, color="k", linewidth=0.5)
     axis.set_xlabel(x_label, fontsize=8)
     axis.set_ylabel(y_label, fontsize=8)
+    if x_label == "layer":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
         axis.legend(fontsize=6, frameon=False)
 
@@ -296,18 +335,21 @@ FIGURES: dict[str, AnalysisFigure] = {
             *(("attention", metric) for metric in ("entropy", "meta_mass", "meta_lift")),
         ),
         _draw_maps,
+        _drawn_from("attention", ("entropy_drop", "log_odds_boost", "meta_mass"), "layer", "head"),
     ),
     "theorem": AnalysisFigure(
         "Where the theorem's premise holds",
         "A sample of the edges from queries to meta keys.",
         (("theory", "share_above"), ("theory", "share_beyond"), ("theory", "sign_agreement")),
         _draw_theorem,
+        _has_points,
     ),
     "mechanism": AnalysisFigure(
         "How much of the change of entropy the theorem's mechanism makes",
         "With minus without the embedding, mean over rows; the mechanism changes the meta keys' logits alone.",
         (("theory", "mechanism"), ("theory", "change"), ("theory", "r_squared")),
         _draw_mechanism,
+        _drawn_from("theory", ("mechanism", "change"), "layer"),
     ),
     "similarity": AnalysisFigure(
         "Centred cosine with earlier tokens by distance",
@@ -319,6 +361,7 @@ FIGURES: dict[str, AnalysisFigure] = {
             ("similarity", "retrieval"),
         ),
         _draw_similarity,
+        _drawn_from("similarity", ("cosine",), "layer", "distance", "kind", form="centred"),
     ),
     "rate-distortion": AnalysisFigure(
         "Rate and distortion of the answer, by state",
@@ -330,35 +373,48 @@ FIGURES: dict[str, AnalysisFigure] = {
             ("rate_distortion", "area"),
         ),
         _draw_rate_distortion,
+        _has_curves,
     ),
     "probes": AnalysisFigure(
         "What a probe can use",
         "V-information of a state about a target, held out.",
         (("probes", "v_information"),),
         _draw_probes,
+        _drawn_from("probes", ("v_information",), "state", "target"),
+    ),
+    "zeroing": AnalysisFigure(
+        "Accuracy with something taken from the meta-tokens",
+        "At inference, on the same examples; none is the whole model.",
+        (("causal", "accuracy"), ("causal", "accuracy_change")),
+        _draw_zeroing,
+        _drawn_from("causal", ("accuracy",), "intervention"),
     ),
     "two-by-two": AnalysisFigure(
         "Direct path and path through meta-tokens, cut and not",
         "Caching predicts that the answer survives the direct cut and not both.",
-        (("causal", "logit_difference"), ("causal", "interaction")),
+        (("causal", "logit_difference"), ("causal", "interaction"), ("causal", "pair_accuracy")),
         _draw_two_by_two,
+        _drawn_from("causal", ("logit_difference",), "condition"),
     ),
     "interchange": AnalysisFigure(
         "What the clean state of some tokens restores",
         "States of the clean prompt put into the corrupt one, after each layer; 1 restores all, 0 nothing.",
         (("causal", "interchange"),),
         _draw_interchange,
+        _drawn_from("causal", ("interchange",), "layer", "where"),
     ),
     "knockout": AnalysisFigure(
         "Meta-attention removed, layer by layer",
         "Loss of the logit difference against the whole model.",
         (("causal", "knockout"),),
         _draw_knockout,
+        _drawn_from("causal", ("knockout",), "layer", "mode"),
     ),
     "eviction": AnalysisFigure(
         "Cost of a small cache, by what is kept",
         "Loss on a continuation with part of the prefix's cache minus with all of it.",
         (("eviction", "cost"),),
         _draw_eviction,
+        _drawn_from("eviction", ("cost",), "kept", "policy"),
     ),
 }

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from metatokens.analysis.results import Record, Results, TokenView, Verdict, read_results
+from metatokens.analysis.results import Record, Results, Section, TokenView, Verdict, read_results
 from metatokens.report.analysis_figures import FIGURES, draw_figure, figure_files
 
 PAGE_NAME = "report.html"
@@ -41,6 +41,8 @@ class _Section:
     title: str
     text: str
     figures: tuple[str, ...]
+    sections: tuple[Section, ...]
+    """Of the records; those that no figure takes are in one more table."""
 
 
 _SECTIONS = (
@@ -50,6 +52,7 @@ _SECTIONS = (
         "The same documents are run twice, with the meta-tokens' embedding and with it zeroed. A dot marks a head "
         "whose difference survives the correction for all heads (false discovery rate 5%).",
         ("attention-maps",),
+        ("attention",),
     ),
     _Section(
         "theory",
@@ -58,12 +61,14 @@ _SECTIONS = (
         "the entropy rises first, and falls below its start only beyond a critical boost between |x| (dashed) and "
         "2|x| (dotted). A point is an edge from a query to a meta key.",
         ("theorem", "mechanism"),
+        ("theory",),
     ),
     _Section(
         "similarity",
         "What residuals have in common",
         "Cosine between the state of a token and that of an earlier one, after subtracting the mean state of other "
         "documents: raw cosines are near 1 in any such model. The control is ordinary tokens at the same places.",
+        ("similarity",),
         ("similarity",),
     ),
     _Section(
@@ -72,19 +77,22 @@ _SECTIONS = (
         "A variational bottleneck on one state predicts what the task asks for. At equal rate, lower is better; the "
         "dashed line is the entropy of the label, which no rate at all would leave.",
         ("rate-distortion", "probes"),
+        ("rate_distortion", "probes"),
     ),
     _Section(
         "causal",
         "Cause",
         "Pairs of prompts that differ in one item. Edges are cut, states exchanged and meta-attention removed, to see "
         "which path the answer takes.",
-        ("two-by-two", "interchange", "knockout"),
+        ("zeroing", "two-by-two", "interchange", "knockout"),
+        ("causal", "language_model"),
     ),
     _Section(
         "eviction",
         "Meta-tokens as a cache",
         "Most of the key-value cache is dropped after a prefix; the cost is what the continuation loses. If "
         "meta-tokens do not beat evenly spaced ordinary ones at equal budget, they do not compress.",
+        ("eviction",),
         ("eviction",),
     ),
 )
@@ -194,10 +202,21 @@ def _render_section(section: _Section, results: Results, arrays: Arrays) -> dict
                 "caption": figure.caption(records),
                 "columns": columns,
                 "rows": rows,
-                "png": base64.b64encode(draw_figure(figure_id, results, arrays)).decode(),
+                "png": _draw_png(figure_id, results, arrays),
             }
         )
-    return {"id": section.id, "title": section.title, "text": section.text, "figures": figures}
+    taken = {metric for figure_id in section.figures for metric in FIGURES[figure_id].metrics}
+    columns, rows = _table(
+        [r for r in results.records if r.section in section.sections and (r.section, r.metric) not in taken]
+    )
+    others = {"columns": columns, "rows": rows}
+    return {"id": section.id, "title": section.title, "text": section.text, "figures": figures, "others": others}
+
+
+def _draw_png(figure_id: str, results: Results, arrays: Arrays) -> str | None:
+    if not FIGURES[figure_id].is_drawable(results, arrays):
+        return None
+    return base64.b64encode(draw_figure(figure_id, results, arrays)).decode()
 
 
 def _table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -240,9 +259,13 @@ def _pack_view(view: TokenView, arrays: Arrays) -> Markup:
 
 
 def _pack_array(array: npt.NDArray[Any]) -> dict[str, Any]:
-    if array.dtype == np.uint8:
+    if array.dtype in (np.uint8, np.int8):
         data = gzip.compress(np.ascontiguousarray(array).tobytes(), mtime=0)
-        return {"shape": list(array.shape), "gzip": base64.b64encode(data).decode()}
+        return {
+            "shape": list(array.shape),
+            "gzip": base64.b64encode(data).decode(),
+            "signed": array.dtype == np.int8,
+        }
     return {"shape": list(array.shape), "values": _rounded(array)}
 
 

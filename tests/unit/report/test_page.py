@@ -1,14 +1,17 @@
 """The page is one file, the same for the same results, and says what the results say."""
 
+import base64
+import gzip
 import hashlib
 import json
 import re
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from metatokens.analysis.results import write_results
+from metatokens.analysis.results import Record, write_results
 from metatokens.errors import DataError
 from metatokens.report import page as page_module
 from metatokens.report.analysis_figures import FIGURES, figure_files
@@ -67,6 +70,37 @@ def test_what_was_not_run_is_said_and_has_no_figure() -> None:
     assert 'id="figure-eviction"' not in text
     assert text.count('<p class="absent">Not run.</p>') == 1
     assert "eviction.png" not in figure_files(without, arrays)
+
+
+@pytest.mark.parametrize("metric", sorted({(r.section, r.metric) for r in build_results()[0].records}))
+def test_records_of_one_metric_alone_make_a_page_with_all_of_them(metric: tuple[str, str]) -> None:
+    results, _ = build_results()
+    records = tuple(record for record in results.records if (record.section, record.metric) == metric)
+    text = render_page(results.model_copy(update={"records": records, "token_views": ()}), {})
+    for record in records:
+        assert page_module.format_estimate(record) in text
+
+
+def test_figures_are_of_what_they_draw_and_not_of_what_their_table_holds() -> None:
+    results, _ = build_results()
+    names = {("similarity", "decodability"), ("attention", "meta_lift"), ("rate_distortion", "area")}
+    records = [
+        Record(section=section, metric=metric, unit="1", method="A0", value=0.5, num_documents=3)
+        for section, metric in names
+    ]
+    alone = results.model_copy(update={"records": tuple(records), "token_views": ()})
+    assert figure_files(alone, {}) == {}
+    text = render_page(alone, {})
+    assert text.count("No chart: the records that it draws are not there.") == len(names)
+    assert '<div class="chart">' not in text
+
+
+def test_a_signed_array_is_packed_small_and_comes_back() -> None:
+    cosines = np.array([[-127, 0], [5, 127]], dtype=np.int8)
+    packed = page_module._pack_array(cosines)
+    data = np.frombuffer(gzip.decompress(base64.b64decode(packed["gzip"])), dtype=np.int8)
+    assert packed["signed"] is True
+    assert data.reshape(packed["shape"]).tolist() == cosines.tolist()
 
 
 def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

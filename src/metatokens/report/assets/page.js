@@ -13,7 +13,7 @@ const spread = (d) => (d.low === null ? digits(d.value) : `${digits(d.value)} ($
 const width = (node, most) => Math.max(280, Math.min(most, node.clientWidth || most));
 
 function label(title, d, keys) {
-  return [title, ...keys.map((k) => `${k} ${d[k]}`), `${spread(d)} ${d.unit}`, ...(d.p === null || d.p === undefined ? [] : [`adjusted p ${digits(d.p)}`])].join("\n");
+  return [title, ...keys.map((k) => `${k} ${Number.isInteger(d[k]) || typeof d[k] !== "number" ? d[k] : Number(d[k].toPrecision(4))}`), `${spread(d)} ${d.unit}`, ...(d.p === null || d.p === undefined ? [] : [`adjusted p ${digits(d.p)}`])].join("\n");
 }
 
 function heat(node, metric, title) {
@@ -22,23 +22,24 @@ function heat(node, metric, title) {
   const most = d3.max(data, (d) => Math.abs(d.value)) || 1;
   const signed = data.some((d) => d.value < 0);
   return Plot.plot({
-    width: width(node, 330), marginLeft: 44, marginBottom: 40, title: undefined,
+    width: width(node, 330), height: 62 + 20 * new Set(data.map((d) => d.layer)).size, marginLeft: 44, marginBottom: 40,
     x: { label: "head", tickFormat: "d", type: "band" }, y: { label: "layer", tickFormat: "d", type: "band", reverse: true },
-    color: { type: "linear", scheme: signed ? "PuOr" : "YlGnBu", domain: signed ? [-most, most] : [0, most], legend: true, label: `${title}, ${data[0].unit}` },
+    color: { type: "linear", scheme: signed ? "PuOr" : "cividis", domain: signed ? [-most, most] : [0, most], legend: true, label: data[0].unit === "1" ? title : `${title}, ${data[0].unit}` },
     marks: [
       Plot.cell(data, { x: "head", y: "layer", fill: "value", inset: 0.5 }),
-      Plot.dot(data.filter((d) => d.p !== null && d.p !== undefined && d.p <= 0.05), { x: "head", y: "layer", r: 1.6, fill: "#000" }),
+      Plot.dot(data.filter((d) => d.p !== null && d.p !== undefined && d.p <= 0.05), { x: "head", y: "layer", r: 2, fill: "#000", stroke: "#fff", strokeWidth: 0.8 }),
       Plot.tip(data, Plot.pointer({ x: "head", y: "layer", title: (d) => label(title, d, ["layer", "head"]), fill: "var(--paper)" })),
     ],
   });
 }
 
-function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, most = 720 }) {
+function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, also = [], most = 720 }) {
+  const places = [...new Set(data.map((d) => d[x]))];
   const names = [...new Set(data.map((d) => String(d[stroke])))];
   const common = { x, stroke: (d) => String(d[stroke]), ...(facet ? { fx: facet } : {}) };
   return Plot.plot({
     width: width(node, most), height: 300, marginLeft: 52, marginBottom: 40,
-    x: { label: xLabel, type: log ? "log" : "linear", base: 2, nice: !log, ...(log || x === "layer" ? { ticks: [...new Set(data.map((d) => d[x]))], tickFormat: log ? "~g" : "d" } : {}) },
+    x: { label: xLabel, type: log ? "log" : "linear", base: 2, nice: !log, ...(log || x === "layer" ? { ticks: places, tickFormat: log ? "~g" : "d" } : {}) },
     y: { label: yLabel, grid: true, nice: true }, fx: { label: facet || null },
     color: { domain: names, range: COLOURS(), legend: true },
     marks: [
@@ -46,17 +47,17 @@ function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, most 
       Plot.areaY(data.filter((d) => d.low !== null), { ...common, y1: "low", y2: "high", fill: (d) => String(d[stroke]), stroke: undefined, fillOpacity: 0.18 }),
       Plot.lineY(data, { ...common, y: "value", strokeWidth: 1.8 }),
       Plot.dot(data, { ...common, y: "value", fill: (d) => String(d[stroke]), r: 2.6 }),
-      Plot.tip(data, Plot.pointer({ ...common, stroke: undefined, y: "value", title: (d) => label(String(d[stroke]), d, [x, ...(facet ? [facet] : [])]), fill: "var(--paper)" })),
+      Plot.tip(data, Plot.pointer({ ...common, stroke: undefined, y: "value", title: (d) => label(String(d[stroke]), d, [x, ...(facet ? [facet] : []), ...also]), fill: "var(--paper)" })),
     ],
   });
 }
 
 function bars(node, data, { y, xLabel, title }) {
   return Plot.plot({
-    width: width(node, 640), marginLeft: 150, marginBottom: 40, height: 46 + 34 * data.length,
+    width: width(node, 640), marginLeft: 16 + 6.2 * d3.max(data, (d) => String(d[y]).length), marginBottom: 40, height: 46 + 34 * data.length,
     x: { label: xLabel, grid: true, nice: true }, y: { label: null, domain: data.map((d) => d[y]) },
     marks: [
-      Plot.barX(data, { x: "value", y, fill: COLOURS()[0], fillOpacity: 0.75, inset: 5 }),
+      Plot.barX(data, { x: "value", y, fill: COLOURS()[0], fillOpacity: 0.75, insetTop: 5, insetBottom: 5 }),
       Plot.ruleX([0]),
       Plot.ruleY(data.filter((d) => d.low !== null), { x1: "low", x2: "high", y, strokeWidth: 2 }),
       Plot.tip(data, Plot.pointerY({ x: "value", y, title: (d) => label(title, d, [y]), fill: "var(--paper)" })),
@@ -76,7 +77,7 @@ const FIGURES = {
   },
   theorem(node) {
     if (!points.length) return null;
-    const data = points.map(([layer, margin, boost, critical]) => ({
+    const data = points.filter((point) => !point.slice(1, 3).includes(null)).map(([layer, margin, boost, critical]) => ({
       layer, margin, boost,
       kind: boost <= 0 ? "not boosted" : margin >= 0 ? "premise holds: falls" : boost > critical ? "beyond the critical boost: falls" : "below it: rises",
     }));
@@ -101,7 +102,8 @@ const FIGURES = {
   similarity(node) {
     const data = flat(find("similarity", "cosine")).filter((d) => d.form === "centred" && "distance" in d);
     const layers = [...new Set(data.map((d) => d.layer))].sort((a, b) => a - b);
-    const shown = new Set(layers.length <= 4 ? layers : [0, 1, 2, 3].map((i) => layers[Math.round((i * (layers.length - 1)) / 3)]));
+    const most = width(node, 900) < 500 ? 2 : 4;
+    const shown = new Set(layers.length <= most ? layers : d3.range(most).map((i) => layers[Math.round((i * (layers.length - 1)) / (most - 1))]));
     const kept = data.filter((d) => shown.has(d.layer));
     return kept.length ? lines(node, kept, { x: "distance", stroke: "kind", facet: "layer", xLabel: "distance, tokens", yLabel: "centred cosine", log: true, most: 900 }) : null;
   },
@@ -109,23 +111,31 @@ const FIGURES = {
     const rate = new Map(find("rate_distortion", "rate").map((r) => [`${r.at.state}|${r.at.beta}`, r.value]));
     const data = flat(find("rate_distortion", "distortion")).map((d) => ({ ...d, rate: rate.get(`${d.state}|${d.beta}`) })).filter((d) => d.rate !== undefined).sort((a, b) => a.rate - b.rate);
     if (!data.length) return null;
-    const rules = find("rate_distortion", "label_entropy").map((r) => Plot.ruleY([r.value], { strokeDasharray: "4,3" }));
-    return lines(node, data, { x: "rate", stroke: "state", xLabel: "rate, nats", yLabel: "distortion, nats", rules, most: 640 });
+    const last = d3.max(data, (d) => d.rate);
+    const rules = find("rate_distortion", "label_entropy").flatMap((r) => [
+      Plot.ruleY([r.value], { strokeDasharray: "4,3" }),
+      Plot.text([[last, r.value]], { text: ["H(Y)"], textAnchor: "end", dy: 9 }),
+    ]);
+    return lines(node, data, { x: "rate", stroke: "state", xLabel: "rate, nats", yLabel: "distortion, nats", rules, also: ["beta"], most: 640 });
+  },
+  zeroing(node) {
+    const data = flat(find("causal", "accuracy")).filter((d) => "intervention" in d);
+    return data.length ? bars(node, data, { y: "intervention", xLabel: "accuracy", title: "accuracy" }) : null;
   },
   "two-by-two"(node) {
-    const data = flat(find("causal", "logit_difference"));
+    const data = flat(find("causal", "logit_difference")).filter((d) => "condition" in d);
     return data.length ? bars(node, data, { y: "condition", xLabel: "logit of the answer minus the foil's", title: "logit difference" }) : null;
   },
   interchange(node) {
-    const data = flat(find("causal", "interchange"));
+    const data = flat(find("causal", "interchange")).filter((d) => "layer" in d && "where" in d);
     return data.length ? lines(node, data, { x: "layer", stroke: "where", xLabel: "layer", yLabel: "restored share of the logit difference", most: 640 }) : null;
   },
   knockout(node) {
-    const data = flat(find("causal", "knockout"));
+    const data = flat(find("causal", "knockout")).filter((d) => "layer" in d && "mode" in d);
     return data.length ? lines(node, data, { x: "layer", stroke: "mode", xLabel: "layer", yLabel: "loss of the logit difference", most: 640 }) : null;
   },
   eviction(node) {
-    const data = flat(find("eviction", "cost")).sort((a, b) => a.kept - b.kept);
+    const data = flat(find("eviction", "cost")).filter((d) => "kept" in d && "policy" in d).sort((a, b) => a.kept - b.kept);
     return data.length ? lines(node, data, { x: "kept", stroke: "policy", xLabel: "share of the cache kept", yLabel: "cost, nats per token", most: 720 }) : null;
   },
   probes(node) {
@@ -137,6 +147,7 @@ const FIGURES = {
 function drawAll() {
   for (const figure of document.querySelectorAll("figure[data-figure]")) {
     const node = figure.querySelector(".chart");
+    if (!node) continue;
     const chart = FIGURES[figure.dataset.figure](node);
     node.replaceChildren(...(chart ? [chart] : []));
     for (const svg of node.querySelectorAll("svg")) {
@@ -149,15 +160,18 @@ function drawAll() {
 /* Token view ---------------------------------------------------------------------------------------------------- */
 
 const META_MARK = "\u25c6";
+const DARKEST = 0.55; /* of a shade, so that the text on it keeps a contrast of 4.5 */
+const whole = (text, end) => (text !== null && /^\d+$/.test(String(text)) && Number(text) < end ? Number(text) : null);
 
-async function unpack(text) {
+async function unpack(text, signed) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer());
+  const buffer = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  return signed ? new Int8Array(buffer) : new Uint8Array(buffer);
 }
 
 class TokenView {
   constructor(root, documents) {
-    this.root = root; this.documents = documents; this.pinned = null; this.query = 0;
+    this.root = root; this.documents = documents; this.pinned = null; this.query = 0; this.received = new Map();
     this.state = { text: 0, quantity: null, layer: 0, head: "mean", meta: 1 };
     this.get = (id) => document.getElementById(id);
   }
@@ -172,25 +186,53 @@ class TokenView {
     strip.addEventListener("pointerover", (e) => this.point(e.target.dataset?.index));
     strip.addEventListener("click", (e) => this.pin(e.target.dataset?.index));
     strip.addEventListener("keydown", (e) => this.key(e));
-    this.get("matrix").addEventListener("pointermove", (e) => {
-      const box = e.target.getBoundingClientRect();
-      this.choose(Math.min(this.count - 1, Math.max(0, Math.floor(((e.clientY - box.top) / box.height) * this.count))));
-    });
+    this.get("matrix").addEventListener("pointermove", (e) => this.point(this.tokenAt(e)));
+    this.get("matrix").addEventListener("click", (e) => this.pin(this.tokenAt(e)));
+    this.get("heads").addEventListener("keydown", (e) => this.moveHead(e));
+    addEventListener("hashchange", async () => { if (location.hash.includes("=")) { this.readHash(); await this.load(); this.render(); } });
     await this.load();
     this.root.hidden = false;
     this.render();
   }
 
   readHash() {
-    for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
-      if (key in this.state) this.state[key] = value;
-      if (key === "query") this.query = Number(value) || 0;
-    }
-    this.state.text = Math.min(this.documents.length - 1, Number(this.state.text) || 0);
+    const given = new URLSearchParams(location.hash.slice(1));
+    for (const [key, value] of given) if (Object.hasOwn(this.state, key)) this.state[key] = value;
+    this.query = whole(given.get("query"), Infinity) ?? this.query;
+    this.pinned = whole(given.get("pinned"), Infinity);
+    this.state.text = whole(this.state.text, this.documents.length) ?? 0;
+  }
+
+  /* An address can be written by hand, or for another page. */
+  repair() {
+    const [numLayers, numHeads] = this.arrays.attention.shape;
+    this.state.layer = whole(this.state.layer, numLayers) ?? 0;
+    this.state.head = whole(this.state.head, numHeads) ?? "mean";
+    this.state.meta = whole(this.state.meta, 2) ?? 1;
+    this.query = Math.min(this.query, this.count - 1);
+    if (this.pinned !== null && this.pinned >= this.count) this.pinned = null;
+  }
+
+  /* The row of the matrix under the pointer, as the index of its token. */
+  tokenAt(event) {
+    const box = event.target.getBoundingClientRect(), rows = this.arrays[this.matrixName()].shape[2];
+    const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
+    return this.matrixName() === "meta_attention" ? this.metaColumns[row] : row;
+  }
+
+  matrixName() { return this.state.quantity === "meta_attention" ? "meta_attention" : "attention"; }
+
+  moveHead(event) {
+    const [numLayers, numHeads] = this.arrays.attention.shape, at = [...this.get("heads").children].indexOf(event.target);
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: numHeads, ArrowUp: -numHeads }[event.key];
+    if (!step || at < 0) return;
+    event.preventDefault();
+    const next = this.get("heads").children[at + step];
+    if (at + step >= 0 && at + step < numLayers * numHeads) { next.focus(); next.click(); }
   }
 
   writeHash() {
-    const state = new URLSearchParams({ ...this.state, query: this.query });
+    const state = new URLSearchParams({ ...this.state, query: this.query, ...(this.pinned === null ? {} : { pinned: this.pinned }) });
     history.replaceState(null, "", `#${state}`);
   }
 
@@ -206,9 +248,14 @@ class TokenView {
     this.count = this.view.tokens.length;
     this.arrays = {};
     for (const [name, array] of Object.entries(this.view.arrays)) {
-      this.arrays[name] = { shape: array.shape, data: array.values || (await unpack(array.gzip)) };
+      this.arrays[name] = { shape: array.shape, data: array.values || (await unpack(array.gzip, array.signed)) };
     }
-    const options = [["attention", "attention of a head"], ["received", "attention received"], ["meta_attention", "meta-attention"], ["loss", "loss: without minus with meta-tokens"]];
+    this.received.clear(); this.painted = null;
+    const options = [
+      ["attention", "attention of a head"], ["received", "attention received"], ["meta_attention", "meta-attention"],
+      ["cosine_centred", "cosine with earlier tokens, centred"], ["cosine_raw", "cosine with earlier tokens, raw"],
+      ["loss", "loss: without minus with meta-tokens"],
+    ];
     const available = options.filter(([name]) => name === "received" ? this.arrays.attention : name === "loss" ? this.arrays.loss_with && this.arrays.loss_without : this.arrays[name]);
     this.fill("view-quantity", available);
     if (!available.some(([name]) => name === this.state.quantity)) this.state.quantity = available[0][0];
@@ -216,7 +263,8 @@ class TokenView {
     this.fill("view-layer", d3.range(numLayers).map((i) => [String(i), String(i)]));
     this.fill("view-head", [["mean", "mean"], ...d3.range(numHeads).map((i) => [String(i), String(i)])]);
     this.metaIndex = this.view.is_meta.flatMap((meta, i) => (meta ? [i] : []));
-    this.strip(); this.thumbnails();
+    this.metaColumns = this.arrays.meta_attention_tokens?.data ?? this.metaIndex;
+    this.repair(); this.strip(); this.thumbnails();
   }
 
   fill(id, options) {
@@ -263,12 +311,11 @@ class TokenView {
     const layer = Number(this.state.layer), head = this.state.head;
     switch (this.state.quantity) {
       case "attention": return key > query ? null : this.weight("attention", layer, head, query, key);
-      case "received": {
-        const total = d3.sum(d3.range(key, this.count), (q) => this.weight("attention", layer, head, q, key));
-        return total / (this.count - key);
-      }
+      case "received": return this.receivedBy(layer, head)[key];
+      case "cosine_raw":
+      case "cosine_centred": return key > query ? null : this.arrays[this.state.quantity].data[(layer * this.count + query) * this.count + key] / 127;
       case "meta_attention": {
-        const [q, k] = [this.metaIndex.indexOf(query), this.metaIndex.indexOf(key)];
+        const [q, k] = [this.metaColumns.indexOf(query), this.metaColumns.indexOf(key)];
         return q < 0 || k < 0 || k > q ? null : this.weight("meta_attention", layer, head, q, k);
       }
       default: {
@@ -276,6 +323,13 @@ class TokenView {
         return a === null || b === null ? null : a - b;
       }
     }
+  }
+
+  /* The mean over the queries that see a key; for every query of the page it is the same. */
+  receivedBy(layer, head) {
+    const at = `${layer}|${head}`;
+    if (!this.received.has(at)) this.received.set(at, d3.range(this.count).map((key) => d3.mean(d3.range(key, this.count), (q) => this.weight("attention", layer, head, q, key))));
+    return this.received.get(at);
   }
 
   point(index) { if (index !== undefined && this.pinned === null) this.choose(Number(index)); }
@@ -293,7 +347,7 @@ class TokenView {
       while (!Number(this.state.meta) && this.view.is_meta[next]) next += step;
       if (next >= 0 && next < this.count) this.choose(next);
     } else if (event.key === "Enter" || event.key === " ") this.pin(this.query);
-    else if (event.key === "Escape") { this.pinned = null; this.render(); }
+    else if (event.key === "Escape") { this.pinned = null; this.render(); this.writeHash(); }
     else return;
     event.preventDefault();
   }
@@ -305,7 +359,9 @@ class TokenView {
     this.get("view-meta").checked = Boolean(Number(this.state.meta));
     this.get("strip").classList.toggle("no-meta", !Number(this.state.meta));
     for (const button of this.get("heads").children) button.setAttribute("aria-pressed", String(button.dataset.layer === String(this.state.layer) && button.dataset.head === String(this.state.head)));
-    this.query = Math.min(this.query, this.count - 1);
+    // one stop for Tab; arrow keys move among the heads
+    const stop = this.get("heads").querySelector("[aria-pressed=true]") || this.get("heads").firstElementChild;
+    for (const button of this.get("heads").children) button.tabIndex = button === stop ? 0 : -1;
     this.shade();
   }
 
@@ -315,7 +371,7 @@ class TokenView {
     const mark = getComputedStyle(document.documentElement).getPropertyValue("--mark");
     [...this.get("strip").children].forEach((span, k) => {
       const value = values[k];
-      span.style.backgroundColor = value === null ? "" : value < 0 ? `rgba(213, 94, 0, ${(0.65 * -value) / most})` : `rgba(${mark}, ${(0.65 * value) / most})`;
+      span.style.backgroundColor = value === null ? "" : value < 0 ? `rgba(213, 94, 0, ${(DARKEST * -value) / most})` : `rgba(${mark}, ${(DARKEST * value) / most})`;
       span.classList.toggle("query", k === this.query);
       span.classList.toggle("pinned", k === this.pinned);
       span.classList.toggle("after", value === null && k > this.query && this.state.quantity === "attention");
@@ -331,8 +387,15 @@ class TokenView {
   tip(values) {
     const best = d3.range(this.count).filter((k) => values[k] !== null).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b).slice(0, 4);
     const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(3)}`);
-    const pinned = this.pinned === null || this.pinned === this.query ? "" : `; of pinned ${this.name(this.pinned)} at ${this.pinned}: ${values[this.pinned] === null ? "n/a" : values[this.pinned].toFixed(3)}`;
-    this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${parts.join(", ") || "Nothing to show here."}${pinned}`;
+    this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${parts.join(", ") || "Nothing to show here."}${this.compared(best)}`;
+  }
+
+  /* The same keys for the pinned query, and what the later of the two gives the earlier. */
+  compared(keys) {
+    if (this.pinned === null || this.pinned === this.query) return "";
+    const show = (value) => (value === null ? "n/a" : value.toFixed(3));
+    const [early, late] = [this.pinned, this.query].sort((a, b) => a - b);
+    return `; of pinned ${this.name(this.pinned)} at ${this.pinned}: ${keys.map((k) => show(this.value(this.pinned, k))).join(", ")}; from ${late} to ${early}: ${show(this.value(late, early))}`;
   }
 
   paint(canvas, value, size) {
@@ -347,7 +410,7 @@ class TokenView {
   }
 
   matrix() {
-    const canvas = this.get("matrix"), name = this.state.quantity === "meta_attention" ? "meta_attention" : "attention";
+    const canvas = this.get("matrix"), name = this.matrixName();
     const rows = this.arrays[name].shape[2];
     const shown = `${name}|${this.state.text}|${this.state.layer}|${this.state.head}`;
     if (this.painted !== shown) {
@@ -359,7 +422,7 @@ class TokenView {
     context.imageSmoothingEnabled = false;
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(this.buffer, 0, 0, canvas.width, canvas.height);
-    const row = name === "meta_attention" ? this.metaIndex.indexOf(this.query) : this.query;
+    const row = name === "meta_attention" ? this.metaColumns.indexOf(this.query) : this.query;
     if (row < 0) return;
     context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
     context.strokeRect(0, row * scale, canvas.width, Math.max(1, scale));
