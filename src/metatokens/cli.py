@@ -496,14 +496,15 @@ def _sweep(options: argparse.Namespace) -> int:
     from metatokens.config.sweep import load_sweep
 
     sweep = load_sweep(options.file, options.overrides)
+    from metatokens.report.requirements import FIGURE_PACKAGES, require
     from metatokens.report.tables import to_rich
     from metatokens.sweep.planning import describe_plan, plan_sweep
     from metatokens.sweep.running import make_slots, parse_gpus
-    from metatokens.sweep.writing import check_figures, run_and_write
+    from metatokens.sweep.writing import run_and_write
 
     slots = make_slots(options.jobs, parse_gpus(options.gpus))
     if options.figures:
-        check_figures()
+        require("--figures", FIGURE_PACKAGES)
     runs = plan_sweep(sweep, options.out, str(options.file))
     if options.dry_run:
         plan = describe_plan(sweep, runs)
@@ -582,6 +583,9 @@ def _analyze(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from metatokens.report.requirements import PAGE_PACKAGES, require
+
+    require("report", PAGE_PACKAGES)
     from metatokens.report.page import write_report
 
     page = write_report(options.results, options.out)

@@ -2,7 +2,7 @@
 
 Trains a tokenizer and two tiny models, one plain and one with meta-tokens, on the same text tokens from the same seed.
 Then trains three models from scratch to copy a marked span of words: with meta-attention, with the same meta-tokens but
-no meta-attention, and a plain one with about as many parameters.
+no meta-attention, and a plain one with about as many parameters. Last it takes the first of these apart, in a report.
 """
 
 import statistics
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from metatokens.analysis.pipeline import Identity, analyze
+from metatokens.analysis.results import write_results
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import Injection, PretrainConfig
@@ -20,16 +22,19 @@ from metatokens.data.prepare import prepare, split_of
 from metatokens.data.shards import MANIFEST_NAME, TokenDataset
 from metatokens.data.sources import PYTHON_DOCS, SourceOptions, iterate_documents
 from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.speed import median_ratio, time_in_turns
 from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
+from metatokens.report.requirements import PAGE_PACKAGES, require
 from metatokens.tasks.base import PieceEncoder
 from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
 from metatokens.training.pretraining import pretrain, vocabulary
+from metatokens.training.starting import model_sha256
 
 VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05
@@ -52,6 +57,8 @@ RECALL_ARMS = {
 }
 RECALL_LENGTHS = ("17-32", "33-64", "65-128")
 RECALL_INSTANCES = 200
+ANALYSED_ARM = "meta-attention"
+ANALYSED_INSTANCES = 24
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class DemoResult:
     """Training step of the meta model / of the plain model, on the same text tokens."""
     sample: str
     recall: tuple[RecallArm, ...]
+    report: str | None
+    """The page that takes a recall model apart; None without the packages of the extra `report`."""
 
 
 def demo_configs(folder: Path, text_tokens: int) -> dict[str, PretrainConfig]:
@@ -173,7 +182,38 @@ def run_demo(
         cost_per_text_token=median_ratio(seconds, "meta", "plain"),
         sample=SAMPLE_PROMPT + sample.text,
         recall=tuple(_run_recall(folder, recall_configs(recall_steps), say=say, show_progress=show_progress)),
+        report=_report(folder, say),
     )
+
+
+def _report(folder: Path, say: Callable[[str], None]) -> str | None:
+    """Analyse the recall model with meta-attention and return its page; None without the packages for it."""
+    try:
+        require("report", PAGE_PACKAGES)
+    except UsageError as error:
+        say(str(error))
+        return None
+    from metatokens.report.page import write_report
+
+    say("Taking the model with meta-attention apart ...")
+    run = _recall_folder(folder, ANALYSED_ARM)
+    documents = ("--documents", str(ANALYSED_INSTANCES), "--subject.pairs", str(ANALYSED_INSTANCES))
+    results, arrays = analyze(
+        open_model(run),
+        open_tokenizer(run),
+        analysis_of(run, None, documents),
+        identity=Identity(
+            name=f"{ANALYSED_ARM}, trained to copy",
+            weights_sha256=model_sha256(model_folder(run)),
+            command=" ".join(["metatokens analyze", str(run), *documents]),
+        ),
+    )
+    write_results(folder / "report", results, arrays)
+    return str(write_report(folder / "report"))
+
+
+def _recall_folder(folder: Path, arm: str) -> Path:
+    return folder / "recall" / "-".join(arm.split())
 
 
 def _run_recall(
@@ -182,7 +222,7 @@ def _run_recall(
     """Train every arm on the copying task and ask it at its training lengths and beyond."""
     for arm, config in configs.items():
         say(f"Training to copy a marked span, {arm}: {config.total_steps} steps of {config.training.batch_blocks} ...")
-        out = folder / "recall" / "-".join(arm.split())
+        out = _recall_folder(folder, arm)
         result = finetune(config, out, show_progress=show_progress, label=arm)
         asked = EvaluateConfig(
             task=config.task,

@@ -29,7 +29,7 @@ The records, by section and metric. `at` says what a number belongs to; where a 
     causal           logit_difference    nats         condition            full, direct cut, meta cut, both cut
                      interaction         nats
                      interchange         1            layer, where         restored share of the logit difference
-                     knockout            nats         layer, mode          loss of the logit difference
+                     knockout            nats         layer, mode          rise of the loss on the answer
     eviction         cost                nats/token   policy, kept         kept: share of the cache
     language_model   loss_change         nats/token                        without minus with meta-attention
 """

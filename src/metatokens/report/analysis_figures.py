@@ -265,7 +265,7 @@ def _draw_interchange(results: Results, arrays: Arrays) -> Figure:
 
 def _draw_knockout(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    return _draw_lines(results, "causal", "knockout", ("layer", "mode"), ("layer", "loss of the logit difference"))
+    return _draw_lines(results, "causal", "knockout", ("layer", "mode"), ("layer", "rise of the loss, nats"))
 
 
 def _draw_eviction(results: Results, arrays: Arrays) -> Figure:
@@ -405,7 +405,7 @@ FIGURES: dict[str, AnalysisFigure] = {
     ),
     "knockout": AnalysisFigure(
         "Meta-attention removed, layer by layer",
-        "Loss of the logit difference against the whole model.",
+        "Rise of the loss on the answer against the whole model.",
         (("causal", "knockout"),),
         _draw_knockout,
         _drawn_from("causal", ("knockout",), "layer", "mode"),

@@ -68,6 +68,9 @@ def show_demo(result: Any) -> None:
         accuracies = [_percent(row.sequence_accuracy) for row in recall.rows]
         table.add_row(recall.name, f"{recall.parameters:,}", f"{recall.training_flops:.2e}", *accuracies)
     console.print(table)
+    if result.report is not None:
+        console.print("\nWhat the meta-attention model does inside, to open in a browser:\n", highlight=False)
+        console.print(f"    {result.report}", highlight=False, markup=False, soft_wrap=True)
     console.print("\nThe model is a Hugging Face checkpoint:\n", highlight=False)
     console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
     load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'

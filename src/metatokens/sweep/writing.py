@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from metatokens.errors import UsageError
 from metatokens.report.sweep_results import SweepResults, load_results, to_json
 from metatokens.report.tables import to_markdown
 from metatokens.sweep.collecting import collect
@@ -19,17 +17,6 @@ if TYPE_CHECKING:
     from metatokens.config.sweep import SweepConfig
     from metatokens.report.sweep_results import FailedRun
     from metatokens.sweep.planning import SweepRun
-
-
-def check_figures() -> None:
-    """Raise UsageError where figures cannot be drawn."""
-    if find_spec("matplotlib") is None:
-        raise UsageError(
-            "--figures",
-            expected="the package matplotlib",
-            found="not installed",
-            remedy="pip install 'metatokens[report]'",
-        )
 
 
 def run_and_write(

@@ -132,7 +132,7 @@ const FIGURES = {
   },
   knockout(node) {
     const data = flat(find("causal", "knockout")).filter((d) => "layer" in d && "mode" in d);
-    return data.length ? lines(node, data, { x: "layer", stroke: "mode", xLabel: "layer", yLabel: "loss of the logit difference", most: 640 }) : null;
+    return data.length ? lines(node, data, { x: "layer", stroke: "mode", xLabel: "layer", yLabel: "rise of the loss, nats", most: 640 }) : null;
   },
   eviction(node) {
     const data = flat(find("eviction", "cost")).filter((d) => "kept" in d && "policy" in d).sort((a, b) => a.kept - b.kept);
