@@ -26,12 +26,15 @@ The records, by section and metric. `at` says what a number belongs to; where a 
                      label_entropy       nats
                      area                nats^2       against              between hulls; positive: meta-tokens better
     probes           v_information       nats         state, target
-    causal           logit_difference    nats         condition            full, direct cut, meta cut, both cut
-                     interaction         nats
+    causal           accuracy            1            intervention         none is the whole model
+                     accuracy_change     1            intervention         minus that of the whole model
+                     pair_accuracy       1            condition
+                     logit_difference    logits       condition            full, direct cut, meta cut, both cut
+                     interaction         logits
                      interchange         1            layer, where         restored share of the logit difference
                      knockout            nats         layer, mode          rise of the loss on the answer
     eviction         cost                nats/token   policy, kept         kept: share of the cache
-    language_model   loss_change         nats/token                        without minus with meta-attention
+    language_model   loss_change         nats/token   layer                without minus with meta-attention, or of all
 """
 
 from __future__ import annotations
