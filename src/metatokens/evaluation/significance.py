@@ -1,0 +1,294 @@
+"""Bias-corrected intervals over documents, tests by sign flips, and corrections for many tests.
+
+The document is the unit of all of them. Intervals are BCa (Efron 1987, "Better Bootstrap Confidence Intervals"), which
+follow a skewed statistic where percentiles do not; the two conditions of a pair are compared by flipping the signs of
+their differences; several primary endpoints are corrected by Holm 1979, maps of layers and heads by Benjamini and
+Hochberg 1995. That two conditions are alike is a test of its own (TOST, Schuirmann 1987): a large p-value of a
+difference shows nothing. Percentile intervals and Wilson's are in `statistics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.config.analysis import MINIMUM_DOCUMENTS
+from metatokens.errors import UsageError
+from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval, Numbers
+
+MAX_EXACT_DOCUMENTS = 14
+"""Up to so many documents all 2^n sign flips are counted: 16,384."""
+SIGN_FLIP_DRAWS = 10_000
+FALSE_DISCOVERY_RATE = 0.05
+
+_FLIPS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
+_RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
+
+Array = npt.NDArray[np.float64]
+Statistic = Callable[[Array], float]
+
+
+def bca_interval(
+    values_by_document: npt.ArrayLike,
+    statistic: Statistic | None = None,
+    *,
+    seed: int,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+    minimum_documents: int = MINIMUM_DOCUMENTS,
+) -> Interval:
+    """Return a statistic of documents with its BCa interval; the mean where none is given.
+
+    A pure function of its arguments. Where all documents are alike the interval is a point.
+
+    Args:
+        values_by_document: (documents, ...) finite numbers.
+        statistic: maps resampled documents (documents or one fewer, ...) to a number, whatever their order.
+        seed: of the generator, PCG64.
+        resamples: number of draws.
+        level: share of intervals that hold the true value.
+        minimum_documents: fewer are an error.
+
+    Raises:
+        UsageError: fewer documents than `minimum_documents`.
+        ValueError: a number that is not finite, or a `level` outside (0, 1).
+    """
+    values = np.asarray(values_by_document, dtype=np.float64)
+    if values.ndim < 1 or not np.isfinite(values).all():
+        raise ValueError(f"finite numbers, the documents along the first axis, not an array of shape {values.shape}")
+    check_documents(len(values), minimum_documents)
+    measure = _mean if statistic is None else statistic
+    generator = np.random.Generator(np.random.PCG64(seed))
+    num_documents = len(values)
+    draws = [measure(values[generator.integers(num_documents, size=num_documents)]) for _ in range(resamples)]
+    left_out = [measure(np.delete(values, document, axis=0)) for document in range(num_documents)]
+    return bca_from_draws(float(measure(values)), draws, [left_out], level=level)
+
+
+def bca_ratio(
+    numerators: Numbers,
+    denominators: Numbers,
+    *,
+    seed: int,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+    minimum_documents: int = MINIMUM_DOCUMENTS,
+) -> Interval:
+    """Return sum(numerators) / sum(denominators) over documents with its BCa interval.
+
+    For the paired difference of two models on the same documents, pass the differences of their numerators.
+
+    Raises:
+        UsageError: fewer documents than `minimum_documents`.
+        ValueError: unequal lengths, a denominator that is not positive, or what `bca_interval` refuses.
+    """
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if above.ndim != 1 or above.shape != below.shape or (below <= 0).any():
+        raise ValueError(
+            f"one numerator and one positive denominator a document, not shapes {above.shape} and {below.shape} "
+            f"and a denominator of {below.min(initial=math.inf)}"
+        )
+    return bca_interval(
+        np.stack([above, below], axis=1),
+        lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()),
+        seed=seed,
+        resamples=resamples,
+        level=level,
+        minimum_documents=minimum_documents,
+    )
+
+
+def bca_from_draws(
+    estimate: float,
+    draws: Numbers,
+    leave_one_out: Sequence[Numbers],
+    *,
+    level: float = CONFIDENCE_LEVEL,
+) -> Interval:
+    """Return the BCa interval of a statistic whose draws are at hand.
+
+    With z0 = Phi^-1(share of draws below the estimate) and the acceleration a, the bounds are the quantiles
+    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the draws, for z the normal quantiles of the level. Where several factors
+    are resampled (documents and seeds), the empirical influences of all enter a, each over the number of its units.
+
+    Args:
+        estimate: the statistic of all units.
+        draws: the statistic of each resample.
+        leave_one_out: one sequence for each factor that is resampled, the statistic without each of its units; a
+            factor of a single unit adds nothing.
+        level: share of intervals that hold the true value.
+
+    Raises:
+        ValueError: no draw, or a `level` outside (0, 1).
+    """
+    drawn = np.sort(np.asarray(draws, dtype=np.float64))
+    if not len(drawn) or not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1) and there must be a draw, not {level} and {len(drawn)} draws")
+    if drawn[0] == drawn[-1]:
+        return Interval(estimate, float(drawn[0]), float(drawn[-1]), level)
+    normal = NormalDist()
+    # an estimate beyond all draws would have an infinite bias
+    below = (np.count_nonzero(drawn < estimate) + np.count_nonzero(drawn <= estimate)) / (2 * len(drawn))
+    bias = normal.inv_cdf(min(max(below, 0.5 / len(drawn)), 1 - 0.5 / len(drawn)))
+    acceleration = _acceleration(leave_one_out)
+    shares = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        shifted = bias + normal.inv_cdf(tail)
+        slope = 1 - acceleration * shifted
+        shares.append(normal.cdf(bias + shifted / slope) if slope > 0 else float(shifted > 0))
+    low, high = np.quantile(drawn, shares)
+    return Interval(estimate, float(low), float(high), level)
+
+
+def check_documents(num_documents: int, minimum_documents: int = MINIMUM_DOCUMENTS) -> None:
+    """Refuse documents that are too few for an interval.
+
+    Raises:
+        UsageError: fewer than `minimum_documents`.
+    """
+    if num_documents < minimum_documents:
+        raise UsageError(
+            "documents for an interval",
+            expected=f"at least {minimum_documents}",
+            found=str(num_documents),
+            remedy="pass more documents, or shorter ones",
+        )
+
+
+def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
+    """Return the two-sided p-value that paired differences are symmetric around 0.
+
+    The share of sign flips whose mean is as far from 0 as the one observed. All flips are counted for up to
+    `MAX_EXACT_DOCUMENTS` documents, and the seed does not matter; else `draws` are drawn and the observed one counts
+    among them, so p is never 0.
+
+    Args:
+        differences: one a document, finite.
+        seed: of the generator, PCG64.
+        draws: number of random flips.
+
+    Raises:
+        ValueError: no difference, or one that is not finite.
+    """
+    values = _check_differences(differences)
+    tie = _RELATIVE_TIE * float(np.abs(values).sum())
+    observed = abs(float(values.sum())) - tie
+    return _share_of_flips(values, lambda sums: np.abs(sums) >= observed, seed=seed, draws=draws)
+
+
+def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
+    """Return the p-value that paired differences have a mean at or beyond +-margin; small means alike (TOST).
+
+    The larger p-value of two one-sided sign-flip tests, of the differences moved by the margin to either side, which
+    are symmetric around 0 at the border of the null hypothesis.
+
+    Args:
+        differences: one a document, finite.
+        margin: positive; declared before the run, in the unit of the differences.
+        seed: of the generator, PCG64.
+        draws: number of random flips where there are more than `MAX_EXACT_DOCUMENTS` documents.
+
+    Raises:
+        ValueError: no difference, one that is not finite, or a margin that is not positive.
+    """
+    values = _check_differences(differences)
+    if not 0 < margin < math.inf:
+        raise ValueError(f"the margin must be positive and finite, not {margin}")
+    return max(_one_sided_test(moved, seed=seed, draws=draws) for moved in (values + margin, margin - values))
+
+
+def holm(p_values: npt.ArrayLike) -> Array:
+    """Return p-values adjusted so that any false rejection among them is as rare as the level (Holm 1979).
+
+    Args:
+        p_values: of any shape, in [0, 1]; the result has the same shape.
+    """
+    p = _check_p_values(p_values)
+    order = np.argsort(p, axis=None, kind="stable")
+    factors = p.size - np.arange(p.size)
+    return _put(np.minimum(np.maximum.accumulate(p.ravel()[order] * factors), 1), order, p.shape)
+
+
+def benjamini_hochberg(p_values: npt.ArrayLike, q: float = FALSE_DISCOVERY_RATE) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return adjusted p-values and which are rejected at a false discovery rate (Benjamini and Hochberg 1995).
+
+    Args:
+        p_values: of any shape, such as (layers, heads), in [0, 1]; both results have the same shape.
+        q: expected share of false ones among the rejected.
+    """
+    p = _check_p_values(p_values)
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie in (0, 1), not {q}")
+    order = np.argsort(p, axis=None, kind="stable")
+    scaled = p.ravel()[order] * p.size / np.arange(1, p.size + 1)
+    adjusted = _put(np.minimum.accumulate(scaled[::-1])[::-1], order, p.shape)
+    return adjusted, adjusted <= q
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean())
+
+
+def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
+    """Return a = sum(l^3 / n^3) / (6 sum(l^2 / n^2)^1.5) over the influences l of all factors.
+
+    Davison and Hinkley 1997, chapter 5, for several samples; for one it is Efron's.
+    """
+    cubes = squares = 0.0
+    for values in leave_one_out:
+        without = np.asarray(values, dtype=np.float64)
+        influence = (len(without) - 1) / len(without) * (without.mean() - without)
+        cubes += float((influence**3).sum())
+        squares += float((influence**2).sum())
+    return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def _check_differences(differences: Numbers) -> Array:
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"one finite difference a document, not an array of shape {values.shape}")
+    return values
+
+
+def _check_p_values(p_values: npt.ArrayLike) -> Array:
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p-values must lie in [0, 1]")
+    return p
+
+
+def _one_sided_test(values: Array, *, seed: int, draws: int) -> float:
+    """Return the p-value that the values are symmetric around 0, against a larger mean."""
+    observed = float(values.sum()) - _RELATIVE_TIE * float(np.abs(values).sum())
+    return _share_of_flips(values, lambda sums: sums >= observed, seed=seed, draws=draws)
+
+
+def _share_of_flips(
+    values: Array, is_extreme: Callable[[Array], npt.NDArray[np.bool_]], *, seed: int, draws: int
+) -> float:
+    """Return the share of sign flips whose sum is extreme; the observed sum must be."""
+    num_documents = len(values)
+    if num_documents <= MAX_EXACT_DOCUMENTS:
+        bits = np.arange(2**num_documents)[:, None] >> np.arange(num_documents) & 1
+        return float(is_extreme((1.0 - 2.0 * bits) @ values).mean())
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    rows_at_a_time = max(1, _FLIPS_AT_A_TIME // num_documents)
+    extreme = 0
+    for start in range(0, draws, rows_at_a_time):
+        rows = min(rows_at_a_time, draws - start)
+        signs = 1.0 - 2.0 * generator.integers(2, size=(rows, num_documents))
+        extreme += int(np.count_nonzero(is_extreme(signs @ values)))
+    return (1 + extreme) / (1 + draws)
+
+
+def _put(values: Array, order: npt.NDArray[np.intp], shape: tuple[int, ...]) -> Array:
+    """Return sorted values in the places that they came from."""
+    result = np.empty(len(order))
+    result[order] = values
+    return result.reshape(shape)
