@@ -59,7 +59,7 @@ def analyze(
     """
     lens = Lens(getattr(model, "wrapped", model))
     encoder = TextEncoder(tokenizer)
-    check_documents(np.zeros(config.documents))
+    check_documents(config.documents)
     if isinstance(config.subject, TaskSubject):
         subject = task_subject(lens.model, encoder, config, config.subject)
     else:

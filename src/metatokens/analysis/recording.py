@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from metatokens.analysis.results import Record, Section
-from metatokens.evaluation.significance import (
-    MINIMUM_DOCUMENTS,
-    Statistic,
-    bca_interval,
-    benjamini_hochberg,
-    mean_statistic,
-    ratio_statistic,
-    sign_flip_test,
-)
+from metatokens.config.analysis import MINIMUM_DOCUMENTS
+from metatokens.evaluation.significance import Statistic, bca_interval, benjamini_hochberg, sign_flip_test
 from metatokens.evaluation.statistics import accuracy_interval
 
 Array = npt.NDArray[np.float64]
@@ -46,7 +40,7 @@ class Findings:
         documents: npt.ArrayLike,
         *,
         at: At | None = None,
-        statistic: Statistic = mean_statistic,
+        statistic: Statistic | None = None,
         test: bool = False,
     ) -> None:
         """Record a statistic of documents, (documents,) or (documents, columns), those with NaN left out."""
@@ -61,7 +55,7 @@ class Findings:
             interval = bca_interval(values, statistic, seed=self.seed)
             estimate, low, high = interval.estimate, interval.low, interval.high
         elif count:
-            estimate = float(statistic(values[None])[0])
+            estimate = float(values.mean() if statistic is None else statistic(values))
             note = f"fewer than {MINIMUM_DOCUMENTS} documents: no interval"
         if estimate is None or not np.isfinite(estimate):
             estimate, low, high, note = None, None, None, "no document has it"
@@ -95,7 +89,7 @@ class Findings:
     ) -> None:
         """Record a ratio of sums over documents."""
         columns = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], axis=1)
-        self.add(section, metric, unit, method, columns, at=at, statistic=ratio_statistic)
+        self.add(section, metric, unit, method, columns, at=at, statistic=_ratio_of_sums)
 
     def add_accuracy(self, metric: str, method: str, outcomes: npt.ArrayLike, *, at: At | None = None) -> None:
         """Record a share of right answers, with an interval that holds where all or none are right, too."""
@@ -123,8 +117,8 @@ class Findings:
                 families.setdefault((record.section, record.metric), []).append(index)
         records = list(self.records)
         for indices in families.values():
-            adjusted = benjamini_hochberg([_p_of(records[index]) for index in indices])
-            for index, value in zip(indices, adjusted, strict=True):
+            adjusted, _ = benjamini_hochberg([_p_of(records[index]) for index in indices])
+            for index, value in zip(indices, adjusted.tolist(), strict=True):
                 records[index] = records[index].model_copy(update={"adjusted_p": value})
         return records
 
@@ -138,12 +132,16 @@ def over_layers_and_heads(values: Array) -> Array:
     return means
 
 
-def r_squared_statistic(drawn: Array) -> Array:
-    """Return 1 - residual / total of each draw, of columns (rows, sum y, sum y^2, sum of squared residuals)."""
-    rows, total, squares, residuals = np.moveaxis(drawn.sum(axis=1), -1, 0)
+def r_squared_statistic(documents: Array) -> float:
+    """Return 1 - residual / total, of columns (rows, sum y, sum y^2, sum of squared residuals); NaN without spread."""
+    rows, total, squares, residuals = documents.sum(axis=0)
     spread = squares - total**2 / rows
-    result: Array = 1 - np.divide(residuals, spread, out=np.full(len(spread), np.nan), where=spread > 0)
-    return result
+    return float(1 - residuals / spread) if spread > 0 else math.nan
+
+
+def _ratio_of_sums(documents: Array) -> float:
+    above, below = documents.sum(axis=0)
+    return float(above / below) if below else math.nan
 
 
 def _p_of(record: Record) -> float:

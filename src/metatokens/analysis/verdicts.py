@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from metatokens.analysis.results import Verdict
-from metatokens.config.analysis import Endpoint
-from metatokens.evaluation.significance import MINIMUM_DOCUMENTS, bca_interval, holm, sign_flip_test
+from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
+from metatokens.evaluation.significance import bca_interval, holm, sign_flip_test
 
 Array = npt.NDArray[np.float64]
 
@@ -108,7 +108,7 @@ def judge(endpoints: Mapping[str, Array], chosen: Sequence[Endpoint], *, seed: i
     verdicts = [_judge_one(name, endpoints.get(name) if name in chosen else None, seed) for name in CLAIMS]
     tested = [index for index, verdict in enumerate(verdicts) if verdict.p_value is not None]
     adjusted = holm([verdicts[index].p_value or 0.0 for index in tested])
-    for index, p_value in zip(tested, adjusted, strict=True):
+    for index, p_value in zip(tested, adjusted.tolist(), strict=True):
         verdicts[index] = verdicts[index].model_copy(update={"p_value": p_value})
     return verdicts
 

@@ -1,12 +1,126 @@
-"""The configuration of an analysis: what is looked at, and which numbers decide, fixed before the run."""
+"""The configuration of an analysis: what is looked at, which numbers decide, and the heads fitted to states."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metatokens.config.base import Frozen
 from metatokens.config.schema import DEFAULT_META_RATIO
 from metatokens.config.tasks import Difficulty, Task
+
+MINIMUM_DOCUMENTS = 8
+"""The fewest documents of which more than 2,000 different resamples with replacement exist: 6,435 of 8, 1,716 of 7."""
+
+# 13 points from 1e-4 to 2, evenly spaced in their logarithm
+_BETAS = (1e-4, 2.3e-4, 5.2e-4, 1.2e-3, 2.7e-3, 6.2e-3, 0.0141, 0.0323, 0.0737, 0.168, 0.384, 0.876, 2.0)
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class HeadTraining(Frozen):
+    """How small heads on fixed states are trained: by Adam, stopped on validation documents."""
+
+    num_seeds: int = Field(5, ge=1)
+    """Heads of one kind; they differ in their first weights, batches and noise, and share the split."""
+    train_share: Share = 0.7
+    """Of the documents."""
+    validation_share: Share = 0.15
+    """Of the documents; the rest is the test part."""
+    minimum_documents: int = Field(MINIMUM_DOCUMENTS, ge=2)
+    """Of the test part, since intervals are over its documents."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of Adam."""
+    batch_size: int = Field(128, ge=1)
+    """States in a step, drawn with replacement."""
+    max_steps: int = Field(3_000, ge=1)
+    """A head that is not done by then is flagged as not converged."""
+    evaluation_interval_steps: int = Field(10, ge=1)
+    """Steps between two looks at the validation part."""
+    patience_evaluations: int = Field(10, ge=1)
+    """A head is done when so many evaluations in a row brought no change above `min_change`."""
+    min_change: float = Field(1e-3, ge=0)
+    """Nats of the validation loss."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.train_share + self.validation_share >= 1:
+            raise ValueError(
+                f"train_share {self.train_share} and validation_share {self.validation_share} leave nothing to test on"
+            )
+        return self
+
+
+class GaussianPrior(Frozen):
+    """One diagonal Gaussian, learned; the rate is analytic."""
+
+    kind: Literal["gaussian"] = "gaussian"
+
+
+class MixturePrior(Frozen):
+    """A mixture of diagonal Gaussians, learned; the rate is a mean over sampled codes."""
+
+    kind: Literal["mixture"] = "mixture"
+    num_components: int = Field(10, ge=1)
+    """Gaussians in the mixture."""
+
+
+class RateDistortionConfig(HeadTraining):
+    """The variational information bottleneck on a state: an encoder, a prior of its code and a linear decoder."""
+
+    betas: tuple[Annotated[float, Field(gt=0)], ...] = Field(_BETAS, min_length=1)
+    """Nats of distortion that a nat of rate is worth, rising. Trained from the largest down, each from the head of the
+    one above it: upwards, heads drag along what they memorised at a small beta."""
+    collapsed_rate: float = Field(0.1, ge=0)
+    """Nats: a head of a lower rate says nothing and is a saddle of the next beta, which then starts from first
+    weights."""
+    hidden_size: int = Field(256, ge=1)
+    """Width of the encoder's one hidden layer."""
+    code_size: int = Field(32, ge=1)
+    """Dimensions of the code z."""
+    prior: Annotated[GaussianPrior | MixturePrior, Field(discriminator="kind")] = GaussianPrior()
+    """r(z); the mixture tells how much of a rate is due to the simple prior."""
+    num_code_samples: int = Field(16, ge=1)
+    """Codes drawn for a state of the test part; the distortion is the mean over them."""
+    max_information_states: int = Field(4096, ge=2)
+    """K: states of the test part, at most, for the bounds of I(Z;X); the lower one cannot exceed ln K."""
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        if list(self.betas) != sorted(set(self.betas)):
+            raise ValueError(f"betas must rise, not {self.betas}")
+        return self
+
+
+class LinearProbe(Frozen):
+    """Logistic regression."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class MlpProbe(Frozen):
+    """One hidden layer of GELU."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden_size: int = Field(256, ge=1)
+    """Width of the hidden layer."""
+
+
+class ProbeConfig(HeadTraining):
+    """A probe, and the online code that it makes of the labels."""
+
+    probe: Annotated[LinearProbe | MlpProbe, Field(discriminator="kind")] = LinearProbe()
+    """The family of predictors; what it cannot use counts as absent."""
+    code_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0), min_length=1
+    )
+    """Ends of the blocks of the online code as shares of the documents (Voita and Titov 2020); the last is 1."""
+
+    @model_validator(mode="after")
+    def _check_code_shares(self) -> Self:
+        if list(self.code_shares) != sorted(set(self.code_shares)) or self.code_shares[-1] != 1:
+            raise ValueError(f"code_shares must rise and end with 1, not {self.code_shares}")
+        return self
+
 
 Part = Literal["attention", "causal", "rate_distortion", "similarity", "eviction", "knockout", "token_view"]
 """attention: entropy, boost and the theorem's audit; causal: minimal pairs, for a task; similarity, eviction and

@@ -1,164 +1,294 @@
-"""Intervals that correct their bias, tests between two conditions, and corrections for many of them.
+"""Bias-corrected intervals over documents, tests by sign flips, and corrections for many tests.
 
-The unit is the document, or the instance of a task, never the token or the head: tokens of one document are not
-independent. Every function takes one number a document, or one row of them, and is a pure function of its arguments.
-BCa intervals: Efron 1987. Sign flips: Fisher 1935. Holm 1979; Benjamini and Hochberg 1995. TOST: Schuirmann 1987.
+The document is the unit of all of them. Intervals are BCa (Efron 1987, "Better Bootstrap Confidence Intervals"), which
+follow a skewed statistic where percentiles do not; the two conditions of a pair are compared by flipping the signs of
+their differences; several primary endpoints are corrected by Holm 1979, maps of layers and heads by Benjamini and
+Hochberg 1995. That two conditions are alike is a test of its own (TOST, Schuirmann 1987): a large p-value of a
+difference shows nothing. Percentile intervals and Wilson's are in `statistics`.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
+from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
-from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval
+from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval, Numbers
 
-MINIMUM_DOCUMENTS = 8
-"""Fewer tell too little of what other documents would be like for any bootstrap."""
-EXACT_DOCUMENTS = 14
-"""Up to here all 2^n sign flips are tried."""
-SIGN_FLIPS = 20_000
-_DRAWS_AT_A_TIME = 2**22
+MAX_EXACT_DOCUMENTS = 14
+"""Up to so many documents all 2^n sign flips are counted: 16,384."""
+SIGN_FLIP_DRAWS = 10_000
+FALSE_DISCOVERY_RATE = 0.05
+
+_FLIPS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
+_RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
 
 Array = npt.NDArray[np.float64]
-Statistic = Callable[[Array], Array]
-"""Maps documents drawn again and again, (draws, documents, ...), to one number a draw."""
-
-
-def mean_statistic(drawn: Array) -> Array:
-    """Return the mean over documents of each draw."""
-    means: Array = drawn.mean(axis=1)
-    return means
-
-
-def ratio_statistic(drawn: Array) -> Array:
-    """Return sum / sum of the two columns (numerator, denominator) of each draw."""
-    sums = drawn.sum(axis=1)
-    ratios: Array = sums[:, 0] / sums[:, 1]
-    return ratios
+Statistic = Callable[[Array], float]
 
 
 def bca_interval(
-    documents: npt.ArrayLike,
-    statistic: Statistic = mean_statistic,
+    values_by_document: npt.ArrayLike,
+    statistic: Statistic | None = None,
     *,
     seed: int,
     resamples: int = BOOTSTRAP_RESAMPLES,
     level: float = CONFIDENCE_LEVEL,
+    minimum_documents: int = MINIMUM_DOCUMENTS,
 ) -> Interval:
-    """Return a statistic of documents with its bias-corrected and accelerated bootstrap interval.
+    """Return a statistic of documents with its BCa interval; the mean where none is given.
 
-    Where every draw gives the same number, both ends are that number.
+    A pure function of its arguments. Where all documents are alike the interval is a point.
 
     Args:
-        documents: (documents,) or (documents, ...) numbers; whole rows are drawn.
-        statistic: of the rows of a draw.
+        values_by_document: (documents, ...) finite numbers.
+        statistic: maps resampled documents (documents or one fewer, ...) to a number, whatever their order.
         seed: of the generator, PCG64.
         resamples: number of draws.
-        level: of the interval.
+        level: share of intervals that hold the true value.
+        minimum_documents: fewer are an error.
 
     Raises:
-        UsageError: fewer documents than `MINIMUM_DOCUMENTS`, or a number that is not finite.
+        UsageError: fewer documents than `minimum_documents`.
+        ValueError: a number that is not finite, or a `level` outside (0, 1).
     """
-    values = np.asarray(documents, dtype=np.float64)
-    check_documents(values)
-    count = len(values)
-    estimate = float(statistic(values[None])[0])
+    values = np.asarray(values_by_document, dtype=np.float64)
+    if values.ndim < 1 or not np.isfinite(values).all():
+        raise ValueError(f"finite numbers, the documents along the first axis, not an array of shape {values.shape}")
+    check_documents(len(values), minimum_documents)
+    measure = _mean if statistic is None else statistic
     generator = np.random.Generator(np.random.PCG64(seed))
-    at_a_time = max(1, _DRAWS_AT_A_TIME // values.size)
-    draws = np.concatenate(
-        [
-            statistic(values[generator.integers(count, size=(min(at_a_time, resamples - start), count))])
-            for start in range(0, resamples, at_a_time)
-        ]
+    num_documents = len(values)
+    draws = [measure(values[generator.integers(num_documents, size=num_documents)]) for _ in range(resamples)]
+    left_out = [measure(np.delete(values, document, axis=0)) for document in range(num_documents)]
+    return bca_from_draws(float(measure(values)), draws, [left_out], level=level)
+
+
+def bca_ratio(
+    numerators: Numbers,
+    denominators: Numbers,
+    *,
+    seed: int,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+    minimum_documents: int = MINIMUM_DOCUMENTS,
+) -> Interval:
+    """Return sum(numerators) / sum(denominators) over documents with its BCa interval.
+
+    For the paired difference of two models on the same documents, pass the differences of their numerators.
+
+    Raises:
+        UsageError: fewer documents than `minimum_documents`.
+        ValueError: unequal lengths, a denominator that is not positive, or what `bca_interval` refuses.
+    """
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if above.ndim != 1 or above.shape != below.shape or (below <= 0).any():
+        raise ValueError(
+            f"one numerator and one positive denominator a document, not shapes {above.shape} and {below.shape} "
+            f"and a denominator of {below.min(initial=math.inf)}"
+        )
+    return bca_interval(
+        np.stack([above, below], axis=1),
+        lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()),
+        seed=seed,
+        resamples=resamples,
+        level=level,
+        minimum_documents=minimum_documents,
     )
-    if np.ptp(draws) == 0:
-        return Interval(estimate, float(draws[0]), float(draws[0]), level)
+
+
+def bca_from_draws(
+    estimate: float,
+    draws: Numbers,
+    leave_one_out: Sequence[Numbers],
+    *,
+    level: float = CONFIDENCE_LEVEL,
+) -> Interval:
+    """Return the BCa interval of a statistic whose draws are at hand.
+
+    With z0 = Phi^-1(share of draws below the estimate) and the acceleration a, the bounds are the quantiles
+    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the draws, for z the normal quantiles of the level. Where several factors
+    are resampled (documents and seeds), the empirical influences of all enter a, each over the number of its units.
+
+    Args:
+        estimate: the statistic of all units.
+        draws: the statistic of each resample.
+        leave_one_out: one sequence for each factor that is resampled, the statistic without each of its units; a
+            factor of a single unit adds nothing.
+        level: share of intervals that hold the true value.
+
+    Raises:
+        ValueError: no draw, or a `level` outside (0, 1).
+    """
+    drawn = np.sort(np.asarray(draws, dtype=np.float64))
+    if not len(drawn) or not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1) and there must be a draw, not {level} and {len(drawn)} draws")
+    if drawn[0] == drawn[-1]:
+        return Interval(estimate, float(drawn[0]), float(drawn[-1]), level)
     normal = NormalDist()
-    share_below = (np.mean(draws < estimate) + np.mean(draws <= estimate)) / 2
-    bias = normal.inv_cdf(float(np.clip(share_below, 0.5 / resamples, 1 - 0.5 / resamples)))
-    left_out = np.concatenate([statistic(np.delete(values, index, axis=0)[None]) for index in range(count)])
-    deviations = left_out.mean() - left_out
-    spread = float((deviations**2).sum())
-    acceleration = float((deviations**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
-    ends = []
+    # an estimate beyond all draws would have an infinite bias
+    below = (np.count_nonzero(drawn < estimate) + np.count_nonzero(drawn <= estimate)) / (2 * len(drawn))
+    bias = normal.inv_cdf(min(max(below, 0.5 / len(drawn)), 1 - 0.5 / len(drawn)))
+    acceleration = _acceleration(leave_one_out)
+    shares = []
     for tail in ((1 - level) / 2, (1 + level) / 2):
         shifted = bias + normal.inv_cdf(tail)
-        ends.append(normal.cdf(bias + shifted / (1 - acceleration * shifted)))
-    low, high = np.quantile(draws, ends)
+        slope = 1 - acceleration * shifted
+        shares.append(normal.cdf(bias + shifted / slope) if slope > 0 else float(shifted > 0))
+    low, high = np.quantile(drawn, shares)
     return Interval(estimate, float(low), float(high), level)
 
 
-def check_documents(values: Array, minimum: int = MINIMUM_DOCUMENTS) -> None:
-    """Raise UsageError for fewer documents than a bootstrap needs, or a number that is not finite."""
-    if values.ndim < 1 or len(values) < minimum:
-        raise UsageError(
-            "documents of a bootstrap",
-            expected=f"at least {minimum}",
-            found=str(len(values) if values.ndim else 0),
-            remedy="give more documents or instances",
-        )
-    if not np.isfinite(values).all():
-        bad = np.unique(np.argwhere(~np.isfinite(values))[:, 0])
-        raise UsageError(
-            "documents of a bootstrap",
-            expected="finite numbers",
-            found=f"NaN or infinity in {len(bad)} of {len(values)}",
-            remedy="leave out documents without the quantity",
-        )
+def check_documents(num_documents: int, minimum_documents: int = MINIMUM_DOCUMENTS) -> None:
+    """Refuse documents that are too few for an interval.
 
-
-def sign_flip_test(differences: npt.ArrayLike, *, seed: int, flips: int = SIGN_FLIPS) -> float:
-    """Return the two-sided p-value of a mean difference of 0, under flips of each document's sign.
-
-    Exact up to 14 documents; above, of random flips, the observed ones counted among them.
+    Raises:
+        UsageError: fewer than `minimum_documents`.
     """
+    if num_documents < minimum_documents:
+        raise UsageError(
+            "documents for an interval",
+            expected=f"at least {minimum_documents}",
+            found=str(num_documents),
+            remedy="pass more documents, or shorter ones",
+        )
+
+
+def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
+    """Return the two-sided p-value that paired differences are symmetric around 0.
+
+    The share of sign flips whose mean is as far from 0 as the one observed. All flips are counted for up to
+    `MAX_EXACT_DOCUMENTS` documents, and the seed does not matter; else `draws` are drawn and the observed one counts
+    among them, so p is never 0.
+
+    Args:
+        differences: one a document, finite.
+        seed: of the generator, PCG64.
+        draws: number of random flips.
+
+    Raises:
+        ValueError: no difference, or one that is not finite.
+    """
+    values = _check_differences(differences)
+    tie = _RELATIVE_TIE * float(np.abs(values).sum())
+    observed = abs(float(values.sum())) - tie
+    return _share_of_flips(values, lambda sums: np.abs(sums) >= observed, seed=seed, draws=draws)
+
+
+def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
+    """Return the p-value that paired differences have a mean at or beyond +-margin; small means alike (TOST).
+
+    The larger p-value of two one-sided sign-flip tests, of the differences moved by the margin to either side, which
+    are symmetric around 0 at the border of the null hypothesis.
+
+    Args:
+        differences: one a document, finite.
+        margin: positive; declared before the run, in the unit of the differences.
+        seed: of the generator, PCG64.
+        draws: number of random flips where there are more than `MAX_EXACT_DOCUMENTS` documents.
+
+    Raises:
+        ValueError: no difference, one that is not finite, or a margin that is not positive.
+    """
+    values = _check_differences(differences)
+    if not 0 < margin < math.inf:
+        raise ValueError(f"the margin must be positive and finite, not {margin}")
+    return max(_one_sided_test(moved, seed=seed, draws=draws) for moved in (values + margin, margin - values))
+
+
+def holm(p_values: npt.ArrayLike) -> Array:
+    """Return p-values adjusted so that any false rejection among them is as rare as the level (Holm 1979).
+
+    Args:
+        p_values: of any shape, in [0, 1]; the result has the same shape.
+    """
+    p = _check_p_values(p_values)
+    order = np.argsort(p, axis=None, kind="stable")
+    factors = p.size - np.arange(p.size)
+    return _put(np.minimum(np.maximum.accumulate(p.ravel()[order] * factors), 1), order, p.shape)
+
+
+def benjamini_hochberg(p_values: npt.ArrayLike, q: float = FALSE_DISCOVERY_RATE) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return adjusted p-values and which are rejected at a false discovery rate (Benjamini and Hochberg 1995).
+
+    Args:
+        p_values: of any shape, such as (layers, heads), in [0, 1]; both results have the same shape.
+        q: expected share of false ones among the rejected.
+    """
+    p = _check_p_values(p_values)
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie in (0, 1), not {q}")
+    order = np.argsort(p, axis=None, kind="stable")
+    scaled = p.ravel()[order] * p.size / np.arange(1, p.size + 1)
+    adjusted = _put(np.minimum.accumulate(scaled[::-1])[::-1], order, p.shape)
+    return adjusted, adjusted <= q
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean())
+
+
+def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
+    """Return a = sum(l^3 / n^3) / (6 sum(l^2 / n^2)^1.5) over the influences l of all factors.
+
+    Davison and Hinkley 1997, chapter 5, for several samples; for one it is Efron's.
+    """
+    cubes = squares = 0.0
+    for values in leave_one_out:
+        without = np.asarray(values, dtype=np.float64)
+        influence = (len(without) - 1) / len(without) * (without.mean() - without)
+        cubes += float((influence**3).sum())
+        squares += float((influence**2).sum())
+    return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def _check_differences(differences: Numbers) -> Array:
     values = np.asarray(differences, dtype=np.float64)
-    observed = abs(values.mean())
-    tolerance = 1e-12 * max(1.0, float(np.abs(values).max(initial=0)))
-    if len(values) <= EXACT_DOCUMENTS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
-        return float(np.mean(np.abs(signs @ values / len(values)) >= observed - tolerance))
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"one finite difference a document, not an array of shape {values.shape}")
+    return values
+
+
+def _check_p_values(p_values: npt.ArrayLike) -> Array:
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p-values must lie in [0, 1]")
+    return p
+
+
+def _one_sided_test(values: Array, *, seed: int, draws: int) -> float:
+    """Return the p-value that the values are symmetric around 0, against a larger mean."""
+    observed = float(values.sum()) - _RELATIVE_TIE * float(np.abs(values).sum())
+    return _share_of_flips(values, lambda sums: sums >= observed, seed=seed, draws=draws)
+
+
+def _share_of_flips(
+    values: Array, is_extreme: Callable[[Array], npt.NDArray[np.bool_]], *, seed: int, draws: int
+) -> float:
+    """Return the share of sign flips whose sum is extreme; the observed sum must be."""
+    num_documents = len(values)
+    if num_documents <= MAX_EXACT_DOCUMENTS:
+        bits = np.arange(2**num_documents)[:, None] >> np.arange(num_documents) & 1
+        return float(is_extreme((1.0 - 2.0 * bits) @ values).mean())
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
     generator = np.random.Generator(np.random.PCG64(seed))
-    hits, done = 1, 1
-    at_a_time = max(1, _DRAWS_AT_A_TIME // len(values))
-    for start in range(0, flips, at_a_time):
-        signs = generator.integers(2, size=(min(at_a_time, flips - start), len(values))) * 2.0 - 1
-        hits += int(np.sum(np.abs(signs @ values / len(values)) >= observed - tolerance))
-        done += len(signs)
-    return hits / done
+    rows_at_a_time = max(1, _FLIPS_AT_A_TIME // num_documents)
+    extreme = 0
+    for start in range(0, draws, rows_at_a_time):
+        rows = min(rows_at_a_time, draws - start)
+        signs = 1.0 - 2.0 * generator.integers(2, size=(rows, num_documents))
+        extreme += int(np.count_nonzero(is_extreme(signs @ values)))
+    return (1 + extreme) / (1 + draws)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for the whole family: below alpha wherever Holm's step-down test rejects."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty(len(p_values))
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return [float(value) for value in adjusted]
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for the false discovery rate: at most q wherever the step-up test rejects at q."""
-    count = len(p_values)
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty(count)
-    smallest = 1.0
-    for rank in range(count - 1, -1, -1):
-        smallest = min(smallest, p_values[order[rank]] * count / (rank + 1))
-        adjusted[order[rank]] = smallest
-    return [float(value) for value in adjusted]
-
-
-def is_equivalent(interval: Interval, margin: float) -> bool:
-    """Tell whether an interval lies within +-margin: two one-sided tests, each at (1 - level) / 2.
-
-    With a 90% interval these are the usual tests at 5%; with a 95% one they are stricter.
-    """
-    return interval.low is not None and interval.high is not None and -margin < interval.low <= interval.high < margin
+def _put(values: Array, order: npt.NDArray[np.intp], shape: tuple[int, ...]) -> Array:
+    """Return sorted values in the places that they came from."""
+    result = np.empty(len(order))
+    result[order] = values
+    return result.reshape(shape)

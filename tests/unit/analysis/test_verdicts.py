@@ -70,4 +70,4 @@ def test_r_squared_is_that_of_all_rows_together() -> None:
     m = y + generator.normal(size=(5, 40)) * 0.3
     columns = np.stack([np.full(5, 40.0), y.sum(1), (y**2).sum(1), ((y - m) ** 2).sum(1)], axis=1)
     expected = 1 - ((y - m) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    assert r_squared_statistic(columns[None])[0] == pytest.approx(expected)
+    assert r_squared_statistic(columns) == pytest.approx(expected)

@@ -1,0 +1,291 @@
+"""What a probe can read from a state: usable information, the length of an online code, and its erasure.
+
+V-information (Xu et al. 2020) is what a family of predictors gains from the state, I_V = H_V(Y|nothing) - H_V(Y|X) on
+documents that were not trained on, its share of one state the PVI (Ethayarajh et al. 2022). The online code (Voita and
+Titov 2020) pays for the labels block by block, each with a probe trained on those before, and so counts the size of the
+probe too. Both have a control with shuffled labels: what a probe "finds" there, it made up. Erasure (LEACE, Belrose et
+al. 2023) removes what linear probes can use; without a fall of the task's score then, the probed information is unused.
+All in nats. Deliberately not here: what the labels are, and the states to compare with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metatokens.analysis.fitting import (
+    Array,
+    Fit,
+    Indices,
+    LabelledStates,
+    Parameters,
+    cross_entropies,
+    draw_batches,
+    fit_stack,
+    frequency_code,
+    init_linear,
+    linear,
+    random_generator,
+    split_documents,
+    stack_generators,
+)
+from metatokens.config.analysis import MlpProbe, ProbeConfig
+from metatokens.evaluation.significance import check_documents
+
+FIRST_BLOCK_DOCUMENTS = 2
+"""The fewest documents of the online code's first block: one to train on and one to stop on."""
+
+
+@dataclass(frozen=True)
+class VInformation:
+    """What the probes of one state gain on the test documents, in nats; G seeds, n test states."""
+
+    pointwise: Array
+    """(G, n): PVI, ln p(y|x) - ln p(y)."""
+    shuffled_pointwise: Array
+    """(G, n): the same where labels were shuffled over all states before training; about 0 or below."""
+    null_entropy: float
+    """H_V(Y|nothing): cross-entropy of the frequencies trained on."""
+    accuracies: Array
+    """(G,): share of test states whose label has the highest probability."""
+    converged: npt.NDArray[np.bool_]
+    """(G,)"""
+    document_ids: Indices
+    """(n,) of the test states."""
+
+    @property
+    def information(self) -> float:
+        """I_V, mean over seeds and test states; negative where the probe learned what does not hold."""
+        return float(self.pointwise.mean())
+
+    @property
+    def selectivity(self) -> float:
+        """I_V minus that of shuffled labels."""
+        return float(self.pointwise.mean() - self.shuffled_pointwise.mean())
+
+
+@dataclass(frozen=True)
+class OnlineCode:
+    """The length in nats of all labels of one state, sent block by block; G seeds."""
+
+    lengths: Array
+    """(G,): the first block at ln K a label, each other with the probe of the blocks before."""
+    shuffled_lengths: Array
+    """(G,): the same for shuffled labels."""
+    uniform_length: float
+    """n ln K: no model at all."""
+    prior_length: float
+    """The first block at ln K a label, each other with the frequencies of the blocks before: what labels alone tell."""
+    block_ends: tuple[int, ...]
+    """Number of states up to the end of each block."""
+    converged: npt.NDArray[np.bool_]
+    """(G,): of the probes of all blocks."""
+
+    @property
+    def compression(self) -> float:
+        """The uniform length over the mean length; 1 is nothing learned."""
+        return self.uniform_length / float(self.lengths.mean())
+
+    @property
+    def compression_of_prior(self) -> float:
+        """The length by frequencies over the mean length; above 1, the state tells more than it costs to learn."""
+        return self.prior_length / float(self.lengths.mean())
+
+
+@dataclass(frozen=True)
+class LinearEraser:
+    """A projection after which no linear probe tells the labels apart better than their frequencies do."""
+
+    mean: Array
+    """(C,): stays where it is."""
+    projection: Array
+    """(C, C): x becomes mean + (x - mean) @ projection."""
+
+    def erase(self, states: npt.ArrayLike) -> Array:
+        """Return states (..., C) without the information."""
+        erased: Array = self.mean + (np.asarray(states, dtype=np.float64) - self.mean) @ self.projection
+        return erased
+
+
+def v_information(
+    states: npt.ArrayLike, labels: npt.ArrayLike, document_ids: npt.ArrayLike, *, config: ProbeConfig, seed: int
+) -> VInformation:
+    """Train probes of all seeds, and their controls, and measure what they gain on test documents.
+
+    A pure function of its arguments. The split depends on the seed, the documents and the config alone, so two states
+    of the same documents are paired.
+
+    Args:
+        states: (n, C) finite.
+        labels: (n,); every label that occurs is a class.
+        document_ids: (n,) integers; a document is in one part of the split alone.
+        config: the probe and its training.
+        seed: of everything drawn.
+
+    Raises:
+        UsageError: too few documents.
+        ValueError: shapes that do not fit, or a state that is not finite.
+        NumericError: a probe that diverged.
+    """
+    labelled = LabelledStates.check(states, labels, document_ids)
+    split = split_documents(labelled.document_ids, config, seed=seed)
+    scaled = labelled.standardized(split.train)
+    classes = _with_shuffled(labelled, config.num_seeds, seed)
+    fit = _fit_probes(labelled, scaled, classes, split.train, split.validation, config, seed)
+    test_classes = classes[:, split.test]
+    logits = _logits(fit.parameters, scaled[split.test])
+    codes = cross_entropies(logits, test_classes).double().numpy()
+    pairs = zip(test_classes.numpy(), classes[:, split.train].numpy(), strict=True)
+    null = np.stack([frequency_code(test, train, labelled.num_classes) for test, train in pairs])
+    right = (logits.argmax(-1) == test_classes).double().mean(1).numpy()
+    num_seeds = config.num_seeds
+    return VInformation(
+        pointwise=(null - codes)[:num_seeds],
+        shuffled_pointwise=(null - codes)[num_seeds:],
+        null_entropy=float(null[0].mean()),
+        accuracies=right[:num_seeds],
+        converged=fit.converged[:num_seeds],
+        document_ids=labelled.document_ids[split.test],
+    )
+
+
+def online_code(
+    states: npt.ArrayLike, labels: npt.ArrayLike, document_ids: npt.ArrayLike, *, config: ProbeConfig, seed: int
+) -> OnlineCode:
+    """Return the length of the labels' online code given the states.
+
+    Documents are shuffled, and a block ends with a document. The states are known to both sides, so all of them
+    standardise; a probe stops on the last `validation_share` of the documents before its block.
+
+    Args:
+        states: (n, C) finite.
+        labels: (n,); every label that occurs is a class.
+        document_ids: (n,) integers.
+        config: the probe, its training and the blocks.
+        seed: of everything drawn.
+
+    Raises:
+        UsageError: fewer documents than `minimum_documents`.
+        ValueError: shapes that do not fit, or a state that is not finite.
+        NumericError: a probe that diverged.
+    """
+    labelled = LabelledStates.check(states, labels, document_ids)
+    documents, places = np.unique(labelled.document_ids, return_inverse=True)
+    check_documents(len(documents), config.minimum_documents)
+    ranks = random_generator(seed, "blocks").permutation(len(documents))[places]
+    scaled = labelled.standardized(np.arange(len(ranks)))
+    classes = _with_shuffled(labelled, config.num_seeds, seed)
+    # blocks that are too short for a document of their own merge
+    ends = sorted({max(FIRST_BLOCK_DOCUMENTS, math.ceil(share * len(documents))) for share in config.code_shares})
+    uniform = math.log(labelled.num_classes)
+    first = int((ranks < ends[0]).sum()) * uniform
+    lengths, prior_length = np.full(len(classes), first), first
+    converged = np.ones(len(classes), dtype=bool)
+    for end, next_end in pairwise(ends):
+        start = end - min(max(1, round(config.validation_share * end)), end - 1)
+        train, validation, block = (
+            np.flatnonzero((ranks >= low) & (ranks < high)) for low, high in ((0, start), (start, end), (end, next_end))
+        )
+        fit = _fit_probes(labelled, scaled, classes, train, validation, config, seed)
+        codes = cross_entropies(_logits(fit.parameters, scaled[block]), classes[:, block])
+        lengths = lengths + codes.double().sum(1).numpy()
+        converged &= fit.converged
+        seen = labelled.classes[ranks < end]
+        prior_length += float(frequency_code(labelled.classes[block], seen, labelled.num_classes).sum())
+    num_seeds = config.num_seeds
+    return OnlineCode(
+        lengths=lengths[:num_seeds],
+        shuffled_lengths=lengths[num_seeds:],
+        uniform_length=len(ranks) * uniform,
+        prior_length=prior_length,
+        block_ends=tuple(int((ranks < end).sum()) for end in ends),
+        converged=converged[:num_seeds],
+    )
+
+
+def fit_eraser(states: npt.ArrayLike, labels: npt.ArrayLike) -> LinearEraser:
+    """Return the least change of the states after which every label has the same mean state (LEACE).
+
+    With W the inverse root of the states' covariance and P the projection onto the span of W cov(x, labels), a state
+    loses W^+ P W (x - mean). Exact for the states it is fitted to; a pure function.
+
+    Args:
+        states: (n, C) finite, such as those of training documents.
+        labels: (n,)
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two labels, or a state that is not finite.
+    """
+    labelled = LabelledStates.check(states, labels, np.zeros(len(np.asarray(labels))))
+    mean = labelled.states.mean(axis=0)
+    centered = labelled.states - mean
+    one_hot = np.eye(labelled.num_classes)[labelled.classes]
+    variances, directions = np.linalg.eigh(centered.T @ centered / len(centered))
+    # directions in which the states do not move carry nothing
+    kept = variances > variances.max() * len(mean) * np.finfo(np.float64).eps
+    roots, basis = np.sqrt(variances[kept]), directions[:, kept]
+    whitener, inverse = (basis / roots) @ basis.T, (basis * roots) @ basis.T
+    left, singular, _ = np.linalg.svd(whitener @ (centered.T @ (one_hot - one_hot.mean(axis=0))), full_matrices=False)
+    span = left[:, singular > singular.max() * len(mean) * np.finfo(np.float64).eps]
+    return LinearEraser(mean, np.eye(len(mean)) - whitener @ span @ span.T @ inverse)
+
+
+def _with_shuffled(labelled: LabelledStates, num_seeds: int, seed: int) -> Tensor:
+    """Return classes (2 G, n): the true ones for each seed, then each seed's shuffled ones."""
+    shuffled = [random_generator(seed, "labels", head).permutation(labelled.classes) for head in range(num_seeds)]
+    return torch.from_numpy(np.stack([labelled.classes] * num_seeds + shuffled))
+
+
+def _fit_probes(
+    labelled: LabelledStates,
+    scaled: Tensor,
+    classes: Tensor,
+    train: Indices,
+    validation: Indices,
+    config: ProbeConfig,
+    seed: int,
+) -> Fit:
+    """Train one probe for each row of classes (2 G, n); a probe and its control draw the same.
+
+    They start as predictors that ignore the state, with the labels' frequencies, which the family thus contains.
+    """
+
+    def generators(purpose: str) -> list[torch.Generator]:
+        return [one for _ in range(2) for one in stack_generators(config.num_seeds, seed=seed, purpose=purpose)]
+
+    parameters: Parameters = {}
+    num_inputs = scaled.shape[1]
+    if isinstance(config.probe, MlpProbe):
+        size = config.probe.hidden_size
+        parameters["hidden.weight"], parameters["hidden.bias"] = init_linear(generators("weights"), num_inputs, size)
+        num_inputs = size
+    parameters["output.weight"] = torch.zeros(len(classes), num_inputs, labelled.num_classes)
+    every_class = np.arange(labelled.num_classes)
+    codes = [frequency_code(every_class, one, labelled.num_classes) for one in classes[:, train].numpy()]
+    parameters["output.bias"] = -torch.from_numpy(np.stack(codes)).float().unsqueeze(1)
+    batch_generators = generators("batches")
+    train_states, train_classes = scaled[train], classes[:, train]
+    heads = torch.arange(len(classes)).unsqueeze(1)
+
+    def batch_loss(current: Parameters) -> Tensor:
+        rows = draw_batches(batch_generators, len(train), config.batch_size)
+        return cross_entropies(_logits(current, train_states[rows]), train_classes[heads, rows]).mean(1)
+
+    def validation_loss(current: Parameters) -> Tensor:
+        return cross_entropies(_logits(current, scaled[validation]), classes[:, validation]).mean(1)
+
+    return fit_stack(parameters, batch_loss, validation_loss, config)
+
+
+def _logits(parameters: Parameters, states: Tensor) -> Tensor:
+    """Return logits (G, n, classes) of states (G, n, C), or (n, C) for all probes alike."""
+    if "hidden.weight" in parameters:
+        states = functional.gelu(linear(states, parameters["hidden.weight"], parameters["hidden.bias"]))
+    return linear(states, parameters["output.weight"], parameters["output.bias"])
