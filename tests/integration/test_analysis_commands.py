@@ -20,7 +20,20 @@ curriculum: [{{steps: 3, size: [2, 3], prompt_tokens: [1, 48]}}]
 schedule: {{warmup_steps: 1}}
 training: {{batch_blocks: 4, micro_batch_blocks: 4}}
 """
-SMALL = ["--documents", "8", "--calibration_documents", "4", "--token_views", "1"]
+SMALL = [
+    "--documents",
+    "8",
+    "--rate_distortion.betas",
+    "[0.1, 1.0]",
+    "--rate_distortion.max_steps",
+    "40",
+    "--probe.max_steps",
+    "40",
+    "--calibration_documents",
+    "4",
+    "--token_views",
+    "1",
+]
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew black coffee in silence"
 WORDS = TEXT.split()
 
@@ -51,7 +64,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def test_a_recall_run_is_analysed_on_its_task(
     recall_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["analyze", str(recall_run), *SMALL, "--subject.pairs", "8"]
+    arguments = ["analyze", str(recall_run), *SMALL, "--subject.pairs", "8", "--subject.fitted_instances", "60"]
     printed = run_json(capsys, *arguments, "--out", str(tmp_path / "one"))
     results, arrays = read_results(tmp_path / "one")
     assert printed == results.model_dump(mode="json")

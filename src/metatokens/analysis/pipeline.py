@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from metatokens.analysis.compression import measure_compression
 from metatokens.analysis.lens import Lens
 from metatokens.analysis.measuring import (
     measure_attention,
@@ -91,7 +92,7 @@ def analyze(
         command=identity.command,
         not_run=tuple(findings.not_run),
         records=tuple(records),
-        verdicts=tuple(judge(findings.endpoints, config.endpoints, seed=config.seed)),
+        verdicts=tuple(judge(findings.endpoints, config.endpoints, seed=config.seed, intervals=findings.intervals)),
         token_views=tuple(views),
     )
     return results, findings.arrays
@@ -110,6 +111,7 @@ def _parts(
             measure_causes(lens, encoder, of, config, findings)
 
         parts["causal"] = causal
+        parts["rate_distortion"] = lambda: measure_compression(lens, encoder, of, config, findings)
     else:
         parts["similarity"] = lambda: measure_similarity(lens, subject, config, findings)
         parts["eviction"] = lambda: measure_evictions(lens, subject, of, config, findings)

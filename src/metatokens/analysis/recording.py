@@ -13,7 +13,7 @@ import numpy.typing as npt
 from metatokens.analysis.results import Record, Section
 from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.evaluation.significance import Statistic, bca_interval, benjamini_hochberg, sign_flip_test
-from metatokens.evaluation.statistics import accuracy_interval
+from metatokens.evaluation.statistics import Interval, accuracy_interval
 
 Array = npt.NDArray[np.float64]
 At = Mapping[str, str | int | float]
@@ -28,6 +28,8 @@ class Findings:
     records: list[Record] = field(default_factory=list)
     endpoints: dict[str, Array] = field(default_factory=dict)
     """Numbers of documents that claims are decided by, by endpoint."""
+    intervals: dict[str, tuple[Interval, int]] = field(default_factory=dict)
+    """The same for what is no mean over documents: its interval, and the number of documents."""
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
 
@@ -106,6 +108,24 @@ class Findings:
                 low=interval.low,
                 high=interval.high,
                 num_documents=len(values),
+            )
+        )
+
+    def add_interval(
+        self, section: Section, metric: str, unit: str, method: str, interval: Interval, *, documents: int, at: At
+    ) -> None:
+        """Record what has its interval already."""
+        self.records.append(
+            Record(
+                section=section,
+                metric=metric,
+                unit=unit,
+                method=method,
+                at=dict(at),
+                value=interval.estimate,
+                low=interval.low,
+                high=interval.high,
+                num_documents=documents,
             )
         )
 

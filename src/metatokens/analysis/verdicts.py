@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from metatokens.analysis.results import Verdict
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
 from metatokens.evaluation.significance import bca_interval, holm, sign_flip_test
+from metatokens.evaluation.statistics import Interval
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +75,7 @@ CLAIMS: dict[Endpoint, Claim] = {
     "area": Claim(
         "A meta-token's state holds the answer at a lower distortion for equal rate",
         "lower distortion at equal rate",
-        "area between the rate-distortion hulls, last token minus last meta-token",
+        "area between the rate-distortion hulls, token right before it (same prefix) minus last meta-token",
         "nats^2",
     ),
     "interaction": Claim(
@@ -103,9 +105,27 @@ CLAIMS: dict[Endpoint, Claim] = {
 }
 
 
-def judge(endpoints: Mapping[str, Array], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
-    """Return a verdict on every claim; p-values are corrected together (Holm)."""
-    verdicts = [_judge_one(name, endpoints.get(name) if name in chosen else None, seed) for name in CLAIMS]
+def judge(
+    endpoints: Mapping[str, Array],
+    chosen: Sequence[Endpoint],
+    *,
+    seed: int,
+    intervals: Mapping[str, tuple[Interval, int]] = MappingProxyType({}),
+) -> list[Verdict]:
+    """Return a verdict on every claim; p-values are corrected together (Holm).
+
+    Args:
+        endpoints: one number a document, by endpoint.
+        chosen: the endpoints that were named before the run.
+        seed: of the resamples.
+        intervals: endpoints that are no mean over documents, with the number of documents; without a p-value.
+    """
+    verdicts = []
+    for name, claim in CLAIMS.items():
+        if name in chosen and name in intervals:
+            verdicts.append(_verdict(claim, *intervals[name]))
+        else:
+            verdicts.append(_judge_documents(claim, endpoints.get(name) if name in chosen else None, seed))
     tested = [index for index, verdict in enumerate(verdicts) if verdict.p_value is not None]
     adjusted = holm([verdicts[index].p_value or 0.0 for index in tested])
     for index, p_value in zip(tested, adjusted.tolist(), strict=True):
@@ -113,24 +133,34 @@ def judge(endpoints: Mapping[str, Array], chosen: Sequence[Endpoint], *, seed: i
     return verdicts
 
 
-def _judge_one(name: Endpoint, documents: Array | None, seed: int) -> Verdict:
-    claim = CLAIMS[name]
-    shared = {"claim": claim.text, "paper": claim.paper, "endpoint": claim.endpoint, "unit": claim.unit}
+def _judge_documents(claim: Claim, documents: Array | None, seed: int) -> Verdict:
     values = np.asarray([] if documents is None else documents, dtype=np.float64)
     values = values[np.isfinite(values)]
     if len(values) < MINIMUM_DOCUMENTS:
-        note = "not measured" if documents is None else f"{len(values)} documents are too few for an interval"
-        return Verdict(**shared, verdict="not tested", note=note)
-    interval = bca_interval(values, seed=seed)
+        return Verdict(
+            claim=claim.text,
+            paper=claim.paper,
+            endpoint=claim.endpoint,
+            unit=claim.unit,
+            verdict="not tested",
+            note="not measured" if documents is None else f"{len(values)} documents are too few for an interval",
+        )
+    verdict = _verdict(claim, bca_interval(values, seed=seed), len(values))
+    return verdict.model_copy(update={"p_value": sign_flip_test(values - claim.threshold, seed=seed)})
+
+
+def _verdict(claim: Claim, interval: Interval, num_documents: int) -> Verdict:
     assert interval.low is not None
     assert interval.high is not None
     return Verdict(
-        **shared,
+        claim=claim.text,
+        paper=claim.paper,
+        endpoint=claim.endpoint,
+        unit=claim.unit,
         verdict="supported" if interval.low > claim.threshold else "not supported",
         value=interval.estimate,
         low=interval.low,
         high=interval.high,
-        num_documents=len(values),
-        p_value=sign_flip_test(values - claim.threshold, seed=seed),
+        num_documents=num_documents,
         note="the opposite holds" if interval.high < 0 and not claim.threshold else None,
     )

@@ -148,6 +148,8 @@ class TaskSubject(Frozen):
     difficulty: Difficulty
     pairs: int = Field(64, ge=1)
     """Minimal pairs of the causal part."""
+    fitted_instances: int = Field(2_000, ge=54)
+    """Further instances whose states the heads of rate and distortion, and probes, are fitted to and tested on."""
 
 
 class TextSubject(Frozen):
@@ -197,5 +199,9 @@ class AnalysisConfig(Frozen):
         "interaction", "eviction", "zero_position", "zero_embedding",
     )  # fmt: skip
     """Which numbers decide about a claim; what is left out is not tested. Corrected together (Holm)."""
+    rate_distortion: RateDistortionConfig = RateDistortionConfig(num_seeds=3)
+    """The bottleneck's heads."""
+    probe: ProbeConfig = ProbeConfig(num_seeds=3)
+    """The probes."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of instances, injection, samples and resamples."""
