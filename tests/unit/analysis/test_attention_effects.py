@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis import Lens
+from metatokens.analysis import attention_effects as module
 from metatokens.analysis.attention_effects import Document, attention_effects
 from metatokens.analysis.attention_statistics import StratifiedQueries
 from metatokens.errors import UsageError
@@ -83,6 +84,31 @@ def test_a_sample_of_the_queries_estimates_all_of_them() -> None:
     some = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(10))
     assert some.changes[0, 0, 0] < whole.changes[0, 0, 0]
     np.testing.assert_allclose(some.entropy, whole.entropy, atol=0.5)
+
+
+def test_an_audit_in_blocks_of_rows_counts_every_edge_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents, lens = [document(0)], Lens(build())
+    whole = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
+    monkeypatch.setattr(module, "AUDITED_SCORES", 3 * 2 * 20)
+    blocks = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
+    np.testing.assert_array_equal(blocks.edges, whole.edges)
+    np.testing.assert_allclose(blocks.changes, whole.changes, rtol=1e-6)
+    assert blocks.points.shape == whole.points.shape
+
+
+def test_sampled_edges_are_edges_of_their_layer() -> None:
+    """Where a document has fewer edges than are sampled, all of them are there."""
+    documents, lens = [document(0, (16,)), document(1, (17,))], Lens(build())
+    found = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
+    assert found.edges[..., 0].tolist() == [[8.0, 8.0], [6.0, 6.0]]
+    layers, margin, boost, critical = found.points.T
+    for layer in range(2):
+        of_layer = layers == layer
+        assert of_layer.sum() == 14
+        _, above, boosted, beyond = found.edges[:, layer].sum(0)
+        assert (margin[of_layer] >= 0).sum() == above
+        assert (boost[of_layer] > 0).sum() == boosted
+        assert ((boost > critical) & (boost > 0))[of_layer].sum() == beyond
 
 
 def test_a_document_without_a_meta_token_is_refused() -> None:

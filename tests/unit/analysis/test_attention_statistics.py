@@ -13,6 +13,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from metatokens.analysis import Lens
 from metatokens.analysis.attention_statistics import (
+    BLOCK_SCORES,
     RowStatistics,
     StratifiedQueries,
     attention_statistics,
@@ -68,7 +69,7 @@ def dense(query: Tensor, key: Tensor, is_meta: Tensor, scaling: float, mask: Ten
         "meta_entropy": torch.special.entr(on_meta / mass[..., None]).sum(-1),
         "text_entropy": torch.special.entr(on_text / rest[..., None]).sum(-1),
         "max_score": scores.amax(-1),
-        "sink_mass": weights.gather(-1, seen.int().argmax(-1, keepdim=True).expand(2, query.shape[1], -1, -1))[..., 0],
+        "sink_mass": weights.gather(-1, seen.int().argmax(-1, keepdim=True).expand(*scores.shape[:3], 1))[..., 0],
     }
 
 
@@ -176,6 +177,17 @@ def test_chain_rule_holds_and_rows_are_those_asked_for() -> None:
     total = inside + torch.nan_to_num(mass * found.meta_entropy) + torch.nan_to_num((1 - mass) * found.text_entropy)
     assert torch.allclose(total, found.entropy, atol=1e-4)
     assert (found.max_score <= found.log_sum_exp).all()
+
+
+def test_rows_taken_in_several_blocks_are_the_same_rows() -> None:
+    tokens = 2200  # more scores than a block of rows holds
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, tokens, 8, generator=generator) * 2 for _ in range(2))
+    is_meta = torch.rand(1, tokens, generator=generator) < 0.1
+    assert tokens**2 > BLOCK_SCORES
+    expected = dense(query, key, is_meta, 0.25)
+    for path in (row_statistics, fused_statistics):
+        assert_same(path(query, key, scaling=0.25, is_meta=is_meta), expected, 1e-4)
 
 
 def test_rows_that_see_nothing_have_no_statistics() -> None:
