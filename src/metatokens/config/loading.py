@@ -265,7 +265,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
             f"{origin}: unknown key {path}",
             expected="a key of the schema",
             found=repr(keys[-1]),
-            remedy=_nearest_key(path, schema) or "see `metatokens pretrain -h`",
+            remedy=_nearest_key(path, schema, is_dotted="." in str(keys[-1])) or "see `metatokens pretrain -h`",
         )
     if problem["type"] == "value_error":
         found = problem["msg"].removeprefix("Value error, ")
@@ -284,10 +284,12 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
     return UsageError(where, expected=expected, found=repr(problem["input"]), remedy=remedy)
 
 
-def _nearest_key(path: str, schema: type[BaseModel]) -> str:
+def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
     """Suggest a key for an unknown one: of another variant, of another section, or one that is spelt alike."""
     known = [key for key, _, _ in describe_fields(schema) if not key.endswith(".")]
     section, _, name = path.rpartition(".")
+    if is_dotted:
+        return f"a file nests keys: {section.replace('.', ': {')}: {{{name}: ...}}{'}' * section.count('.')}"
     if path in known:
         return f"another {section}.kind has it"
     for key in known:

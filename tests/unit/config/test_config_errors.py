@@ -1,5 +1,7 @@
 """Wrong settings: each is one line that names the key, what was found and, where there is one, the nearest name."""
 
+from pathlib import Path
+
 import pytest
 
 from metatokens.config.loading import load_preset
@@ -114,3 +116,11 @@ def test_settings_that_do_not_agree_name_both_keys(overrides: list[str], keys: l
 @pytest.mark.parametrize("overrides", [["seed", "1"], ["--seed"], ["-s", "1"], ["--"]])
 def test_an_override_that_is_no_key_and_value_is_refused(overrides: list[str]):
     message(*overrides)
+
+
+def test_dotted_key_in_a_file_is_shown_nested(tmp_path: Path) -> None:
+    file = tmp_path / "dotted.yaml"
+    file.write_text("extends: tiny/meta\nmodel.rope_scaling.factor: 4\n")
+    with pytest.raises(UsageError) as error:
+        load_preset(file)
+    assert "a file nests keys: model: {rope_scaling: {factor: ...}}" in str(error.value)
