@@ -10,10 +10,10 @@ among them and C the others,
 
 Two paths give the same numbers, and a test says so. `row_statistics` takes blocks of queries with all their keys:
 obvious, any mask, any sample of rows. `fused_statistics` asks the fused causal kernel for each of S and C, with the
-keys in place of the values, and is several times faster. Both know the row from its two sets by the chain rule, a sum
-of terms that are none of them negative, so that a set of next to no weight has its entropy and its odds as exactly as
-the other. Queries and keys are taken as the model used them, after rotation, in float32: in bfloat16 the second path
-would be wrong by up to 0.15 nats.
+keys in place of the values; on one CPU core it takes 1 / 1.8 of the time at 1,024 tokens, 1 / 1.2 at 8,192. Both know
+the row from its two sets by the chain rule, a sum of terms that are none of them negative, so that a set of next to no
+weight has its entropy and its odds as exactly as the other. Queries and keys are taken as the model used them, after
+rotation, in float32: in bfloat16 the second path would be wrong by up to 0.15 nats.
 """
 
 from __future__ import annotations
