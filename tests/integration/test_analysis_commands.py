@@ -100,6 +100,9 @@ def test_a_model_is_analysed_on_text(
     assert len(results.find("eviction", "cost", policy="meta")) == 4
     assert results.data["documents"] == 8
     assert results.not_run == ()
+    for record in results.find("language_model", "loss_change"):
+        assert record.value is not None
+        assert abs(record.value) < 0.5  # an untrained model loses next to nothing with its meta-attention
 
 
 def test_what_cannot_be_analysed_is_one_line(

@@ -351,7 +351,7 @@ class TextKnockOuts:
 
     full: FloatArray
     """Nats per text token."""
-    losses: dict[KnockOut, FloatArray]
+    rises: dict[KnockOut, FloatArray]
     """Nats per text token more than `full` (C2)."""
 
 

@@ -246,14 +246,14 @@ def measure_knock_outs(lens: Lens, subject: Subject, findings: Findings) -> None
     """What removing meta-attention costs on text."""
     chosen = [one for one in list_knock_outs(lens) if one.kind == "zero"]
     rows = [document.input_ids[0].numpy() for document in subject.documents]
-    losses = knock_out_on_text(lens, rows, knock_outs=chosen)
+    found = knock_out_on_text(lens, rows, knock_outs=chosen)
     for one in chosen:
         findings.add(
             "language_model",
             "loss_change",
             "nats/token",
             "C2",
-            losses.losses[one] - losses.full,
+            found.rises[one],
             at=_layers_of(one),
             test=True,
         )

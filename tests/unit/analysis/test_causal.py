@@ -243,7 +243,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
     assert result.full == pytest.approx(plain, abs=1e-6)
     with lens.edit(ops.scale("blocks.1.hook_meta_out", 0.0)):
         zeroed = [float(lens(row, labels=row).loss) for row in rows]
-    assert result.losses[KnockOut("zero", (1,))] == pytest.approx(np.subtract(zeroed, plain), abs=1e-6)
+    assert result.rises[KnockOut("zero", (1,))] == pytest.approx(np.subtract(zeroed, plain), abs=1e-6)
     outputs = []
     for row in (rows[0], rows[2]):
         with lens.capture(["blocks.0.hook_meta_out"], at=row == META) as captured:
@@ -252,7 +252,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
     mean = torch.cat(outputs).mean(0)
     with lens.edit(ops.replace("blocks.0.hook_meta_out", mean, at=rows[0] == META)):
         averaged = float(lens(rows[0], labels=rows[0]).loss)
-    assert result.losses[KnockOut("mean", (0,))][0] == pytest.approx(averaged - plain[0], abs=1e-5)
+    assert result.rises[KnockOut("mean", (0,))][0] == pytest.approx(averaged - plain[0], abs=1e-5)
     for knock_out, losses in result.losses.items():
         assert losses[1] == 0  # a text without meta-tokens
         # more than there are; or the last block's own meta-tokens, whose outputs that policy does not use
