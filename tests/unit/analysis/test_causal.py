@@ -238,7 +238,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
     lens = Lens(model)
     rows = [tokens(picture, seed=5) for picture in ("xxx_xxx_xx_xxx", "xxxxxxx", "_x_xx")]
     result = knock_out_on_text(lens, [row[0].numpy() for row in rows])
-    assert set(result.losses) == set(list_knock_outs(lens))
+    assert set(result.rises) == set(list_knock_outs(lens))
     plain = [float(lens(row, labels=row).loss) for row in rows]
     assert result.full == pytest.approx(plain, abs=1e-6)
     with lens.edit(ops.scale("blocks.1.hook_meta_out", 0.0)):
@@ -253,7 +253,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
     with lens.edit(ops.replace("blocks.0.hook_meta_out", mean, at=rows[0] == META)):
         averaged = float(lens(rows[0], labels=rows[0]).loss)
     assert result.rises[KnockOut("mean", (0,))][0] == pytest.approx(averaged - plain[0], abs=1e-5)
-    for knock_out, losses in result.losses.items():
+    for knock_out, losses in result.rises.items():
         assert losses[1] == 0  # a text without meta-tokens
         # more than there are; or the last block's own meta-tokens, whose outputs that policy does not use
         is_idle = knock_out.num_kept == 4 or (loss_policy == "retarget" and knock_out.layers == (1,))
