@@ -6,6 +6,7 @@ is one line on standard error and the exit code of `metatokens.errors`; `--debug
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -563,19 +564,27 @@ def _whole_window(model: Any) -> int:
 def _analyze(options: argparse.Namespace) -> int:
     from metatokens.analysis.pipeline import Identity, analyze
     from metatokens.analysis.results import write_results
+    from metatokens.analysis.subjects import check_model
+    from metatokens.data.sources import source_files
     from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
     from metatokens.training.starting import model_sha256
 
     config = analysis_of(options.checkpoint, options.text, options.overrides)
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError("--out", expected="a folder", found=f"a file {options.out}", remedy="name another")
     model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    check_model(model)
+    if options.text is not None:
+        source_files(options.text)
     if options.dry_run:
         plan = {"out": str(options.out), **config.model_dump(mode="json")}
         return _emit(options, plan, lambda: show_table("analyze would measure", plan))
-    words = ["metatokens analyze", str(options.checkpoint), *([f"--text {options.text}"] if options.text else [])]
+    text = ["--text", options.text] if options.text else []
+    words = ["metatokens", "analyze", str(options.checkpoint), *text, "--out", str(options.out), *options.overrides]
     identity = Identity(
-        name=options.checkpoint.absolute().name,
+        name="/".join(options.checkpoint.absolute().parts[-2:]),
         weights_sha256=model_sha256(model_folder(options.checkpoint)),
-        command=" ".join([*words, *options.overrides]),
+        command=shlex.join(words),
     )
     results, arrays = analyze(model, tokenizer, config, identity=identity, say=_say)
     write_results(options.out, results, arrays)

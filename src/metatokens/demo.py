@@ -129,6 +129,12 @@ def run_demo(
     show_progress: bool = True,
 ) -> DemoResult:
     """Run the demonstration in `folder`; what is there already is taken up again."""
+    try:
+        require("the report at the end", PAGE_PACKAGES)
+        can_report = True
+    except UsageError as error:
+        say(f"{error}; going on without it")
+        can_report = False
     tokens = folder / "tokens"
     if not (tokens / MANIFEST_NAME).exists():
         say(f"Training a tokenizer of {VOCAB_SIZE} tokens on the text that comes with Python, and encoding it ...")
@@ -182,17 +188,12 @@ def run_demo(
         cost_per_text_token=median_ratio(seconds, "meta", "plain"),
         sample=SAMPLE_PROMPT + sample.text,
         recall=tuple(_run_recall(folder, recall_configs(recall_steps), say=say, show_progress=show_progress)),
-        report=_report(folder, say),
+        report=_report(folder, say) if can_report else None,
     )
 
 
-def _report(folder: Path, say: Callable[[str], None]) -> str | None:
-    """Analyse the recall model with meta-attention and return its page; None without the packages for it."""
-    try:
-        require("report", PAGE_PACKAGES)
-    except UsageError as error:
-        say(str(error))
-        return None
+def _report(folder: Path, say: Callable[[str], None]) -> str:
+    """Analyse the recall model with meta-attention and return its page."""
     from metatokens.report.page import write_report
 
     say("Taking the model with meta-attention apart ...")
@@ -205,7 +206,7 @@ def _report(folder: Path, say: Callable[[str], None]) -> str | None:
         identity=Identity(
             name=f"{ANALYSED_ARM}, trained to copy",
             weights_sha256=model_sha256(model_folder(run)),
-            command=" ".join(["metatokens analyze", str(run), *documents]),
+            command=" ".join(["metatokens analyze", str(run), "--out", str(folder / "report"), *documents]),
         ),
     )
     write_results(folder / "report", results, arrays)

@@ -79,7 +79,6 @@ def attention_effects(
     *,
     ablation: Intervention,
     queries: StratifiedQueries,
-    token_counts: npt.ArrayLike | None = None,
 ) -> AttentionEffects:
     """Measure both runs of every document.
 
@@ -88,7 +87,6 @@ def attention_effects(
         documents: each with at least one meta-token that a later query can see.
         ablation: what is taken away from the meta-tokens.
         queries: which rows of a document are looked at; those before its first meta-token are left out.
-        token_counts: see `intervene`.
 
     Raises:
         UsageError: a document without such a meta-token, or attention that is no softmax of its scores.
@@ -96,8 +94,8 @@ def attention_effects(
     check_plain_softmax(lens)
     found = []
     for number, document in enumerate(documents):
-        rows = _rows_behind_a_meta_token(document, queries)
-        with intervene(lens.model, [ablation], token_counts):
+        rows = _checked_rows(document, queries)
+        with intervene(lens.model, [ablation]):
             without = _keep_calls(lens, document)
         found.append(_compare_runs(lens, document, without, rows, seed=queries.seed + number))
     means, edges, changes = (
@@ -127,17 +125,21 @@ class _LayerEffects:
     """(n, 3): margin, boost, critical boost."""
 
 
-def _rows_behind_a_meta_token(document: Document, queries: StratifiedQueries) -> Tensor:
-    num_tokens = document.input_ids.shape[1]
+def rows_behind_a_meta_token(document: Document, queries: StratifiedQueries) -> Tensor:
+    """Return the sampled queries of a document that see a meta-token, rising; none where there is no such query."""
     places = document.is_meta[0].nonzero()[:, 0]
-    rows = queries.draw(num_tokens)
-    rows = rows[rows >= places[0]] if len(places) else rows[:0]
+    rows = queries.draw(document.input_ids.shape[1])
+    return rows[rows >= places[0]] if len(places) else rows[:0]
+
+
+def _checked_rows(document: Document, queries: StratifiedQueries) -> Tensor:
+    rows = rows_behind_a_meta_token(document, queries)
     if not len(rows):
         raise UsageError(
             f"document {document.name}",
             expected="a meta-token that a query can see",
-            found=f"{len(places)} meta-tokens in {num_tokens} tokens",
-            remedy="inject more of them, or take longer documents",
+            found=f"{int(document.is_meta.sum())} meta-tokens in {document.input_ids.shape[1]} tokens",
+            remedy="inject more of them, sample more queries, or take longer documents",
         )
     return rows
 

@@ -27,6 +27,7 @@ from metatokens.data.injection import IntArray
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import make_test_instances
+from metatokens.evaluation.statistics import Interval
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance, pad
 
@@ -54,7 +55,8 @@ def measure_compression(
         findings.add("probes", "selectivity", "nats", "V2", gained, at=at)
     some = curves[META]
     num_test = len(some.document_ids)
-    findings.add("rate_distortion", "label_entropy", "nats", "V1", np.full(num_test, some.label_entropy))
+    plug_in = Interval(some.label_entropy, None, None)  # of the test labels' own frequencies
+    findings.add_interval("rate_distortion", "label_entropy", "nats", "V1", plug_in, documents=num_test, at={})
     for other in (BEFORE, LAST):
         compared = compare_hulls(curves[META], curves[other], seed=config.seed)
         for metric, unit, interval in (("area", "nats^2", compared.area), ("mean_gap", "nats", compared.mean_gap)):

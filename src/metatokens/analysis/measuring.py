@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from metatokens.analysis.attention_effects import ROW_METRICS, attention_effects
+from metatokens.analysis.attention_effects import ROW_METRICS, attention_effects, rows_behind_a_meta_token
 from metatokens.analysis.attention_statistics import StratifiedQueries
 from metatokens.analysis.causal import (
+    Blocked,
     KnockOut,
     Patch,
     block_paths,
@@ -56,9 +59,13 @@ _STATES = {"meta": "meta-tokens", "ordinary": "ordinary tokens", "item": "the it
 
 def measure_attention(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:
     """Entropy, boost and mass with the meta-tokens' embedding and with it zeroed, and the theorem's audit."""
-    effects = attention_effects(
-        lens, subject.documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(config.queries, config.seed)
-    )
+    queries = StratifiedQueries(config.queries, config.seed)
+    usable = [document for document in subject.documents if len(rows_behind_a_meta_token(document, queries))]
+    if len(usable) < len(subject.documents):
+        findings.not_run.append(
+            f"attention: {len(subject.documents) - len(usable)} documents have no meta-token that a query sees"
+        )
+    effects = attention_effects(lens, usable, ablation=ZeroEmbedding(), queries=queries)
     for metric in ROW_METRICS:
         values: Array = getattr(effects, metric)
         is_change = metric.endswith(("drop", "boost"))
@@ -144,6 +151,9 @@ def measure_causes(
     interaction = blocking.interaction(0)
     findings.add("causal", "interaction", "logits", "E2", interaction, test=True)
     findings.endpoints["interaction"] = interaction
+    direct, both = (blocking.scores[Blocked(name, 0)].logit_difference for name in ("direct", "direct+meta"))
+    findings.add("causal", "meta_path", "logits", "E2", direct - both, test=True)
+    findings.endpoints["meta_path"] = direct - both
 
     exchanged = interchange(lens, usable, directions=("denoise",), windows=(1,))
     for patch in exchanged.patched:
@@ -171,24 +181,36 @@ def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, fin
     calibrations = calibrate(lens, [{"input_ids": document.input_ids} for document in subject.calibration])
     longest = subject.documents[0].input_ids.shape[1]
     distances = [distance for distance in config.distances if distance < longest // 2]
-    parts = []
-    for start in range(0, len(subject.documents), _BATCH):
-        rows = slice(start, start + _BATCH)
-        if len(subject.documents[rows]) < 2:
-            break  # the control needs another document
-        parts.append(
+    if not distances:
+        raise UsageError(
+            "distances",
+            expected=f"one below {longest // 2}, half a document",
+            found=str(config.distances),
+            remedy="lower them, or raise subject.window",
+        )
+    if len(distances) < len(config.distances):
+        findings.not_run.append(f"similarity at distances from {longest // 2}, half a document")
+    # even batches, since the control of a document is another one of its batch
+    batches = np.array_split(np.arange(len(subject.documents)), math.ceil(len(subject.documents) / _BATCH))
+    found = ExcessCosine.merge(
+        [
             measure_excess_cosine(
                 lens,
-                stack(subject.documents[rows]),
-                stack(subject.control[rows]),
-                documents=np.arange(start, start + len(subject.documents[rows])),
+                stack([subject.documents[row] for row in rows]),
+                stack([subject.control[row] for row in rows]),
+                documents=rows,
                 calibrations=calibrations,
                 seed=config.seed,
                 distances=distances,
                 variants=("raw", "centred"),
             )
-        )
-    found = ExcessCosine.merge(parts)
+            for rows in batches
+        ]
+    )
+    _record_cosines(found, distances, findings)
+
+
+def _record_cosines(found: ExcessCosine, distances: Sequence[int], findings: Findings) -> None:
     curves = {"meta": found.meta.own, "ordinary": found.ordinary.own, "meta, shuffled": found.meta.shuffled}
     for kind, sums in curves.items():
         means = sums.means  # (documents, variants, layers + 1, distances)
@@ -210,19 +232,29 @@ def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, fin
             findings.add(
                 "similarity", "excess_cosine", "1", "R2", values, at={"layer": layer, "distance": distance}, test=True
             )
-    findings.endpoints["excess_cosine"] = excess[:, 1:, 0].mean(axis=1)
-    meta = found.meta.own.means[:, 1, 1:]
-    findings.endpoints["fading_cosine"] = (meta[..., 0] - meta[..., -1]).mean(axis=1)
+    if distances[0] == 1:
+        findings.endpoints["excess_cosine"] = excess[:, 1:, 0].mean(axis=1)
+    if distances[0] == 1 and len(distances) > 1:
+        meta = found.meta.own.means[:, 1, 1:]
+        findings.endpoints["fading_cosine"] = (meta[..., 0] - meta[..., -1]).mean(axis=1)
 
 
 def measure_evictions(
     lens: Lens, subject: Subject, text: TextSubject, config: AnalysisConfig, findings: Findings
 ) -> None:
     """Cost of a continuation when most of the cache is gone, by what stays."""
+    prefix_length = int(text.prefix_share * text.window)
+    if not 0 < prefix_length < text.window:
+        raise UsageError(
+            "subject.prefix_share",
+            expected="a share that leaves tokens before and behind the cut",
+            found=f"{prefix_length} of {text.window} positions",
+            remedy="take 0.75",
+        )
     costs = measure_eviction(
         lens,
         stack(subject.documents).numpy(),
-        int(text.prefix_share * text.window),
+        prefix_length,
         meta_token_id=int(lens.model.config.meta_token_id),
         budgets=config.budgets,
         seed=config.seed,
@@ -238,6 +270,13 @@ def measure_evictions(
             at={"policy": condition.policy, "kept": float(condition.budget)},
         )
     smallest = min(config.budgets)
+    always = ALWAYS_KEPT.sinks + config.newest_kept
+    if not always < costs.num_kept[smallest] < prefix_length:
+        findings.not_run.append(
+            f"verdict on eviction: at budget {smallest} {costs.num_kept[smallest]} of {prefix_length} columns stay, "
+            f"{always} of them under every policy"
+        )
+        return
     by_policy = {key.policy: cost for key, cost in costs.costs.items() if key.budget == smallest}
     findings.endpoints["eviction"] = by_policy["even"] - by_policy["meta"]
 

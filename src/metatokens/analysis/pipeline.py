@@ -35,8 +35,7 @@ from metatokens.analysis.subjects import Subject, task_subject, text_subject
 from metatokens.analysis.verdicts import judge
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
 from metatokens.data.tokenizer import TextEncoder
-from metatokens.errors import UsageError
-from metatokens.evaluation.significance import check_documents
+from metatokens.errors import NumericError, UsageError
 
 Say = Callable[[str], None]
 
@@ -60,7 +59,6 @@ def analyze(
     """
     lens = Lens(getattr(model, "wrapped", model))
     encoder = TextEncoder(tokenizer)
-    check_documents(config.documents)
     if isinstance(config.subject, TaskSubject):
         subject = task_subject(lens.model, encoder, config, config.subject)
     else:
@@ -71,10 +69,16 @@ def analyze(
     def show() -> None:
         views.extend(measure_views(lens, subject, tokenizer, config, findings))
 
-    for part, run in _parts(lens, subject, encoder, config, findings).items():
+    possible = _parts(lens, subject, encoder, config, findings)
+    for part, run in possible.items():
         if part in config.parts:
             say(f"{part} ...")
             _run(part, run, findings)
+    findings.not_run += [
+        f"{part}: not for a {config.subject.kind}"
+        for part in config.parts
+        if part not in possible and part != "token_view"
+    ]
     if "token_view" in config.parts and config.token_views:
         say("token_view ...")
         _run("token_view", show, findings)
@@ -84,7 +88,7 @@ def analyze(
         checkpoint=_describe(lens.model, identity),
         config=config.model_dump(mode="json"),
         config_sha256=_digest(config.model_dump(mode="json")),
-        endpoints_sha256=_digest(list(config.endpoints)),
+        endpoints_sha256=_digest(sorted(config.endpoints)),
         data=_describe_data(config, subject),
         seed=config.seed,
         versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
@@ -123,7 +127,7 @@ def _run(part: Part, run: Callable[[], None], findings: Findings) -> None:
     """Run a part; one that this model or these documents do not allow is named, the others go on."""
     try:
         run()
-    except UsageError as error:
+    except (UsageError, NumericError) as error:
         findings.not_run.append(f"{part}: {error}")
 
 
@@ -144,7 +148,9 @@ def _describe_data(config: AnalysisConfig, subject: Subject) -> dict[str, Any]:
     lengths = [document.input_ids.shape[1] for document in subject.documents]
     is_task = isinstance(config.subject, TaskSubject)
     return {
-        "subject": f"task {config.subject.task.kind}" if isinstance(config.subject, TaskSubject) else "text",
+        "subject": f"task {config.subject.task.kind}"
+        if isinstance(config.subject, TaskSubject)
+        else f"text of {config.subject.source}",
         "instances" if is_task else "documents": len(subject.documents),
         "positions": f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(lengths[0]),
         "meta-tokens each": f"{np.mean([int(document.is_meta.sum()) for document in subject.documents]):.1f}",

@@ -97,6 +97,7 @@ class Findings:
         """Record a share of right answers, with an interval that holds where all or none are right, too."""
         values = np.asarray(outcomes, dtype=np.float64)
         interval = accuracy_interval([values], seed=self.seed)
+        enough = len(values) >= MINIMUM_DOCUMENTS
         self.records.append(
             Record(
                 section="causal",
@@ -105,9 +106,10 @@ class Findings:
                 method=method,
                 at=dict(at or {}),
                 value=interval.estimate,
-                low=interval.low,
-                high=interval.high,
+                low=interval.low if enough else None,
+                high=interval.high if enough else None,
                 num_documents=len(values),
+                note=None if enough else f"fewer than {MINIMUM_DOCUMENTS} documents: no interval",
             )
         )
 

@@ -3,7 +3,9 @@
 A report renders these and computes nothing. The same analysis gives the same bytes: keys are sorted, no date is
 written, and the archive's members have one fixed time.
 
-The records, by section and metric. `at` says what a number belongs to; where a key is left out it is the mean over it.
+The records, by section and metric. `at` says what a number belongs to; where a key is left out it is the mean over it,
+of theory the ratio of sums over it, of a knockout all layers together. Layers count from 0; of states (similarity,
+interchange) 0 is before the first block and L after the last.
 
     section          metric              unit         at
     attention        entropy_drop        nats         layer, head          without minus with the meta-tokens' embedding
@@ -18,19 +20,20 @@ The records, by section and metric. `at` says what a number belongs to; where a 
                      change              nats         layer                change of H, with minus without
                      r_squared           1            layer
                      sign_agreement      1            layer
-    similarity       cosine              1            layer, distance, kind, form    kind meta or ordinary; raw, centred
+    similarity       cosine              1            layer, distance, kind, form    ordinary, or meta, shuffled too
                      excess_cosine       1            layer, distance      centred, meta minus ordinary
-                     decodability        R2           layer, kind
-                     retrieval           MRR          layer, kind
     rate_distortion  rate, distortion    nats         state, beta
                      label_entropy       nats
                      area                nats^2       against              between hulls; positive: meta-tokens better
+                     mean_gap            nats         against              the area over the width of its range
     probes           v_information       nats         state, target
+                     selectivity         nats         state, target        minus that of shuffled labels
     causal           accuracy            1            intervention         none is the whole model
                      accuracy_change     1            intervention         minus that of the whole model
                      pair_accuracy       1            condition
                      logit_difference    logits       condition            full, direct cut, meta cut, both cut
                      interaction         logits
+                     meta_path           logits                             direct cut minus both cut
                      interchange         1            layer, where         restored share of the logit difference
                      knockout            nats         layer, mode          rise of the loss on the answer
     eviction         cost                nats/token   policy, kept         kept: share of the cache
@@ -42,6 +45,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +75,7 @@ class Record(Frozen):
     metric: str
     unit: str
     method: str
-    """Which definition: an id as A8 or E2, see docs/guide/analysis.md."""
+    """Which definition: an id of the table in docs/guide/analysis.md."""
     at: dict[str, str | int | float] = Field(default_factory=dict)
     value: float | None
     """None where it cannot be computed; `note` says why."""
@@ -80,7 +84,7 @@ class Record(Frozen):
     num_documents: int = Field(ge=0)
     p_value: float | None = None
     adjusted_p: float | None = None
-    """Corrected for all records of the same section and metric."""
+    """Corrected for all records of the same section and metric that have coordinates (Benjamini-Hochberg)."""
     note: str | None = None
 
 
@@ -181,7 +185,9 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     try:
         with np.load(folder / ARRAYS_NAME, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if "theory_points" in arrays and arrays["theory_points"].shape[1:] != (4,):
+            raise ValueError(f"theory_points of shape {arrays['theory_points'].shape}")
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             str(folder / ARRAYS_NAME), expected="the arrays of the results", found=str(error), remedy=remedy
         ) from error

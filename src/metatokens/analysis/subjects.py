@@ -26,7 +26,7 @@ from metatokens.tasks.encoding import EncodedInstance
 
 _CHARACTERS_PER_TOKEN = 16  # more than a window needs of any text
 _FOR_PASSAGE = 8  # what this draw is for; 7 is in analysis/eviction.py
-_CONTROL_SEED = 2**32  # of the second injection, which puts ordinary tokens at the meta-tokens' places
+_FOR_INJECTION = 9
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,16 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
             remedy="lower documents, calibration_documents or subject.window",
         )
 
-    def inject(number: int, offset: int) -> Document:
+    def inject(number: int, draw: int) -> Document:
         name, ids = found[number]
-        row = inject_into_prompt(ids, injection, meta_token_id=meta_token_id, seed=config.seed + number + offset)
+        seed = int(hash_key(config.seed, number, _FOR_INJECTION, draw)[0] >> np.uint64(1))
+        row = inject_into_prompt(ids, injection, meta_token_id=meta_token_id, seed=seed)
         return _document(name, torch.tensor(row), meta_token_id)
 
     return Subject(
         documents=[inject(number, 0) for number in range(config.documents)],
         calibration=[inject(number, 0) for number in range(config.documents, wanted)],
-        control=[inject(number, _CONTROL_SEED) for number in range(config.documents)],
+        control=[inject(number, 1) for number in range(config.documents)],  # ordinary tokens at their places
         instances=[],
     )
 
@@ -140,7 +141,7 @@ def _passage(text: str, num_characters: int, *, seed: int, number: int) -> str:
         return text
     start = int(hash_key(seed, number, _FOR_PASSAGE)[0]) % (room + 1)
     behind = text[start : start + num_characters]
-    return behind if start == 0 else behind.partition(" ")[2]
+    return behind if start == 0 else behind.partition(" ")[2] or behind
 
 
 def _document(name: str, ids: Tensor, meta_token_id: int) -> Document:

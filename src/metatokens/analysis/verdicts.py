@@ -1,8 +1,9 @@
 """The paper's claims about the inside of a model (PAPER section 4), and what decides each: one number, named before.
 
 An endpoint is one number a document, whose mean must lie above the claim's threshold with its whole interval for the
-claim to be supported. An interval that holds the threshold, or lies below it, does not support the claim; a claim whose
-number was not measured is not tested.
+claim to be supported, also after Holm's correction for all of them (of the area between hulls there is an interval
+alone, and no p-value to correct). An interval that holds the threshold, or lies below it, does not support the claim;
+a claim whose number was not measured is not tested.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from metatokens.evaluation.significance import bca_interval, holm, sign_flip_tes
 from metatokens.evaluation.statistics import Interval
 
 Array = npt.NDArray[np.float64]
+LEVEL = 0.05
+"""Of the corrected p-values."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +35,25 @@ class Claim:
     unit: str
     threshold: float = 0.0
     """What the interval must lie above."""
+    opposite: str | None = "the opposite holds"
+    """What an interval below 0 means."""
 
 
 CLAIMS: dict[Endpoint, Claim] = {
     "entropy_drop": Claim(
-        "Meta-tokens lower the entropy of attention",
+        "The meta-tokens' embedding lowers the entropy of attention",
         "+1.40 nats",
         "entropy without minus with the meta-tokens' embedding, mean over layers, heads and queries",
         "nats",
     ),
     "max_score_boost": Claim(
-        "Meta-tokens raise the largest logit",
+        "The meta-tokens' embedding raises the largest logit",
         "+1.26",
         "largest attention score with minus without the embedding; not free of a common shift",
         "logits",
     ),
     "log_odds_boost": Claim(
-        "Meta-tokens draw attention to themselves",
+        "The meta-tokens' embedding draws attention to them",
         "implied by the boost",
         "log-odds of the mass on meta keys, with minus without the embedding; free of a common shift",
         "nats",
@@ -56,7 +61,7 @@ CLAIMS: dict[Endpoint, Claim] = {
     "theorem": Claim(
         "A boost of a meta key lowers the entropy of its row, for every row (Theorem 4.1)",
         "for every row",
-        "share of boosted edges whose boost alone lowers the entropy, above 0.99",
+        "share of boosted edges whose boost alone lowers the entropy, mean over documents, above 0.99",
         "1",
         0.99,
     ),
@@ -79,16 +84,25 @@ CLAIMS: dict[Endpoint, Claim] = {
         "nats^2",
     ),
     "interaction": Claim(
-        "Meta-tokens cache what stands before them",
+        "Meta-tokens hold a second copy of what stands before them",
         "implicit caching",
-        "by how much more cutting the meta path costs once the direct path is cut (path blocking, from layer 0)",
+        "by how much more cutting the meta path costs once the direct path is cut (path blocking, from layer 0); 0 "
+        "where one path does it all",
+        "logits",
+        opposite="both paths are needed together, or one cut alone leaves nothing",
+    ),
+    "meta_path": Claim(
+        "The answer passes through meta-tokens where it cannot be read directly",
+        "implicit caching",
+        "logit difference with the direct path cut minus that with the meta path cut as well",
         "logits",
     ),
     "eviction": Claim(
-        "Meta-tokens stand in for the text before them in the key-value cache",
+        "Meta-tokens are worth keeping in the key-value cache, more than evenly spaced tokens",
         "compression",
         "cost of keeping evenly spaced columns minus that of keeping meta-tokens, smallest budget",
         "nats/token",
+        opposite="evenly spaced columns are better",
     ),
     "zero_position": Claim(
         "Zeroing the position at meta-tokens helps recall",
@@ -129,7 +143,10 @@ def judge(
     tested = [index for index, verdict in enumerate(verdicts) if verdict.p_value is not None]
     adjusted = holm([verdicts[index].p_value or 0.0 for index in tested])
     for index, p_value in zip(tested, adjusted.tolist(), strict=True):
-        verdicts[index] = verdicts[index].model_copy(update={"p_value": p_value})
+        changes: dict[str, object] = {"p_value": p_value}
+        if verdicts[index].verdict == "supported" and p_value > LEVEL:
+            changes |= {"verdict": "not supported", "note": "not after Holm's correction"}
+        verdicts[index] = verdicts[index].model_copy(update=changes)
     return verdicts
 
 
@@ -162,5 +179,5 @@ def _verdict(claim: Claim, interval: Interval, num_documents: int) -> Verdict:
         low=interval.low,
         high=interval.high,
         num_documents=num_documents,
-        note="the opposite holds" if interval.high < 0 and not claim.threshold else None,
+        note=claim.opposite if interval.high < 0 and not claim.threshold else None,
     )

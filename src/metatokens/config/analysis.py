@@ -134,6 +134,7 @@ Endpoint = Literal[
     "fading_cosine",
     "area",
     "interaction",
+    "meta_path",
     "eviction",
     "zero_position",
     "zero_embedding",
@@ -170,17 +171,17 @@ class AnalysisConfig(Frozen):
     """What is measured inside of one model."""
 
     subject: Annotated[TaskSubject | TextSubject, Field(discriminator="kind")]
-    documents: int = Field(64, ge=1)
+    documents: int = Field(64, ge=MINIMUM_DOCUMENTS)
     """Documents or instances: the unit of every interval."""
     calibration_documents: int = Field(16, ge=1)
     """Further documents, for the mean states that cosines are centred on."""
     queries: int = Field(512, ge=1)
     """Attention rows of a document, one from each of so many stretches."""
-    distances: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Positions back, of the cosines."""
+    distances: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
+    """Positions back, rising, of the cosines."""
     newest_kept: int = Field(8, ge=0)
     """The latest columns, which every policy of eviction keeps, beside four sinks."""
-    budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.15, 0.2, 0.3, 0.5)
+    budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.15, 0.2, 0.3, 0.5), min_length=1)
     """Shares of the cache that stay."""
     token_views: int = Field(2, ge=0)
     """Documents that are shown token by token."""
@@ -205,3 +206,9 @@ class AnalysisConfig(Frozen):
     """The probes."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of instances, injection, samples and resamples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.distances) != sorted(set(self.distances)):
+            raise ValueError(f"distances must rise, not {self.distances}")
+        return self

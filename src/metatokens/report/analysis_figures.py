@@ -357,8 +357,6 @@ FIGURES: dict[str, AnalysisFigure] = {
         (
             ("similarity", "cosine"),
             ("similarity", "excess_cosine"),
-            ("similarity", "decodability"),
-            ("similarity", "retrieval"),
         ),
         _draw_similarity,
         _drawn_from("similarity", ("cosine",), "layer", "distance", "kind", form="centred"),
@@ -392,13 +390,18 @@ FIGURES: dict[str, AnalysisFigure] = {
     "two-by-two": AnalysisFigure(
         "Direct path and path through meta-tokens, cut and not",
         "Caching predicts that the answer survives the direct cut and not both.",
-        (("causal", "logit_difference"), ("causal", "interaction"), ("causal", "pair_accuracy")),
+        (
+            ("causal", "logit_difference"),
+            ("causal", "meta_path"),
+            ("causal", "interaction"),
+            ("causal", "pair_accuracy"),
+        ),
         _draw_two_by_two,
         _drawn_from("causal", ("logit_difference",), "condition"),
     ),
     "interchange": AnalysisFigure(
         "What the clean state of some tokens restores",
-        "States of the clean prompt put into the corrupt one, after each layer; 1 restores all, 0 nothing.",
+        "States of the clean prompt put into the corrupt one, 0 before the first block; 1 restores all.",
         (("causal", "interchange"),),
         _draw_interchange,
         _drawn_from("causal", ("interchange",), "layer", "where"),

@@ -91,7 +91,7 @@ _SECTIONS = (
         "eviction",
         "Meta-tokens as a cache",
         "Most of the key-value cache is dropped after a prefix; the cost is what the continuation loses. If "
-        "meta-tokens do not beat evenly spaced ordinary ones at equal budget, they do not compress.",
+        "meta-tokens do not beat evenly spaced columns at equal budget, they do not compress.",
         ("eviction",),
         ("eviction",),
     ),

@@ -83,7 +83,7 @@ def test_records_of_one_metric_alone_make_a_page_with_all_of_them(metric: tuple[
 
 def test_figures_are_of_what_they_draw_and_not_of_what_their_table_holds() -> None:
     results, _ = build_results()
-    names = {("similarity", "decodability"), ("attention", "meta_lift"), ("rate_distortion", "area")}
+    names = {("similarity", "excess_cosine"), ("attention", "meta_lift"), ("rate_distortion", "area")}
     records = [
         Record(section=section, metric=metric, unit="1", method="A0", value=0.5, num_documents=3)
         for section, metric in names
