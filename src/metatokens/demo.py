@@ -5,6 +5,7 @@ Then trains three models from scratch to copy a marked span of words: with meta-
 no meta-attention, and a plain one with about as many parameters. Last it takes the first of these apart, in a report.
 """
 
+import shlex
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -198,7 +199,12 @@ def _report(folder: Path, say: Callable[[str], None]) -> str:
 
     say("Taking the model with meta-attention apart ...")
     run = _recall_folder(folder, ANALYSED_ARM)
-    documents = ("--documents", str(ANALYSED_INSTANCES), "--subject.pairs", str(ANALYSED_INSTANCES))
+    documents = (
+        *("--documents", str(ANALYSED_INSTANCES), "--subject.pairs", str(ANALYSED_INSTANCES)),
+        # a few small bottlenecks: seconds in place of minutes
+        *("--subject.fitted_instances", "400", "--rate_distortion.betas", "[0.03, 0.1, 0.3, 1.0]"),
+        *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", "300", "--probe.max_steps", "300"),
+    )
     results, arrays = analyze(
         open_model(run),
         open_tokenizer(run),
@@ -206,7 +212,9 @@ def _report(folder: Path, say: Callable[[str], None]) -> str:
         identity=Identity(
             name=f"{ANALYSED_ARM}, trained to copy",
             weights_sha256=model_sha256(model_folder(run)),
-            command=" ".join(["metatokens analyze", str(run), "--out", str(folder / "report"), *documents]),
+            command=" ".join(
+                ["metatokens analyze", str(run), "--out", str(folder / "report"), *map(shlex.quote, documents)]
+            ),
         ),
     )
     write_results(folder / "report", results, arrays)
