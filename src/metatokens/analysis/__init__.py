@@ -1,5 +1,7 @@
 """Take a model apart: what it computes at its meta-tokens, and what follows from it.
 
+Measures have short ids, such as A8 or E2; docs/guide/analysis.md has the table of them.
+
 Public names are imported on first use, so that importing this package loads no torch.
 """
 

@@ -1,4 +1,4 @@
-"""What the output head makes of a state, of a run, and of each part of the residual stream (ANALYSIS L1, A7, D1, D2).
+"""What the output head makes of a state, of a run, and of each part of the residual stream (L1, A7, D1, D2).
 
     logit lens          the head applied to the states of earlier layers (nostalgebraist 2020)
     output statistics   what the distribution over the next token is like, in numbers that no shift of the logits moves

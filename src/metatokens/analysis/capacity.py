@@ -1,4 +1,4 @@
-"""How much fits behind a meta-token: recall against the number of items that it stands for (ANALYSIS E7).
+"""How much fits behind a meta-token: recall against the number of items that it stands for (E7).
 
 In list recall a meta-token ends the list that is asked about. With the length of the prompt held, the lists get longer
 and fewer; where accuracy breaks is an empirical limit of what the state holds, comparable with a rate.

@@ -1,4 +1,4 @@
-"""What the states of meta-tokens and the edges to them cause (ANALYSIS E1 to E3; C1, C2).
+"""What the states of meta-tokens and the edges to them cause (E1 to E3, C2).
 
 All three run on minimal pairs, and return one number a pair for every condition:
 
@@ -67,7 +67,7 @@ class Interchange:
     patched: dict[Patch, Scores]
 
     def effect(self, patch: Patch) -> Ratio:
-        """Return which part of the way to the source's logit difference the patch goes (C1): 0 none, 1 all.
+        """Return which part of the way to the source's logit difference the patch goes (E1): 0 none, 1 all.
 
         For denoising that is the share of the answer restored, for noising the share of it destroyed.
         """

@@ -1,4 +1,4 @@
-"""Rate, distortion and usable information of the states around a recall task's last meta-token (ANALYSIS 3.4, V1, V2).
+"""Rate, distortion and usable information of the states around a recall task's last meta-token (V1, V2).
 
 Three states after the last block, of many instances of the test split:
 

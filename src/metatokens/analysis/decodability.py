@@ -1,4 +1,4 @@
-"""How much of the text before a token a linear map reads from its state (ANALYSIS R3), and linear CKA of two sets.
+"""How much of the text before a token a linear map reads from its state (R3), and linear CKA of two sets.
 
 What is to be read is the mean of the token embeddings of the last w text tokens before the position, without position
 encodings and without meta-tokens, whose embedding is always the same. Two numbers, both on documents that had no part

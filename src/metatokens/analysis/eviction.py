@@ -1,4 +1,4 @@
-"""Eviction from the key-value cache: what a continuation costs when most of its past is gone (ANALYSIS E4, C3).
+"""Eviction from the key-value cache: what a continuation costs when most of its past is gone (E4).
 
 After a prefix of n positions the cache keeps a budget of columns and loses the rest: keys and values are gathered, so
 the memory is free, and every kept key stays rotated by its own position. The continuation is placed behind the prefix
@@ -115,7 +115,7 @@ def measure_eviction(
     seed: int = 0,
     always_kept: AlwaysKept = ALWAYS_KEPT,
 ) -> EvictionCosts:
-    """Return what the continuation of each document costs under each policy and budget (C3).
+    """Return what the continuation of each document costs under each policy and budget.
 
     Args:
         lens: around the model.

@@ -65,7 +65,7 @@ class Ratio:
 
     @property
     def estimate(self) -> float:
-        """The ratio of the means, not the mean of the ratios (C1)."""
+        """The ratio of the means, not the mean of the ratios."""
         return float(self.numerators.sum() / self.denominators.sum())
 
 

@@ -1,4 +1,4 @@
-"""How alike the residual of a meta-token and those of the tokens before it are (ANALYSIS R1, R2).
+"""How alike the residual of a meta-token and those of the tokens before it are (R1, R2).
 
 Residuals of a language model share a large mean and a few dimensions that outweigh all others (Ethayarajh 2019,
 arXiv 1909.00512; Timkey and van Schijndel 2021, arXiv 2109.04404), so a raw cosine near 1 says nothing. Four variants

@@ -1,4 +1,4 @@
-"""The paper's claims about the inside of a model (PAPER section 4), and what decides each: one number, named before.
+"""The paper's claims about the inside of a model (sections 5 and 6), and what decides each: one number, named before.
 
 An endpoint is one number a document, whose mean must lie above the claim's threshold with its whole interval for the
 claim to be supported, also after Holm's correction for all of them (of the area between hulls there is an interval

@@ -144,7 +144,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any
         flag = remaining.pop(0)
         if not flag.startswith("--") or len(flag) < len("--x"):
             raise UsageError(
-                f"argument {flag!r}", expected="--section.key value", found=flag, remedy="see `metatokens pretrain -h`"
+                f"argument {flag!r}", expected="--section.key value", found=flag, remedy="see the command's -h"
             )
         name, equals, text = flag[2:].partition("=")
         if not equals:
@@ -265,7 +265,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
             f"{origin}: unknown key {path}",
             expected="a key of the schema",
             found=repr(keys[-1]),
-            remedy=_nearest_key(path, schema, is_dotted="." in str(keys[-1])) or "see `metatokens pretrain -h`",
+            remedy=_nearest_key(path, schema, is_dotted="." in str(keys[-1])) or "see the command's -h",
         )
     if problem["type"] == "value_error":
         found = problem["msg"].removeprefix("Value error, ")
@@ -277,7 +277,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
         return UsageError(
             f"{where}.kind", expected=context["expected_tags"], found=repr(kind), remedy=remedy or "pick one"
         )
-    remedy = "see `metatokens pretrain -h`"
+    remedy = "see the command's -h"
     if problem["type"] == "missing":
         return UsageError(where, expected="a value", found="nothing", remedy=remedy)
     expected = problem["msg"].removeprefix("Input should be ")

@@ -27,6 +27,7 @@ Draw = Callable[[Results, Arrays], Figure]
 IsDrawable = Callable[[Results, Arrays], bool]
 SINGLE_COLUMN, DOUBLE_COLUMN = 3.5, 7.0
 """Widths in inches that journals set."""
+FIGURE_KINDS = ("png", "pdf")
 _DOTS_PER_INCH = 300
 _PAGE_DOTS_PER_INCH = 110
 _MOST_LAYERS = 4  # panels of a figure that has one a layer
@@ -62,7 +63,7 @@ def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
     files = {}
     for figure_id, figure in FIGURES.items():
         if figure.is_drawable(results, arrays):
-            for kind in ("png", "pdf"):
+            for kind in FIGURE_KINDS:
                 files[f"{figure_id}.{kind}"] = _save(figure.draw(results, arrays), kind, _DOTS_PER_INCH)
     return files
 
@@ -323,7 +324,7 @@ def _finish(axis: Axes, x_label: str, y_label: str, *, legend: bool = True) -> N
     if x_label == "layer":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
-        axis.legend(fontsize=6, frameon=False)
+        axis.legend(fontsize=6, edgecolor="none", framealpha=0.8)  # a line behind it must not strike it through
 
 
 FIGURES: dict[str, AnalysisFigure] = {

@@ -122,10 +122,11 @@ def draw_by_flops(results: SweepResults) -> Figure | None:
                 _Point(point.training_flops, Interval(point.sequence_accuracy, point.lowest, point.highest))
                 for point in cell.curve
             ]
-    seeds = max((len(cell.seeds) for cell in results.cells), default=0)
+    counts = sorted({len(cell.seeds) for cell in results.cells})
     caption = "During training, at the difficulty of the last stage"
-    if seeds > 1:
-        caption += f"; mean of {seeds} seeds, band: lowest to highest seed"
+    if counts and counts[-1] > 1:
+        span = f"{counts[-1]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        caption += f"; mean of {span} seeds, band: lowest to highest seed"
     return _draw_lines(
         lines,
         x_label="Training FLOPs",

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from metatokens.analysis.results import Record, Results, Section, TokenView, Verdict, read_results
-from metatokens.report.analysis_figures import FIGURES, draw_figure, figure_files
+from metatokens.report.analysis_figures import FIGURE_KINDS, FIGURES, draw_figure, figure_files
 
 PAGE_NAME = "report.html"
 META_MARK = "\N{BLACK DIAMOND}"
@@ -107,9 +107,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     results, arrays = read_results(folder)
     target = folder if out is None else out
     target.mkdir(parents=True, exist_ok=True)
-    for name, data in figure_files(results, arrays).items():
-        (target / "figures").mkdir(exist_ok=True)
-        (target / "figures" / name).write_bytes(data)
+    figures, files = target / "figures", figure_files(results, arrays)
+    for name, data in files.items():
+        figures.mkdir(exist_ok=True)
+        (figures / name).write_bytes(data)
+    for name in {f"{figure}.{kind}" for figure in FIGURES for kind in FIGURE_KINDS} - files.keys():
+        (figures / name).unlink(missing_ok=True)  # of an earlier analysis in the same folder
     page = target / PAGE_NAME
     page.write_text(render_page(results, arrays), encoding="utf-8")
     return page

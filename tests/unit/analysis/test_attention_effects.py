@@ -5,33 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lens_models import META, build
 from metatokens.analysis import Lens
 from metatokens.analysis import attention_effects as module
 from metatokens.analysis.attention_effects import Document, attention_effects
 from metatokens.analysis.attention_statistics import StratifiedQueries
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
-
-META = 48
-
-
-def build(attn_implementation: str = "sdpa") -> MetaTokenForCausalLM:
-    torch.manual_seed(0)
-    config = MetaTokenConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        meta_token_id=META,
-        attn_implementation=attn_implementation,
-    )
-    model = MetaTokenForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 def document(seed: int, meta: tuple[int, ...] = (4, 9, 15)) -> Document:
@@ -41,7 +21,7 @@ def document(seed: int, meta: tuple[int, ...] = (4, 9, 15)) -> Document:
 
 
 def eager_weights(document: Document, *, zeroed: bool) -> list[Tensor]:
-    model = build("eager")
+    model = build(num_hidden_layers=2, attn_implementation="eager")
     with torch.no_grad(), intervene(model, [ZeroEmbedding()] if zeroed else []):
         return [weights.double() for weights in model(document.input_ids, output_attentions=True).attentions]
 
@@ -49,7 +29,7 @@ def eager_weights(document: Document, *, zeroed: bool) -> list[Tensor]:
 def test_effects_are_differences_of_the_models_own_weights() -> None:
     documents = [document(seed) for seed in range(3)]
     found = attention_effects(
-        Lens(build()), documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512, seed=0)
+        Lens(build(num_hidden_layers=2)), documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512, seed=0)
     )
     for number, one in enumerate(documents):
         full, zeroed = (eager_weights(one, zeroed=zeroed) for zeroed in (False, True))
@@ -79,7 +59,7 @@ def test_effects_are_differences_of_the_models_own_weights() -> None:
 
 
 def test_a_sample_of_the_queries_estimates_all_of_them() -> None:
-    documents, lens = [document(0)], Lens(build())
+    documents, lens = [document(0)], Lens(build(num_hidden_layers=2))
     whole = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
     some = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(10))
     assert some.changes[0, 0, 0] < whole.changes[0, 0, 0]
@@ -87,7 +67,7 @@ def test_a_sample_of_the_queries_estimates_all_of_them() -> None:
 
 
 def test_an_audit_in_blocks_of_rows_counts_every_edge_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents, lens = [document(0)], Lens(build())
+    documents, lens = [document(0)], Lens(build(num_hidden_layers=2))
     whole = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
     monkeypatch.setattr(module, "AUDITED_SCORES", 3 * 2 * 20)
     blocks = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
@@ -98,7 +78,7 @@ def test_an_audit_in_blocks_of_rows_counts_every_edge_once(monkeypatch: pytest.M
 
 def test_sampled_edges_are_edges_of_their_layer() -> None:
     """Where a document has fewer edges than are sampled, all of them are there."""
-    documents, lens = [document(0, (16,)), document(1, (17,))], Lens(build())
+    documents, lens = [document(0, (16,)), document(1, (17,))], Lens(build(num_hidden_layers=2))
     found = attention_effects(lens, documents, ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
     assert found.edges[..., 0].tolist() == [[8.0, 8.0], [6.0, 6.0]]
     layers, margin, boost, critical = found.points.T
@@ -113,4 +93,9 @@ def test_sampled_edges_are_edges_of_their_layer() -> None:
 
 def test_a_document_without_a_meta_token_is_refused() -> None:
     with pytest.raises(UsageError, match="text 0: expected a meta-token that a query can see, found 0 meta-tokens"):
-        attention_effects(Lens(build()), [document(0, ())], ablation=ZeroEmbedding(), queries=StratifiedQueries(512))
+        attention_effects(
+            Lens(build(num_hidden_layers=2)),
+            [document(0, ())],
+            ablation=ZeroEmbedding(),
+            queries=StratifiedQueries(512),
+        )

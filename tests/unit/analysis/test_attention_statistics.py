@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
+from lens_models import META, build
 from metatokens.analysis import Lens
 from metatokens.analysis.attention_statistics import (
     BLOCK_SCORES,
@@ -23,10 +23,8 @@ from metatokens.analysis.attention_statistics import (
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import NoPositionEdges, intervene
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 SIZES = (1, 2, 63, 64, 65, 257)
-META = 48
 NAMES = (
     "entropy",
     "log_sum_exp",
@@ -218,20 +216,9 @@ def test_sampling_error_is_the_spread_of_means_of_samples(trend: float) -> None:
     assert float(StratifiedQueries(count).standard_error(values, tokens)) == 0.0
 
 
-def build(**changes: Any) -> MetaTokenForCausalLM:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MetaTokenConfig(**shape, max_position_embeddings=64, meta_token_id=META, **changes)
-    model = MetaTokenForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
 @pytest.mark.parametrize("position_encoding", ["rope", "learned", "alibi"])
 def test_statistics_of_a_model_are_those_of_its_eager_weights(position_encoding: str) -> None:
-    model = build(position_encoding=position_encoding, attn_implementation="sdpa")
+    model = build(num_hidden_layers=2, position_encoding=position_encoding, attn_implementation="sdpa")
     ids = torch.randint(0, META, (2, 20), generator=torch.Generator().manual_seed(1))
     ids[0, [2, 5, 9]] = ids[1, [4, 11]] = META
     found = attention_statistics(Lens(model), ids, is_meta=ids == META)
@@ -277,7 +264,7 @@ def test_local_layers_of_gpt_neo_see_their_window_alone() -> None:
 
 def test_a_model_without_meta_tokens_in_sight_is_measured_under_unrotated_edges() -> None:
     """The keys of `no_position_edges` are wider than its queries while no meta-token has come."""
-    model = build(position_encoding="rope", attn_implementation="sdpa")
+    model = build(num_hidden_layers=2, position_encoding="rope", attn_implementation="sdpa")
     ids = torch.randint(0, META, (1, 12), generator=torch.Generator().manual_seed(1))
     lens, is_meta = Lens(model), torch.zeros(1, 12, dtype=torch.bool)
     plain = attention_statistics(lens, ids, is_meta=is_meta)
