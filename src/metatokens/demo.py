@@ -41,6 +41,7 @@ VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05
 TEXT_TOKENS = 1_000_000
 SPEED_ROUNDS = 9
+FEWER_SPEED_ROUNDS = 3  # of a demonstration on less text, which is a trial
 SAMPLE_PROMPT = "Return a list of"
 SAMPLE_TEXT_TOKENS = 60
 SAMPLE_TEMPERATURE = 0.8
@@ -156,7 +157,8 @@ def run_demo(
         pretrain(config, folder / arm, show_progress=show_progress, label=arm)
     say("Timing training steps in turns, measuring perplexity, generating ...")
     with TokenDataset.open(tokens) as dataset:
-        seconds = _time_steps(configs, dataset)
+        rounds = FEWER_SPEED_ROUNDS if text_tokens < TEXT_TOKENS else SPEED_ROUNDS
+        seconds = _time_steps(configs, dataset, rounds)
         documents = list(_validation_documents())
         arms = {}
         for arm, config in configs.items():
@@ -257,12 +259,12 @@ def _validation_documents() -> Iterator[tuple[str, str]]:
             yield document.source, document.text
 
 
-def _time_steps(configs: dict[str, PretrainConfig], dataset: TokenDataset) -> dict[str, list[float]]:
+def _time_steps(configs: dict[str, PretrainConfig], dataset: TokenDataset, rounds: int) -> dict[str, list[float]]:
     """Time training steps of plain, meta, and pause: the plain model on the meta model's very tokens."""
     meta = configs["meta"]
     timed = {**configs, "pause": meta.model_copy(update={"model": configs["plain"].model})}
     steps = {name: _training_step(config, config.injection, dataset) for name, config in timed.items()}
-    return time_in_turns(steps, rounds=SPEED_ROUNDS)
+    return time_in_turns(steps, rounds=rounds)
 
 
 def _training_step(config: PretrainConfig, injection: Injection, dataset: TokenDataset) -> Callable[[], None]:
