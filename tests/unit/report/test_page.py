@@ -44,15 +44,14 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_figures_of_an_earlier_analysis_do_not_stay_behind(tmp_path: Path) -> None:
-    results, arrays = build_results()
-    without = results.model_copy(update={"records": tuple(r for r in results.records if r.section != "eviction")})
-    write_results(tmp_path, results, arrays)
-    write_report(tmp_path)
+    results, _ = build_results()
+    (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "own.png").write_bytes(b"")
-    write_results(tmp_path, without, arrays)
-    write_report(tmp_path)
-    left = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert left == FIGURES.keys() - {"eviction"} | {"own"}
+    for section, figure in (("eviction", "eviction"), ("probes", "probes")):
+        records = tuple(record for record in results.records if record.section == section)
+        write_results(tmp_path, results.model_copy(update={"records": records, "token_views": ()}), {})
+        write_report(tmp_path)
+        assert {path.stem for path in (tmp_path / "figures").iterdir()} == {figure, "own"}
 
 
 def test_text_of_a_document_stays_text() -> None:
