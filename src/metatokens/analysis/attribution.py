@@ -1,6 +1,7 @@
 """What the output head makes of a state, of a run, and of each part of the residual stream (L1, A7, D1, D2).
 
-    logit lens          the head applied to the states of earlier layers (nostalgebraist 2020)
+    logit lens          the head applied to the states of earlier layers (nostalgebraist 2020), as they are or put
+                        through the affine map to the final state that a regression finds (Din et al. 2023)
     output statistics   what the distribution over the next token is like, in numbers that no shift of the logits moves
     direct attribution  the logit of a token as a sum over what each component added to the residual stream
     branch strength     how large the addition of a branch is beside the stream
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metatokens.analysis.decodability import PENALTIES, RidgePath
 from metatokens.analysis.documents import DocumentSums
 from metatokens.analysis.lens import Captured, Lens
 from metatokens.analysis.states import capture_residuals, find_meta_tokens, real_tokens, residual_names
@@ -132,6 +134,62 @@ def logit_lens(states: Sequence[Tensor], head: OutputHead, token_ids: Tensor) ->
     return LogitLens(rank, log_probability, divergence)
 
 
+@dataclass(frozen=True)
+class AffineMap:
+    """From the state of a layer to what a regression expects of the final state."""
+
+    weight: Tensor
+    """(C, C) float32."""
+    bias: Tensor
+    """(C,) float32."""
+
+    def __call__(self, states_NC: Tensor) -> Tensor:
+        """Map states (n, C)."""
+        return states_NC @ self.weight + self.bias
+
+
+def fit_affine_maps(lens: Lens, documents: Sequence[Tensor]) -> list[AffineMap]:
+    """Return the map of each layer but the last, L in all, fitted to the states of all tokens of some documents.
+
+    A closed form of a tuned lens: it asks for the final state in place of the final distribution. The penalty of the
+    ridge regression is the best for the last quarter of the documents, when the others are fitted; then all are.
+
+    Args:
+        lens: on the model.
+        documents: (1, T) each, with meta-tokens, not those that are looked at.
+
+    Raises:
+        UsageError: fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise UsageError(
+            "documents for affine maps",
+            expected="at least 2, one to fit and one to choose the penalty",
+            found=str(len(documents)),
+            remedy="raise calibration_documents",
+        )
+    num_chosen = max(1, len(documents) // 4)
+    fitted, choosing = (
+        [torch.cat(layer).double().cpu() for layer in zip(*(_states_of(lens, ids) for ids in part), strict=True)]
+        for part in (documents[:-num_chosen], documents[-num_chosen:])
+    )
+    maps = []
+    for fit_states, choose_states in zip(fitted[:-1], choosing[:-1], strict=True):
+        path = RidgePath(fit_states, fitted[-1])
+        errors = [float((path.predict(choose_states, p) - choosing[-1]).square().sum()) for p in PENALTIES]
+        penalty = PENALTIES[int(np.argmin(errors))]
+        path = RidgePath(torch.cat([fit_states, choose_states]), torch.cat([fitted[-1], choosing[-1]]))
+        weight = path.weights(penalty)
+        bias = path.target_mean - path.state_mean @ weight
+        maps.append(AffineMap(*(tensor.float().to(lens.model.device) for tensor in (weight, bias))))
+    return maps
+
+
+def _states_of(lens: Lens, input_ids: Tensor) -> list[Tensor]:
+    """Return the L + 1 states (T, C) of one document."""
+    return [states[0] for states in capture_residuals(lens, input_ids)]
+
+
 def _rank(values_NV: Tensor, own_N: Tensor) -> Tensor:
     more = (values_NV > own_N[:, None]).sum(-1)
     equal = (values_NV == own_N[:, None]).sum(-1)  # the own one among them
@@ -153,6 +211,12 @@ class OutputStatistics:
     """(n,) float64, nats."""
     cross_entropy: Tensor
     """(n,) float64, nats; NaN at positions without a target."""
+
+    def at(self, positions: Tensor) -> OutputStatistics:
+        """Return those of some positions, (n,) bool."""
+        return OutputStatistics(
+            *(getattr(self, field.name)[positions.to(self.entropy.device)] for field in fields(self))
+        )
 
     def minus(self, other: OutputStatistics, documents: npt.ArrayLike) -> dict[str, DocumentSums]:
         """Return A7 by name: the differences to another run at the same positions (n,), document by document."""
@@ -277,6 +341,7 @@ def measure_logit_lens(
     at: Tensor,
     documents: npt.ArrayLike,
     distances: Sequence[int] = DISTANCES,
+    maps: Sequence[AffineMap] | None = None,
     attention_mask: Tensor | None = None,
 ) -> LogitLensCurves:
     """Measure how well the text before a position can be read from it through the model's own head.
@@ -287,10 +352,13 @@ def measure_logit_lens(
         at: (B, T) bool, such as the meta-tokens, or ordinary tokens to compare with.
         documents: (B,) integers, the document of each row.
         distances: in text tokens; 1 is the last one before the position.
+        maps: of `fit_affine_maps`, through which the states of all layers but the last go; None takes them as they are.
         attention_mask: (B, T), 0 at padding.
     """
     text = real_tokens(input_ids, attention_mask) & ~find_meta_tokens(lens, input_ids)
     states = capture_residuals(lens, input_ids, attention_mask=attention_mask, at=at)
+    if maps is not None:
+        states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
     read = logit_lens(states, OutputHead.of(lens), preceding_text(input_ids, text, distances)[at])
     rows = _documents_at(documents, at)
     return LogitLensCurves(

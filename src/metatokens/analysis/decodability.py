@@ -122,7 +122,7 @@ def held_out_ridge(
     for tested in range(folds):
         choosing = fold == (tested + 1) % folds
         test = fold == tested
-        fit = _RidgePath(states[~test & ~choosing], targets[~test & ~choosing])
+        fit = RidgePath(states[~test & ~choosing], targets[~test & ~choosing])
         errors = [float((fit.predict(states[choosing], p) - targets[choosing]).square().sum()) for p in penalties]
         chosen.append(float(penalties[int(np.argmin(errors))]))
         predicted = fit.predict(states[test], chosen[-1])
@@ -141,10 +141,11 @@ def held_out_ridge(
     )
 
 
-class _RidgePath:
+class RidgePath:
     """Ridge regressions of one data set for any penalty, by one eigendecomposition of the states' correlations."""
 
     def __init__(self, states: Tensor, targets: Tensor) -> None:
+        """Prepare the regressions of targets (n, K) on states (n, C), float64; states are z-scored inside."""
         self.state_mean, self.target_mean = states.mean(0), targets.mean(0)
         deviation = states.std(0, correction=0)
         self.scale = torch.where(deviation > 0, 1 / deviation, 0)
@@ -152,10 +153,15 @@ class _RidgePath:
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
         self.projected = self.eigenvectors.T @ (inputs.T @ (targets - self.target_mean) / len(inputs))
 
+    def weights(self, penalty: float) -> Tensor:
+        """Return (C, K): a state less `state_mean` times these, plus `target_mean`, is the prediction."""
+        of_scaled = self.eigenvectors @ (self.projected / (self.eigenvalues.clamp(min=0) + penalty)[:, None])
+        weights: Tensor = self.scale[:, None] * of_scaled
+        return weights
+
     def predict(self, states: Tensor, penalty: float) -> Tensor:
         """Return the predictions (n, K) for states (n, C)."""
-        weights = self.eigenvectors @ (self.projected / (self.eigenvalues.clamp(min=0) + penalty)[:, None])
-        predicted: Tensor = (states - self.state_mean) * self.scale @ weights + self.target_mean
+        predicted: Tensor = (states - self.state_mean) @ self.weights(penalty) + self.target_mean
         return predicted
 
 

@@ -25,6 +25,7 @@ from metatokens.analysis.eviction import measure_eviction
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
 from metatokens.analysis.minimal_pairs import make_minimal_pairs
+from metatokens.analysis.readouts import measure_attribution
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
 from metatokens.analysis.results import TokenView
 from metatokens.analysis.similarity import ExcessCosine, calibrate, measure_excess_cosine
@@ -155,7 +156,7 @@ def measure_causes(
     findings.add("causal", "meta_path", "logits", "E2", direct - both, test=True)
     findings.endpoints["meta_path"] = direct - both
 
-    exchanged = interchange(lens, usable, directions=("denoise",), windows=(1,))
+    exchanged = interchange(lens, usable)
     for patch in exchanged.patched:
         effect = exchanged.effect(Patch(*patch))
         findings.add_ratio(
@@ -165,15 +166,20 @@ def measure_causes(
             "E1",
             effect.numerators,
             effect.denominators,
-            at={"layer": patch.site, "where": _STATES[patch.state]},
+            at={
+                "layer": patch.site,
+                "where": _STATES[patch.state],
+                "direction": patch.direction,
+                "window": patch.window,
+            },
         )
     if any(site.branch == "meta_attn" for block in lens.layout.blocks for site in block.attentions):
-        chosen = [one for one in list_knock_outs(lens) if one.kind in ("zero", "mean")]
+        chosen = list_knock_outs(lens)
         knocked = knock_out_meta_attention(lens, usable, knock_outs=chosen)
         for one in chosen:
-            findings.add(
-                "causal", "knockout", "nats", "E3", knocked.loss(one), at={"mode": one.kind, **_layers_of(one)}
-            )
+            mode = one.kind if one.num_kept is None else f"older than {one.num_kept}"
+            findings.add("causal", "knockout", "nats", "E3", knocked.loss(one), at={"mode": mode, **_layers_of(one)})
+    measure_attribution(lens, usable, findings=findings)
 
 
 def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:

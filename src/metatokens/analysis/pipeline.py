@@ -1,7 +1,8 @@
 """The whole analysis of one model: every part that its subject allows, in one set of results.
 
-For instances of a recall task: attention and the theorem's audit, zeroing, minimal pairs, rate and distortion. For
-text: attention and the audit, similarity, eviction, knock-out. A part that cannot run is named with its reason.
+For instances of a recall task: attention and the theorem's audit, zeroing, minimal pairs, rate and distortion, probes.
+For text: attention and the audit, similarity, eviction, knock-out. For both: what can be read from states, and what the
+parts of the model add to its output. A part that cannot run is named with its reason.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -29,8 +31,16 @@ from metatokens.analysis.measuring import (
     measure_views,
     measure_zeroing,
 )
+from metatokens.analysis.probing import measure_capacity, measure_erasure, measure_probes
+from metatokens.analysis.readouts import (
+    measure_decodability,
+    measure_logit_lenses,
+    measure_output_changes,
+    measure_strengths,
+)
 from metatokens.analysis.recording import Findings
 from metatokens.analysis.results import Results, TokenView
+from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples
 from metatokens.analysis.subjects import Subject, task_subject, text_subject
 from metatokens.analysis.verdicts import judge
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
@@ -108,14 +118,34 @@ def _parts(
     """Return what can be measured of the subject, in order."""
     of = config.subject
     parts: dict[Part, Callable[[], None]] = {"attention": lambda: measure_attention(lens, subject, config, findings)}
+
+    def output() -> None:
+        measure_output_changes(lens, subject, findings=findings)
+        measure_strengths(lens, subject, findings=findings)
+        measure_logit_lenses(lens, subject, findings=findings)
+
+    parts["decodability"] = lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings)
+    parts["output"] = output
     if isinstance(of, TaskSubject):
+
+        @cache
+        def samples() -> tuple[list[Sample], Samples]:
+            drawn = draw_samples(lens, encoder, of, seed=config.seed)
+            return drawn, collect_samples(lens, encoder, drawn, states=config.states, seed=config.seed)
 
         def causal() -> None:
             measure_zeroing(lens, subject, findings)
             measure_causes(lens, encoder, of, config, findings)
 
+        def probes() -> None:
+            drawn, collected = samples()
+            measure_probes(collected, config, findings)
+            measure_capacity(lens, encoder, of, config, findings)
+            measure_erasure(lens, drawn, findings)
+
         parts["causal"] = causal
-        parts["rate_distortion"] = lambda: measure_compression(lens, encoder, of, config, findings)
+        parts["rate_distortion"] = lambda: measure_compression(samples()[1], config, findings)
+        parts["probes"] = probes
     else:
         parts["similarity"] = lambda: measure_similarity(lens, subject, config, findings)
         parts["eviction"] = lambda: measure_evictions(lens, subject, of, config, findings)

@@ -28,14 +28,36 @@ interchange) 0 is before the first block and L after the last.
                      mean_gap            nats         against              the area over the width of its range
     probes           v_information       nats         state, target
                      selectivity         nats         state, target        minus that of shuffled labels
+                     remaining_entropy   nats         state, target        of the answer, once the probe has spoken
+                     compression         ratio        state, target        n ln K over the length of the online code
+                     compression_of_prior             state, target        of the code by frequencies, over that length
+                     compression_of_shuffled          state, target        the first with shuffled labels
+                     erasure_loss        nats         layer, erased        rise of the answer's loss; all in turn
+                     erasure_accuracy    1            layer, erased        change of the accuracy
+    readouts         decodability        1            state, layer, window    R2 of the mean of the last tokens
+                     prefix_rank         1            state, layer, window    mean reciprocal rank of the own prefix
+                     prefix_rank_chance  1            state, window        that of a random order
+                     cka                 1            state, layer, window    interval by the jackknife
+                     reciprocal_rank     1            state, read, layer, distance    of the token so far before
+                     log_probability     nats         state, read, layer, distance
+                     divergence          nats         state, read, layer   KL(final || layer)
+                     attribution         logits       component, layer     answer minus foil; no layer: of none
+                     branch_strength     ratio        branch, layer        length at meta-tokens over the stream's
+                     max_logit_boost     logits       place                largest over mean, with minus without the
+                                                                           meta-tokens' embedding
+                     max_log_probability_boost        place                nats, with minus without
+                     output_entropy_drop nats         place                without minus with
+                     loss_drop           nats         place                without minus with
     causal           accuracy            1            intervention         none is the whole model
                      accuracy_change     1            intervention         minus that of the whole model
                      pair_accuracy       1            condition
                      logit_difference    logits       condition            full, direct cut, meta cut, both cut
                      interaction         logits
                      meta_path           logits                             direct cut minus both cut
-                     interchange         1            layer, where         restored share of the logit difference
+                     interchange         1            layer, where, direction, window    share of the way to the
+                                                                           other prompt's logit difference
                      knockout            nats         layer, mode          rise of the loss on the answer
+                     capacity            1            size                 accuracy by the task's own size
     eviction         cost                nats/token   policy, kept         kept: share of the cache
     language_model   loss_change         nats/token   layer                without minus with meta-attention, or of all
 """
@@ -63,7 +85,7 @@ ARRAYS_NAME = "arrays.npz"
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 Section = Literal[
-    "attention", "theory", "similarity", "rate_distortion", "probes", "causal", "eviction", "language_model"
+    "attention", "theory", "similarity", "readouts", "rate_distortion", "probes", "causal", "eviction", "language_model"
 ]
 Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -1,6 +1,6 @@
 """The configuration of an analysis: what is looked at, which numbers decide, and the heads fitted to states."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -122,9 +122,18 @@ class ProbeConfig(HeadTraining):
         return self
 
 
-Part = Literal["attention", "causal", "rate_distortion", "similarity", "eviction", "knockout", "token_view"]
-"""attention: entropy, boost and the theorem's audit; causal: minimal pairs, for a task; similarity, eviction and
+Part = Literal[
+    "attention", "causal", "rate_distortion", "probes", "similarity", "decodability", "output", "eviction", "knockout",
+    "token_view",
+]  # fmt: skip
+"""attention: entropy, boost and the theorem's audit; decodability and output: what can be read from states, and what
+the parts of the model add to its output; causal, rate_distortion and probes: for a task; similarity, eviction and
 knockout: for text."""
+FittedState = Literal[
+    "last meta-token", "last meta-token, halfway", "ordinary token instead", "token before it", "last token",
+    "untrained", "mean embedding",
+]  # fmt: skip
+"""What bottlenecks and probes are fitted to; `metatokens.analysis.sampled_states` says what each is."""
 Endpoint = Literal[
     "entropy_drop",
     "max_score_boost",
@@ -185,15 +194,9 @@ class AnalysisConfig(Frozen):
     """Shares of the cache that stay."""
     token_views: int = Field(2, ge=0)
     """Documents that are shown token by token."""
-    parts: tuple[Part, ...] = (
-        "attention",
-        "causal",
-        "rate_distortion",
-        "similarity",
-        "eviction",
-        "knockout",
-        "token_view",
-    )
+    states: tuple[FittedState, ...] = Field(get_args(FittedState), min_length=1)
+    """Which states bottlenecks and probes are fitted to."""
+    parts: tuple[Part, ...] = get_args(Part)
     """What is run, where the subject allows it."""
     endpoints: tuple[Endpoint, ...] = (
         "entropy_drop", "max_score_boost", "log_odds_boost", "theorem", "excess_cosine", "fading_cosine", "area",

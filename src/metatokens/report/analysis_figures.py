@@ -30,7 +30,8 @@ SINGLE_COLUMN, DOUBLE_COLUMN = 3.5, 7.0
 FIGURE_KINDS = ("png", "pdf")
 _DOTS_PER_INCH = 300
 _PAGE_DOTS_PER_INCH = 110
-_MOST_LAYERS = 4  # panels of a figure that has one a layer
+_MOST_PANELS = 4
+_DENOISE = "denoise"
 
 
 @dataclass(frozen=True)
@@ -198,19 +199,45 @@ def _draw_similarity(results: Results, arrays: Arrays) -> Figure:
     records = [
         record for record in _present(results, "similarity", "cosine", form="centred") if "distance" in record.at
     ]
-    layers = sorted({int(record.at["layer"]) for record in records})
-    if len(layers) > _MOST_LAYERS:
-        layers = [layers[round(i * (len(layers) - 1) / (_MOST_LAYERS - 1))] for i in range(_MOST_LAYERS)]
-    figure, axes = _figure(DOUBLE_COLUMN, 2.2, max(1, len(layers)), sharey=True)
-    for axis, layer in zip(axes, layers, strict=True):
-        for style, kind in enumerate(_names(records, "kind")):
-            chosen = [r for r in records if r.at["layer"] == layer and r.at["kind"] == kind]
-            _line(axis, chosen, "distance", kind, style)
+    figure, axes = _draw_panels(records, "distance", ("kind",), "layer", ("distance, tokens", "centred cosine"))
+    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_title(f"layer {layer}", fontsize=8)
-        _finish(axis, "distance, tokens", "centred cosine" if axis is axes[0] else "", legend=axis is axes[0])
     return figure
+
+
+def _draw_decodability(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    records = [record for record in _present(results, "readouts", "decodability") if "layer" in record.at]
+    return _draw_panels(records, "layer", ("state",), "window", ("layer", "held-out R\N{SUPERSCRIPT TWO}"))[0]
+
+
+def _draw_logit_lens(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    records = [record for record in _present(results, "readouts", "reciprocal_rank") if "distance" in record.at]
+    return _draw_panels(records, "layer", ("state", "read"), "distance", ("layer", "mean reciprocal rank"))[0]
+
+
+def _draw_panels(
+    records: Sequence[Record], x: str, by: tuple[str, ...], panel: str, labels: tuple[str, str]
+) -> tuple[Figure, list[Axes]]:
+    """Draw lines by some coordinates in one panel for each value of another; of many values, some evenly spaced."""
+    values = sorted({int(record.at[panel]) for record in records})
+    if len(values) > _MOST_PANELS:
+        values = [values[round(i * (len(values) - 1) / (_MOST_PANELS - 1))] for i in range(_MOST_PANELS)]
+    figure, axes = _figure(DOUBLE_COLUMN, 2.4, max(1, len(values)), sharey=True)
+    names = list(dict.fromkeys(tuple(str(record.at[key]) for key in by) for record in records))
+    for axis, value in zip(axes, values, strict=True):
+        of_panel = [record for record in records if record.at[panel] == value]
+        for style, name in enumerate(names):
+            chosen = [record for record in of_panel if tuple(str(record.at[key]) for key in by) == name]
+            _line(axis, chosen, x, ", ".join(name), style)
+        axis.set_title(f"{panel} {value}", fontsize=8)
+        _finish(axis, labels[0], labels[1] if axis is axes[0] else "", legend=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=6, frameon=False, loc="outside upper center", ncols=len(names)
+    )
+    return figure, axes
 
 
 def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
@@ -222,6 +249,10 @@ def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
         chosen = [r for r in distortions if r.at["state"] == state and (state, r.at["beta"]) in rates]
         places = {rates[state, record.at["beta"]]: record for record in chosen}
         _draw_line(axis, sorted(places.items(), key=lambda place: place[0]), state, style)
+    remaining = {record.at["state"]: record for record in _present(results, "probes", "remaining_entropy")}
+    for style, state in enumerate(_names(distortions, "state")):
+        if state in remaining:
+            axis.axhline(_value(remaining[state]), color=COLOURS[style % len(COLOURS)], linestyle=":", linewidth=0.8)
     for record in _present(results, "rate_distortion", "label_entropy"):
         axis.axhline(_value(record), color="k", linestyle="--", linewidth=0.8, label="H(Y)")
     _finish(axis, "rate, nats", "distortion, nats")
@@ -256,12 +287,61 @@ def _draw_zeroing(results: Results, arrays: Arrays) -> Figure:
 
 def _draw_probes(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    return _draw_bars(results, "probes", "v_information", ("state", "target"), "usable information, nats")
+    records = [record for record in _present(results, "probes", "v_information") if "target" in record.at]
+    targets, states = _names(records, "target"), _names(records, "state")
+    figure, axes = _figure(DOUBLE_COLUMN, 0.9 + 0.18 * len(states), len(targets), sharey=True)
+    for axis, target in zip(axes, targets, strict=True):
+        for record in records:
+            if record.at["target"] == target:
+                place = states.index(str(record.at["state"]))
+                axis.plot(_value(record), place, "o", color=COLOURS[0], markersize=3)
+                if record.low is not None and record.high is not None:
+                    axis.plot([record.low, record.high], [place, place], "-", color=COLOURS[0], linewidth=1.2)
+        axis.set_yticks(range(len(states)), states)
+        axis.axvline(0, color="k", linewidth=0.5)
+        axis.set_title(target, fontsize=7)
+    axes[0].invert_yaxis()
+    figure.supxlabel("usable information, nats", fontsize=8)
+    return figure
+
+
+def _draw_attribution(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    labels = ("layer", "logit of the answer minus the foil's")
+    return _draw_lines(results, "readouts", "attribution", ("layer", "component"), labels)
+
+
+def _draw_strengths(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    labels = ("layer", "length over that of the stream")
+    return _draw_lines(results, "readouts", "branch_strength", ("layer", "branch"), labels)
+
+
+def _draw_erasure(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    return _draw_lines(results, "probes", "erasure_loss", ("layer", "erased"), ("layer", "rise of the loss, nats"))
+
+
+def _draw_capacity(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    figure, (axis,) = _figure(SINGLE_COLUMN, 2.4)
+    _line(axis, [r for r in _present(results, "causal", "capacity") if "size" in r.at], "size", "accuracy", 0)
+    _finish(axis, "size of the task", "accuracy", legend=False)
+    return figure
 
 
 def _draw_interchange(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    return _draw_lines(results, "causal", "interchange", ("layer", "where"), ("layer", "restored share"))
+    records = [record for record in _present(results, "causal", "interchange") if record.at.get("window", 1) == 1]
+    directions = list(dict.fromkeys(str(record.at.get("direction", _DENOISE)) for record in records))
+    figure, axes = _figure(SINGLE_COLUMN * 0.65 * (1 + len(directions)), 2.8, len(directions), sharey=True)
+    for axis, direction in zip(axes, directions, strict=True):
+        chosen = [record for record in records if record.at.get("direction", _DENOISE) == direction]
+        for style, name in enumerate(_names(chosen, "where")):
+            _line(axis, [record for record in chosen if record.at["where"] == name], "layer", name, style)
+        axis.set_title("clean into corrupt" if direction == _DENOISE else "corrupt into clean", fontsize=8)
+        _finish(axis, "layer", "share of the way" if axis is axes[0] else "", legend=axis is axes[0])
+    return figure
 
 
 def _draw_knockout(results: Results, arrays: Arrays) -> Figure:
@@ -362,9 +442,40 @@ FIGURES: dict[str, AnalysisFigure] = {
         _draw_similarity,
         _drawn_from("similarity", ("cosine",), "layer", "distance", "kind", form="centred"),
     ),
+    "decodability": AnalysisFigure(
+        "What a linear map reads of the text before a state",
+        "Held-out R\N{SUPERSCRIPT TWO} of the mean embedding of the last tokens, a panel for each number of tokens.",
+        tuple(("readouts", metric) for metric in ("decodability", "prefix_rank", "prefix_rank_chance", "cka")),
+        _draw_decodability,
+        _drawn_from("readouts", ("decodability",), "layer", "window", "state"),
+    ),
+    "logit-lens": AnalysisFigure(
+        "What the model's own head reads of the text before a state",
+        "Mean reciprocal rank of the text token so many before it, 1 where it is the most probable; read from the "
+        "state as it is, or through an affine map to the final state that other documents were fitted by.",
+        tuple(("readouts", metric) for metric in ("reciprocal_rank", "log_probability", "divergence")),
+        _draw_logit_lens,
+        _drawn_from("readouts", ("reciprocal_rank",), "layer", "distance", "state", "read"),
+    ),
+    "attribution": AnalysisFigure(
+        "What each component adds to the answer's logit over the foil's",
+        "Direct logit attribution at the end of clean prompts; with embedding and biases the sum is the difference.",
+        (("readouts", "attribution"),),
+        _draw_attribution,
+        _drawn_from("readouts", ("attribution",), "layer", "component"),
+    ),
+    "branch-strength": AnalysisFigure(
+        "How much each branch adds at meta-tokens",
+        "Length of the addition over that of the residual stream between attention and feed-forward.",
+        (("readouts", "branch_strength"),),
+        _draw_strengths,
+        _drawn_from("readouts", ("branch_strength",), "layer", "branch"),
+    ),
     "rate-distortion": AnalysisFigure(
         "Rate and distortion of the answer, by state",
-        "Held-out documents; a point is one beta, the mean over seeds of the head.",
+        "Held-out documents; a point is one beta, the mean over seeds of the head. Dashed: the label's entropy H(Y), "
+        "which no rate at all leaves; dotted, in a state's colour: what a linear probe of it leaves, an upper estimate "
+        "of H(Y|X).",
         (
             ("rate_distortion", "rate"),
             ("rate_distortion", "distortion"),
@@ -376,10 +487,24 @@ FIGURES: dict[str, AnalysisFigure] = {
     ),
     "probes": AnalysisFigure(
         "What a probe can use",
-        "V-information of a state about a target, held out.",
-        (("probes", "v_information"),),
+        "V-information of a state about a target, held out; 0 where it tells nothing.",
+        tuple(
+            ("probes", metric)
+            for metric in (
+                *("v_information", "selectivity", "remaining_entropy"),
+                *("compression", "compression_of_prior", "compression_of_shuffled"),
+            )
+        ),
         _draw_probes,
         _drawn_from("probes", ("v_information",), "state", "target"),
+    ),
+    "erasure": AnalysisFigure(
+        "The answer erased from the meta-tokens' states",
+        "Rise of the loss on the answer when a linear eraser takes it out of what leaves a layer at meta-tokens, "
+        "beside an eraser of shuffled labels; where nothing rises, what a probe finds there is not used.",
+        (("probes", "erasure_loss"), ("probes", "erasure_accuracy")),
+        _draw_erasure,
+        _drawn_from("probes", ("erasure_loss",), "layer", "erased"),
     ),
     "zeroing": AnalysisFigure(
         "Accuracy with something taken from the meta-tokens",
@@ -401,8 +526,9 @@ FIGURES: dict[str, AnalysisFigure] = {
         _drawn_from("causal", ("logit_difference",), "condition"),
     ),
     "interchange": AnalysisFigure(
-        "What the clean state of some tokens restores",
-        "States of the clean prompt put into the corrupt one, 0 before the first block; 1 restores all.",
+        "What the states of some tokens carry over",
+        "States of one prompt put into the run of the other, 0 before the first block: the share of the way to its "
+        "logit difference. Clean into corrupt asks whether they suffice, corrupt into clean whether they are needed.",
         (("causal", "interchange"),),
         _draw_interchange,
         _drawn_from("causal", ("interchange",), "layer", "where"),
@@ -413,6 +539,13 @@ FIGURES: dict[str, AnalysisFigure] = {
         (("causal", "knockout"),),
         _draw_knockout,
         _drawn_from("causal", ("knockout",), "layer", "mode"),
+    ),
+    "capacity": AnalysisFigure(
+        "Recall by the task's own size",
+        "Prompts of the same lengths; such as items of a list, which one meta-token ends.",
+        (("causal", "capacity"),),
+        _draw_capacity,
+        _drawn_from("causal", ("capacity",), "size"),
     ),
     "eviction": AnalysisFigure(
         "Cost of a small cache, by what is kept",

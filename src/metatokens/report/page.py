@@ -72,11 +72,20 @@ _SECTIONS = (
         ("similarity",),
     ),
     _Section(
+        "readouts",
+        "What can be read, and what is added",
+        "A linear map, and the model's own output head, read the text before a state; the control is the token right "
+        "before the meta-token, which has read the same text, and ordinary tokens at the same places. Then what each "
+        "part of the model adds to the output.",
+        ("decodability", "logit-lens", "attribution", "branch-strength"),
+        ("readouts",),
+    ),
+    _Section(
         "compression",
-        "Rate and distortion",
-        "A variational bottleneck on one state predicts what the task asks for. At equal rate, lower is better; the "
-        "dashed line is the entropy of the label, which no rate at all would leave.",
-        ("rate-distortion", "probes"),
+        "Compression: rate, distortion and probes",
+        "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Probes "
+        "ask the same states for more; what they find counts as used only where its erasure costs the answer.",
+        ("rate-distortion", "probes", "erasure"),
         ("rate_distortion", "probes"),
     ),
     _Section(
@@ -84,7 +93,7 @@ _SECTIONS = (
         "Cause",
         "Pairs of prompts that differ in one item. Edges are cut, states exchanged and meta-attention removed, to see "
         "which path the answer takes.",
-        ("zeroing", "two-by-two", "interchange", "knockout"),
+        ("zeroing", "two-by-two", "interchange", "knockout", "capacity"),
         ("causal", "language_model"),
     ),
     _Section(

@@ -52,6 +52,13 @@ function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, also 
   });
 }
 
+/* Data at no more than `most` values of a coordinate, evenly spaced. */
+function someOf(data, key, most) {
+  const values = [...new Set(data.map((d) => d[key]))].sort((a, b) => a - b);
+  const shown = new Set(values.length <= most ? values : d3.range(most).map((i) => values[Math.round((i * (values.length - 1)) / (most - 1))]));
+  return data.filter((d) => shown.has(d[key]));
+}
+
 function bars(node, data, { y, xLabel, title }) {
   return Plot.plot({
     width: width(node, 640), marginLeft: 16 + 6.2 * d3.max(data, (d) => String(d[y]).length), marginBottom: 40, height: 46 + 34 * data.length,
@@ -101,11 +108,33 @@ const FIGURES = {
   },
   similarity(node) {
     const data = flat(find("similarity", "cosine")).filter((d) => d.form === "centred" && "distance" in d);
-    const layers = [...new Set(data.map((d) => d.layer))].sort((a, b) => a - b);
-    const most = width(node, 900) < 500 ? 2 : 4;
-    const shown = new Set(layers.length <= most ? layers : d3.range(most).map((i) => layers[Math.round((i * (layers.length - 1)) / (most - 1))]));
-    const kept = data.filter((d) => shown.has(d.layer));
+    const kept = someOf(data, "layer", width(node, 900) < 500 ? 2 : 4);
     return kept.length ? lines(node, kept, { x: "distance", stroke: "kind", facet: "layer", xLabel: "distance, tokens", yLabel: "centred cosine", log: true, most: 900 }) : null;
+  },
+  decodability(node) {
+    const data = flat(find("readouts", "decodability")).filter((d) => "layer" in d && "window" in d);
+    return data.length ? lines(node, data, { x: "layer", stroke: "state", facet: "window", xLabel: "layer", yLabel: "held-out R\u00b2", most: 900 }) : null;
+  },
+  "logit-lens"(node) {
+    const data = flat(find("readouts", "reciprocal_rank")).filter((d) => "distance" in d).map((d) => ({ ...d, from: `${d.state}, ${d.read}` }));
+    const most = width(node, 900) < 500 ? 2 : 4, shown = someOf(data, "distance", most);
+    return data.length ? lines(node, shown, { x: "layer", stroke: "from", facet: "distance", xLabel: "layer", yLabel: "mean reciprocal rank", most: 900 }) : null;
+  },
+  attribution(node) {
+    const data = flat(find("readouts", "attribution")).filter((d) => "layer" in d);
+    return data.length ? lines(node, data, { x: "layer", stroke: "component", xLabel: "layer", yLabel: "logit of the answer minus the foil's", most: 560 }) : null;
+  },
+  "branch-strength"(node) {
+    const data = flat(find("readouts", "branch_strength")).filter((d) => "layer" in d);
+    return data.length ? lines(node, data, { x: "layer", stroke: "branch", xLabel: "layer", yLabel: "length over that of the stream", most: 560 }) : null;
+  },
+  erasure(node) {
+    const data = flat(find("probes", "erasure_loss")).filter((d) => "layer" in d);
+    return data.length ? lines(node, data, { x: "layer", stroke: "erased", xLabel: "layer", yLabel: "rise of the loss, nats", most: 560 }) : null;
+  },
+  capacity(node) {
+    const data = flat(find("causal", "capacity")).map((d) => ({ ...d, what: "accuracy" }));
+    return data.length ? lines(node, data, { x: "size", stroke: "what", xLabel: "size of the task", yLabel: "accuracy", most: 560 }) : null;
   },
   "rate-distortion"(node) {
     const rate = new Map(find("rate_distortion", "rate").map((r) => [`${r.at.state}|${r.at.beta}`, r.value]));
@@ -116,6 +145,9 @@ const FIGURES = {
       Plot.ruleY([r.value], { strokeDasharray: "4,3" }),
       Plot.text([[last, r.value]], { text: ["H(Y)"], textAnchor: "end", dy: 9 }),
     ]);
+    const states = new Set(data.map((d) => d.state));
+    const left = flat(find("probes", "remaining_entropy")).filter((d) => states.has(d.state));
+    rules.push(Plot.ruleY(left, { y: "value", stroke: "state", strokeDasharray: "1,3" }));
     return lines(node, data, { x: "rate", stroke: "state", xLabel: "rate, nats", yLabel: "distortion, nats", rules, also: ["beta"], most: 640 });
   },
   zeroing(node) {
@@ -127,8 +159,8 @@ const FIGURES = {
     return data.length ? bars(node, data, { y: "condition", xLabel: "logit of the answer minus the foil's", title: "logit difference" }) : null;
   },
   interchange(node) {
-    const data = flat(find("causal", "interchange")).filter((d) => "layer" in d && "where" in d);
-    return data.length ? lines(node, data, { x: "layer", stroke: "where", xLabel: "layer", yLabel: "restored share of the logit difference", most: 640 }) : null;
+    const data = flat(find("causal", "interchange")).filter((d) => "layer" in d && "where" in d && (d.window ?? 1) === 1).map((d) => ({ ...d, put: d.direction === "noise" ? "corrupt into clean" : "clean into corrupt" }));
+    return data.length ? lines(node, data, { x: "layer", stroke: "where", facet: "put", xLabel: "layer", yLabel: "share of the way to the other prompt", most: 900 }) : null;
   },
   knockout(node) {
     const data = flat(find("causal", "knockout")).filter((d) => "layer" in d && "mode" in d);
@@ -139,8 +171,19 @@ const FIGURES = {
     return data.length ? lines(node, data, { x: "kept", stroke: "policy", xLabel: "share of the cache kept", yLabel: "cost, nats per token", most: 720 }) : null;
   },
   probes(node) {
-    const data = flat(find("probes", "v_information")).map((d) => ({ ...d, name: `${d.state}: ${d.target}` }));
-    return data.length ? bars(node, data, { y: "name", xLabel: "usable information, nats", title: "V-information" }) : null;
+    const data = flat(find("probes", "v_information")).filter((d) => "state" in d && "target" in d);
+    if (!data.length) return null;
+    const states = [...new Set(data.map((d) => d.state))], targets = [...new Set(data.map((d) => d.target))];
+    return Plot.plot({
+      width: width(node, 640), height: 50 + targets.length * (22 + 17 * states.length), marginLeft: 16 + 6.2 * d3.max(states, (s) => s.length), marginRight: 96, marginBottom: 40,
+      x: { label: "usable information, nats", grid: true, nice: true }, y: { label: null, domain: states }, fy: { label: null, domain: targets },
+      marks: [
+        Plot.ruleX([0]),
+        Plot.ruleY(data.filter((d) => d.low !== null), { x1: "low", x2: "high", y: "state", fy: "target", strokeWidth: 2 }),
+        Plot.dot(data, { x: "value", y: "state", fy: "target", r: 3.2, fill: COLOURS()[0] }),
+        Plot.tip(data, Plot.pointerY({ x: "value", y: "state", fy: "target", title: (d) => label("V-information", d, ["state", "target"]), fill: "var(--paper)" })),
+      ],
+    });
   },
 };
 

@@ -1,0 +1,194 @@
+"""States around the last meta-token of many instances of a task, and labels for them: what heads are fitted to.
+
+The states after the last block, but for the second:
+
+    last meta-token            the last before the last answer
+    the same, halfway          after half of the blocks
+    ordinary token instead     at its place, when a full stop stands there in place of every meta-token
+    token before it            the nearest text token in front of it: the same prefix but for meta-tokens
+    last token                 the one that the answer is predicted from
+    untrained                  the last meta-token in a model of the same shape with its first weights
+    mean embedding             no state at all: the mean embedding of the text tokens before the last meta-token
+
+The labels: the first token of the last answer, the text token so many back from the last meta-token, and how many
+meta-tokens stand before it. The comparison with equal prefix is the fair one; the last token is trained to give the
+answer and has read more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from metatokens.analysis.decodability import mean_of_last
+from metatokens.analysis.lens import Lens
+from metatokens.config.analysis import FittedState, TaskSubject
+from metatokens.data.injection import IntArray
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.errors import UsageError
+from metatokens.evaluation.recall import make_test_instances
+from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.encoding import EncodedInstance, pad
+
+ANSWER = "answer"
+BATCH_SIZE = 64
+_DISTANCES = (1, 4, 16)
+_FULL_STOP = " ."
+
+States = npt.NDArray[np.float32]
+
+
+class Sample(NamedTuple):
+    """One instance, and the positions of its states."""
+
+    row: EncodedInstance
+    last_meta: int
+    before: int
+    """The nearest text token in front of the last meta-token."""
+    last: int
+    """The token that the answer is predicted from."""
+
+    @property
+    def label(self) -> int:
+        """The first token of the last answer."""
+        return int(self.row.input_ids[self.last + 1])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """States and labels of n instances."""
+
+    states: Mapping[str, States]
+    """(n, C) by name."""
+    labels: Mapping[str, IntArray]
+    """(n,) by target; -1 where an instance has none."""
+
+
+def draw_samples(lens: Lens, encoder: TextEncoder, subject: TaskSubject, *, seed: int) -> list[Sample]:
+    """Return instances of the test split that have a text token before their last meta-token.
+
+    Raises:
+        UsageError: there is none.
+    """
+    meta_token_id = int(lens.model.config.meta_token_id)
+    instances = make_test_instances(
+        subject.task,
+        subject.difficulty,
+        encoder=PieceEncoder(encoder),
+        meta_token_id=meta_token_id,
+        seed=seed + 1,  # others than those that are shown
+        instances=subject.fitted_instances,
+    )
+    samples = [sample for row in instances if (sample := _sample(row, meta_token_id)) is not None]
+    if not samples:
+        raise UsageError(
+            "states of meta-tokens",
+            expected="a text token and a meta-token before the answer",
+            found=f"none in {len(instances)} instances",
+            remedy="choose a task that places meta-tokens",
+        )
+    return samples
+
+
+def collect_samples(
+    lens: Lens, encoder: TextEncoder, samples: Sequence[Sample], *, states: Sequence[FittedState], seed: int
+) -> Samples:
+    """Run the samples and return their states and labels.
+
+    Args:
+        lens: on the model.
+        encoder: of its tokenizer, for the full stop.
+        samples: of `draw_samples`.
+        states: which.
+        seed: of the untrained model's weights.
+    """
+    full_stop = int(encoder.encode_batch([_FULL_STOP])[0][-1])
+    others = {"untrained": _untrained(lens.model, seed)} if "untrained" in states else {}
+    parts: dict[str, list[States]] = {state: [] for state in states}
+    for start in range(0, len(samples), BATCH_SIZE):
+        for state, found in _states_of(lens, samples[start : start + BATCH_SIZE], others, full_stop).items():
+            if state in parts:
+                parts[state].append(found.float().numpy(force=True))
+    meta_token_id = int(lens.model.config.meta_token_id)
+    return Samples({name: np.concatenate(part) for name, part in parts.items()}, _labels(samples, meta_token_id))
+
+
+def padded_prompts(lens: Lens, samples: Sequence[Sample]) -> torch.Tensor:
+    """Return the rows up to their last answers as one batch (B, T), padded on the right, which nothing reads."""
+    config = lens.model.config
+    rows = [sample.row for sample in samples]
+    padded = pad(rows, meta_token_id=config.meta_token_id, pad_token_id=config.pad_token_id).input_ids
+    prompts = padded[:, : max(sample.last for sample in samples) + 1]
+    return torch.from_numpy(prompts).to(lens.model.device)
+
+
+def _sample(row: EncodedInstance, meta_token_id: int) -> Sample | None:
+    answer = row.answer_spans[-1][0]
+    is_meta = row.input_ids[:answer] == meta_token_id
+    metas = np.flatnonzero(is_meta)
+    if not len(metas):
+        return None
+    before = np.flatnonzero(~is_meta[: metas[-1]])
+    return Sample(row, int(metas[-1]), int(before[-1]), answer - 1) if len(before) else None
+
+
+def _states_of(
+    lens: Lens, samples: Sequence[Sample], others: Mapping[str, Lens], full_stop: int
+) -> dict[FittedState, torch.Tensor]:
+    """Return every state of a batch, (B, C) each; "untrained" where its lens is among the others."""
+    num_layers = len(lens.layout.blocks)
+    ids = padded_prompts(lens, samples)
+    is_meta = ids == lens.model.config.meta_token_id
+    row = torch.arange(len(samples))
+    last_meta, before, last = (
+        torch.tensor([getattr(sample, place) for sample in samples]) for place in ("last_meta", "before", "last")
+    )
+    middle, final = (f"blocks.{layer}.hook_resid_post" for layer in ((num_layers - 1) // 2, num_layers - 1))
+    embeddings = lens.model.get_input_embeddings()(ids).detach()
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    means, _ = mean_of_last(embeddings, ~is_meta & (columns < last_meta[:, None].to(ids.device)), ids.shape[1])
+    found: dict[FittedState, torch.Tensor] = {"mean embedding": means[row, last_meta]}
+    with lens.capture([middle, final]) as captured:
+        lens(ids, use_cache=False, logits_to_keep=1)
+    found["last meta-token"] = captured[final][row, last_meta]
+    found["last meta-token, halfway"] = captured[middle][row, last_meta]
+    found["token before it"] = captured[final][row, before]
+    found["last token"] = captured[final][row, last]
+    with lens.capture([final]) as captured:
+        lens(torch.where(is_meta, full_stop, ids), use_cache=False, logits_to_keep=1)
+    found["ordinary token instead"] = captured[final][row, last_meta]
+    for name, other in others.items():
+        assert name == "untrained"
+        with other.capture([final]) as captured:
+            other(ids, use_cache=False, logits_to_keep=1)
+        found["untrained"] = captured[final][row, last_meta]
+    return found
+
+
+def _labels(samples: Sequence[Sample], meta_token_id: int) -> dict[str, IntArray]:
+    labels: dict[str, list[int]] = {ANSWER: [sample.label for sample in samples]}
+    for distance in _DISTANCES:
+        name = "the token before" if distance == 1 else f"the token {distance} back"
+        labels[name] = [_token_back(sample, distance, meta_token_id) for sample in samples]
+    labels["meta-tokens so far"] = [
+        int(np.count_nonzero(sample.row.input_ids[: sample.last_meta] == meta_token_id)) for sample in samples
+    ]
+    return {name: np.array(values, dtype=np.int64) for name, values in labels.items()}
+
+
+def _token_back(sample: Sample, distance: int, meta_token_id: int) -> int:
+    text = sample.row.input_ids[: sample.last_meta]
+    text = text[text != meta_token_id]
+    return int(text[-distance]) if len(text) >= distance else -1
+
+
+def _untrained(model: Any, seed: int) -> Lens:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = type(model)(model.config)
+    return Lens(untrained.to(model.device).eval())
