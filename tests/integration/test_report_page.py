@@ -323,7 +323,7 @@ def test_a_long_text_has_a_matrix_thumbnails_and_what_is_measured_of_all_its_hea
     page = open_page(fragment="#text=1&quantity=received&layer=1&head=0&query=20")
     assert page.locator("#view-head option").count() == 1 + 5
     expected = ARRAYS["view1.received_attention"][1, 0, 20]
-    assert f"at 20. Here {expected:.3f}." in page.locator("#tip").text_content()
+    assert f"at 20. Here {expected:.4f}." in page.locator("#tip").text_content()
     assert page.locator("#heads button").count() == 3 * NUM_LAYERS
     page.locator("#heads button").nth(4).click()
     assert (page.locator("#view-layer").input_value(), page.locator("#view-head").input_value()) == ("1", "3")

@@ -46,7 +46,7 @@ function documentDots(node, metric, title, { layer, head }) {
   if (!record || !data.length) return null;
   const unit = record.unit === "1" ? "" : ` ${record.unit}`;
   const box = document.createElement("div"), text = document.createElement("p");
-  text.textContent = `${title}: ${spread(record)}${unit}, n = ${record.n}`;
+  text.textContent = `${title}: ${spread(record)}${unit}, n\u00a0=\u00a0${record.n}`;
   box.append(text, Plot.plot({
     width: width(node, 330), height: 150, marginLeft: 44, marginBottom: 38,
     ariaLabel: `${title} of each document, layer ${layer}, head ${head}`,
@@ -386,6 +386,7 @@ class TokenView {
     this.count = this.view.tokens.length;
     this.arrays = Object.fromEntries(await Promise.all(Object.entries(this.view.arrays).map(async ([name, packed]) => [name, await unpack(packed)])));
     this.planes.clear(); this.painted = null;
+    this.decimals = this.arrays.attention ? 3 : 4; // weights of long texts are small
     const attention = this.arrays.attention || this.arrays.received_attention;
     [this.numLayers, this.numHeads] = attention.shape;
     this.available = Object.keys(QUANTITIES).filter((name) => QUANTITIES[name].needs.some((array) => this.arrays[array]));
@@ -565,14 +566,14 @@ class TokenView {
 
   number(value) {
     const { unit } = QUANTITIES[this.state.quantity];
-    return value === null ? "n/a" : `${value.toFixed(3)}${unit ? ` ${unit}` : ""}`;
+    return value === null ? "n/a" : `${value.toFixed(this.decimals)}${unit ? ` ${unit}` : ""}`;
   }
 
   name(k) { return this.view.is_meta[k] ? `meta-token ${this.metaIndex.indexOf(k) + 1}` : JSON.stringify(this.view.tokens[k]); }
 
   tip(values) {
     const best = d3.range(this.count).filter((k) => values[k] !== null).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b).slice(0, 4);
-    const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(3)}`).join(", ");
+    const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(this.decimals)}`).join(", ");
     const about = QUANTITIES[this.state.quantity].query ? `${parts || "Nothing to show here."}${this.compared(values, best)}` : `${this.own(values)} Largest: ${parts || "none"}.`;
     this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${about}`;
   }
@@ -581,23 +582,24 @@ class TokenView {
   own(values) {
     const whole = this.state.quantity.startsWith("logit_") && this.arrays.logit ? known(this.arrays.logit.data[this.query]) : null;
     const pinned = this.pinned === null || this.pinned === this.query ? "" : `; pinned ${this.name(this.pinned)} at ${this.pinned}: ${this.number(values[this.pinned])}`;
-    return `Here ${this.number(values[this.query])}${whole === null ? "" : ` of ${whole.toFixed(3)} in all`}${pinned}.`;
+    return `Here ${this.number(values[this.query])}${whole === null ? "" : ` of ${whole.toFixed(this.decimals)} in all`}${pinned}.`;
   }
 
   /* The same keys for the pinned query, and what the later of the two gives the earlier. */
   compared(values, keys) {
     if (this.pinned === null || this.pinned === this.query) return "";
-    const show = (value) => (value === null ? "n/a" : value.toFixed(3)), ofPinned = this.values(this.pinned);
+    const show = (value) => (value === null ? "n/a" : value.toFixed(this.decimals)), ofPinned = this.values(this.pinned);
     const [early, late] = [this.pinned, this.query].sort((a, b) => a - b);
     return `; of pinned ${this.name(this.pinned)} at ${this.pinned}: ${keys.map((k) => show(ofPinned[k])).join(", ")}; from ${late} to ${early}: ${show((late === this.query ? values : ofPinned)[early])}`;
   }
 
+  /* As dark as the root of the weight; of a long text, whose weights are small, as its fourth root. */
   paint(canvas, plane, rows) {
     const size = canvas.width, context = canvas.getContext("2d"), image = context.createImageData(size, size), bytes = pool(plane, rows, size);
     const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--mark").split(",").map(Number);
     for (let i = 0; i < bytes.length; i++) {
       image.data[4 * i] = red; image.data[4 * i + 1] = green; image.data[4 * i + 2] = blue;
-      image.data[4 * i + 3] = bytes[i]; // the root of the weight
+      image.data[4 * i + 3] = this.arrays.attention ? bytes[i] : Math.sqrt(255 * bytes[i]);
     }
     context.putImageData(image, 0, 0);
   }
@@ -610,7 +612,7 @@ class TokenView {
       this.buffer = Object.assign(document.createElement("canvas"), { width: size, height: size });
       this.paint(this.buffer, this.plane(name, layer, head), rows);
       this.painted = shown;
-      this.get("matrix-caption").textContent = `${name === "attention" ? "Attention" : "Meta-attention"}, layer ${layer}, ${head === "mean" ? "mean over heads" : `head ${head}`}: queries down, keys across.`;
+      this.get("matrix-caption").textContent = `${name === "attention" ? "Attention" : "Meta-attention"}, layer ${layer}, ${head === "mean" ? "mean over heads" : `head ${head}`}: queries down, keys across; as dark as the ${this.arrays.attention ? "" : "fourth "}root of the weight.`;
     }
     const context = canvas.getContext("2d"), scale = canvas.width / rows;
     context.imageSmoothingEnabled = false;
