@@ -103,6 +103,9 @@ def token_view() -> tuple[TokenView, dict[str, np.ndarray]]:
     meta_weights /= meta_weights.sum(-1, keepdims=True)
     loss = generator.random(count)
     loss[list(META_PLACES)] = np.nan
+    num_queries = np.arange(count, 0, -1)
+    nothing = np.where(np.isnan(loss), np.nan, 0)
+    shares = generator.normal(0, 1, (3, NUM_LAYERS, count)) + nothing
     cosines = np.tril(generator.uniform(-1, 1, (NUM_LAYERS, count, count)))
     arrays = {
         "view0_attention": np.round(255 * np.sqrt(weights)).astype(np.uint8),
@@ -112,6 +115,12 @@ def token_view() -> tuple[TokenView, dict[str, np.ndarray]]:
         "view0_cosine_centred": np.round(-127 * cosines).astype(np.int8),
         "view0_loss_with": loss,
         "view0_loss_without": loss + 0.1,
+        "view0_received_attention": (weights.sum(-2) / num_queries).astype(np.float32),
+        "view0_logit": (shares.sum((0, 1)) + 1).astype(np.float32),
+        "view0_logit_attention": shares[0].astype(np.float32),
+        "view0_logit_meta_attention": shares[1].astype(np.float32),
+        "view0_logit_mlp": shares[2].astype(np.float32),
+        "view0_patch_effect": generator.uniform(-0.2, 1, (NUM_LAYERS + 1, count)).astype(np.float32),
     }
     is_meta = tuple(place in META_PLACES for place in range(count))
     view = TokenView(
@@ -123,8 +132,52 @@ def token_view() -> tuple[TokenView, dict[str, np.ndarray]]:
     return view, arrays
 
 
+def attention_of_documents() -> dict[str, np.ndarray]:
+    """Numbers of documents whose means are the records of the heat maps; two documents have none."""
+    generator = np.random.Generator(np.random.PCG64(3))
+    arrays = {}
+    for metric in ("entropy_drop", "log_odds_boost", "meta_mass"):
+        means = np.zeros((NUM_LAYERS, NUM_HEADS))
+        for one in attention_records():
+            if one.metric == metric:
+                means[int(one.at["layer"]), int(one.at["head"])] = one.value
+        noise = generator.normal(0, 0.08, (NUM_DOCUMENTS, NUM_LAYERS, NUM_HEADS))
+        values = np.full((NUM_DOCUMENTS + 2, NUM_LAYERS, NUM_HEADS), np.nan, dtype=np.float32)
+        values[[row for row in range(NUM_DOCUMENTS + 2) if row not in (4, 9)]] = means + noise - noise.mean(0)
+        arrays[f"attention.{metric}"] = values
+    return arrays
+
+
+def long_view() -> tuple[TokenView, dict[str, np.ndarray]]:
+    """A text whose attention is sparse: five heads of which the last three are kept, eight weights a row."""
+    count, num_kept, kept_heads = 300, 8, (2, 3, 4)
+    generator = np.random.Generator(np.random.PCG64(4))
+    shape = (NUM_LAYERS, 1 + len(kept_heads), count, num_kept)
+    keys, weights = np.zeros(shape, dtype=np.uint16), np.zeros(shape)
+    for row in range(count):
+        size = min(num_kept, row + 1)
+        chosen = generator.random((*shape[:2], row + 1)).argsort(-1)[..., :size]
+        keys[:, :, row, :size] = chosen
+        weights[:, :, row, :size] = -np.sort(-generator.dirichlet(np.ones(size), shape[:2]), axis=-1)
+    is_meta = tuple(place % 10 == 9 for place in range(count))
+    loss = np.where(is_meta, np.nan, generator.random(count)).astype(np.float32)
+    arrays = {
+        "view1.attention_heads": np.tile(np.array(kept_heads, dtype=np.int16), (NUM_LAYERS, 1)),
+        "view1.attention_keys": keys,
+        "view1.attention_weights": np.round(255 * np.sqrt(weights)).astype(np.uint8),
+        "view1.received_attention": generator.random((NUM_LAYERS, 5, count)).astype(np.float32),
+        "view1.loss_with": loss,
+        "view1.loss_without": loss + np.float32(0.2),
+    }
+    tokens = tuple(f" w{place}" for place in range(count))
+    names = {name.removeprefix("view1."): name for name in arrays}
+    return TokenView(title="a long text", tokens=tokens, is_meta=is_meta, arrays=names), arrays
+
+
 def build_results() -> tuple[Results, dict[str, np.ndarray]]:
     view, arrays = token_view()
+    longer, of_longer = long_view()
+    arrays |= of_longer | attention_of_documents()
     generator = np.random.Generator(np.random.PCG64(1))
     margin, boost = generator.normal(-1, 2, 300), generator.normal(1, 2, 300)
     critical = np.where(margin >= 0, 0, -1.5 * margin)
@@ -180,6 +233,6 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
             record("similarity", "excess_cosine", "1", None, layer=0, distance=512),
         ],
         verdicts=verdicts,
-        token_views=[view],
+        token_views=[view, longer],
     )
     return results, arrays

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metatokens.analysis.results import read_results
@@ -81,6 +82,18 @@ def test_a_recall_run_is_analysed_on_its_task(
     tested = {verdict.claim for verdict in results.verdicts if verdict.verdict != "not tested"}
     assert "The meta-tokens' embedding lowers the entropy of attention" in tested
     assert "theory_points" in arrays
+    for record in results.find("attention", "entropy_drop"):
+        if record.at:
+            behind = arrays["attention.entropy_drop"][:, record.at["layer"], record.at["head"]]
+            assert behind.shape == (8,)
+            assert np.nanmean(behind) == pytest.approx(record.value, abs=1e-5)
+    view, pair_view = results.token_views
+    assert view.title == "instance 0"
+    assert pair_view.title.startswith("minimal pair ")
+    effect = arrays[pair_view.arrays["patch_effect"]]
+    assert effect.shape == (3, len(pair_view.tokens))
+    assert effect[-1, -1] == pytest.approx(1, abs=1e-3)  # the last state is the output
+    assert arrays[view.arrays["logit_attention"]].shape == (2, len(view.tokens))
     assert len(results.checkpoint["sha256"]) == 64
     before = {name: (tmp_path / "one" / name).read_bytes() for name in ("results.json", "arrays.npz")}
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0

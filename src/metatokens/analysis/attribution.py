@@ -15,7 +15,7 @@ Shapes: n positions, C hidden size, V vocabulary, L + 1 layers as in `states`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -70,6 +70,11 @@ class OutputHead:
     def project(self, normalized_NC: Tensor) -> Tensor:
         """Return the logits (n, V) of normed states (n, C)."""
         return torch.nn.functional.linear(normalized_NC, self.weight, self.bias)
+
+    def centred(self) -> OutputHead:
+        """Return the head whose logits are these minus their mean over the vocabulary, which no softmax sees."""
+        bias = None if self.bias is None else self.bias - self.bias.mean()
+        return replace(self, weight=self.weight - self.weight.mean(0), bias=bias)
 
 
 # logit lens ------------------------------------------------------------------------------------------------------
@@ -391,6 +396,7 @@ def attribute_logits(
     at: Tensor,
     token_ids: Tensor,
     foil_ids: Tensor | None = None,
+    head: OutputHead | None = None,
     per_head: bool = False,
     attention_mask: Tensor | None = None,
 ) -> Attribution:
@@ -402,6 +408,7 @@ def attribute_logits(
         at: (B, T) bool, n positions.
         token_ids: (n,) int64, in the order of the positions, row by row.
         foil_ids: (n,) int64; with it, the difference of the two logits.
+        head: by default the model's; its `centred` form gives logits over their mean.
         per_head: share each attention among its heads, `blocks.l.attn.head.h`, and its output bias.
         attention_mask: (B, T), 0 at padding.
     """
@@ -421,7 +428,8 @@ def attribute_logits(
             components |= _share_among_heads(captured, name, result_name, at)
         elif name in fired:
             components[name.replace("hook_", "")] = captured[name]
-    return direct_logit_attribution(components, captured[names[-1]], OutputHead.of(lens), token_ids, foil_ids)
+    head = OutputHead.of(lens) if head is None else head
+    return direct_logit_attribution(components, captured[names[-1]], head, token_ids, foil_ids)
 
 
 def _share_among_heads(captured: Captured, name: str, result_name: str, at: Tensor) -> dict[str, Tensor]:

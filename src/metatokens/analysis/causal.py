@@ -4,6 +4,7 @@ All three run on minimal pairs, and return one number a pair for every condition
 
 - `interchange` (E1) puts states of one prompt of a pair into the run of the other. Denoising, clean into corrupt, asks
   whether a state suffices for the answer; noising, corrupt into clean, whether it is needed.
+  `patch_map` does it position by position in one pair.
 - `block_paths` (E2) cuts edges. A model that caches the item in its meta-tokens survives the cut of the direct edges,
   and falls to chance only when those to the meta-tokens are cut with them: the interaction of the two.
 - `knock_out_meta_attention` (E3) takes the second attention away, layer by layer.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis import ops
-from metatokens.analysis.pair_scores import FloatArray, PairBatch, Ratio, Scores, batches_of, join_scores
+from metatokens.analysis.pair_scores import FloatArray, PairBatch, Ratio, Scores, batches_of, join_scores, stack_pairs
 from metatokens.errors import UsageError
 from metatokens.model.loss import targets_of_labels
 
@@ -100,7 +101,7 @@ def interchange(
     Raises:
         UsageError: see `batches_of`.
     """
-    names = ["embed.hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(len(lens.layout.blocks)))]
+    names = _site_names(lens)
     parts: list[dict[Patch | str, Scores]] = []
     for batch, rows in batches_of(lens, pairs, batch_size):
         with lens.capture(names) as of_clean:
@@ -120,6 +121,41 @@ def interchange(
     return Interchange(joined["clean"], joined["corrupt"], patched)
 
 
+def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) -> FloatArray:
+    """Patch the state of one position at one site from the clean run into the corrupt one, for each of them.
+
+    It is E1, denoising by a window of 1, of a single position. Each row of a batch is the corrupt prompt with another
+    position patched: (sites) x (positions from the item on) / (batch size) forward passes.
+
+    Args:
+        lens: around the model.
+        pair: a minimal pair in its tokens.
+        batch_size: positions of one forward pass.
+
+    Returns:
+        (L + 1, T), the share of the logit difference restored: 0 none, 1 all; site 0 is what enters the first block, l
+        what leaves block l - 1. 0 before the item, where both runs are the same; NaN where both prompts score alike.
+    """
+    names = _site_names(lens)
+    device, num_tokens = lens.model.device, len(pair.clean)
+    both = stack_pairs([pair], device)
+    with lens.capture(names) as of_clean:
+        clean = float(both.score(lens, both.clean).logit_difference[0])
+    corrupt = float(both.score(lens, both.corrupt).logit_difference[0])
+    restored = np.zeros((len(names), num_tokens))
+    if clean == corrupt:
+        return np.full_like(restored, np.nan)
+    for start in range(int(pair.item_positions[0]), num_tokens, batch_size):
+        positions = np.arange(start, min(start + batch_size, num_tokens))
+        batch = stack_pairs([pair] * len(positions), device)
+        at = batch.mask(list(positions[:, None]))
+        for site, name in enumerate(names):
+            with lens.edit(ops.replace(name, of_clean[name], at=at)):
+                scores = batch.score(lens, batch.corrupt)
+            restored[site, positions] = (scores.logit_difference - corrupt) / (clean - corrupt)
+    return restored
+
+
 def matched_positions(pair: MinimalPair) -> IntArray:
     """Return as many ordinary positions as there are meta-tokens behind the item, each as near to one as can be.
 
@@ -134,6 +170,11 @@ def matched_positions(pair: MinimalPair) -> IntArray:
         taken.append(nearest)
         free = free[free != nearest]
     return np.array(sorted(taken), dtype=np.int64)
+
+
+def _site_names(lens: Lens) -> list[str]:
+    """Return the taps of the L + 1 sites of a patch."""
+    return ["embed.hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(len(lens.layout.blocks)))]
 
 
 def _state_masks(batch: PairBatch, pairs: Sequence[MinimalPair]) -> dict[State, Tensor]:

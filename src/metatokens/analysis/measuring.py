@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
 
-from metatokens.analysis.attention_effects import ROW_METRICS, attention_effects, rows_behind_a_meta_token
+from metatokens.analysis.attention_effects import (
+    ROW_METRICS,
+    Document,
+    attention_effects,
+    rows_behind_a_meta_token,
+)
 from metatokens.analysis.attention_statistics import StratifiedQueries
 from metatokens.analysis.causal import (
     Blocked,
@@ -20,17 +27,18 @@ from metatokens.analysis.causal import (
     knock_out_meta_attention,
     knock_out_on_text,
     list_knock_outs,
+    patch_map,
 )
 from metatokens.analysis.eviction import measure_eviction
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import make_minimal_pairs
+from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pair, make_minimal_pairs
 from metatokens.analysis.readouts import measure_attribution
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
 from metatokens.analysis.results import TokenView
 from metatokens.analysis.similarity import ExcessCosine, calibrate, measure_excess_cosine
 from metatokens.analysis.subjects import Subject, stack
-from metatokens.analysis.token_view import LONGEST_VIEW, measure_token_view
+from metatokens.analysis.token_view import MeasuredView, measure_token_view
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -49,6 +57,8 @@ Array = npt.NDArray[np.float64]
 _BATCH = 16
 _UNITS = {"meta_mass": "1", "meta_lift": "ratio", "max_score_boost": "logits"}
 _METHODS = dict(zip(ROW_METRICS, ("A1", "A8", "A5", "A6", "A4", "A4"), strict=True))
+_METRICS_OF_DOCUMENTS = ("entropy_drop", "log_odds_boost", "meta_mass")
+"""Kept document by document, for what lies behind a cell of a heat map: float32 (documents, layers, heads)."""
 _CONDITIONS = {"none": "full", "direct": "direct cut", "meta": "meta cut", "direct+meta": "both cut"}
 _MORE_CONDITIONS = {
     "meta branch": "meta-attention off",
@@ -70,6 +80,8 @@ def measure_attention(lens: Lens, subject: Subject, config: AnalysisConfig, find
     for metric in ROW_METRICS:
         values: Array = getattr(effects, metric)
         is_change = metric.endswith(("drop", "boost"))
+        if metric in _METRICS_OF_DOCUMENTS:
+            findings.arrays[f"attention.{metric}"] = _by_document(values, subject, usable)
         unit, method = _UNITS.get(metric, "nats"), _METHODS[metric]
         for layer in range(values.shape[1]):
             for head in range(values.shape[2]):
@@ -103,6 +115,14 @@ def measure_attention(lens: Lens, subject: Subject, config: AnalysisConfig, find
     shares = np.divide(beyond, boosted, out=np.full(len(beyond), np.nan), where=boosted > 0)
     findings.endpoints["theorem"] = shares
     findings.arrays["theory_points"] = effects.points.astype(np.float32)
+
+
+def _by_document(values: Array, subject: Subject, usable: Sequence[Document]) -> npt.NDArray[np.float32]:
+    """Return values of the usable documents in rows of all of them, NaN at the others."""
+    rows = {id(document): row for row, document in enumerate(usable)}
+    missing = np.full(values.shape[1:], np.nan)
+    found = [values[rows[id(one)]] if id(one) in rows else missing for one in subject.documents]
+    return np.stack(found).astype(np.float32)
 
 
 def measure_zeroing(lens: Lens, subject: Subject, findings: Findings) -> None:
@@ -305,18 +325,59 @@ def measure_knock_outs(lens: Lens, subject: Subject, findings: Findings) -> None
 
 
 def measure_views(
-    lens: Lens, subject: Subject, encoder: Any, config: AnalysisConfig, findings: Findings
+    lens: Lens, subject: Subject, tokenizer: Tokenizer, config: AnalysisConfig, findings: Findings
 ) -> list[TokenView]:
-    """Show some documents token by token."""
+    """Show some documents token by token, and of a task one prompt of a minimal pair with its patch effects."""
     calibrations = calibrate(lens, [{"input_ids": document.input_ids} for document in subject.calibration])
-    views = []
-    for number, document in enumerate(subject.documents[: config.token_views]):
-        ids = document.input_ids[0, :LONGEST_VIEW]
-        measured = measure_token_view(lens, ids, encoder.decode, calibrations=calibrations)
-        view, arrays = measured.named(document.name, f"view{number}")
+    views: list[TokenView] = []
+
+    def keep(title: str, measured: MeasuredView) -> None:
+        view, arrays = measured.named(title, f"view{len(views)}")
         views.append(view)
         findings.arrays.update(arrays)
+
+    for document in subject.documents[: config.token_views]:
+        ids = document.input_ids[0, : config.view_tokens]
+        keep(document.name, measure_token_view(lens, ids, tokenizer.decode, calibrations=calibrations))
+    if not isinstance(config.subject, TaskSubject):
+        return views
+    found = _first_pair(lens, TextEncoder(tokenizer), config.subject, config)
+    if found is None:
+        findings.not_run.append(
+            f"patch effects: no minimal pair of at most {config.view_tokens} tokens with a meta-token behind the item"
+        )
+        return views
+    number, pair = found
+    measured = measure_token_view(
+        lens,
+        torch.from_numpy(pair.clean).to(lens.model.device),
+        tokenizer.decode,
+        calibrations=calibrations,
+        patch_effect=patch_map(lens, pair),
+    )
+    keep(f"minimal pair {number}: clean prompt", measured)
     return views
+
+
+def _first_pair(
+    lens: Lens, encoder: TextEncoder, subject: TaskSubject, config: AnalysisConfig
+) -> tuple[int, MinimalPair] | None:
+    """Return the first pair that is short enough for a view and has a meta-token behind its item, with its number."""
+    for number in range(subject.pairs):
+        try:
+            pair = make_minimal_pair(
+                subject.task,
+                subject.difficulty,
+                encoder=PieceEncoder(encoder),
+                meta_token_id=int(lens.model.config.meta_token_id),
+                seed=config.seed,
+                index=number,
+            )
+        except UsageError:  # the causal part says why
+            return None
+        if len(pair.later_meta_positions) and len(pair.clean) <= config.view_tokens:
+            return number, pair
+    return None
 
 
 def _accuracy(model: Any, subject: Subject, interventions: tuple[Intervention, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""One short text token by token: what a page needs to show who attends to whom, and what each token costs.
+"""One text token by token: what a page needs to show who attends to whom, and what each token costs.
 
 All of it is measured here, so that a report computes nothing. Arrays, for T tokens of which M are in meta-attention:
 
@@ -8,11 +8,26 @@ All of it is measured here, so that a report computes nothing. Arrays, for T tok
     received_attention     (L, H, T)      float32  mean weight that a key gets from the queries that see it, itself too
     loss_with              (T,)           float32  -ln p of the token, nats; NaN at meta-tokens and unpredicted ones
     loss_without           (T,)           float32  the same for the text without its meta-tokens, at the same places
+    logit                  (T,)           float32  of the token over the mean logit of the vocabulary; NaN as in losses
+    logit_attention        (L, T)         float32  what each layer's attention adds to it
+    logit_meta_attention   (L, T)         float32  what its meta-attention adds; 0 in a layer without it
+    logit_mlp              (L, T)         float32  what its feed-forward part adds
+    patch_effect           (L + 1, T)     float32  of one prompt of a minimal pair, see `causal.patch_map`
     cosine_raw             (L, T, T)      int8     round(127 cosine) of states after each block; 0 above the diagonal
     cosine_centred         (L, T, T)      int8     the same, after subtracting the mean of a calibration text
 
-A weight is (value / 255)^2 and a cosine value / 127, either wrong by at most 0.004. A text without meta-tokens has no
-arrays of meta-attention, and its `loss_without` equals `loss_with`.
+A weight is (value / 255)^2 and a cosine value / 127, either wrong by at most 0.004. Losses and logits stand at the
+token itself and not where it is predicted. A text without meta-tokens has no arrays of meta-attention, and its
+`loss_without` equals `loss_with`.
+
+A text of more than 256 tokens has no cosines, no meta-attention if more than 256 tokens are in it, and in place of
+`attention` the K = 32 largest weights of a row. They are of the mean over heads and of h = min(12, H) heads of each
+layer: those whose mean log-odds of the mass on meta keys (A5), over the queries from the first meta-token on, are
+farthest from 0.
+
+    attention_heads        (L, h)             int16    which heads, rising
+    attention_keys         (L, 1 + h, T, K)   uint16   the keys of a row's largest weights; plane 0 is the mean of all H
+    attention_weights      (L, 1 + h, T, K)   uint8    round(255 sqrt(weight)) of these; 0 where a row has fewer
 """
 
 from __future__ import annotations
@@ -26,15 +41,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_statistics import check_plain_softmax, mask_of
-from metatokens.analysis.lens import AttentionCall, Lens
+from metatokens.analysis.attention_statistics import check_plain_softmax, mask_of, row_statistics
+from metatokens.analysis.attribution import OutputHead, attribute_logits
+from metatokens.analysis.lens import AttentionCall, Captured, Lens
 from metatokens.analysis.results import TokenView
 from metatokens.analysis.similarity import Calibration, standardize
 from metatokens.analysis.states import find_meta_tokens, residual_names
+from metatokens.config.analysis import LONGEST_VIEW
 from metatokens.errors import UsageError
 
-LONGEST_VIEW = 256  # tokens; the attention of 12 layers of 12 heads is then 9.4 MB before compression
+DENSE_VIEW = 256
+"""Tokens up to which every weight is kept; the attention of 12 layers of 12 heads is then 9.4 MB before compression."""
+SPARSE_HEADS = 12
+SPARSE_KEYS = 32
 _ATTENTION_STEPS, _COSINE_STEPS = 255, 127
+_ROWS_AT_A_TIME = 256  # of logits: 51 MB of float32 at GPT-2's vocabulary
 
 
 @dataclass(frozen=True)
@@ -58,17 +79,20 @@ def measure_token_view(
     decode: Callable[[list[int]], str],
     *,
     calibrations: Sequence[Calibration] | None = None,
+    patch_effect: npt.NDArray[Any] | None = None,
 ) -> MeasuredView:
-    """Measure one text in two forward passes, with its meta-tokens and without.
+    """Measure one text in three forward passes: with its meta-tokens, once more to share out its logits, and without.
 
     Args:
         lens: on the model.
-        input_ids: (T,) with meta-tokens, without padding, at most 256.
+        input_ids: (T,) with meta-tokens, without padding, at most 2,048.
         decode: makes text of a list of ids, such as a tokenizer's own.
         calibrations: of the L + 1 layers, see `similarity.calibrate`; without them there is no `cosine_centred`.
+        patch_effect: (L + 1, T), where the text is a prompt of a minimal pair.
 
     Raises:
-        UsageError: more than 256 tokens, no text, or a model whose attention is no softmax of its scores.
+        UsageError: more than 2,048 tokens, no text, an effect of another shape, or a model whose attention is no
+            softmax of its scores.
     """
     is_meta = find_meta_tokens(lens, input_ids)
     if input_ids.ndim != 1 or not 0 < len(input_ids) <= LONGEST_VIEW or bool(is_meta.all()):
@@ -79,28 +103,89 @@ def measure_token_view(
             remedy="cut a window out of the text",
         )
     check_plain_softmax(lens)
-    attention = _AttentionArrays(lens, len(input_ids))
-    names = residual_names(lens)
+    is_dense = len(input_ids) <= DENSE_VIEW
+    attention = (_DenseAttention if is_dense else _SparseAttention)(lens, is_meta)
+    names = residual_names(lens) if is_dense else []
     with lens.observe(attention.add), lens.capture(names, dtype=torch.float32) as captured:
         logits = lens(input_ids[None], use_cache=False).logits[0]
     policy = getattr(lens.model.config, "loss_policy", "skip")
-    arrays = attention.arrays | {
-        "loss_with": token_losses(logits, input_ids, is_meta, policy),
-        "loss_without": np.full(len(input_ids), np.nan, dtype=np.float32),
-        "cosine_raw": np.stack([quantize_cosines(captured[name][0]) for name in names[1:]]),
-    }
+    arrays = attention.arrays | {"loss_with": token_losses(logits, input_ids, is_meta, policy)}
+    del logits  # 0.4 GB of 2,048 tokens at GPT-2's vocabulary
+    without = np.full(len(input_ids), np.nan, dtype=np.float32)
     text_ids = input_ids[~is_meta]
     text_logits = lens(text_ids[None], use_cache=False).logits[0]
     no_meta = torch.zeros_like(text_ids, dtype=torch.bool)
-    arrays["loss_without"][(~is_meta).numpy(force=True)] = token_losses(text_logits, text_ids, no_meta, policy)
+    without[(~is_meta).numpy(force=True)] = token_losses(text_logits, text_ids, no_meta, policy)
+    arrays |= {"loss_without": without, **_logits_by_layer(attribute_tokens(lens, input_ids), len(lens.layout.blocks))}
+    if is_dense:
+        arrays |= _cosines(captured, names, is_meta, calibrations)
+    if patch_effect is not None:
+        arrays["patch_effect"] = _check_effect(patch_effect, (len(lens.layout.blocks) + 1, len(input_ids)))
+    tokens = tuple(decode([token_id]) for token_id in input_ids.tolist())
+    return MeasuredView(tokens, tuple(is_meta.tolist()), arrays)
+
+
+def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+    """Share the logit of each token, over the mean logit of the vocabulary, among what made it (D1).
+
+    Args:
+        lens: on the model.
+        input_ids: (T,) with meta-tokens.
+
+    Returns:
+        (T,) float32 each: "embed", "blocks.l.attn_out", "blocks.l.meta_out" where that ran, "blocks.l.mlp_out",
+        "norm_bias" and, where the head has one, "head_bias"; and "logit", their sum. At the token itself and not where
+        it is predicted; NaN at meta-tokens and at a token that nothing predicts. "logit" alone where nothing is.
+    """
+    is_meta = find_meta_tokens(lens, input_ids)
+    before = predicting_positions(is_meta, getattr(lens.model.config, "loss_policy", "skip"))
+    is_predicted = before >= 0
+    if not is_predicted.any():
+        return {"logit": np.full(len(input_ids), np.nan, dtype=np.float32)}
+    at = torch.zeros_like(is_meta)
+    at[before[is_predicted]] = True
+    # each position predicts one text token at most, and later ones later tokens, so both are in the same order
+    found = attribute_logits(
+        lens, input_ids[None], at=at[None], token_ids=input_ids[is_predicted], head=OutputHead.of(lens).centred()
+    )
+    columns = np.full((len(found.names) + 1, len(input_ids)), np.nan, dtype=np.float32)
+    columns[:, is_predicted.numpy(force=True)] = torch.cat([found.values.T, found.logits[None]]).numpy(force=True)
+    return dict(zip((*found.names, "logit"), columns, strict=True))
+
+
+def _logits_by_layer(columns: dict[str, npt.NDArray[np.float32]], num_layers: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of the module's table; the embedding and the biases are not among them."""
+    arrays = {"logit": columns["logit"]}
+    absent = np.where(np.isnan(columns["logit"]), np.float32(np.nan), np.float32(0))
+    for name, branch in (("attention", "attn_out"), ("meta_attention", "meta_out"), ("mlp", "mlp_out")):
+        layers = [columns.get(f"blocks.{layer}.{branch}") for layer in range(num_layers)]
+        if any(layer is not None for layer in layers):
+            arrays[f"logit_{name}"] = np.stack([absent if layer is None else layer for layer in layers])
+    return arrays
+
+
+def _cosines(
+    captured: Captured, names: Sequence[str], is_meta: Tensor, calibrations: Sequence[Calibration] | None
+) -> dict[str, npt.NDArray[Any]]:
+    arrays = {"cosine_raw": np.stack([quantize_cosines(captured[name][0]) for name in names[1:]])}
     if calibrations is not None:
         centred = [
             standardize(captured[name], is_meta[None], calibration, "centred")[0]
             for name, calibration in zip(names[1:], calibrations[1:], strict=True)
         ]
         arrays["cosine_centred"] = np.stack([quantize_cosines(states) for states in centred])
-    tokens = tuple(decode([token_id]) for token_id in input_ids.tolist())
-    return MeasuredView(tokens, tuple(is_meta.tolist()), arrays)
+    return arrays
+
+
+def _check_effect(patch_effect: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    if patch_effect.shape != shape:
+        raise UsageError(
+            "patch effect",
+            expected=f"an array {shape}, of each site and token",
+            found=str(patch_effect.shape),
+            remedy="take patch_map of the pair whose prompt is shown",
+        )
+    return patch_effect.astype(np.float32)
 
 
 def attention_weights(query_HTD: Tensor, key_HTD: Tensor, *, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -135,56 +220,142 @@ def quantize_cosines(states_TC: Tensor) -> npt.NDArray[np.int8]:
     return steps
 
 
-def token_losses(logits_TV: Tensor, input_ids: Tensor, is_meta: Tensor, loss_policy: str) -> npt.NDArray[np.float32]:
-    """Return -ln p of each token, at the token itself and not where it is predicted.
+def predicting_positions(is_meta: Tensor, loss_policy: str) -> Tensor:
+    """Return which position predicts each token, (T,) int64; -1 for meta-tokens and for a token that none predicts.
 
     Under "skip" the token before predicts, whatever it is; under "retarget" the last text token before.
+    """
+    positions = torch.arange(len(is_meta), device=is_meta.device)
+    before = positions - 1
+    if loss_policy == "retarget":
+        last_text = torch.where(is_meta, -1, positions).cummax(0).values
+        before = torch.nn.functional.pad(last_text[:-1], (1, 0), value=-1)
+    return torch.where(is_meta, -1, before)
+
+
+def token_losses(logits_TV: Tensor, input_ids: Tensor, is_meta: Tensor, loss_policy: str) -> npt.NDArray[np.float32]:
+    """Return -ln p of each token, at the token itself and not where it is predicted.
 
     Args:
         logits_TV: (T, V).
         input_ids: (T,) int64.
         is_meta: (T,) bool.
-        loss_policy: of the model.
+        loss_policy: of the model; see `predicting_positions`.
 
     Returns:
         (T,) float32 in nats, NaN at meta-tokens and at a token that nothing predicts.
     """
-    positions = torch.arange(len(input_ids), device=input_ids.device)
-    before = positions - 1
-    if loss_policy == "retarget":
-        last_text = torch.where(is_meta, -1, positions).cummax(0).values
-        before = torch.nn.functional.pad(last_text[:-1], (1, 0), value=-1)
-    log_p = logits_TV.float().log_softmax(-1)[before.clamp(min=0), input_ids]
-    losses: npt.NDArray[np.float32] = torch.where(is_meta | (before < 0), torch.nan, -log_p).numpy(force=True)
+    before = predicting_positions(is_meta, loss_policy)
+    log_p = [
+        logits_TV[rows.clamp(min=0)].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        for rows, ids in zip(before.split(_ROWS_AT_A_TIME), input_ids.split(_ROWS_AT_A_TIME), strict=True)
+    ]
+    losses: npt.NDArray[np.float32] = torch.where(before < 0, torch.nan, -torch.cat(log_p)).numpy(force=True)
     return losses
 
 
 class _AttentionArrays:
     """Quantised attention of one text, filled layer by layer as the model runs."""
 
-    def __init__(self, lens: Lens, num_tokens: int) -> None:
+    def __init__(self, lens: Lens, is_meta: Tensor) -> None:
         sites = [site for block in lens.layout.blocks for site in block.attentions]
         self.num_layers, self.num_heads = len(lens.layout.blocks), sites[0].num_heads
-        shape = (self.num_layers, self.num_heads, num_tokens)
+        self.is_meta, self.num_tokens = is_meta, len(is_meta)
         self.arrays: dict[str, npt.NDArray[Any]] = {
-            "attention": np.zeros((*shape, num_tokens), dtype=np.uint8),
-            "received_attention": np.zeros(shape, dtype=np.float32),
+            "received_attention": np.zeros((self.num_layers, self.num_heads, self.num_tokens), dtype=np.float32)
         }
+        num_queries = torch.arange(self.num_tokens, 0, -1, device=is_meta.device)
+        self._num_queries = num_queries  # that see each key
 
     def add(self, call: AttentionCall) -> None:
         """Take one attention, whose batch is this one text."""
-        mask = mask_of(call)
-        weights = attention_weights(
-            call.query_BHTD[0], call.key_BHTD[0], scaling=call.scaling, mask=None if mask is None else mask[0]
-        )
         if call.branch == "attn":
-            self.arrays["attention"][call.layer] = quantize_weights(weights)
-            num_queries = torch.arange(weights.shape[-1], 0, -1, device=weights.device)
-            self.arrays["received_attention"][call.layer] = (weights.sum(-2) / num_queries).numpy(force=True)
+            self._add_attention(call)
             return
         columns = call.columns[0].numpy(force=True).astype(np.int16)
+        if len(columns) > DENSE_VIEW:
+            return
         if "meta_attention" not in self.arrays:
             shape = (self.num_layers, self.num_heads, len(columns), len(columns))
             self.arrays["meta_attention"] = np.zeros(shape, dtype=np.uint8)
             self.arrays["meta_attention_tokens"] = columns
-        self.arrays["meta_attention"][call.layer] = quantize_weights(weights)
+        self.arrays["meta_attention"][call.layer] = quantize_weights(_weights_of(call, slice(None)))
+
+    def _add_attention(self, call: AttentionCall) -> None:
+        raise NotImplementedError
+
+    def _add_received(self, layer: int, heads: slice, weights_HTT: Tensor) -> None:
+        received = weights_HTT.sum(-2) / self._num_queries
+        self.arrays["received_attention"][layer, heads] = received.numpy(force=True)
+
+
+class _DenseAttention(_AttentionArrays):
+    """Every weight."""
+
+    def __init__(self, lens: Lens, is_meta: Tensor) -> None:
+        super().__init__(lens, is_meta)
+        shape = (self.num_layers, self.num_heads, self.num_tokens, self.num_tokens)
+        self.arrays["attention"] = np.zeros(shape, dtype=np.uint8)
+
+    def _add_attention(self, call: AttentionCall) -> None:
+        weights = _weights_of(call, slice(None))
+        self.arrays["attention"][call.layer] = quantize_weights(weights)
+        self._add_received(call.layer, slice(None), weights)
+
+
+class _SparseAttention(_AttentionArrays):
+    """The largest weights of each row, of some heads and of the mean; no more than one head's matrix at a time."""
+
+    def __init__(self, lens: Lens, is_meta: Tensor) -> None:
+        super().__init__(lens, is_meta)
+        num_shown = min(SPARSE_HEADS, self.num_heads)
+        shape = (self.num_layers, 1 + num_shown, self.num_tokens, SPARSE_KEYS)
+        self.arrays |= {
+            "attention_heads": np.zeros((self.num_layers, num_shown), dtype=np.int16),
+            "attention_keys": np.zeros(shape, dtype=np.uint16),
+            "attention_weights": np.zeros(shape, dtype=np.uint8),
+        }
+
+    def _add_attention(self, call: AttentionCall) -> None:
+        shown = self._choose_heads(call)
+        self.arrays["attention_heads"][call.layer] = shown
+        mean = torch.zeros(self.num_tokens, self.num_tokens, device=self.is_meta.device)
+        for head in range(self.num_heads):
+            weights = _weights_of(call, slice(head, head + 1))
+            self._add_received(call.layer, slice(head, head + 1), weights)
+            mean += weights[0] / self.num_heads
+            if head in shown:
+                self._add_plane(call.layer, 1 + shown.index(head), weights[0])
+        self._add_plane(call.layer, 0, mean)
+
+    def _add_plane(self, layer: int, plane: int, weights_TT: Tensor) -> None:
+        largest, keys = weights_TT.topk(SPARSE_KEYS)
+        self.arrays["attention_keys"][layer, plane] = keys.numpy(force=True)
+        self.arrays["attention_weights"][layer, plane] = quantize_weights(largest)
+
+    def _choose_heads(self, call: AttentionCall) -> list[int]:
+        """Return the heads with the largest mean |meta log-odds|, rising; the first ones of a text without meta."""
+        num_shown = min(SPARSE_HEADS, self.num_heads)
+        if num_shown == self.num_heads or not self.is_meta.any():
+            return list(range(num_shown))
+        found = row_statistics(
+            call.query_BHTD,
+            call.key_BHTD,
+            scaling=call.scaling,
+            is_meta=self.is_meta[None],
+            mask=mask_of(call),
+            rows=torch.arange(int(self.is_meta.nonzero()[0]), self.num_tokens, device=self.is_meta.device),
+        )
+        log_odds = found.meta_log_odds[0]
+        # a row that sees meta keys alone has no log-odds
+        means = torch.nanmean(torch.where(log_odds.isfinite(), log_odds, torch.nan).double(), dim=-1)
+        order = means.abs().nan_to_num(-1).argsort(descending=True, stable=True)
+        return sorted(order[:num_shown].tolist())
+
+
+def _weights_of(call: AttentionCall, heads: slice) -> Tensor:
+    """Return the weights (n, T, T) of some heads of the one text of a call."""
+    mask = mask_of(call)
+    if mask is not None:
+        mask = mask[0] if mask.shape[1] == 1 else mask[0, heads]
+    return attention_weights(call.query_BHTD[0, heads], call.key_BHTD[0, heads], scaling=call.scaling, mask=mask)

@@ -11,6 +11,9 @@ from metatokens.config.tasks import Difficulty, Task
 MINIMUM_DOCUMENTS = 8
 """The fewest documents of which more than 2,000 different resamples with replacement exist: 6,435 of 8, 1,716 of 7."""
 
+LONGEST_VIEW = 2_048
+"""Tokens of a token view, at most: one (T, T) matrix of float32, which is computed a head at a time, is then 17 MB."""
+
 # 13 points from 1e-4 to 2, evenly spaced in their logarithm
 _BETAS = (1e-4, 2.3e-4, 5.2e-4, 1.2e-3, 2.7e-3, 6.2e-3, 0.0141, 0.0323, 0.0737, 0.168, 0.384, 0.876, 2.0)
 
@@ -194,6 +197,8 @@ class AnalysisConfig(Frozen):
     """Shares of the cache that stay."""
     token_views: int = Field(2, ge=0)
     """Documents that are shown token by token."""
+    view_tokens: int = Field(256, ge=16, le=LONGEST_VIEW)
+    """Tokens of a token view, from the start of a document; above 256 not all of its attention is kept."""
     states: tuple[FittedState, ...] = Field(get_args(FittedState), min_length=1)
     """Which states bottlenecks and probes are fitted to."""
     parts: tuple[Part, ...] = get_args(Part)

@@ -28,11 +28,19 @@ from metatokens.report.analysis_figures import FIGURE_KINDS, FIGURES, draw_figur
 PAGE_NAME = "report.html"
 META_MARK = "\N{BLACK DIAMOND}"
 LARGEST_PAGE_BYTES = 15_000_000
-"""Above this a token view is left out, and the page says so."""
+"""A token view with which the page would be larger is left out, and the page says so."""
 
+_OF_DOCUMENTS = "attention."  # what the keys of arrays begin with that lie behind the heat maps
+_PACKED = frozenset({"uint8", "int8", "uint16", "int16", "float32"})  # the typed arrays of page.js
 _SHOWN_DIGITS = 16  # of a SHA-256; results.json has them all
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _PackedView:
+    title: str
+    json: Markup
 
 
 @dataclass(frozen=True)
@@ -131,24 +139,30 @@ def render_page(results: Results, arrays: Arrays) -> str:
     """Return the page as one string."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
     environment.filters |= {"estimate": format_estimate, "p_value": _format_p}
-    views, left_out = _choose_views(results, arrays)
-    if left_out:
-        lines = [f"token view of {title}: the page would be too large, see arrays.npz" for title in left_out]
-        results = results.model_copy(update={"not_run": (*results.not_run, *lines)})
-    return environment.from_string(_asset("page.html")).render(
-        results=results,
-        lead=_lead(results),
-        facts=_facts(results),
-        sections=[_render_section(section, results, arrays) for section in _SECTIONS],
-        views=views,
-        meta_mark=META_MARK,
-        css=Markup(_asset("page.css")),
-        d3=Markup(_asset("vendor/d3.min.js")),
-        plot=Markup(_asset("vendor/plot.umd.min.js")),
-        js=Markup(_asset("page.js")),
-        results_json=_embed(results.model_dump(mode="json")),
-        points_json=_embed(_rounded(arrays["theory_points"]) if "theory_points" in arrays else []),
-    )
+    template = environment.from_string(_asset("page.html"))
+    whole = {
+        "lead": _lead(results),
+        "facts": _facts(results),
+        "sections": [_render_section(section, results, arrays) for section in _SECTIONS],
+        "meta_mark": META_MARK,
+        "css": Markup(_asset("page.css")),
+        "d3": Markup(_asset("vendor/d3.min.js")),
+        "plot": Markup(_asset("vendor/plot.umd.min.js")),
+        "js": Markup(_asset("page.js")),
+        "points_json": _embed(_rounded(arrays["theory_points"]) if "theory_points" in arrays else []),
+        "documents_json": _embed(_documents_behind_cells(arrays)),
+    }
+
+    def render(views: Sequence[_PackedView], left_out: Sequence[_PackedView]) -> str:
+        lines = [f"token view of {view.title}: the page would be too large, see arrays.npz" for view in left_out]
+        said = results.model_copy(update={"not_run": (*results.not_run, *lines)})
+        return template.render(**whole, results=said, results_json=_embed(said.model_dump(mode="json")), views=views)
+
+    packed = [_PackedView(view.title, _pack_view(view, arrays)) for view in results.token_views]
+    # with the frame of each view and the line of each that is left out, of which a page has one: no page has more
+    frame = render([_PackedView(view.title, Markup("")) for view in packed], packed)
+    views, left_out = _choose_views(packed, LARGEST_PAGE_BYTES - len(frame.encode()))
+    return render(views, left_out)
 
 
 def format_estimate(number: Record | Verdict) -> str:
@@ -251,18 +265,25 @@ def _cell(value: str | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _choose_views(results: Results, arrays: Arrays) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the token views that fit into a page, and the titles of those that do not."""
-    views, left_out, used = [], [], 0
-    for view in results.token_views:
-        packed = _pack_view(view, arrays)
-        size = len(packed)
-        if used + size > LARGEST_PAGE_BYTES:
-            left_out.append(view.title)
-            continue
-        used += size
-        views.append({"title": view.title, "json": packed})
-    return views, left_out
+def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_PackedView], list[_PackedView]]:
+    """Return the token views that fit into so many bytes, in their order, and those that do not."""
+    chosen, left_out = [], []
+    for view in views:
+        if len(view.json) <= room:
+            room -= len(view.json)  # characters are bytes: JSON escapes all others
+            chosen.append(view)
+        else:
+            left_out.append(view)
+    return chosen, left_out
+
+
+def _documents_behind_cells(arrays: Arrays) -> dict[str, Any]:
+    """Return the numbers of documents behind each heat map, [document][layer][head] with null where it has none."""
+    return {
+        name.removeprefix(_OF_DOCUMENTS): _rounded(array)
+        for name, array in sorted(arrays.items())
+        if name.startswith(_OF_DOCUMENTS)
+    }
 
 
 def _pack_view(view: TokenView, arrays: Arrays) -> Markup:
@@ -271,14 +292,12 @@ def _pack_view(view: TokenView, arrays: Arrays) -> Markup:
 
 
 def _pack_array(array: npt.NDArray[Any]) -> dict[str, Any]:
-    if array.dtype in (np.uint8, np.int8):
-        data = gzip.compress(np.ascontiguousarray(array).tobytes(), mtime=0)
-        return {
-            "shape": list(array.shape),
-            "gzip": base64.b64encode(data).decode(),
-            "signed": array.dtype == np.int8,
-        }
-    return {"shape": list(array.shape), "values": _rounded(array)}
+    """Return an array as base64 of gzip of its bytes, little-endian, row by row; all fractions as float32."""
+    kind = "float32" if array.dtype.kind == "f" else array.dtype.name
+    assert kind in _PACKED, f"the page reads no {kind}"
+    little = np.ascontiguousarray(array, dtype=np.dtype(kind).newbyteorder("<"))
+    data = gzip.compress(little.tobytes(), mtime=0)
+    return {"shape": list(array.shape), "dtype": kind, "gzip": base64.b64encode(data).decode()}
 
 
 def _rounded(array: npt.NDArray[Any]) -> Any:

@@ -22,6 +22,7 @@ from metatokens.analysis.causal import (
     knock_out_on_text,
     list_knock_outs,
     matched_positions,
+    patch_map,
 )
 from metatokens.analysis.eviction import Condition, measure_recall_after_eviction
 from metatokens.analysis.eviction_policies import AlwaysKept
@@ -120,6 +121,54 @@ def test_ordinary_tokens_carry_nothing_and_the_last_one_all_at_the_end(circuit):
     assert (result.clean.accuracy == 1).all()
     assert (result.corrupt.accuracy == 0).all()
     assert result.clean.logit_difference == pytest.approx(-result.corrupt.logit_difference, abs=1e-4)
+
+
+# the positions of `build_circuit` where each site holds the item
+HOLDERS = {"meta": (2, 4, 7), "direct": (2, 2, 7), "branch": (2, 6, 7)}
+
+
+@pytest.mark.parametrize(("circuit", "holders"), HOLDERS.items())
+def test_map_of_patches_shows_where_the_circuit_holds_the_item(circuit, holders):
+    expected = np.zeros((3, 8))
+    expected[range(3), holders] = 1
+    for pair in hand_made_pairs():
+        assert patch_map(Lens(build_circuit(circuit)), pair) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("pair", RAGGED)
+def test_map_of_patches_is_that_of_each_patch_alone(pair):
+    lens = random_lens()
+    found = patch_map(lens, pair, batch_size=3)
+    assert found.shape == (3, len(pair.clean))
+    names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    clean, corrupt = (torch.from_numpy(ids)[None] for ids in (pair.clean, pair.corrupt))
+
+    def difference(ids):
+        logits = lens(ids).logits[0, -1].double()
+        return float(logits[pair.answer] - logits[pair.foil])
+
+    base, source = difference(corrupt), difference(clean)
+    for site, name in enumerate(names):
+        with lens.capture([name]) as captured:
+            lens(clean)
+        for position in range(len(pair.clean)):
+            at = torch.arange(len(pair.clean))[None] == position
+            with lens.edit(ops.replace(name, captured[name][0][at[0]], at=at)):
+                share = (difference(corrupt) - base) / (source - base)
+            assert found[site, position] == pytest.approx(share, abs=1e-3)
+    (item,) = pair.item_positions
+    assert found[0, item] == pytest.approx(1, abs=1e-4)
+    assert (found[:, :item] == 0).all()
+    effects = interchange(lens, [pair], states=("item", "last"), directions=("denoise",), windows=(1,))
+    for site in range(3):
+        for state, position in (("item", item), ("last", -1)):
+            expected = effects.effect(Patch(state, "denoise", 1, site)).estimate
+            assert found[site, position] == pytest.approx(expected, abs=1e-4)
+
+
+def test_map_of_patches_of_equal_prompts_is_unknown():
+    pair = RAGGED[0]
+    assert np.isnan(patch_map(random_lens(), pair._replace(corrupt=pair.clean))).all()
 
 
 @pytest.mark.parametrize("circuit", KEPT)

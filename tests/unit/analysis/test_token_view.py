@@ -10,12 +10,17 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from metatokens.analysis import Lens
+from metatokens.analysis.attention_statistics import attention_statistics
 from metatokens.analysis.results import Results, read_results, write_results
 from metatokens.analysis.similarity import Calibration, calibrate
 from metatokens.analysis.states import capture_residuals
 from metatokens.analysis.token_view import (
+    DENSE_VIEW,
     LONGEST_VIEW,
+    SPARSE_HEADS,
+    SPARSE_KEYS,
     attention_weights,
+    attribute_tokens,
     measure_token_view,
     quantize_weights,
     token_losses,
@@ -158,11 +163,120 @@ def test_text_without_meta_tokens_has_no_meta_attention_and_one_loss() -> None:
 
 
 def test_what_is_no_window_of_text_is_refused() -> None:
-    lens = Lens(tiny_model(max_position_embeddings=300))
+    lens = Lens(tiny_model())
     for ids in (torch.zeros(LONGEST_VIEW + 1, dtype=torch.long), picture()[None], picture("____"), picture()[:0]):
-        with pytest.raises(UsageError, match="at most 256"):
+        with pytest.raises(UsageError, match="at most 2048"):
             measure_token_view(lens, ids, decode)
-    assert len(measure_token_view(lens, torch.zeros(LONGEST_VIEW, dtype=torch.long), decode).tokens) == LONGEST_VIEW
+    with pytest.raises(UsageError, match=r"patch effect: expected an array \(3, 14\)"):
+        measure_token_view(lens, picture(), decode, patch_effect=np.zeros((2, 14)))
+
+
+# direct attribution ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["skip", "retarget"])
+def test_parts_of_a_logit_add_up_to_it_over_the_mean_of_the_vocabulary(policy: str) -> None:
+    model = tiny_model(loss_policy=policy)
+    ids = picture("_x_xx__xxx_x")
+    lens = Lens(model)
+    parts = attribute_tokens(lens, ids)
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0].double()
+    over_mean = logits - logits.mean(-1, keepdim=True)
+    is_meta = (ids == META).tolist()
+    last_text = None
+    for position in range(len(ids)):
+        before = position - 1 if policy == "skip" else last_text
+        if is_meta[position]:
+            assert all(np.isnan(column[position]) for column in parts.values())
+            continue
+        last_text = position
+        if before is None:
+            assert np.isnan(parts["logit"][position])
+            continue
+        expected = float(over_mean[before, ids[position]])
+        assert parts["logit"][position] == pytest.approx(expected, abs=1e-4)
+        total = sum(float(column[position]) for name, column in parts.items() if name != "logit")
+        assert total == pytest.approx(expected, abs=1e-4)
+    view = measure_token_view(lens, ids, decode)
+    for name, branch in (("attention", "attn_out"), ("meta_attention", "meta_out"), ("mlp", "mlp_out")):
+        assert view.arrays[f"logit_{name}"].shape == (2, 12)
+        for layer in range(2):
+            np.testing.assert_array_equal(view.arrays[f"logit_{name}"][layer], parts[f"blocks.{layer}.{branch}"])
+    np.testing.assert_array_equal(view.arrays["logit"], parts["logit"])
+    np.testing.assert_array_equal(np.isnan(view.arrays["logit"]), np.isnan(view.arrays["loss_with"]))
+
+
+def test_layer_without_meta_attention_adds_nothing_and_a_text_without_meta_tokens_has_no_such_array() -> None:
+    lens = Lens(tiny_model(meta_attention_layers=[1]))
+    arrays = measure_token_view(lens, picture(), decode).arrays
+    known = ~np.isnan(arrays["logit"])
+    assert (arrays["logit_meta_attention"][0, known] == 0).all()
+    assert (arrays["logit_meta_attention"][1, known] != 0).any()
+    assert "logit_meta_attention" not in measure_token_view(lens, picture("xxxxxx"), decode).arrays
+    assert np.isnan(measure_token_view(lens, picture("x"), decode).arrays["logit"]).all()
+
+
+def test_patch_effect_is_kept_as_it_is() -> None:
+    effect = np.linspace(-0.5, 1, 42).reshape(3, 14)
+    arrays = measure_token_view(Lens(tiny_model()), picture(), decode, patch_effect=effect).arrays
+    np.testing.assert_allclose(arrays["patch_effect"], effect, atol=1e-7)
+    assert arrays["patch_effect"].dtype == np.float32
+
+
+# long texts ------------------------------------------------------------------------------------------------------
+
+
+def long_text(num_tokens: int, meta_every: int) -> Tensor:
+    ids = torch.randint(0, 19, (num_tokens,), generator=torch.Generator().manual_seed(3))
+    ids[meta_every - 1 :: meta_every] = META
+    return ids
+
+
+def test_long_text_keeps_the_largest_weights_of_the_heads_that_care_most_for_meta_tokens() -> None:
+    model = tiny_model(max_position_embeddings=300, num_attention_heads=16, hidden_size=64)
+    lens, ids = Lens(model), long_text(DENSE_VIEW + 24, 10)
+    arrays = measure_token_view(lens, ids, decode).arrays
+    assert not {"attention", "cosine_raw", "cosine_centred"} & arrays.keys()
+    assert arrays["meta_attention"].shape == (2, 16, 28, 28)
+    assert arrays["attention_keys"].shape == (2, 1 + SPARSE_HEADS, len(ids), SPARSE_KEYS)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(ids[None], output_attentions=True).attentions
+    statistics = attention_statistics(lens, ids[None], is_meta=(ids == META)[None])
+    for layer in range(2):
+        attention = attentions[layer][0]
+        log_odds = statistics[layer, "attn"].meta_log_odds[0, :, 9:]
+        mean = torch.where(log_odds.isfinite(), log_odds, torch.nan).nanmean(-1).abs()
+        heads = arrays["attention_heads"][layer].tolist()
+        assert heads == sorted(mean.argsort(descending=True)[:SPARSE_HEADS].tolist())
+        for plane, expected in enumerate([attention.mean(0), *attention[heads]]):
+            keys = torch.from_numpy(arrays["attention_keys"][layer, plane].astype(np.int64))
+            kept = weights_of(arrays["attention_weights"][layer, plane])
+            np.testing.assert_allclose(kept, expected.gather(1, keys).numpy(), atol=PRECISION)
+            left_out = expected.scatter(1, keys, 0)
+            assert (left_out.max(1).values.numpy() <= kept.min(1) + PRECISION).all()
+            assert (kept[:SPARSE_KEYS].astype(bool).sum(1) <= np.arange(1, SPARSE_KEYS + 1)).all()
+        num_queries = np.arange(len(ids), 0, -1)
+        received = attention.sum(1).numpy() / num_queries
+        np.testing.assert_allclose(arrays["received_attention"][layer], received, atol=1e-5)
+    with torch.no_grad():
+        loss = float(model(ids[None], labels=ids[None]).loss)
+    assert np.nanmean(arrays["loss_with"]) == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "learned"])
+def test_long_text_with_many_meta_tokens_has_no_meta_attention_and_one_without_them_the_first_heads(
+    encoding: str,
+) -> None:
+    lens = Lens(tiny_model(max_position_embeddings=600, position_encoding=encoding))
+    arrays = measure_token_view(lens, long_text(2 * (DENSE_VIEW + 2), 2), decode).arrays
+    assert not {"meta_attention", "meta_attention_tokens"} & arrays.keys()
+    assert arrays["attention_heads"].tolist() == [[0, 1, 2, 3]] * 2
+    total = weights_of(arrays["attention_weights"][:, :, :SPARSE_KEYS]).sum(-1)
+    np.testing.assert_allclose(total, 1, atol=0.05)
+    plain = measure_token_view(lens, long_text(DENSE_VIEW + 1, 999), decode).arrays
+    assert plain["attention_heads"].tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_view_goes_through_the_files_of_the_results(tmp_path: Path) -> None:

@@ -106,12 +106,29 @@ def test_figures_are_of_what_they_draw_and_not_of_what_their_table_holds() -> No
     assert '<div class="chart">' not in text
 
 
-def test_a_signed_array_is_packed_small_and_comes_back() -> None:
-    cosines = np.array([[-127, 0], [5, 127]], dtype=np.int8)
-    packed = page_module._pack_array(cosines)
-    data = np.frombuffer(gzip.decompress(base64.b64decode(packed["gzip"])), dtype=np.int8)
-    assert packed["signed"] is True
-    assert data.reshape(packed["shape"]).tolist() == cosines.tolist()
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "int16", "float32"])
+def test_an_array_is_packed_small_and_comes_back(dtype: str) -> None:
+    array = np.array([[0, 1], [5, 100]], dtype=dtype)
+    if dtype == "float32":
+        array[0, 0] = np.nan
+    packed = page_module._pack_array(array.astype(float) if dtype == "float32" else array)
+    data = np.frombuffer(gzip.decompress(base64.b64decode(packed["gzip"])), dtype=packed["dtype"])
+    assert packed["dtype"] == dtype
+    np.testing.assert_array_equal(data.reshape(packed["shape"]), array)
+
+
+def test_documents_behind_the_maps_are_embedded_with_none_for_what_one_does_not_have() -> None:
+    results, arrays = build_results()
+    text = render_page(results, arrays)
+    (embedded,) = re.findall(r'id="documents">(.*?)</script>', text)
+    documents = json.loads(embedded)
+    assert sorted(documents) == ["entropy_drop", "log_odds_boost", "meta_mass"]
+    for metric, values in documents.items():
+        found = np.array(values, dtype=float)
+        np.testing.assert_allclose(found, arrays[f"attention.{metric}"], atol=1e-5)
+        assert np.isnan(found).any()
+    older = {name: array for name, array in arrays.items() if not name.startswith("attention.")}
+    assert 'id="documents">{}</script>' in render_page(results, older)
 
 
 def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +136,16 @@ def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     text = render_page(*build_results())
     assert "token view of a hostile text: the page would be too large, see arrays.npz" in text
     assert 'id="token-view"' not in text
+
+
+def test_the_whole_page_counts_and_not_its_views_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, arrays = build_results()
+    whole = len(render_page(results, arrays).encode())
+    for room, num_views in ((whole - 10, 1), (whole + 10_000, 2)):
+        monkeypatch.setattr(page_module, "LARGEST_PAGE_BYTES", room)
+        text = render_page(results, arrays)
+        assert text.count('class="view-data"') == num_views
+        assert len(text.encode()) <= room
 
 
 def test_missing_results_are_one_line(tmp_path: Path) -> None:

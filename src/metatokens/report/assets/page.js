@@ -2,6 +2,7 @@
 /* Draws what the results hold and computes nothing but scales. */
 const results = JSON.parse(document.getElementById("results").textContent);
 const points = JSON.parse(document.getElementById("points").textContent);
+const behind = JSON.parse(document.getElementById("documents").textContent); /* heat maps: [document][layer][head] */
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const COLOURS = () => (dark.matches
   ? ["#56B4E9", "#E69F00", "#4cc9a0", "#e79ac8", "#ff8a50", "#b9c4cf", "#F0E442"]
@@ -16,21 +17,107 @@ function label(title, d, keys) {
   return [title, ...keys.map((k) => `${k} ${Number.isInteger(d[k]) || typeof d[k] !== "number" ? d[k] : Number(d[k].toPrecision(4))}`), `${spread(d)} ${d.unit}`, ...(d.p === null || d.p === undefined ? [] : [`adjusted p ${digits(d.p)}`])].join("\n");
 }
 
+const MAPS = [["entropy_drop", "entropy drop"], ["log_odds_boost", "log-odds boost"], ["meta_mass", "meta mass"]];
+let chosenCell = null; /* of the heat maps: its layer and head */
+
 function heat(node, metric, title) {
   const data = flat(find("attention", metric)).filter((d) => "head" in d);
   if (!data.length) return null;
   const most = d3.max(data, (d) => Math.abs(d.value)) || 1;
   const signed = data.some((d) => d.value < 0);
-  return Plot.plot({
+  const chart = Plot.plot({
     width: width(node, 330), height: 62 + 20 * new Set(data.map((d) => d.layer)).size, marginLeft: 44, marginBottom: 40,
     x: { label: "head", tickFormat: "d", type: "band" }, y: { label: "layer", tickFormat: "d", type: "band", reverse: true },
     color: { type: "linear", scheme: signed ? "PuOr" : "cividis", domain: signed ? [-most, most] : [0, most], legend: true, label: data[0].unit === "1" ? title : `${title}, ${data[0].unit}` },
     marks: [
       Plot.cell(data, { x: "head", y: "layer", fill: "value", inset: 0.5 }),
-      Plot.dot(data.filter((d) => d.p !== null && d.p !== undefined && d.p <= 0.05), { x: "head", y: "layer", r: 2, fill: "#000", stroke: "#fff", strokeWidth: 0.8 }),
+      Plot.dot(data.filter((d) => d.p !== null && d.p !== undefined && d.p <= 0.05), { x: "head", y: "layer", r: 2, fill: "#000", stroke: "#fff", strokeWidth: 0.8, pointerEvents: "none" }),
       Plot.tip(data, Plot.pointer({ x: "head", y: "layer", title: (d) => label(title, d, ["layer", "head"]), fill: "var(--paper)" })),
     ],
   });
+  for (const rect of chart.querySelectorAll("g[aria-label=cell] rect")) rect.cell = data[rect.__data__];
+  return chart;
+}
+
+/* One dot a document behind a cell, with the mean and the interval of its record. */
+function documentDots(node, metric, title, { layer, head }) {
+  const [record] = flat(find("attention", metric)).filter((d) => d.layer === layer && d.head === head);
+  const data = (behind[metric] || []).flatMap((one, number) => (one[layer]?.[head] ?? null) === null ? [] : [{ number, value: one[layer][head] }]);
+  if (!record || !data.length) return null;
+  const unit = record.unit === "1" ? "" : ` ${record.unit}`;
+  const box = document.createElement("div"), text = document.createElement("p");
+  text.textContent = `${title}: ${spread(record)}${unit}, n\u00a0=\u00a0${record.n}`;
+  box.append(text, Plot.plot({
+    width: width(node, 330), height: 150, marginLeft: 44, marginBottom: 38,
+    ariaLabel: `${title} of each document, layer ${layer}, head ${head}`,
+    x: { label: `${title}${unit && `,${unit}`}`, nice: true, ticks: 5 },
+    y: { label: "document", domain: [-1, behind[metric].length], ticks: 4, tickFormat: (y) => (Number.isInteger(y) && y >= 0 && y < behind[metric].length ? String(y) : "") },
+    marks: [
+      Plot.frame({ stroke: "var(--line)" }),
+      Plot.ruleX([0], { strokeOpacity: 0.5, strokeDasharray: "3,3" }),
+      ...(record.low === null ? [] : [Plot.rect([record], { x1: "low", x2: "high", fill: COLOURS()[1], fillOpacity: 0.25 })]),
+      Plot.ruleX([record], { x: "value", stroke: COLOURS()[1], strokeWidth: 2 }),
+      Plot.dot(data, { x: "value", y: "number", r: 2.6, fill: COLOURS()[0], fillOpacity: 0.8 }),
+      Plot.tip(data, Plot.pointer({ x: "value", y: "number", title: (d) => `document ${d.number}\n${digits(d.value)}${unit}`, fill: "var(--paper)" })),
+    ],
+  }));
+  return box;
+}
+
+/* Below the heat maps: which cell, and the documents behind it; a click on a cell does the same as the two selects. */
+function cellPanel(node, maps) {
+  const panel = document.createElement("div"), charts = document.createElement("div"), link = document.createElement("p");
+  panel.className = "cell"; charts.className = "charts"; link.className = "note";
+  panel.innerHTML = '<div class="controls"><label>Layer <select id="cell-layer"></select></label><label>Head <select id="cell-head"></select></label></div><p class="note">Click a cell, or choose a layer and a head, to see the documents behind it: a dot is one, the line is their mean, the band its interval.</p>';
+  panel.append(charts, link);
+  const cells = [...maps.querySelectorAll("g[aria-label=cell] rect")];
+  const selects = ["layer", "head"].map((key) => [key, panel.querySelector(`#cell-${key}`)]);
+  for (const [key, select] of selects) {
+    const values = [...new Set(cells.map((rect) => rect.cell[key]))].sort((a, b) => a - b);
+    select.replaceChildren(...["", ...values].map((value) => Object.assign(document.createElement("option"), { value, textContent: value === "" ? "choose" : value })));
+    select.addEventListener("change", () => {
+      const [layer, head] = selects.map(([, one]) => one.value);
+      choose(layer === "" || head === "" ? null : { layer: Number(layer), head: Number(head) });
+    });
+  }
+  for (const rect of cells) {
+    rect.style.cursor = "pointer";
+    rect.addEventListener("click", () => choose({ layer: rect.cell.layer, head: rect.cell.head }));
+  }
+  // a click chooses and does not hold the tip in place
+  for (const svg of new Set(cells.map((rect) => rect.ownerSVGElement))) svg.addEventListener("pointerdown", (event) => event.stopPropagation(), true);
+
+  function choose(cell) {
+    chosenCell = cell;
+    maps.querySelectorAll("g.chosen").forEach((frame) => frame.remove());
+    charts.replaceChildren(); link.replaceChildren();
+    if (!cell) return;
+    for (const [key, select] of selects) select.value = String(cell[key]);
+    for (const rect of cells) if (rect.cell.layer === cell.layer && rect.cell.head === cell.head) outline(rect);
+    charts.append(...MAPS.map(([metric, title]) => documentDots(node, metric, title, cell)).filter(Boolean));
+    for (const svg of charts.querySelectorAll("svg")) svg.setAttribute("role", "img");
+    if (!charts.childElementCount) charts.textContent = "No document has this number.";
+    if (!document.getElementById("token-view")) return;
+    const anchor = Object.assign(document.createElement("a"), { href: `#quantity=attention&layer=${cell.layer}&head=${cell.head}`, textContent: `See layer ${cell.layer}, head ${cell.head} token by token` });
+    anchor.addEventListener("click", () => document.getElementById("tokens").scrollIntoView());
+    link.append(anchor);
+  }
+
+  choose(chosenCell);
+  return panel;
+}
+
+/* A frame that is seen on any colour. */
+function outline(rect) {
+  const frame = document.createElementNS(rect.namespaceURI, "g"), transform = rect.parentNode.getAttribute("transform");
+  frame.setAttribute("class", "chosen"); frame.setAttribute("pointer-events", "none");
+  if (transform) frame.setAttribute("transform", transform);
+  for (const [stroke, size] of [["var(--paper)", 5], ["var(--ink)", 2.5]]) {
+    const line = rect.cloneNode();
+    for (const [name, value] of Object.entries({ fill: "none", stroke, "stroke-width": size })) line.setAttribute(name, value);
+    frame.append(line);
+  }
+  rect.ownerSVGElement.append(frame);
 }
 
 function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, also = [], most = 720 }) {
@@ -74,13 +161,12 @@ function bars(node, data, { y, xLabel, title }) {
 
 const FIGURES = {
   "attention-maps"(node) {
-    const box = document.createElement("div");
-    box.style.cssText = "display:flex;flex-wrap:wrap;gap:1rem";
-    for (const [metric, title] of [["entropy_drop", "entropy drop"], ["log_odds_boost", "log-odds boost"], ["meta_mass", "meta mass"]]) {
-      const chart = heat(node, metric, title);
-      if (chart) box.append(chart);
-    }
-    return box.childElementCount ? box : null;
+    const box = document.createElement("div"), maps = document.createElement("div");
+    maps.className = "maps";
+    maps.append(...MAPS.map(([metric, title]) => heat(node, metric, title)).filter(Boolean));
+    box.append(maps);
+    if (Object.keys(behind).length) box.append(cellPanel(node, maps));
+    return maps.childElementCount ? box : null;
   },
   theorem(node) {
     if (!points.length) return null;
@@ -205,16 +291,45 @@ function drawAll() {
 const META_MARK = "\u25c6";
 const DARKEST = 0.55; /* of a shade, so that the text on it keeps a contrast of 4.5 */
 const whole = (text, end) => (text !== null && /^\d+$/.test(String(text)) && Number(text) < end ? Number(text) : null);
+const known = (x) => (Number.isNaN(x) ? null : x);
+const TYPED = { uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array, float32: Float32Array };
+const MOST_PLANES = 6; /* kept: 4 MB each at 2,048 tokens */
+const LOGIT_NOTE = "of a layer adds to the logit of a token, over the mean logit of the vocabulary, where the token is predicted. It stands at the token itself.";
 
-async function unpack(text, signed) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+/* What can be shown: its name, the arrays one of which it needs, whether it has layers, heads, and is of a query. */
+const QUANTITIES = {
+  attention: { name: "attention of a head", needs: ["attention", "attention_keys"], layers: true, heads: true, query: true },
+  received: { name: "attention received", needs: ["received_attention"], layers: true, heads: true, note: "The mean weight that a token gets from itself and the tokens behind it." },
+  meta_attention: { name: "meta-attention", needs: ["meta_attention"], layers: true, heads: true, query: true },
+  cosine_centred: { name: "cosine with earlier tokens, centred", needs: ["cosine_centred"], layers: true, query: true },
+  cosine_raw: { name: "cosine with earlier tokens, raw", needs: ["cosine_raw"], layers: true, query: true },
+  loss: { name: "loss: without minus with meta-tokens", needs: ["loss_without"], unit: "nats" },
+  logit_attention: { name: "logit added by attention", needs: ["logit_attention"], layers: true, unit: "logits", note: `What the attention ${LOGIT_NOTE}` },
+  logit_meta_attention: { name: "logit added by meta-attention", needs: ["logit_meta_attention"], layers: true, unit: "logits", note: `What the meta-attention ${LOGIT_NOTE}` },
+  logit_mlp: { name: "logit added by the feed-forward part", needs: ["logit_mlp"], layers: true, unit: "logits", note: `What the feed-forward part ${LOGIT_NOTE}` },
+  patch_effect: { name: "patch effect", needs: ["patch_effect"], layers: true, note: "The prompt with another item is run with the state of one token taken from this prompt: the share of the logit difference that comes back, 1 for all of it. The state is the one before the chosen layer." },
+};
+
+async function unpack({ shape, dtype, gzip }) {
+  const bytes = Uint8Array.from(atob(gzip), (c) => c.charCodeAt(0));
   const buffer = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-  return signed ? new Int8Array(buffer) : new Uint8Array(buffer);
+  return { shape, data: new TYPED[dtype](buffer) };
+}
+
+/* The largest byte of each block, (size, size), so that a weight alone in its block is seen. */
+function pool(plane, rows, size) {
+  if (size === rows) return plane;
+  const pooled = new Uint8Array(size * size), at = Array.from({ length: rows }, (_, i) => Math.floor((i * size) / rows));
+  for (let q = 0; q < rows; q++) for (let k = 0; k <= q; k++) {
+    const value = plane[q * rows + k], place = at[q] * size + at[k];
+    if (value > pooled[place]) pooled[place] = value;
+  }
+  return pooled;
 }
 
 class TokenView {
-  constructor(root, documents) {
-    this.root = root; this.documents = documents; this.pinned = null; this.query = 0; this.received = new Map();
+  constructor(root, texts) {
+    this.root = root; this.texts = texts; this.pinned = null; this.query = 0; this.planes = new Map();
     this.state = { text: 0, quantity: null, layer: 0, head: "mean", meta: 1 };
     this.get = (id) => document.getElementById(id);
   }
@@ -229,13 +344,16 @@ class TokenView {
     strip.addEventListener("pointerover", (e) => this.point(e.target.dataset?.index));
     strip.addEventListener("click", (e) => this.pin(e.target.dataset?.index));
     strip.addEventListener("keydown", (e) => this.key(e));
-    this.get("matrix").addEventListener("pointermove", (e) => this.point(this.tokenAt(e)));
-    this.get("matrix").addEventListener("click", (e) => this.pin(this.tokenAt(e)));
+    this.get("matrix").addEventListener("pointermove", (e) => { this.point(this.tokenAt(e)); this.reveal(); });
+    this.get("matrix").addEventListener("click", (e) => { this.pin(this.tokenAt(e)); this.reveal(); });
     this.get("heads").addEventListener("keydown", (e) => this.moveHead(e));
-    addEventListener("hashchange", async () => { if (location.hash.includes("=")) { this.readHash(); await this.load(); this.render(); } });
+    addEventListener("hashchange", async () => { if (location.hash.includes("=")) { this.readHash(); await this.load(); this.render(); this.reveal(); } });
     await this.load();
     this.root.hidden = false;
     this.render();
+    this.reveal();
+    // who follows a link to a view wants to see it; who reloads stays where they were
+    if (location.hash.includes("=") && performance.getEntriesByType("navigation")[0]?.type === "navigate") this.get("tokens").scrollIntoView();
   }
 
   readHash() {
@@ -243,35 +361,53 @@ class TokenView {
     for (const [key, value] of given) if (Object.hasOwn(this.state, key)) this.state[key] = value;
     this.query = whole(given.get("query"), Infinity) ?? this.query;
     this.pinned = whole(given.get("pinned"), Infinity);
-    this.state.text = whole(this.state.text, this.documents.length) ?? 0;
+    this.state.text = whole(this.state.text, this.texts.length) ?? 0;
   }
 
-  /* An address can be written by hand, or for another page. */
+  /* An address can be written by hand, or for another page; and not every quantity has the same layers and heads. */
   repair() {
-    const [numLayers, numHeads] = this.arrays.attention.shape;
+    if (!this.available.includes(this.state.quantity)) this.state.quantity = this.available[0];
+    const { quantity } = this.state, shown = QUANTITIES[quantity], sites = quantity === "patch_effect";
+    const numLayers = this.numLayers + (sites ? 1 : 0);
     this.state.layer = whole(this.state.layer, numLayers) ?? 0;
-    this.state.head = whole(this.state.head, numHeads) ?? "mean";
+    const head = whole(this.state.head, this.numHeads), heads = this.headsOf(this.state.layer);
+    this.state.head = heads.includes(head) ? head : "mean";
     this.state.meta = whole(this.state.meta, 2) ?? 1;
     this.query = Math.min(this.query, this.count - 1);
     if (this.pinned !== null && this.pinned >= this.count) this.pinned = null;
+    this.fill("view-layer", d3.range(numLayers).map((i) => [i, sites && i === this.numLayers ? "after the last" : i]), Boolean(shown.layers));
+    this.fill("view-head", [["mean", "mean"], ...heads.map((i) => [i, i])], Boolean(shown.heads));
+  }
+
+  /* Of a long text, attention is there for some heads only. */
+  headsOf(layer, quantity = this.state.quantity) {
+    if (this.arrays.attention || quantity === "received" || quantity === "meta_attention") return d3.range(this.numHeads);
+    const { shape: [, kept], data } = this.arrays.attention_heads, row = Math.min(layer, this.numLayers - 1);
+    return [...data.subarray(row * kept, (row + 1) * kept)];
   }
 
   /* The row of the matrix under the pointer, as the index of its token. */
   tokenAt(event) {
-    const box = event.target.getBoundingClientRect(), rows = this.arrays[this.matrixName()].shape[2];
+    const box = event.target.getBoundingClientRect(), { name, rows } = this.shownMatrix();
     const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
-    return this.matrixName() === "meta_attention" ? this.metaColumns[row] : row;
+    return name === "meta_attention" ? this.metaColumns[row] : row;
   }
 
-  matrixName() { return this.state.quantity === "meta_attention" ? "meta_attention" : "attention"; }
+  /* Which matrix stands beside the text: that of the chosen quantity if it is one of attention, else of attention. */
+  shownMatrix() {
+    const name = this.state.quantity === "meta_attention" ? "meta_attention" : "attention";
+    const layer = Math.min(this.state.layer, this.numLayers - 1);
+    const head = this.headsOf(layer, name).includes(this.state.head) ? this.state.head : "mean";
+    return { name, layer, head, rows: name === "attention" ? this.count : this.arrays[name].shape[2] };
+  }
 
   moveHead(event) {
-    const [numLayers, numHeads] = this.arrays.attention.shape, at = [...this.get("heads").children].indexOf(event.target);
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: numHeads, ArrowUp: -numHeads }[event.key];
+    const buttons = [...this.get("heads").children], at = buttons.indexOf(event.target), below = this.headsOf(0, "attention").length;
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: below, ArrowUp: -below }[event.key];
     if (!step || at < 0) return;
     event.preventDefault();
-    const next = this.get("heads").children[at + step];
-    if (at + step >= 0 && at + step < numLayers * numHeads) { next.focus(); next.click(); }
+    const next = buttons[at + step];
+    if (next) { next.focus(); next.click(); }
   }
 
   writeHash() {
@@ -281,37 +417,36 @@ class TokenView {
 
   async change(key, value) {
     this.state[key] = value;
+    // there is one more state than there are layers
+    if (key === "quantity" && value !== "patch_effect") this.state.layer = Math.min(this.state.layer, this.numLayers - 1);
     if (key === "text") { this.pinned = null; this.query = 0; await this.load(); }
     this.render();
     this.writeHash();
   }
 
   async load() {
-    this.view = this.documents[Number(this.state.text)];
+    this.view = this.texts[Number(this.state.text)];
     this.count = this.view.tokens.length;
-    this.arrays = {};
-    for (const [name, array] of Object.entries(this.view.arrays)) {
-      this.arrays[name] = { shape: array.shape, data: array.values || (await unpack(array.gzip, array.signed)) };
-    }
-    this.received.clear(); this.painted = null;
-    const options = [
-      ["attention", "attention of a head"], ["received", "attention received"], ["meta_attention", "meta-attention"],
-      ["cosine_centred", "cosine with earlier tokens, centred"], ["cosine_raw", "cosine with earlier tokens, raw"],
-      ["loss", "loss: without minus with meta-tokens"],
-    ];
-    const available = options.filter(([name]) => name === "received" ? this.arrays.attention : name === "loss" ? this.arrays.loss_with && this.arrays.loss_without : this.arrays[name]);
-    this.fill("view-quantity", available);
-    if (!available.some(([name]) => name === this.state.quantity)) this.state.quantity = available[0][0];
-    const [numLayers, numHeads] = this.arrays.attention.shape;
-    this.fill("view-layer", d3.range(numLayers).map((i) => [String(i), String(i)]));
-    this.fill("view-head", [["mean", "mean"], ...d3.range(numHeads).map((i) => [String(i), String(i)])]);
+    this.arrays = Object.fromEntries(await Promise.all(Object.entries(this.view.arrays).map(async ([name, packed]) => [name, await unpack(packed)])));
+    this.planes.clear(); this.painted = null;
+    this.decimals = this.arrays.attention ? 3 : 4; // weights of long texts are small
+    const attention = this.arrays.attention || this.arrays.received_attention;
+    [this.numLayers, this.numHeads] = attention.shape;
+    this.available = Object.keys(QUANTITIES).filter((name) => QUANTITIES[name].needs.some((array) => this.arrays[array]));
+    this.fill("view-quantity", this.available.map((name) => [name, QUANTITIES[name].name]));
     this.metaIndex = this.view.is_meta.flatMap((meta, i) => (meta ? [i] : []));
-    this.metaColumns = this.arrays.meta_attention_tokens?.data ?? this.metaIndex;
+    this.metaColumns = [...(this.arrays.meta_attention_tokens?.data ?? this.metaIndex)];
+    this.metaRows = new Map(this.metaColumns.map((token, row) => [token, row]));
     this.repair(); this.strip(); this.thumbnails();
   }
 
-  fill(id, options) {
-    this.get(id).replaceChildren(...options.map(([value, text]) => Object.assign(document.createElement("option"), { value, textContent: text })));
+  fill(id, options, applies = true) {
+    const select = this.get(id), made = JSON.stringify(options);
+    select.disabled = !applies;
+    select.title = applies ? "" : "what is shown is the same for all of them";
+    if (select.dataset.made === made) return;
+    select.dataset.made = made;
+    select.replaceChildren(...options.map(([value, text]) => Object.assign(document.createElement("option"), { value, textContent: text })));
   }
 
   strip() {
@@ -327,52 +462,81 @@ class TokenView {
   }
 
   thumbnails() {
-    const [numLayers, numHeads] = this.arrays.attention.shape;
-    const box = this.get("heads");
-    box.style.gridTemplateColumns = `repeat(${numHeads}, 34px)`;
-    const size = Math.min(32, this.count);
-    box.replaceChildren(...d3.range(numLayers).flatMap((layer) => d3.range(numHeads).map((head) => {
+    const box = this.get("heads"), size = Math.min(32, this.count);
+    box.style.gridTemplateColumns = `repeat(${this.headsOf(0, "attention").length}, 34px)`;
+    box.replaceChildren(...d3.range(this.numLayers).flatMap((layer) => this.headsOf(layer, "attention").map((head) => {
       const button = document.createElement("button");
       button.type = "button"; button.dataset.layer = layer; button.dataset.head = head;
       button.setAttribute("aria-label", `layer ${layer}, head ${head}`); button.title = `layer ${layer}, head ${head}`;
       const canvas = Object.assign(document.createElement("canvas"), { width: size, height: size });
-      this.paint(canvas, (q, k) => this.weight("attention", layer, head, Math.floor((q * this.count) / size), Math.floor((k * this.count) / size)), size);
+      this.paint(canvas, this.plane("attention", layer, head), this.count);
       button.append(canvas);
       button.addEventListener("click", () => { this.state.quantity = "attention"; this.state.layer = layer; this.change("head", String(head)); });
       return button;
     })));
   }
 
-  /* u8 = round(255 sqrt(a)) */
-  weight(name, layer, head, q, k) {
-    const { shape: [, numHeads, rows, columns], data } = this.arrays[name];
-    const at = (h) => (data[((layer * numHeads + h) * rows + q) * columns + k] / 255) ** 2;
-    return head === "mean" ? d3.mean(d3.range(numHeads), at) : at(Number(head));
-  }
-
-  value(query, key) {
-    const layer = Number(this.state.layer), head = this.state.head;
-    switch (this.state.quantity) {
-      case "attention": return key > query ? null : this.weight("attention", layer, head, query, key);
-      case "received": return this.receivedBy(layer, head)[key];
-      case "cosine_raw":
-      case "cosine_centred": return key > query ? null : this.arrays[this.state.quantity].data[(layer * this.count + query) * this.count + key] / 127;
-      case "meta_attention": {
-        const [q, k] = [this.metaColumns.indexOf(query), this.metaColumns.indexOf(key)];
-        return q < 0 || k < 0 || k > q ? null : this.weight("meta_attention", layer, head, q, k);
-      }
-      default: {
-        const [a, b] = [this.arrays.loss_without.data[key], this.arrays.loss_with.data[key]];
-        return a === null || b === null ? null : a - b;
-      }
+  /* The matrix of a head, or of the mean over all heads, as bytes round(255 sqrt(weight)), row = query; every use of
+     attention goes through here. A view into the array where all is there, else filled in from the largest weights. */
+  plane(name, layer, head) {
+    const array = this.arrays[name], at = `${name}|${layer}|${head}`;
+    if (array && head !== "mean") {
+      const [, numHeads, rows] = array.shape, start = (layer * numHeads + Number(head)) * rows * rows;
+      return array.data.subarray(start, start + rows * rows);
     }
+    const plane = this.planes.get(at) ?? (array ? this.meanPlane(name, layer) : this.sparsePlane(layer, head));
+    this.planes.delete(at);
+    this.planes.set(at, plane); // the latest last
+    if (this.planes.size > MOST_PLANES) this.planes.delete(this.planes.keys().next().value);
+    return plane;
   }
 
-  /* The mean over the queries that see a key; for every query of the page it is the same. */
-  receivedBy(layer, head) {
-    const at = `${layer}|${head}`;
-    if (!this.received.has(at)) this.received.set(at, d3.range(this.count).map((key) => d3.mean(d3.range(key, this.count), (q) => this.weight("attention", layer, head, q, key))));
-    return this.received.get(at);
+  meanPlane(name, layer) {
+    const [, numHeads, rows] = this.arrays[name].shape, sum = new Float32Array(rows * rows);
+    for (let head = 0; head < numHeads; head++) {
+      const plane = this.plane(name, layer, head);
+      for (let i = 0; i < sum.length; i++) sum[i] += plane[i] * plane[i];
+    }
+    return Uint8Array.from(sum, (squares) => Math.round(Math.sqrt(squares / numHeads)));
+  }
+
+  sparsePlane(layer, head) {
+    const { shape: [, numPlanes, rows, kept], data: keys } = this.arrays.attention_keys, weights = this.arrays.attention_weights.data;
+    const place = head === "mean" ? 0 : 1 + this.headsOf(layer, "attention").indexOf(Number(head));
+    const plane = new Uint8Array(rows * rows), start = (layer * numPlanes + place) * rows * kept;
+    // a row with fewer keys is filled up with weights of 0, which must not overwrite one
+    for (let i = 0; i < rows * kept; i++) if (weights[start + i]) plane[Math.floor(i / kept) * rows + keys[start + i]] = weights[start + i];
+    return plane;
+  }
+
+  /* What every token has for a query; null where there is nothing. */
+  values(query) {
+    const { quantity, layer, head } = this.state, tokens = d3.range(this.count);
+    const weight = (byte) => (byte || this.arrays.attention ? (byte / 255) ** 2 : null); /* 0 of a long text: not kept */
+    switch (quantity) {
+      case "attention": {
+        const plane = this.plane("attention", layer, head);
+        return tokens.map((k) => (k > query ? null : weight(plane[query * this.count + k])));
+      }
+      case "meta_attention": {
+        const plane = this.plane("meta_attention", layer, head), q = this.metaRows.get(query);
+        return tokens.map((key) => {
+          const k = this.metaRows.get(key);
+          return q === undefined || k === undefined || k > q ? null : (plane[q * this.metaColumns.length + k] / 255) ** 2;
+        });
+      }
+      case "received": {
+        const heads = head === "mean" ? d3.range(this.numHeads) : [Number(head)], { data } = this.arrays.received_attention;
+        return tokens.map((k) => d3.mean(heads, (h) => data[(layer * this.numHeads + h) * this.count + k]));
+      }
+      case "cosine_raw":
+      case "cosine_centred": {
+        const { data } = this.arrays[quantity], start = (layer * this.count + query) * this.count;
+        return tokens.map((k) => (k > query ? null : data[start + k] / 127));
+      }
+      case "loss": return tokens.map((k) => known(this.arrays.loss_without.data[k] - this.arrays.loss_with.data[k]));
+      default: return tokens.map((k) => known(this.arrays[quantity].data[layer * this.count + k]));
+    }
   }
 
   point(index) { if (index !== undefined && this.pinned === null) this.choose(Number(index)); }
@@ -388,16 +552,23 @@ class TokenView {
     if (step) {
       let next = this.query + step;
       while (!Number(this.state.meta) && this.view.is_meta[next]) next += step;
-      if (next >= 0 && next < this.count) this.choose(next);
+      if (next >= 0 && next < this.count) { this.choose(next); this.reveal(); }
     } else if (event.key === "Enter" || event.key === " ") this.pin(this.query);
     else if (event.key === "Escape") { this.pinned = null; this.render(); this.writeHash(); }
     else return;
     event.preventDefault();
   }
 
+  /* Scrolls the query of a long text into its box, and the page not at all. */
+  reveal() {
+    const strip = this.get("strip"), span = strip.children[this.query], top = span.offsetTop - strip.offsetTop;
+    if (top < strip.scrollTop || top + span.offsetHeight > strip.scrollTop + strip.clientHeight) strip.scrollTop = top - strip.clientHeight / 2;
+  }
+
   choose(index) { this.query = index; this.shade(); this.writeHash(); }
 
   render() {
+    this.repair();
     for (const [id, key] of [["view-text", "text"], ["view-quantity", "quantity"], ["view-layer", "layer"], ["view-head", "head"]]) this.get(id).value = String(this.state[key]);
     this.get("view-meta").checked = Boolean(Number(this.state.meta));
     this.get("strip").classList.toggle("no-meta", !Number(this.state.meta));
@@ -405,11 +576,20 @@ class TokenView {
     // one stop for Tab; arrow keys move among the heads
     const stop = this.get("heads").querySelector("[aria-pressed=true]") || this.get("heads").firstElementChild;
     for (const button of this.get("heads").children) button.tabIndex = button === stop ? 0 : -1;
+    this.get("view-note").textContent = [QUANTITIES[this.state.quantity].note, this.leftOut()].filter(Boolean).join(" ");
     this.shade();
   }
 
+  /* What a long text lacks. */
+  leftOut() {
+    if (this.arrays.attention) return "";
+    const { attention_keys: { shape }, meta_attention, logit_meta_attention } = this.arrays;
+    const also = logit_meta_attention && !meta_attention ? " and meta-attention" : "";
+    return `This text is long. Of a row of attention its ${shape[3]} largest weights are kept, for the mean over heads and for ${shape[1] - 1} heads a layer: those whose log-odds of the mass on meta-tokens are farthest from 0. Cosines${also} are left out.`;
+  }
+
   shade() {
-    const values = d3.range(this.count).map((k) => this.value(this.query, k));
+    const values = this.values(this.query);
     const most = d3.max(values, (v) => (v === null ? 0 : Math.abs(v))) || 1;
     const mark = getComputedStyle(document.documentElement).getPropertyValue("--mark");
     [...this.get("strip").children].forEach((span, k) => {
@@ -421,52 +601,68 @@ class TokenView {
       span.setAttribute("aria-selected", String(k === this.query));
     });
     this.get("strip").setAttribute("aria-activedescendant", `token-${this.query}`);
+    const signs = values.some((v) => v < 0) ? "blue is above 0, orange below" : "blue is above 0";
+    this.get("view-scale").textContent = values.some((v) => v) ? `Shades: ${signs}, the darkest ${this.number(most)}.` : "";
     this.tip(values);
     this.matrix();
+  }
+
+  number(value) {
+    const { unit } = QUANTITIES[this.state.quantity];
+    return value === null ? "n/a" : `${value.toFixed(this.decimals)}${unit ? ` ${unit}` : ""}`;
   }
 
   name(k) { return this.view.is_meta[k] ? `meta-token ${this.metaIndex.indexOf(k) + 1}` : JSON.stringify(this.view.tokens[k]); }
 
   tip(values) {
     const best = d3.range(this.count).filter((k) => values[k] !== null).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b).slice(0, 4);
-    const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(3)}`);
-    this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${parts.join(", ") || "Nothing to show here."}${this.compared(best)}`;
+    const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(this.decimals)}`).join(", ");
+    const about = QUANTITIES[this.state.quantity].query ? `${parts || "Nothing to show here."}${this.compared(values, best)}` : `${this.own(values)} Largest: ${parts || "none"}.`;
+    this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${about}`;
+  }
+
+  /* The number of the token itself, and of the pinned one, where a quantity is of a token and not of a query. */
+  own(values) {
+    const whole = this.state.quantity.startsWith("logit_") && this.arrays.logit ? known(this.arrays.logit.data[this.query]) : null;
+    const pinned = this.pinned === null || this.pinned === this.query ? "" : `; pinned ${this.name(this.pinned)} at ${this.pinned}: ${this.number(values[this.pinned])}`;
+    return `Here ${this.number(values[this.query])}${whole === null ? "" : ` of ${whole.toFixed(this.decimals)} in all`}${pinned}.`;
   }
 
   /* The same keys for the pinned query, and what the later of the two gives the earlier. */
-  compared(keys) {
+  compared(values, keys) {
     if (this.pinned === null || this.pinned === this.query) return "";
-    const show = (value) => (value === null ? "n/a" : value.toFixed(3));
+    const show = (value) => (value === null ? "n/a" : value.toFixed(this.decimals)), ofPinned = this.values(this.pinned);
     const [early, late] = [this.pinned, this.query].sort((a, b) => a - b);
-    return `; of pinned ${this.name(this.pinned)} at ${this.pinned}: ${keys.map((k) => show(this.value(this.pinned, k))).join(", ")}; from ${late} to ${early}: ${show(this.value(late, early))}`;
+    return `; of pinned ${this.name(this.pinned)} at ${this.pinned}: ${keys.map((k) => show(ofPinned[k])).join(", ")}; from ${late} to ${early}: ${show((late === this.query ? values : ofPinned)[early])}`;
   }
 
-  paint(canvas, value, size) {
-    const context = canvas.getContext("2d");
-    const image = context.createImageData(size, size);
+  /* As dark as the root of the weight; of a long text, whose weights are small, as its fourth root. */
+  paint(canvas, plane, rows) {
+    const size = canvas.width, context = canvas.getContext("2d"), image = context.createImageData(size, size), bytes = pool(plane, rows, size);
     const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--mark").split(",").map(Number);
-    for (let q = 0; q < size; q++) for (let k = 0; k <= q; k++) {
-      const at = 4 * (q * size + k);
-      image.data.set([red, green, blue, 255 * Math.sqrt(value(q, k) || 0)], at);
+    for (let i = 0; i < bytes.length; i++) {
+      image.data[4 * i] = red; image.data[4 * i + 1] = green; image.data[4 * i + 2] = blue;
+      image.data[4 * i + 3] = this.arrays.attention ? bytes[i] : Math.sqrt(255 * bytes[i]);
     }
     context.putImageData(image, 0, 0);
   }
 
   matrix() {
-    const canvas = this.get("matrix"), name = this.matrixName();
-    const rows = this.arrays[name].shape[2];
-    const shown = `${name}|${this.state.text}|${this.state.layer}|${this.state.head}`;
+    const canvas = this.get("matrix"), { name, layer, head, rows } = this.shownMatrix();
+    const shown = `${name}|${this.state.text}|${layer}|${head}`;
     if (this.painted !== shown) {
-      this.buffer = Object.assign(document.createElement("canvas"), { width: rows, height: rows });
-      this.paint(this.buffer, (q, k) => this.weight(name, Number(this.state.layer), this.state.head, q, k), rows);
+      const size = Math.min(rows, canvas.width);
+      this.buffer = Object.assign(document.createElement("canvas"), { width: size, height: size });
+      this.paint(this.buffer, this.plane(name, layer, head), rows);
       this.painted = shown;
+      this.get("matrix-caption").textContent = `${name === "attention" ? "Attention" : "Meta-attention"}, layer ${layer}, ${head === "mean" ? "mean over heads" : `head ${head}`}: queries down, keys across; as dark as the ${this.arrays.attention ? "" : "fourth "}root of the weight.`;
     }
     const context = canvas.getContext("2d"), scale = canvas.width / rows;
     context.imageSmoothingEnabled = false;
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(this.buffer, 0, 0, canvas.width, canvas.height);
-    const row = name === "meta_attention" ? this.metaColumns.indexOf(this.query) : this.query;
-    if (row < 0) return;
+    const row = name === "meta_attention" ? this.metaRows.get(this.query) : this.query;
+    if (row === undefined) return;
     context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
     context.strokeRect(0, row * scale, canvas.width, Math.max(1, scale));
     context.strokeRect(row * scale, 0, Math.max(1, scale), canvas.height);
