@@ -69,7 +69,37 @@ def compression_records() -> list[Record]:
                 record("rate_distortion", "rate", "nats", rate, state=state, beta=beta),
                 record("rate_distortion", "distortion", "nats", 2 * factor * math.exp(-rate), state=state, beta=beta),
             ]
-        rows.append(record("probes", "v_information", "nats", factor, state=state, target="answer"))
+        for target, share in (("answer", 1.0), ("the token before", 0.6)):
+            rows.append(record("probes", "v_information", "nats", share * factor, state=state, target=target))
+        rows.append(record("probes", "remaining_entropy", "nats", 2.0 - factor, state=state, target="answer"))
+    for layer in range(NUM_LAYERS - 1):
+        for erased, rise in (("answer", 0.9 - 0.2 * layer), ("shuffled", 0.1)):
+            rows.append(record("probes", "erasure_loss", "nats", rise, layer=layer, erased=erased))
+    return rows
+
+
+def readout_records() -> list[Record]:
+    rows = []
+    for layer in range(NUM_LAYERS + 1):
+        for number, state in enumerate(("meta-token", "token before it", "ordinary token")):
+            for window in (1, 4, 16):
+                level = (0.8 - 0.2 * number) / (1 + 0.3 * layer) / window**0.5
+                rows.append(record("readouts", "decodability", "1", level, state=state, layer=layer, window=window))
+        for state in ("meta-token", "ordinary token"):
+            for read, gain in (("state", 0.1), ("mapped state", 0.2)):
+                at = {"state": state, "read": read, "layer": layer}
+                rows.append(record("readouts", "divergence", "nats", 3 - layer / 2, **at))
+                for distance in (1, 4, 16, 64):
+                    rank = gain * (1 + layer) / (2 + distance)
+                    rows.append(record("readouts", "reciprocal_rank", "1", rank, **at, distance=distance))
+    for layer in range(NUM_LAYERS):
+        for number, component in enumerate(("attention", "meta-attention", "feed-forward")):
+            share = 0.7 * layer - number
+            rows.append(record("readouts", "attribution", "logits", share, component=component, layer=layer))
+            rows.append(
+                record("readouts", "branch_strength", "ratio", 0.3 + 0.1 * number, branch=component, layer=layer)
+            )
+    rows.append(record("readouts", "loss_drop", "nats", 0.031, place="text behind"))
     return rows
 
 
@@ -83,10 +113,17 @@ def causal_records() -> list[Record]:
     rows.append(record("language_model", "loss_change", "nats/token", 0.0417, layer=1))
     for layer in range(NUM_LAYERS):
         rows += [
-            record("causal", "interchange", "1", 1 - layer / 4, layer=layer, where="meta-tokens"),
-            record("causal", "interchange", "1", layer / 6, layer=layer, where="last token"),
+            *(
+                record(
+                    "causal", "interchange", "1", share, layer=layer, where=where, direction=direction, window=window
+                )
+                for where, share in (("meta-tokens", 1 - layer / 4), ("last token", layer / 6))
+                for direction in ("denoise", "noise")
+                for window in (1, 3)
+            ),
             record("causal", "knockout", "nats", 0.2 * layer, layer=layer, mode="zero"),
         ]
+    rows += [record("causal", "capacity", "1", 1 - 0.08 * size, size=size) for size in (2, 4, 6, 8)]
     for policy, slope in (("meta", 0.5), ("even", 0.8), ("sinks and window", 0.6)):
         for kept in (0.05, 0.1, 0.25, 0.5):
             rows.append(record("eviction", "cost", "nats/token", slope * (1 - kept), policy=policy, kept=kept))
@@ -228,6 +265,7 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
         records=[
             *attention_records(),
             *similarity_records(),
+            *readout_records(),
             *compression_records(),
             *causal_records(),
             record("similarity", "excess_cosine", "1", None, layer=0, distance=512),

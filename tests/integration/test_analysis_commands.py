@@ -21,6 +21,7 @@ curriculum: [{{steps: 3, size: [2, 3], prompt_tokens: [1, 48]}}]
 schedule: {{warmup_steps: 1}}
 training: {{batch_blocks: 4, micro_batch_blocks: 4}}
 """
+FITTED = ["last meta-token", "token before it", "untrained"]
 SMALL = [
     "--documents",
     "8",
@@ -34,6 +35,8 @@ SMALL = [
     "4",
     "--token_views",
     "1",
+    "--states",
+    json.dumps(FITTED),
 ]
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew black coffee in silence"
 WORDS = TEXT.split()
@@ -70,7 +73,7 @@ def test_a_recall_run_is_analysed_on_its_task(
     results, arrays = read_results(tmp_path / "one")
     assert printed == results.model_dump(mode="json")
     sections = {record.section for record in results.records}
-    assert {"attention", "theory", "causal"} <= sections
+    assert {"attention", "theory", "causal", "readouts", "rate_distortion", "probes"} <= sections
     assert len(results.find("attention", "entropy_drop", layer=1)) == 2
     assert {record.at["intervention"] for record in results.find("causal", "accuracy")} == {
         "none",
@@ -79,6 +82,10 @@ def test_a_recall_run_is_analysed_on_its_task(
         "no_position_edges",
     }
     assert results.find("causal", "interaction")[0].num_documents > 0
+    assert {record.at["state"] for record in results.find("probes", "v_information", target="answer")} == set(FITTED)
+    assert results.find("probes", "erasure_loss", layer=0, erased="answer")
+    assert results.find("readouts", "attribution", component="attention", layer=0)
+    assert results.find("causal", "capacity", size=6)
     tested = {verdict.claim for verdict in results.verdicts if verdict.verdict != "not tested"}
     assert "The meta-tokens' embedding lowers the entropy of attention" in tested
     assert "theory_points" in arrays
@@ -117,7 +124,14 @@ def test_a_model_is_analysed_on_text(
         "verdict on eviction: at budget 0.15 7 of 48 columns stay, 12 of them under every policy",
         "causal: not for a text",
         "rate_distortion: not for a text",
+        "probes: not for a text",
     )
+    assert {record.at["state"] for record in results.find("readouts", "decodability")} == {
+        "meta-token",
+        "token before it",
+        "ordinary token",
+    }
+    assert results.find("readouts", "attribution", component="meta-attention", layer=1)
     for record in results.find("language_model", "loss_change"):
         assert record.value is not None
         assert abs(record.value) < 0.5  # an untrained model loses next to nothing with its meta-attention

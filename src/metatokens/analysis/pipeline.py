@@ -37,13 +37,14 @@ from metatokens.analysis.readouts import (
     measure_logit_lenses,
     measure_output_changes,
     measure_strengths,
+    measure_text_attribution,
 )
 from metatokens.analysis.recording import Findings
 from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples
 from metatokens.analysis.subjects import Subject, task_subject, text_subject
 from metatokens.analysis.verdicts import judge
-from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
+from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError
 
@@ -122,6 +123,8 @@ def _parts(
     def output() -> None:
         measure_output_changes(lens, subject, findings=findings)
         measure_strengths(lens, subject, findings=findings)
+        if isinstance(of, TextSubject):
+            measure_text_attribution(lens, subject, findings=findings)
         measure_logit_lenses(lens, subject, findings=findings)
 
     parts["decodability"] = lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings)

@@ -2,7 +2,8 @@
 
     decodability   a linear map reads the text before a state (R3), and the CKA of states and that text
     logit lens     the model's own head reads it (L1), from the state or behind an affine map to the final one
-    attribution    the components' shares in the answer's logit over its foil's (D1), the length of each branch (D2)
+    attribution    the components' shares in the answer's logit over its foil's, or in that of a text token over the
+                   mean logit (D1), and the length of each branch (D2)
     output         what the meta-tokens' embedding does to the distribution over the next token (A7)
 
 Each measure runs over whole documents and records one number a document. Beside meta-tokens stand the text tokens right
@@ -12,8 +13,8 @@ its meta-tokens elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ from metatokens.analysis.minimal_pairs import MinimalPair
 from metatokens.analysis.pair_scores import batches_of
 from metatokens.analysis.recording import At, Findings
 from metatokens.analysis.subjects import Subject
+from metatokens.analysis.token_view import attribute_tokens
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.evaluation.statistics import Interval
@@ -136,7 +138,24 @@ def measure_attribution(lens: Lens, pairs: Sequence[MinimalPair], *, findings: F
         last = batch.mask([np.array([len(pair.clean) - 1]) for pair in pairs[rows]])
         found = attribute_logits(lens, batch.clean, at=last, token_ids=batch.answer, foil_ids=batch.foil)
         shares.append(dict(zip(found.names, found.values.T.numpy(force=True), strict=True)))
-    for name in shares[0]:
+    _record_shares(shares, findings)
+
+
+def measure_text_attribution(lens: Lens, subject: Subject, *, findings: Findings) -> None:
+    """Record what each component adds to the logit of a text token over the mean logit, behind the first meta-token."""
+    shares = []
+    for document in subject.documents:
+        behind = (document.is_meta.long().cumsum(1) > 0)[0].numpy(force=True)
+        columns = attribute_tokens(lens, document.input_ids[0])
+        predicted = behind & np.isfinite(columns.pop("logit"))
+        if predicted.any():
+            shares.append({name: column[predicted].mean(keepdims=True) for name, column in columns.items()})
+    _record_shares(shares, findings)
+
+
+def _record_shares(shares: Sequence[Mapping[str, npt.NDArray[Any]]], findings: Findings) -> None:
+    """Record the shares of components by name, (documents,) in each part."""
+    for name in shares[0] if shares else ():
         layer, component = _component(name)
         at: At = {"component": component} if layer is None else {"component": component, "layer": layer}
         findings.add("readouts", "attribution", "logits", "D1", np.concatenate([part[name] for part in shares]), at=at)

@@ -41,7 +41,8 @@ interchange) 0 is before the first block and L after the last.
                      reciprocal_rank     1            state, read, layer, distance    of the token so far before
                      log_probability     nats         state, read, layer, distance
                      divergence          nats         state, read, layer   KL(final || layer)
-                     attribution         logits       component, layer     answer minus foil; no layer: of none
+                     attribution         logits       component, layer     of the answer over its foil, or of
+                                                                           a text token over the mean
                      branch_strength     ratio        branch, layer        length at meta-tokens over the stream's
                      max_logit_boost     logits       place                largest over mean, with minus without the
                                                                            meta-tokens' embedding

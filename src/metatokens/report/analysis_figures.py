@@ -307,7 +307,7 @@ def _draw_probes(results: Results, arrays: Arrays) -> Figure:
 
 def _draw_attribution(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    labels = ("layer", "logit of the answer minus the foil's")
+    labels = ("layer", "share of the logit")
     return _draw_lines(results, "readouts", "attribution", ("layer", "component"), labels)
 
 
@@ -458,8 +458,9 @@ FIGURES: dict[str, AnalysisFigure] = {
         _drawn_from("readouts", ("reciprocal_rank",), "layer", "distance", "state", "read"),
     ),
     "attribution": AnalysisFigure(
-        "What each component adds to the answer's logit over the foil's",
-        "Direct logit attribution at the end of clean prompts; with embedding and biases the sum is the difference.",
+        "What each component adds to the logit",
+        "Direct logit attribution: of a task the answer's logit over its foil's at the end of clean prompts, of text "
+        "that of a token over the mean logit; embedding and biases, in the table, make up the rest of the sum.",
         (("readouts", "attribution"),),
         _draw_attribution,
         _drawn_from("readouts", ("attribution",), "layer", "component"),

@@ -16,6 +16,7 @@ from metatokens.analysis.readouts import (
     measure_logit_lenses,
     measure_output_changes,
     measure_strengths,
+    measure_text_attribution,
 )
 from metatokens.analysis.recording import Findings
 from metatokens.analysis.states import capture_residuals
@@ -122,6 +123,18 @@ def test_the_attention_that_writes_the_answer_has_the_whole_logit_difference(cir
     assert writes.value == pytest.approx(total, rel=1e-3)
     (meta,) = find(findings, "attribution", component="meta-attention", layer=0)
     assert meta.value == pytest.approx(0, abs=1e-4)
+
+
+def test_shares_of_text_tokens_add_up_to_their_logits_over_the_mean():
+    lens, subject, findings = Lens(tiny_model()), text_subject(), Findings(0)
+    measure_text_attribution(lens, subject, findings=findings)
+    expected = []
+    for one in subject.documents:
+        logits = lens(one.input_ids).logits[0, :-1]
+        over_mean = logits.gather(1, one.input_ids[0, 1:, None])[:, 0] - logits.mean(-1)
+        behind = (one.is_meta.long().cumsum(1) > 0)[0, 1:] & ~one.is_meta[0, 1:]
+        expected.append(float(over_mean[behind].mean()))
+    assert sum(record.value for record in findings.records) == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_strength_of_a_branch_that_adds_nothing_is_zero():

@@ -47,8 +47,8 @@ def test_figures_of_an_earlier_analysis_do_not_stay_behind(tmp_path: Path) -> No
     results, _ = build_results()
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "own.png").write_bytes(b"")
-    for section, figure in (("eviction", "eviction"), ("probes", "probes")):
-        records = tuple(record for record in results.records if record.section == section)
+    for metric, figure in (("cost", "eviction"), ("v_information", "probes")):
+        records = tuple(record for record in results.records if record.metric == metric)
         write_results(tmp_path, results.model_copy(update={"records": records, "token_views": ()}), {})
         write_report(tmp_path)
         assert {path.stem for path in (tmp_path / "figures").iterdir()} == {figure, "own"}
