@@ -43,6 +43,10 @@ def attention_records() -> list[Record]:
                 record("attention", "log_odds_boost", "nats", 0.8 * wave - 0.1, layer=layer, head=head),
                 record("attention", "meta_mass", "1", 0.2 + 0.15 * wave, layer=layer, head=head),
             ]
+        for number, to in enumerate(("text", "meta-tokens")):
+            for distance in (0, 1, 2, 4, 8):
+                share = (0.2 - 0.1 * number) / (1 + distance)
+                rows.append(record("attention", "mass_by_distance", "1", share, layer=layer, to=to, distance=distance))
         rows += [
             record("theory", "mechanism", "nats", -0.05 * layer, layer=layer),
             record("theory", "change", "nats", 0.04 - 0.06 * layer, layer=layer),

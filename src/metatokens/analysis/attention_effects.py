@@ -31,7 +31,10 @@ from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import Intervention, intervene
 
 Array = npt.NDArray[np.float64]
-ROW_METRICS = ("entropy", "entropy_drop", "log_odds_boost", "max_score_boost", "meta_mass", "meta_lift")
+ROW_METRICS = (
+    *("entropy", "entropy_drop", "log_odds_boost", "max_score_boost", "meta_mass", "meta_lift"),
+    *("effective_keys", "entropy_without_sink"),
+)
 AUDITED_SCORES = 2**19
 """Scores at a time in the audit, which holds about twenty float64 arrays of them: 80 MB."""
 SAMPLED_EDGES = 40
@@ -63,6 +66,10 @@ class AttentionEffects:
     """Largest score, with minus without, logits (A6): not free of a common shift."""
     meta_mass: Array
     meta_lift: Array
+    effective_keys: Array
+    """e^H (A2)."""
+    entropy_without_sink: Array
+    """Of the row without its first key, nats (A3)."""
     edges: Array
     """(documents, layers, 4): edges to meta keys, of these with x >= 0 in the ablated run, boosted, and boosted beyond
     the critical boost."""
@@ -176,6 +183,8 @@ def _effects_of_layer(without: AttentionCall, full: AttentionCall, document: Doc
         after.max_score - before.max_score,
         after.meta_mass,
         after.meta_lift,
+        after.effective_keys,
+        after.entropy_without_sink,
     )
     # a row that sees meta keys alone has no log-odds
     return np.stack([torch.nanmean(_finite(values)[0].double(), dim=-1).numpy() for values in per_row])

@@ -29,6 +29,7 @@ from metatokens.analysis.causal import (
     list_knock_outs,
     patch_map,
 )
+from metatokens.analysis.distance_profiles import distance_profiles
 from metatokens.analysis.eviction import measure_eviction
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
@@ -36,7 +37,7 @@ from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pair, ma
 from metatokens.analysis.readouts import measure_attribution
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
 from metatokens.analysis.results import TokenView
-from metatokens.analysis.similarity import ExcessCosine, calibrate, measure_excess_cosine
+from metatokens.analysis.similarity import ExcessCosine, Variant, calibrate, measure_excess_cosine
 from metatokens.analysis.subjects import Subject, stack
 from metatokens.analysis.token_view import MeasuredView, measure_token_view
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
@@ -55,8 +56,9 @@ from metatokens.tasks.base import PieceEncoder
 
 Array = npt.NDArray[np.float64]
 _BATCH = 16
-_UNITS = {"meta_mass": "1", "meta_lift": "ratio", "max_score_boost": "logits"}
-_METHODS = dict(zip(ROW_METRICS, ("A1", "A8", "A5", "A6", "A4", "A4"), strict=True))
+_FORMS: tuple[Variant, ...] = ("raw", "centred", "z_scored")
+_UNITS = {"meta_mass": "1", "meta_lift": "ratio", "max_score_boost": "logits", "effective_keys": "keys"}
+_METHODS = dict(zip(ROW_METRICS, ("A1", "A8", "A5", "A6", "A4", "A4", "A2", "A3"), strict=True))
 _METRICS_OF_DOCUMENTS = ("entropy_drop", "log_odds_boost", "meta_mass")
 """Kept document by document, for what lies behind a cell of a heat map: float32 (documents, layers, heads)."""
 _CONDITIONS = {"none": "full", "direct": "direct cut", "meta": "meta cut", "direct+meta": "both cut"}
@@ -123,6 +125,27 @@ def _by_document(values: Array, subject: Subject, usable: Sequence[Document]) ->
     missing = np.full(values.shape[1:], np.nan)
     found = [values[rows[id(one)]] if id(one) in rows else missing for one in subject.documents]
     return np.stack(found).astype(np.float32)
+
+
+def measure_distances(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:
+    """How much attention goes how far back, to meta-tokens and to text, mean over heads."""
+    queries = StratifiedQueries(config.queries, config.seed)
+    found: list[Array] = []
+    for document in subject.documents:
+        profiles = distance_profiles(
+            lens, document.input_ids, is_meta=document.is_meta, branches=("attn",), queries=queries
+        )
+        # (layers, kinds, bins) of one document, mean over heads
+        found.append(np.stack([profile[:, 0].mean(1).numpy(force=True) for profile in profiles.values()]))
+    num_bins = max(profile.shape[-1] for profile in found)
+    padded = [np.pad(profile, ((0, 0), (0, 0), (0, num_bins - profile.shape[-1]))) for profile in found]
+    profiles_by_document = np.stack(padded)
+    for layer in range(profiles_by_document.shape[1]):
+        for kind, name in enumerate(("text", "meta-tokens")):
+            for bin_number in range(num_bins):
+                at: At = {"layer": layer, "to": name, "distance": 2 ** (bin_number - 1) if bin_number else 0}
+                values = profiles_by_document[:, layer, kind, bin_number]
+                findings.add("attention", "mass_by_distance", "1", "A9", values, at=at)
 
 
 def measure_zeroing(lens: Lens, subject: Subject, findings: Findings) -> None:
@@ -228,7 +251,7 @@ def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, fin
                 calibrations=calibrations,
                 seed=config.seed,
                 distances=distances,
-                variants=("raw", "centred"),
+                variants=_FORMS,
             )
             for rows in batches
         ]
@@ -240,7 +263,7 @@ def _record_cosines(found: ExcessCosine, distances: Sequence[int], findings: Fin
     curves = {"meta": found.meta.own, "ordinary": found.ordinary.own, "meta, shuffled": found.meta.shuffled}
     for kind, sums in curves.items():
         means = sums.means  # (documents, variants, layers + 1, distances)
-        for variant, form in enumerate(("raw", "centred")):
+        for variant, form in enumerate(_FORMS):
             for layer in range(means.shape[2]):
                 for index, distance in enumerate(distances):
                     findings.add(

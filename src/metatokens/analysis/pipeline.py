@@ -25,6 +25,7 @@ from metatokens.analysis.lens import Lens
 from metatokens.analysis.measuring import (
     measure_attention,
     measure_causes,
+    measure_distances,
     measure_evictions,
     measure_knock_outs,
     measure_similarity,
@@ -118,7 +119,10 @@ def _parts(
 ) -> Mapping[Part, Callable[[], None]]:
     """Return what can be measured of the subject, in order."""
     of = config.subject
-    parts: dict[Part, Callable[[], None]] = {"attention": lambda: measure_attention(lens, subject, config, findings)}
+
+    def attention() -> None:
+        measure_attention(lens, subject, config, findings)
+        measure_distances(lens, subject, config, findings)
 
     def output() -> None:
         measure_output_changes(lens, subject, findings=findings)
@@ -127,8 +131,11 @@ def _parts(
             measure_text_attribution(lens, subject, findings=findings)
         measure_logit_lenses(lens, subject, findings=findings)
 
-    parts["decodability"] = lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings)
-    parts["output"] = output
+    parts: dict[Part, Callable[[], None]] = {
+        "attention": attention,
+        "decodability": lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings),
+        "output": output,
+    }
     if isinstance(of, TaskSubject):
 
         @cache

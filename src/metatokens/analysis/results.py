@@ -14,6 +14,10 @@ interchange) 0 is before the first block and L after the last.
                      entropy             nats         layer, head
                      meta_mass           1            layer, head
                      meta_lift           ratio        layer, head
+                     effective_keys      keys         layer, head          e^entropy
+                     entropy_without_sink             layer, head          nats, of rows without their first key
+                     mass_by_distance    1            layer, to, distance  mean over heads; from that distance to the
+                                                                           next one; 0 is the token itself
     theory           share_above         1            layer                edges with x >= 0 in the ablated run
                      share_beyond        1            layer                boosted edges beyond the critical boost
                      mechanism           nats         layer                change of H that the meta keys' logits make

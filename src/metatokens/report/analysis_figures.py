@@ -206,6 +206,16 @@ def _draw_similarity(results: Results, arrays: Arrays) -> Figure:
     return figure
 
 
+def _draw_distances(results: Results, arrays: Arrays) -> Figure:
+    del arrays
+    records = [r for r in _present(results, "attention", "mass_by_distance") if r.at.get("distance", 0)]
+    figure, axes = _draw_panels(records, "distance", ("to",), "layer", ("distance, tokens", "attention mass"))
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    return figure
+
+
 def _draw_decodability(results: Results, arrays: Arrays) -> Figure:
     del arrays
     records = [record for record in _present(results, "readouts", "decodability") if "layer" in record.at]
@@ -414,9 +424,17 @@ FIGURES: dict[str, AnalysisFigure] = {
         (
             *(("attention", metric) for metric in ("entropy_drop", "log_odds_boost", "max_score_boost")),
             *(("attention", metric) for metric in ("entropy", "meta_mass", "meta_lift")),
+            *(("attention", metric) for metric in ("effective_keys", "entropy_without_sink")),
         ),
         _draw_maps,
         _drawn_from("attention", ("entropy_drop", "log_odds_boost", "meta_mass"), "layer", "head"),
+    ),
+    "distances": AnalysisFigure(
+        "How far back attention looks",
+        "Mass from each distance to the next, mean over heads and queries; the token itself is in the table alone.",
+        (("attention", "mass_by_distance"),),
+        _draw_distances,
+        _drawn_from("attention", ("mass_by_distance",), "layer", "to", "distance"),
     ),
     "theorem": AnalysisFigure(
         "Where the theorem's premise holds",

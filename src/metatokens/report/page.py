@@ -59,7 +59,7 @@ _SECTIONS = (
         "Entropy and boost",
         "The same documents are run twice, with the meta-tokens' embedding and with it zeroed. A dot marks a head "
         "whose difference survives the correction for all heads (false discovery rate 5%).",
-        ("attention-maps",),
+        ("attention-maps", "distances"),
         ("attention",),
     ),
     _Section(

@@ -10,6 +10,7 @@ from circuits import build_circuit, hand_made_pairs
 from metatokens.analysis import Lens
 from metatokens.analysis.attention_effects import Document
 from metatokens.analysis.attribution import fit_affine_maps, measure_logit_lens, measure_outputs
+from metatokens.analysis.measuring import measure_distances
 from metatokens.analysis.readouts import (
     measure_attribution,
     measure_decodability,
@@ -21,6 +22,7 @@ from metatokens.analysis.readouts import (
 from metatokens.analysis.recording import Findings
 from metatokens.analysis.states import capture_residuals
 from metatokens.analysis.subjects import Subject
+from metatokens.config.analysis import AnalysisConfig, TextSubject
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from tiny_models import META, tiny_model
@@ -135,6 +137,18 @@ def test_shares_of_text_tokens_add_up_to_their_logits_over_the_mean():
         behind = (one.is_meta.long().cumsum(1) > 0)[0, 1:] & ~one.is_meta[0, 1:]
         expected.append(float(over_mean[behind].mean()))
     assert sum(record.value for record in findings.records) == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_attention_by_distance_adds_up_to_all_of_it():
+    findings = Findings(0)
+    config = AnalysisConfig(subject=TextSubject(source="-"), documents=NUM_DOCUMENTS)
+    measure_distances(Lens(tiny_model()), text_subject(), config, findings)
+    assert {record.at["distance"] for record in findings.records} == {0, 1, 2, 4, 8, 16, 32}
+    for layer in (0, 1):
+        masses = [record.value for record in find(findings, "mass_by_distance", layer=layer)]
+        assert sum(masses) == pytest.approx(1, abs=1e-5)
+    (meta,) = find(findings, "mass_by_distance", layer=0, to="meta-tokens", distance=4)
+    assert 0 < meta.low < meta.high < 1
 
 
 def test_strength_of_a_branch_that_adds_nothing_is_zero():

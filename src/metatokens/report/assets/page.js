@@ -188,6 +188,11 @@ const FIGURES = {
       ],
     });
   },
+  distances(node) {
+    const data = flat(find("attention", "mass_by_distance")).filter((d) => d.distance > 0);
+    const kept = someOf(data, "layer", width(node, 900) < 500 ? 2 : 4);
+    return kept.length ? lines(node, kept, { x: "distance", stroke: "to", facet: "layer", xLabel: "distance, tokens", yLabel: "attention mass", log: true, most: 900 }) : null;
+  },
   mechanism(node) {
     const data = [...flat(find("theory", "mechanism")).map((d) => ({ ...d, what: "by the meta keys' logits" })), ...flat(find("theory", "change")).map((d) => ({ ...d, what: "whole change" }))].filter((d) => "layer" in d);
     return data.length ? lines(node, data, { x: "layer", stroke: "what", xLabel: "layer", yLabel: "change of entropy, nats", most: 560 }) : null;
