@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from tokenizers import Tokenizer
 
 from metatokens.analysis.attention_effects import (
     ROW_METRICS,
@@ -27,19 +25,16 @@ from metatokens.analysis.causal import (
     knock_out_meta_attention,
     knock_out_on_text,
     list_knock_outs,
-    patch_map,
 )
 from metatokens.analysis.distance_profiles import distance_profiles
 from metatokens.analysis.eviction import measure_eviction
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pair, make_minimal_pairs
+from metatokens.analysis.minimal_pairs import make_minimal_pairs
 from metatokens.analysis.readouts import measure_attribution
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
-from metatokens.analysis.results import TokenView
 from metatokens.analysis.similarity import ExcessCosine, Variant, calibrate, measure_excess_cosine
 from metatokens.analysis.subjects import Subject, stack
-from metatokens.analysis.token_view import MeasuredView, measure_token_view
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -345,62 +340,6 @@ def measure_knock_outs(lens: Lens, subject: Subject, findings: Findings) -> None
             at=_layers_of(one),
             test=True,
         )
-
-
-def measure_views(
-    lens: Lens, subject: Subject, tokenizer: Tokenizer, config: AnalysisConfig, findings: Findings
-) -> list[TokenView]:
-    """Show some documents token by token, and of a task one prompt of a minimal pair with its patch effects."""
-    calibrations = calibrate(lens, [{"input_ids": document.input_ids} for document in subject.calibration])
-    views: list[TokenView] = []
-
-    def keep(title: str, measured: MeasuredView) -> None:
-        view, arrays = measured.named(title, f"view{len(views)}")
-        views.append(view)
-        findings.arrays.update(arrays)
-
-    for document in subject.documents[: config.token_views]:
-        ids = document.input_ids[0, : config.view_tokens]
-        keep(document.name, measure_token_view(lens, ids, tokenizer.decode, calibrations=calibrations))
-    if not isinstance(config.subject, TaskSubject):
-        return views
-    found = _first_pair(lens, TextEncoder(tokenizer), config.subject, config)
-    if found is None:
-        findings.not_run.append(
-            f"patch effects: no minimal pair of at most {config.view_tokens} tokens with a meta-token behind the item"
-        )
-        return views
-    number, pair = found
-    measured = measure_token_view(
-        lens,
-        torch.from_numpy(pair.clean).to(lens.model.device),
-        tokenizer.decode,
-        calibrations=calibrations,
-        patch_effect=patch_map(lens, pair),
-    )
-    keep(f"minimal pair {number}: clean prompt", measured)
-    return views
-
-
-def _first_pair(
-    lens: Lens, encoder: TextEncoder, subject: TaskSubject, config: AnalysisConfig
-) -> tuple[int, MinimalPair] | None:
-    """Return the first pair that is short enough for a view and has a meta-token behind its item, with its number."""
-    for number in range(subject.pairs):
-        try:
-            pair = make_minimal_pair(
-                subject.task,
-                subject.difficulty,
-                encoder=PieceEncoder(encoder),
-                meta_token_id=int(lens.model.config.meta_token_id),
-                seed=config.seed,
-                index=number,
-            )
-        except UsageError:  # the causal part says why
-            return None
-        if len(pair.later_meta_positions) and len(pair.clean) <= config.view_tokens:
-            return number, pair
-    return None
 
 
 def _accuracy(model: Any, subject: Subject, interventions: tuple[Intervention, ...]) -> Array:

@@ -29,7 +29,6 @@ from metatokens.analysis.measuring import (
     measure_evictions,
     measure_knock_outs,
     measure_similarity,
-    measure_views,
     measure_zeroing,
 )
 from metatokens.analysis.probing import measure_capacity, measure_erasure, measure_probes
@@ -45,6 +44,7 @@ from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples
 from metatokens.analysis.subjects import Subject, task_subject, text_subject
 from metatokens.analysis.verdicts import judge
+from metatokens.analysis.views import measure_views
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError

@@ -31,7 +31,8 @@ LARGEST_PAGE_BYTES = 15_000_000
 """A token view with which the page would be larger is left out, and the page says so."""
 
 _OF_DOCUMENTS = "attention."  # what the keys of arrays begin with that lie behind the heat maps
-_PACKED = frozenset({"uint8", "int8", "uint16", "int16", "float32"})  # the typed arrays of page.js
+_PACKED = frozenset({"uint8", "int8", "uint16", "int16", "float32"})  # the typed arrays of token_view.js
+_SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js", "token_view.js", "page.js")
 _SHOWN_DIGITS = 16  # of a SHA-256; results.json has them all
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -146,9 +147,7 @@ def render_page(results: Results, arrays: Arrays) -> str:
         "sections": [_render_section(section, results, arrays) for section in _SECTIONS],
         "meta_mark": META_MARK,
         "css": Markup(_asset("page.css")),
-        "d3": Markup(_asset("vendor/d3.min.js")),
-        "plot": Markup(_asset("vendor/plot.umd.min.js")),
-        "js": Markup(_asset("page.js")),
+        "scripts": [Markup(_asset(name)) for name in _SCRIPTS],
         "points_json": _embed(_rounded(arrays["theory_points"]) if "theory_points" in arrays else []),
         "documents_json": _embed(_documents_behind_cells(arrays)),
     }
