@@ -183,7 +183,10 @@ def test_the_console_command_reads_a_prompt_from_standard_input_and_ends_with_th
         [*command, work / "run", "--max-text-tokens", "4"], input="A number", capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("A number")
-    assert subprocess.run([*command, work], capture_output=True, check=False).returncode == 4
+    missing = subprocess.run(
+        [*command[:-1], "prepare", work / "missing.txt", "--out", work / "none"], capture_output=True, check=False
+    )
+    assert missing.returncode == 3
 
 
 def test_info_gives_the_papers_sizes():
