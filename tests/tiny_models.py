@@ -4,6 +4,7 @@ GPT-2's initialization is so small that a wrong mask hardly moves a logit; here 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ def tiny_model(
     """Return a model in evaluation mode; equal arguments give equal weights."""
     model = model_class(tiny_config(**changes))
     return randomize(model, seed).to(dtype).eval()
+
+
+shared_model = cache(tiny_model)
+"""The same, made once for equal arguments: for tests that change nothing about it."""
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> Any:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from metatokens.analysis.pipeline import Identity, analyze
-from metatokens.analysis.results import write_results
+from metatokens.analysis.results import read_results, write_results
+from metatokens.config.analysis import AnalysisConfig
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import Injection, PretrainConfig
@@ -23,7 +24,7 @@ from metatokens.data.prepare import prepare, split_of
 from metatokens.data.shards import MANIFEST_NAME, TokenDataset
 from metatokens.data.sources import PYTHON_DOCS, SourceOptions, iterate_documents
 from metatokens.data.tokenizer import TextEncoder
-from metatokens.errors import UsageError
+from metatokens.errors import DataError, UsageError
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.speed import median_ratio, time_in_turns
@@ -40,8 +41,6 @@ from metatokens.training.starting import model_sha256
 VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05
 TEXT_TOKENS = 1_000_000
-SPEED_ROUNDS = 9
-FEWER_SPEED_ROUNDS = 3  # of a demonstration on less text, which is a trial
 SAMPLE_PROMPT = "Return a list of"
 SAMPLE_TEXT_TOKENS = 60
 SAMPLE_TEMPERATURE = 0.8
@@ -58,9 +57,26 @@ RECALL_ARMS = {
     ),
 }
 RECALL_LENGTHS = ("17-32", "33-64", "65-128")
-RECALL_INSTANCES = 200
 ANALYSED_ARM = "meta-attention"
-ANALYSED_INSTANCES = 24
+
+
+@dataclass(frozen=True)
+class Care:
+    """How carefully the demonstration measures what it has trained."""
+
+    speed_rounds: int
+    """In each, one training step of each model is timed."""
+    recall_instances: int
+    """Questions of each length."""
+    analysed_instances: int
+    """Instances, and minimal pairs, that the report is about."""
+    fitted_steps: int
+    """At most, of a bottleneck or a probe of the report."""
+
+
+CARE = Care(speed_rounds=9, recall_instances=200, analysed_instances=24, fitted_steps=300)
+LESS_CARE = Care(speed_rounds=1, recall_instances=50, analysed_instances=8, fitted_steps=50)
+"""Of a demonstration on less text or with fewer steps, which is a trial."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,7 @@ def run_demo(
             shard_tokens=2**28,
             options=SourceOptions(),
         )
+    care = CARE if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_CARE
     configs = demo_configs(folder, text_tokens)
     for arm, config in configs.items():
         text = config.text_tokens_per_block
@@ -157,8 +174,7 @@ def run_demo(
         pretrain(config, folder / arm, show_progress=show_progress, label=arm)
     say("Timing training steps in turns, measuring perplexity, generating ...")
     with TokenDataset.open(tokens) as dataset:
-        rounds = FEWER_SPEED_ROUNDS if text_tokens < TEXT_TOKENS else SPEED_ROUNDS
-        seconds = _time_steps(configs, dataset, rounds)
+        seconds = _time_steps(configs, dataset, care.speed_rounds)
         documents = list(_validation_documents())
         arms = {}
         for arm, config in configs.items():
@@ -190,37 +206,43 @@ def run_demo(
         meta_attention_cost=median_ratio(seconds, "meta", "pause"),
         cost_per_text_token=median_ratio(seconds, "meta", "plain"),
         sample=SAMPLE_PROMPT + sample.text,
-        recall=tuple(_run_recall(folder, recall_configs(recall_steps), say=say, show_progress=show_progress)),
-        report=_report(folder, say) if can_report else None,
+        recall=tuple(_run_recall(folder, recall_configs(recall_steps), care, say=say, show_progress=show_progress)),
+        report=_report(folder, care, say) if can_report else None,
     )
 
 
-def _report(folder: Path, say: Callable[[str], None]) -> str:
-    """Analyse the recall model with meta-attention and return its page."""
+def _report(folder: Path, care: Care, say: Callable[[str], None]) -> str:
+    """Analyse the recall model with meta-attention, unless that is done, and return its page."""
     from metatokens.report.page import write_report
 
-    say("Taking the model with meta-attention apart ...")
-    run = _recall_folder(folder, ANALYSED_ARM)
-    documents = (
-        *("--documents", str(ANALYSED_INSTANCES), "--subject.pairs", str(ANALYSED_INSTANCES)),
+    run, out = _recall_folder(folder, ANALYSED_ARM), folder / "report"
+    instances, steps = str(care.analysed_instances), str(care.fitted_steps)
+    options = (
+        *("--documents", instances, "--subject.pairs", instances),
         # a few small bottlenecks: seconds in place of minutes
         *("--subject.fitted_instances", "400", "--rate_distortion.betas", "[0.03, 0.1, 0.3, 1.0]"),
-        *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", "300", "--probe.max_steps", "300"),
+        *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", steps, "--probe.max_steps", steps),
     )
-    results, arrays = analyze(
-        open_model(run),
-        open_tokenizer(run),
-        analysis_of(run, None, documents),
-        identity=Identity(
-            name=f"{ANALYSED_ARM}, trained to copy",
-            weights_sha256=model_sha256(model_folder(run)),
-            command=" ".join(
-                ["metatokens analyze", str(run), "--out", str(folder / "report"), *map(shlex.quote, documents)]
-            ),
-        ),
+    config = analysis_of(run, None, options)
+    identity = Identity(
+        name=f"{ANALYSED_ARM}, trained to copy",
+        weights_sha256=model_sha256(model_folder(run)),
+        command=" ".join(["metatokens analyze", str(run), "--out", str(out), *map(shlex.quote, options)]),
     )
-    write_results(folder / "report", results, arrays)
-    return str(write_report(folder / "report"))
+    if not _is_analysed(out, config, identity):
+        say("Taking the model with meta-attention apart ...")
+        write_results(out, *analyze(open_model(run), open_tokenizer(run), config, identity=identity))
+    return str(write_report(out))
+
+
+def _is_analysed(folder: Path, config: AnalysisConfig, identity: Identity) -> bool:
+    """Tell whether a folder holds the results of these questions to this model."""
+    try:
+        results, _ = read_results(folder)
+    except DataError:  # none yet, or of another version
+        return False
+    asked = (identity.weights_sha256, identity.command, config.model_dump(mode="json"))
+    return (results.checkpoint["sha256"], results.command, results.config) == asked
 
 
 def _recall_folder(folder: Path, arm: str) -> Path:
@@ -228,7 +250,7 @@ def _recall_folder(folder: Path, arm: str) -> Path:
 
 
 def _run_recall(
-    folder: Path, configs: dict[str, FinetuneConfig], *, say: Callable[[str], None], show_progress: bool
+    folder: Path, configs: dict[str, FinetuneConfig], care: Care, *, say: Callable[[str], None], show_progress: bool
 ) -> Iterator[RecallArm]:
     """Train every arm on the copying task and ask it at its training lengths and beyond."""
     for arm, config in configs.items():
@@ -239,7 +261,7 @@ def _run_recall(
             task=config.task,
             size=config.curriculum[-1].size,
             lengths=RECALL_LENGTHS,
-            instances=RECALL_INSTANCES,
+            instances=care.recall_instances,
             batch_size=config.training.micro_batch_blocks,
         )
         encoder = PieceEncoder(TextEncoder(open_tokenizer(out)))

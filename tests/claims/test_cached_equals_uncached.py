@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
-from tiny_models import ENCODINGS, MAX_LENGTH, assert_close, attention_mask_of, tiny_model, tokens
+from tiny_models import ENCODINGS, MAX_LENGTH, assert_close, attention_mask_of, shared_model, tiny_model, tokens
 
 BATCHES = {
     "one_row": ("x_xx_x__xxxx",),
@@ -55,7 +55,7 @@ def uncached(model: MetaTokenForCausalLM, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
 def test_cached_logits_equal_uncached(batch: str, pieces: str, kind: str, encoding: str) -> None:
-    model = tiny_model(position_encoding=encoding, dtype=torch.float64)
+    model = shared_model(position_encoding=encoding, dtype=torch.float64)
     ids = tokens(*BATCHES[batch])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, CACHES[kind](model.config), PIECES[pieces])
@@ -67,7 +67,7 @@ def test_cached_logits_equal_uncached(batch: str, pieces: str, kind: str, encodi
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_cached_logits_equal_uncached_for_every_encoding_and_backend(kind: str, encoding: str, backend: str) -> None:
-    model = tiny_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64)
+    model = shared_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64)
     ids = tokens(*BATCHES["left_padded"])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 1, 1, 1])
@@ -85,7 +85,7 @@ def test_cached_logits_equal_uncached_for_every_encoding_and_backend(kind: str, 
 def test_cached_logits_equal_uncached_whoever_takes_part_in_meta_attention(
     batch: str, pieces: str, kind: str, encoding: str, backend: str, over: str
 ) -> None:
-    model = tiny_model(
+    model = shared_model(
         meta_attention_over=over,
         random_ratio=0.4,
         position_encoding=encoding,
@@ -103,7 +103,7 @@ def test_cached_logits_equal_uncached_whoever_takes_part_in_meta_attention(
 @torch.no_grad()
 def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, kind: str) -> None:
     # with past keys, sdpa takes a missing mask for an empty cache and drops the newest keys
-    model = tiny_model(dtype=torch.float64)
+    model = shared_model(dtype=torch.float64)
     ids = tokens(*BATCHES[batch])
     cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 3], masked=False)
     assert_close(cached, uncached(model, ids), TOLERANCE)
@@ -112,7 +112,7 @@ def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, k
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_cached_logits_equal_uncached_to_1e_5_in_float32(kind: str) -> None:
-    model = tiny_model()
+    model = shared_model()
     ids = tokens(*BATCHES["left_padded"])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, CACHES[kind](model.config), PIECES["prompt_then_tokens"])
@@ -137,7 +137,7 @@ def test_cached_logits_equal_uncached_when_only_some_layers_have_meta_attention(
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
 def test_logits_after_crop_equal_uncached(batch: str, num_removed: int, encoding: str, over: str) -> None:
-    model = tiny_model(position_encoding=encoding, meta_attention_over=over, random_ratio=0.4, dtype=torch.float64)
+    model = shared_model(position_encoding=encoding, meta_attention_over=over, random_ratio=0.4, dtype=torch.float64)
     before = tokens(*BATCHES[batch])
     kept = before.shape[1] - num_removed
     after = torch.cat([before[:, :kept], tokens(*["_x__x"] * len(before), seed=1)], dim=1)
@@ -152,7 +152,7 @@ def test_logits_after_crop_equal_uncached(batch: str, num_removed: int, encoding
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_logits_after_reordering_beams_equal_those_of_the_reordered_rows(kind: str) -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = shared_model(dtype=torch.float64)
     ids = tokens(*BATCHES["ragged"])
     beams = torch.tensor([2, 0, 2])
     after = torch.cat([ids[beams], tokens("_xx", "x_x", "xx_", seed=1)], dim=1)
@@ -165,7 +165,7 @@ def test_logits_after_reordering_beams_equal_those_of_the_reordered_rows(kind: s
 
 @torch.no_grad()
 def test_logits_after_repeating_and_selecting_rows_equal_those_of_these_rows() -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = shared_model(dtype=torch.float64)
     ids = tokens(*BATCHES["ragged"])
     rows = torch.tensor([0, 2, 3, 5])
     after = torch.cat([ids.repeat_interleave(2, dim=0)[rows], tokens("_xx", "x_x", "xx_", "xxx", seed=1)], dim=1)
@@ -180,7 +180,7 @@ def test_logits_after_repeating_and_selecting_rows_equal_those_of_these_rows() -
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_reset_cache_remembers_nothing(kind: str) -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = shared_model(dtype=torch.float64)
     ids = tokens("x__x_xxx_x")
     cache = CACHES[kind](model.config)
     feed(model, tokens("__x_x_x__x", seed=1), cache, [6, 4])
@@ -191,7 +191,7 @@ def test_reset_cache_remembers_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_cache_holds_a_sequence_of_the_models_full_length(kind: str) -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = shared_model(dtype=torch.float64)
     picture = "__xx" * (MAX_LENGTH // 4)
     ids = tokens(picture)
     caches = {"dynamic": DynamicCache(config=model.config), "static": StaticCache(model.config, MAX_LENGTH)}

@@ -183,7 +183,10 @@ def test_the_console_command_reads_a_prompt_from_standard_input_and_ends_with_th
         [*command, work / "run", "--max-text-tokens", "4"], input="A number", capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("A number")
-    assert subprocess.run([*command, work], capture_output=True, check=False).returncode == 4
+    missing = subprocess.run(
+        [*command[:-1], "prepare", work / "missing.txt", "--out", work / "none"], capture_output=True, check=False
+    )
+    assert missing.returncode == 3
 
 
 def test_info_gives_the_papers_sizes():
@@ -435,10 +438,16 @@ def test_debug_raises_the_error_with_its_traceback():
 
 @pytest.mark.slow
 def test_the_demonstration_runs_at_a_small_size_and_again(tmp_path):
-    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "15000", "--recall-steps", "3")
+    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "10000", "--recall-steps", "3")
     shown = metatokens(*command)
     assert "from_pretrained(" in shown.stdout
-    result = json.loads(metatokens(*command, "--json").stdout)
+    assert "Taking the model with meta-attention apart" in shown.stderr
+    made = {path: path.read_bytes() for path in (tmp_path / "demo/report").rglob("*") if path.is_file()}
+    assert {"results.json", "arrays.npz", "report.html"} <= {path.name for path in made}
+    again = metatokens(*command, "--json")
+    assert "apart" not in again.stderr
+    assert {path: path.read_bytes() for path in made} == made
+    result = json.loads(again.stdout)
     assert result["plain"]["text_tokens"] == result["meta"]["text_tokens"]
     assert result["meta"]["parameters"] - result["plain"]["parameters"] == 4 * (4 * 128 * 128 + 4 * 128)
     assert result["meta"]["perplexity"]["low"] < result["meta"]["perplexity"]["high"]

@@ -295,16 +295,15 @@ def test_an_id_of_the_hub_opens_from_its_cache(neo: Path, tmp_path: Path):
     (repository / "refs" / "main").write_text(revision)
     shutil.copytree(neo, repository / "snapshots" / revision)
 
-    def ask(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "metatokens.cli", "evaluate", name, "--task.kind", "parity"]
-        command += ["--lengths", "[17-24]", "--instances", "4", "--json"]
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-        environment.pop("HF_HUB_CACHE", None)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    asked = ask("owner/tiny-neo")
-    assert asked.returncode == 0, asked.stderr
+    questions = ["--task.kind", "parity", "--lengths", "[17-24]", "--instances", "4", "--json"]
+    # both in one process of its own: the library reads where its cache is when it is imported
+    program = "import sys; from metatokens.cli import main; first, other, *questions = sys.argv[1:]\n"
+    program += "assert main(['evaluate', first, *questions]) == 0\n"
+    program += "sys.exit(main(['evaluate', other, *questions]))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", program, "owner/tiny-neo", "owner/other", *questions]
+    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert asked.returncode == 4, asked.stderr
     assert json.loads(asked.stdout)["models"] == ["owner/tiny-neo"]
-    missing = ask("owner/other")
-    assert missing.returncode == 4
-    assert "on the Hugging Face hub or in its cache" in missing.stderr
+    assert "on the Hugging Face hub or in its cache" in asked.stderr

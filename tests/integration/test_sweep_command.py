@@ -1,9 +1,8 @@
 """Sweeps of runs of a second, in real processes: killed, continued, skipped, and with an arm that fails."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 from test_commands import error_line, metatokens
 from training_runs import DEADLINE_SECONDS, weights
+
+from forked import start_command
 
 pytestmark = pytest.mark.xdist_group("sweep")  # one process makes the sweep that all of them look at
 
@@ -98,9 +99,7 @@ def test_what_is_done_is_skipped_and_a_failing_arm_costs_the_others_nothing(done
     blocked.mkdir(parents=True)
     (blocked / "config.yaml").write_text("seed: 7\n")  # the folder of another run
     (files / "more.yaml").write_text("extends: sweep.yaml\npreset: base.yaml\naxes: {arm: {broken: {}}}\n")
-    command = [sys.executable, "-m", "metatokens.cli", "sweep", files / "more.yaml", "--out", done, "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
+    ended = metatokens("sweep", files / "more.yaml", "--out", done, "--json", code=1)
     results = json.loads(ended.stdout)
     assert (results["runs"], results["done"]) == (3, 2)
     (failure,) = results["failed"]
@@ -116,25 +115,23 @@ def test_a_killed_sweep_ends_as_one_that_was_left_alone(done: Path, files: Path,
     # as many threads as in the other sweep: sums depend on them in the last bits
     arguments = ["sweep", str(files / "one.yaml"), "--out", str(tmp_path), "--jobs", "2"]
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "metatokens.cli", *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    errors = tmp_path / "errors.txt"
 
-    sweep = start()
+    sweep = start_command(arguments, errors)
     wait_until(lambda: steps_of(run) >= 8, sweep)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.communicate()
+    sweep.kill()
+    sweep.join()
     # its training notices within half a second, saves and ends by itself; the steps left take several times as long
     wait_until(lambda: not is_locked(run))
     assert not (run / "result.json").exists()
     stopped_at = steps_of(run)
 
-    sweep = start()
+    sweep = start_command(arguments, errors)
     wait_until(lambda: steps_of(run) >= stopped_at + 8, sweep)
-    sweep.send_signal(signal.SIGTERM)
-    _, errors = sweep.communicate(timeout=DEADLINE_SECONDS)
-    assert sweep.returncode == 75, errors
-    assert "the same command continues from there" in errors
+    os.kill(sweep.pid, signal.SIGTERM)
+    sweep.join(DEADLINE_SECONDS)
+    assert sweep.exitcode == 75, errors.read_text()
+    assert "the same command continues from there" in errors.read_text()
     assert not is_locked(run)
     assert not (run / "result.json").exists()
 
@@ -165,9 +162,9 @@ def is_locked(run: Path) -> bool:
     return bool(RunFolder(run).holder())
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(condition: Callable[[], bool], process: Any = None) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
-        assert process is None or process.poll() is None, process.communicate()
+        assert process is None or process.is_alive(), "the sweep ended too early"
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.005)

@@ -1,11 +1,7 @@
-"""Training runs of a few seconds in processes of their own, for tests that kill them.
-
-The processes are forked from a server that has imported the package once, so that each starts in milliseconds.
-"""
+"""Training runs of a few seconds in processes of their own, for tests that kill them."""
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,6 +12,7 @@ from typing import Any
 
 import torch
 
+from forked import processes
 from metatokens import load_preset, pretrain
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.schema import PretrainConfig, RunConfig
@@ -34,11 +31,6 @@ checkpoint: {{interval_steps: 4}}
 logging: {{interval_steps: 1}}
 """
 DEADLINE_SECONDS = 300  # seconds suffice, but not on a machine that is busy with something else
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["metatokens.training.finetuning", "metatokens.training.pretraining", "torch._dynamo"]
-)  # DDP imports dynamo
 
 
 def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:

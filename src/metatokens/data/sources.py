@@ -10,6 +10,7 @@ file and the row or byte.
 from __future__ import annotations
 
 import ast
+import functools
 import gzip
 import hashlib
 import importlib
@@ -397,12 +398,18 @@ def _python_docs() -> Iterator[Document]:
         for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
             relative = path.relative_to(root)
             module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in string literals of the library
-                tree = ast.parse(path.read_bytes())
-            text = "\n\n".join(_docstrings(tree, module))
+            text = _documentation(path, module)
             if text:
                 yield Document(text, f"python/{relative.as_posix()}")
+
+
+@functools.cache  # two megabytes in all; parsing takes a second or two, and a demonstration reads all of it three times
+def _documentation(path: Path, module: str) -> str:
+    """Return the docstrings of a file of the standard library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in string literals of the library
+        tree = ast.parse(path.read_bytes())
+    return "\n\n".join(_docstrings(tree, module))
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterable[str]:

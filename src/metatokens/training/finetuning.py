@@ -1,6 +1,7 @@
 """Fine-tuning on a recall task under a curriculum (paper section 3), through the loop of pre-training."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,16 @@ def plan(config: FinetuneConfig, out: str | Path) -> dict[str, Any]:
 
 
 def word_tokenizer() -> Tokenizer:
-    """Train a tokenizer in which each word of the tasks is one token."""
+    """Return a tokenizer in which each word of the tasks is one token."""
+    return Tokenizer.from_str(_trained_on_words())
+
+
+@cache  # a sweep asks for it once an arm
+def _trained_on_words() -> str:
     words = (*ITEMS, *NAMES, *SENTENCE_WORDS)
     text = "".join(f" {word} {word.title()}" for word in words) + "".join(f" {number}" for number in range(100))
-    return train_tokenizer([text + "List Bits Text Item Parity Copy Point Count: [ ] | , ."] * 8, WORD_VOCABULARY)
+    text += "List Bits Text Item Parity Copy Point Count: [ ] | , ."
+    return train_tokenizer([text] * 8, WORD_VOCABULARY).to_str()
 
 
 def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:

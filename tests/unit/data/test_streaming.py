@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("hub")  # one process asks for all
 COMMIT = "0" * 40
 TEXTS = ["one héllo", "two", "", "three <|endoftext|>"]
 FILES = {"train.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()}
@@ -59,48 +60,52 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-def documents(hub: str, home: Path, source: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Print the documents of a source in a process whose hub is this one, as JSON lines."""
-    code = """if True:
-        import json, sys
-        from metatokens.data.sources import SourceOptions, iterate_documents
-        for document in iterate_documents(sys.argv[1], SourceOptions(**json.loads(sys.argv[2]))):
-            print(json.dumps(document))
-    """
+WHOLE = ("owner/name", {"text_field": "body"})
+CUT = ("owner/name", {"text_field": "body", "max_documents": 1})
+MISSING = (
+    (("owner/name", {}), "owner/name, row 1: expected the text in 'text', found only body"),
+    (("owner/name", {"split": "test"}), "test"),
+    (("owner/other", {}), "owner/other"),
+)
+READER = """
+import json, sys
+from metatokens.data.sources import SourceOptions, iterate_documents
+from metatokens.errors import DataError
+for source, options in json.loads(sys.argv[1]):
+    try:
+        found = list(iterate_documents(source, SourceOptions(**options)))
+    except DataError as error:
+        found = str(error)
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process whose hub is this one finds under every request, or its DataError: the library loads slowly."""
+    requests, home = [WHOLE, CUT, *(request for request, _ in MISSING)], tmp_path_factory.mktemp("home")
     # the library reads these when it is imported
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home)}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", code, source, json.dumps(options)]
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_a_dataset_is_streamed_document_by_document_with_its_rows(hub: str, tmp_path: Path) -> None:
-    done = documents(hub, tmp_path, "owner/name", text_field="body")
+    command = [sys.executable, "-c", READER, json.dumps(requests)]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(map(json.dumps, requests), answers, strict=True))
+
+
+def test_a_dataset_is_streamed_document_by_document_with_its_rows(found: dict[str, Any]) -> None:
     expected = [["one héllo", "owner/name, row 1"], ["two", "owner/name, row 2"]]
     expected.append(["three <|endoftext|>", "owner/name, row 4"])  # row 3 is empty
-    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    assert found[json.dumps(WHOLE)] == expected
 
 
-def test_a_streamed_dataset_can_be_cut_short(hub: str, tmp_path: Path) -> None:
-    done = documents(hub, tmp_path, "owner/name", text_field="body", max_documents=1)
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line)[0] for line in done.stdout.splitlines()] == ["one héllo"]
+def test_a_streamed_dataset_can_be_cut_short(found: dict[str, Any]) -> None:
+    assert [text for text, _ in found[json.dumps(CUT)]] == ["one héllo"]
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "named"),
-    [
-        ("owner/name", {}, "owner/name, row 1: expected the text in 'text', found only body"),
-        ("owner/name", {"split": "test"}, "test"),
-        ("owner/other", {}, "owner/other"),
-    ],
-)
-def test_what_a_hub_does_not_have_is_a_data_error(
-    hub: str, tmp_path: Path, source: str, options: dict[str, object], named: str
-) -> None:
-    done = documents(hub, tmp_path, source, **options)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("metatokens.errors.DataError: ")
-    assert named in last
+@pytest.mark.parametrize(("asked", "named"), MISSING, ids=["field", "split", "dataset"])
+def test_what_a_hub_does_not_have_is_a_data_error(found: dict[str, Any], asked: Any, named: str) -> None:
+    error = found[json.dumps(asked)]
+    assert isinstance(error, str)
+    assert named in error

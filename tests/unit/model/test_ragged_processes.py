@@ -1,57 +1,48 @@
 """Two processes under DistributedDataParallel, one of which has no meta-token in its batch."""
 
-import subprocess
-import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+from forked import processes
 from tiny_models import gradients, tiny_model, tokens
 
 ROWS = ("x_xx_x", "xxxxxx")  # of rank 0 and of rank 1
 DEADLOCK_SECONDS = 25
-PROGRAM = f"""
-import sys
-from datetime import timedelta
-sys.path[:0] = {{path!r}}
-import torch
-import torch.distributed as dist
-from tiny_models import gradients, tiny_model, tokens
-from torch.nn.parallel import DistributedDataParallel
 
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group(
-    "gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=timedelta(seconds={DEADLOCK_SECONDS})
-)
-model = DistributedDataParallel(tiny_model().train())
-ids = tokens({ROWS!r}[rank])
-for _ in range(2):
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-torch.save(gradients(model.module), out)
-dist.destroy_process_group()
-"""
+
+def train(rank: int, store: Path, out: Path) -> None:
+    """Be one of the two: leave the gradients after two steps."""
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=DEADLOCK_SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
+    model = DistributedDataParallel(tiny_model().train())
+    ids = tokens(ROWS[rank])
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+    torch.save(gradients(model.module), out)
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_processes_of_which_one_has_no_meta_tokens_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
-    program = PROGRAM.format(path=sys.path)
     outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(tmp_path / "store"), str(out)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outputs)
+    started = [
+        processes.Process(target=train, args=(rank, tmp_path / "store", out)) for rank, out in enumerate(outputs)
     ]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=4 * DEADLOCK_SECONDS)
-            assert process.returncode == 0, errors
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(4 * DEADLOCK_SECONDS)
+            assert process.exitcode == 0
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
     first, second = (torch.load(out) for out in outputs)
 

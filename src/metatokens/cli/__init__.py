@@ -1,0 +1,83 @@
+"""The command line: parse, dispatch, exit code, error text. A file a verb; what it does lives elsewhere.
+
+Every verb takes `--json` (the result alone on standard output); those that work long take `--dry-run`. Anything wrong
+is one line on standard error and the exit code of `metatokens.errors`; `--debug` shows the traceback. A verb's file
+imports what is heavy when it is run, so that `metatokens --help` imports no torch.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import metatokens
+from metatokens.cli import (
+    analyze,
+    demo,
+    evaluate,
+    extend,
+    finetune,
+    generate,
+    info,
+    perplexity,
+    prepare,
+    pretrain,
+    report,
+    sweep,
+)
+from metatokens.cli.arguments import Parser, Verb
+from metatokens.errors import MetaTokensError, Preempted, ResourceError
+
+# in the order of the help
+VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            options = _parse([argument for argument in arguments if argument != "--debug"])
+            verb: Verb = options.verb
+            return verb(options)
+    except (MetaTokensError, Preempted) as error:
+        if debug:
+            raise
+        if not error.is_repeated:
+            print(f"metatokens: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("metatokens: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # the top level: whatever it is, it ends in one line
+        if debug:
+            raise
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "lower training.micro_batch_blocks" if out_of_memory else "--debug shows where"
+        print(f"metatokens: {cause}; {remedy}", file=sys.stderr)
+        return ResourceError.exit_code if out_of_memory else 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="metatokens", description="Language models with learned meta-tokens.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"metatokens {metatokens.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add(verbs)
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not options.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    options.overrides = overrides
+    return options
+
+
+def _show_warning(message: Warning | str, *details: Any) -> None:
+    del details
+    print(f"metatokens: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""`metatokens analyze`: take a model apart."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_overrides, add_verb
+from metatokens.cli.output import emit, say
+from metatokens.errors import UsageError
+from metatokens.report.console import show_table, show_verdicts
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "take a model apart: attention, cause, compression, with intervals and a verdict on each claim of the paper"
+    parser = add_verb(verbs, "analyze", _run, text, long=True)
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("--text", help="a source as for `prepare`; without it the instances of the run's recall task")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.json and arrays.npz")
+    add_overrides(parser, "metatokens.config.analysis:AnalysisConfig")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.analysis.pipeline import Identity, analyze
+    from metatokens.analysis.results import write_results
+    from metatokens.analysis.subjects import check_model
+    from metatokens.data.sources import source_files
+    from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
+    from metatokens.training.starting import model_sha256
+
+    config = analysis_of(options.checkpoint, options.text, options.overrides)
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError("--out", expected="a folder", found=f"a file {options.out}", remedy="name another")
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    check_model(model)
+    if options.text is not None:
+        source_files(options.text)
+    if options.dry_run:
+        plan = {"out": str(options.out), **config.model_dump(mode="json")}
+        return emit(options, plan, lambda: show_table("analyze would measure", plan))
+    text = ["--text", options.text] if options.text else []
+    words = ["metatokens", "analyze", str(options.checkpoint), *text, "--out", str(options.out), *options.overrides]
+    identity = Identity(
+        name="/".join(options.checkpoint.absolute().parts[-2:]),
+        weights_sha256=model_sha256(model_folder(options.checkpoint)),
+        command=shlex.join(words),
+    )
+    results, arrays = analyze(model, tokenizer, config, identity=identity, say=say)
+    write_results(options.out, results, arrays)
+    return emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))

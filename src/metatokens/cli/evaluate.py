@@ -1,0 +1,53 @@
+"""`metatokens evaluate`: accuracy on a recall task."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_interventions, add_overrides, add_verb
+from metatokens.cli.output import emit, say
+from metatokens.report.console import show_recall, show_table
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "accuracy on a recall task by length of the prompt and intervention, with intervals"
+    parser = add_verb(verbs, "evaluate", _run, text, long=True)
+    parser.add_argument(
+        "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several are one arm, a seed each"
+    )
+    add_interventions(parser)
+    parser.add_argument("--out", type=Path, help="file for the result as JSON, whatever is shown")
+    add_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.data.tokenizer import TextEncoder
+    from metatokens.evaluation.interventions import check_interventions, parse_intervention
+    from metatokens.evaluation.recall import evaluate_recall, report
+    from metatokens.tasks.base import PieceEncoder
+    from metatokens.training.distributed import choose_device
+    from metatokens.training.loading import open_model, open_tokenizer, questions_to
+
+    config = questions_to(options.checkpoints[0], options.overrides)
+    interventions = tuple(parse_intervention(text) for text in options.intervention)
+    model = open_model(options.checkpoints[0])
+    check_interventions(model, interventions)
+    device = choose_device(config.device)
+    if options.dry_run:
+        plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
+        return emit(options, plan, lambda: show_table("evaluate would ask", plan))
+    rows = evaluate_recall(
+        (open_model(path).to(device) for path in options.checkpoints),
+        config,
+        PieceEncoder(TextEncoder(open_tokenizer(options.checkpoints[0]))),
+        interventions=interventions,
+        progress=None if options.json else say,
+    )
+    result = report(rows, config, [str(path) for path in options.checkpoints], model)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return emit(options, result, lambda: show_recall(result))

@@ -1,0 +1,49 @@
+"""`metatokens extend`: a longer window for a trained model."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_overrides, add_verb
+from metatokens.cli.output import emit
+from metatokens.report.console import show_table
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "give a model a longer window: scale its RoPE, then train shortly on long blocks; picks up where it was"
+    parser = add_verb(verbs, "extend", _run, text, long=True)
+    parser.add_argument("checkpoint", type=Path, help="run, model or checkpoint folder of the trained model")
+    parser.add_argument(
+        "--method", choices=("yarn", "linear", "dynamic"), default="yarn", help="how RoPE is scaled (default: yarn)"
+    )
+    parser.add_argument("--factor", type=float, default=4.0, help="new window / present window (default: 4)")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; with --no-training, a new model folder")
+    parser.add_argument("--preset", default="paper/extend", help="of the training: paper/extend, small/extend ...")
+    parser.add_argument("--no-training", action="store_true", help="only write the model with its RoPE scaled")
+    add_overrides(parser, "metatokens.config.schema:PretrainConfig")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.training.distributed import is_main_process
+    from metatokens.training.extension import describe_extension, plan_extension, write_untrained
+    from metatokens.training.pretraining import plan, pretrain
+
+    config = plan_extension(
+        options.checkpoint,
+        method=options.method,
+        factor=options.factor,
+        preset=options.preset,
+        overrides=options.overrides,
+    )
+    rows = {"out": str(options.out), **describe_extension(config)}
+    if options.dry_run:
+        more = write_untrained(config, options.out, dry_run=True) if options.no_training else plan(config, options.out)
+        rows |= more
+        return emit(options, rows, lambda: show_table("extend would do", rows))
+    if options.no_training:
+        result = write_untrained(config, options.out) if is_main_process() else {}
+    else:
+        result = {**asdict(pretrain(config, options.out)), **describe_extension(config)}
+    return emit(options, result, lambda: show_table("extended", result)) if is_main_process() else 0

@@ -1,0 +1,34 @@
+"""`metatokens finetune`: train on a recall task."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_run, add_verb
+from metatokens.cli.output import emit
+from metatokens.report.console import show_table
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "train on a recall task under a curriculum; picks up where it was; under torchrun on several devices"
+    add_run(add_verb(verbs, "finetune", _run, text, long=True), "metatokens.config.finetuning:FinetuneConfig")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.finetuning import FinetuneConfig
+    from metatokens.config.loading import load_preset
+
+    config = load_preset(options.preset, options.overrides, schema=FinetuneConfig)
+    from metatokens.training.distributed import is_main_process
+    from metatokens.training.finetuning import finetune, plan
+
+    out = options.out or Path("runs") / Path(options.preset).stem
+    if options.dry_run:
+        rows = {"out": str(out), **plan(config, out)}
+        return emit(options, rows, lambda: show_table("finetune would do", rows))
+    result = finetune(config, out)
+    if not is_main_process():
+        return 0
+    return emit(options, result, lambda: show_table("fine-tuned", asdict(result)))

@@ -1,0 +1,57 @@
+"""`metatokens generate`: continue a prompt."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_verb, at_least, share
+from metatokens.cli.output import emit
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    parser = add_verb(verbs, "generate", _run, "continue a prompt, with meta-tokens on a schedule")
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
+    parser.add_argument("--max-text-tokens", type=at_least(1), default=100, help="text tokens to write")
+    parser.add_argument(
+        "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens go"
+    )
+    parser.add_argument("--every", type=at_least(1), default=9, help="periodic: text tokens between meta-tokens")
+    parser.add_argument("--ratio", type=share, default=0.1, help="uniform: chance of a meta-token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of sampling and of the uniform schedule")
+    parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
+    from metatokens.training.loading import open_model, open_tokenizer
+
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    schedules: dict[str, Callable[[], Any]] = {
+        "none": NoSchedule,
+        "periodic": lambda: PeriodicSchedule(text_tokens=options.every),
+        "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
+    }
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    unseen = iter([prompt])  # shown with the first piece, when nothing refuses it any more
+    stream = None if options.json else lambda text: print(next(unseen, "") + text, end="", flush=True)
+    result = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        schedule=schedules[options.schedule](),
+        max_text_tokens=options.max_text_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=stream,
+        show_meta=options.show_meta,
+    )
+    return emit(options, result, lambda: print(next(unseen, "")))

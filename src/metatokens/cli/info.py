@@ -1,0 +1,64 @@
+"""`metatokens info`: what a model costs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_verb, at_least
+from metatokens.cli.output import emit
+from metatokens.errors import UsageError
+from metatokens.report.console import show_table
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "parameters, operations per token, memory, and what differs from the paper"
+    parser = add_verb(verbs, "info", _run, text)
+    parser.add_argument("model", nargs="?", help="preset, YAML file, or model, checkpoint or run folder")
+    parser.add_argument("--text-vocab-size", type=at_least(1), default=50_257, help="tokens of the text, for a preset")
+    parser.add_argument("--presets", action="store_true", help="list the presets")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.loading import preset_names
+
+    if options.presets or options.model is None:
+        names = preset_names()
+        return emit(options, {"presets": names}, lambda: print("\n".join(names)))
+    from metatokens.baselines.building import build_config
+    from metatokens.baselines.pretrained import PretrainedCausalLM
+    from metatokens.config.finetuning import FinetuneConfig, FreshStart
+    from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
+    from metatokens.config.schema import PretrainConfig
+    from metatokens.evaluation.speed import describe_model, describe_pretrained
+    from metatokens.training.loading import open_model, pretraining_of
+
+    folder = Path(options.model)
+    vocab_size = options.text_vocab_size
+    run: PretrainConfig | None = None
+    if folder.is_dir():
+        model = open_model(folder)
+        if isinstance(model, PretrainedCausalLM):
+            result = describe_pretrained(model)
+            return emit(options, result, lambda: show_table(options.model, result))
+        config, run = model.config, pretraining_of(folder)
+    elif is_finetuning(options.model):
+        start = load_preset(options.model, schema=FinetuneConfig).start
+        if not isinstance(start, FreshStart):
+            raise UsageError(
+                options.model,
+                expected="a preset with a model of its own",
+                found=f"one that starts from {start.path}",
+                remedy="ask for that checkpoint",
+            )
+        config = build_config(start.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
+    else:
+        run = load_preset(options.model)
+        config = build_config(run.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
+    if run is None:
+        result = describe_model(config)
+    else:
+        block_size = run.data.block_size
+        result = describe_model(config, block_size=block_size, num_meta=run.injection.num_meta(block_size))
+        result["differs_from_the_paper"] = differences_from_paper(run)
+    return emit(options, result, lambda: show_table(options.model, result))

@@ -1,0 +1,85 @@
+"""`metatokens perplexity`: windowed perplexity on text."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_interventions, add_verb, at_least, share
+from metatokens.cli.output import emit
+from metatokens.errors import UsageError
+from metatokens.report.console import show_perplexity, show_table
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    parser = add_verb(verbs, "perplexity", _run, "windowed perplexity of a model on text", long=True)
+    parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
+    parser.add_argument("text", help="a source as for `prepare`; every document is scored on its own")
+    parser.add_argument("--window", type=at_least(1), help="length of a window (default: all positions of the model)")
+    parser.add_argument(
+        "--window-unit", choices=("text", "positions"), default="text", help="whether meta-tokens count in the window"
+    )
+    parser.add_argument(
+        "--stride",
+        type=at_least(1),
+        help="text tokens that a sliding window moves by (default: 256, at most half a window)",
+    )
+    parser.add_argument(
+        "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
+    )
+    parser.add_argument("--ratio", type=share, default=0.1, help="share of positions that are meta-tokens")
+    add_interventions(parser)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the uniform injection")
+    parser.add_argument("--max-documents", type=at_least(1), help="stop after so many documents")
+    parser.add_argument("--max-tokens", type=at_least(1), help="score the first so many text tokens of each document")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="windows of one forward pass")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.data.sources import SourceOptions, iterate_documents
+    from metatokens.evaluation.interventions import check_interventions, parse_intervention
+    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
+    from metatokens.training.loading import open_model, open_tokenizer
+
+    interventions = tuple(parse_intervention(text) for text in options.intervention)
+    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    check_interventions(model, interventions)
+    injection = _injection(options.injection, options.ratio)
+    measured = PerplexityOptions(
+        window=options.window or _whole_window(model),
+        window_unit=options.window_unit if options.window else "positions",
+        stride=options.stride,
+        injection=injection,
+        interventions=interventions,
+        seed=options.seed,
+        max_tokens_per_document=options.max_tokens,
+        batch_size=options.batch_size,
+    )
+    documents = (
+        (d.source, d.text) for d in iterate_documents(options.text, SourceOptions(max_documents=options.max_documents))
+    )
+    if options.dry_run:
+        TokenScorer(model, tokenizer, measured)  # its checks are those of the measurement
+        names = [name for name, _ in documents]
+        rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
+        rows["interventions"] = options.intervention or None
+        return emit(options, rows, lambda: show_table("perplexity would score", rows))
+    result = measure_perplexity(model, documents, tokenizer, measured)
+    return emit(options, result, lambda: show_perplexity(result))
+
+
+def _injection(kind: str, ratio: float) -> Any:
+    from metatokens.config.schema import NoInjection, PeriodicInjection, UniformInjection
+
+    if kind == "none":
+        return NoInjection()
+    return {"periodic": PeriodicInjection, "uniform": UniformInjection}[kind](ratio=ratio)
+
+
+def _whole_window(model: Any) -> int:
+    from metatokens.generation.decoding import sequence_limit
+
+    limit = sequence_limit(model)
+    if limit is None:
+        raise UsageError("--window", expected="a length", found="none, and a model without a limit", remedy="set it")
+    return limit

@@ -1,0 +1,25 @@
+"""`metatokens report`: render an analysis."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_verb
+from metatokens.cli.output import emit
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    parser = add_verb(verbs, "report", _run, "render an analysis as one HTML page, and as figures for papers")
+    parser.add_argument("results", type=Path, help="folder that `analyze` wrote")
+    parser.add_argument("--out", type=Path, help="folder of the page and the figures (default: that folder)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.report.requirements import PAGE_PACKAGES, require
+
+    require("report", PAGE_PACKAGES)
+    from metatokens.report.page import write_report
+
+    page = write_report(options.results, options.out)
+    return emit(options, {"page": str(page)}, lambda: print(page))

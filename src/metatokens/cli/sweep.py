@@ -1,0 +1,50 @@
+"""`metatokens sweep`: a grid of runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from metatokens.cli.arguments import add_overrides, add_verb, at_least
+from metatokens.cli.output import emit, say
+from metatokens.report.console import show_rows
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the parser."""
+    text = "fine-tune and evaluate a grid of runs; skips what is done and picks up where it was"
+    parser = add_verb(verbs, "sweep", _run, text, long=True)
+    parser.add_argument("file", type=Path, help="YAML file of the sweep")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument(
+        "--jobs", type=at_least(1), default=1, help="runs at a time, which share the cores of this machine"
+    )
+    places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
+    parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
+    add_overrides(parser, "metatokens.config.sweep:SweepConfig")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.sweep import load_sweep
+
+    sweep = load_sweep(options.file, options.overrides)
+    from metatokens.report.requirements import FIGURE_PACKAGES, require
+    from metatokens.report.tables import to_rich
+    from metatokens.sweep.planning import describe_plan, plan_sweep
+    from metatokens.sweep.running import make_slots, parse_gpus
+    from metatokens.sweep.writing import run_and_write
+
+    slots = make_slots(options.jobs, parse_gpus(options.gpus))
+    if options.figures:
+        require("--figures", FIGURE_PACKAGES)
+    runs = plan_sweep(sweep, options.out, str(options.file))
+    if options.dry_run:
+        plan = describe_plan(sweep, runs)
+        return emit(options, plan, lambda: show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
+    results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
+    from rich.console import Console
+
+    emit(options, results, lambda: Console().print(*to_rich(results)))
+    for failure in results.failed:
+        say(f"metatokens: {failure.run}: {failure.error}")
+    return int(bool(results.failed))
