@@ -5,6 +5,7 @@ Then trains three models from scratch to copy a marked span of words: with meta-
 no meta-attention, and a plain one with about as many parameters. Last it takes the first of these apart, in a report.
 """
 
+import json
 import shlex
 import statistics
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ RECALL_ARMS = {
 }
 RECALL_LENGTHS = ("17-32", "33-64", "65-128")
 ANALYSED_ARM = "meta-attention"
+ANALYSED_STATES = ("last meta-token", "token before it", "last token")
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ def _report(folder: Path, care: Care, say: Callable[[str], None]) -> str:
         *("--documents", instances, "--subject.pairs", instances),
         # a few small bottlenecks: seconds in place of minutes
         *("--subject.fitted_instances", "400", "--rate_distortion.betas", "[0.03, 0.1, 0.3, 1.0]"),
+        *("--states", json.dumps(ANALYSED_STATES)),
         *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", steps, "--probe.max_steps", steps),
     )
     config = analysis_of(run, None, options)
