@@ -252,7 +252,7 @@ def _draw_panels(
 
 def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    figure, (axis,) = _figure(SINGLE_COLUMN * 1.2, 2.8)
+    figure, (axis,) = _figure(SINGLE_COLUMN * 1.6, 2.8)
     rates = {(r.at["state"], r.at["beta"]): _value(r) for r in _present(results, "rate_distortion", "rate")}
     distortions = _present(results, "rate_distortion", "distortion")
     for style, state in enumerate(_names(distortions, "state")):
@@ -265,8 +265,17 @@ def _draw_rate_distortion(results: Results, arrays: Arrays) -> Figure:
             axis.axhline(_value(remaining[state]), color=COLOURS[style % len(COLOURS)], linestyle=":", linewidth=0.8)
     for record in _present(results, "rate_distortion", "label_entropy"):
         axis.axhline(_value(record), color="k", linestyle="--", linewidth=0.8, label="H(Y)")
-    _finish(axis, "rate, nats", "distortion, nats")
+    axis.set_xscale("function", functions=(_root, np.square))  # small rates are where states differ
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(8))
+    _finish(axis, "rate, nats (root scale)", "distortion, nats", legend=False)
+    figure.legend(fontsize=6, frameon=False, loc="outside right upper")
     return figure
+
+
+def _root(rates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return roots; matplotlib asks for them a little below 0, too."""
+    return np.sqrt(np.clip(rates, 0, None))
 
 
 def _draw_bars(results: Results, section: Section, metric: str, keys: tuple[str, ...], label: str) -> Figure:

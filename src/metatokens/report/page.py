@@ -92,8 +92,10 @@ _SECTIONS = (
     _Section(
         "compression",
         "Compression: rate, distortion and probes",
-        "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Probes "
-        "ask the same states for more; what they find counts as used only where its erasure costs the answer.",
+        "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Its "
+        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no model made. "
+        "Linear probes ask the same states for more; what they find counts as used only where its erasure costs the "
+        "answer.",
         ("rate-distortion", "probes", "erasure"),
         ("rate_distortion", "probes"),
     ),

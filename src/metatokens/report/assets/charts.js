@@ -120,14 +120,14 @@ function outline(rect) {
   rect.ownerSVGElement.append(frame);
 }
 
-function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, rules, also = [], most = 720 }) {
+function lines(node, data, { x, stroke, xLabel, yLabel, facet, log, root, rules, also = [], most = 720 }) {
   const places = [...new Set(data.map((d) => d[x]))];
   const names = [...new Set(data.map((d) => String(d[stroke])))];
   const common = { x, stroke: (d) => String(d[stroke]), ...(facet ? { fx: facet } : {}) };
   return Plot.plot({
     width: width(node, most), height: 300, marginLeft: 52, marginBottom: 40,
-    x: { label: xLabel, type: log ? "log" : "linear", base: 2, nice: !log, ...(log || x === "layer" ? { ticks: places, tickFormat: log ? "~g" : "d" } : {}) },
-    y: { label: yLabel, grid: true, nice: true }, fx: { label: facet || null },
+    x: { label: xLabel, type: log ? "log" : root ? "sqrt" : "linear", base: 2, nice: !log, ...(log || x === "layer" ? { ticks: places, tickFormat: log ? "~g" : "d" } : {}) },
+    y: { label: yLabel, grid: true, nice: true }, fx: { label: facet === "direction" ? null : facet || null },
     color: { domain: names, range: COLOURS(), legend: true },
     marks: [
       Plot.ruleY([0], { strokeOpacity: 0.4 }), ...(rules || []),
@@ -229,7 +229,9 @@ const FIGURES = {
   },
   "rate-distortion"(node) {
     const rate = new Map(find("rate_distortion", "rate").map((r) => [`${r.at.state}|${r.at.beta}`, r.value]));
-    const data = flat(find("rate_distortion", "distortion")).map((d) => ({ ...d, rate: rate.get(`${d.state}|${d.beta}`) })).filter((d) => d.rate !== undefined).sort((a, b) => a.rate - b.rate);
+    const data = flat(find("rate_distortion", "distortion")).map((d) => ({ ...d, rate: rate.get(`${d.state}|${d.beta}`) })).filter((d) => d.rate !== undefined);
+    const order = new Map([...new Set(data.map((d) => d.state))].map((state, index) => [state, index]));
+    data.sort((a, b) => order.get(a.state) - order.get(b.state) || a.rate - b.rate);
     if (!data.length) return null;
     const last = d3.max(data, (d) => d.rate);
     const rules = find("rate_distortion", "label_entropy").flatMap((r) => [
@@ -239,7 +241,7 @@ const FIGURES = {
     const states = new Set(data.map((d) => d.state));
     const left = flat(find("probes", "remaining_entropy")).filter((d) => states.has(d.state));
     rules.push(Plot.ruleY(left, { y: "value", stroke: "state", strokeDasharray: "1,3" }));
-    return lines(node, data, { x: "rate", stroke: "state", xLabel: "rate, nats", yLabel: "distortion, nats", rules, also: ["beta"], most: 640 });
+    return lines(node, data, { x: "rate", stroke: "state", xLabel: "rate, nats (root scale)", yLabel: "distortion, nats", root: true, rules, also: ["beta"], most: 640 });
   },
   zeroing(node) {
     const data = flat(find("causal", "accuracy")).filter((d) => "intervention" in d);
@@ -250,8 +252,8 @@ const FIGURES = {
     return data.length ? bars(node, data, { y: "condition", xLabel: "logit of the answer minus the foil's", title: "logit difference" }) : null;
   },
   interchange(node) {
-    const data = flat(find("causal", "interchange")).filter((d) => "layer" in d && "where" in d && (d.window ?? 1) === 1).map((d) => ({ ...d, put: d.direction === "noise" ? "corrupt into clean" : "clean into corrupt" }));
-    return data.length ? lines(node, data, { x: "layer", stroke: "where", facet: "put", xLabel: "layer", yLabel: "share of the way to the other prompt", most: 900 }) : null;
+    const data = flat(find("causal", "interchange")).filter((d) => "layer" in d && "where" in d && (d.window ?? 1) === 1).map((d) => ({ ...d, direction: d.direction === "noise" ? "corrupt into clean" : "clean into corrupt" }));
+    return data.length ? lines(node, data, { x: "layer", stroke: "where", facet: "direction", xLabel: "layer", yLabel: "share of the way to the other prompt", most: 900 }) : null;
   },
   knockout(node) {
     const data = flat(find("causal", "knockout")).filter((d) => "layer" in d && "mode" in d);
@@ -266,9 +268,10 @@ const FIGURES = {
     if (!data.length) return null;
     const states = [...new Set(data.map((d) => d.state))], targets = [...new Set(data.map((d) => d.target))];
     return Plot.plot({
-      width: width(node, 640), height: 50 + targets.length * (22 + 17 * states.length), marginLeft: 16 + 6.2 * d3.max(states, (s) => s.length), marginRight: 96, marginBottom: 40,
-      x: { label: "usable information, nats", grid: true, nice: true }, y: { label: null, domain: states }, fy: { label: null, domain: targets },
+      width: width(node, 640), height: 50 + targets.length * (22 + 17 * states.length), marginLeft: 16 + 6.2 * d3.max(states, (s) => s.length), marginRight: 12, marginBottom: 40,
+      x: { label: "usable information, nats", grid: true, nice: true }, y: { label: null, domain: states }, fy: { axis: null, domain: targets, padding: 0.16 },
       marks: [
+        Plot.text(targets.map((target) => ({ target })), { fy: "target", text: (d) => `of ${d.target}`, frameAnchor: "top-right", dy: -12, fontWeight: 600 }),
         Plot.ruleX([0]),
         Plot.ruleY(data.filter((d) => d.low !== null), { x1: "low", x2: "high", y: "state", fy: "target", strokeWidth: 2 }),
         Plot.dot(data, { x: "value", y: "state", fy: "target", r: 3.2, fill: COLOURS()[0] }),
