@@ -14,8 +14,6 @@ from training_runs import DEADLINE_SECONDS, weights
 
 from forked import start_command
 
-pytestmark = pytest.mark.xdist_group("sweep")  # one process makes the sweep that all of them look at
-
 SWEEP = """
 preset: base.yaml
 axes:

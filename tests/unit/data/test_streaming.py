@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("hub")  # one process asks for all
 COMMIT = "0" * 40
 TEXTS = ["one héllo", "two", "", "three <|endoftext|>"]
 FILES = {"train.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()}

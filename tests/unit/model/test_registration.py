@@ -67,7 +67,6 @@ def fixture_outcomes() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("registration")  # one process tries them all
 @pytest.mark.parametrize("order", PROGRAMS)
 def test_auto_classes_know_the_model_whatever_is_imported_first(outcomes: list[str], order: str) -> None:
     assert f"{order}: registered" in outcomes
