@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metatokens.analysis import ops as ops
-    from metatokens.analysis.capacity import recall_by_items as recall_by_items
     from metatokens.analysis.causal import block_paths as block_paths
     from metatokens.analysis.causal import interchange as interchange
     from metatokens.analysis.causal import knock_out_meta_attention as knock_out_meta_attention
@@ -35,7 +34,6 @@ _HOMES = {
     "make_minimal_pairs": "metatokens.analysis.minimal_pairs",
     "measure_eviction": "metatokens.analysis.eviction",
     "measure_recall_after_eviction": "metatokens.analysis.eviction",
-    "recall_by_items": "metatokens.analysis.capacity",
 }
 _MODULES = ("ops",)
 __all__ = [*sorted(_HOMES), *_MODULES]  # noqa: PLE0604 - every name is a string

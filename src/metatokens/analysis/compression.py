@@ -11,6 +11,7 @@ from metatokens.analysis.rate_distortion import RateDistortionCurve, compare_hul
 from metatokens.analysis.recording import At, Findings
 from metatokens.analysis.sampled_states import ANSWER, Samples
 from metatokens.config.analysis import AnalysisConfig, FittedState
+from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 
 META: FittedState = "last meta-token"
@@ -18,8 +19,16 @@ BEFORE: FittedState = "token before it"
 
 
 def measure_compression(samples: Samples, config: AnalysisConfig, findings: Findings) -> None:
-    """Fit bottlenecks to every state, and compare that of the meta-token with the others at equal rate."""
+    """Fit bottlenecks to every state, and compare that of the meta-token with the others at equal rate.
+
+    Raises:
+        UsageError: all instances have the same answer, or there are too few of them.
+    """
     labels = samples.labels[ANSWER]
+    if len(np.unique(labels)) < 2:
+        raise UsageError(
+            "answers", expected="at least 2 that differ", found="one alone", remedy="choose another task or tokenizer"
+        )
     instances = np.arange(len(labels))
     curves = {}
     for name, states in samples.states.items():
@@ -29,7 +38,16 @@ def measure_compression(samples: Samples, config: AnalysisConfig, findings: Find
     some = next(iter(curves.values()))
     num_test = len(some.document_ids)
     plug_in = Interval(some.label_entropy, None, None)  # of the test labels' own frequencies
-    findings.add_interval("rate_distortion", "label_entropy", "nats", "V1", plug_in, documents=num_test, at={})
+    findings.add_interval(
+        "rate_distortion",
+        "label_entropy",
+        "nats",
+        "V1",
+        plug_in,
+        documents=num_test,
+        at={},
+        note="of the test labels' frequencies",
+    )
     if META not in curves:
         return
     for other in [name for name in curves if name != META]:

@@ -91,7 +91,15 @@ class DocumentSums:
 
 
 def merge_documents(parts: Sequence[DocumentSums]) -> DocumentSums:
-    """Add up what was measured in several batches; a document may be spread over them."""
+    """Add up what was measured in several batches; a document may be spread over them.
+
+    Raises:
+        UsageError: no batch.
+    """
+    if not parts:
+        raise UsageError(
+            "documents", expected="one to measure", found="none", remedy="choose documents that have meta-tokens"
+        )
 
     def merge(first: DocumentSums, second: DocumentSums) -> DocumentSums:
         return DocumentSums.of_sums(

@@ -22,6 +22,8 @@ from metatokens.config.analysis import HeadTraining
 from metatokens.errors import NumericError
 from metatokens.evaluation.significance import check_documents
 
+_ROUNDING = 1e-6  # of the largest deviation; states are float32
+
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 Parameters = dict[str, Tensor]
@@ -89,8 +91,9 @@ class LabelledStates:
     def standardized(self, train: Indices) -> Tensor:
         """Return the states (n, C) float32 with mean 0 and deviation 1 over those to train on, by dimension."""
         mean, deviation = self.states[train].mean(axis=0), self.states[train].std(axis=0)
-        # a dimension that never moves stays 0
-        scaled = (self.states - mean) / np.where(deviation > 0, deviation, 1)
+        # a dimension that does not move but for rounding stays 0, or a probe would read the rounding
+        moves = deviation > _ROUNDING * deviation.max()
+        scaled = np.where(moves, (self.states - mean) / np.where(moves, deviation, 1), 0)
         return torch.from_numpy(scaled.astype(np.float32))
 
 

@@ -30,8 +30,7 @@ from metatokens.analysis.distance_profiles import distance_profiles
 from metatokens.analysis.eviction import measure_eviction
 from metatokens.analysis.eviction_policies import ALWAYS_KEPT
 from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import make_minimal_pairs
-from metatokens.analysis.readouts import measure_attribution
+from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pairs
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
 from metatokens.analysis.similarity import ExcessCosine, Variant, calibrate, measure_excess_cosine
 from metatokens.analysis.subjects import Subject, stack
@@ -164,24 +163,38 @@ def measure_zeroing(lens: Lens, subject: Subject, findings: Findings) -> None:
             findings.endpoints["zero_embedding"] = full - accuracy
 
 
-def measure_causes(
-    lens: Lens, encoder: TextEncoder, subject: TaskSubject, config: AnalysisConfig, findings: Findings
-) -> None:
-    """Path blocking, interchange and knock-out on minimal pairs."""
+def usable_pairs(
+    lens: Lens, encoder: TextEncoder, subject: TaskSubject, *, seed: int, findings: Findings
+) -> list[MinimalPair]:
+    """Return the minimal pairs that have a meta-token behind the item.
+
+    Raises:
+        UsageError: there is none.
+    """
     pairs = make_minimal_pairs(
         subject.task,
         subject.difficulty,
         encoder=PieceEncoder(encoder),
         meta_token_id=int(lens.model.config.meta_token_id),
-        seed=config.seed,
+        seed=seed,
         pairs=subject.pairs,
     )
     usable = [pair for pair in pairs if len(pair.later_meta_positions)]
+    if not usable:
+        raise UsageError(
+            "minimal pairs",
+            expected="a meta-token behind the item",
+            found=f"none in {len(pairs)} pairs",
+            remedy="choose a task that places meta-tokens",
+        )
     if len(usable) < len(pairs):
         findings.not_run.append(f"causal part: {len(pairs) - len(usable)} pairs have no meta-token behind the item")
-    if not usable:
-        return
-    blocking = block_paths(lens, usable, first_layers=[0])
+    return usable
+
+
+def measure_paths(lens: Lens, pairs: Sequence[MinimalPair], findings: Findings) -> None:
+    """Paths from the item to the answer, cut alone and together."""
+    blocking = block_paths(lens, pairs, first_layers=[0])
     for blocked, scores in blocking.scores.items():
         name = _CONDITIONS.get(blocked.paths) or _MORE_CONDITIONS.get(blocked.paths)
         if name is not None:
@@ -194,30 +207,30 @@ def measure_causes(
     findings.add("causal", "meta_path", "logits", "E2", direct - both, test=True)
     findings.endpoints["meta_path"] = direct - both
 
-    exchanged = interchange(lens, usable)
+
+def measure_interchange(lens: Lens, pairs: Sequence[MinimalPair], findings: Findings) -> None:
+    """States of one prompt in the run of the other, in both directions, at one site or three neighbouring ones."""
+    exchanged = interchange(lens, pairs)
     for patch in exchanged.patched:
         effect = exchanged.effect(Patch(*patch))
-        findings.add_ratio(
-            "causal",
-            "interchange",
-            "1",
-            "E1",
-            effect.numerators,
-            effect.denominators,
-            at={
-                "layer": patch.site,
-                "where": _STATES[patch.state],
-                "direction": patch.direction,
-                "window": patch.window,
-            },
-        )
-    if any(site.branch == "meta_attn" for block in lens.layout.blocks for site in block.attentions):
-        chosen = list_knock_outs(lens)
-        knocked = knock_out_meta_attention(lens, usable, knock_outs=chosen)
-        for one in chosen:
-            mode = one.kind if one.num_kept is None else f"older than {one.num_kept}"
-            findings.add("causal", "knockout", "nats", "E3", knocked.loss(one), at={"mode": mode, **_layers_of(one)})
-    measure_attribution(lens, usable, findings=findings)
+        at: At = {
+            "layer": patch.site,
+            "where": _STATES[patch.state],
+            "direction": patch.direction,
+            "window": patch.window,
+        }
+        findings.add_ratio("causal", "interchange", "1", "E1", effect.numerators, effect.denominators, at=at)
+
+
+def measure_knock_outs_on_pairs(lens: Lens, pairs: Sequence[MinimalPair], findings: Findings) -> None:
+    """What removing meta-attention, or what it reads from farther back, costs the answer."""
+    if not any(site.branch == "meta_attn" for block in lens.layout.blocks for site in block.attentions):
+        return
+    chosen = list_knock_outs(lens)
+    knocked = knock_out_meta_attention(lens, pairs, knock_outs=chosen)
+    for one in chosen:
+        mode = one.kind if one.num_kept is None else f"older than {one.num_kept}"
+        findings.add("causal", "knockout", "nats", "E3", knocked.loss(one), at={"mode": mode, **_layers_of(one)})
 
 
 def measure_similarity(lens: Lens, subject: Subject, config: AnalysisConfig, findings: Findings) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -24,15 +24,20 @@ from metatokens.analysis.compression import measure_compression
 from metatokens.analysis.lens import Lens
 from metatokens.analysis.measuring import (
     measure_attention,
-    measure_causes,
     measure_distances,
     measure_evictions,
+    measure_interchange,
     measure_knock_outs,
+    measure_knock_outs_on_pairs,
+    measure_paths,
     measure_similarity,
     measure_zeroing,
+    usable_pairs,
 )
+from metatokens.analysis.minimal_pairs import MinimalPair
 from metatokens.analysis.probing import measure_capacity, measure_erasure, measure_probes
 from metatokens.analysis.readouts import (
+    measure_attribution,
     measure_decodability,
     measure_logit_lenses,
     measure_output_changes,
@@ -82,10 +87,11 @@ def analyze(
         views.extend(measure_views(lens, subject, tokenizer, config, findings))
 
     possible = _parts(lens, subject, encoder, config, findings)
-    for part, run in possible.items():
+    for part, measures in possible.items():
         if part in config.parts:
             say(f"{part} ...")
-            _run(part, run, findings)
+            for measure in measures:
+                _run(part, measure, findings)
     findings.not_run += [
         f"{part}: not for a {config.subject.kind}"
         for part in config.parts
@@ -116,59 +122,65 @@ def analyze(
 
 def _parts(
     lens: Lens, subject: Subject, encoder: TextEncoder, config: AnalysisConfig, findings: Findings
-) -> Mapping[Part, Callable[[], None]]:
-    """Return what can be measured of the subject, in order."""
+) -> Mapping[Part, Sequence[Callable[[], None]]]:
+    """Return what can be measured of the subject, in order; a measure that fails leaves the others of its part."""
     of = config.subject
-
-    def attention() -> None:
-        measure_attention(lens, subject, config, findings)
-        measure_distances(lens, subject, config, findings)
-
-    def output() -> None:
-        measure_output_changes(lens, subject, findings=findings)
-        measure_strengths(lens, subject, findings=findings)
-        if isinstance(of, TextSubject):
-            measure_text_attribution(lens, subject, findings=findings)
-        measure_logit_lenses(lens, subject, findings=findings)
-
-    parts: dict[Part, Callable[[], None]] = {
-        "attention": attention,
-        "decodability": lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings),
-        "output": output,
+    parts: dict[Part, Sequence[Callable[[], None]]] = {
+        "attention": [
+            lambda: measure_attention(lens, subject, config, findings),
+            lambda: measure_distances(lens, subject, config, findings),
+        ],
+        "decodability": [lambda: measure_decodability(lens, subject, seed=config.seed, findings=findings)],
     }
-    if isinstance(of, TaskSubject):
+    output = [
+        lambda: measure_output_changes(lens, subject, findings=findings),
+        lambda: measure_strengths(lens, subject, findings=findings),
+        lambda: measure_logit_lenses(lens, subject, findings=findings),
+    ]
+    if isinstance(of, TextSubject):
+        parts["output"] = [*output, lambda: measure_text_attribution(lens, subject, findings=findings)]
+        parts["similarity"] = [lambda: measure_similarity(lens, subject, config, findings)]
+        parts["eviction"] = [lambda: measure_evictions(lens, subject, of, config, findings)]
+        parts["knockout"] = [lambda: measure_knock_outs(lens, subject, findings)]
+        return parts
 
-        @cache
-        def samples() -> tuple[list[Sample], Samples]:
-            drawn = draw_samples(lens, encoder, of, seed=config.seed)
-            return drawn, collect_samples(lens, encoder, drawn, states=config.states, seed=config.seed)
+    @cache
+    def pairs() -> list[MinimalPair]:
+        return usable_pairs(lens, encoder, of, seed=config.seed, findings=findings)
 
-        def causal() -> None:
-            measure_zeroing(lens, subject, findings)
-            measure_causes(lens, encoder, of, config, findings)
+    @cache
+    def drawn() -> list[Sample]:
+        return draw_samples(lens, encoder, of, seed=config.seed)
 
-        def probes() -> None:
-            drawn, collected = samples()
-            measure_probes(collected, config, findings)
-            measure_capacity(lens, encoder, of, config, findings)
-            measure_erasure(lens, drawn, findings)
+    @cache
+    def collected() -> Samples:
+        return collect_samples(lens, encoder, drawn(), states=config.states, seed=config.seed)
 
-        parts["causal"] = causal
-        parts["rate_distortion"] = lambda: measure_compression(samples()[1], config, findings)
-        parts["probes"] = probes
-    else:
-        parts["similarity"] = lambda: measure_similarity(lens, subject, config, findings)
-        parts["eviction"] = lambda: measure_evictions(lens, subject, of, config, findings)
-        parts["knockout"] = lambda: measure_knock_outs(lens, subject, findings)
+    parts["output"] = output
+    parts["causal"] = [
+        lambda: measure_zeroing(lens, subject, findings),
+        lambda: measure_paths(lens, pairs(), findings),
+        lambda: measure_interchange(lens, pairs(), findings),
+        lambda: measure_attribution(lens, pairs(), findings=findings),
+        lambda: measure_knock_outs_on_pairs(lens, pairs(), findings),
+        lambda: measure_capacity(lens, encoder, of, config, findings),
+    ]
+    parts["rate_distortion"] = [lambda: measure_compression(collected(), config, findings)]
+    parts["probes"] = [
+        lambda: measure_probes(collected(), config, findings),
+        lambda: measure_erasure(lens, drawn(), config, findings),
+    ]
     return parts
 
 
 def _run(part: Part, run: Callable[[], None], findings: Findings) -> None:
-    """Run a part; one that this model or these documents do not allow is named, the others go on."""
+    """Run a measure; one that this model or these documents do not allow is named, the others go on."""
     try:
         run()
     except (UsageError, NumericError) as error:
-        findings.not_run.append(f"{part}: {error}")
+        line = f"{part}: {error}"
+        if line not in findings.not_run:  # several measures may lack the same
+            findings.not_run.append(line)
 
 
 def _describe(model: Any, identity: Identity) -> dict[str, Any]:

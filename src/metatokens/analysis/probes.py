@@ -51,6 +51,8 @@ class VInformation:
     """(G, n): PVI, ln p(y|x) - ln p(y)."""
     shuffled_pointwise: Array
     """(G, n): the same where labels were shuffled over all states before training; about 0 or below."""
+    codes: Array
+    """(G, n): -ln p(y|x), what the probe leaves of each label; its mean is H_V(Y|X)."""
     null_entropy: float
     """H_V(Y|nothing): cross-entropy of the frequencies trained on."""
     accuracies: Array
@@ -149,6 +151,7 @@ def v_information(
     return VInformation(
         pointwise=(null - codes)[:num_seeds],
         shuffled_pointwise=(null - codes)[num_seeds:],
+        codes=codes[:num_seeds],
         null_entropy=float(null[0].mean()),
         accuracies=right[:num_seeds],
         converged=fit.converged[:num_seeds],

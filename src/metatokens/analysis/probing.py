@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis import ops
+from metatokens.analysis.documents import DocumentSums
 from metatokens.analysis.lens import Lens
+from metatokens.analysis.pair_scores import Scores
 from metatokens.analysis.probes import LinearEraser, fit_eraser, online_code, v_information
 from metatokens.analysis.recording import At, Findings
-from metatokens.analysis.sampled_states import ANSWER, BATCH_SIZE, Sample, Samples, padded_prompts
+from metatokens.analysis.sampled_states import ANSWER, BATCH_SIZE, Sample, Samples, States, padded_prompts
 from metatokens.config.analysis import AnalysisConfig, FittedState, TaskSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -33,33 +35,55 @@ takes everything."""
 MOST_SIZES = 8
 PAST_STATES: tuple[FittedState, ...] = ("last meta-token", "token before it", "untrained")
 """Asked for what stands before them, too."""
+ITSELF = ("token before it", "the token before")
+"""State and target that are one token."""
 CODED_STATES: tuple[FittedState, ...] = ("last meta-token", "token before it", "last token")
 """Of which an online code is made: ten probes each."""
 _BATCH = 16
 
 Array = npt.NDArray[np.float64]
+Erasers = list[tuple[int, LinearEraser]]
+"""Layers, rising, and what is done to the meta-tokens that leave them."""
 
 
 def measure_probes(samples: Samples, config: AnalysisConfig, findings: Findings) -> None:
     """Fit probes of the answer to every state, and of the other labels and by an online code to some."""
     for name, states in samples.states.items():
         for target, labels in samples.labels.items():
-            exists = labels >= 0
-            if len(np.unique(labels[exists])) < 2 or (target != ANSWER and name not in PAST_STATES):
-                continue  # one label is no question
-            at: At = {"state": name, "target": target}
-            information = v_information(
-                states[exists], labels[exists], np.flatnonzero(exists), config=config.probe, seed=config.seed
-            )
-            usable = information.pointwise.mean(axis=0)
-            findings.add("probes", "v_information", "nats", "V2", usable, at=at)
-            gained = usable - information.shuffled_pointwise.mean(axis=0)
-            findings.add("probes", "selectivity", "nats", "V2", gained, at=at)
-            if target == ANSWER:
-                left = information.null_entropy - usable
-                findings.add("probes", "remaining_entropy", "nats", "V2", left, at=at)
-        if name in CODED_STATES:
-            _record_code(name, states, samples.labels[ANSWER], config, findings)
+            if target == ANSWER or (name in PAST_STATES and (name, target) != ITSELF):
+                _run_probe(name, states, target, labels, config, findings)
+        answers = samples.labels[ANSWER]
+        if name in CODED_STATES and len(np.unique(answers)) > 1:
+            _record_code(name, states, answers, config, findings)
+
+
+def _run_probe(
+    name: str,
+    states: States,
+    target: str,
+    labels: npt.NDArray[np.int64],
+    config: AnalysisConfig,
+    findings: Findings,
+) -> None:
+    """Record what a probe of a label gains; where too few instances have one, or all the same, say so."""
+    exists = labels >= 0
+    if len(np.unique(labels[exists])) < 2:
+        findings.not_run.append(f"probe of {target}: it is the same in all instances")
+        return
+    try:
+        found = v_information(
+            states[exists], labels[exists], np.flatnonzero(exists), config=config.probe, seed=config.seed
+        )
+    except UsageError as error:
+        findings.not_run.append(f"probe of {target} in {int(exists.sum())} instances that have it: {error}")
+        return
+    at: At = {"state": name, "target": target}
+    usable = found.pointwise.mean(axis=0)
+    findings.add("probes", "v_information", "nats", "V2", usable, at=at)
+    gained = usable - found.shuffled_pointwise.mean(axis=0)
+    findings.add("probes", "selectivity", "nats", "V2", gained, at=at)
+    if target == ANSWER:
+        findings.add("probes", "remaining_entropy", "nats", "V2", found.codes.mean(axis=0), at=at)
 
 
 def _record_code(
@@ -71,16 +95,18 @@ def _record_code(
         ("compression_of_prior", code.compression_of_prior),
         ("compression_of_shuffled", code.uniform_length / float(code.shuffled_lengths.mean())),
     ):
-        one_code = Interval(ratio, None, None)  # of all instances together: there is nothing to resample
+        one_code = Interval(ratio, None, None)
         at: At = {"state": name, "target": ANSWER}
-        findings.add_interval("probes", metric, "ratio", "V3", one_code, documents=len(labels), at=at)
+        note = "one code of all instances: no interval"
+        findings.add_interval("probes", metric, "ratio", "V3", one_code, documents=len(labels), at=at, note=note)
 
 
-def measure_erasure(lens: Lens, samples: Sequence[Sample], findings: Findings) -> None:
+def measure_erasure(lens: Lens, samples: Sequence[Sample], config: AnalysisConfig, findings: Findings) -> None:
     """Erase what linear probes find of the answer in the states of meta-tokens, and ask for the answer again.
 
-    Erasers are fitted to half of the instances and tested on the other half. "All layers" erases after one block after
-    the other, each eraser fitted to states that those before it have changed. The control erases shuffled labels.
+    Erasers are fitted to half of the instances and tested on the other half, where a probe says what of the answer the
+    states hold before and after. Without a layer, all are erased one after the other, each eraser fitted to states
+    that those before it have changed. The control erases shuffled labels.
 
     Raises:
         UsageError: fewer than two answers that occur.
@@ -88,22 +114,53 @@ def measure_erasure(lens: Lens, samples: Sequence[Sample], findings: Findings) -
     occurring, counts = np.unique([sample.label for sample in samples], return_counts=True)
     kept = set(occurring[np.argsort(-counts, kind="stable")[:ERASED_LABELS]].tolist())
     chosen = [sample for sample in samples if sample.label in kept]
-    if len(kept) < 2 or len(chosen) < 4:
-        raise UsageError(
-            "answers to erase", expected="at least 2", found=str(len(kept)), remedy="raise subject.fitted_instances"
-        )
     fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    true = np.array([sample.label for sample in fitted])
+    if len(set(true.tolist())) < 2:
+        raise UsageError(
+            "answers to erase",
+            expected="at least 2 among the instances that erasers are fitted to",
+            found=str(len(set(true.tolist()))),
+            remedy="raise subject.fitted_instances",
+        )
+    shuffled = np.random.Generator(np.random.PCG64(findings.seed)).permutation(true)
     full_loss, full_right = _ask(lens, tested, [])
     single = [[layer] for layer in range(len(lens.layout.blocks) - 1)]  # what leaves the last reaches no other token
     every = [layer for layers in single for layer in layers]
-    true = np.array([sample.label for sample in fitted])
-    shuffled = np.random.Generator(np.random.PCG64(findings.seed)).permutation(true)
-    for name, labels in (("answer", true), ("shuffled", shuffled)):
-        for layers in [*single, *([every] if len(every) > 1 else [])]:
-            loss, right = _ask(lens, tested, _fit_erasers(lens, fitted, labels, layers))
-            at: At = {"erased": name} | ({"layer": layers[0]} if len(layers) == 1 else {})
-            findings.add("probes", "erasure_loss", "nats", "E6", loss - full_loss, at=at, test=True)
-            findings.add("probes", "erasure_accuracy", "1", "E6", right - full_right, at=at, test=True)
+    for layers in [*single, *([every] if len(every) > 1 else [])]:
+        layer: dict[str, int] = {"layer": layers[0]} if len(layers) == 1 else {}
+        of_answer, of_shuffled = (fit_erasers(lens, fitted, labels, layers) for labels in (true, shuffled))
+        (loss, right), (control_loss, control_right) = (_ask(lens, tested, one) for one in (of_answer, of_shuffled))
+        for name, losses, rights in (("answer", loss, right), ("shuffled", control_loss, control_right)):
+            at: At = {"erased": name, **layer}
+            findings.add("probes", "erasure_loss", "nats", "E6", losses - full_loss, at=at)
+            findings.add("probes", "erasure_accuracy", "1", "E6", rights - full_right, at=at)
+        findings.add("probes", "erasure_excess", "nats", "E6", loss - control_loss, at=layer, test=True)
+        if layer:
+            for name, erasers in (("nothing", []), ("answer", of_answer)):
+                _probe_meta_tokens(lens, tested, layers[0], erasers, name, config, findings)
+
+
+def _probe_meta_tokens(
+    lens: Lens,
+    samples: Sequence[Sample],
+    layer: int,
+    erasers: Erasers,
+    erased: str,
+    config: AnalysisConfig,
+    findings: Findings,
+) -> None:
+    """Record what a probe finds of the answer in the states that were, or were not, erased."""
+    states, rows = meta_states(lens, samples, layer, erasers)
+    labels = np.array([sample.label for sample in samples])[rows]
+    try:
+        found = v_information(states, labels, rows, config=config.probe, seed=config.seed)
+    except UsageError as error:
+        findings.not_run.append(f"probe of the erased states: {error}")
+        return
+    sums = DocumentSums.of_values(found.document_ids, found.pointwise.mean(axis=0))
+    at: At = {"layer": layer, "erased": erased}
+    findings.add("probes", "erasure_information", "nats", "E6", sums.means, at=at)
 
 
 def measure_capacity(
@@ -129,47 +186,52 @@ def measure_capacity(
         findings.add_accuracy("capacity", "E7", found.right_answers / found.answers, at={"size": size})
 
 
-Erasers = list[tuple[int, LinearEraser]]
-"""Layers, rising, and what is done to the meta-tokens that leave them."""
-
-
-def _fit_erasers(lens: Lens, samples: Sequence[Sample], labels: npt.NDArray[np.int64], layers: list[int]) -> Erasers:
+def fit_erasers(lens: Lens, samples: Sequence[Sample], labels: npt.NDArray[np.int64], layers: list[int]) -> Erasers:
     """Fit an eraser of labels, one a sample, to all meta-tokens before the answer, layer after layer."""
     erasers: Erasers = []
     for layer in layers:
-        name = f"blocks.{layer}.hook_resid_post"
-        states, of_state = [], []
-        for start in range(0, len(samples), BATCH_SIZE):
-            batch = samples[start : start + BATCH_SIZE]
-            ids, is_meta = _padded(lens, batch)
-            with lens.edit(*_edits(erasers, is_meta)), lens.capture([name], at=is_meta) as captured:
-                lens(ids, use_cache=False, logits_to_keep=1)
-                states.append(captured[name].double().numpy(force=True))
-            of_state.append(np.repeat(labels[start : start + BATCH_SIZE], is_meta.sum(1).tolist()))
-        erasers.append((layer, fit_eraser(np.concatenate(states), np.concatenate(of_state))))
+        states, rows = meta_states(lens, samples, layer, erasers)
+        erasers.append((layer, fit_eraser(states, labels[rows])))
     return erasers
 
 
+def meta_states(
+    lens: Lens, samples: Sequence[Sample], layer: int, erasers: Erasers
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Return what leaves a layer at the meta-tokens before the answers, (n, C), and the sample of each state, (n,)."""
+    name = f"blocks.{layer}.hook_resid_post"
+    states, rows = [], []
+    for start in range(0, len(samples), BATCH_SIZE):
+        ids, is_meta = _padded(lens, samples[start : start + BATCH_SIZE])
+        with lens.edit(*_edits(erasers, is_meta)), lens.capture([name], at=is_meta) as captured:
+            lens(ids, use_cache=False, logits_to_keep=1)
+        states.append(captured[name].double().numpy(force=True))
+        rows.append(start + is_meta.nonzero()[:, 0].numpy(force=True))
+    return np.concatenate(states), np.concatenate(rows)
+
+
 def _ask(lens: Lens, samples: Sequence[Sample], erasers: Erasers) -> tuple[Array, Array]:
-    """Return the cross-entropy of each answer's first token in nats, and 1 where it is the most likely one."""
+    """Return the cross-entropy of each answer's first token in nats, and 1 where it is the most likely text token."""
     losses, right = [], []
     for start in range(0, len(samples), BATCH_SIZE):
         batch = samples[start : start + BATCH_SIZE]
         ids, is_meta = _padded(lens, batch)
-        row = torch.arange(len(batch), device=ids.device)
         last, label = (torch.tensor([getattr(s, key) for s in batch], device=ids.device) for key in ("last", "label"))
+        positions, place = last.unique(return_inverse=True)
         with lens.edit(*_edits(erasers, is_meta)):
-            log_p = lens(ids, use_cache=False).logits[row, last].double().log_softmax(-1)
-        losses.append(-log_p[row, label].numpy(force=True))
-        right.append((log_p.argmax(-1) == label).double().numpy(force=True))
+            logits = lens(ids, use_cache=False, logits_to_keep=positions).logits
+        of_last = logits[torch.arange(len(batch), device=ids.device), place]
+        scores = Scores.of_logits(of_last, label, label, int(lens.model.config.meta_token_id))
+        losses.append(scores.cross_entropy)
+        right.append(scores.accuracy)
     return np.concatenate(losses), np.concatenate(right)
 
 
 def _padded(lens: Lens, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Return the prompts (B, T) and their meta-tokens before the last answer, (B, T) bool."""
+    """Return the prompts (B, T) and their meta-tokens, (B, T) bool, none of which predicts an answer."""
     ids = padded_prompts(lens, samples)
     last = torch.tensor([sample.last for sample in samples], device=ids.device)
-    is_before = torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
+    is_before = torch.arange(ids.shape[1], device=ids.device) < last[:, None]
     return ids, (ids == lens.model.config.meta_token_id) & is_before
 
 

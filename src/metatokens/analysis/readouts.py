@@ -39,18 +39,21 @@ from metatokens.analysis.decodability import (
     debiased_linear_cka,
     held_out_ridge,
 )
-from metatokens.analysis.documents import DocumentSums, merge_documents
+from metatokens.analysis.documents import DocumentSums, IntArray, merge_documents
 from metatokens.analysis.lens import Lens
 from metatokens.analysis.minimal_pairs import MinimalPair
 from metatokens.analysis.pair_scores import batches_of
 from metatokens.analysis.recording import At, Findings
 from metatokens.analysis.subjects import Subject
 from metatokens.analysis.token_view import attribute_tokens
+from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.evaluation.statistics import Interval
 
 _CKA_WINDOW = 16  # text tokens; one window, since every interval costs as many CKAs as there are documents
+CKA_PAIRS = 2_000
+"""Fewer give a note."""
 _BATCH = 16
 _NORMAL_95 = 1.96
 _BRANCHES = {"attention": "attention", "meta_attention": "meta-attention", "mlp": "feed-forward"}
@@ -84,7 +87,6 @@ def measure_decodability(lens: Lens, subject: Subject, *, seed: int, findings: F
     windows = [window for window in WINDOWS if window <= shortest // 4]
     for positions in _positions(subject):
         collected = _collect(lens, positions, windows)
-        num_documents = len(np.unique(collected.documents))
         for index, window in enumerate(windows):
             targets = collected.prefixes[index]
             for layer, states in enumerate(collected.states):
@@ -93,10 +95,8 @@ def measure_decodability(lens: Lens, subject: Subject, *, seed: int, findings: F
                 columns = np.stack([read.residual_squares.sums, read.total_squares.sums], axis=1)
                 findings.add("readouts", "decodability", "1", "R3", columns, at=at, statistic=_explained_share)
                 findings.add("readouts", "prefix_rank", "1", "R3", read.reciprocal_rank.means, at=at)
-                # before the first block all meta-tokens are the same
-                if window == min(_CKA_WINDOW, windows[-1]) and not torch.equal(states, states[:1].expand_as(states)):
-                    interval = _cka_interval(states, targets, collected.documents)
-                    findings.add_interval("readouts", "cka", "1", "R3", interval, documents=num_documents, at=at)
+                if window == min(_CKA_WINDOW, windows[-1]):
+                    _record_cka(states, targets, collected.documents, at, findings)
             chance: At = {"state": positions.name, "window": window}
             findings.add("readouts", "prefix_rank_chance", "1", "R3", read.chance.means, at=chance)
 
@@ -227,16 +227,31 @@ def _collect(lens: Lens, positions: _Positions, windows: Sequence[int]) -> Prefi
         for number, (document, ends) in enumerate(zip(positions.documents, positions.ends, strict=True))
         if ends.any()
     ]
+    if not parts:
+        raise UsageError(
+            "decodability", expected="a meta-token", found="none", remedy="choose documents that have meta-tokens"
+        )
     return PrefixStates.merge(parts)
 
 
-def _cka_interval(states: Tensor, targets: Tensor, documents: npt.ArrayLike) -> Interval:
-    """Return the CKA with a jackknife interval: in a bootstrap, a document drawn twice would resemble itself."""
-    estimate = debiased_linear_cka(states, targets)
-    without = cka_without_each_document(states, targets, documents)
-    num = len(without)
-    error = float(np.sqrt((num - 1) / num * ((without - without.mean()) ** 2).sum()))
-    return Interval(estimate, estimate - _NORMAL_95 * error, estimate + _NORMAL_95 * error)
+def _record_cka(states: Tensor, targets: Tensor, documents: IntArray, at: At, findings: Findings) -> None:
+    """Record the CKA with a jackknife interval: in a bootstrap, a document drawn twice would resemble itself."""
+    num_documents = len(np.unique(documents))
+    try:
+        estimate = debiased_linear_cka(states, targets)
+        without = cka_without_each_document(states, targets, documents)
+    except UsageError:  # before the first block all meta-tokens are the same
+        return
+    variance = (num_documents - 1) / num_documents * ((without - without.mean()) ** 2).sum()
+    reach = _NORMAL_95 * float(np.sqrt(variance))
+    enough = num_documents >= MINIMUM_DOCUMENTS
+    interval = Interval(estimate, estimate - reach, estimate + reach) if enough else Interval(estimate, None, None)
+    notes = [] if enough else [f"fewer than {MINIMUM_DOCUMENTS} documents: no interval"]
+    if len(states) < CKA_PAIRS:
+        notes.append(f"{len(states)} pairs, of which {CKA_PAIRS} are wanted")
+    findings.add_interval(
+        "readouts", "cka", "1", "R3", interval, documents=num_documents, at=at, note="; ".join(notes) or None
+    )
 
 
 def _explained_share(documents: npt.NDArray[np.float64]) -> float:

@@ -114,9 +114,18 @@ class Findings:
         )
 
     def add_interval(
-        self, section: Section, metric: str, unit: str, method: str, interval: Interval, *, documents: int, at: At
+        self,
+        section: Section,
+        metric: str,
+        unit: str,
+        method: str,
+        interval: Interval,
+        *,
+        documents: int,
+        at: At,
+        note: str | None = None,
     ) -> None:
-        """Record what has its interval already."""
+        """Record what has its interval already, or cannot have one, which the note tells."""
         self.records.append(
             Record(
                 section=section,
@@ -128,6 +137,7 @@ class Findings:
                 low=interval.low,
                 high=interval.high,
                 num_documents=documents,
+                note=note,
             )
         )
 

@@ -37,7 +37,9 @@ interchange) 0 is before the first block and L after the last.
                      compression_of_prior             state, target        of the code by frequencies, over that length
                      compression_of_shuffled          state, target        the first with shuffled labels
                      erasure_loss        nats         layer, erased        rise of the answer's loss; all in turn
+                     erasure_excess      nats         layer                that of the answer minus of shuffled labels
                      erasure_accuracy    1            layer, erased        change of the accuracy
+                     erasure_information              layer, erased        nats that a probe of these states finds
     readouts         decodability        1            state, layer, window    R2 of the mean of the last tokens
                      prefix_rank         1            state, layer, window    mean reciprocal rank of the own prefix
                      prefix_rank_chance  1            state, window        that of a random order

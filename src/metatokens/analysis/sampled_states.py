@@ -70,7 +70,9 @@ class Samples:
 
 
 def draw_samples(lens: Lens, encoder: TextEncoder, subject: TaskSubject, *, seed: int) -> list[Sample]:
-    """Return instances of the test split that have a text token before their last meta-token.
+    """Return instances of the test split that have a text token before their last meta-token, and one behind it.
+
+    Where a meta-token is what the answer is predicted from, it is trained to give it, and there is nothing to compare.
 
     Raises:
         UsageError: there is none.
@@ -84,7 +86,7 @@ def draw_samples(lens: Lens, encoder: TextEncoder, subject: TaskSubject, *, seed
         seed=seed + 1,  # others than those that are shown
         instances=subject.fitted_instances,
     )
-    samples = [sample for row in instances if (sample := _sample(row, meta_token_id)) is not None]
+    samples = [sample for row in instances if (sample := sample_of(row, meta_token_id)) is not None]
     if not samples:
         raise UsageError(
             "states of meta-tokens",
@@ -108,12 +110,12 @@ def collect_samples(
         seed: of the untrained model's weights.
     """
     full_stop = int(encoder.encode_batch([_FULL_STOP])[0][-1])
-    others = {"untrained": _untrained(lens.model, seed)} if "untrained" in states else {}
-    parts: dict[str, list[States]] = {state: [] for state in states}
+    untrained = _untrained(lens.model, seed) if "untrained" in states else None
+    parts: dict[FittedState, list[States]] = {state: [] for state in states}
     for start in range(0, len(samples), BATCH_SIZE):
-        for state, found in _states_of(lens, samples[start : start + BATCH_SIZE], others, full_stop).items():
-            if state in parts:
-                parts[state].append(found.float().numpy(force=True))
+        found = _states_of(lens, samples[start : start + BATCH_SIZE], untrained, full_stop)
+        for state, part in parts.items():
+            part.append(found[state].float().numpy(force=True))
     meta_token_id = int(lens.model.config.meta_token_id)
     return Samples({name: np.concatenate(part) for name, part in parts.items()}, _labels(samples, meta_token_id))
 
@@ -127,20 +129,21 @@ def padded_prompts(lens: Lens, samples: Sequence[Sample]) -> torch.Tensor:
     return torch.from_numpy(prompts).to(lens.model.device)
 
 
-def _sample(row: EncodedInstance, meta_token_id: int) -> Sample | None:
+def sample_of(row: EncodedInstance, meta_token_id: int) -> Sample | None:
+    """Return the positions of an instance; None where it has no meta-token behind a text token and before another."""
     answer = row.answer_spans[-1][0]
     is_meta = row.input_ids[:answer] == meta_token_id
     metas = np.flatnonzero(is_meta)
-    if not len(metas):
+    if not len(metas) or metas[-1] == answer - 1:
         return None
     before = np.flatnonzero(~is_meta[: metas[-1]])
     return Sample(row, int(metas[-1]), int(before[-1]), answer - 1) if len(before) else None
 
 
 def _states_of(
-    lens: Lens, samples: Sequence[Sample], others: Mapping[str, Lens], full_stop: int
+    lens: Lens, samples: Sequence[Sample], untrained: Lens | None, full_stop: int
 ) -> dict[FittedState, torch.Tensor]:
-    """Return every state of a batch, (B, C) each; "untrained" where its lens is among the others."""
+    """Return every state of a batch, (B, C) each; "untrained" where there is such a model."""
     num_layers = len(lens.layout.blocks)
     ids = padded_prompts(lens, samples)
     is_meta = ids == lens.model.config.meta_token_id
@@ -162,10 +165,9 @@ def _states_of(
     with lens.capture([final]) as captured:
         lens(torch.where(is_meta, full_stop, ids), use_cache=False, logits_to_keep=1)
     found["ordinary token instead"] = captured[final][row, last_meta]
-    for name, other in others.items():
-        assert name == "untrained"
-        with other.capture([final]) as captured:
-            other(ids, use_cache=False, logits_to_keep=1)
+    if untrained is not None:
+        with untrained.capture([final]) as captured:
+            untrained(ids, use_cache=False, logits_to_keep=1)
         found["untrained"] = captured[final][row, last_meta]
     return found
 

@@ -96,6 +96,13 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
         )
     injection = UniformInjection(ratio=subject.ratio)
     num_text = subject.window - injection.num_meta(subject.window)
+    if num_text == subject.window:
+        raise UsageError(
+            "subject.ratio",
+            expected=f"at least one meta-token in {subject.window} positions",
+            found=f"none at {subject.ratio}",
+            remedy="raise it, or subject.window",
+        )
     wanted = config.documents + config.calibration_documents
     found: list[tuple[str, list[int]]] = []
     num_seen = 0

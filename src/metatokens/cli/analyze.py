@@ -32,7 +32,8 @@ def _run(options: argparse.Namespace) -> int:
     config = analysis_of(options.checkpoint, options.text, options.overrides)
     if options.out.exists() and not options.out.is_dir():
         raise UsageError("--out", expected="a folder", found=f"a file {options.out}", remedy="name another")
-    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    # sums of components and entropies need float32, whatever the weights are kept in
+    model, tokenizer = open_model(options.checkpoint).float(), open_tokenizer(options.checkpoint)
     check_model(model)
     if options.text is not None:
         source_files(options.text)

@@ -326,7 +326,7 @@ def _draw_probes(results: Results, arrays: Arrays) -> Figure:
 
 def _draw_attribution(results: Results, arrays: Arrays) -> Figure:
     del arrays
-    labels = ("layer", "share of the logit")
+    labels = ("layer", "part of the logit")
     return _draw_lines(results, "readouts", "attribution", ("layer", "component"), labels)
 
 
@@ -471,7 +471,8 @@ FIGURES: dict[str, AnalysisFigure] = {
     ),
     "decodability": AnalysisFigure(
         "What a linear map reads of the text before a state",
-        "Held-out R\N{SUPERSCRIPT TWO} of the mean embedding of the last tokens, a panel for each number of tokens.",
+        "Held-out R\N{SUPERSCRIPT TWO} of the mean embedding of the last tokens, a panel for each number of tokens. "
+        "The last one is the token before a meta-token itself.",
         tuple(("readouts", metric) for metric in ("decodability", "prefix_rank", "prefix_rank_chance", "cka")),
         _draw_decodability,
         _drawn_from("readouts", ("decodability",), "layer", "window", "state"),
@@ -502,7 +503,7 @@ FIGURES: dict[str, AnalysisFigure] = {
     "rate-distortion": AnalysisFigure(
         "Rate and distortion of the answer, by state",
         "Held-out documents; a point is one beta, the mean over seeds of the head. Dashed: the label's entropy H(Y), "
-        "which no rate at all leaves; dotted, in a state's colour: what a linear probe of it leaves, an upper estimate "
+        "which no rate at all leaves; dotted, in a state's colour: what a probe of it leaves, an upper estimate "
         "of H(Y|X).",
         (
             ("rate_distortion", "rate"),
@@ -529,8 +530,9 @@ FIGURES: dict[str, AnalysisFigure] = {
     "erasure": AnalysisFigure(
         "The answer erased from the meta-tokens' states",
         "Rise of the loss on the answer when a linear eraser takes it out of what leaves a layer at meta-tokens, "
-        "beside an eraser of shuffled labels; where nothing rises, what a probe finds there is not used.",
-        (("probes", "erasure_loss"), ("probes", "erasure_accuracy")),
+        "beside an eraser of shuffled labels. Where a probe found the answer before (in the table) and its erasure "
+        "costs no more than that of shuffled labels, what the probe found there is not used.",
+        tuple(("probes", f"erasure_{name}") for name in ("loss", "excess", "accuracy", "information")),
         _draw_erasure,
         _drawn_from("probes", ("erasure_loss",), "layer", "erased"),
     ),

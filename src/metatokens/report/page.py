@@ -83,8 +83,9 @@ _SECTIONS = (
     _Section(
         "readouts",
         "What can be read, and what is added",
-        "A linear map, and the model's own output head, read the text before a state; the control is the token right "
-        "before the meta-token, which has read the same text, and ordinary tokens at the same places. Then what each "
+        "A linear map, and the model's own output head, read the text before a state; controls are the token "
+        "right before the meta-token, which has read the same text (not for the head, which would find that token in "
+        "itself), and on text ordinary tokens at the same places. Then what each "
         "part of the model adds to the output.",
         ("decodability", "logit-lens", "attribution", "branch-strength"),
         ("readouts",),
@@ -93,8 +94,8 @@ _SECTIONS = (
         "compression",
         "Compression: rate, distortion and probes",
         "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Its "
-        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no model made. "
-        "Linear probes ask the same states for more; what they find counts as used only where its erasure costs the "
+        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no layer made. "
+        "Probes ask the same states for more; what they find counts as used only where its erasure costs the "
         "answer.",
         ("rate-distortion", "probes", "erasure"),
         ("rate_distortion", "probes"),

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import BOS, QUESTION_AT, WRITER_AT, build_circuit, hand_made_pairs
+from circuits import BOS, META, QUESTION_AT, WRITER_AT, build_circuit, hand_made_pairs
 from metatokens.analysis import Lens
-from metatokens.analysis.probing import measure_capacity, measure_erasure, measure_probes
+from metatokens.analysis.compression import measure_compression
+from metatokens.analysis.probing import fit_erasers, measure_capacity, measure_erasure, measure_probes, meta_states
 from metatokens.analysis.recording import Findings
-from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples
+from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples, sample_of
 from metatokens.config.analysis import AnalysisConfig, ProbeConfig, TaskSubject
 from metatokens.config.tasks import Difficulty, ListRecallTask
 from metatokens.errors import UsageError
@@ -102,22 +103,70 @@ def test_the_untrained_model_is_another_one_of_the_same_shape_and_seeded():
 @pytest.mark.parametrize(("circuit", "rise"), [("meta", True), ("direct", False)])
 def test_erasure_costs_the_answer_where_the_circuit_reads_it_from_meta_tokens(circuit, rise):
     findings = Findings(0)
-    measure_erasure(circuit_lens(circuit), circuit_samples(), findings)
-    answer, shuffled = (
-        next(r for r in findings.records if r.metric == "erasure_loss" and r.at == {"erased": name, "layer": 0})
-        for name in ("answer", "shuffled")
+    measure_erasure(circuit_lens(circuit), circuit_samples(), CONFIG, findings)
+    loss, accuracy = (
+        next(r.value for r in findings.records if r.metric == metric and r.at == {"erased": "answer", "layer": 0})
+        for metric in ("erasure_loss", "erasure_accuracy")
     )
-    assert (answer.value > 0.5) == rise
+    assert (loss > 0.5) == (accuracy < -0.5) == rise
     if not rise:
-        assert abs(answer.value) < 1e-4
-        assert abs(shuffled.value) < 1e-4
-    changed = next(r for r in findings.records if r.metric == "erasure_accuracy" and r.at["erased"] == "answer")
-    assert (changed.value < -0.5) == rise
+        assert abs(loss) < 1e-4
 
 
-def test_one_answer_alone_cannot_be_erased():
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_erased_states_have_the_same_mean_for_every_answer_and_those_of_shuffled_labels_do_not(layers):
+    size = ENCODER.vocab_size
+    changes = {"vocab_size": size + 2, "meta_token_id": size, "pad_token_id": size + 1, "eos_token_id": 0}
+    lens = Lens(tiny_model(**changes, num_hidden_layers=4, max_position_embeddings=160))
+    samples = draw_samples(lens, ENCODER.text_encoder, SUBJECT, seed=0)
+    labels = np.arange(len(samples)) % 3
+
+    def spread_of_means(erased: np.ndarray | None) -> list[float]:
+        erasers = [] if erased is None else fit_erasers(lens, samples, erased, layers)
+        spreads = []
+        for place, layer in enumerate(layers):
+            states, rows = meta_states(lens, samples, layer, erasers[: place + 1])
+            means = np.stack([states[labels[rows] == label].mean(0) for label in range(3)])
+            spreads.append(float(np.abs(means - means.mean(0)).max()))
+        return spreads
+
+    shuffled = np.random.Generator(np.random.PCG64(1)).permutation(labels)
+    for erased, control, before in zip(
+        spread_of_means(labels), spread_of_means(shuffled), spread_of_means(None), strict=True
+    ):
+        assert erased < 1e-4 < 0.1 * before
+        assert control > 0.3 * before
+
+
+def test_what_erasure_took_is_what_a_probe_of_the_same_states_no_longer_finds():
+    findings = Findings(0)
+    config = CONFIG.model_copy(update={"probe": ProbeConfig(num_seeds=1, learning_rate=0.05, minimum_documents=2)})
+    samples = circuit_samples() * 4
+    measure_erasure(circuit_lens("meta"), samples, config, findings)
+    before, after = (
+        next(r.value for r in findings.records if r.metric == "erasure_information" and r.at["erased"] == erased)
+        for erased in ("nothing", "answer")
+    )
+    assert before > 0.3  # one of the three meta-tokens holds it
+    assert abs(after) < 0.05
+
+
+def test_answers_that_cannot_be_erased_or_compressed_are_an_error():
     with pytest.raises(UsageError, match="answers to erase"):
-        measure_erasure(circuit_lens("meta"), circuit_samples()[::4], Findings(0))
+        measure_erasure(circuit_lens("meta"), circuit_samples()[::4], CONFIG, Findings(0))
+    same = Samples({"last meta-token": np.zeros((9, 2), dtype=np.float32)}, {"answer": np.zeros(9, dtype=np.int64)})
+    with pytest.raises(UsageError, match="answers: expected at least 2"):
+        measure_compression(same, CONFIG, Findings(0))
+    findings = Findings(0)
+    measure_probes(same, CONFIG, findings)
+    assert findings.not_run == ["probe of answer: it is the same in all instances"]
+
+
+def test_an_instance_whose_answer_a_meta_token_predicts_is_left_out():
+    for behind, kept in ((False, True), (True, False)):
+        prompt = [5, META, 2, *([META] if behind else [6])]
+        row = EncodedInstance(np.array([*prompt, 3]), np.full(5, -100), ((4, 5),), 3, ())
+        assert (sample_of(row, META) is not None) == kept
 
 
 def test_a_probe_reads_what_a_state_holds_and_labels_that_do_not_exist_are_left_out():
@@ -126,7 +175,13 @@ def test_a_probe_reads_what_a_state_holds_and_labels_that_do_not_exist_are_left_
     noise = generator.normal(size=(240, 6)).astype(np.float32)
     telling = np.concatenate([np.eye(3, dtype=np.float32)[answer] * 4, noise], axis=1)
     past = np.where(generator.random(240) < 0.3, -1, answer)
-    labels = {"answer": answer, "the token before": past, "meta-tokens so far": np.ones(240, dtype=np.int64)}
+    rare = np.where(np.arange(240) < 20, answer, -1)
+    labels = {
+        "answer": answer,
+        "the token before": past,
+        "the token 16 back": rare,
+        "meta-tokens so far": np.ones(240, dtype=np.int64),
+    }
     samples = Samples({"last meta-token": telling, "token before it": noise, "mean embedding": noise}, labels)
     config = CONFIG.model_copy(
         update={"probe": ProbeConfig(num_seeds=1, learning_rate=0.05, max_steps=300, code_shares=(0.1, 0.5, 1.0))}
@@ -145,6 +200,10 @@ def test_a_probe_reads_what_a_state_holds_and_labels_that_do_not_exist_are_left_
     assert value("compression", "last meta-token") > 2 > value("compression_of_shuffled", "last meta-token")
     asked = {(r.at["state"], r.at["target"]) for r in findings.records}
     assert ("mean embedding", "the token before") not in asked
+    assert ("token before it", "the token before") not in asked  # that is the same token
+    assert any("20 instances that have it" in line for line in findings.not_run)
+    (left,) = [r for r in findings.records if r.metric == "remaining_entropy" and r.at["state"] == "token before it"]
+    assert left.high - left.low > 0.01
     assert not any(target == "meta-tokens so far" for _, target in asked)  # one label is no question
 
 

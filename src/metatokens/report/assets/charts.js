@@ -213,7 +213,7 @@ const FIGURES = {
   },
   attribution(node) {
     const data = flat(find("readouts", "attribution")).filter((d) => "layer" in d);
-    return data.length ? lines(node, data, { x: "layer", stroke: "component", xLabel: "layer", yLabel: "share of the logit", most: 560 }) : null;
+    return data.length ? lines(node, data, { x: "layer", stroke: "component", xLabel: "layer", yLabel: "part of the logit", most: 560 }) : null;
   },
   "branch-strength"(node) {
     const data = flat(find("readouts", "branch_strength")).filter((d) => "layer" in d);
