@@ -10,7 +10,7 @@ import pytest
 from metatokens.analysis.results import read_results
 from metatokens.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("analysis")]
+pytestmark = pytest.mark.slow
 
 SHAPE = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 128}"
 TASK_PRESET = f"""

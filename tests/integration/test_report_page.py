@@ -27,7 +27,6 @@ BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium") or
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="needs chromium-headless-shell; install it to run these"),
-    pytest.mark.xdist_group("browser"),
 ]
 RESULTS, ARRAYS = build_results()
 QUERY = len(TOKENS) - 1
