@@ -112,7 +112,7 @@ def analyze(
         versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
         | {"python": platform.python_version()},
         command=identity.command,
-        not_run=tuple(findings.not_run),
+        not_run=tuple(dict.fromkeys(findings.not_run)),  # several measures may lack the same
         records=tuple(records),
         verdicts=tuple(judge(findings.endpoints, config.endpoints, seed=config.seed, intervals=findings.intervals)),
         token_views=tuple(views),
@@ -178,9 +178,7 @@ def _run(part: Part, run: Callable[[], None], findings: Findings) -> None:
     try:
         run()
     except (UsageError, NumericError) as error:
-        line = f"{part}: {error}"
-        if line not in findings.not_run:  # several measures may lack the same
-            findings.not_run.append(line)
+        findings.not_run.append(f"{part}: {error}")
 
 
 def _describe(model: Any, identity: Identity) -> dict[str, Any]:
