@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from metatokens.analysis.fitting import corrected_entropy
 from metatokens.analysis.rate_distortion import RateDistortionCurve, compare_hulls, rate_distortion_curve
 from metatokens.analysis.recording import At, Findings
 from metatokens.analysis.sampled_states import ANSWER, Samples
@@ -35,18 +36,12 @@ def measure_compression(samples: Samples, config: AnalysisConfig, findings: Find
         curve = rate_distortion_curve(states, labels, instances, config=config.rate_distortion, seed=config.seed)
         curves[name] = curve
         _record_curve(name, curve, findings)
-    some = next(iter(curves.values()))
-    num_test = len(some.document_ids)
-    plug_in = Interval(some.label_entropy, None, None)  # of the test labels' own frequencies
+    num_test = len(next(iter(curves.values())).document_ids)
+    # many labels and few test instances would put the line far below what no rate leaves
+    entropy = Interval(corrected_entropy(labels), None, None)
+    note = f"of the labels of {len(labels)} instances, Miller-Madow: no interval"
     findings.add_interval(
-        "rate_distortion",
-        "label_entropy",
-        "nats",
-        "V1",
-        plug_in,
-        documents=num_test,
-        at={},
-        note="of the test labels' frequencies",
+        "rate_distortion", "label_entropy", "nats", "V1", entropy, documents=len(labels), at={}, note=note
     )
     if META not in curves:
         return

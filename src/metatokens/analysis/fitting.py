@@ -220,6 +220,14 @@ def label_entropy(labels: npt.ArrayLike) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def corrected_entropy(labels: npt.ArrayLike) -> float:
+    """Return the entropy in nats of the source of labels (n,): that of their frequencies, which is too small by about
+    (K - 1) / 2n for K labels that occur, with that added (Miller 1955).
+    """
+    classes = np.unique(np.asarray(labels))
+    return label_entropy(labels) + (len(classes) - 1) / (2 * len(np.asarray(labels)))
+
+
 def frequency_code(classes: Indices, train_classes: Indices, num_classes: int) -> Array:
     """Return -ln of each class's frequency among those trained on, plus one half each (Krichevsky, Trofimov 1981).
 

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from metatokens.analysis.bottleneck import gaussian_kl, information_bounds, log_density
+from metatokens.analysis.fitting import corrected_entropy, label_entropy
 from metatokens.analysis.rate_distortion import (
     RateDistortionCurve,
     compare_hulls,
@@ -374,3 +375,11 @@ def test_curves_of_other_documents_are_not_compared():
             compare_hulls(first, other, seed=0)
     with pytest.raises(UsageError, match="at least 11, found 10"):
         compare_hulls(first, first, seed=0, minimum_documents=11)
+
+
+def test_corrected_entropy_is_nearer_to_that_of_the_source():
+    generator = np.random.Generator(np.random.PCG64(0))
+    labels = generator.integers(0, 200, size=(20, 400))
+    plain, corrected = (np.mean([entropy(row) for row in labels]) for entropy in (label_entropy, corrected_entropy))
+    assert plain < np.log(200) - 0.2
+    assert corrected == pytest.approx(np.log(200), abs=0.06)
