@@ -221,8 +221,9 @@ def label_entropy(labels: npt.ArrayLike) -> float:
 
 
 def corrected_entropy(labels: npt.ArrayLike) -> float:
-    """Return the entropy in nats of the source of labels (n,): that of their frequencies, which is too small by about
-    (K - 1) / 2n for K labels that occur, with that added (Miller 1955).
+    """Return the entropy in nats of what labels (n,) are drawn from, as Miller (1955) corrects it.
+
+    That of their own frequencies is too small by about (K - 1) / 2n, for K labels that occur.
     """
     classes = np.unique(np.asarray(labels))
     return label_entropy(labels) + (len(classes) - 1) / (2 * len(np.asarray(labels)))
