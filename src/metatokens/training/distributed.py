@@ -6,7 +6,7 @@ torchrun's RANK family of environment variables is the only thing read from the 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,8 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    copies: list[nn.parallel.DistributedDataParallel] = field(default_factory=list)
+    """Of models, one of which each process has."""
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +69,20 @@ class Processes:
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        copy = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        self.copies.append(copy)
+        return copy
+
+    def part(self) -> None:
+        """Leave the others; no copy can be trained after that."""
+        if self.world_size == 1:
+            return
+        # A copy's reducer holds the process group. Were it the last to let go, as it is when an error's traceback keeps
+        # the copy, the group would wait for its threads with the interpreter lock that one of them needs to end.
+        for copy in self.copies:
+            del copy.reducer
+            copy.logger = None
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -94,8 +109,7 @@ def join_processes(config: StepConfig) -> Iterator[Processes]:
         yield processes
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-        if world_size > 1:
-            dist.destroy_process_group()
+        processes.part()
 
 
 def _check_batch(config: StepConfig, world_size: int) -> None:
