@@ -64,8 +64,9 @@ def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
     files = {}
     for figure_id, figure in FIGURES.items():
         if figure.is_drawable(results, arrays):
+            drawn = figure.draw(results, arrays)
             for kind in FIGURE_KINDS:
-                files[f"{figure_id}.{kind}"] = _save(figure.draw(results, arrays), kind, _DOTS_PER_INCH)
+                files[f"{figure_id}.{kind}"] = _save(drawn, kind, _DOTS_PER_INCH)
     return files
 
 
