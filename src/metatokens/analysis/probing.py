@@ -116,11 +116,11 @@ def measure_erasure(lens: Lens, samples: Sequence[Sample], config: AnalysisConfi
     chosen = [sample for sample in samples if sample.label in kept]
     fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
     true = np.array([sample.label for sample in fitted])
-    if len(set(true.tolist())) < 2:
+    if min(len({sample.label for sample in half}) for half in (fitted, tested)) < 2:
         raise UsageError(
             "answers to erase",
-            expected="at least 2 among the instances that erasers are fitted to",
-            found=str(len(set(true.tolist()))),
+            expected="at least 2 in each half of the instances",
+            found=f"{len(kept)} in {len(chosen)} instances",
             remedy="raise subject.fitted_instances",
         )
     shuffled = np.random.Generator(np.random.PCG64(findings.seed)).permutation(true)

@@ -32,6 +32,7 @@ farthest from 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,7 +255,7 @@ def token_losses(logits_TV: Tensor, input_ids: Tensor, is_meta: Tensor, loss_pol
     return losses
 
 
-class _AttentionArrays:
+class _AttentionArrays(ABC):
     """Quantised attention of one text, filled layer by layer as the model runs."""
 
     def __init__(self, lens: Lens, is_meta: Tensor) -> None:
@@ -281,8 +282,9 @@ class _AttentionArrays:
             self.arrays["meta_attention_tokens"] = columns
         self.arrays["meta_attention"][call.layer] = quantize_weights(_weights_of(call, slice(None)))
 
+    @abstractmethod
     def _add_attention(self, call: AttentionCall) -> None:
-        raise NotImplementedError
+        """Take ordinary attention, dense or sparse."""
 
     def _add_received(self, layer: int, heads: slice, weights_HTT: Tensor) -> None:
         received = weights_HTT.sum(-2) / self._num_queries
