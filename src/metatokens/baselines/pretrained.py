@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
 from metatokens.model.loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
-from metatokens.model.modeling import MetaTokenCausalLMOutput
+from metatokens.model.outputs import MetaTokenCausalLMOutput
 
 
 class PretrainedCausalLM(nn.Module):

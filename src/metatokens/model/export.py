@@ -9,7 +9,17 @@ from transformers.utils import logging
 from .configuration import MetaTokenConfig
 from .modeling import MetaTokenForCausalLM
 
-REMOTE_CODE = ("attention", "cache", "configuration", "loss", "meta_attention", "modeling", "positions")
+REMOTE_CODE = (
+    "attention",
+    "cache",
+    "configuration",
+    "generation",
+    "loss",
+    "meta_attention",
+    "modeling",
+    "outputs",
+    "positions",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration.MetaTokenConfig",
     "AutoModel": "modeling.MetaTokenModel",

@@ -8,26 +8,26 @@ nothing that they cannot hold, and the model has exactly the paper's 152M parame
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, SelfAttention
 from .configuration import MetaTokenConfig
+from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
 from .meta_attention import MetaAttention, MetaPack, choose_members, pack_all_tokens, pack_meta_tokens
+from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
 from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, add_alibi, alibi_slopes
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -90,32 +90,6 @@ class MetaTokenBlock(GradientCheckpointingLayer):
         assert self.meta_attn is not None
         update, _ = self.meta_attn(self.meta_layernorm(pack.gather(hidden)), pack, past_key_values)
         return pack.add(hidden, self.dropout(update))
-
-
-@dataclass
-class MetaTokenModelOutput(ModelOutput):
-    """What `MetaTokenModel` returns.
-
-    `meta_attentions`, with `output_meta_attentions=True`, has one (B, H, M, K) per block, over packed meta-tokens.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    meta_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class MetaTokenCausalLMOutput(ModelOutput):
-    """What `MetaTokenForCausalLM` returns; `logits` is None in training with labels, where none are made."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    meta_attentions: tuple[Tensor, ...] | None = None
 
 
 class MetaTokenPreTrainedModel(PreTrainedModel):
@@ -324,7 +298,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         return pack_meta_tokens(self.config, hidden, always=self.training and torch.is_grad_enabled(), **inputs)
 
 
-class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
+class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
     """The language model; its generation never samples the meta-token."""
 
     model_class: ClassVar[type[MetaTokenModel]] = MetaTokenModel
@@ -339,63 +313,6 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, GenerationMixin):
         self.post_init()
         # saved with the model, for what generates without this class
         self.generation_config.suppress_tokens = self._ids_never_sampled() or None
-
-    def _ids_never_sampled(self) -> list[int]:
-        # no loss is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
-        first = self.config.meta_token_id
-        return [] if first is None else list(range(first, self.config.vocab_size))
-
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Add the ids that are never sampled to the caller's own `suppress_tokens`."""
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        suppressed = {*(generation_config.suppress_tokens or ()), *self._ids_never_sampled()}
-        generation_config.suppress_tokens = sorted(suppressed) or None
-        return generation_config, model_kwargs
-
-    def prepare_inputs_for_generation(
-        self,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        meta_token_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Check the length, and cut `meta_token_mask`, which describes the prompt, to each step's tokens.
-
-        Later meta-tokens show by their id.
-
-        Raises:
-            ValueError: for a sequence longer than the model, whatever the cache.
-        """
-        sequence = args[0] if args else kwargs["input_ids"]
-        self.config.check_length(sequence.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1]))
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
-        if meta_token_mask is None:
-            return inputs
-        past, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
-        seen = int(past.get_seq_length()) if past is not None else 0
-        num_tokens = (inputs["input_ids"] if embeds is None else embeds).shape[1]
-        missing = max(0, seen + num_tokens - meta_token_mask.shape[1])
-        step_mask = nn.functional.pad(meta_token_mask, (0, missing))[:, seen : seen + num_tokens]
-        if embeds is None and missing:
-            later = torch.arange(seen, seen + num_tokens, device=step_mask.device) >= meta_token_mask.shape[1]
-            step_mask = step_mask | (later & (inputs["input_ids"] == self.config.meta_token_id))
-        inputs["meta_token_mask"] = step_mask
-        return inputs
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: MetaTokenConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Make the mask of `generate` with a static cache; the library's own knows only its own layer types."""
-        del position_ids, kwargs
-        return create_causal_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
-        )
 
     @can_return_tuple
     def forward(  # noqa: PLR0913, PLR0917, D417 - transformers sets the arguments; the others are the decoder's
