@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from metatokens.config.tasks import MarkedTask
 from metatokens.data.injection import IntArray, hash_key
 from metatokens.errors import UsageError
 from metatokens.tasks.base import META, Draws
@@ -98,6 +99,13 @@ def make_minimal_pair(
     Raises:
         UsageError: A task or a tokenizer of which no pair is found.
     """
+    if isinstance(task, MarkedTask) and not task.marks:
+        raise UsageError(
+            f"minimal pairs of {task.kind}",
+            expected="a text that tells the answer",
+            found="marks false",
+            remedy="set task.marks true",
+        )
     for attempt in range(_MOST_ATTEMPTS):
         number = index + attempt * _ATTEMPT_STRIDE
         clean = make_instance(task, difficulty, encoder=encoder, seed=seed, split=split, index=number)

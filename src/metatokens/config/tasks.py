@@ -81,9 +81,25 @@ class Difficulty(Frozen):
 
 
 class TaskPlaces(Frozen):
-    """The places that the task gives a meaning (the paper's policy)."""
+    """The places that the task gives a meaning (the paper's policy).
+
+    For list_recall and list_pointer that is right after the list that is asked for: the place alone tells which list
+    holds the answer, so a model that sees it never has to read a name.
+    """
 
     kind: Literal["task"] = "task"
+
+
+class EveryPlaces(Frozen):
+    """After each list, whichever is asked for: a meta-token tells nothing about the question."""
+
+    kind: Literal["every"] = "every"
+
+
+class DecoyPlaces(Frozen):
+    """As many as at the task's places, of the same form, but drawn independently of the question."""
+
+    kind: Literal["decoy"] = "decoy"
 
 
 class UniformPlaces(Frozen):
@@ -95,12 +111,14 @@ class UniformPlaces(Frozen):
 
 
 class NoPlaces(Frozen):
-    """No meta-token at all."""
+    """No meta-token at all; marks stand at the task's places."""
 
     kind: Literal["none"] = "none"
 
 
-MetaPlaces = Annotated[TaskPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
+MetaPlaces = Annotated[TaskPlaces | EveryPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
+UnlistedPlaces = Annotated[TaskPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
+"""Of a text without lists."""
 
 # Tasks -------------------------------------------------------------------------------------------------------
 
@@ -109,9 +127,31 @@ class _Task(Frozen):
     questions: int = Field(1, ge=1)
     """Questions about one prompt, each followed by its answer; several make the training signal denser."""
     meta_places: MetaPlaces = TaskPlaces()
-    """Where meta-tokens stand; the text is the same for every choice."""
+    """Where meta-tokens stand; the text is the same for every choice, but for the marks."""
     loss: Literal["answer", "full"] = "answer"
     """answer: a loss term for each token of the answers; full: for each text token but the first."""
+
+
+class MarkedTask(_Task):
+    """A task that asks about marked places of the text."""
+
+    marks: bool = True
+    """Visible marks (brackets, bars) at the task's places, wherever the meta-tokens stand, so that the text alone tells
+    the answer; without them only meta-tokens at those places tell it, as in the paper."""
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> Self:
+        if not self.marks and self.meta_places.kind != "task":
+            raise ValueError(
+                f"marks false with meta_places {self.meta_places.kind}: nothing would tell which part is asked about; "
+                "keep the marks, or meta_places task"
+            )
+        return self
+
+
+class _UnlistedTask(MarkedTask):
+    meta_places: UnlistedPlaces = TaskPlaces()
+    """Where meta-tokens stand; the text is the same for every choice, but for the marks."""
 
 
 class _ListTask(_Task):
@@ -121,19 +161,31 @@ class _ListTask(_Task):
     """Bounds of the number of lists; within them, the length of the prompt decides."""
 
 
-class ListRecallTask(_ListTask):
+class _RecallTask(_ListTask):
+    marks: bool = False
+    """A bar right behind the place of each meta-token: a model without meta-tokens is told as much as one with them.
+    Bars do not count towards difficulty.prompt_tokens, so that the text is the same with and without them."""
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> Self:
+        if self.marks and self.meta_places.kind == "uniform":
+            raise ValueError("marks true with meta_places uniform: those places are of the tokens, not of the text")
+        return self
+
+
+class ListRecallTask(_RecallTask):
     """Item j of a named list."""
 
     kind: Literal["list_recall"] = "list_recall"
 
 
-class ListPointerTask(_ListTask):
+class ListPointerTask(_RecallTask):
     """Item j of a named list, scored as a single choice over the items of the prompt."""
 
     kind: Literal["list_pointer"] = "list_pointer"
 
 
-class SegmentCountingTask(_ListTask):
+class SegmentCountingTask(_ListTask, MarkedTask):
     """How often an item occurs in a marked segment of a list."""
 
     kind: Literal["segment_counting"] = "segment_counting"
@@ -147,13 +199,13 @@ class SegmentCountingTask(_ListTask):
         return self
 
 
-class ParityTask(_Task):
+class ParityTask(_UnlistedTask):
     """The exclusive or of all bits before a mark."""
 
     kind: Literal["parity"] = "parity"
 
 
-class CopyingTask(_Task):
+class CopyingTask(_UnlistedTask):
     """The words between two marks, exactly."""
 
     kind: Literal["copying"] = "copying"

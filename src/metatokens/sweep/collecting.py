@@ -172,7 +172,7 @@ def _same_instances(report: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether two models were asked about the same texts: where meta-tokens stand in them does not matter."""
 
     def question(config: dict[str, Any]) -> Any:
-        task = {key: value for key, value in config["task"].items() if key not in {"meta_places", "loss"}}
+        task = {key: value for key, value in config["task"].items() if key not in {"meta_places", "marks", "loss"}}
         return task, config["size"], config["seed"], config["instances"]
 
     return bool(question(report["config"]) == question(other["config"]))

@@ -4,8 +4,10 @@ An instance is a row of pieces of text. A piece is a word or a number with the s
 punctuation, and GPT-2's split pattern always cuts between two of them, so a text's ids are the ids of its pieces
 and its length is known while it grows. `META` in the row is a place that the task gives to a meta-token.
 
-Where the meta-token itself tells something (the ends of a segment or a span, the end of the bits), the text carries
-a visible mark right behind it, a bracket or a bar: a model without meta-tokens is told as much as one with them.
+Where a question is about a marked place (the ends of a segment or a span, the end of the bits), the text carries
+a visible mark there, a bracket or a bar: a model without meta-tokens is told as much as one with them. The lists of
+list recall and list pointer carry bars only on request (`marks`). Without them the paper's places are a hint that a
+model without meta-tokens does not get: the meta-token stands after the list that holds the answer.
 The paper's instances are not published; these marks and the sentences are ours.
 
 The docstring of each task draws an instance: `_` is a meta-token, `-` in the rows of targets no loss term, and a
@@ -15,6 +17,8 @@ target stands under the position that must predict it.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -25,13 +29,15 @@ from metatokens.errors import UsageError
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from metatokens.config.tasks import CopyingTask, ParityTask, SegmentCountingTask
     from metatokens.data.tokenizer import TextEncoder
 
 META = META_TOKEN
 Split: TypeAlias = Literal["train", "test"]
 _Choice = TypeVar("_Choice")
+_Place = TypeVar("_Place", bound=Hashable)
 
 _TEST_BUCKETS = 10  # one in ten, paper section 3: 90k training and 10k test instances
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # the step of SplitMix64, see data/injection.py
@@ -200,7 +206,8 @@ class PieceEncoder:
         words = [f" {word}" for word in (*ITEMS, *NAMES, *SENTENCE_WORDS, *range(100))]
         titles = [f" {word.title()}" for word in SENTENCE_WORDS]
         marks = (" [", " lamb", " ]", " lamb", ",", " [", " 0", " |", " 1", ".", " ]", " List", ":", " 1", ",", " ]")
-        pieces = ("List", *words, *(piece for word in words for piece in (word, ",")), *titles, *marks, *titles)
+        bars = (".", " |", " List", ".", " |", " |", " Item", ".", " |", " Point")
+        pieces = ("List", *words, *(piece for word in words for piece in (word, ",")), *titles, *marks, *bars, *titles)
         apart = tuple(token for piece in pieces for token in self._encode(piece))
         together = self._encode("".join(pieces))
         if together != apart:
@@ -247,6 +254,35 @@ def fill_prompt(
         parts.append(part)
         length += part_length
     return parts if length >= room.lowest else None
+
+
+def interleave(parts: Sequence[Sequence[str]], inserted: Mapping[int, Sequence[str]]) -> list[str]:
+    """Return the pieces of all parts, with what is inserted before part `index`, or behind the last one."""
+    pieces: list[str] = []
+    for index in range(len(parts) + 1):
+        pieces += inserted.get(index, ())
+        pieces += parts[index] if index < len(parts) else ()
+    return pieces
+
+
+def mark_places(
+    task: SegmentCountingTask | ParityTask | CopyingTask,
+    marked: Iterable[tuple[_Place, str]],
+    decoys: Iterable[_Place] | None,
+) -> dict[_Place, list[str]]:
+    """Return what to insert at each place of a body.
+
+    Args:
+        task: For `marks`.
+        marked: The places that the question is about, each with its mark, in the order of the text.
+        decoys: Where meta-tokens stand in their place; None: right before each mark.
+    """
+    inserted: dict[_Place, list[str]] = defaultdict(list)
+    for place in decoys or ():
+        inserted[place].append(META)
+    for place, mark in marked:
+        inserted[place] += [*([META] if decoys is None else []), *([mark] if task.marks else [])]
+    return inserted
 
 
 class Question(NamedTuple):

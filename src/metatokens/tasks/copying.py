@@ -10,7 +10,9 @@ Input, and targets for the two kinds of loss:
 
 The meta-tokens are what tells the span, so a bracket stands right behind each for models without them. `size` is
 the number of words of a span. Several questions are several spans, in the order of the text; they do not overlap.
-The words around them, the last of which ends the text, are what makes a prompt longer. Words may repeat.
+The words around them, the last of which ends the text, are what makes a prompt longer. Words may repeat. With
+`meta_places` decoy as many pairs of meta-tokens stand around as many words elsewhere, drawn independently of the
+spans, and the brackets stay; without `marks` there are no brackets.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import re
 from typing import TYPE_CHECKING
 
 from metatokens.tasks.base import (
-    META,
     Draws,
     Instance,
     PieceEncoder,
@@ -28,6 +29,8 @@ from metatokens.tasks.base import (
     assemble,
     count_question_tokens,
     fill_prompt,
+    interleave,
+    mark_places,
 )
 from metatokens.tasks.words import ITEMS
 
@@ -39,11 +42,10 @@ def generate(task: CopyingTask, size: int, room: Room, *, encoder: PieceEncoder,
     """Draw spans of `size` words and the words around them; None where they miss the room."""
     spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
-    marked = [[META, " [", *span, META, " ]"] for span in spans]
     around = fill_prompt(
         room,
         encoder.count(("Text", ":", "."))
-        + sum(encoder.count(span) for span in marked)
+        + sum(encoder.count((" [", *span, " ]")) for span in spans)
         + count_question_tokens(questions, encoder),
         lambda: [f" {draws.choose(ITEMS)}"],
         encoder=encoder,
@@ -53,13 +55,18 @@ def generate(task: CopyingTask, size: int, room: Room, *, encoder: PieceEncoder,
     if around is None:
         return None
     places = sorted(draws.below(len(around)) for _ in spans)
-    body, start = ["Text", ":"], 0
-    for place, span in zip(places, marked, strict=True):
-        body += [word for part in around[start:place] for word in part]
-        body += span
-        start = place
-    body += [word for part in around[start:] for word in part]
-    return assemble([*body, "."], questions)
+    words = list(around)
+    ends: list[tuple[int, int]] = []
+    for place, span in zip(places, spans, strict=True):
+        start = place + len(ends) * size
+        words[start:start] = [[word] for word in span]
+        ends.append((start, start + size))
+    decoys = None
+    if task.meta_places.kind == "decoy":
+        starts = [draws.below(len(words) - size) for _ in spans]  # a span never ends the text
+        decoys = [end for start in starts for end in (start, start + size)]
+    marked = [(end, bracket) for span_ends in ends for end, bracket in zip(span_ends, (" [", " ]"), strict=True)]
+    return assemble(["Text", ":", *interleave(words, mark_places(task, marked, decoys)), "."], questions)
 
 
 def solve(prompt_text: str) -> list[str]:

@@ -3,6 +3,10 @@
 A meta-token stands right after the list that holds the queried items and one before each question, so two stand
 together where that list is the last. Items of one list differ; lists may share items.
 
+That place gives the list away: who looks at the list before the first meta-token need not read a name. With
+`meta_places` every, one stands after each list, with decoy after a list drawn independently of the question; these
+tell nothing. `marks` writes a bar behind each place, for models without meta-tokens.
+
 Input, and targets for the two kinds of loss:
 
     input  List  child : 1    corn , 2   jar . _    List    student : 1     canoe , 2       feather . _
@@ -13,8 +17,7 @@ Input, and targets for the two kinds of loss:
     answer -    -  -     -     corn -    - -    -    -  -     -     jar -
     full   1    of child is    corn .    - Item 2    of child is    jar -
 
-Several questions ask for different items of the same list, and start over when all have been asked. Nothing but
-the text tells the answer, so the meta-tokens need no visible mark here.
+Several questions ask for different items of the same list, and start over when all have been asked.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import re
 from typing import TYPE_CHECKING
 
 from metatokens.tasks.base import META, Draws, Instance, PieceEncoder, Question, Room, assemble, count_question_tokens
-from metatokens.tasks.lists import NamedList, draw_body, draw_items, draw_names
+from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from metatokens.config.tasks import ListPointerTask, ListRecallTask
 
@@ -54,19 +57,30 @@ def generate_recall(
     target = draw_list()
     asked = [number for _ in range(0, task.questions, size) for number in draws.shuffle(range(1, size + 1))]
     questions = [
-        Question([META, *ask(number, target.name)], [f" {target.items[number - 1]}"])
-        for number in asked[: task.questions]
+        Question(ask(number, target.name), [f" {target.items[number - 1]}"]) for number in asked[: task.questions]
     ]
-    body = draw_body(
-        task,
-        [*target.pieces(numbered=task.numbered), META],
-        draw_list,
-        room,
-        used=count_question_tokens(questions, encoder),
-        encoder=encoder,
-        draws=draws,
+    used = count_question_tokens(questions, encoder)
+    drawn = draw_lists(task, target, draw_list, room, used=used, encoder=encoder, draws=draws)
+    if drawn is None:
+        return None
+    lists, target_index = drawn
+    meta = [META, " |"] if task.marks else [META]
+    body = write_lists(
+        lists,
+        {(index, size): meta for index in _lists_before_a_meta(task, len(lists), target_index, draws)},
+        numbered=task.numbered,
     )
-    return None if body is None else assemble(body, questions)
+    return assemble(body, [question._replace(pieces=[*meta, *question.pieces]) for question in questions])
+
+
+def _lists_before_a_meta(
+    task: ListRecallTask | ListPointerTask, num_lists: int, target_index: int, draws: Draws
+) -> Sequence[int]:
+    if task.meta_places.kind == "every":
+        return range(num_lists)
+    if task.meta_places.kind == "decoy":
+        return (draws.below(num_lists),)
+    return (target_index,)
 
 
 def solve(prompt_text: str) -> list[str]:

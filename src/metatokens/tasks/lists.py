@@ -5,14 +5,15 @@ The number of lists is what makes a prompt longer; all lists of a prompt have th
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from metatokens.errors import UsageError
-from metatokens.tasks.base import fill_prompt
+from metatokens.tasks.base import fill_prompt, interleave
 from metatokens.tasks.words import ITEMS, NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from metatokens.config.tasks import ListPointerTask, ListRecallTask, SegmentCountingTask
     from metatokens.tasks.base import Draws, PieceEncoder, Room
@@ -24,21 +25,19 @@ class NamedList(NamedTuple):
     name: str
     items: list[str]
 
-    def pieces(self, *, numbered: bool) -> list[str]:
-        """Return the list as text: its name, its items with their numbers, a full stop."""
-        return [*self.opening(), *(piece for item in self.item_pieces(numbered=numbered) for piece in item)]
+    def pieces(self, inserted: Mapping[int, list[str]] = MappingProxyType({}), *, numbered: bool) -> list[str]:
+        """Return the list as text: its name, its items with their numbers, a full stop.
 
-    def opening(self) -> list[str]:
-        """Return the pieces before the first item."""
-        return [" List", f" {self.name}", ":"]
-
-    def item_pieces(self, *, numbered: bool) -> list[list[str]]:
-        """Return the pieces of each item, with the comma or the full stop behind it."""
+        Args:
+            inserted: Pieces to put before item `index` (from 0), or behind the full stop.
+            numbered: Write its number before each item.
+        """
         last = len(self.items)
-        return [
+        items = [
             [*([f" {number}"] if numbered else []), f" {item}", "," if number < last else "."]
             for number, item in enumerate(self.items, start=1)
         ]
+        return [" List", f" {self.name}", ":", *interleave(items, inserted)]
 
 
 def draw_items(count: int, draws: Draws, *, key: str) -> list[str]:
@@ -69,40 +68,54 @@ def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, dra
     return draws.shuffle(NAMES)
 
 
-def draw_body(
+def draw_lists(
     task: ListRecallTask | ListPointerTask | SegmentCountingTask,
-    target: Sequence[str],
+    target: NamedList,
     draw_list: Callable[[], NamedList],
     room: Room,
     *,
     used: int,
     encoder: PieceEncoder,
     draws: Draws,
-) -> list[str] | None:
-    """Draw the other lists and return the body of the prompt, the target list at a random place among them.
+) -> tuple[list[NamedList], int] | None:
+    """Draw the other lists, and return all of them with the index of the target, which is anywhere among them.
 
     Args:
         task: For the number of lists and their form.
-        target: The pieces of the list that is asked about, with its meta-tokens and marks.
+        target: The list that is asked about.
         draw_list: Draws another list.
         room: The bounds of the whole prompt.
-        used: Text tokens of the questions.
+        used: Text tokens of the questions and of marks.
         encoder: Measures the lists.
         draws: For the length and the place.
     """
     fewest, most = task.num_lists
+    drawn: list[NamedList] = []
+
+    def draw_part() -> list[str]:
+        drawn.append(draw_list())
+        return drawn[-1].pieces(numbered=task.numbered)
+
     # the first list opens the text: there is no space before it
     first_word = encoder.count(("List",)) - encoder.count((" List",))
-    others = fill_prompt(
+    parts = fill_prompt(
         room,
-        used + encoder.count(target) + first_word,
-        lambda: draw_list().pieces(numbered=task.numbered),
+        used + encoder.count(target.pieces(numbered=task.numbered)) + first_word,
+        draw_part,
         encoder=encoder,
         draws=draws,
         num_parts=(fewest - 1, most - 1),
     )
-    if others is None:
+    if parts is None:
         return None
-    place = draws.below(len(others) + 1)
-    body = [piece for pieces in (*others[:place], target, *others[place:]) for piece in pieces]
+    place = draws.below(len(parts) + 1)
+    return [*drawn[:place], target, *drawn[place : len(parts)]], place
+
+
+def write_lists(lists: list[NamedList], inserted: Mapping[tuple[int, int], list[str]], *, numbered: bool) -> list[str]:
+    """Return the body of a prompt, with pieces inserted at (list, item) as `NamedList.pieces` has it."""
+    body = []
+    for index, named in enumerate(lists):
+        own = {item: pieces for (place, item), pieces in inserted.items() if place == index}
+        body += named.pieces(own, numbered=numbered)
     return ["List", *body[1:]]

@@ -11,7 +11,9 @@ Input, and targets for the two kinds of loss:
 The meta-token is what tells where to stop, so a bar stands right behind it for models without one. `size` is the
 number of bits before the last mark. Several questions are several marks at different places, numbered from the
 left and answered in order at the end, each with all bits before it; the marks before the last are drawn uniformly
-from the places between bits. The bits after the last mark, at least one, are what makes a prompt longer.
+from the places between bits. The bits after the last mark, at least one, are what makes a prompt longer. With
+`meta_places` decoy as many meta-tokens stand behind bits drawn independently of the marks, and the bars stay;
+without `marks` there are no bars.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from metatokens.errors import UsageError
 from metatokens.tasks.base import (
-    META,
     Draws,
     Instance,
     PieceEncoder,
@@ -30,6 +31,8 @@ from metatokens.tasks.base import (
     assemble,
     count_question_tokens,
     fill_prompt,
+    interleave,
+    mark_places,
 )
 
 if TYPE_CHECKING:
@@ -47,17 +50,14 @@ def generate(task: ParityTask, size: int, room: Room, *, encoder: PieceEncoder, 
         )
     bits = [draws.below(2) for _ in range(size)]
     marks = sorted((size, *islice(draws.shuffle(range(1, size)), task.questions - 1)))
-    body = ["Bits", ":"]
-    for start, stop in zip((0, *marks), marks, strict=False):
-        body += [f" {bit}" for bit in bits[start:stop]]
-        body += [META, " |"]
     questions = [
         Question([" Parity", f" {number}", " is"], [f" {sum(bits[:mark]) % 2}"])
         for number, mark in enumerate(marks, start=1)
     ]
     behind = fill_prompt(
         room,
-        encoder.count((*body, ".")) + count_question_tokens(questions, encoder),
+        encoder.count(("Bits", ":", *(f" {bit}" for bit in bits), *(" |" for _ in marks), "."))
+        + count_question_tokens(questions, encoder),
         lambda: [f" {draws.below(2)}"],
         encoder=encoder,
         draws=draws,
@@ -65,7 +65,12 @@ def generate(task: ParityTask, size: int, room: Room, *, encoder: PieceEncoder, 
     )
     if behind is None:
         return None
-    return assemble([*body, *(bit for part in behind for bit in part), "."], questions)
+    all_bits = [[f" {bit}"] for bit in bits] + behind
+    decoys = None
+    if task.meta_places.kind == "decoy":
+        decoys = list(islice(draws.shuffle(range(1, len(all_bits))), len(marks)))
+    inserted = mark_places(task, [(mark, " |") for mark in marks], decoys)
+    return assemble(["Bits", ":", *interleave(all_bits, inserted), "."], questions)
 
 
 def solve(prompt_text: str) -> list[str]:

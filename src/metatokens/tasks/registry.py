@@ -2,8 +2,8 @@
 
 Instance i is a pure function of (task, difficulty, tokenizer, seed, split, i): no rank, worker, batch or resume
 changes it. Draws that miss the wanted length or fall on the other split are dropped and counted on, from a key
-that holds the number of the attempt. Where meta-tokens stand and what is paid for are left out of the key, so
-arms that differ in these see the same texts.
+that holds the number of the attempt. Where meta-tokens and marks stand and the loss are not part of the key,
+so arms that differ in these see the same texts.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def make_instance(
 @lru_cache(maxsize=256)
 def _stream_key(task: Task, difficulty: Difficulty, seed: int, split: Split) -> int:
     """Return the key of all instances of one kind; the same for tasks with equal texts."""
-    text = task.model_dump_json(exclude={"meta_places", "loss"}) + difficulty.model_dump_json()
+    text = task.model_dump_json(exclude={"meta_places", "marks", "loss"}) + difficulty.model_dump_json()
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return int(hash_key(seed, digest, split == "test")[0])
 

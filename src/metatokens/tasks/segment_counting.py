@@ -16,7 +16,9 @@ Input, and targets for the two kinds of loss:
     answer 0  -
     full   0  -
 
-The meta-tokens are what tells the segment, so a bracket stands right behind each for models without them. The
+The meta-tokens are what tells the segment, so a bracket stands right behind each for models without them. With
+`meta_places` every, a meta-token stands after each list, with decoy at the ends of another segment, drawn
+independently; the brackets stay. Without `marks` there are no brackets. The
 answer is a number in digits, 0 included. The items of a prompt are `num_items` different words, and several
 questions ask for several of them.
 """
@@ -24,11 +26,19 @@ questions ask for several of them.
 from __future__ import annotations
 
 import re
-from itertools import chain
 from typing import TYPE_CHECKING
 
-from metatokens.tasks.base import META, Draws, Instance, PieceEncoder, Question, Room, assemble, count_question_tokens
-from metatokens.tasks.lists import NamedList, draw_body, draw_items, draw_names
+from metatokens.tasks.base import (
+    Draws,
+    Instance,
+    PieceEncoder,
+    Question,
+    Room,
+    assemble,
+    count_question_tokens,
+    mark_places,
+)
+from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import SegmentCountingTask
@@ -45,24 +55,25 @@ def generate(
         return NamedList(next(names), [draws.choose(words) for _ in range(size)])
 
     target = draw_list()
-    num_inside = draws.between(1, size)
-    start = draws.below(size - num_inside + 1)
-    stop = start + num_inside
+    start, stop = _draw_segment(size, draws)
     order = draws.shuffle(words)
     asked = [next(order) for _ in range(task.questions)]
     questions = [
         Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in asked
     ]
-    body = draw_body(
-        task,
-        _mark_segment(target, start, stop, numbered=task.numbered),
-        draw_list,
-        room,
-        used=count_question_tokens(questions, encoder),
-        encoder=encoder,
-        draws=draws,
-    )
-    return None if body is None else assemble(body, questions)
+    used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
+    drawn = draw_lists(task, target, draw_list, room, used=used, encoder=encoder, draws=draws)
+    if drawn is None:
+        return None
+    lists, target_index = drawn
+    decoys = None
+    if task.meta_places.kind == "every":
+        decoys = [(index, size) for index in range(len(lists))]
+    elif task.meta_places.kind == "decoy":
+        index = draws.below(len(lists))
+        decoys = [(index, end) for end in _draw_segment(size, draws)]
+    inserted = mark_places(task, [((target_index, start), " ["), ((target_index, stop), " ]")], decoys)
+    return assemble(write_lists(lists, inserted, numbered=task.numbered), questions)
 
 
 def solve(prompt_text: str) -> list[str]:
@@ -72,7 +83,8 @@ def solve(prompt_text: str) -> list[str]:
     return [str(sum(word == asked for word in words)) for asked in re.findall(r"Count of (\w+) is", prompt_text)]
 
 
-def _mark_segment(target: NamedList, start: int, stop: int, *, numbered: bool) -> list[str]:
-    items = target.item_pieces(numbered=numbered)
-    before, inside, behind = (list(chain(*part)) for part in (items[:start], items[start:stop], items[stop:]))
-    return [*target.opening(), *before, META, " [", *inside, META, " ]", *behind]
+def _draw_segment(size: int, draws: Draws) -> tuple[int, int]:
+    """Return (start, stop) of a segment of at least one item, its length drawn before its place."""
+    num_inside = draws.between(1, size)
+    start = draws.below(size - num_inside + 1)
+    return start, start + num_inside

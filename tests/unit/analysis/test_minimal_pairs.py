@@ -133,3 +133,8 @@ def test_a_task_without_pairs_is_one_line():
     task = SegmentCountingTask(num_items=1)
     with pytest.raises(UsageError, match="minimal pairs of segment_counting: expected an instance"):
         pairs_of(task, 1)
+
+
+def test_pairs_of_a_text_that_does_not_tell_the_answer_are_refused():
+    with pytest.raises(UsageError, match="task.marks true"):
+        pairs_of(ParityTask(marks=False), 1)

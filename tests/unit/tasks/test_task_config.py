@@ -80,6 +80,20 @@ def test_questions_beyond_the_items_of_a_segment_name_both_keys():
 
 
 @pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"kind": "parity", "meta_places": {"kind": "every"}}, "every"),
+        ({"kind": "copying", "marks": False, "meta_places": {"kind": "none"}}, "nothing would tell"),
+        ({"kind": "segment_counting", "marks": False, "meta_places": {"kind": "decoy"}}, "nothing would tell"),
+        ({"kind": "list_recall", "marks": True, "meta_places": {"kind": "uniform"}}, "of the tokens"),
+    ],
+)
+def test_places_and_marks_that_make_no_task_are_refused(fields, reason):
+    with pytest.raises(ValidationError, match=reason):
+        TASK.validate_python(fields)
+
+
+@pytest.mark.parametrize(
     ("name", "nearest"), [("list_recal", "list_recall"), ("segment", "segment_counting"), ("Copying", "copying")]
 )
 def test_unknown_task_comes_with_the_nearest_name(name, nearest):

@@ -79,7 +79,7 @@ def targets_by_hand(encoded, meta_token_id, loss, loss_policy):
 
 @pytest.mark.parametrize("loss_policy", ["skip", "retarget"])
 @pytest.mark.parametrize("loss", ["answer", "full"])
-@pytest.mark.parametrize("places", ["task", "uniform", "none"])
+@pytest.mark.parametrize("places", ["task", "decoy", "uniform", "none"])
 @pytest.mark.parametrize("name", task_names())
 def test_targets_are_the_text_tokens_that_the_loss_names(name, places, loss, loss_policy):
     task = find_task(name).config(questions=2, loss=loss, meta_places={"kind": places})
@@ -96,7 +96,7 @@ def test_targets_are_the_text_tokens_that_the_loss_names(name, places, loss, los
             assert num_targets == (num_text - 1 if loss == "full" else sum(b - a for a, b in encoded.answer_spans))
 
 
-@pytest.mark.parametrize("places", ["task", "uniform", "none"])
+@pytest.mark.parametrize("places", ["task", "decoy", "uniform", "none"])
 @pytest.mark.parametrize("name", task_names())
 def test_spans_hold_the_answers_and_the_rest_is_the_prompt(name, places):
     task = find_task(name).config(questions=3, meta_places={"kind": places})

@@ -10,10 +10,8 @@ from metatokens.config.tasks import (
     CopyingTask,
     ListPointerTask,
     ListRecallTask,
-    NoPlaces,
     ParityTask,
     SegmentCountingTask,
-    UniformPlaces,
     length_bin,
 )
 from metatokens.errors import UsageError
@@ -197,8 +195,36 @@ def test_seed_split_and_index_each_change_the_instance(name):
 @pytest.mark.parametrize("name", task_names())
 def test_arms_that_differ_in_places_and_loss_see_the_same_text(name):
     config = find_task(name).config
-    arms = [config(), config(meta_places=NoPlaces()), config(meta_places=UniformPlaces()), config(loss="full")]
-    assert len({instance_of(arm, index=3) for arm in arms}) == 1
+    kinds = ["task", "decoy", "uniform", "none", *([] if name in {"parity", "copying"} else ["every"])]
+    arms = [config(loss="full"), *(config(meta_places={"kind": kind}) for kind in kinds)]
+    for index in range(20):
+        assert len({instance_of(arm, index=index).text for arm in arms}) == 1
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_marks_are_all_that_differs_in_a_text_with_and_without_them(name):
+    config = find_task(name).config
+    for index in range(20):
+        with_marks, without = (instance_of(config(marks=marks, questions=2), index=index) for marks in (True, False))
+        assert re.sub(r" [\[\]|]", "", with_marks.text) == without.text != with_marks.text
+        assert with_marks.answers == without.answers
+        assert with_marks.split == without.split
+
+
+@pytest.mark.parametrize("name", ["list_recall", "list_pointer", "segment_counting"])
+def test_every_list_has_one_meta_behind_it(name):
+    task = find_task(name).config(meta_places={"kind": "every"}, questions=2)
+    for index in range(30):
+        body = "".join(instance_of(task, index=index).pieces).split(" Item")[0].split(" Point")[0].split(" Count")[0]
+        body = body.removesuffix(META) if name != "segment_counting" else body
+        lists = body.split("List")[1:]
+        assert all(part.replace(" ]", "").rstrip().endswith(META) and part.count(META) == 1 for part in lists), body
+
+
+def test_a_bar_stands_behind_every_meta_of_marked_recall():
+    for kind in ("task", "every", "decoy"):
+        text = "".join(instance_of(ListRecallTask(meta_places={"kind": kind}, marks=True, questions=2)).pieces)
+        assert text.count(META) == text.count(f"{META} |") == text.count("|") > 2
 
 
 def test_instances_do_not_change_between_releases():
