@@ -136,5 +136,5 @@ def test_a_task_without_pairs_is_one_line():
 
 
 def test_pairs_of_a_text_that_does_not_tell_the_answer_are_refused():
-    with pytest.raises(UsageError, match="task.marks true"):
+    with pytest.raises(UsageError, match=r"task\.marks true"):
         pairs_of(ParityTask(marks=False), 1)
