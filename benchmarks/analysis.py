@@ -32,9 +32,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from metatokens.analysis import Lens
-from metatokens.analysis.attention_effects import Document, attention_effects
-from metatokens.analysis.attention_statistics import (
+from metatokens.analysis.attention.rows import (
     RowStatistics,
     StratifiedQueries,
     attention_statistics,
@@ -43,9 +41,12 @@ from metatokens.analysis.attention_statistics import (
     observe_attention,
     row_statistics,
 )
+from metatokens.analysis.attention.sharpening import attention_effects
+from metatokens.analysis.documents import Document
 from metatokens.config.schema import ModelConfig, UniformInjection
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
 from metatokens.evaluation.interventions import ZeroEmbedding
+from metatokens.lens import Lens
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 TEXT_VOCABULARY = 50_257

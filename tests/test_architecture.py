@@ -22,6 +22,7 @@ STAGES = (
     {"config", "presets"},
     {"data", "tasks", "model"},
     {"baselines"},
+    {"lens"},
     {"training", "generation", "evaluation", "analysis"},
     {"report"},
     {"demo", "sweep"},

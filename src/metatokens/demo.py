@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from metatokens.analysis.pipeline import Identity, analyze
 from metatokens.analysis.results import read_results, write_results
+from metatokens.analysis.run import Identity, analyze
 from metatokens.config.analysis import AnalysisConfig
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset

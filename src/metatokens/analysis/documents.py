@@ -1,4 +1,4 @@
-"""Sums and counts by document, the unit that a bootstrap draws again (see `metatokens.evaluation.statistics`).
+"""Documents, the unit that a bootstrap draws again (see `metatokens.evaluation.statistics`), and sums over each.
 
 Tokens of one document are not independent; so a measurement keeps, for every document, the sum of its values and how
 many they are. The mean over all tokens is then a ratio of sums over documents, for which `bootstrap_ratio` has the
@@ -13,11 +13,23 @@ from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from metatokens.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text or one instance of a task, as the model reads it."""
+
+    name: str
+    input_ids: Tensor
+    """(1, T) int64, meta-tokens among them."""
+    is_meta: Tensor
+    """(1, T) bool."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metatokens.analysis.attention_effects import (
+from metatokens.analysis.attention.distance import distance_profiles
+from metatokens.analysis.attention.rows import StratifiedQueries
+from metatokens.analysis.attention.sharpening import (
     ROW_METRICS,
-    Document,
     attention_effects,
     rows_behind_a_meta_token,
 )
-from metatokens.analysis.attention_statistics import StratifiedQueries
-from metatokens.analysis.causal import (
+from metatokens.analysis.causal.eviction import measure_eviction
+from metatokens.analysis.causal.pairs import MinimalPair, make_minimal_pairs
+from metatokens.analysis.causal.patching import (
     Blocked,
     KnockOut,
     Patch,
@@ -26,14 +28,11 @@ from metatokens.analysis.causal import (
     knock_out_on_text,
     list_knock_outs,
 )
-from metatokens.analysis.distance_profiles import distance_profiles
-from metatokens.analysis.eviction import measure_eviction
-from metatokens.analysis.eviction_policies import ALWAYS_KEPT
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pairs
+from metatokens.analysis.causal.policies import ALWAYS_KEPT
+from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs import Subject, stack
 from metatokens.analysis.recording import At, Findings, over_layers_and_heads, r_squared_statistic
-from metatokens.analysis.similarity import ExcessCosine, Variant, calibrate, measure_excess_cosine
-from metatokens.analysis.subjects import Subject, stack
+from metatokens.analysis.representations.similarity import ExcessCosine, Variant, calibrate, measure_excess_cosine
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -46,6 +45,7 @@ from metatokens.evaluation.interventions import (
     intervene,
 )
 from metatokens.evaluation.recall import count_right_answers
+from metatokens.lens.lens import Lens
 from metatokens.tasks.base import PieceEncoder
 
 Array = npt.NDArray[np.float64]

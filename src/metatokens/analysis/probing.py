@@ -15,18 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis import ops
+from metatokens.analysis.causal.scores import Scores
+from metatokens.analysis.compression.labelled_states import ANSWER, BATCH_SIZE, Sample, Samples, States, padded_prompts
+from metatokens.analysis.compression.probes import LinearEraser, fit_eraser, online_code, v_information
 from metatokens.analysis.documents import DocumentSums
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.pair_scores import Scores
-from metatokens.analysis.probes import LinearEraser, fit_eraser, online_code, v_information
 from metatokens.analysis.recording import At, Findings
-from metatokens.analysis.sampled_states import ANSWER, BATCH_SIZE, Sample, Samples, States, padded_prompts
 from metatokens.config.analysis import AnalysisConfig, FittedState, TaskSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.evaluation.statistics import Interval
+from metatokens.lens import edits
+from metatokens.lens.lens import Lens
 from metatokens.tasks.base import PieceEncoder
 
 ERASED_LABELS = 16
@@ -235,9 +235,9 @@ def _padded(lens: Lens, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     return ids, (ids == lens.model.config.meta_token_id) & is_before
 
 
-def _edits(erasers: Erasers, is_meta: Tensor) -> list[ops.Edit]:
+def _edits(erasers: Erasers, is_meta: Tensor) -> list[edits.Edit]:
     return [
-        ops.transform(f"blocks.{layer}.hook_resid_post", partial(_erase, eraser), at=is_meta)
+        edits.transform(f"blocks.{layer}.hook_resid_post", partial(_erase, eraser), at=is_meta)
         for layer, eraser in erasers
     ]
 

@@ -21,8 +21,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_effects import Document
-from metatokens.analysis.attribution import (
+from metatokens.analysis.causal.pairs import MinimalPair
+from metatokens.analysis.causal.scores import batches_of
+from metatokens.analysis.documents import Document, DocumentSums, IntArray, merge_documents
+from metatokens.analysis.inputs import Subject
+from metatokens.analysis.recording import At, Findings
+from metatokens.analysis.representations.decodability import (
+    WINDOWS,
+    PrefixStates,
+    cka_without_each_document,
+    collect_prefix_states,
+    debiased_linear_cka,
+    held_out_ridge,
+)
+from metatokens.analysis.representations.logits import (
     DISTANCES,
     AffineMap,
     attribute_logits,
@@ -31,25 +43,12 @@ from metatokens.analysis.attribution import (
     measure_logit_lens,
     measure_outputs,
 )
-from metatokens.analysis.decodability import (
-    WINDOWS,
-    PrefixStates,
-    cka_without_each_document,
-    collect_prefix_states,
-    debiased_linear_cka,
-    held_out_ridge,
-)
-from metatokens.analysis.documents import DocumentSums, IntArray, merge_documents
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import MinimalPair
-from metatokens.analysis.pair_scores import batches_of
-from metatokens.analysis.recording import At, Findings
-from metatokens.analysis.subjects import Subject
 from metatokens.analysis.token_view import attribute_tokens
 from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.evaluation.statistics import Interval
+from metatokens.lens.lens import Lens
 
 _CKA_WINDOW = 16  # text tokens; one window, since every interval costs as many CKAs as there are documents
 CKA_PAIRS = 2_000

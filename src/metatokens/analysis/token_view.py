@@ -42,14 +42,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_statistics import check_plain_softmax, mask_of, row_statistics
-from metatokens.analysis.attribution import OutputHead, attribute_logits
-from metatokens.analysis.lens import AttentionCall, Captured, Lens
+from metatokens.analysis.attention.rows import check_plain_softmax, mask_of, row_statistics
+from metatokens.analysis.representations.logits import OutputHead, attribute_logits
+from metatokens.analysis.representations.similarity import Calibration, standardize
 from metatokens.analysis.results import TokenView
-from metatokens.analysis.similarity import Calibration, standardize
-from metatokens.analysis.states import find_meta_tokens, residual_names
 from metatokens.config.analysis import LONGEST_VIEW
 from metatokens.errors import UsageError
+from metatokens.lens.lens import AttentionCall, Captured, Lens
+from metatokens.lens.residuals import find_meta_tokens, residual_names
 
 DENSE_VIEW = 256
 """Tokens up to which every weight is kept; the attention of 12 layers of 12 heads is then 9.4 MB before compression."""

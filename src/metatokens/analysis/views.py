@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer
 
-from metatokens.analysis.causal import patch_map
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pair
+from metatokens.analysis.causal.pairs import MinimalPair, make_minimal_pair
+from metatokens.analysis.causal.patching import patch_map
+from metatokens.analysis.inputs import Subject
 from metatokens.analysis.recording import Findings
+from metatokens.analysis.representations.similarity import calibrate
 from metatokens.analysis.results import TokenView
-from metatokens.analysis.similarity import calibrate
-from metatokens.analysis.subjects import Subject
 from metatokens.analysis.token_view import MeasuredView, measure_token_view
 from metatokens.config.analysis import AnalysisConfig, TaskSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
+from metatokens.lens.lens import Lens
 from metatokens.tasks.base import PieceEncoder
 
 

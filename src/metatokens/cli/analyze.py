@@ -22,9 +22,9 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.analysis.pipeline import Identity, analyze
+    from metatokens.analysis.inputs import check_model
     from metatokens.analysis.results import write_results
-    from metatokens.analysis.subjects import check_model
+    from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
     from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
     from metatokens.training.starting import model_sha256

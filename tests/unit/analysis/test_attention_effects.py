@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from lens_models import META, build
-from metatokens.analysis import Lens
-from metatokens.analysis import attention_effects as module
-from metatokens.analysis.attention_effects import Document, attention_effects
-from metatokens.analysis.attention_statistics import StratifiedQueries
+from metatokens.analysis.attention import sharpening as module
+from metatokens.analysis.attention.rows import StratifiedQueries
+from metatokens.analysis.attention.sharpening import attention_effects
+from metatokens.analysis.documents import Document
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
+from metatokens.lens import Lens
 
 
 def document(seed: int, meta: tuple[int, ...] = (4, 9, 15)) -> Document:

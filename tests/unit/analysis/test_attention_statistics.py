@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from lens_models import META, build
-from metatokens.analysis import Lens
-from metatokens.analysis.attention_statistics import (
+from metatokens.analysis.attention.rows import (
     BLOCK_SCORES,
     RowStatistics,
     StratifiedQueries,
@@ -24,6 +23,7 @@ from metatokens.analysis.attention_statistics import (
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import NoPositionEdges, intervene
+from metatokens.lens import Lens
 
 SIZES = (1, 2, 63, 64, 65, 257)
 NAMES = (
@@ -293,7 +293,7 @@ def test_a_grouped_softmax_is_refused() -> None:
 LONG = """
 import torch
 from pathlib import Path
-from metatokens.analysis.attention_statistics import fused_statistics, row_statistics
+from metatokens.analysis.attention.rows import fused_statistics, row_statistics
 query, key = (torch.randn(1, 12, 4096, 64) for _ in range(2))
 is_meta = torch.rand(1, 4096) < 0.1
 {call}

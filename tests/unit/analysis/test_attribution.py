@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from metatokens.analysis import Lens, ops
-from metatokens.analysis.attribution import (
+from metatokens.analysis.representations.logits import (
     OutputHead,
     attribute_logits,
     branch_strength,
@@ -22,8 +21,9 @@ from metatokens.analysis.attribution import (
     output_statistics,
     preceding_text,
 )
-from metatokens.analysis.states import capture_residuals
 from metatokens.errors import UsageError
+from metatokens.lens import Lens, edits
+from metatokens.lens.residuals import capture_residuals
 from tiny_models import ENCODINGS, META, attention_mask_of, randomize, tiny_model, tokens
 
 ROWS = ("xxx_xx_x", "x_xxxx_x")
@@ -122,7 +122,7 @@ def test_lens_in_chunks_equals_the_lens_at_once(monkeypatch: pytest.MonkeyPatch)
         torch.arange(11)[:, None] % 9,
     )
     whole = logit_lens(states, head, ids), output_statistics(states[0], head, ids[:, 0])
-    monkeypatch.setattr("metatokens.analysis.attribution._LOGITS_AT_A_TIME", 9 * 4)
+    monkeypatch.setattr("metatokens.analysis.representations.logits._LOGITS_AT_A_TIME", 9 * 4)
     pieces = logit_lens(states, head, ids), output_statistics(states[0], head, ids[:, 0])
     for one, other in zip(whole, pieces, strict=True):
         for values, other_values in zip(vars(one).values(), vars(other).values(), strict=True):
@@ -189,11 +189,11 @@ def test_difference_between_two_runs_comes_by_document() -> None:
     at = ids != META
     documents = torch.tensor([3, 1])[at.nonzero()[:, 0]]
     whole = measure_outputs(lens, ids, at=at)
-    with lens.edit(ops.scale("blocks.*.hook_meta_out", 0.0)):
+    with lens.edit(edits.scale("blocks.*.hook_meta_out", 0.0)):
         ablated = measure_outputs(lens, ids, at=at)
     entropy = whole.minus(ablated, documents)["entropy"]
     log_p = lens(ids).logits.log_softmax(-1)
-    with lens.edit(ops.scale("blocks.*.hook_meta_out", 0.0)):
+    with lens.edit(edits.scale("blocks.*.hook_meta_out", 0.0)):
         other = lens(ids).logits.log_softmax(-1)
     per_token = -(log_p.exp() * log_p).sum(-1) + (other.exp() * other).sum(-1)
     expected = [float(per_token[row][at[row]].mean()) for row in (1, 0)]

@@ -8,8 +8,9 @@ import torch
 
 from circuits import META as CIRCUIT_META
 from circuits import build_circuit, hand_made_pairs
-from metatokens.analysis import Lens, ops
-from metatokens.analysis.causal import (
+from metatokens.analysis.causal.eviction import Condition, measure_recall_after_eviction
+from metatokens.analysis.causal.pairs import MinimalPair, make_minimal_pairs
+from metatokens.analysis.causal.patching import (
     DIRECTIONS,
     PATHS,
     STATES,
@@ -24,12 +25,11 @@ from metatokens.analysis.causal import (
     matched_positions,
     patch_map,
 )
-from metatokens.analysis.eviction import Condition, measure_recall_after_eviction
-from metatokens.analysis.eviction_policies import AlwaysKept
-from metatokens.analysis.minimal_pairs import MinimalPair, make_minimal_pairs
-from metatokens.analysis.pair_scores import Ratio, Scores
+from metatokens.analysis.causal.policies import AlwaysKept
+from metatokens.analysis.causal.scores import Ratio, Scores
 from metatokens.config.tasks import Difficulty, ListRecallTask, NoPlaces
 from metatokens.errors import UsageError
+from metatokens.lens import Lens, edits
 from metatokens.model import MetaTokenForCausalLM
 from task_drawing import word_encoder
 from tiny_models import META, tiny_model, tokens
@@ -153,7 +153,7 @@ def test_map_of_patches_is_that_of_each_patch_alone(pair):
             lens(clean)
         for position in range(len(pair.clean)):
             at = torch.arange(len(pair.clean))[None] == position
-            with lens.edit(ops.replace(name, captured[name][0][at[0]], at=at)):
+            with lens.edit(edits.replace(name, captured[name][0][at[0]], at=at)):
                 share = (difference(corrupt) - base) / (source - base)
             assert found[site, position] == pytest.approx(share, abs=1e-3)
     (item,) = pair.item_positions
@@ -290,7 +290,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
     assert set(result.rises) == set(list_knock_outs(lens))
     plain = [float(lens(row, labels=row).loss) for row in rows]
     assert result.full == pytest.approx(plain, abs=1e-6)
-    with lens.edit(ops.scale("blocks.1.hook_meta_out", 0.0)):
+    with lens.edit(edits.scale("blocks.1.hook_meta_out", 0.0)):
         zeroed = [float(lens(row, labels=row).loss) for row in rows]
     assert result.rises[KnockOut("zero", (1,))] == pytest.approx(np.subtract(zeroed, plain), abs=1e-6)
     outputs = []
@@ -299,7 +299,7 @@ def test_knock_outs_on_text_cost_what_the_loss_of_the_changed_model_says(loss_po
             lens(row)
         outputs.append(captured["blocks.0.hook_meta_out"])
     mean = torch.cat(outputs).mean(0)
-    with lens.edit(ops.replace("blocks.0.hook_meta_out", mean, at=rows[0] == META)):
+    with lens.edit(edits.replace("blocks.0.hook_meta_out", mean, at=rows[0] == META)):
         averaged = float(lens(rows[0], labels=rows[0]).loss)
     assert result.rises[KnockOut("mean", (0,))][0] == pytest.approx(averaged - plain[0], abs=1e-5)
     for knock_out, losses in result.rises.items():

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metatokens.analysis import Lens
-from metatokens.analysis.decodability import (
+from metatokens.analysis.representations.decodability import (
     PrefixStates,
     chance_reciprocal_rank,
     cka_without_each_document,
@@ -18,8 +17,9 @@ from metatokens.analysis.decodability import (
     mean_of_last,
     reciprocal_ranks,
 )
-from metatokens.analysis.states import capture_residuals
 from metatokens.errors import UsageError
+from metatokens.lens import Lens
+from metatokens.lens.residuals import capture_residuals
 from tiny_models import META, attention_mask_of, tiny_model, tokens
 
 

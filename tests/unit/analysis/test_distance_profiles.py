@@ -2,8 +2,8 @@
 
 import torch
 
-from metatokens.analysis import Lens
-from metatokens.analysis.distance_profiles import distance_profile, distance_profiles
+from metatokens.analysis.attention.distance import distance_profile, distance_profiles
+from metatokens.lens import Lens
 from tiny_models import META, attention_mask_of, tiny_model, tokens
 
 

@@ -8,8 +8,8 @@ from transformers import DynamicCache, GPT2LMHeadModel, GPTNeoForCausalLM
 
 from baseline_models import BASELINES, baseline_model
 from lens_models import META, MODELS, WIDTH, assert_untouched, build, sample_ids
-from metatokens.analysis import Lens, ops
 from metatokens.errors import UsageError
+from metatokens.lens import Lens, edits
 from tiny_models import tokens
 
 
@@ -26,7 +26,7 @@ def test_no_edit_and_an_activations_own_value_change_nothing(model: Any) -> None
     names = ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.1.attn.hook_rot_k"]
     with lens.capture(names) as captured:
         lens(ids)
-    with lens.edit(*(ops.replace(name, captured[name]) for name in names)):
+    with lens.edit(*(edits.replace(name, captured[name]) for name in names)):
         assert torch.equal(lens(ids).logits, plain)
 
 
@@ -43,7 +43,7 @@ def test_an_edit_at_some_tokens_reaches_what_follows(name: str, model: Any) -> N
     plain = lens(ids).logits
     with lens.capture([name]) as before:
         lens(ids)
-    with lens.edit(ops.scale(name, 0.5, at=at)), lens.capture([name]) as after:
+    with lens.edit(edits.scale(name, 0.5, at=at)), lens.capture([name]) as after:
         changed = lens(ids).logits
     assert torch.equal(after[name][:, 4], before[name][:, 4] * 0.5)
     assert torch.equal(changed[:, :4], plain[:, :4])
@@ -53,7 +53,7 @@ def test_an_edit_at_some_tokens_reaches_what_follows(name: str, model: Any) -> N
 
 def test_edits_apply_in_the_order_given() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_post"
-    one, double = ops.add(name, torch.ones(WIDTH)), ops.scale(name, 2.0)
+    one, double = edits.add(name, torch.ones(WIDTH)), edits.scale(name, 2.0)
     with lens.capture([name]) as plain:
         lens(ids)
     with lens.edit(one, double), lens.capture([name]) as first:
@@ -68,7 +68,7 @@ def test_a_middle_replaced_is_the_stream_from_there_on() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_mid"
     other = torch.randn(1, ids.shape[1], WIDTH, generator=torch.Generator().manual_seed(3))
     with (
-        lens.edit(ops.replace(name, other)),
+        lens.edit(edits.replace(name, other)),
         lens.capture([name, "blocks.1.hook_mlp_out", "*.hook_resid_post"]) as seen,
     ):
         lens(ids)
@@ -81,7 +81,7 @@ def test_meta_branch_removed_is_a_model_without_it() -> None:
     without = build(meta_attention_layers="none")
     without.load_state_dict(model.state_dict(), strict=False)
     lens = Lens(model)
-    with lens.edit(ops.scale("blocks.*.hook_meta_out", 0.0)):
+    with lens.edit(edits.scale("blocks.*.hook_meta_out", 0.0)):
         removed = lens(ids).logits
     with torch.no_grad():
         torch.testing.assert_close(removed, without(ids).logits, rtol=1e-5, atol=1e-5)
@@ -98,7 +98,7 @@ def test_cut_keys_take_no_part_in_the_softmax(name: str) -> None:
     masks = []
     with lens.observe(lambda call: masks.append(call.mask)), lens.capture(taps) as before:
         lens(ids)
-    with lens.edit(ops.cut_edges([0], query=everywhere, key=is_key)), lens.capture(taps) as after:
+    with lens.edit(edits.cut_edges([0], query=everywhere, key=is_key)), lens.capture(taps) as after:
         lens(ids)
     query, key, value, z = (before[tap].transpose(1, 2) for tap in taps)
     scores = query @ key.transpose(-1, -2) * lens.layout.blocks[0].attentions[0].scaling
@@ -120,7 +120,7 @@ def test_meta_edges_cut_leave_each_meta_token_to_itself() -> None:
     is_meta = ids == META
     taps = ["blocks.1.meta_attn.hook_v", "blocks.1.meta_attn.hook_z"]
     with (
-        lens.edit(ops.cut_edges(None, query=is_meta, key=is_meta, branch="meta_attn")),
+        lens.edit(edits.cut_edges(None, query=is_meta, key=is_meta, branch="meta_attn")),
         lens.capture(taps, at=is_meta) as captured,
     ):
         lens(ids)
@@ -133,7 +133,7 @@ def test_older_meta_edges_cut_keep_the_nearest() -> None:
     with lens.capture(taps) as whole:
         lens(ids)
     for num_kept in (0, 1, 2):
-        with lens.edit(ops.cut_older_edges([0], is_meta=is_meta, num_kept=num_kept)), lens.capture(taps) as cut:
+        with lens.edit(edits.cut_older_edges([0], is_meta=is_meta, num_kept=num_kept)), lens.capture(taps) as cut:
             lens(ids)
         same = (cut[taps[0]] - whole[taps[0]]).abs().amax((-1, -2)) < 1e-6
         assert same[0].tolist() == [True, num_kept >= 1, num_kept >= 2]
@@ -147,7 +147,7 @@ def test_keys_cut_everywhere_are_keys_that_are_masked(model: Any) -> None:
     masked = lens(ids, attention_mask=(~hidden).long(), position_ids=positions).logits
     branches = {site.branch for block in lens.layout.blocks for site in block.attentions}
     everywhere = torch.ones(1, 12, dtype=torch.bool)
-    cuts = [ops.cut_edges(None, query=everywhere, key=hidden, branch=branch) for branch in branches]
+    cuts = [edits.cut_edges(None, query=everywhere, key=hidden, branch=branch) for branch in branches]
     plain = lens(ids).logits
     with lens.edit(*cuts):
         cut = lens(ids).logits
@@ -158,7 +158,7 @@ def test_keys_cut_everywhere_are_keys_that_are_masked(model: Any) -> None:
 def test_the_edge_of_a_token_to_itself_is_never_cut(model: Any) -> None:
     lens, ids, everywhere = Lens(model), sample_ids(), torch.ones(1, 12, dtype=torch.bool)
     taps = ["blocks.1.attn.hook_v", "blocks.1.attn.hook_z"]
-    cut = ops.cut_edges([1], query=everywhere, key=everywhere)
+    cut = edits.cut_edges([1], query=everywhere, key=everywhere)
     with lens.edit(cut), lens.capture(taps) as captured:
         lens(ids)
     torch.testing.assert_close(captured[taps[1]], captured[taps[0]], rtol=1e-5, atol=1e-6)
@@ -170,14 +170,14 @@ def test_edges_are_cut_in_the_heads_named(name: str) -> None:
     text, tap = ids != META, ["blocks.1.attn.hook_z"]
     with lens.capture(tap) as plain:
         lens(ids)
-    with lens.edit(ops.cut_edges([1], query=text, key=~text)), lens.capture(tap) as both:
+    with lens.edit(edits.cut_edges([1], query=text, key=~text)), lens.capture(tap) as both:
         lens(ids)
-    with lens.edit(ops.cut_edges([1], query=text, key=~text, heads=[1])), lens.capture(tap) as one:
+    with lens.edit(edits.cut_edges([1], query=text, key=~text, heads=[1])), lens.capture(tap) as one:
         lens(ids)
     torch.testing.assert_close(one[tap[0]][:, :, 0], plain[tap[0]][:, :, 0])
     torch.testing.assert_close(one[tap[0]][:, :, 1], both[tap[0]][:, :, 1])
     assert not torch.allclose(both[tap[0]], plain[tap[0]], atol=1e-2)
-    cut = ops.cut_edges([1], query=text, key=text, heads=[0, 2])
+    cut = edits.cut_edges([1], query=text, key=text, heads=[0, 2])
     with pytest.raises(UsageError, match=r"expected some of 0\.\.1, found \[2\]"), lens.edit(cut):
         pass
 
@@ -190,7 +190,7 @@ def test_packed_states_of_one_text_are_put_into_another(tap: str) -> None:
     with lens.capture([name], at=from_clean) as states:
         lens(clean)
     with (
-        lens.edit(ops.replace(name, states[name], at=into_corrupt)),
+        lens.edit(edits.replace(name, states[name], at=into_corrupt)),
         lens.capture([name], at=into_corrupt) as put,
         lens.capture([name]) as whole,
     ):
@@ -200,12 +200,12 @@ def test_packed_states_of_one_text_are_put_into_another(tap: str) -> None:
         lens(corrupt)
     if "meta_attn" not in tap:
         assert torch.equal(whole[name][~into_corrupt], before[name][~into_corrupt])
-    with lens.edit(ops.replace(name, put[name], at=into_corrupt)):
+    with lens.edit(edits.replace(name, put[name], at=into_corrupt)):
         patched = lens(corrupt).logits
     with lens.capture([name], at=into_corrupt) as own:
         plain = lens(corrupt).logits
     assert not torch.allclose(patched, plain, atol=1e-3)
-    with lens.edit(ops.replace(name, own[name], at=into_corrupt)):
+    with lens.edit(edits.replace(name, own[name], at=into_corrupt)):
         assert torch.equal(lens(corrupt).logits, plain)
 
 
@@ -214,10 +214,10 @@ def test_all_states_of_another_text_give_its_logits(model: Any) -> None:
     with lens.capture([name]) as states:
         expected = lens(clean).logits
     # later layers of meta-attention pack by the ids; without them the states are all there is
-    off = [ops.scale("blocks.2.hook_meta_out", 0.0)] if "blocks.2.hook_meta_out" in lens.names else []
+    off = [edits.scale("blocks.2.hook_meta_out", 0.0)] if "blocks.2.hook_meta_out" in lens.names else []
     with lens.edit(*off):
         expected = lens(clean).logits
-        with lens.edit(ops.replace(name, states[name])):
+        with lens.edit(edits.replace(name, states[name])):
             torch.testing.assert_close(lens(corrupt).logits, expected)
 
 
@@ -227,7 +227,7 @@ def test_an_erased_direction_is_gone_where_asked() -> None:
     at = ids == META
     with lens.capture([name]) as before:
         lens(ids)
-    erase = ops.transform(name, lambda old: old - (old @ direction)[..., None] * direction, at=at)
+    erase = edits.transform(name, lambda old: old - (old @ direction)[..., None] * direction, at=at)
     with lens.edit(erase), lens.capture([name]) as after:
         lens(ids)
     assert float((after[name][at] @ direction).abs().max()) < 1e-4
@@ -238,7 +238,7 @@ def test_an_erased_direction_is_gone_where_asked() -> None:
 def test_an_edit_of_the_meta_branch_stays_at_the_meta_tokens() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_meta_out"
     taps = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", name, "blocks.1.hook_resid_mid"]
-    with lens.edit(ops.replace(name, torch.ones(WIDTH))), lens.capture(taps) as captured:
+    with lens.edit(edits.replace(name, torch.ones(WIDTH))), lens.capture(taps) as captured:
         lens(ids)
     assert torch.equal(captured[name], (ids == META)[..., None].expand(-1, -1, WIDTH).float())
     total = sum(captured[tap] for tap in taps[:3])
@@ -246,10 +246,10 @@ def test_an_edit_of_the_meta_branch_stays_at_the_meta_tokens() -> None:
 
 
 OPS = {
-    "replace": lambda at: ops.replace("x", torch.ones(4), at=at),
-    "add": lambda at: ops.add("x", torch.ones(4), at=at),
-    "scale": lambda at: ops.scale("x", 0.5, at=at),
-    "transform": lambda at: ops.transform("x", torch.tanh, at=at),
+    "replace": lambda at: edits.replace("x", torch.ones(4), at=at),
+    "add": lambda at: edits.add("x", torch.ones(4), at=at),
+    "scale": lambda at: edits.scale("x", 0.5, at=at),
+    "transform": lambda at: edits.transform("x", torch.tanh, at=at),
 }
 
 
@@ -273,25 +273,25 @@ def test_values_that_fit_nowhere_are_refused() -> None:
     with lens.capture([packed_tap]) as captured:
         lens(ids)
     wrong = [
-        (ops.replace(packed_tap, captured[packed_tap]), "a value for each column"),
-        (ops.replace(tap, torch.zeros(4, WIDTH), at=at), "expected 5 values, one for each token that `at` selects"),
-        (ops.replace(tap, torch.zeros(12, WIDTH)), r"expected a value for all tokens, \(16,\)"),
-        (ops.replace(tap, torch.zeros(2, 8, WIDTH), at=at), "a value for each column"),
-        (ops.scale(tap, 0.0, at=at.repeat(2, 1)), r"expected \(1 or 2, T\)"),
-        (ops.cut_edges(None, query=at.repeat(2, 1), key=at), r"expected \(1 or 2, T\)"),
+        (edits.replace(packed_tap, captured[packed_tap]), "a value for each column"),
+        (edits.replace(tap, torch.zeros(4, WIDTH), at=at), "expected 5 values, one for each token that `at` selects"),
+        (edits.replace(tap, torch.zeros(12, WIDTH)), r"expected a value for all tokens, \(16,\)"),
+        (edits.replace(tap, torch.zeros(2, 8, WIDTH), at=at), "a value for each column"),
+        (edits.scale(tap, 0.0, at=at.repeat(2, 1)), r"expected \(1 or 2, T\)"),
+        (edits.cut_edges(None, query=at.repeat(2, 1), key=at), r"expected \(1 or 2, T\)"),
     ]
     for edit, message in wrong:
         with pytest.raises(UsageError, match=message), lens.edit(edit):
             lens(ids)
     for build_edit in (
-        lambda: ops.scale(tap, 0.0, at=ids),
-        lambda: ops.cut_edges(None, query=at[0], key=at),
-        lambda: ops.cut_older_edges(None, is_meta=ids, num_kept=1),
+        lambda: edits.scale(tap, 0.0, at=ids),
+        lambda: edits.cut_edges(None, query=at[0], key=at),
+        lambda: edits.cut_older_edges(None, is_meta=ids, num_kept=1),
     ):
         with pytest.raises(UsageError, match="expected a mask"):
             build_edit()
     landmark = Lens(baseline_model("landmark"))
-    cut = ops.cut_edges(None, query=at, key=at)
+    cut = edits.cut_edges(None, query=at, key=at)
     with pytest.raises(UsageError, match="found Landmarks"), landmark.edit(cut):
         landmark(ids.clamp(max=20))
 
@@ -303,7 +303,7 @@ def test_edges_cut_from_a_sparse_pattern_leave_the_rest_of_it(name: str) -> None
     is_key = torch.arange(11)[None] == 3
     with lens.observe(calls.append):
         lens(ids)
-        with lens.edit(ops.cut_edges(None, query=torch.ones_like(is_key), key=is_key)):
+        with lens.edit(edits.cut_edges(None, query=torch.ones_like(is_key), key=is_key)):
             lens(ids)
     causal = torch.ones(11, 11, dtype=torch.bool).tril()
     half = len(calls) // 2
@@ -315,13 +315,13 @@ def test_edges_cut_from_a_sparse_pattern_leave_the_rest_of_it(name: str) -> None
 
 EVEN = torch.arange(12)[None] % 2 == 0
 EDITS = {
-    "replace": lambda at: ops.replace("blocks.1.hook_resid_post", torch.ones(WIDTH), at=at),
-    "packed": lambda at: ops.replace("blocks.1.hook_mlp_out", torch.eye(WIDTH)[: int(at.sum())] * 5, at=at),
-    "middle": lambda at: ops.add("blocks.1.hook_resid_mid", torch.linspace(-3, 3, WIDTH), at=at),
-    "keys": lambda at: ops.scale("blocks.0.attn.hook_rot_k", 0.0, at=at),
-    "edges": lambda at: ops.cut_edges([0, 1], query=torch.ones(1, 12, dtype=torch.bool), key=at),
-    "meta branch": lambda _: ops.scale("blocks.*.hook_meta_out", 0.0),
-    "meta edges": lambda _: ops.cut_edges(None, query=EVEN | True, key=EVEN, branch="meta_attn"),
+    "replace": lambda at: edits.replace("blocks.1.hook_resid_post", torch.ones(WIDTH), at=at),
+    "packed": lambda at: edits.replace("blocks.1.hook_mlp_out", torch.eye(WIDTH)[: int(at.sum())] * 5, at=at),
+    "middle": lambda at: edits.add("blocks.1.hook_resid_mid", torch.linspace(-3, 3, WIDTH), at=at),
+    "keys": lambda at: edits.scale("blocks.0.attn.hook_rot_k", 0.0, at=at),
+    "edges": lambda at: edits.cut_edges([0, 1], query=torch.ones(1, 12, dtype=torch.bool), key=at),
+    "meta branch": lambda _: edits.scale("blocks.*.hook_meta_out", 0.0),
+    "meta edges": lambda _: edits.cut_edges(None, query=EVEN | True, key=EVEN, branch="meta_attn"),
 }
 
 
@@ -358,9 +358,9 @@ def test_generation_under_edits_needs_no_cache_to_say_the_same() -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     plain = model.generate(ids, **options)
     # prefill makes the logits of the last token alone, so an edit of them must find its column
-    last = ops.add("unembed.hook_logits", torch.eye(50)[7] * 1000, at=torch.arange(12)[None] == 11)
-    steer = ops.add("blocks.2.hook_resid_post", torch.linspace(-9, 9, WIDTH))
-    with lens.edit(last, steer, ops.cut_edges(None, query=torch.ones(1, 20, dtype=torch.bool), key=at)):
+    last = edits.add("unembed.hook_logits", torch.eye(50)[7] * 1000, at=torch.arange(12)[None] == 11)
+    steer = edits.add("blocks.2.hook_resid_post", torch.linspace(-9, 9, WIDTH))
+    with lens.edit(last, steer, edits.cut_edges(None, query=torch.ones(1, 20, dtype=torch.bool), key=at)):
         cached = model.generate(ids, use_cache=True, **options)
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     assert int(cached[0, 12]) == 7

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
-from metatokens.analysis import Lens, ops
-from metatokens.analysis.eviction import (
+from metatokens.analysis.causal.eviction import (
     Condition,
     check_model,
     continue_sequence,
@@ -17,9 +16,10 @@ from metatokens.analysis.eviction import (
     read_prefix,
     received_attention,
 )
-from metatokens.analysis.eviction_policies import POLICIES, AlwaysKept, Prefix, choose_columns
+from metatokens.analysis.causal.policies import POLICIES, AlwaysKept, Prefix, choose_columns
 from metatokens.baselines.masks import SparseAttentionConfig
 from metatokens.errors import UsageError
+from metatokens.lens import Lens, edits
 from tiny_models import META, VOCAB_SIZE, randomize, tiny_model, tokens
 
 PREFIX, LENGTH = 24, 34
@@ -70,7 +70,7 @@ def test_what_follows_sees_the_kept_columns_as_if_the_edges_to_the_others_were_c
     before = torch.arange(LENGTH)[None] < PREFIX
     cut = {"query": ~before, "key": before & ~mask_of(KEPT)}
     branches = ["attn", "meta_attn"] if getattr(lens.model.config, "meta_attention_over", "") == "all" else ["attn"]
-    with lens.edit(*(ops.cut_edges(None, **cut, branch=branch) for branch in branches)):
+    with lens.edit(*(edits.cut_edges(None, **cut, branch=branch) for branch in branches)):
         expected = lens(ids).logits[:, PREFIX:]
     torch.testing.assert_close(evicted, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(evicted, lens(ids).logits[:, PREFIX:], atol=1e-2)

@@ -10,10 +10,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from baseline_models import BASELINES, baseline_model
 from lens_models import META, MODELS, assert_untouched, build, gpt2, sample_ids
-from metatokens.analysis import Lens, ops
-from metatokens.analysis.lens import AttentionCall
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import NoPositionEdges, intervene
+from metatokens.lens import Lens, edits
+from metatokens.lens.lens import AttentionCall
 from metatokens.model.attention import eager_attention
 from tiny_models import tokens
 
@@ -39,8 +39,8 @@ def test_logits_keep_their_bits_while_everything_is_read(model: Any) -> None:
 def test_every_tap_fires_once_a_forward_pass(model: Any) -> None:
     lens, fired = Lens(model), []
 
-    def note(name: str) -> ops.Edit:
-        return ops.Edit(name, lambda value, columns: (fired.append((name, tuple(columns.shape))), value)[1])
+    def note(name: str) -> edits.Edit:
+        return edits.Edit(name, lambda value, columns: (fired.append((name, tuple(columns.shape))), value)[1])
 
     with (
         lens.edit(*(note(name) for name in lens.names if not name.endswith("hook_result"))),
@@ -144,12 +144,12 @@ def test_nothing_is_left_behind_when_the_model_raises(model: Any) -> None:
     def fail(old: Tensor, columns: Tensor) -> Tensor:
         raise RuntimeError(f"on purpose, at {old.shape} and {columns.shape}")
 
-    edits = [ops.scale("*.hook_z", 0.0), ops.cut_edges(None, query=ids == META, key=ids == META)]
-    edits.append(ops.Edit("blocks.1.hook_mlp_out", fail))
+    changes = [edits.scale("*.hook_z", 0.0), edits.cut_edges(None, query=ids == META, key=ids == META)]
+    changes.append(edits.Edit("blocks.1.hook_mlp_out", fail))
     with (
         pytest.raises(RuntimeError, match="on purpose"),
         lens.capture(["*"]),
-        lens.edit(*edits),
+        lens.edit(*changes),
         lens.observe([].append),
     ):
         lens(ids)
@@ -173,8 +173,8 @@ def test_hooks_are_hung_on_what_is_asked_for_alone() -> None:
         assert hooked() == {model, block.self_attn}
     with lens.capture(["blocks.1.meta_attn.hook_v"]):
         assert hooked() == {model, block.meta_attn, *(getattr(block.meta_attn, f"{x}_proj") for x in "qkv")}
-    cut = ops.cut_edges([1], query=sample_ids() == META, key=sample_ids() == META)
-    with lens.edit(cut), lens.edit(ops.scale("blocks.1.hook_resid_mid", 2.0)):
+    cut = edits.cut_edges([1], query=sample_ids() == META, key=sample_ids() == META)
+    with lens.edit(cut), lens.edit(edits.scale("blocks.1.hook_resid_mid", 2.0)):
         assert hooked() == {model, block, block.self_attn, block.mlp, block.post_attention_layernorm}
     with lens.edit():
         assert hooked() == set()
@@ -185,7 +185,7 @@ def test_two_lenses_on_a_model_do_not_disturb_each_other() -> None:
     one, other, name = Lens(model), Lens(model), "blocks.1.attn.hook_rot_q"
     with one.capture([name]) as plain:
         one(ids)
-    with one.edit(ops.scale(name, 2.0)), other.capture([name]) as seen:
+    with one.edit(edits.scale(name, 2.0)), other.capture([name]) as seen:
         other(ids)
     assert torch.equal(seen[name], plain[name] * 2)
     assert_untouched(model)
@@ -255,7 +255,7 @@ def test_a_cached_step_is_read_at_the_columns_of_the_whole_sequence(name: str) -
 def test_logits_of_some_tokens_are_read_and_changed_at_their_columns(kept: Any) -> None:
     lens, ids = Lens(build()), sample_ids()
     last = torch.arange(12)[None] == 11
-    with lens.edit(ops.scale("unembed.hook_logits", 2.0, at=last)):
+    with lens.edit(edits.scale("unembed.hook_logits", 2.0, at=last)):
         with lens.capture(["unembed.hook_logits"], at=last) as captured:
             some = lens(ids, logits_to_keep=kept).logits
         whole = lens(ids).logits
@@ -318,13 +318,13 @@ def test_half_precision_models_keep_their_bits() -> None:
     with lens.capture(["*"], dtype=torch.float32) as captured:
         assert torch.equal(lens(ids).logits, plain)
     assert {value.dtype for value in captured.values()} == {torch.float32}
-    with lens.edit(ops.cut_edges(None, query=ids == META, key=ids == 3), ops.scale("*.hook_z", 1.0)):
+    with lens.edit(edits.cut_edges(None, query=ids == META, key=ids == 3), edits.scale("*.hook_z", 1.0)):
         assert lens(ids).logits.dtype == torch.bfloat16
 
 
 def test_observers_see_every_attention_with_its_mask() -> None:
     lens, ids, calls = Lens(build()), sample_ids(), []
-    cut = ops.cut_edges([1], query=ids != META, key=ids == META)
+    cut = edits.cut_edges([1], query=ids != META, key=ids == META)
     with lens.edit(cut), lens.observe(calls.append):
         lens(ids)
     assert [(call.layer, call.branch) for call in calls] == [(i, b) for i in range(3) for b in ("attn", "meta_attn")]
@@ -354,13 +354,13 @@ def test_a_mistake_is_one_line() -> None:
         lens(ids.clamp(max=META - 1))
     with pytest.raises(UsageError, match="no forward pass with meta-tokens"):
         captured["blocks.1.hook_meta_out"]
-    with pytest.raises(UsageError, match="only read"), lens.edit(ops.scale("blocks.0.attn.hook_result", 0.0)):
+    with pytest.raises(UsageError, match="only read"), lens.edit(edits.scale("blocks.0.attn.hook_result", 0.0)):
         pass
-    cut = ops.cut_edges([0, 1, 2], query=at, key=at, branch="meta_attn")
+    cut = edits.cut_edges([0, 1, 2], query=at, key=at, branch="meta_attn")
     with pytest.raises(UsageError, match=r"expected some of \[1\], found \[0, 2\]"), lens.edit(cut):
         pass
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(UsageError, match="expected eager or sdpa"), lens.edit(ops.cut_edges([0], query=at, key=at)):
+    with pytest.raises(UsageError, match="expected eager or sdpa"), lens.edit(edits.cut_edges([0], query=at, key=at)):
         lens(ids)
     model.set_attn_implementation("sdpa")
     with pytest.raises(UsageError, match="one of the whole model"), lens.capture(["*.hook_z"]):

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from metatokens.analysis.fitting import frequency_code, label_entropy
-from metatokens.analysis.probes import fit_eraser, online_code, v_information
+from metatokens.analysis.compression.heads import frequency_code, label_entropy
+from metatokens.analysis.compression.probes import fit_eraser, online_code, v_information
 from metatokens.config.analysis import MlpProbe, ProbeConfig
 from metatokens.errors import UsageError
 

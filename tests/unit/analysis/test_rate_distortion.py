@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from metatokens.analysis.bottleneck import gaussian_kl, information_bounds, log_density
-from metatokens.analysis.fitting import corrected_entropy, label_entropy
-from metatokens.analysis.rate_distortion import (
+from metatokens.analysis.compression.bottleneck import gaussian_kl, information_bounds, log_density
+from metatokens.analysis.compression.heads import corrected_entropy, label_entropy
+from metatokens.analysis.compression.rate_distortion import (
     RateDistortionCurve,
     compare_hulls,
     distortion_slack,

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from circuits import build_circuit, hand_made_pairs
-from metatokens.analysis import Lens
-from metatokens.analysis.attention_effects import Document
-from metatokens.analysis.attribution import fit_affine_maps, measure_logit_lens, measure_outputs
+from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs import Subject
 from metatokens.analysis.measuring import measure_distances
 from metatokens.analysis.readouts import (
     measure_attribution,
@@ -20,11 +19,12 @@ from metatokens.analysis.readouts import (
     measure_text_attribution,
 )
 from metatokens.analysis.recording import Findings
-from metatokens.analysis.states import capture_residuals
-from metatokens.analysis.subjects import Subject
+from metatokens.analysis.representations.logits import fit_affine_maps, measure_logit_lens, measure_outputs
 from metatokens.config.analysis import AnalysisConfig, TextSubject
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
+from metatokens.lens import Lens
+from metatokens.lens.residuals import capture_residuals
 from tiny_models import META, tiny_model
 
 NUM_DOCUMENTS, LENGTH = 10, 40

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from metatokens.analysis import Lens
 from metatokens.analysis.documents import choose_other_documents
-from metatokens.analysis.similarity import (
+from metatokens.analysis.representations.similarity import (
     VARIANTS,
     Calibration,
     CosineCurves,
@@ -24,8 +23,9 @@ from metatokens.analysis.similarity import (
     standardize,
     sum_cosines,
 )
-from metatokens.analysis.states import capture_residuals
 from metatokens.errors import UsageError
+from metatokens.lens import Lens
+from metatokens.lens.residuals import capture_residuals
 from tiny_models import META, NUM_TEXT_TOKENS, attention_mask_of, tiny_model, tokens
 
 DISTANCES = (1, 2, 4)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metatokens.analysis.theory import (
+from metatokens.analysis.attention.theorem import (
     KeyBoosts,
     audit_rows,
     critical_boost,

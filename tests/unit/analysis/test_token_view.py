@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from metatokens.analysis import Lens
-from metatokens.analysis.attention_statistics import attention_statistics
+from metatokens.analysis.attention.rows import attention_statistics
+from metatokens.analysis.representations.similarity import Calibration, calibrate
 from metatokens.analysis.results import Results, read_results, write_results
-from metatokens.analysis.similarity import Calibration, calibrate
-from metatokens.analysis.states import capture_residuals
 from metatokens.analysis.token_view import (
     DENSE_VIEW,
     LONGEST_VIEW,
@@ -26,6 +24,8 @@ from metatokens.analysis.token_view import (
     token_losses,
 )
 from metatokens.errors import UsageError
+from metatokens.lens import Lens
+from metatokens.lens.residuals import capture_residuals
 from tiny_models import ENCODINGS, META, randomize, tiny_model, tokens
 
 PICTURE = "xx_xxx_xxxx_xx"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from metatokens.analysis.claims import CLAIMS, judge
 from metatokens.analysis.recording import Findings, r_squared_statistic
-from metatokens.analysis.verdicts import CLAIMS, judge
 
 RISING = np.linspace(0.1, 0.3, 12)
 

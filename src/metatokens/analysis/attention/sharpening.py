@@ -3,7 +3,7 @@
 Each document is run twice, as it is and under an intervention (the paper's: the embedding zeroed), at the same places.
 Differences are paired by layer, head and query, and averaged over the queries from the first meta-token on; the
 document is the unit of all that follows. The same two runs are held against the sharpening theorem
-(`metatokens.analysis.theory`).
+(`metatokens.analysis.attention.theorem`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_statistics import (
+from metatokens.analysis.attention.rows import (
     RowStatistics,
     StratifiedQueries,
     check_plain_softmax,
@@ -25,10 +25,11 @@ from metatokens.analysis.attention_statistics import (
     row_statistics,
     score_blocks,
 )
-from metatokens.analysis.lens import AttentionCall, Lens
-from metatokens.analysis.theory import KeyBoosts, RowAudit, audit_rows, critical_boost
+from metatokens.analysis.attention.theorem import KeyBoosts, RowAudit, audit_rows, critical_boost
+from metatokens.analysis.documents import Document
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import Intervention, intervene
+from metatokens.lens.lens import AttentionCall, Lens
 
 Array = npt.NDArray[np.float64]
 ROW_METRICS = (
@@ -39,17 +40,6 @@ AUDITED_SCORES = 2**19
 """Scores at a time in the audit, which holds about twenty float64 arrays of them: 80 MB."""
 SAMPLED_EDGES = 40
 """Edges to meta keys that each document and layer leaves for the theorem's scatter plot."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text or one instance of a task, as the model reads it."""
-
-    name: str
-    input_ids: Tensor
-    """(1, T) int64, meta-tokens among them."""
-    is_meta: Tensor
-    """(1, T) bool."""
 
 
 @dataclass(frozen=True)

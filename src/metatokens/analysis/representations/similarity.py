@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis.documents import DocumentSums, FloatArray, choose_other_documents, merge_documents
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.states import capture_residuals, find_meta_tokens, real_tokens
 from metatokens.errors import UsageError
+from metatokens.lens.lens import Lens
+from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens
 
 Variant = Literal["raw", "centred", "z_scored", "centred_by_kind"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

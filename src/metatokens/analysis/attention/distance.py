@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_statistics import (
+from metatokens.analysis.attention.rows import (
     StratifiedQueries,
     check_plain_softmax,
     mask_of,
@@ -18,8 +18,8 @@ from metatokens.analysis.attention_statistics import (
     rows_of,
     score_blocks,
 )
-from metatokens.analysis.layout import Branch
-from metatokens.analysis.lens import AttentionCall, Lens
+from metatokens.lens.layout import Branch
+from metatokens.lens.lens import AttentionCall, Lens
 
 
 def distance_profile(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metatokens.analysis.captures import AttentionCall, Captured
-from metatokens.analysis.edges import cut_mask, window_mask
-from metatokens.analysis.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
-from metatokens.analysis.ops import EdgeCut, Edit
 from metatokens.errors import UsageError
+from metatokens.lens.activations import AttentionCall, Captured
+from metatokens.lens.edits import EdgeCut, Edit
+from metatokens.lens.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
+from metatokens.lens.masks import cut_mask, window_mask
 
 _MASKS_ARE_TENSORS = ("eager", "sdpa")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatokens.analysis.ops import EdgeCut
 from metatokens.errors import UsageError
+from metatokens.lens.edits import EdgeCut
 
 
 def cut_mask(

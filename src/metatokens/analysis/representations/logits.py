@@ -23,11 +23,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.decodability import PENALTIES, RidgePath
 from metatokens.analysis.documents import DocumentSums
-from metatokens.analysis.lens import Captured, Lens
-from metatokens.analysis.states import capture_residuals, find_meta_tokens, real_tokens, residual_names
+from metatokens.analysis.representations.decodability import PENALTIES, RidgePath
 from metatokens.errors import UsageError
+from metatokens.lens.lens import Captured, Lens
+from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens, residual_names
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)

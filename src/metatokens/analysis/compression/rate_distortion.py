@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from metatokens.analysis.bottleneck import BottleneckStack
-from metatokens.analysis.fitting import (
+from metatokens.analysis.compression.bottleneck import BottleneckStack
+from metatokens.analysis.compression.heads import (
     Array,
     Indices,
     LabelledStates,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention_effects import Document
+from metatokens.analysis.documents import Document
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import hash_key, inject_into_prompt

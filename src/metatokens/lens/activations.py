@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatokens.analysis.layout import Branch
 from metatokens.errors import UsageError
+from metatokens.lens.layout import Branch
 
 
 @dataclass(frozen=True)

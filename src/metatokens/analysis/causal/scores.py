@@ -18,9 +18,9 @@ from torch import Tensor
 from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
-    from metatokens.analysis.lens import Lens
-    from metatokens.analysis.minimal_pairs import MinimalPair
+    from metatokens.analysis.causal.pairs import MinimalPair
     from metatokens.data.injection import IntArray
+    from metatokens.lens.lens import Lens
 
 FloatArray = npt.NDArray[np.float64]
 _Key = TypeVar("_Key")

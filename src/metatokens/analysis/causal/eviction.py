@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from metatokens.analysis.eviction_policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
-from metatokens.analysis.pair_scores import Scores, join_scores
+from metatokens.analysis.causal.policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
+from metatokens.analysis.causal.scores import Scores, join_scores
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 if TYPE_CHECKING:
-    from metatokens.analysis.lens import AttentionCall, Lens
-    from metatokens.analysis.minimal_pairs import MinimalPair
+    from metatokens.analysis.causal.pairs import MinimalPair
+    from metatokens.lens.lens import AttentionCall, Lens
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -20,8 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from metatokens.analysis.compression import measure_compression
-from metatokens.analysis.lens import Lens
+from metatokens.analysis.causal.pairs import MinimalPair
+from metatokens.analysis.claims import judge
+from metatokens.analysis.compression.curves import measure_compression
+from metatokens.analysis.compression.labelled_states import Sample, Samples, collect_samples, draw_samples
+from metatokens.analysis.inputs import Subject, task_subject, text_subject
 from metatokens.analysis.measuring import (
     measure_attention,
     measure_distances,
@@ -34,7 +37,6 @@ from metatokens.analysis.measuring import (
     measure_zeroing,
     usable_pairs,
 )
-from metatokens.analysis.minimal_pairs import MinimalPair
 from metatokens.analysis.probing import measure_capacity, measure_erasure, measure_probes
 from metatokens.analysis.readouts import (
     measure_attribution,
@@ -46,13 +48,11 @@ from metatokens.analysis.readouts import (
 )
 from metatokens.analysis.recording import Findings
 from metatokens.analysis.results import Results, TokenView
-from metatokens.analysis.sampled_states import Sample, Samples, collect_samples, draw_samples
-from metatokens.analysis.subjects import Subject, task_subject, text_subject
-from metatokens.analysis.verdicts import judge
 from metatokens.analysis.views import measure_views
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject, TextSubject
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError
+from metatokens.lens.lens import Lens
 
 Say = Callable[[str], None]
 

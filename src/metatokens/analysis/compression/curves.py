@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from metatokens.analysis.fitting import corrected_entropy
-from metatokens.analysis.rate_distortion import RateDistortionCurve, compare_hulls, rate_distortion_curve
+from metatokens.analysis.compression.heads import corrected_entropy
+from metatokens.analysis.compression.labelled_states import ANSWER, Samples
+from metatokens.analysis.compression.rate_distortion import RateDistortionCurve, compare_hulls, rate_distortion_curve
 from metatokens.analysis.recording import At, Findings
-from metatokens.analysis.sampled_states import ANSWER, Samples
 from metatokens.config.analysis import AnalysisConfig, FittedState
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metatokens.analysis.lens import Lens
+from metatokens.errors import UsageError
+from metatokens.lens.lens import Lens
 
 
 def find_meta_tokens(lens: Lens, input_ids: Tensor) -> Tensor:
@@ -45,3 +46,31 @@ def capture_residuals(
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
         lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
     return [captured[name] for name in names]
+
+
+def mean_of_last(embeddings_BTC: Tensor, text_BT: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Average the embeddings of the last `window` text tokens strictly before each position.
+
+    Args:
+        embeddings_BTC: (B, T, C).
+        text_BT: (B, T) bool, True at text tokens; neither meta-tokens nor padding.
+        window: how many, at least 1.
+
+    Returns:
+        Means (B, T, C) float64, and (B, T) bool that tells where so many text tokens stand before the position;
+        elsewhere the mean is of what there is, or 0.
+    """
+    if window < 1:
+        raise UsageError("window", expected="at least 1 token", found=str(window), remedy="average over some tokens")
+    num_rows, num_positions, width = embeddings_BTC.shape
+    ordinals = text_BT.long().cumsum(1)
+    before = ordinals - text_BT.long()  # text tokens strictly before each position
+    # sums[b, j] is the sum over the first j text tokens of the row
+    sums = embeddings_BTC.new_zeros((num_rows, num_positions + 1, width), dtype=torch.float64)
+    rows, positions = text_BT.nonzero(as_tuple=True)
+    sums[rows, ordinals[rows, positions]] = embeddings_BTC[rows, positions].double()
+    sums = sums.cumsum(1)
+    row_index = torch.arange(num_rows, device=text_BT.device)[:, None]
+    taken = before.clamp(max=window)
+    means = (sums[row_index, before] - sums[row_index, before - taken]) / taken.clamp(min=1)[..., None]
+    return means, before >= window

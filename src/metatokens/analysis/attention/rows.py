@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metatokens.analysis.layout import Branch
-from metatokens.analysis.lens import AttentionCall, Lens
 from metatokens.baselines.landmark import LandmarkConfig
 from metatokens.errors import UsageError
+from metatokens.lens.layout import Branch
+from metatokens.lens.lens import AttentionCall, Lens
 
 BLOCK_SCORES = 2**22
 """Scores at a time, at most, but for a single row: 16 MB."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metatokens.analysis.layout import Branch
 from metatokens.errors import UsageError
+from metatokens.lens.layout import Branch
 
 EdgePattern = Callable[[Tensor, Tensor], Tensor]
 """Maps columns of queries (B, Q) and of keys (B, K) to bool (B, Q, K), True where an edge is cut. A column is -1 where

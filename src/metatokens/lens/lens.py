@@ -4,7 +4,7 @@
     with lens.capture(["blocks.*.hook_resid_post"], at=is_meta) as captured:
         lens(input_ids)
     captured["blocks.3.hook_resid_post"]                        # (number of meta-tokens, C)
-    with lens.edit(ops.cut_edges(None, query=is_answer, key=is_meta)):
+    with lens.edit(edits.cut_edges(None, query=is_answer, key=is_meta)):
         logits = lens(input_ids).logits
 
 Taps of a block, in the order in which they fire, with their shapes:
@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatokens.analysis.captures import AttentionCall, Captured
-from metatokens.analysis.hooks import Hooks, Requests, match_names
-from metatokens.analysis.layout import describe_layout
-from metatokens.analysis.ops import EdgeCut, Edit
 from metatokens.errors import UsageError
+from metatokens.lens.activations import AttentionCall, Captured
+from metatokens.lens.edits import EdgeCut, Edit
+from metatokens.lens.hooks import Hooks, Requests, match_names
+from metatokens.lens.layout import describe_layout
 
 __all__ = ["AttentionCall", "Captured", "Lens"]
 

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metatokens.analysis import ops
-from metatokens.analysis.pair_scores import FloatArray, PairBatch, Ratio, Scores, batches_of, join_scores, stack_pairs
+from metatokens.analysis.causal.scores import FloatArray, PairBatch, Ratio, Scores, batches_of, join_scores, stack_pairs
 from metatokens.errors import UsageError
+from metatokens.lens import edits
 from metatokens.model.loss import targets_of_labels
 
 if TYPE_CHECKING:
-    from metatokens.analysis.lens import Lens
-    from metatokens.analysis.minimal_pairs import MinimalPair
-    from metatokens.analysis.ops import EdgeCut, Edit
+    from metatokens.analysis.causal.pairs import MinimalPair
     from metatokens.data.injection import IntArray
+    from metatokens.lens.edits import EdgeCut, Edit
+    from metatokens.lens.lens import Lens
 
 State = Literal["meta", "ordinary", "item", "last"]
 Direction = Literal["denoise", "noise"]
@@ -113,7 +113,7 @@ def interchange(
             base, source = (batch.corrupt, of_clean) if patch.direction == "denoise" else (batch.clean, of_corrupt)
             reach = patch.window // 2
             nearby = names[max(0, patch.site - reach) : patch.site + reach + 1]
-            with lens.edit(*(ops.replace(name, source[name], at=masks[patch.state]) for name in nearby)):
+            with lens.edit(*(edits.replace(name, source[name], at=masks[patch.state]) for name in nearby)):
                 scores[patch] = batch.score(lens, base)
         parts.append(scores)
     joined = join_scores(parts)
@@ -150,7 +150,7 @@ def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) ->
         batch = stack_pairs([pair] * len(positions), device)
         at = batch.mask(list(positions[:, None]))
         for site, name in enumerate(names):
-            with lens.edit(ops.replace(name, of_clean[name], at=at)):
+            with lens.edit(edits.replace(name, of_clean[name], at=at)):
                 scores = batch.score(lens, batch.corrupt)
             restored[site, positions] = (scores.logit_difference - corrupt) / (clean - corrupt)
     return restored
@@ -302,14 +302,14 @@ def block_paths(
 
 def _cut(lens: Lens, batch: PairBatch, path: Path, layers: Sequence[int]) -> list[Edit | EdgeCut]:
     if path == "meta_branch":
-        return [ops.scale(f"blocks.{layer}.hook_meta_out", 0.0) for layer in _meta_layers(lens) if layer in layers]
+        return [edits.scale(f"blocks.{layer}.hook_meta_out", 0.0) for layer in _meta_layers(lens) if layer in layers]
     query, key = {
         "direct": (batch.is_question, batch.is_item),
         "meta": (batch.is_question, batch.is_later_meta),
         "detour": (batch.is_question, batch.is_between),
         "writing": (batch.is_later_meta, batch.is_item),
     }[path]
-    return [ops.cut_edges(layers, query=query, key=key)]
+    return [edits.cut_edges(layers, query=query, key=key)]
 
 
 # E3 ------------------------------------------------------------------------------------------------------------
@@ -433,10 +433,10 @@ def _check_knock_outs(lens: Lens, knock_outs: Sequence[KnockOut] | None) -> Sequ
 def _knock_out_edits(knock_out: KnockOut, is_meta: Tensor, means: dict[int, Tensor]) -> list[Edit | EdgeCut]:
     if knock_out.kind == "older":
         assert knock_out.num_kept is not None, "older needs the number of meta-tokens that stay in sight"
-        return [ops.cut_older_edges(knock_out.layers, is_meta=is_meta, num_kept=knock_out.num_kept)]
+        return [edits.cut_older_edges(knock_out.layers, is_meta=is_meta, num_kept=knock_out.num_kept)]
     if knock_out.kind == "zero":
-        return [ops.scale(f"blocks.{layer}.hook_meta_out", 0.0) for layer in knock_out.layers]
-    return [ops.replace(f"blocks.{layer}.hook_meta_out", means[layer], at=is_meta) for layer in knock_out.layers]
+        return [edits.scale(f"blocks.{layer}.hook_meta_out", 0.0) for layer in knock_out.layers]
+    return [edits.replace(f"blocks.{layer}.hook_meta_out", means[layer], at=is_meta) for layer in knock_out.layers]
 
 
 def _mean_outputs(lens: Lens, prompts: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:

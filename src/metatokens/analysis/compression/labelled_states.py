@@ -25,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metatokens.analysis.decodability import mean_of_last
-from metatokens.analysis.lens import Lens
 from metatokens.config.analysis import FittedState, TaskSubject
 from metatokens.data.injection import IntArray
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import make_test_instances
+from metatokens.lens.lens import Lens
+from metatokens.lens.residuals import mean_of_last
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance, pad
 

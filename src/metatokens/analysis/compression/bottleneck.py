@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metatokens.analysis.fitting import (
+from metatokens.analysis.compression.heads import (
     Array,
     Fit,
     LabelledStates,

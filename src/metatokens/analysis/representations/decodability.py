@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis.documents import DocumentSums, FloatArray, IntArray
-from metatokens.analysis.lens import Lens
-from metatokens.analysis.states import capture_residuals, find_meta_tokens, real_tokens
 from metatokens.errors import UsageError
+from metatokens.lens.lens import Lens
+from metatokens.lens.residuals import capture_residuals, find_meta_tokens, mean_of_last, real_tokens
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
 WINDOWS = (1, 4, 16, 64)
@@ -30,34 +30,6 @@ FOLDS = 5
 MINIMUM_FOLDS = 3  # one to test, one to choose the penalty, one to fit
 MINIMUM_CKA_PAIRS = 4  # the unbiased estimate divides by n - 3
 _CANDIDATES_AT_A_TIME = 2**24  # bounds the memory of the similarities
-
-
-def mean_of_last(embeddings_BTC: Tensor, text_BT: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Average the embeddings of the last `window` text tokens strictly before each position.
-
-    Args:
-        embeddings_BTC: (B, T, C).
-        text_BT: (B, T) bool, True at text tokens; neither meta-tokens nor padding.
-        window: how many, at least 1.
-
-    Returns:
-        Means (B, T, C) float64, and (B, T) bool that tells where so many text tokens stand before the position;
-        elsewhere the mean is of what there is, or 0.
-    """
-    if window < 1:
-        raise UsageError("window", expected="at least 1 token", found=str(window), remedy="average over some tokens")
-    num_rows, num_positions, width = embeddings_BTC.shape
-    ordinals = text_BT.long().cumsum(1)
-    before = ordinals - text_BT.long()  # text tokens strictly before each position
-    # sums[b, j] is the sum over the first j text tokens of the row
-    sums = embeddings_BTC.new_zeros((num_rows, num_positions + 1, width), dtype=torch.float64)
-    rows, positions = text_BT.nonzero(as_tuple=True)
-    sums[rows, ordinals[rows, positions]] = embeddings_BTC[rows, positions].double()
-    sums = sums.cumsum(1)
-    row_index = torch.arange(num_rows, device=text_BT.device)[:, None]
-    taken = before.clamp(max=window)
-    means = (sums[row_index, before] - sums[row_index, before - taken]) / taken.clamp(min=1)[..., None]
-    return means, before >= window
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Where attention goes, and what meta-tokens do to it."""

@@ -1,0 +1,1 @@
+"""How much of the answer a state holds: bottlenecks and probes."""
