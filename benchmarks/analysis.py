@@ -42,7 +42,7 @@ from metatokens.analysis.attention.rows import (
     row_statistics,
 )
 from metatokens.analysis.attention.sharpening import attention_effects
-from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs.documents import Document
 from metatokens.config.schema import ModelConfig, UniformInjection
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
 from metatokens.evaluation.interventions import ZeroEmbedding

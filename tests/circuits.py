@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from metatokens.analysis.causal.pairs import MinimalPair
+from metatokens.analysis.inputs.pairs import MinimalPair
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 Circuit = Literal["meta", "direct", "either", "branch"]

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from metatokens.analysis.measures import Coordinates, Row
 from metatokens.analysis.results import Verdict
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
 from metatokens.evaluation.significance import bca_interval, holm, sign_flip_test
@@ -181,3 +183,52 @@ def _verdict(claim: Claim, interval: Interval, num_documents: int) -> Verdict:
         num_documents=num_documents,
         note=claim.opposite if interval.high < 0 and not claim.threshold else None,
     )
+
+
+# What decides ----------------------------------------------------------------------------------------------------
+
+
+class Decider(NamedTuple):
+    """Where the number that decides a claim stands among the rows of a measure."""
+
+    measure: str
+    at: Coordinates = MappingProxyType({})
+    sign: int = 1
+
+
+DECIDERS: dict[Endpoint, Decider] = {
+    "entropy_drop": Decider("entropy_drop"),
+    "max_score_boost": Decider("max_score_boost"),
+    "log_odds_boost": Decider("log_odds_boost"),
+    "theorem": Decider("share_beyond"),
+    "excess_cosine": Decider("near_excess_cosine"),
+    "fading_cosine": Decider("fading_cosine"),
+    "area": Decider("area", {"against": "token before it"}),
+    "interaction": Decider("interaction"),
+    "meta_path": Decider("meta_path"),
+    "eviction": Decider("worth_of_meta_columns"),
+    "zero_position": Decider("accuracy_change", {"intervention": "zero_position"}),
+    "zero_embedding": Decider("accuracy_change", {"intervention": "zero_embedding"}, sign=-1),
+}
+
+
+def judge_rows(found: Mapping[str, Sequence[Row]], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
+    """Return a verdict on every claim from the rows of all measures; see `judge`.
+
+    A ratio decides by its mean over documents, each with its own ratio.
+    """
+    endpoints: dict[str, Array] = {}
+    intervals: dict[str, tuple[Interval, int]] = {}
+    for name, decider in DECIDERS.items():
+        for row in found.get(decider.measure, ()):
+            if dict(row.at) != dict(decider.at):
+                continue
+            if isinstance(row.values, Interval):
+                intervals[name] = row.values, row.num_documents or 0
+                continue
+            values = np.asarray(row.values, dtype=np.float64)
+            if values.ndim > 1:
+                above, below = values.T
+                values = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+            endpoints[name] = decider.sign * values
+    return judge(endpoints, chosen, seed=seed, intervals=intervals)

@@ -3,70 +3,8 @@
 A report renders these and computes nothing. The same analysis gives the same bytes: keys are sorted, no date is
 written, and the archive's members have one fixed time.
 
-The records, by section and metric. `at` says what a number belongs to; where a key is left out it is the mean over it,
-of theory the ratio of sums over it, of a knockout all layers together. Layers count from 0; of states (similarity,
-interchange) 0 is before the first block and L after the last.
-
-    section          metric              unit         at
-    attention        entropy_drop        nats         layer, head          without minus with the meta-tokens' embedding
-                     log_odds_boost      nats         layer, head          ln P / (1 - P), with minus without
-                     max_score_boost     logits       layer, head          largest score, with minus without
-                     entropy             nats         layer, head
-                     meta_mass           1            layer, head
-                     meta_lift           ratio        layer, head
-                     effective_keys      keys         layer, head          e^entropy
-                     entropy_without_sink             layer, head          nats, of rows without their first key
-                     mass_by_distance    1            layer, to, distance  mean over heads; from that distance to the
-                                                                           next one; 0 is the token itself
-    theory           share_above         1            layer                edges with x >= 0 in the ablated run
-                     share_beyond        1            layer                boosted edges beyond the critical boost
-                     mechanism           nats         layer                change of H that the meta keys' logits make
-                     change              nats         layer                change of H, with minus without
-                     r_squared           1            layer
-                     sign_agreement      1            layer
-    similarity       cosine              1            layer, distance, kind, form    ordinary, or meta, shuffled too
-                     excess_cosine       1            layer, distance      centred, meta minus ordinary
-    rate_distortion  rate, distortion    nats         state, beta
-                     label_entropy       nats
-                     area                nats^2       against              between hulls; positive: meta-tokens better
-                     mean_gap            nats         against              the area over the width of its range
-    probes           v_information       nats         state, target
-                     selectivity         nats         state, target        minus that of shuffled labels
-                     remaining_entropy   nats         state, target        of the answer, once the probe has spoken
-                     compression         ratio        state, target        n ln K over the length of the online code
-                     compression_of_prior             state, target        of the code by frequencies, over that length
-                     compression_of_shuffled          state, target        the first with shuffled labels
-                     erasure_loss        nats         layer, erased        rise of the answer's loss; all in turn
-                     erasure_excess      nats         layer                that of the answer minus of shuffled labels
-                     erasure_accuracy    1            layer, erased        change of the accuracy
-                     erasure_information              layer, erased        nats that a probe of these states finds
-    readouts         decodability        1            state, layer, window    R2 of the mean of the last tokens
-                     prefix_rank         1            state, layer, window    mean reciprocal rank of the own prefix
-                     prefix_rank_chance  1            state, window        that of a random order
-                     cka                 1            state, layer, window    interval by the jackknife
-                     reciprocal_rank     1            state, read, layer, distance    of the token so far before
-                     log_probability     nats         state, read, layer, distance
-                     divergence          nats         state, read, layer   KL(final || layer)
-                     attribution         logits       component, layer     of the answer over its foil, or of
-                                                                           a text token over the mean
-                     branch_strength     ratio        branch, layer        length at meta-tokens over the stream's
-                     max_logit_boost     logits       place                largest over mean, with minus without the
-                                                                           meta-tokens' embedding
-                     max_log_probability_boost        place                nats, with minus without
-                     output_entropy_drop nats         place                without minus with
-                     loss_drop           nats         place                without minus with
-    causal           accuracy            1            intervention         none is the whole model
-                     accuracy_change     1            intervention         minus that of the whole model
-                     pair_accuracy       1            condition
-                     logit_difference    logits       condition            full, direct cut, meta cut, both cut
-                     interaction         logits
-                     meta_path           logits                             direct cut minus both cut
-                     interchange         1            layer, where, direction, window    share of the way to the
-                                                                           other prompt's logit difference
-                     knockout            nats         layer, mode          rise of the loss on the answer
-                     capacity            1            size                 accuracy by the task's own size
-    eviction         cost                nats/token   policy, kept         kept: share of the cache
-    language_model   loss_change         nats/token   layer                without minus with meta-attention, or of all
+The measures are defined where they are taken; `docs/guide/analysis.md` has the table of all. Layers count from 0; of
+states 0 is before the first block and L after the last.
 """
 
 from __future__ import annotations
@@ -86,26 +24,22 @@ from pydantic import Field, ValidationError
 from metatokens.config.base import Frozen
 from metatokens.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS_NAME = "results.json"
 ARRAYS_NAME = "arrays.npz"
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
-Section = Literal[
-    "attention", "theory", "similarity", "readouts", "rate_distortion", "probes", "causal", "eviction", "language_model"
-]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Record(Frozen):
     """One measured number."""
 
-    section: Section
-    metric: str
+    measure: str
+    """Its name in `metatokens.analysis.measures.MEASURES`."""
     unit: str
-    method: str
-    """Which definition: an id of the table in docs/guide/analysis.md."""
     at: dict[str, str | int | float] = Field(default_factory=dict)
+    """What it belongs to, by axis; an axis that is left out is averaged over."""
     value: float | None
     """None where it cannot be computed; `note` says why."""
     low: float | None = None
@@ -113,7 +47,7 @@ class Record(Frozen):
     num_documents: int = Field(ge=0)
     p_value: float | None = None
     adjusted_p: float | None = None
-    """Corrected for all records of the same section and metric that have coordinates (Benjamini-Hochberg)."""
+    """Corrected for all records of the same measure that have coordinates (Benjamini-Hochberg)."""
     note: str | None = None
 
 
@@ -149,7 +83,7 @@ class TokenView(Frozen):
 class Results(Frozen):
     """All that a report needs."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     title: str
     checkpoint: dict[str, Any]
     config: dict[str, Any]
@@ -165,14 +99,12 @@ class Results(Frozen):
     verdicts: tuple[Verdict, ...] = ()
     token_views: tuple[TokenView, ...] = ()
 
-    def find(self, section: Section, metric: str, **at: str | float) -> list[Record]:
-        """Return the records of a metric whose coordinates include the given ones."""
+    def find(self, measure: str, **at: str | float) -> list[Record]:
+        """Return the records of a measure whose coordinates include the given ones."""
         return [
             record
             for record in self.records
-            if record.section == section
-            and record.metric == metric
-            and all(record.at.get(key) == value for key, value in at.items())
+            if record.measure == measure and all(record.at.get(key) == value for key, value in at.items())
         ]
 
 

@@ -12,7 +12,7 @@ All of it is measured here, so that a report computes nothing. Arrays, for T tok
     logit_attention        (L, T)         float32  what each layer's attention adds to it
     logit_meta_attention   (L, T)         float32  what its meta-attention adds; 0 in a layer without it
     logit_mlp              (L, T)         float32  what its feed-forward part adds
-    patch_effect           (L + 1, T)     float32  of one prompt of a minimal pair, see `causal.patch_map`
+    patch_effect           (L + 1, T)     float32  of one prompt of a minimal pair, see `causal.patching.patch_map`
     cosine_raw             (L, T, T)      int8     round(127 cosine) of states after each block; 0 above the diagonal
     cosine_centred         (L, T, T)      int8     the same, after subtracting the mean of a calibration text
 
@@ -22,7 +22,7 @@ token itself and not where it is predicted. A text without meta-tokens has no ar
 
 A text of more than 256 tokens has no cosines, no meta-attention if more than 256 tokens are in it, and in place of
 `attention` the K = 32 largest weights of a row. They are of the mean over heads and of h = min(12, H) heads of each
-layer: those whose mean log-odds of the mass on meta keys (A5), over the queries from the first meta-token on, are
+layer: those whose mean log-odds of the mass on meta keys, over the queries from the first meta-token on, are
 farthest from 0.
 
     attention_heads        (L, h)             int16    which heads, rising
@@ -43,10 +43,14 @@ import torch
 from torch import Tensor
 
 from metatokens.analysis.attention.rows import check_plain_softmax, mask_of, row_statistics
-from metatokens.analysis.representations.logits import OutputHead, attribute_logits
-from metatokens.analysis.representations.similarity import Calibration, standardize
+from metatokens.analysis.causal.patching import patch_map
+from metatokens.analysis.inputs.pairs import MinimalPair, pairs_of
+from metatokens.analysis.inputs.subject import Inputs
+from metatokens.analysis.representations.attribution import attribute_tokens
+from metatokens.analysis.representations.logits import predicting_positions
+from metatokens.analysis.representations.similarity import Calibration, calibrations_of, standardize
 from metatokens.analysis.results import TokenView
-from metatokens.config.analysis import LONGEST_VIEW
+from metatokens.config.analysis import LONGEST_VIEW, TaskSubject
 from metatokens.errors import UsageError
 from metatokens.lens.lens import AttentionCall, Captured, Lens
 from metatokens.lens.residuals import find_meta_tokens, residual_names
@@ -126,34 +130,6 @@ def measure_token_view(
     return MeasuredView(tokens, tuple(is_meta.tolist()), arrays)
 
 
-def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.float32]]:
-    """Share the logit of each token, over the mean logit of the vocabulary, among what made it (D1).
-
-    Args:
-        lens: on the model.
-        input_ids: (T,) with meta-tokens.
-
-    Returns:
-        (T,) float32 each: "embed", "blocks.l.attn_out", "blocks.l.meta_out" where that ran, "blocks.l.mlp_out",
-        "norm_bias" and, where the head has one, "head_bias"; and "logit", their sum. At the token itself and not where
-        it is predicted; NaN at meta-tokens and at a token that nothing predicts. "logit" alone where nothing is.
-    """
-    is_meta = find_meta_tokens(lens, input_ids)
-    before = predicting_positions(is_meta, getattr(lens.model.config, "loss_policy", "skip"))
-    is_predicted = before >= 0
-    if not is_predicted.any():
-        return {"logit": np.full(len(input_ids), np.nan, dtype=np.float32)}
-    at = torch.zeros_like(is_meta)
-    at[before[is_predicted]] = True
-    # each position predicts one text token at most, and later ones later tokens, so both are in the same order
-    found = attribute_logits(
-        lens, input_ids[None], at=at[None], token_ids=input_ids[is_predicted], head=OutputHead.of(lens).centred()
-    )
-    columns = np.full((len(found.names) + 1, len(input_ids)), np.nan, dtype=np.float32)
-    columns[:, is_predicted.numpy(force=True)] = torch.cat([found.values.T, found.logits[None]]).numpy(force=True)
-    return dict(zip((*found.names, "logit"), columns, strict=True))
-
-
 def _logits_by_layer(columns: dict[str, npt.NDArray[np.float32]], num_layers: int) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of the module's table; the embedding and the biases are not among them."""
     arrays = {"logit": columns["logit"]}
@@ -219,19 +195,6 @@ def quantize_cosines(states_TC: Tensor) -> npt.NDArray[np.int8]:
     cosines = (directions @ directions.T).clamp(-1, 1).tril()
     steps: npt.NDArray[np.int8] = (cosines * _COSINE_STEPS).round().to(torch.int8).numpy(force=True)
     return steps
-
-
-def predicting_positions(is_meta: Tensor, loss_policy: str) -> Tensor:
-    """Return which position predicts each token, (T,) int64; -1 for meta-tokens and for a token that none predicts.
-
-    Under "skip" the token before predicts, whatever it is; under "retarget" the last text token before.
-    """
-    positions = torch.arange(len(is_meta), device=is_meta.device)
-    before = positions - 1
-    if loss_policy == "retarget":
-        last_text = torch.where(is_meta, -1, positions).cummax(0).values
-        before = torch.nn.functional.pad(last_text[:-1], (1, 0), value=-1)
-    return torch.where(is_meta, -1, before)
 
 
 def token_losses(logits_TV: Tensor, input_ids: Tensor, is_meta: Tensor, loss_policy: str) -> npt.NDArray[np.float32]:
@@ -361,3 +324,50 @@ def _weights_of(call: AttentionCall, heads: slice) -> Tensor:
     if mask is not None:
         mask = mask[0] if mask.shape[1] == 1 else mask[0, heads]
     return attention_weights(call.query_BHTD[0, heads], call.key_BHTD[0, heads], scaling=call.scaling, mask=mask)
+
+
+# Which texts are shown --------------------------------------------------------------------------------------------
+
+
+def views_of(inputs: Inputs) -> list[TokenView]:
+    """Show some documents token by token, and of a task one prompt of a minimal pair with its patch effects."""
+    lens, config, calibrations = inputs.lens, inputs.config, calibrations_of(inputs)
+    decode = inputs.tokenizer.decode
+    views: list[TokenView] = []
+
+    def keep(title: str, measured: MeasuredView) -> None:
+        view, arrays = measured.named(title, f"view{len(views)}")
+        views.append(view)
+        inputs.arrays.update(arrays)
+
+    for document in inputs.subject.documents[: config.token_views]:
+        ids = document.input_ids[0, : config.view_tokens]
+        keep(document.name, measure_token_view(lens, ids, decode, calibrations=calibrations))
+    if not isinstance(config.subject, TaskSubject):
+        return views
+    found = _first_pair(inputs)
+    if found is None:
+        inputs.skip(
+            f"patch effects: no minimal pair of at most {config.view_tokens} tokens with a meta-token behind the item"
+        )
+        return views
+    number, pair = found
+    measured = measure_token_view(
+        lens,
+        torch.from_numpy(pair.clean).to(lens.model.device),
+        decode,
+        calibrations=calibrations,
+        patch_effect=patch_map(lens, pair),
+    )
+    keep(f"minimal pair {number}: clean prompt", measured)
+    return views
+
+
+def _first_pair(inputs: Inputs) -> tuple[int, MinimalPair] | None:
+    """Return the first pair that is short enough for a view and has a meta-token behind its item, with its number."""
+    try:
+        pairs = pairs_of(inputs)
+    except UsageError:  # the causal part says why
+        return None
+    short = ((number, pair) for number, pair in enumerate(pairs) if len(pair.clean) <= inputs.config.view_tokens)
+    return next(short, None)

@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.analysis.inputs import check_model
+    from metatokens.analysis.inputs.subject import check_model
     from metatokens.analysis.results import write_results
     from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files

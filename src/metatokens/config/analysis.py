@@ -136,7 +136,7 @@ FittedState = Literal[
     "last meta-token", "last meta-token, halfway", "ordinary token instead", "token before it", "last token",
     "untrained", "mean embedding",
 ]  # fmt: skip
-"""What bottlenecks and probes are fitted to; `metatokens.analysis.compression.labelled_states` says what each is."""
+"""What bottlenecks and probes are fitted to; `metatokens.analysis.inputs.labelled_states` says what each is."""
 Endpoint = Literal[
     "entropy_drop",
     "max_score_boost",

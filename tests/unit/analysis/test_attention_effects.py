@@ -9,7 +9,7 @@ from lens_models import META, build
 from metatokens.analysis.attention import sharpening as module
 from metatokens.analysis.attention.rows import StratifiedQueries
 from metatokens.analysis.attention.sharpening import attention_effects
-from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs.documents import Document
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.lens import Lens

@@ -9,7 +9,7 @@ import torch
 from circuits import META as CIRCUIT_META
 from circuits import build_circuit, hand_made_pairs
 from metatokens.analysis.causal.eviction import Condition, measure_recall_after_eviction
-from metatokens.analysis.causal.pairs import MinimalPair, make_minimal_pairs
+from metatokens.analysis.inputs.pairs import MinimalPair, make_minimal_pairs
 from metatokens.analysis.causal.patching import (
     DIRECTIONS,
     PATHS,
@@ -26,7 +26,7 @@ from metatokens.analysis.causal.patching import (
     patch_map,
 )
 from metatokens.analysis.causal.policies import AlwaysKept
-from metatokens.analysis.causal.scores import Ratio, Scores
+from metatokens.analysis.inputs.scores import Ratio, Scores
 from metatokens.config.tasks import Difficulty, ListRecallTask, NoPlaces
 from metatokens.errors import UsageError
 from metatokens.lens import Lens, edits

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metatokens.analysis.documents import DocumentSums, choose_other_documents, merge_documents
+from metatokens.analysis.inputs.documents import DocumentSums, choose_other_documents, merge_documents
 from metatokens.errors import UsageError
 
 

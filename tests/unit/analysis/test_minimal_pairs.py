@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from metatokens.analysis.causal.pairs import MinimalPair, make_minimal_pair, make_minimal_pairs, replace_item
+from metatokens.analysis.inputs.pairs import MinimalPair, make_minimal_pair, make_minimal_pairs, replace_item
 from metatokens.config.tasks import (
     CopyingTask,
     Difficulty,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from circuits import build_circuit, hand_made_pairs
-from metatokens.analysis.documents import Document
-from metatokens.analysis.inputs import Subject
+from metatokens.analysis.inputs.documents import Document
+from metatokens.analysis.inputs.subject import Subject
 from metatokens.analysis.measuring import measure_distances
 from metatokens.analysis.readouts import (
     measure_attribution,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from metatokens.analysis.documents import choose_other_documents
+from metatokens.analysis.inputs.documents import choose_other_documents
 from metatokens.analysis.representations.similarity import (
     VARIANTS,
     Calibration,

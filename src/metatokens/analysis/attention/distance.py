@@ -1,4 +1,4 @@
-"""How far back attention looks, at meta-tokens and at others: its mass by distance (A9), exact, no row ever stored."""
+"""How far back attention looks, at meta-tokens and at others: its mass by distance, exact, no row ever stored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from metatokens.analysis.attention.rows import (
     rows_of,
     score_blocks,
 )
+from metatokens.analysis.inputs.subject import Inputs
+from metatokens.analysis.measures import Lines, Rows, measure, rows_over
 from metatokens.lens.layout import Branch
 from metatokens.lens.lens import AttentionCall, Lens
 
@@ -91,3 +94,21 @@ def distance_profiles(
 
     observe_attention(lens, look, branches, input_ids, inputs)
     return found
+
+
+@measure("attention", "1", axes=("layer", "to", "distance"), plot=Lines("distance", by="to", panels="layer"))
+def mass_by_distance(inputs: Inputs) -> Rows:
+    """Attention mass, mean over heads, on keys from a distance up to the next one; 0 is the token itself."""
+    queries = StratifiedQueries(inputs.config.queries, inputs.config.seed)
+    found = []
+    for document in inputs.subject.documents:
+        profiles = distance_profiles(
+            inputs.lens, document.input_ids, is_meta=document.is_meta, branches=("attn",), queries=queries
+        )
+        # (layers, kinds, bins), mean over heads
+        found.append(np.stack([profile[:, 0].mean(1).numpy(force=True) for profile in profiles.values()]))
+    num_bins = max(profile.shape[-1] for profile in found)
+    padded = np.stack([np.pad(profile, ((0, 0), (0, 0), (0, num_bins - profile.shape[-1]))) for profile in found])
+    distances = [0, *(2**power for power in range(num_bins - 1))]
+    axes = range(padded.shape[1]), ("text", "meta-tokens"), distances
+    yield from rows_over(padded, *axes, names=("layer", "to", "distance"))

@@ -8,8 +8,8 @@ document is the unit of all that follows. The same two runs are held against the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,11 @@ from metatokens.analysis.attention.rows import (
     score_blocks,
 )
 from metatokens.analysis.attention.theorem import KeyBoosts, RowAudit, audit_rows, critical_boost
-from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs.documents import Document
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import HeadMaps, Lines, Row, Rows, measure, over_layers_and_heads
 from metatokens.errors import UsageError
-from metatokens.evaluation.interventions import Intervention, intervene
+from metatokens.evaluation.interventions import Intervention, ZeroEmbedding, intervene
 from metatokens.lens.lens import AttentionCall, Lens
 
 Array = npt.NDArray[np.float64]
@@ -49,17 +51,17 @@ class AttentionEffects:
     entropy: Array
     """With the meta-tokens' embedding, nats."""
     entropy_drop: Array
-    """Without minus with, nats (A8)."""
+    """Without minus with, nats."""
     log_odds_boost: Array
-    """ln P / (1 - P) on meta keys, with minus without, nats (A5)."""
+    """ln P / (1 - P) on meta keys, with minus without, nats."""
     max_score_boost: Array
-    """Largest score, with minus without, logits (A6): not free of a common shift."""
+    """Largest score, with minus without, logits: not free of a common shift."""
     meta_mass: Array
     meta_lift: Array
     effective_keys: Array
-    """e^H (A2)."""
+    """e^H."""
     entropy_without_sink: Array
-    """Of the row without its first key, nats (A3)."""
+    """Of the row without its first key, nats."""
     edges: Array
     """(documents, layers, 4): edges to meta keys, of these with x >= 0 in the ablated run, boosted, and boosted beyond
     the critical boost."""
@@ -68,6 +70,17 @@ class AttentionEffects:
     where y and m have the same sign, and rows where neither is 0."""
     points: Array
     """(n, 4) sampled edges: layer, margin x, boost, critical boost."""
+
+    def spread(self, places: Sequence[int], num_documents: int) -> AttentionEffects:
+        """Return the same with the documents at their places among all, NaN at the others."""
+
+        def place(values: Array) -> Array:
+            placed = np.full((num_documents, *values.shape[1:]), np.nan)
+            placed[list(places)] = values
+            return placed
+
+        arrays = {field.name: place(getattr(self, field.name)) for field in fields(self) if field.name != "points"}
+        return replace(self, **arrays)
 
 
 def attention_effects(
@@ -248,3 +261,111 @@ def _sample(points: Tensor, boosts: KeyBoosts, generator: torch.Generator) -> Te
     drawn = torch.rand(len(edges), 1, generator=generator, dtype=torch.float64)
     points = torch.cat([points, torch.cat([drawn, edges], dim=-1)])
     return points[points[:, 0].argsort()[:SAMPLED_EDGES]]
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@shared
+def effects_of(inputs: Inputs) -> AttentionEffects:
+    """Return the effects of the embedding on all documents, NaN at those without a meta-token that a query sees."""
+    queries = StratifiedQueries(inputs.config.queries, inputs.config.seed)
+    documents = inputs.subject.documents
+    usable = [number for number, one in enumerate(documents) if len(rows_behind_a_meta_token(one, queries))]
+    if len(usable) < len(documents):
+        inputs.skip(f"attention: {len(documents) - len(usable)} documents have no meta-token that a query sees")
+    chosen = [documents[number] for number in usable]
+    effects = attention_effects(inputs.lens, chosen, ablation=ZeroEmbedding(), queries=queries)
+    inputs.keep("theory_points", effects.points.astype(np.float32))
+    return effects.spread(usable, len(documents))
+
+
+@measure("attention", "nats", axes=("layer", "head"), plot=HeadMaps())
+def entropy(inputs: Inputs) -> Rows:
+    """Entropy of an attention row behind the first meta-token, mean over the rows of a document."""
+    yield from over_layers_and_heads(effects_of(inputs).entropy)
+
+
+@measure("attention", "nats", axes=("layer", "head"), test=True, keep=True, plot=HeadMaps())
+def entropy_drop(inputs: Inputs) -> Rows:
+    """Entropy of an attention row with the meta-tokens' embedding zeroed minus with it, the same row."""
+    yield from over_layers_and_heads(effects_of(inputs).entropy_drop)
+
+
+@measure("attention", "nats", axes=("layer", "head"), test=True, keep=True, plot=HeadMaps())
+def log_odds_boost(inputs: Inputs) -> Rows:
+    """Log-odds ln P / (1 - P) of the mass P on meta keys, with their embedding minus with it zeroed."""
+    yield from over_layers_and_heads(effects_of(inputs).log_odds_boost)
+
+
+@measure("attention", "logits", axes=("layer", "head"), test=True, plot=HeadMaps())
+def max_score_boost(inputs: Inputs) -> Rows:
+    """Largest score of a row, with the embedding minus with it zeroed; not free of a common shift of all scores."""
+    yield from over_layers_and_heads(effects_of(inputs).max_score_boost)
+
+
+@measure("attention", "1", axes=("layer", "head"), keep=True, plot=HeadMaps())
+def meta_mass(inputs: Inputs) -> Rows:
+    """Attention mass on meta keys."""
+    yield from over_layers_and_heads(effects_of(inputs).meta_mass)
+
+
+@measure("attention", "ratio", axes=("layer", "head"), plot=HeadMaps())
+def meta_lift(inputs: Inputs) -> Rows:
+    """Attention mass on meta keys over their share of the visible keys."""
+    yield from over_layers_and_heads(effects_of(inputs).meta_lift)
+
+
+@measure("attention", "keys", axes=("layer", "head"), plot=HeadMaps())
+def effective_keys(inputs: Inputs) -> Rows:
+    """e^entropy: over how many keys a uniform row would have the same entropy."""
+    yield from over_layers_and_heads(effects_of(inputs).effective_keys)
+
+
+@measure("attention", "nats", axes=("layer", "head"), plot=HeadMaps())
+def entropy_without_sink(inputs: Inputs) -> Rows:
+    """Entropy of a row without its first key."""
+    yield from over_layers_and_heads(effects_of(inputs).entropy_without_sink)
+
+
+@measure("attention", "1", axes=("layer",), statistic="ratio", plot=Lines("layer"))
+def share_above(inputs: Inputs) -> Rows:
+    """Share of the edges to meta keys with a margin x >= 0 once the embedding is zeroed: the theorem's premise."""
+    yield from _by_layer(effects_of(inputs).edges, lambda edges: edges[:, [1, 0]])
+
+
+@measure("attention", "1", axes=("layer",), statistic="ratio", plot=Lines("layer"))
+def share_beyond(inputs: Inputs) -> Rows:
+    """Share of the boosted edges whose boost exceeds the critical one, so that it alone lowers the row's entropy."""
+    yield from _by_layer(effects_of(inputs).edges, lambda edges: edges[:, [3, 2]])
+
+
+@measure("attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"))
+def entropy_change(inputs: Inputs) -> Rows:
+    """Change of a row's entropy, with the embedding minus with it zeroed."""
+    yield from _by_layer(effects_of(inputs).changes, lambda changes: changes[:, [1, 0]])
+
+
+@measure("attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"))
+def entropy_change_by_meta_logits(inputs: Inputs) -> Rows:
+    """Change of a row's entropy that the logits of its meta keys make by themselves."""
+    yield from _by_layer(effects_of(inputs).changes, lambda changes: changes[:, [3, 0]])
+
+
+@measure("attention", "1", axes=("layer",), statistic="r_squared", plot=Lines("layer"))
+def mechanism_r_squared(inputs: Inputs) -> Rows:
+    """R^2 over rows of the whole change of entropy by the change that the meta keys' logits make."""
+    yield from _by_layer(effects_of(inputs).changes, lambda changes: changes[:, [0, 1, 2, 4]])
+
+
+@measure("attention", "1", axes=("layer",), statistic="ratio", plot=Lines("layer"))
+def sign_agreement(inputs: Inputs) -> Rows:
+    """Share of rows in which both changes have one sign, of those where neither is 0."""
+    yield from _by_layer(effects_of(inputs).changes, lambda changes: changes[:, [5, 6]])
+
+
+def _by_layer(counts: Array, columns: Callable[[Array], Array]) -> Iterator[Row]:
+    """Yield the rows of columns of (documents, layers, counts): of each layer, and of all together."""
+    for layer in range(counts.shape[1]):
+        yield Row({"layer": layer}, columns(counts[:, layer]))
+    yield Row({}, columns(counts.sum(axis=1)))

@@ -1,4 +1,4 @@
-"""Eviction from the key-value cache: what a continuation costs when most of its past is gone (E4).
+"""Eviction from the key-value cache: what a continuation costs when most of its past is gone.
 
 After a prefix of n positions the cache keeps a budget of columns and loses the rest: keys and values are gathered, so
 the memory is free, and every kept key stays rotated by its own position. The continuation is placed behind the prefix
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from metatokens.analysis.causal.policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
-from metatokens.analysis.causal.scores import Scores, join_scores
+from metatokens.analysis.inputs.subject import Inputs, shared, stack
+from metatokens.analysis.measures import Lines, Row, Rows, measure
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 if TYPE_CHECKING:
-    from metatokens.analysis.causal.pairs import MinimalPair
     from metatokens.lens.lens import AttentionCall, Lens
 
 FloatArray = npt.NDArray[np.float64]
@@ -110,7 +110,6 @@ def measure_eviction(
     meta_token_id: int,
     policies: Sequence[Policy] = DEFAULT_POLICIES,
     budgets: Sequence[float] = BUDGETS,
-    punctuation: BoolArray | None = None,
     slots: BoolArray | None = None,
     seed: int = 0,
     always_kept: AlwaysKept = ALWAYS_KEPT,
@@ -124,18 +123,14 @@ def measure_eviction(
         meta_token_id: of the meta-tokens in `input_ids`.
         policies: which to compare.
         budgets: shares of n, in (0, 1]; at 1 the cost is exactly 0.
-        punctuation: (V,) bool, the ids of punctuation; see `metatokens.data.tokenizer.ends_clause_table`.
         slots: (documents, n) bool, columns for the policy "slots"; by default those before each meta-token.
         seed: of the policy "random".
         always_kept: first and newest columns that stay under every policy.
 
     Raises:
-        UsageError: see `check_model`; a budget outside (0, 1]; a continuation without a target; or the policy
-            punctuation without `punctuation`.
+        UsageError: see `check_model`; a budget outside (0, 1]; or a continuation without a target.
     """
     check_model(lens.model)
-    if "punctuation" in policies and punctuation is None:
-        raise UsageError("policy punctuation", expected="the ids of it", found="none", remedy="pass punctuation")
     kept = {budget: count_kept(budget, prefix_length) for budget in budgets}
     documents = np.asarray(input_ids)
     losses: dict[Condition | None, list[float]] = {}
@@ -149,7 +144,6 @@ def measure_eviction(
             ids[:, :prefix_length],
             meta_token_id=meta_token_id,
             with_attention="heavy_hitters" in policies,
-            punctuation=punctuation,
             slots=None if slots is None else slots[number],
             key=int(hash_key(seed, number, _FOR_EVICTION)[0]),
         )
@@ -161,60 +155,12 @@ def measure_eviction(
     return EvictionCosts(full, np.array(num_targets), kept, costs)
 
 
-@dataclass(frozen=True)
-class RecallAfterEviction:
-    """Scores of the answer of each pair's clean prompt when the question meets an evicted cache."""
-
-    full: Scores
-    """With the whole cache."""
-    kept: dict[Condition, Scores]
-
-
-def measure_recall_after_eviction(
-    lens: Lens,
-    pairs: Sequence[MinimalPair],
-    *,
-    meta_token_id: int,
-    policies: Sequence[Policy] = DEFAULT_POLICIES,
-    budgets: Sequence[float] = BUDGETS,
-    seed: int = 0,
-    always_kept: AlwaysKept = ALWAYS_KEPT,
-) -> RecallAfterEviction:
-    """Evict from the cache of the body of each clean prompt, then read the question and score the answer.
-
-    A budget is a share of the columns before the question. The policies choose before the question is known. See
-    `measure_eviction` for the arguments.
-    """
-    check_model(lens.model)
-    parts: list[dict[Condition | None, Scores]] = []
-    for number, pair in enumerate(pairs):
-        start = pair.question_start
-        ids = torch.from_numpy(pair.clean[None]).to(lens.model.device)
-        answer, foil = (torch.tensor([token], device=ids.device) for token in (pair.answer, pair.foil))
-        prefix, cache = read_prefix(
-            lens,
-            ids[:, :start],
-            meta_token_id=meta_token_id,
-            with_attention="heavy_hitters" in policies,
-            key=int(hash_key(seed, number, _FOR_EVICTION)[0]),
-        )
-        kept = {budget: count_kept(budget, start) for budget in budgets}
-        scores: dict[Condition | None, Scores] = {}
-        for condition, columns in _all_columns(prefix, policies, kept, always_kept):
-            logits = continue_sequence(lens, cache, ids[:, start:], start, columns=columns)
-            scores[condition] = Scores.of_logits(logits[:, -1], answer, foil, meta_token_id)
-        parts.append(scores)
-    joined = join_scores(parts)
-    return RecallAfterEviction(joined.pop(None), {key: value for key, value in joined.items() if key is not None})
-
-
 def read_prefix(
     lens: Lens,
     input_ids: Tensor,
     *,
     meta_token_id: int,
     with_attention: bool = False,
-    punctuation: BoolArray | None = None,
     slots: BoolArray | None = None,
     key: int = 0,
 ) -> tuple[Prefix, Cache]:
@@ -229,11 +175,8 @@ def read_prefix(
     is_meta = ids == meta_token_id
     if slots is None:
         slots = np.append(is_meta[1:], False) & ~is_meta
-    is_punctuation = np.zeros_like(is_meta)
-    if punctuation is not None:
-        is_punctuation[ids < len(punctuation)] = punctuation[ids[ids < len(punctuation)]]
     attention = np.stack(received.layers) if with_attention else None
-    return Prefix(is_meta, slots, is_punctuation, attention, key), cache
+    return Prefix(is_meta, slots, attention, key), cache
 
 
 def continue_sequence(
@@ -359,3 +302,49 @@ def _continuation_targets(model: Any, ids: Tensor, prefix_length: int, meta_toke
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> float:
     return float(nn.functional.cross_entropy(logits[0].double(), targets[0], ignore_index=IGNORE_INDEX))
+
+
+@shared
+def costs_of(inputs: Inputs) -> EvictionCosts:
+    """Return what evictions cost the documents."""
+    window = inputs.text.window
+    prefix_length = int(inputs.text.prefix_share * window)
+    if not 0 < prefix_length < window:
+        raise UsageError(
+            "subject.prefix_share",
+            expected="a share that leaves tokens before and behind the cut",
+            found=f"{prefix_length} of {window} positions",
+            remedy="take 0.75",
+        )
+    return measure_eviction(
+        inputs.lens,
+        stack(inputs.subject.documents).numpy(),
+        prefix_length,
+        meta_token_id=inputs.meta_token_id,
+        budgets=inputs.config.budgets,
+        seed=inputs.config.seed,
+        always_kept=ALWAYS_KEPT._replace(newest=inputs.config.newest_kept),
+    )
+
+
+@measure("eviction", "nats/token", axes=("policy", "kept"), subject="text", plot=Lines("kept", by="policy"))
+def eviction_cost(inputs: Inputs) -> Rows:
+    """Loss of a continuation with a share of the prefix's cache kept, minus with all of it, by what is kept."""
+    for condition, cost in costs_of(inputs).costs.items():
+        yield Row({"policy": condition.policy, "kept": float(condition.budget)}, cost)
+
+
+@measure("eviction", "nats/token", test=True, subject="text")
+def worth_of_meta_columns(inputs: Inputs) -> Rows:
+    """Cost of keeping evenly spaced columns minus that of keeping meta-tokens, at the smallest budget."""
+    costs, smallest = costs_of(inputs), min(inputs.config.budgets)
+    prefix_length = int(inputs.text.prefix_share * inputs.text.window)
+    always = ALWAYS_KEPT.sinks + inputs.config.newest_kept
+    if not always < costs.num_kept[smallest] < prefix_length:
+        inputs.skip(
+            f"worth of meta-columns: at budget {smallest} {costs.num_kept[smallest]} of {prefix_length} columns stay, "
+            f"{always} of them under every policy"
+        )
+        return
+    by_policy = {key.policy: cost for key, cost in costs.costs.items() if key.budget == smallest}
+    yield Row({}, by_policy["even"] - by_policy["meta"])

@@ -7,7 +7,6 @@ newest few, then to what the policy prefers, then to the newest of what is left:
     meta           meta-tokens, newest first
     slots          the ordinary token before each meta-token, or those at given places, newest first: what a place is
                    worth without a meta-token on it
-    punctuation    tokens of given ids, newest first
     even           evenly spaced
     random         drawn from (seed, document)
     heavy_hitters  for each layer and head those with the most attention so far (Zhang et al. 2023, H2O)
@@ -27,7 +26,7 @@ from metatokens.errors import UsageError
 from metatokens.tasks.base import Draws
 
 FloatArray = npt.NDArray[np.float64]
-Policy = Literal["window", "meta", "slots", "punctuation", "even", "random", "heavy_hitters"]
+Policy = Literal["window", "meta", "slots", "even", "random", "heavy_hitters"]
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -51,8 +50,6 @@ class Prefix:
     is_meta: BoolArray
     """(n,)."""
     is_slot: BoolArray
-    """(n,)."""
-    is_punctuation: BoolArray
     """(n,)."""
     received: FloatArray | None = None
     """(layers, heads, n), the attention that each column has received; for heavy_hitters."""
@@ -126,7 +123,6 @@ _PREFERENCES: dict[Policy, Callable[[Prefix, IntArray, int], IntArray]] = {
     "window": _nothing,
     "meta": _newest("is_meta"),
     "slots": _newest("is_slot"),
-    "punctuation": _newest("is_punctuation"),
     "even": _evenly_spaced,
     "random": _drawn,
     "heavy_hitters": _most_attended,

@@ -1,16 +1,16 @@
-"""What a probe can read from a state: usable information, the length of an online code, and its erasure.
+"""What a probe can read from a state: usable information, and the length of an online code.
 
 V-information (Xu et al. 2020) is what a family of predictors gains from the state, I_V = H_V(Y|nothing) - H_V(Y|X) on
 documents that were not trained on, its share of one state the PVI (Ethayarajh et al. 2022). The online code (Voita and
 Titov 2020) pays for the labels block by block, each with a probe trained on those before, and so counts the size of the
-probe too. Both have a control with shuffled labels: what a probe "finds" there, it made up. Erasure (LEACE, Belrose et
-al. 2023) removes what linear probes can use; without a fall of the task's score then, the probed information is unused.
-All in nats. Deliberately not here: what the labels are, and the states to compare with.
+probe too. Both have a control with shuffled labels: what a probe "finds" there, it made up. All in nats. Deliberately
+not here: what the labels are, and the states to compare with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,11 +36,23 @@ from metatokens.analysis.compression.heads import (
     split_documents,
     stack_generators,
 )
-from metatokens.config.analysis import MlpProbe, ProbeConfig
+from metatokens.analysis.inputs.labelled_states import ANSWER, META_STATE, States, states_of
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import Dots, Row, Rows, measure
+from metatokens.config.analysis import FittedState, MlpProbe, ProbeConfig
+from metatokens.data.injection import IntArray
+from metatokens.errors import UsageError
 from metatokens.evaluation.significance import check_documents
+from metatokens.evaluation.statistics import Interval
 
 FIRST_BLOCK_DOCUMENTS = 2
 """The fewest documents of the online code's first block: one to train on and one to stop on."""
+PAST_STATES: tuple[FittedState, ...] = (META_STATE, "token before it", "untrained")
+"""Asked for what stands before them, too."""
+ITSELF = ("token before it", "the token before")
+"""State and target that are one token."""
+CODED_STATES: tuple[FittedState, ...] = (META_STATE, "token before it", "last token")
+"""Of which an online code is made: ten probes each."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +111,6 @@ class OnlineCode:
     def compression_of_prior(self) -> float:
         """The length by frequencies over the mean length; above 1, the state tells more than it costs to learn."""
         return self.prior_length / float(self.lengths.mean())
-
-
-@dataclass(frozen=True)
-class LinearEraser:
-    """A projection after which no linear probe tells the labels apart better than their frequencies do."""
-
-    mean: Array
-    """(C,): stays where it is."""
-    projection: Array
-    """(C, C): x becomes mean + (x - mean) @ projection."""
-
-    def erase(self, states: npt.ArrayLike) -> Array:
-        """Return states (..., C) without the information."""
-        erased: Array = self.mean + (np.asarray(states, dtype=np.float64) - self.mean) @ self.projection
-        return erased
 
 
 def v_information(
@@ -213,33 +210,6 @@ def online_code(
     )
 
 
-def fit_eraser(states: npt.ArrayLike, labels: npt.ArrayLike) -> LinearEraser:
-    """Return the least change of the states after which every label has the same mean state (LEACE).
-
-    With W the inverse root of the states' covariance and P the projection onto the span of W cov(x, labels), a state
-    loses W^+ P W (x - mean). Exact for the states it is fitted to; a pure function.
-
-    Args:
-        states: (n, C) finite, such as those of training documents.
-        labels: (n,)
-
-    Raises:
-        ValueError: shapes that do not fit, fewer than two labels, or a state that is not finite.
-    """
-    labelled = LabelledStates.check(states, labels, np.zeros(len(np.asarray(labels))))
-    mean = labelled.states.mean(axis=0)
-    centered = labelled.states - mean
-    one_hot = np.eye(labelled.num_classes)[labelled.classes]
-    variances, directions = np.linalg.eigh(centered.T @ centered / len(centered))
-    # directions in which the states do not move carry nothing
-    kept = variances > variances.max() * len(mean) * np.finfo(np.float64).eps
-    roots, basis = np.sqrt(variances[kept]), directions[:, kept]
-    whitener, inverse = (basis / roots) @ basis.T, (basis * roots) @ basis.T
-    left, singular, _ = np.linalg.svd(whitener @ (centered.T @ (one_hot - one_hot.mean(axis=0))), full_matrices=False)
-    span = left[:, singular > singular.max() * len(mean) * np.finfo(np.float64).eps]
-    return LinearEraser(mean, np.eye(len(mean)) - whitener @ span @ span.T @ inverse)
-
-
 def _with_shuffled(labelled: LabelledStates, num_seeds: int, seed: int) -> Tensor:
     """Return classes (2 G, n): the true ones for each seed, then each seed's shuffled ones."""
     shuffled = [random_generator(seed, "labels", head).permutation(labelled.classes) for head in range(num_seeds)]
@@ -292,3 +262,99 @@ def _logits(parameters: Parameters, states: Tensor) -> Tensor:
     if "hidden.weight" in parameters:
         states = functional.gelu(linear(states, parameters["hidden.weight"], parameters["hidden.bias"]))
     return linear(states, parameters["output.weight"], parameters["output.bias"])
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@shared
+def probes_of(inputs: Inputs) -> dict[tuple[str, str], VInformation]:
+    """Return the probes of the answer in every state, and of the other labels in some, by (state, target)."""
+    collected = states_of(inputs)
+    found = {}
+    for name, states in collected.states.items():
+        for target, labels in collected.labels.items():
+            if target == ANSWER or (name in PAST_STATES and (name, target) != ITSELF):
+                probe = _probe(inputs, states, target, labels)
+                if probe is not None:
+                    found[name, target] = probe
+    return found
+
+
+def _probe(inputs: Inputs, states: States, target: str, labels: IntArray) -> VInformation | None:
+    """Fit a probe of a label; where too few instances have one, or all the same, say so."""
+    exists = labels >= 0
+    if len(np.unique(labels[exists])) < 2:
+        inputs.skip(f"probe of {target}: it is the same in all instances")
+        return None
+    config = inputs.config
+    try:
+        return v_information(
+            states[exists], labels[exists], np.flatnonzero(exists), config=config.probe, seed=config.seed
+        )
+    except UsageError as error:
+        inputs.skip(f"probe of {target} in {int(exists.sum())} instances that have it: {error}")
+        return None
+
+
+@measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
+def usable_information(inputs: Inputs) -> Rows:
+    """Usable information of a probe about a label: what it saves over the labels' frequencies."""
+    for (state, target), found in probes_of(inputs).items():
+        yield Row({"state": state, "target": target}, found.pointwise.mean(axis=0))
+
+
+@measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
+def selectivity(inputs: Inputs) -> Rows:
+    """That information minus what a probe of shuffled labels finds."""
+    for (state, target), found in probes_of(inputs).items():
+        gained = found.pointwise.mean(axis=0) - found.shuffled_pointwise.mean(axis=0)
+        yield Row({"state": state, "target": target}, gained)
+
+
+@measure("probes", "nats", axes=("state", "target"), subject="task")
+def remaining_entropy(inputs: Inputs) -> Rows:
+    """Cross-entropy of the answer once the probe has spoken."""
+    for (state, target), found in probes_of(inputs).items():
+        if target == ANSWER:
+            yield Row({"state": state, "target": target}, found.codes.mean(axis=0))
+
+
+@shared
+def codes_of(inputs: Inputs) -> dict[str, OnlineCode]:
+    """Return the online codes of the answers by some states."""
+    collected = states_of(inputs)
+    answers = collected.labels[ANSWER]
+    if len(np.unique(answers)) < 2:
+        return {}
+    config, numbers = inputs.config, np.arange(len(answers))
+    return {
+        name: online_code(states, answers, numbers, config=config.probe, seed=config.seed)
+        for name, states in collected.states.items()
+        if name in CODED_STATES
+    }
+
+
+@measure("probes", "ratio", axes=("state",), statistic="given", subject="task", plot=Dots("state"))
+def compression(inputs: Inputs) -> Rows:
+    """Length n ln K of all answers over that of the probe's online code."""
+    yield from _code_rows(inputs, lambda code: code.compression)
+
+
+@measure("probes", "ratio", axes=("state",), statistic="given", subject="task")
+def compression_of_prior(inputs: Inputs) -> Rows:
+    """Length n ln K of all answers over that of the code by their frequencies."""
+    yield from _code_rows(inputs, lambda code: code.compression_of_prior)
+
+
+@measure("probes", "ratio", axes=("state",), statistic="given", subject="task")
+def compression_of_shuffled(inputs: Inputs) -> Rows:
+    """The compression with shuffled answers."""
+    yield from _code_rows(inputs, lambda code: code.uniform_length / float(code.shuffled_lengths.mean()))
+
+
+def _code_rows(inputs: Inputs, ratio: Callable[[OnlineCode], float]) -> Iterator[Row]:
+    num_labels = len(states_of(inputs).labels[ANSWER])
+    for name, code in codes_of(inputs).items():
+        note = "one code of all instances: no interval"
+        yield Row({"state": name}, Interval(ratio(code), None, None), num_labels, note)

@@ -25,12 +25,17 @@ from metatokens.analysis.compression.heads import (
     Array,
     Indices,
     LabelledStates,
+    corrected_entropy,
     frequency_code,
     label_entropy,
     select_heads,
     split_documents,
 )
+from metatokens.analysis.inputs.labelled_states import ANSWER, META_STATE, states_of
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import Dots, Row, Rows, measure
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, RateDistortionConfig
+from metatokens.errors import UsageError
 from metatokens.evaluation.significance import bca_from_draws, check_documents
 from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval
 
@@ -275,3 +280,80 @@ def _gap(sums: tuple[_DocumentSums, _DocumentSums], documents: Array, seeds: Arr
     until = float(min(first[:, 0].max(), other[:, 0].max()))
     area = hull_area(lower_hull(other), until) - hull_area(lower_hull(first), until)
     return area, area / until if until > 0 else 0.0, until
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@shared
+def curves_of(inputs: Inputs) -> dict[str, RateDistortionCurve]:
+    """Return the curve of every state, all asked for the answer's first token.
+
+    Raises:
+        UsageError: all instances have the same answer, or there are too few of them.
+    """
+    collected = states_of(inputs)
+    labels = collected.labels[ANSWER]
+    if len(np.unique(labels)) < 2:
+        raise UsageError(
+            "answers", expected="at least 2 that differ", found="one alone", remedy="choose another task or tokenizer"
+        )
+    config = inputs.config
+    curves = {}
+    for name, states in collected.states.items():
+        curve = rate_distortion_curve(
+            states, labels, np.arange(len(labels)), config=config.rate_distortion, seed=config.seed
+        )
+        if not curve.converged.all():
+            stopped = int((~curve.converged).sum())
+            inputs.skip(f"rate_distortion: {stopped} of {curve.converged.size} heads of {name} ran out of steps")
+        curves[name] = curve
+    return curves
+
+
+@shared
+def comparisons_of(inputs: Inputs) -> dict[str, HullComparison]:
+    """Return how the last meta-token's hull compares with those of the other states."""
+    curves = curves_of(inputs)
+    if META_STATE not in curves:
+        return {}
+    own, seed = curves[META_STATE], inputs.config.seed
+    return {name: compare_hulls(own, curve, seed=seed) for name, curve in curves.items() if name != META_STATE}
+
+
+@measure("rate_distortion", "nats", axes=("state", "beta"), subject="task")
+def rate(inputs: Inputs) -> Rows:
+    """Rate of the bottleneck's code, KL from its prior, on test instances, mean over heads."""
+    for name, curve in curves_of(inputs).items():
+        for index, beta in enumerate(curve.betas):
+            yield Row({"state": name, "beta": float(beta)}, curve.rates[index].mean(axis=0))
+
+
+@measure("rate_distortion", "nats", axes=("state", "beta"), subject="task")
+def distortion(inputs: Inputs) -> Rows:
+    """Cross-entropy of the answer given the bottleneck's code, on test instances, mean over heads."""
+    for name, curve in curves_of(inputs).items():
+        for index, beta in enumerate(curve.betas):
+            yield Row({"state": name, "beta": float(beta)}, curve.distortions[index].mean(axis=0))
+
+
+@measure("rate_distortion", "nats", statistic="given", subject="task")
+def answer_entropy(inputs: Inputs) -> Rows:
+    """Entropy of the answers, corrected for their number (Miller and Madow): many labels, few instances."""
+    labels = states_of(inputs).labels[ANSWER]
+    note = f"of the labels of {len(labels)} instances, Miller-Madow: no interval"
+    yield Row({}, Interval(corrected_entropy(labels), None, None), len(labels), note)
+
+
+@measure("rate_distortion", "nats^2", axes=("against",), statistic="given", subject="task", plot=Dots("against"))
+def area(inputs: Inputs) -> Rows:
+    """Area between the hulls of another state and of the last meta-token; positive: lower distortion at equal rate."""
+    for name, compared in comparisons_of(inputs).items():
+        yield Row({"against": name}, compared.area, compared.num_documents)
+
+
+@measure("rate_distortion", "nats", axes=("against",), statistic="given", subject="task")
+def mean_gap(inputs: Inputs) -> Rows:
+    """That area over the width of the common range of rates."""
+    for name, compared in comparisons_of(inputs).items():
+        yield Row({"against": name}, compared.mean_gap, compared.num_documents)

@@ -1,4 +1,4 @@
-"""How much of the text before a token a linear map reads from its state (R3), and linear CKA of two sets.
+"""How much of the text before a token a linear map reads from its state, and linear CKA of two sets.
 
 What is to be read is the mean of the token embeddings of the last w text tokens before the position, without position
 encodings and without meta-tokens, whose embedding is always the same. Two numbers, both on documents that had no part
@@ -10,7 +10,7 @@ Shapes: n states, C hidden size, K size of the target; B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,8 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.documents import DocumentSums, FloatArray, IntArray
+from metatokens.analysis.inputs.documents import DocumentSums, FloatArray, IntArray
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import Lines, Row, Rows, measure
+from metatokens.analysis.representations.places import Places, places_of
+from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
+from metatokens.evaluation.statistics import Interval
 from metatokens.lens.lens import Lens
 from metatokens.lens.residuals import capture_residuals, find_meta_tokens, mean_of_last, real_tokens
 
@@ -29,6 +34,10 @@ WINDOWS = (1, 4, 16, 64)
 FOLDS = 5
 MINIMUM_FOLDS = 3  # one to test, one to choose the penalty, one to fit
 MINIMUM_CKA_PAIRS = 4  # the unbiased estimate divides by n - 3
+CKA_WINDOW = 16  # text tokens; one window, since every interval costs as many CKAs as there are documents
+CKA_PAIRS = 2_000
+"""Fewer give a note."""
+_NORMAL_95 = 1.96
 _CANDIDATES_AT_A_TIME = 2**24  # bounds the memory of the similarities
 
 
@@ -274,3 +283,126 @@ def collect_prefix_states(
     prefixes = [mean_of_last(embeddings, text, window)[0][ends].float() for window in windows]
     rows = np.asarray(documents, dtype=np.int64)[ends.nonzero()[:, 0].numpy(force=True)]
     return PrefixStates(torch.stack(states).cpu(), torch.stack(prefixes).cpu(), rows)
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read from the states of one kind of place."""
+
+    places: Places
+    states: PrefixStates
+    windows: Sequence[int]
+    by_window: Sequence[Sequence[Decodability]]
+    """For each window, of each layer."""
+
+    def rows(self) -> Iterator[tuple[dict[str, str | int], Decodability]]:
+        """Yield the coordinates of each window and layer with what was read there."""
+        for window, layers in zip(self.windows, self.by_window, strict=True):
+            for layer, read in enumerate(layers):
+                yield {"state": self.places.name, "layer": layer, "window": window}, read
+
+
+@shared
+def readings_of(inputs: Inputs) -> list[_Read]:
+    """Return what a linear map reads of the last tokens from each layer's states, held out by document.
+
+    Raises:
+        UsageError: documents too short for any window, or too few of them.
+    """
+    shortest = min(document.input_ids.shape[1] for document in inputs.subject.documents)
+    windows = [window for window in WINDOWS if window <= shortest // 4]
+    if not windows:
+        raise UsageError(
+            "documents for decodability",
+            expected=f"at least {4 * WINDOWS[0]} positions each",
+            found="shorter ones",
+            remedy="analyse longer documents",
+        )
+
+    def read(collected: PrefixStates, targets: Tensor) -> list[Decodability]:
+        seed = inputs.config.seed
+        return [held_out_ridge(states, targets, collected.documents, seed=seed) for states in collected.states]
+
+    readings = []
+    for places in places_of(inputs):
+        collected = _collect(inputs.lens, places, windows)
+        of_windows = [read(collected, targets) for targets in collected.prefixes]
+        readings.append(_Read(places, collected, windows, of_windows))
+    return readings
+
+
+@measure(
+    "decodability",
+    "1",
+    axes=("state", "layer", "window"),
+    statistic="explained",
+    plot=Lines("layer", by="state", panels="window"),
+)
+def decodability(inputs: Inputs) -> Rows:
+    """Held-out R^2 of a ridge regression from a state to the mean embedding of the last text tokens before it."""
+    for reading in readings_of(inputs):
+        for at, read in reading.rows():
+            yield Row(at, np.stack([read.residual_squares.sums, read.total_squares.sums], axis=1))
+
+
+@measure("decodability", "1", axes=("state", "layer", "window"), plot=Lines("layer", by="state", panels="window"))
+def prefix_rank(inputs: Inputs) -> Rows:
+    """Mean reciprocal rank at which the regression finds the own prefix among those of other documents."""
+    for reading in readings_of(inputs):
+        for at, read in reading.rows():
+            yield Row(at, read.reciprocal_rank.means)
+
+
+@measure("decodability", "1", axes=("state", "window"))
+def prefix_rank_chance(inputs: Inputs) -> Rows:
+    """Mean reciprocal rank of a random order of as many prefixes."""
+    for reading in readings_of(inputs):
+        for window, layers in zip(reading.windows, reading.by_window, strict=True):
+            yield Row({"state": reading.places.name, "window": window}, layers[-1].chance.means)
+
+
+@measure("decodability", "1", axes=("state", "layer", "window"), statistic="given", plot=Lines("layer", by="state"))
+def cka(inputs: Inputs) -> Rows:
+    """Debiased linear CKA of states and the mean embeddings of the last tokens, with a jackknife interval."""
+    for reading in readings_of(inputs):
+        window = min(CKA_WINDOW, reading.windows[-1])
+        targets = reading.states.prefixes[reading.windows.index(window)]
+        for layer, states in enumerate(reading.states.states):
+            at: dict[str, str | int] = {"state": reading.places.name, "layer": layer, "window": window}
+            yield from _cka_row(at, states, targets, reading.states.documents)
+
+
+def _cka_row(at: dict[str, str | int], states: Tensor, targets: Tensor, documents: IntArray) -> Iterator[Row]:
+    """Yield the CKA with a jackknife interval: in a bootstrap, a document drawn twice would resemble itself."""
+    num_documents = len(np.unique(documents))
+    try:
+        estimate = debiased_linear_cka(states, targets)
+        without = cka_without_each_document(states, targets, documents)
+    except UsageError:  # before the first block all meta-tokens are the same
+        return
+    variance = (num_documents - 1) / num_documents * ((without - without.mean()) ** 2).sum()
+    reach = _NORMAL_95 * float(np.sqrt(variance))
+    enough = num_documents >= MINIMUM_DOCUMENTS
+    interval = Interval(estimate, estimate - reach, estimate + reach) if enough else Interval(estimate, None, None)
+    notes = [] if enough else [f"fewer than {MINIMUM_DOCUMENTS} documents: no interval"]
+    if len(states) < CKA_PAIRS:
+        notes.append(f"{len(states)} pairs, of which {CKA_PAIRS} are wanted")
+    yield Row(at, interval, num_documents, "; ".join(notes) or None)
+
+
+def _collect(lens: Lens, places: Places, windows: Sequence[int]) -> PrefixStates:
+    parts = [
+        collect_prefix_states(
+            lens, document.input_ids, at=ends, documents=[number], windows=windows, steps_back=places.steps_back
+        )
+        for number, (document, ends) in enumerate(zip(places.documents, places.ends, strict=True))
+        if ends.any()
+    ]
+    if not parts:
+        raise UsageError(
+            "decodability", expected="a meta-token", found="none", remedy="choose documents that have meta-tokens"
+        )
+    return PrefixStates.merge(parts)

@@ -1,10 +1,8 @@
-"""What the output head makes of a state, of a run, and of each part of the residual stream (L1, A7, D1, D2).
+"""What the output head makes of a state, of a run, .
 
     logit lens          the head applied to the states of earlier layers (nostalgebraist 2020), as they are or put
                         through the affine map to the final state that a regression finds (Din et al. 2023)
     output statistics   what the distribution over the next token is like, in numbers that no shift of the logits moves
-    direct attribution  the logit of a token as a sum over what each component added to the residual stream
-    branch strength     how large the addition of a branch is beside the stream
 
 All logs are natural. The softmax runs over the whole vocabulary, as in training; no loss ever asked for the meta-token,
 so its own probability means nothing. No (B, T, V) tensor is made.
@@ -14,7 +12,7 @@ Shapes: n positions, C hidden size, V vocabulary, L + 1 layers as in `states`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -23,15 +21,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.documents import DocumentSums
+from metatokens.analysis.inputs.documents import DocumentSums, FloatArray, merge_documents
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import Dots, Lines, Row, Rows, measure, over_layers, rows_over
 from metatokens.analysis.representations.decodability import PENALTIES, RidgePath
+from metatokens.analysis.representations.places import places_of
 from metatokens.errors import UsageError
-from metatokens.lens.lens import Captured, Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens, residual_names
+from metatokens.evaluation.interventions import ZeroEmbedding, intervene
+from metatokens.lens.lens import Lens
+from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
-COMPLETE_TO = 1e-3  # of the residual's largest entry; float32 sums of some fifty components stay far below
 _LOGITS_AT_A_TIME = 2**23  # 32 MiB of float32
 
 
@@ -224,7 +225,7 @@ class OutputStatistics:
         )
 
     def minus(self, other: OutputStatistics, documents: npt.ArrayLike) -> dict[str, DocumentSums]:
-        """Return A7 by name: the differences to another run at the same positions (n,), document by document."""
+        """Return by name the differences to another run at the same positions (n,), document by document."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
         return {name: DocumentSums.of_values(documents, a.cpu() - b.cpu()) for name, (a, b) in pairs.items()}
 
@@ -254,68 +255,17 @@ def output_statistics(normalized_NC: Tensor, head: OutputHead, targets_N: Tensor
     return OutputStatistics(*(torch.cat(c) if c else torch.zeros(0, dtype=torch.float64) for c in columns))
 
 
-# direct logit attribution and branch strength --------------------------------------------------------------------
+def predicting_positions(is_meta: Tensor, loss_policy: str) -> Tensor:
+    """Return which position predicts each token, (T,) int64; -1 for meta-tokens and for a token that none predicts.
 
-
-@dataclass(frozen=True)
-class Attribution:
-    """The logit of one token at each position, as a sum over components."""
-
-    names: tuple[str, ...]
-    """The components, then "norm_bias" and, where the head has one, "head_bias"."""
-    values: Tensor
-    """(n, num_names) float64, in logits; the sum over names is `logits`."""
-    logits: Tensor
-    """(n,) float64."""
-
-
-def direct_logit_attribution(
-    components: Mapping[str, Tensor],
-    residual_NC: Tensor,
-    head: OutputHead,
-    token_ids: Tensor,
-    foil_ids: Tensor | None = None,
-) -> Attribution:
-    """Share the logit of a token among what was added to the residual stream, the scale of the final norm held fixed.
-
-    Component x gives ((x - mean x) * gain / scale) . W[token]; the norm's bias and the head's give the rest.
-
-    Args:
-        components: by name, (n, C) each; they add up to the residual.
-        residual_NC: (n, C) before the final norm.
-        head: of the model.
-        token_ids: (n,) int64.
-        foil_ids: (n,) int64; with it, everything is that of the difference of the two logits.
-
-    Raises:
-        UsageError: the components do not add up to the residual.
+    Under "skip" the token before predicts, whatever it is; under "retarget" the last text token before.
     """
-    direction = head.weight[token_ids] - (0 if foil_ids is None else head.weight[foil_ids])
-    direction = direction.double()
-    total = torch.stack([component.double() for component in components.values()]).sum(0)
-    gap = float((total - residual_NC).abs().max()) if len(residual_NC) else 0.0
-    if gap > COMPLETE_TO * float(residual_NC.abs().max() if len(residual_NC) else 1):
-        raise UsageError(
-            "components",
-            expected="a sum equal to the residual",
-            found=f"a gap of {gap:.3g}",
-            remedy="pass all of them, of a model in float32",
-        )
-    scaled = direction * head.gain.double() / head.scale(residual_NC.double())
-    scaled = scaled - scaled.mean(-1, keepdim=True)  # the same as taking its mean from every component
-    values = {name: (component.double() * scaled).sum(-1) for name, component in components.items()}
-    values["norm_bias"] = direction @ head.norm_bias.double()
-    if head.bias is not None:
-        bias = head.bias.double()
-        values["head_bias"] = bias[token_ids] - (0 if foil_ids is None else bias[foil_ids])
-    stacked = torch.stack(list(values.values()), dim=-1)
-    return Attribution(tuple(values), stacked, stacked.sum(-1))
-
-
-def branch_strength(addition_NC: Tensor, stream_NC: Tensor) -> Tensor:
-    """Return |addition| / |stream| of (n, C) each, (n,) float64; NaN where the stream is zero."""
-    stream = stream_NC.double().norm(dim=-1)
-    return torch.where(stream > 0, addition_NC.double().norm(dim=-1) / stream, torch.nan)
+    positions = torch.arange(len(is_meta), device=is_meta.device)
+    before = positions - 1
+    if loss_policy == "retarget":
+        last_text = torch.where(is_meta, -1, positions).cummax(0).values
+        before = torch.nn.functional.pad(last_text[:-1], (1, 0), value=-1)
+    return torch.where(is_meta, -1, before)
 
 
 def _row_chunks(num_rows: int, vocab_size: int) -> list[slice]:
@@ -365,7 +315,7 @@ def measure_logit_lens(
     if maps is not None:
         states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
     read = logit_lens(states, OutputHead.of(lens), preceding_text(input_ids, text, distances)[at])
-    rows = _documents_at(documents, at)
+    rows = documents_at(documents, at)
     return LogitLensCurves(
         tuple(distances),
         DocumentSums.of_values(rows, (1 / read.rank).movedim(0, 1)),
@@ -389,110 +339,126 @@ def measure_outputs(
     return output_statistics(captured["ln_final.hook_normalized"], OutputHead.of(lens), targets[at])
 
 
-def attribute_logits(
-    lens: Lens,
-    input_ids: Tensor,
-    *,
-    at: Tensor,
-    token_ids: Tensor,
-    foil_ids: Tensor | None = None,
-    head: OutputHead | None = None,
-    per_head: bool = False,
-    attention_mask: Tensor | None = None,
-) -> Attribution:
-    """Measure D1 in one forward pass: embedding, both attentions and feed-forward of each layer, and biases.
-
-    Args:
-        lens: on the model.
-        input_ids: (B, T).
-        at: (B, T) bool, n positions.
-        token_ids: (n,) int64, in the order of the positions, row by row.
-        foil_ids: (n,) int64; with it, the difference of the two logits.
-        head: by default the model's; its `centred` form gives logits over their mean.
-        per_head: share each attention among its heads, `blocks.l.attn.head.h`, and its output bias.
-        attention_mask: (B, T), 0 at padding.
-    """
-    branches = ("hook_attn_out", "hook_meta_out", "hook_mlp_out")
-    wanted = [name for name in lens.names if name.endswith(branches)]
-    results = [name for name in lens.names if per_head and name.endswith("hook_result")]
-    names = residual_names(lens)
-    with lens.capture([names[0], names[-1], *wanted, *results], at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    components = {"embed": captured[names[0]]}
-    fired = set(captured)  # meta-attention is silent where there is no meta-token
-    for name in wanted:
-        result_name = name.replace("hook_attn_out", "attn.hook_result").replace(
-            "hook_meta_out", "meta_attn.hook_result"
-        )
-        if name in fired and result_name in results:
-            components |= _share_among_heads(captured, name, result_name, at)
-        elif name in fired:
-            components[name.replace("hook_", "")] = captured[name]
-    head = OutputHead.of(lens) if head is None else head
-    return direct_logit_attribution(components, captured[names[-1]], head, token_ids, foil_ids)
-
-
-def _share_among_heads(captured: Captured, name: str, result_name: str, at: Tensor) -> dict[str, Tensor]:
-    """Return what each head of an attention added, (n, C) by name, and its output bias."""
-    whole, heads_NHC = captured[name], captured[result_name]
-    if "meta_attn" in result_name:
-        # heads are packed to the tokens of meta-attention among the selected ones
-        assert captured.meta_columns is not None
-        takes_part = torch.zeros_like(at)
-        rows, slots = (captured.meta_columns >= 0).nonzero(as_tuple=True)
-        takes_part[rows, captured.meta_columns[rows, slots]] = True
-        packed, heads_NHC = heads_NHC, heads_NHC.new_zeros(len(whole), *heads_NHC.shape[1:])
-        heads_NHC[takes_part[at]] = packed
-    prefix = result_name.removesuffix(".hook_result")
-    shares = {f"{prefix}.head.{head}": heads_NHC[:, head] for head in range(heads_NHC.shape[1])}
-    return shares | {f"{prefix}.bias": whole - heads_NHC.sum(1)}
-
-
-@dataclass(frozen=True)
-class BranchStrengths:
-    """D2 by layer, document by document: (num_documents, L) each, NaN means where a layer lacks the branch."""
-
-    attention: DocumentSums
-    meta_attention: DocumentSums
-    mlp: DocumentSums
-
-
-def measure_branch_strengths(
-    lens: Lens,
-    input_ids: Tensor,
-    *,
-    at: Tensor,
-    documents: npt.ArrayLike,
-    attention_mask: Tensor | None = None,
-) -> BranchStrengths:
-    """Measure how large what each branch adds at some positions is beside `hook_resid_mid`, in one forward pass.
-
-    Args:
-        lens: on the model.
-        input_ids: (B, T).
-        at: (B, T) bool, such as the meta-tokens.
-        documents: (B,) integers, the document of each row.
-        attention_mask: (B, T), 0 at padding.
-    """
-    taps = ("hook_attn_out", "hook_meta_out", "hook_mlp_out")
-    num_layers = len(lens.layout.blocks)
-    names = [name for name in lens.names if name.endswith((*taps, "hook_resid_mid"))]
-    with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    fired, rows = set(captured), _documents_at(documents, at)
-
-    def measure(tap: str) -> DocumentSums:
-        def of_layer(layer: int) -> Tensor:
-            stream = captured[f"blocks.{layer}.hook_resid_mid"]
-            name = f"blocks.{layer}.{tap}"
-            missing = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-            return branch_strength(captured[name], stream).cpu() if name in fired else missing
-
-        return DocumentSums.of_values(rows, torch.stack([of_layer(layer) for layer in range(num_layers)], dim=-1))
-
-    return BranchStrengths(*(measure(tap) for tap in taps))
-
-
-def _documents_at(documents: npt.ArrayLike, at: Tensor) -> npt.NDArray[np.int64]:
+def documents_at(documents: npt.ArrayLike, at: Tensor) -> npt.NDArray[np.int64]:
+    """Return the document of each selected token, (n,), of rows that belong to `documents` (B,)."""
     rows: npt.NDArray[np.int64] = np.asarray(documents, dtype=np.int64)[at.nonzero()[:, 0].numpy(force=True)]
     return rows
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@shared
+def curves_of(inputs: Inputs) -> dict[tuple[str, str], dict[str, FloatArray]]:
+    """Return the logit lens's statistics, (documents, layers, ...) by name, of each (state, reading).
+
+    Raises:
+        UsageError: fewer than two calibration documents.
+    """
+    lens = inputs.lens
+    maps = fit_affine_maps(lens, [document.input_ids for document in inputs.subject.calibration])
+    readings: tuple[tuple[str, Sequence[AffineMap] | None], ...] = (("state", None), ("mapped state", maps))
+    found = {}
+    for places in places_of(inputs):
+        if places.steps_back:
+            continue  # its own token would stand where the others have the last one before them
+        for reading, through in readings:
+            curves = [
+                measure_logit_lens(lens, document.input_ids, at=ends, documents=[number], maps=through)
+                for number, (document, ends) in enumerate(zip(places.documents, places.ends, strict=True))
+                if ends.any()
+            ]
+            found[places.name, reading] = {
+                name: merge_documents([getattr(curve, name) for curve in curves]).means
+                for name in ("reciprocal_rank", "log_probability", "divergence")
+            }
+    return found
+
+
+@measure(
+    "output",
+    "1",
+    axes=("state", "read", "layer", "distance"),
+    plot=Lines("layer", by="distance", panels="state"),
+)
+def reciprocal_rank(inputs: Inputs) -> Rows:
+    """Reciprocal rank, in what the model's head makes of a state, of the text token a distance before it.
+
+    From the state as it is and through an affine map to the final state.
+    """
+    yield from _lens_rows(inputs, "reciprocal_rank")
+
+
+@measure(
+    "output",
+    "nats",
+    axes=("state", "read", "layer", "distance"),
+    plot=Lines("layer", by="distance", panels="state"),
+)
+def log_probability(inputs: Inputs) -> Rows:
+    """Log-probability, in what the model's head makes of a state, of the text token a distance before it."""
+    yield from _lens_rows(inputs, "log_probability")
+
+
+@measure("output", "nats", axes=("state", "read", "layer"), plot=Lines("layer", by="state", panels="read"))
+def divergence(inputs: Inputs) -> Rows:
+    """KL of the final distribution from the one that the head makes of a layer's state."""
+    for (state, reading), curves in curves_of(inputs).items():
+        for row in over_layers(curves["divergence"]):
+            yield row._replace(at={"state": state, "read": reading, **row.at})
+
+
+def _lens_rows(inputs: Inputs, name: str) -> Iterator[Row]:
+    for (state, reading), curves in curves_of(inputs).items():
+        values = curves[name]
+        for row in rows_over(values, range(values.shape[1]), DISTANCES, names=("layer", "distance")):
+            yield row._replace(at={"state": state, "read": reading, **row.at})
+
+
+@shared
+def output_changes_of(inputs: Inputs) -> dict[tuple[str, str], FloatArray]:
+    """Return what the meta-tokens' embedding changes in the output, (documents,) by (statistic, place)."""
+    changes: dict[tuple[str, str], list[DocumentSums]] = {}
+    for number, document in enumerate(inputs.subject.documents):
+        at = document.is_meta.long().cumsum(1) > 0
+        if not at.any():
+            continue
+        full = measure_outputs(inputs.lens, document.input_ids, at=at)
+        with intervene(inputs.lens.model, [ZeroEmbedding()]):
+            without = measure_outputs(inputs.lens, document.input_ids, at=at)
+        is_meta = document.is_meta[at]
+        for place, chosen in (("meta-tokens", is_meta), ("text behind", ~is_meta)):
+            of_document = np.full(int(chosen.sum()), number)
+            for statistic, sums in full.at(chosen).minus(without.at(chosen), of_document).items():
+                changes.setdefault((statistic, place), []).append(sums)
+    return {key: merge_documents(parts).means for key, parts in changes.items()}
+
+
+@measure("output", "logits", axes=("place",), test=True, plot=Dots("place"))
+def max_logit_boost(inputs: Inputs) -> Rows:
+    """Largest logit of the output over the mean one, with the meta-tokens' embedding minus with it zeroed."""
+    yield from _change_rows(inputs, "max_over_mean", 1)
+
+
+@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
+def max_log_probability_boost(inputs: Inputs) -> Rows:
+    """Largest log-probability of the output, with the meta-tokens' embedding minus with it zeroed."""
+    yield from _change_rows(inputs, "max_log_probability", 1)
+
+
+@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
+def output_entropy_drop(inputs: Inputs) -> Rows:
+    """Entropy of the output, with the meta-tokens' embedding zeroed minus with it."""
+    yield from _change_rows(inputs, "entropy", -1)
+
+
+@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
+def loss_drop(inputs: Inputs) -> Rows:
+    """Loss with the meta-tokens' embedding zeroed minus with it."""
+    yield from _change_rows(inputs, "cross_entropy", -1)
+
+
+def _change_rows(inputs: Inputs, statistic: str, sign: int) -> Iterator[Row]:
+    for (name, place), means in output_changes_of(inputs).items():
+        if name == statistic and np.isfinite(means).any():  # nothing may be asked of meta-tokens
+            yield Row({"place": place}, sign * means)

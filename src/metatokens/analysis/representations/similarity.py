@@ -1,4 +1,4 @@
-"""How alike the residual of a meta-token and those of the tokens before it are (R1, R2).
+"""How alike the residual of a meta-token and those of the tokens before it are.
 
 Residuals of a language model share a large mean and a few dimensions that outweigh all others (Ethayarajh 2019,
 arXiv 1909.00512; Timkey and van Schijndel 2021, arXiv 2109.04404), so a raw cosine near 1 says nothing. Four variants
@@ -24,6 +24,7 @@ Shapes: B rows, T positions, C hidden size, states of L + 1 layers: before the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
@@ -33,7 +34,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.documents import DocumentSums, FloatArray, choose_other_documents, merge_documents
+from metatokens.analysis.inputs.documents import DocumentSums, FloatArray, choose_other_documents, merge_documents
+from metatokens.analysis.inputs.subject import Inputs, shared, stack
+from metatokens.analysis.measures import Lines, Row, Rows, measure, rows_over
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
 from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens
@@ -41,6 +44,10 @@ from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_
 Variant = Literal["raw", "centred", "z_scored", "centred_by_kind"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+FORMS: tuple[Variant, ...] = ("raw", "centred", "z_scored")
+"""Those that `cosine` records."""
+CENTRED = FORMS.index("centred")
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -211,11 +218,6 @@ class ExcessCosine:
         """Meta-tokens with their own past minus with that of another document."""
         return self.meta.own - self.meta.shuffled
 
-    @property
-    def over_both(self) -> DocumentSums:
-        """What the own past gives to meta-tokens minus what it gives to ordinary tokens."""
-        return self.over_shuffled - (self.ordinary.own - self.ordinary.shuffled)
-
 
 def matched_pairs(
     meta_run_BT: Tensor, control_run_BT: Tensor, distances: Sequence[int], *, partners: Tensor, keep_BT: Tensor
@@ -360,3 +362,96 @@ def measure_excess_cosine(
         for input_ids in (meta_run, control_run)
     )
     return ExcessCosine(meta, ordinary)
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+@shared
+def distances_of(inputs: Inputs) -> list[int]:
+    """Return the distances of the config that fit into half of a document."""
+    longest = inputs.subject.documents[0].input_ids.shape[1]
+    distances = [distance for distance in inputs.config.distances if distance < longest // 2]
+    if not distances:
+        raise UsageError(
+            "distances",
+            expected=f"one below {longest // 2}, half a document",
+            found=str(inputs.config.distances),
+            remedy="lower them, or raise subject.window",
+        )
+    if len(distances) < len(inputs.config.distances):
+        inputs.skip(f"similarity at distances from {longest // 2}, half a document")
+    return distances
+
+
+@shared
+def calibrations_of(inputs: Inputs) -> list[Calibration]:
+    """Return the mean states of the calibration documents."""
+    return calibrate(inputs.lens, [{"input_ids": document.input_ids} for document in inputs.subject.calibration])
+
+
+@shared
+def cosines_of(inputs: Inputs) -> ExcessCosine:
+    """Return the cosines of meta-tokens with earlier text, beside those of ordinary tokens at the same places."""
+    documents, control = inputs.subject.documents, inputs.subject.control
+    # even batches, since the shuffled control of a document is another one of its batch
+    batches = np.array_split(np.arange(len(documents)), math.ceil(len(documents) / _BATCH))
+    return ExcessCosine.merge(
+        [
+            measure_excess_cosine(
+                inputs.lens,
+                stack([documents[row] for row in rows]),
+                stack([control[row] for row in rows]),
+                documents=rows,
+                calibrations=calibrations_of(inputs),
+                seed=inputs.config.seed,
+                distances=distances_of(inputs),
+                variants=FORMS,
+            )
+            for rows in batches
+        ]
+    )
+
+
+@measure(
+    "similarity",
+    "1",
+    axes=("kind", "form", "layer", "distance"),
+    subject="text",
+    plot=Lines("distance", by="layer", panels="kind"),
+)
+def cosine(inputs: Inputs) -> Rows:
+    """Cosine of a token's state with that of the text token a distance before it: raw, centred or z-scored.
+
+    Of meta-tokens, of ordinary tokens at the same places, and of meta-tokens with another document.
+    """
+    found, distances = cosines_of(inputs), distances_of(inputs)
+    curves = {"meta": found.meta.own, "ordinary": found.ordinary.own, "meta, shuffled": found.meta.shuffled}
+    for kind, sums in curves.items():
+        means = sums.means  # (documents, forms, layers + 1, distances)
+        axes = FORMS, range(means.shape[2]), distances
+        for row in rows_over(means, *axes, names=("form", "layer", "distance")):
+            yield row._replace(at={"kind": kind, **row.at})
+
+
+@measure("similarity", "1", axes=("layer", "distance"), test=True, subject="text", plot=Lines("distance", by="layer"))
+def excess_cosine(inputs: Inputs) -> Rows:
+    """Centred cosine of a meta-token minus that of an ordinary token at the same place."""
+    excess = cosines_of(inputs).over_ordinary.means[:, CENTRED]
+    yield from rows_over(excess, range(excess.shape[1]), distances_of(inputs), names=("layer", "distance"))
+
+
+@measure("similarity", "1", test=True, subject="text")
+def near_excess_cosine(inputs: Inputs) -> Rows:
+    """Excess cosine at distance 1, mean over the layers behind the first block's entry."""
+    if distances_of(inputs)[0] == 1:
+        yield Row({}, cosines_of(inputs).over_ordinary.means[:, CENTRED, 1:, 0].mean(axis=1))
+
+
+@measure("similarity", "1", test=True, subject="text")
+def fading_cosine(inputs: Inputs) -> Rows:
+    """Centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers."""
+    distances = distances_of(inputs)
+    if distances[0] == 1 and len(distances) > 1:
+        means = cosines_of(inputs).meta.own.means[:, CENTRED, 1:]
+        yield Row({}, (means[..., 0] - means[..., -1]).mean(axis=1))

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.config.tasks import MarkedTask
 from metatokens.data.injection import IntArray, hash_key
 from metatokens.errors import UsageError
-from metatokens.tasks.base import META, Draws
+from metatokens.tasks.base import META, Draws, PieceEncoder
 from metatokens.tasks.encoding import encode_instance
 from metatokens.tasks.registry import TASKS, make_instance
 from metatokens.tasks.words import ITEMS
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from metatokens.config.tasks import Difficulty, Task
-    from metatokens.tasks.base import Instance, PieceEncoder, Solve, Split
+    from metatokens.tasks.base import Instance, Solve, Split
 
 _FOR_ITEM = 6  # what this draw is for; others are in data/injection.py, data/loader.py, tasks/curriculum.py
 _MOST_ATTEMPTS = 400
@@ -263,3 +264,31 @@ _CHANGES = MappingProxyType(
         "parity": _Changes(_summed_bits, lambda body, place: _BITS),  # noqa: ARG005 - any bit may stand anywhere
     }
 )
+
+
+@shared
+def pairs_of(inputs: Inputs) -> list[MinimalPair]:
+    """Return the minimal pairs of the analysed task that have a meta-token behind the item.
+
+    Raises:
+        UsageError: There is none.
+    """
+    pairs = make_minimal_pairs(
+        inputs.task.task,
+        inputs.task.difficulty,
+        encoder=PieceEncoder(inputs.encoder),
+        meta_token_id=inputs.meta_token_id,
+        seed=inputs.config.seed,
+        pairs=inputs.task.pairs,
+    )
+    usable = [pair for pair in pairs if len(pair.later_meta_positions)]
+    if not usable:
+        raise UsageError(
+            "minimal pairs",
+            expected="a meta-token behind the item",
+            found=f"none in {len(pairs)} pairs",
+            remedy="choose a task that places meta-tokens",
+        )
+    if len(usable) < len(pairs):
+        inputs.skip(f"causal: {len(pairs) - len(usable)} pairs have no meta-token behind the item")
+    return usable

@@ -1,29 +1,34 @@
-"""The documents of an analysis: instances of a recall task, or passages of texts with meta-tokens injected.
+"""What an analysis looks at: a model, and instances of a recall task or passages of texts with meta-tokens injected.
 
 A passage begins at a drawn place, one a text: the beginnings of books are licences and title pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from metatokens.analysis.documents import Document
+from metatokens.analysis.inputs.documents import Document
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import hash_key, inject_into_prompt
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import TextEncoder
-from metatokens.errors import UsageError
+from metatokens.errors import NumericError, UsageError
 from metatokens.evaluation.recall import make_test_instances
+from metatokens.lens.lens import Lens
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance
 
+_Made = TypeVar("_Made")
 _CHARACTERS_PER_TOKEN = 16  # more than a window needs of any text
 _FOR_PASSAGE = 8  # what this draw is for; 7 is in analysis/eviction.py
 _FOR_INJECTION = 9
@@ -40,6 +45,80 @@ class Subject:
     """The texts of `documents` with as many meta-tokens elsewhere; empty for a task, whose places mean something."""
     instances: list[EncodedInstance]
     """Of a task, one a document."""
+
+
+class Inputs:
+    """All that measures are taken of: a model under a lens and its documents; and what they leave beside their rows.
+
+    Attributes:
+        lens: On the model.
+        config: Of the analysis.
+        subject: The documents.
+        tokenizer: The model's.
+        encoder: Of texts, by that tokenizer.
+        meta_token_id: Of the model.
+        skipped: What was left out, each with its reason.
+        arrays: What is too large for rows, by name.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, config: AnalysisConfig) -> None:
+        """Draw the documents.
+
+        Raises:
+            UsageError: A model in training mode or without meta-tokens, too few or too short documents.
+        """
+        self.lens = Lens(getattr(model, "wrapped", model))
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer)
+        self.meta_token_id = check_model(self.lens.model)
+        self.skipped: list[str] = []
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
+        self._shared: dict[Callable[[Inputs], Any], Any] = {}
+        self.subject: Subject
+        if isinstance(config.subject, TaskSubject):
+            self.subject = task_subject(self.lens.model, self.encoder, config, config.subject)
+        else:
+            self.subject = text_subject(self.lens.model, self.encoder, config, config.subject)
+
+    @property
+    def task(self) -> TaskSubject:
+        """The task, where the subject is one."""
+        assert isinstance(self.config.subject, TaskSubject)
+        return self.config.subject
+
+    @property
+    def text(self) -> TextSubject:
+        """The texts, where the subject is text."""
+        assert isinstance(self.config.subject, TextSubject)
+        return self.config.subject
+
+    def skip(self, reason: str) -> None:
+        """Say what is left out and why; the same reason of several measures is said once."""
+        if reason not in self.skipped:
+            self.skipped.append(reason)
+
+    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Leave an array beside the rows."""
+        self.arrays[name] = array
+
+
+def shared(function: Callable[[Inputs], _Made]) -> Callable[[Inputs], _Made]:
+    """Let a function of the inputs run once an analysis; an error that it raised is raised again."""
+
+    @wraps(function)
+    def once(inputs: Inputs) -> _Made:
+        if function not in inputs._shared:
+            try:
+                inputs._shared[function] = function(inputs)
+            except (UsageError, NumericError) as error:
+                inputs._shared[function] = error
+        made = inputs._shared[function]
+        if isinstance(made, UsageError | NumericError):
+            raise made
+        return cast("_Made", made)
+
+    return once
 
 
 def check_model(model: Any) -> int:

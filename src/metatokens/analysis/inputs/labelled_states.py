@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.config.analysis import FittedState, TaskSubject
 from metatokens.data.injection import IntArray
 from metatokens.data.tokenizer import TextEncoder
@@ -36,6 +37,7 @@ from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance, pad
 
 ANSWER = "answer"
+META_STATE: FittedState = "last meta-token"
 BATCH_SIZE = 64
 _DISTANCES = (1, 4, 16)
 _FULL_STOP = " ."
@@ -67,6 +69,19 @@ class Samples:
     """(n, C) by name."""
     labels: Mapping[str, IntArray]
     """(n,) by target; -1 where an instance has none."""
+
+
+@shared
+def samples_of(inputs: Inputs) -> list[Sample]:
+    """Return the further instances of the analysed task that heads and probes are fitted to; see `draw_samples`."""
+    return draw_samples(inputs.lens, inputs.encoder, inputs.task, seed=inputs.config.seed)
+
+
+@shared
+def states_of(inputs: Inputs) -> Samples:
+    """Return the states and labels of these instances."""
+    states, seed = inputs.config.states, inputs.config.seed
+    return collect_samples(inputs.lens, inputs.encoder, samples_of(inputs), states=states, seed=seed)
 
 
 def draw_samples(lens: Lens, encoder: TextEncoder, subject: TaskSubject, *, seed: int) -> list[Sample]:

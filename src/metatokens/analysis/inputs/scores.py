@@ -18,7 +18,7 @@ from torch import Tensor
 from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
-    from metatokens.analysis.causal.pairs import MinimalPair
+    from metatokens.analysis.inputs.pairs import MinimalPair
     from metatokens.data.injection import IntArray
     from metatokens.lens.lens import Lens
 
@@ -183,3 +183,8 @@ def join_scores(parts: Sequence[Mapping[_Key, Scores]]) -> dict[_Key, Scores]:
         key: Scores(*(np.concatenate(arrays) for arrays in zip(*(part[key]._arrays for part in parts), strict=True)))
         for key in parts[0]
     }
+
+
+def meta_layers(lens: Lens) -> list[int]:
+    """Return the layers that have meta-attention."""
+    return [site.layer for block in lens.layout.blocks for site in block.attentions if site.branch == "meta_attn"]

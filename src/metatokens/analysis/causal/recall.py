@@ -1,0 +1,83 @@
+"""Recall with something taken from the meta-tokens (the paper's Table 2), and against the task's own size."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import Dots, Lines, Row, Rows, measure
+from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import (
+    Intervention,
+    NoPositionEdges,
+    ZeroEmbedding,
+    ZeroPosition,
+    check_interventions,
+    intervene,
+)
+from metatokens.evaluation.recall import count_right_answers, make_test_instances
+from metatokens.tasks.base import PieceEncoder
+
+Array = npt.NDArray[np.float64]
+MOST_SIZES = 8
+_BATCH = 16
+_INTERVENTIONS: tuple[Intervention, ...] = (ZeroEmbedding(), ZeroPosition(), NoPositionEdges())
+
+
+@shared
+def accuracies_of(inputs: Inputs) -> dict[str, Array]:
+    """Return the share of right answers of each instance, by intervention; "none" is the whole model."""
+    found = {"none": _accuracy(inputs, ())}
+    for intervention in _INTERVENTIONS:
+        try:
+            check_interventions(inputs.lens.model, [intervention])
+        except UsageError as error:
+            inputs.skip(str(error))
+        else:
+            found[intervention.kind] = _accuracy(inputs, (intervention,))
+    return found
+
+
+@measure("causal", "1", axes=("intervention",), statistic="accuracy", subject="task", plot=Dots("intervention"))
+def accuracy(inputs: Inputs) -> Rows:
+    """Share of right answers on the task's instances, with something taken from the meta-tokens."""
+    for kind, shares in accuracies_of(inputs).items():
+        yield Row({"intervention": kind}, shares)
+
+
+@measure("causal", "1", axes=("intervention",), test=True, subject="task")
+def accuracy_change(inputs: Inputs) -> Rows:
+    """Share of right answers under an intervention minus that of the whole model."""
+    shares = accuracies_of(inputs)
+    for kind in (kind for kind in shares if kind != "none"):
+        yield Row({"intervention": kind}, shares[kind] - shares["none"])
+
+
+@measure("causal", "1", axes=("size",), statistic="accuracy", subject="task", plot=Lines("size"))
+def capacity(inputs: Inputs) -> Rows:
+    """Share of right answers by the task's own size, such as items of a list, up to twice the largest asked."""
+    task, difficulty = inputs.task.task, inputs.task.difficulty
+    low, high = difficulty.size
+    for size in sorted({round(size) for size in np.linspace(low, 2 * high, min(MOST_SIZES, 2 * high - low + 1))}):
+        try:
+            instances = make_test_instances(
+                task,
+                difficulty.model_copy(update={"size": (size, size)}),
+                encoder=PieceEncoder(inputs.encoder),
+                meta_token_id=inputs.meta_token_id,
+                seed=inputs.config.seed,
+                instances=inputs.config.documents,
+            )
+        except UsageError:
+            inputs.skip(f"capacity at size {size}: no prompt of these lengths")
+            continue
+        found = count_right_answers(inputs.lens.model, instances, batch_size=_BATCH)
+        yield Row({"size": size}, found.right_answers / found.answers)
+
+
+def _accuracy(inputs: Inputs, interventions: tuple[Intervention, ...]) -> Array:
+    with intervene(inputs.lens.model, interventions):
+        found = count_right_answers(inputs.lens.model, inputs.subject.instances, batch_size=_BATCH)
+    shares: Array = found.right_answers / found.answers
+    return shares

@@ -1,0 +1,1 @@
+"""What measures are taken of: documents, minimal pairs and labelled states of one model."""

@@ -1,0 +1,284 @@
+"""Measures: each is one decorated function that yields what it found, document by document.
+
+    @measure("attention", "nats", axes=("layer", "head"), test=True, plot=HeadMaps())
+    def entropy_drop(inputs: Inputs) -> Rows:
+        \"\"\"Entropy of an attention row without the meta-tokens' embedding minus with it, the same row.\"\"\"
+        yield from over_layers_and_heads(attention_effects(inputs).entropy_drop)
+
+The function's name is the measure's id, its docstring the definition. Intervals and tests, the records of
+`results.json`, the table of the guide and the figures of the page all follow from the decorator. To add a measure,
+write such a function in the room that it belongs to.
+
+A row is a value of every document at some coordinates: {"layer": 3, "head": 0}, or {} for the mean over all. What
+several measures need is computed once by a `shared` function. A measure that a model or its documents do not allow
+raises UsageError or NumericError; it is then left out with that reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.analysis.inputs.subject import Inputs
+from metatokens.analysis.results import Record
+from metatokens.config.analysis import MINIMUM_DOCUMENTS, Part
+from metatokens.errors import NumericError, UsageError
+from metatokens.evaluation.significance import bca_interval, benjamini_hochberg, sign_flip_test
+from metatokens.evaluation.statistics import Interval, accuracy_interval
+
+Array = npt.NDArray[np.float64]
+Coordinates: TypeAlias = Mapping[str, str | int | float]
+"""What a value belongs to, by axis; an axis that is left out is averaged over."""
+Statistic = Literal["mean", "ratio", "explained", "r_squared", "accuracy", "given"]
+"""How the documents of a row become one number.
+
+mean       of values (documents,)
+ratio      of the sums of two columns (documents, 2): numerators, denominators
+explained  1 - ratio: residual squares over total squares
+r_squared  1 - residual / total, from columns (rows, sum y, sum y^2, sum of squared residuals)
+accuracy   mean of shares of right answers, with an interval that holds at 0 and 1, too
+given      the row has its interval already, or cannot have one, which its note tells
+"""
+
+
+class Row(NamedTuple):
+    """What a measure found at some coordinates."""
+
+    at: Coordinates
+    values: npt.ArrayLike | Interval
+    """(documents,) or (documents, columns), NaN at documents that have none; an `Interval` where the statistic is
+    given."""
+    num_documents: int | None = None
+    """Of a given interval."""
+    note: str | None = None
+
+
+Rows: TypeAlias = Iterable[Row]
+
+
+# How a measure is drawn ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """A heat map of layers by heads."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over an axis with bands of intervals, one for each value of `by`, a panel for each of `panels`."""
+
+    x: str
+    by: str | None = None
+    panels: str | None = None
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A dot with its interval for each value of `x`, in colours of `by`."""
+
+    x: str
+    by: str | None = None
+
+
+Plot: TypeAlias = HeadMaps | Lines | Dots | None
+
+
+# The registry --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known of a measure before it runs."""
+
+    name: str
+    part: Part
+    unit: str
+    rows: Callable[[Inputs], Rows]
+    axes: tuple[str, ...]
+    """Coordinates that its rows may have."""
+    statistic: Statistic
+    test: bool
+    """Test that the mean is 0, by sign flips; over the rows with coordinates the p-values are corrected together."""
+    subject: Literal["task", "text"] | None
+    """What it is of; None means both."""
+    keep: bool
+    """Leave the values of all documents in arrays.npz, as `NAME`, (documents, one axis for each of `axes`)."""
+    plot: Plot
+
+    @property
+    def definition(self) -> str:
+        """The first paragraph of the function's docstring, on one line."""
+        return " ".join((self.rows.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+MEASURES: dict[str, Measure] = {}
+"""Every measure by its name; complete once `metatokens.analysis.run` is imported."""
+
+
+def measure(
+    part: Part,
+    unit: str,
+    *,
+    axes: tuple[str, ...] = (),
+    statistic: Statistic = "mean",
+    test: bool = False,
+    subject: Literal["task", "text"] | None = None,
+    keep: bool = False,
+    plot: Plot = None,
+) -> Callable[[Callable[[Inputs], Rows]], Callable[[Inputs], Rows]]:
+    """Register the decorated function as a measure; the arguments are the fields of `Measure`."""
+
+    def register(rows: Callable[[Inputs], Rows]) -> Callable[[Inputs], Rows]:
+        name = rows.__name__
+        if name in MEASURES:
+            raise ValueError(f"there is already a measure {name}, in {MEASURES[name].rows.__module__}")
+        MEASURES[name] = Measure(name, part, unit, rows, axes, statistic, test, subject, keep, plot)
+        return rows
+
+    return register
+
+
+# From rows to records ------------------------------------------------------------------------------------------
+
+
+def run_measure(chosen: Measure, inputs: Inputs) -> list[Row]:
+    """Return what a measure found; nothing, with the reason noted, where it could not run."""
+    try:
+        rows = list(chosen.rows(inputs))
+    except (UsageError, NumericError) as error:
+        inputs.skip(f"{chosen.part}: {error}")
+        return []
+    unknown = {axis for row in rows for axis in row.at} - set(chosen.axes)
+    assert not unknown, f"measure {chosen.name} has rows with {unknown}, which its axes do not name"
+    if chosen.keep:
+        inputs.keep(chosen.name, _by_axes(rows, chosen.axes))
+    return rows
+
+
+def record_of(chosen: Measure, row: Row, *, seed: int) -> Record:
+    """Return the record of a row: its statistic with an interval and, where it is tested, a p-value."""
+    p_value: float | None = None
+    interval: Interval | None
+    if isinstance(row.values, Interval):
+        assert row.num_documents is not None
+        interval, count, note = row.values, row.num_documents, row.note
+    else:
+        values = np.asarray(row.values, dtype=np.float64)
+        values = values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+        count = len(values)
+        interval, note = _interval(values, chosen.statistic, seed=seed)
+        if chosen.test and count >= MINIMUM_DOCUMENTS:
+            p_value = sign_flip_test(values, seed=seed)
+    is_number = interval is not None and np.isfinite(interval.estimate)
+    return Record(
+        measure=chosen.name,
+        unit=chosen.unit,
+        at=dict(row.at),
+        value=interval.estimate if interval is not None and is_number else None,
+        low=_finite(interval.low) if interval is not None and is_number else None,
+        high=_finite(interval.high) if interval is not None and is_number else None,
+        num_documents=count,
+        p_value=p_value,
+        note=note if is_number else "no document has it",
+    )
+
+
+def correct(records: Sequence[Record]) -> list[Record]:
+    """Return the records with the p-values of each measure's rows corrected together (false discovery rate)."""
+    families: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        if record.p_value is not None and record.at:
+            families.setdefault(record.measure, []).append(index)
+    corrected = list(records)
+    for indices in families.values():
+        adjusted, _ = benjamini_hochberg([records[index].p_value or 0.0 for index in indices])
+        for index, value in zip(indices, adjusted.tolist(), strict=True):
+            corrected[index] = records[index].model_copy(update={"adjusted_p": value})
+    return corrected
+
+
+def _interval(values: Array, statistic: Statistic, *, seed: int) -> tuple[Interval | None, str | None]:
+    if not len(values):
+        return None, None
+    few = None if len(values) >= MINIMUM_DOCUMENTS else f"fewer than {MINIMUM_DOCUMENTS} documents: no interval"
+    if statistic == "accuracy":
+        found = accuracy_interval([values], seed=seed)
+        return (Interval(found.estimate, None, None), few) if few else (found, None)
+    function = _FUNCTIONS[statistic]
+    if few:
+        return Interval(float(values.mean() if function is None else function(values)), None, None), few
+    return bca_interval(values, function, seed=seed), None
+
+
+def _ratio_of_sums(documents: Array) -> float:
+    above, below = documents.sum(axis=0)
+    return float(above / below) if below else math.nan
+
+
+def _explained(documents: Array) -> float:
+    return 1 - _ratio_of_sums(documents)
+
+
+def _r_squared(documents: Array) -> float:
+    rows, total, squares, residuals = documents.sum(axis=0)
+    spread = squares - total**2 / rows
+    return float(1 - residuals / spread) if spread > 0 else math.nan
+
+
+_FUNCTIONS: dict[str, Callable[[Array], float] | None] = {
+    "mean": None,
+    "ratio": _ratio_of_sums,
+    "explained": _explained,
+    "r_squared": _r_squared,
+}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
+
+
+# Rows of arrays --------------------------------------------------------------------------------------------------
+
+
+def rows_over(values: npt.ArrayLike, *axes: Sequence[str | int | float], names: Sequence[str]) -> Iterator[Row]:
+    """Yield a row for each place of an array.
+
+    Args:
+        values: (documents, one axis for each name, ...).
+        *axes: the coordinates along each axis.
+        names: of the axes.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    for place in np.ndindex(*(len(axis) for axis in axes)):
+        at = {name: axis[index] for name, axis, index in zip(names, axes, place, strict=True)}
+        yield Row(at, array[(slice(None), *place)])
+
+
+def over_layers(values: Array) -> Iterator[Row]:
+    """Yield the rows of (documents, layers, ...), one for each layer."""
+    yield from rows_over(values, range(values.shape[1]), names=("layer",))
+
+
+def over_layers_and_heads(values: Array) -> Iterator[Row]:
+    """Yield the rows of (documents, layers, heads), one for each head, and their mean, NaN left out."""
+    yield from rows_over(values, range(values.shape[1]), range(values.shape[2]), names=("layer", "head"))
+    flat = values.reshape(len(values), -1)
+    counts = np.isfinite(flat).sum(axis=1)
+    sums = np.where(np.isfinite(flat), flat, 0).sum(axis=1)
+    yield Row({}, np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0))
+
+
+def _by_axes(rows: Sequence[Row], axes: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Return the values of the rows that have all axes, which are counted from 0, as one array."""
+    full = [row for row in rows if len(row.at) == len(axes)]
+    places = np.array([[int(row.at[axis]) for axis in axes] for row in full])
+    values = np.stack([np.asarray(row.values, dtype=np.float32) for row in full])
+    kept = np.full((values.shape[1], *(places.max(axis=0) + 1)), np.nan, dtype=np.float32)
+    kept[(slice(None), *places.T)] = values.T
+    return kept
