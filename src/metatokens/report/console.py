@@ -109,15 +109,25 @@ def show_recall(result: Any) -> None:
 def show_verdicts(results: Any) -> None:
     """Show the verdicts of an analysis, and what was not run."""
     table = Table(title=results.title, title_justify="left")
-    for column in ("claim of the paper", "here (95% interval)", "verdict"):
+    for column in ("claim of the paper", "paper", "here (95% interval)", "verdict"):
         table.add_column(column)
     for verdict in results.verdicts:
-        number = "" if verdict.value is None else f"{verdict.value:.3g} ({verdict.low:.3g} to {verdict.high:.3g})"
-        table.add_row(verdict.claim, f"{number} {verdict.unit if number else ''}", verdict.verdict)
+        note = f" ({verdict.note})" if verdict.note else ""
+        table.add_row(verdict.claim, verdict.paper, _effect(verdict), f"{verdict.verdict}{note}")
     console = Console()
     console.print(table)
     for line in results.not_run:
         console.print(f"not run: {line}", highlight=False, markup=False)
+
+
+def _effect(verdict: Any) -> str:
+    """Write the number of a verdict with its interval, and beside the paper's."""
+    if verdict.value is None:
+        return ""
+    span = "" if verdict.low is None else f" ({verdict.low:.3g} to {verdict.high:.3g})"
+    unit = "" if verdict.unit in ("", "1") else f" {verdict.unit}"
+    beside = f", {verdict.beside_paper}" if verdict.beside_paper else ""
+    return f"{verdict.value:.3g}{span}{unit}{beside}"
 
 
 def _interval(interval: Any, form: str = ",.4g") -> str:
