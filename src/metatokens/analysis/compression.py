@@ -1,8 +1,8 @@
 """Rate and distortion of the states around a recall task's last meta-token (V1).
 
-All states are asked for the same label, the first token of the last answer. Two comparisons decide claims: the paper's,
-against the last token, which has read the question too, and against the token right before the meta-token, which has
-read the same prefix.
+All states are asked for the same label, the first token of the last answer. The paper's claim is judged by its own
+comparison, against the last token, which has read the question too. Deviation: the meta-token's state is compared with
+six more states, of which the token right before it has read the same prefix and is judged as well.
 """
 
 from __future__ import annotations

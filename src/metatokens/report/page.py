@@ -192,7 +192,11 @@ def _lead(results: Results) -> str:
     counts = {verdict: sum(v.verdict == verdict for v in results.verdicts) for verdict in VERDICTS}
     if not results.verdicts:
         return "What one trained model does with its meta-tokens."
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    parts = [
+        f"of {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
+        for verdict, count in counts.items()
+        if count
+    ]
     return f"Of {len(results.verdicts)} claims about what happens inside: {', '.join(parts)}."
 
 
