@@ -281,11 +281,17 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
         [right["meta"]], [right["pause"]], seed=0
     )  # the seed that both have
     assert near.difference == expected
+    assert near.sequence_by_seed == pytest.approx((5 / 6, 5 / 6))
+    assert near.difference_by_seed == pytest.approx((1 / 3,))
     assert far.sequence_accuracy is None
     assert far.difference is None
+    assert (far.sequence_by_seed, far.difference_by_seed) == ((), ())
     assert pause.evaluations[0].rows[0].difference is None
     assert pause.evaluations[0].rows[0].seeds == (3,)
-    assert "| n/a |" in to_markdown(results)
+    table = to_markdown(results)
+    assert "| n/a |" in table
+    assert "| 83.3% (83.3 / 83.3) |" in table  # no interval from two seeds
+    assert "| too few seeds (1, at least 6 needed) |" in table
 
 
 def test_a_run_is_done_when_it_has_answered_what_is_asked_now(load: Any, tmp_path: Path):
