@@ -189,6 +189,22 @@ def _accuracy(number: float | None) -> str:
     return "n/a" if number is None else f"{100 * number:.0f}"
 
 
+def cost_table() -> str:
+    kinds = {"forward": "forward pass of the decoder", "forward_backward": "forward and backward"}
+    kinds["training_step"] = "training step with AdamW, 2,048 positions"
+    rows = [
+        [
+            name,
+            f"{cost(kind):.2f}",
+            f"{cost(kind, per_text_token=True):.2f}",
+            *(f"{cost(kind, ratio):.2f}" for ratio in ("dense/plain", "dense_fused/plain")),
+        ]
+        for kind, name in kinds.items()
+    ]
+    header = ["", "packed, per position", "packed, per text token", "the paper's dense form", "its mask, fused kernel"]
+    return _table(header, rows)
+
+
 def recall_accuracy() -> str:
     rows = [
         [task, arm, *(_accuracy(recall(task, arm, length)) for length in LENGTHS), seeds(task, arm)]
@@ -283,6 +299,7 @@ def inside_seeds() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "cost": cost_table,
     "recall-accuracy": recall_accuracy,
     "recall-interventions": recall_interventions,
     "recall-contrasts": recall_contrasts,
