@@ -273,6 +273,7 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     meta, pause = results.cells
     assert meta.seeds == (3, 5)
     assert meta.matching == "the same steps as pause"
+    assert (meta.window, meta.original_window, meta.trained_to) == (256, 256, 32)
     assert [point.sequence_accuracy for point in meta.curve] == [0.3, 0.6]
     near, far = meta.evaluations[0].rows
     assert near.sequence_accuracy is not None
@@ -292,6 +293,14 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     assert "| n/a |" in table
     assert "| 83.3% (83.3 / 83.3) |" in table  # no interval from two seeds
     assert "| too few seeds (1, at least 6 needed) |" in table
+
+
+def test_a_scaled_window_is_told_beside_the_original_one(load: Any):
+    scaled = "{kind: yarn, factor: 4, original_max_position_embeddings: 64}"
+    runs = plan(load(f"axes: {{arm: {{meta: {{start.model.rope_scaling: {scaled}}}}}}}"))
+    windows = {run.labels["arm"]: run.windows for run in runs}
+    assert (windows["meta"].original, windows["meta"].own) == (64, 256)
+    assert (windows["pause"].original, windows["pause"].own) == (256, 256)
 
 
 def test_a_run_is_done_when_it_has_answered_what_is_asked_now(load: Any, tmp_path: Path):

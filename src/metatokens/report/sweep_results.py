@@ -90,6 +90,10 @@ class CellResult:
     """Text tokens of the longest prompt of the last stage."""
     curve: tuple[CurvePoint, ...]
     evaluations: tuple[EvaluationResult, ...]
+    window: int | None = None
+    """Positions that the models can take; None where there is no bound, and in files older than this field."""
+    original_window: int | None = None
+    """`window` before their positions were scaled."""
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,15 @@ def to_markdown(results: SweepResults) -> str:
     for title, cells, lengths in _tables(results):
         compared = any(row.difference for _, evaluation in cells for row in evaluation.rows)
         header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
+        header += ["window", "original window", "trained to"]
         for length in lengths:
             header += [f"{length} tokens"] + ([f"{length} diff"] if compared else [])
         lines += [f"## {title}", "", _line(header), "|---|" + "---:|" * (len(header) - 1)]
         for cell, evaluation in cells:
             texts = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
             texts += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
+            of_model = cell.window, cell.original_window, cell.trained_to
+            texts += ["" if length is None else f"{length:,}" for length in of_model]
             for row in _rows_at(evaluation, lengths):
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
@@ -58,7 +61,7 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
     for title, cells, lengths in _tables(results):
         table = Table(title=title, title_justify="left")
         table.add_column(results.arm_axis or "run", no_wrap=True)
-        for column in ("parameters", "FLOPs", "seeds", *lengths):
+        for column in ("parameters", "FLOPs", "seeds", "trained to", *lengths):
             table.add_column(column, justify="right")
         for cell, evaluation in cells:
             spent = (
@@ -66,6 +69,7 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
                 f"{cell.parameters:,}",
                 f"{cell.training_flops:.1e}",
                 str(len(cell.seeds)),
+                f"{cell.trained_to:,}",
             )
             table.add_row(*spent, *(_percent(row, digits=0) for row in _rows_at(evaluation, lengths)))
         yield table
@@ -76,7 +80,7 @@ def _legend(results: SweepResults) -> str:
     text = (
         f"Share of whole answers that are right, with the 95% interval over seeds and instances (of one seed: over "
         f"instances alone; of fewer than {MINIMUM_SEEDS} seeds: each of them); n/a: longer than the model can "
-        "represent."
+        "represent. Windows are in positions, what it is trained to and asked in text tokens of the prompt."
     )
     if reference is None or not results.cells:
         return text

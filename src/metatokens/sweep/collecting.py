@@ -104,6 +104,8 @@ def _cell(
         meta_tokens=mean("meta_tokens"),
         training_flops=mean("training_flops"),
         trained_to=first.config.curriculum[-1].prompt_tokens[1],
+        window=first.windows.own,
+        original_window=first.windows.original,
         curve=tuple(_curve(runs, mean("training_flops"))),
         evaluations=tuple(
             EvaluationResult(
