@@ -295,12 +295,19 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     assert "| too few seeds (1, at least 6 needed) |" in table
 
 
-def test_a_scaled_window_is_told_beside_the_original_one(load: Any):
-    scaled = "{kind: yarn, factor: 4, original_max_position_embeddings: 64}"
-    runs = plan(load(f"axes: {{arm: {{meta: {{start.model.rope_scaling: {scaled}}}}}}}"))
-    windows = {run.labels["arm"]: run.windows for run in runs}
-    assert (windows["meta"].original, windows["meta"].own) == (64, 256)
-    assert (windows["pause"].original, windows["pause"].own) == (256, 256)
+@pytest.mark.parametrize(
+    ("scaling", "original", "own"),
+    [
+        ("{kind: yarn, factor: 4, original_max_position_embeddings: 64}", 64, 256),
+        ("{kind: linear, factor: 4}", 64, 256),
+        ("{kind: dynamic, factor: 4}", 256, 1024),
+        ("{kind: none}", 256, 256),
+    ],
+)
+def test_a_scaled_window_is_told_beside_the_original_one(load: Any, scaling: str, original: int, own: int):
+    runs = plan(load(f"axes: {{arm: {{meta: {{start.model.rope_scaling: {scaling}}}}}}}"))
+    (windows,) = {run.windows for run in runs if run.labels["arm"] == "meta"}
+    assert (windows.original, windows.own) == (original, own)
 
 
 def test_a_run_is_done_when_it_has_answered_what_is_asked_now(load: Any, tmp_path: Path):

@@ -67,9 +67,8 @@ class Windows:
         """Read the windows of a model's config."""
         own = sequence_limit(model)
         rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "dynamic":
-            return cls(own, model.config.max_position_embeddings)
-        return cls(own, rope.get("original_max_position_embeddings") or own)
+        scaled_from = None if own is None else round(own / rope.get("factor", 1))
+        return cls(own, rope.get("original_max_position_embeddings", scaled_from))
 
 
 @dataclass(frozen=True)
