@@ -245,14 +245,12 @@ def recall_contrasts() -> str:
 
 
 def recall_extension() -> str:
-    windows = {"x4-to-2L": 4, "x4-to-4L": 4, "x8-to-4L": 8, "x8-to-8L": 8}
     rows = []
-    for window, factor in windows.items():
-        own = next(c for c in load(f"{RECALL}/extension-results.json")["cells"] if c["labels"]["window"] == window)
+    for own in load(f"{RECALL}/extension-results.json")["cells"]:
         for length in (2, 4, 6, 8, 10):
-            accuracy = span(extended(window, length), ".0f", 100)
-            trained_to = f"{own['trained_to'] // 64} L"
-            rows.append([str(80), str(80 * factor), trained_to, str(own["steps"]), f"{length} L", accuracy])
+            accuracy = span(extended(own["labels"]["window"], length), ".0f", 100)
+            windows = str(own["original_window"]), str(own["window"])
+            rows.append([*windows, f"{own['trained_to'] // 64} L", str(own["steps"]), f"{length} L", accuracy])
     header = ["original window", "scaled window", "trained to", "steps", "evaluated at", "right, %"]
     return _table(header, rows)
 
@@ -311,5 +309,5 @@ FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
 )
-NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"min": min, "max": max, "len": len}
+NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""
