@@ -5,7 +5,7 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check clean
+.PHONY: demo test check facts clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,10 +20,13 @@ test: .venv/installed ## every test
 	$(BIN)/pytest $(IN_PARALLEL)
 
 check: .venv/installed ## format, lint, types and the quick tests
-	$(BIN)/ruff format --check src tests benchmarks experiments
-	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments docs
+	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
 	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/unit tests/claims tests/test_architecture.py
+
+facts: .venv/installed ## every number that the documents quote, against the committed JSON it comes from
+	$(BIN)/python docs/facts.py
 
 clean: ## remove the virtual environment and the demonstration
 	rm -rf .venv demo

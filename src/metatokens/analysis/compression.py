@@ -1,6 +1,8 @@
 """Rate and distortion of the states around a recall task's last meta-token (V1).
 
-All states are asked for the same label, the first token of the last answer.
+All states are asked for the same label, the first token of the last answer. The paper's claim is judged by its own
+comparison, against the last token, which has read the question too. Deviation: the meta-token's state is compared with
+six more states, of which the token right before it has read the same prefix and is judged as well.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from metatokens.analysis.fitting import corrected_entropy
 from metatokens.analysis.rate_distortion import RateDistortionCurve, compare_hulls, rate_distortion_curve
 from metatokens.analysis.recording import At, Findings
 from metatokens.analysis.sampled_states import ANSWER, Samples
-from metatokens.config.analysis import AnalysisConfig, FittedState
+from metatokens.config.analysis import AnalysisConfig, Endpoint, FittedState
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 
 META: FittedState = "last meta-token"
-BEFORE: FittedState = "token before it"
+_ENDPOINTS: dict[str, Endpoint] = {"last token": "area", "token before it": "prefix_area"}
 
 
 def measure_compression(samples: Samples, config: AnalysisConfig, findings: Findings) -> None:
@@ -51,8 +53,8 @@ def measure_compression(samples: Samples, config: AnalysisConfig, findings: Find
             findings.add_interval(
                 "rate_distortion", metric, unit, "V1", interval, documents=num_test, at={"against": other}
             )
-        if other == BEFORE:
-            findings.intervals["area"] = compared.area, num_test
+        if other in _ENDPOINTS:
+            findings.intervals[_ENDPOINTS[other]] = compared.area, num_test
 
 
 def _record_curve(name: str, curve: RateDistortionCurve, findings: Findings) -> None:

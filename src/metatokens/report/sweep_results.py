@@ -35,6 +35,11 @@ class AccuracyRow:
     difference: Interval | None
     """Sequence accuracy minus the reference's, paired by seed and instance; None for the reference, without one, or
     where either is n/a or was asked something else."""
+    sequence_by_seed: tuple[float, ...] = ()
+    """Sequence accuracy of each of `seeds`: fewer than `MINIMUM_SEEDS` are shown one by one, since an interval over so
+    few is too narrow. Empty where `token_accuracy` is None, and in files older than this field."""
+    difference_by_seed: tuple[float, ...] = ()
+    """`difference` of each seed that both arms have; empty where it is None, and in older files."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ class CellResult:
     """Text tokens of the longest prompt of the last stage."""
     curve: tuple[CurvePoint, ...]
     evaluations: tuple[EvaluationResult, ...]
+    window: int | None = None
+    """Positions that the models can take; None where there is no bound, and in files older than this field."""
+    original_window: int | None = None
+    """`window` before their positions were scaled."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,21 @@ class SweepResults:
     versions: dict[str, str]
     cells: tuple[CellResult, ...]
     """In the order of the axes; those without a finished run are left out."""
+
+
+def panels(results: SweepResults) -> dict[str, list[CellResult]]:
+    """Return the cells that are compared with one another, under the labels of the other axes as one name."""
+    grouped: dict[str, list[CellResult]] = {}
+    for cell in results.cells:
+        axes = [axis for axis, labels in results.sweep["axes"].items() if axis != results.arm_axis and len(labels) > 1]
+        labels = [cell.labels[axis] for axis in axes]
+        grouped.setdefault(", ".join(labels) or cell.task, []).append(cell)
+    return grouped
+
+
+def arm_name(results: SweepResults, cell: CellResult) -> str:
+    """Return the label that a cell has among those it is compared with."""
+    return cell.labels[results.arm_axis] if results.arm_axis else cell.task
 
 
 def to_json(results: SweepResults) -> str:
