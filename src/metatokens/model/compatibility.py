@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.versions import require_version
 
 __all__ = [
     "ACT2FN",
@@ -40,6 +41,9 @@ __all__ = [
     "merge_with_config_defaults",
     "one_cache",
 ]
+
+# a checkpoint's own copy of this code has no installer that would see to it; 5.17's caches are wrong after `reset`
+require_version("transformers>=5.18", "pip install --upgrade transformers")
 
 OutputClass = TypeVar("OutputClass", bound=type)
 
