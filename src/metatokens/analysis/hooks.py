@@ -22,6 +22,7 @@ from metatokens.analysis.edges import cut_mask, window_mask
 from metatokens.analysis.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
 from metatokens.analysis.ops import EdgeCut, Edit
 from metatokens.errors import UsageError
+from metatokens.model.compatibility import find_cache
 
 _MASKS_ARE_TENSORS = ("eager", "sdpa")
 
@@ -142,12 +143,12 @@ class Hooks:
             captured.store(name, value, columns, finish)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inputs = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return  # the model refuses it
-        past, kept = inputs.get("past_key_values"), inputs.get("logits_to_keep", 0)
+        past, kept = find_cache(inputs), inputs.get("logits_to_keep", 0)
         seen = 0 if past is None else past.get_seq_length()
         implementation = self._model.config._attn_implementation
         if not isinstance(seen, int):

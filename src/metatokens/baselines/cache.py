@@ -7,7 +7,7 @@ for them.
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from metatokens.model.cache import MetaDynamicLayer
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.baselines.landmark_retrieval import BlockTable, attend_to_best_blocks, tabulate_blocks

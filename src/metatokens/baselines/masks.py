@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.model.configuration import MetaTokenConfig
@@ -272,10 +272,11 @@ class SparseAttentionForCausalLM(MetaTokenForCausalLM):
         config: MetaTokenConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Leave the mask of `generate` with a static cache as it is: each block makes its own from it."""
-        del config, inputs_embeds, past_key_values, position_ids, kwargs
+        del config, inputs_embeds, past_key_values, position_ids, cache, kwargs
         return attention_mask

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
+from metatokens.model.compatibility import CACHE_NAME, one_cache
 from metatokens.model.loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
 from metatokens.model.outputs import MetaTokenCausalLMOutput
 
@@ -75,6 +75,7 @@ class PretrainedCausalLM(nn.Module):
         meta_indices: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
     ) -> MetaTokenCausalLMOutput:
@@ -84,6 +85,7 @@ class PretrainedCausalLM(nn.Module):
             attention_mask,
             meta_indices=meta_indices,
             past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         hidden = outputs.last_hidden_state
@@ -99,7 +101,7 @@ class PretrainedCausalLM(nn.Module):
         if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(hidden[:, kept])
-        return MetaTokenCausalLMOutput(loss=loss, logits=logits, past_key_values=outputs.get("past_key_values"))
+        return MetaTokenCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
     def get_decoder(self) -> Callable[..., Any]:
         """Return the model without its head, under the call of `MetaTokenModel`."""
@@ -116,6 +118,7 @@ class PretrainedCausalLM(nn.Module):
         *,
         meta_indices: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
     ) -> Any:
         del meta_indices
@@ -123,8 +126,9 @@ class PretrainedCausalLM(nn.Module):
         if attention_mask is not None and self._takes_positions:
             # positions count from a row's first real token, as in the package's own models
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        past_key_values = one_cache(past_key_values, cache)
         if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values
+            inputs[CACHE_NAME] = past_key_values
         return self.wrapped.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **inputs
         )

@@ -26,6 +26,7 @@ from metatokens.config.tasks import Difficulty, Task, length_bin
 from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model.compatibility import CACHE_NAME
 from metatokens.tasks.encoding import EncodedInstance, encode_instance, pad
 from metatokens.tasks.registry import make_instance
 
@@ -167,7 +168,7 @@ def _choose(model: Any, row: EncodedInstance) -> list[npt.NDArray[np.int64]]:
         scores = torch.stack([first[choice[0]] for choice in row.choices])
         longest = max(len(choice) for choice in row.choices)
         if longest > 1:
-            scores = scores + _score_rest(model, outputs.past_key_values, row.choices, start, longest)
+            scores = scores + _score_rest(model, outputs[CACHE_NAME], row.choices, start, longest)
         answers.append(np.array(row.choices[int(scores.argmax())], dtype=np.int64))
     return answers
 
@@ -181,7 +182,7 @@ def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], star
     cache.batch_repeat_interleave(len(choices))
     mask = torch.ones((len(choices), start + longest), dtype=torch.long, device=model.device)
     mask[:, start:] = (tokens != model.config.pad_token_id).long()
-    logits = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache}).logits
     log_probabilities = logits[:, :-1].float().log_softmax(-1)
     picked = log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
     scores: Tensor = picked.masked_fill(tokens[:, 1:] == model.config.pad_token_id, 0).sum(-1)

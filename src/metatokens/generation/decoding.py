@@ -21,12 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder
 from metatokens.errors import UsageError
+from metatokens.model.compatibility import BaseStreamer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

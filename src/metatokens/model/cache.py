@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import DynamicLayer, StaticLayer
 
 
 class MetaDynamicLayer(DynamicLayer):
@@ -111,8 +111,8 @@ class MetaStaticLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
         slots = self.meta_capacity + 1
         shape = (self.batch_size, self.num_heads, slots)
-        self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=self.dtype, device=self.device)
-        self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=self.dtype, device=self.device)
+        self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=key_states.dtype, device=self.device)
+        self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=value_states.dtype, device=self.device)
         self.meta_columns = torch.zeros((self.batch_size, slots), dtype=torch.long, device=self.device)
         self.meta_count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
@@ -142,6 +142,14 @@ class MetaStaticLayer(StaticLayer):
         if self.meta_keys is not None:
             for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
                 tensor.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens and the meta-tokens among them; before transformers 5.24 no static layer can."""
+        super().crop(tokens_to_remove)
+        if self.meta_keys is not None:
+            is_used = torch.arange(self.meta_capacity + 1, device=self.device) < self.meta_count[:, None]
+            is_kept = is_used & (self.meta_columns < self.get_seq_length())
+            self.meta_count.copy_(is_kept.sum(-1))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

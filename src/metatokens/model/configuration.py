@@ -18,7 +18,7 @@ class MetaTokenConfig(PreTrainedConfig):
     """Configuration of `MetaTokenModel`; the defaults are the paper's RoPE model (section 4.1)."""
 
     model_type = "metatokens"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         f"layers.*.{module}": plan
         for attention in ("self_attn", "meta_attn")

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from transformers import logging
 
 from .configuration import MetaTokenConfig
 from .modeling import MetaTokenForCausalLM
@@ -12,6 +12,7 @@ from .modeling import MetaTokenForCausalLM
 REMOTE_CODE = (
     "attention",
     "cache",
+    "compatibility",
     "configuration",
     "generation",
     "loss",

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache, GenerationMixin
 
+from .compatibility import create_causal_mask, find_cache, one_cache
 from .configuration import MetaTokenConfig
 
 
@@ -47,7 +46,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if meta_token_mask is None:
             return inputs
-        past, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+        past, embeds = find_cache(inputs), inputs.get("inputs_embeds")
         seen = int(past.get_seq_length()) if past is not None else 0
         num_tokens = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         missing = max(0, seen + num_tokens - meta_token_mask.shape[1])
@@ -63,12 +62,16 @@ class MetaTokenGenerationMixin(GenerationMixin):
         config: MetaTokenConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Make the mask of `generate` with a static cache; the library's own knows only its own layer types."""
         del position_ids, kwargs
         return create_causal_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=one_cache(past_key_values, cache),
         )

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache
 
 from .attention import Attention
 from .cache import MetaDynamicLayer, MetaStaticLayer
+from .compatibility import create_causal_mask
 from .configuration import MetaTokenConfig
 from .positions import Rotary, add_alibi
 
@@ -84,7 +84,7 @@ class MetaAttention(Attention):
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
             key, value = layer.update_meta(key, value, pack.columns)
-            if pack.index is None and isinstance(layer, MetaStaticLayer):
+            if pack.index is None and layer.is_compileable:
                 # slots are columns, as in the mask; nothing was swallowed
                 key, value = key[:, :, : layer.meta_capacity], value[:, :, : layer.meta_capacity]
         return self.attend(query, key, value, pack.mask)
@@ -191,18 +191,20 @@ def pack_meta_tokens(
     Returns:
         None when no row has a meta-token.
     """
-    layer = None
+    layer: Any = None
     if past_key_values is not None:
         first = next(i for i in range(config.num_hidden_layers) if config.has_meta_attention(i))
         layer = past_key_values.layers[first]
-    found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=isinstance(layer, StaticLayer), always=always)
+    # its attribute and not its class: of two copies of this code in a process, either may have made the layer
+    is_static = layer is not None and layer.is_compileable
+    found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=is_static, always=always)
     if found is None:
         return None
     index, valid = found
 
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
     columns = index + seen if valid is None else torch.where(valid, index + seen, -1)
-    if isinstance(layer, MetaStaticLayer):
+    if is_static:
         mask, key_columns = _static_mask(layer, columns)
     else:
         mask, key_columns = _growing_mask(config, hidden, columns, valid, layer, alibi_slopes is not None)

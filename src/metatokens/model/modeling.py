@@ -12,17 +12,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, SelfAttention
+from .compatibility import (
+    ACT2FN,
+    CACHE_NAME,
+    CACHE_NAMES,
+    can_return_tuple,
+    capture_outputs,
+    create_causal_mask,
+    merge_with_config_defaults,
+    one_cache,
+)
 from .configuration import MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
@@ -100,7 +103,7 @@ class MetaTokenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["MetaTokenBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -156,6 +159,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         use_cache: bool | None = None,
         meta_token_mask: Tensor | None = None,
         meta_indices: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MetaTokenModelOutput:
         """Run the decoder.
@@ -171,12 +175,14 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             meta_token_mask: (B, T) bool, True at meta-tokens; by default `input_ids == config.meta_token_id`.
             meta_indices: (B, M) int64, the meta-tokens' indices in order, every row with M of them; spares a host
                 synchronisation and makes a training step one graph. Ignored unless meta-attention is over meta-tokens.
+            cache: another name of `past_key_values`.
             **kwargs: passed to the attention function.
 
         Raises:
             ValueError: for both or neither kind of input, a sequence longer than the model, or meta-attention over
                 random tokens without their ids.
         """
+        past_key_values = one_cache(past_key_values, cache)
         hidden, meta_token_mask = self._embed(input_ids, inputs_embeds, meta_token_mask)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -212,7 +218,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         for layer, layer_mask in zip(self.layers, masks, strict=True):
             hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
         return MetaTokenModelOutput(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden), **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
     def _embed(
@@ -329,6 +335,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         meta_indices: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MetaTokenCausalLMOutput:
         """Run the model; the arguments of `MetaTokenModel.forward`, and these.
@@ -347,7 +354,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             meta_token_mask=meta_token_mask,
@@ -372,8 +379,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         return MetaTokenCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             meta_attentions=outputs.meta_attentions,
+            **{CACHE_NAME: outputs.cache},
         )

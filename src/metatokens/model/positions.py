@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .compatibility import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
 # positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from .meta_attention import MetaAttention
 from .modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel

@@ -10,6 +10,7 @@ from baseline_models import BASELINES, baseline_model
 from lens_models import META, MODELS, WIDTH, assert_untouched, build, sample_ids
 from metatokens.analysis import Lens, ops
 from metatokens.errors import UsageError
+from metatokens.model.compatibility import CACHE_NAME
 from tiny_models import tokens
 
 
@@ -342,7 +343,7 @@ def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, mode
         whole = lens(ids, attention_mask=mask).logits
         cache, steps = DynamicCache(config=model.config), []
         for start, stop in [(0, 6), (6, 9), *((i, i + 1) for i in range(9, 12))]:
-            inputs = {"attention_mask": mask[:, :stop], "past_key_values": cache, "use_cache": True}
+            inputs = {"attention_mask": mask[:, :stop], CACHE_NAME: cache, "use_cache": True}
             if isinstance(model, GPT2LMHeadModel | GPTNeoForCausalLM):  # whose positions do not follow from the mask
                 inputs["position_ids"] = torch.arange(start, stop)[None]
             steps.append(lens(ids[:, start:stop], **inputs).logits)

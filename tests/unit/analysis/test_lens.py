@@ -15,6 +15,7 @@ from metatokens.analysis.lens import AttentionCall
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import NoPositionEdges, intervene
 from metatokens.model.attention import eager_attention
+from metatokens.model.compatibility import CACHE_NAME
 from tiny_models import tokens
 
 
@@ -240,9 +241,9 @@ def test_a_cached_step_is_read_at_the_columns_of_the_whole_sequence(name: str) -
     with lens.capture(["*"], at=at) as whole:
         lens(ids)
     cache = DynamicCache(config=model.config)
-    lens(ids[:, :6], past_key_values=cache, use_cache=True)
+    lens(ids[:, :6], use_cache=True, **{CACHE_NAME: cache})
     with lens.capture(["*"], at=at) as step:
-        lens(ids[:, 6:], past_key_values=cache, use_cache=True)
+        lens(ids[:, 6:], use_cache=True, **{CACHE_NAME: cache})
     for tap in step:
         index = step.index_of(tap)
         assert bool((index[:, 1] >= 6).all())
