@@ -46,10 +46,10 @@ class TokenLayout:
         if self.attention_mask is None:
             return None
         if not self.has_pairs:
-            return self.attention_mask[:, -len(columns) :].bool()
+            is_real: Tensor = self.attention_mask[:, -len(columns) :].bool()
+            return is_real
         mask = self.attention_mask[:, 0]
-        itself = mask.gather(2, columns[None, :, None].expand(len(mask), -1, 1))[..., 0]
-        return itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2
+        return is_kept(mask.gather(2, columns[None, :, None].expand(len(mask), -1, 1))[..., 0])
 
     def key_positions(self, num_columns: int, seen: int | Tensor) -> Tensor:
         """Return the positions (B or 1, K) of all columns.
@@ -62,8 +62,7 @@ class TokenLayout:
         if mask is None:
             is_token = position_ids.new_ones((1, num_columns))
         else:
-            newest = mask[:, 0, -1] if self.has_pairs else mask.bool()
-            newest = newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+            newest = is_kept(mask[:, 0, -1]) if self.has_pairs else mask.bool()
             missing = num_columns - newest.shape[1]  # a static cache has more columns than tokens
             is_token = torch.nn.functional.pad(newest.long(), (0, missing))
         count = is_token.cumsum(-1)
@@ -146,7 +145,7 @@ def find_documents(
 
 def is_traced() -> bool:
     """Tell whether a graph is being made, which must not depend on the values of tensors."""
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
 def same_document(documents: Tensor, num_rows: int) -> MaskFunction:
@@ -205,6 +204,11 @@ def combine_masks(first: Tensor, second: Tensor) -> Tensor:
         return first & second
     dtype = first.dtype if second.dtype == torch.bool else second.dtype
     return (to_additive(first, dtype) + to_additive(second, dtype)).clamp(min=torch.finfo(dtype).min)
+
+
+def is_kept(mask: Tensor) -> Tensor:
+    """Tell which entries of a mask, bool or additive, are not masked."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -113,10 +113,12 @@ class _PackedPast:
 
 def check_cache(config: MetaTokenConfig, cache: Any) -> None:
     """Raise ValueError for a cache that was not made from `config` and has no place for its meta-tokens."""
-    layers = getattr(cache, "layers", None)
-    needed = [i for i in range(config.num_hidden_layers) if config.has_meta_attention(i)]
+    layers: Any = getattr(cache, "layers", None)
     fits = layers is not None and len(layers) <= config.num_hidden_layers
-    if not fits or any(i >= len(layers) or not hasattr(layers[i], "update_meta") for i in needed):
+    for layer_index in range(config.num_hidden_layers):
+        if fits and config.has_meta_attention(layer_index):
+            fits = layer_index < len(layers) and hasattr(layers[layer_index], "update_meta")
+    if not fits:
         raise ValueError(
             f"a {type(cache).__name__} that was not made from this model's config has no place for its meta-tokens: "
             "use DynamicCache(config=model.config)"

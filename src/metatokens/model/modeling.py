@@ -244,7 +244,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         # as Llava finds the placeholders of its images
         embedding = self.embed_tokens(torch.full((1, 1), meta_token_id, device=inputs_embeds.device))
-        return (inputs_embeds == embedding).all(-1)
+        is_meta: Tensor = (inputs_embeds == embedding).all(-1)
+        return is_meta
 
     def _lay_out(
         self,

@@ -43,12 +43,33 @@ def test_embeddings_with_meta_token_mask_give_the_logits_of_the_ids() -> None:
     assert torch.equal(model(inputs_embeds=embeds, meta_token_mask=IDS == META).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("over", ["meta", "all"])
 @torch.no_grad()
-def test_embeddings_without_meta_token_mask_are_all_text() -> None:
-    model = tiny_model()
+def test_embeddings_alone_give_the_logits_of_the_ids(over: str) -> None:
+    model = tiny_model(meta_attention_over=over)
     embeds = model.get_input_embeddings()(IDS)
-    no_meta = torch.zeros_like(IDS, dtype=torch.bool)
-    assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS, meta_token_mask=no_meta).logits)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_the_collators_indices_stay_right_behind_virtual_tokens() -> None:
+    # prompt tuning puts embeddings of its own before those of the collator's batch
+    model = tiny_model(dtype=torch.float64)
+    meta_indices = (IDS == META).nonzero()[:2, 1].expand(2, -1)
+    ids = tokens("x_xx_xxxx", "xxxx_xxx_")
+    embeds = torch.cat([torch.randn(2, 3, 32, dtype=torch.float64), model.get_input_embeddings()(ids)], dim=1)
+    is_meta = nn.functional.pad(ids == META, (3, 0))
+    expected = model(inputs_embeds=embeds, meta_token_mask=is_meta).logits
+    assert torch.equal(model(inputs_embeds=embeds, meta_indices=meta_indices).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["ids", "embeddings"])
+def test_indices_of_another_number_of_meta_tokens_are_refused(kind: str) -> None:
+    model = tiny_model()
+    # embeddings between those of tokens, as along the path of integrated gradients, are those of no token
+    inputs = {"input_ids": IDS} if kind == "ids" else {"inputs_embeds": 0.5 * model.get_input_embeddings()(IDS)}
+    with pytest.raises(ValueError, match="meta_indices tell of 2 meta-tokens a row, and the inputs hold"):
+        model(**inputs, meta_indices=torch.tensor([[1, 4], [4, 5]]))
 
 
 @torch.no_grad()
