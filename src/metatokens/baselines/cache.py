@@ -6,7 +6,7 @@ for them.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from metatokens.model.cache import MetaDynamicLayer
@@ -67,8 +67,8 @@ def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tenso
     layer = next(iter(past_key_values.layers), None)
     if not isinstance(layer, MarkedDynamicLayer):
         raise ValueError(
-            f"this attention remembers its meta-tokens, and a {type(past_key_values).__name__} that was not made from "
-            "the model's config has no place for them: use DynamicCache(config=model.config)"
+            f"the cache, a {type(past_key_values).__name__}, was not made from this model's config or is static, and "
+            "has no place to mark the meta-tokens: use DynamicCache(config=model.config)"
         )
     return layer.update_marks(is_meta_BT)
 
@@ -86,4 +86,4 @@ def real_tokens(layout: TokenLayout, is_meta_BK: Tensor) -> Tensor:
     if layout.attention_mask.ndim != 2:
         raise ValueError("this attention makes its own mask: give attention_mask as (batch, tokens), 0 at padding")
     is_real: Tensor = layout.attention_mask.bool().to(is_meta_BK.device)
-    return is_real
+    return nn.functional.pad(is_real, (0, is_meta_BK.shape[1] - is_real.shape[1]))  # a static cache's empty columns

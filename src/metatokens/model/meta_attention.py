@@ -112,16 +112,17 @@ class _PackedPast:
 
 
 def check_cache(config: MetaTokenConfig, cache: Any) -> None:
-    """Raise ValueError for a cache that was not made from `config` and has no place for its meta-tokens."""
+    """Raise ValueError for a cache without a place for the layers and meta-tokens of `config`."""
     layers: Any = getattr(cache, "layers", None)
-    fits = layers is not None and len(layers) <= config.num_hidden_layers
+    # without meta-attention a plain DynamicCache() will do, which makes its layers as they come
+    fits = layers is not None and len(layers) in (0, config.num_hidden_layers)
     for layer_index in range(config.num_hidden_layers):
         if fits and config.has_meta_attention(layer_index):
-            fits = layer_index < len(layers) and hasattr(layers[layer_index], "update_meta")
+            fits = len(layers) > 0 and hasattr(layers[layer_index], "update_meta")
     if not fits:
         raise ValueError(
-            f"a {type(cache).__name__} that was not made from this model's config has no place for its meta-tokens: "
-            "use DynamicCache(config=model.config)"
+            f"the cache, a {type(cache).__name__}, was not made from this model's config and has no place for its "
+            "layers or meta-tokens: use DynamicCache(config=model.config)"
         )
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from metatokens.model import MetaTokenForCausalLM
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.model.attention import SelfAttention
 from metatokens.model.meta_attention import MetaAttention
 from tiny_models import ENCODINGS, MAX_LENGTH, META, assert_close, attention_mask_of, gradients, tiny_model, tokens
@@ -185,6 +186,48 @@ def test_input_of_the_models_full_length_gives_logits() -> None:
     assert tiny_model()(ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("layers", ["all", "none"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: DynamicCache(config=replaced(config, num_hidden_layers=3)),
+        lambda config: StaticCache(config=replaced(config, num_hidden_layers=1), max_cache_len=16),
+        lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)),
+        lambda _: ((torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)),) * 2,
+    ],
+)
+def test_a_cache_of_another_kind_or_model_is_refused_in_one_line(make: Any, layers: str) -> None:
+    model = tiny_model(meta_attention_layers=layers)
+    with pytest.raises(ValueError, match=r"use DynamicCache\(config=model\.config\)"):
+        model(IDS, past_key_values=make(model.config))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: DynamicCache(),  # noqa: ARG005 - one of the makers
+        lambda config: DynamicCache(config=replaced(config, meta_attention_layers=[0])),
+        lambda config: StaticCache(config=replaced(config, meta_attention_layers="none"), max_cache_len=16),
+    ],
+)
+def test_a_cache_without_a_place_for_meta_tokens_is_refused_in_one_line(make: Any) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"meta-tokens: use DynamicCache\(config=model\.config\)"):
+        model(IDS, past_key_values=make(model.config))
+
+
+def replaced(config: MetaTokenConfig, **changes: Any) -> MetaTokenConfig:
+    return MetaTokenConfig(**{**config.to_dict(), **changes})
+
+
+@torch.no_grad()
+def test_a_model_without_meta_attention_takes_a_cache_of_no_config() -> None:
+    model = tiny_model(meta_attention_layers="none")
+    cache = DynamicCache()
+    model(IDS[:, :5], past_key_values=cache)
+    assert_close(model(IDS[:, 5:], past_key_values=cache).logits, model(IDS).logits[:, 5:], 1e-5)
+
+
 def test_alibi_with_a_backend_that_takes_no_bias_raises() -> None:
     model = tiny_model(position_encoding="alibi", attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="alibi"):
@@ -317,6 +360,33 @@ def test_compiled_training_step_with_meta_indices_is_one_graph_with_the_same_gra
     assert_close(compiled_loss, loss, 1e-6)
     for name, gradient in expected.items():
         assert_close(compiled[name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("over", ["meta", "all", "random"])
+def test_exported_program_finds_the_meta_tokens_of_other_inputs(over: str) -> None:
+    model = tiny_model(meta_attention_over=over, random_ratio=0.4)
+    program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}).module()
+    with torch.no_grad():
+        for ids in (tokens("___xxx_xx", "xxxxxxxxx"), tokens("xxxxxxxxx", "xxxxxxxx_")):
+            assert_close(program(input_ids=ids, use_cache=False).logits, model(ids).logits, 1e-5)
+
+
+def test_exported_program_sorts_as_every_exporter_knows() -> None:
+    program = torch.export.export(tiny_model(), (), {"input_ids": IDS, "use_cache": False})
+    assert not [node for node in program.graph.nodes if "stable" in str(node.target)]
+
+
+@torch.no_grad()
+def test_one_graph_without_meta_indices_gives_the_logits_of_each_documents_row() -> None:
+    model = tiny_model()
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    try:
+        for inputs in ({}, {"position_ids": position_ids}):
+            assert_close(compiled(IDS, use_cache=False, **inputs).logits, model(IDS, **inputs).logits, 1e-5)
+    finally:
+        torch._dynamo.reset()
 
 
 def test_class_names_hold_no_word_by_which_transformers_denies_a_dynamic_cache() -> None:
