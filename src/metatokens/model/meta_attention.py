@@ -126,6 +126,12 @@ def check_cache(config: MetaTokenConfig, cache: Any) -> None:
         )
 
 
+def refuse_paged_cache(config: MetaTokenConfig) -> None:
+    """Raise ValueError under transformers' continuous batching."""
+    if config._attn_implementation.startswith("paged|"):
+        raise ValueError("generate_batch keeps no meta-tokens in its paged cache: use generate")
+
+
 def check_meta_indices(meta_indices: Tensor, meta_token_mask: Tensor, *, must_look: bool) -> None:
     """Raise ValueError unless every row has as many meta-tokens as `meta_indices` (B, M).
 
@@ -225,8 +231,7 @@ def pack_meta_tokens(
     found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=isinstance(layer, StaticLayer), always=always)
     if found is None:
         return None
-    if config._attn_implementation.startswith("paged|"):
-        raise ValueError("generate_batch keeps no meta-tokens in its paged cache: use generate")
+    refuse_paged_cache(config)
     index, valid = found
 
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0

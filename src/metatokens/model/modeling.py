@@ -34,6 +34,7 @@ from .meta_attention import (
     choose_members,
     pack_all_tokens,
     pack_meta_tokens,
+    refuse_paged_cache,
 )
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
 from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, alibi_slopes
@@ -297,6 +298,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":
+            refuse_paged_cache(self.config)
             past = inputs["past_key_values"]
             seen = past.get_seq_length() if past is not None else 0
             return pack_all_tokens(hidden, rotary=inputs["rotary"], mask=mask, seen=seen)
