@@ -9,6 +9,7 @@ from torch import Tensor
 from baseline_models import baseline_model
 from metatokens.baselines.landmark import LandmarkForCausalLM, Landmarks, landmark_weights, read_best_blocks
 from metatokens.baselines.landmark_reference import grouped_softmax_weights
+from metatokens.model.masks import TokenLayout
 from tiny_models import EOS, META, PAD, assert_close, attention_mask_of, gradients, tokens
 
 LAYOUTS = {
@@ -25,7 +26,9 @@ LAYOUTS = {
 def landmarks_of(ids: Tensor, num_queries: int) -> Landmarks:
     model = baseline_model("landmark").model
     is_real = ids != PAD
-    return model._find_blocks((ids == META), is_real, num_queries, None)
+    positions = torch.arange(ids.shape[1] - num_queries, ids.shape[1])[None]
+    layout = TokenLayout(positions, attention_mask=None, documents=None, slopes=None)
+    return model._find_blocks((ids == META), is_real, num_queries, layout)
 
 
 def both_forms(ids: Tensor, num_queries: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -125,7 +128,8 @@ def test_reading_the_best_block_alone_is_the_full_form_over_that_block_and_the_o
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 15, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     read_best_blocks(model, 1)
-    best = model.model._find_blocks(ids == META, ids != PAD, 15, None)
+    layout = TokenLayout(torch.arange(15)[None], attention_mask=None, documents=None, slopes=None)
+    best = model.model._find_blocks(ids == META, ids != PAD, 15, layout)
     output, _ = attention(hidden, None, best)
     full = landmarks_of(ids, 15)
     query, key, value = attention.project(hidden, None)

@@ -71,6 +71,8 @@ class MetaTokenConfig(PreTrainedConfig):
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Standardize RoPE parameters where there are any; other position encodings have none."""
         if not self.has_rotation:
+            # kept for `validate_choices` to refuse
+            self.rope_parameters = self.rope_parameters or kwargs.pop("rope_scaling", None)
             return kwargs
         converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
         return converted
@@ -147,6 +149,11 @@ class MetaTokenConfig(PreTrainedConfig):
         if self.meta_attention_over not in META_ATTENTION_MEMBERS:
             raise ValueError(
                 f"meta_attention_over must be one of {META_ATTENTION_MEMBERS}, not {self.meta_attention_over!r}"
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default" and self.position_encoding != "rope":
+            raise ValueError(
+                f'RoPE scaling {rope_type!r} needs position_encoding "rope", not {self.position_encoding!r}'
             )
         if not 0 <= self.random_ratio <= 1:
             raise ValueError(f"random_ratio must lie in 0..1, not {self.random_ratio}")

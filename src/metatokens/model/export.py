@@ -16,6 +16,7 @@ REMOTE_CODE = (
     "configuration",
     "generation",
     "loss",
+    "masks",
     "meta_attention",
     "modeling",
     "outputs",

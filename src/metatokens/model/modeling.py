@@ -7,7 +7,7 @@ nothing that they cannot hold, and the model has exactly the paper's 152M parame
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,19 +22,25 @@ from .compatibility import (
     CACHE_NAMES,
     can_return_tuple,
     capture_outputs,
-    create_causal_mask,
     merge_with_config_defaults,
     one_cache,
 )
 from .configuration import MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
-from .meta_attention import MetaAttention, MetaPack, choose_members, pack_all_tokens, pack_meta_tokens
+from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask
+from .meta_attention import (
+    MetaAttention,
+    MetaPack,
+    check_cache,
+    check_meta_indices,
+    choose_members,
+    pack_all_tokens,
+    pack_meta_tokens,
+    refuse_paged_cache,
+)
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
-from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, add_alibi, alibi_slopes
-
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Tells of (batch, head, query column, key column), each an index, whether the query sees the key."""
+from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, alibi_slopes
 
 
 class MLP(nn.Module):
@@ -166,54 +172,56 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, past + T), 1 = a token, 0 = padding on either side.
-            position_ids: (B, T) int64; by default tokens are counted from 0 in each row, padding left out. They only
-                place tokens: documents packed into one row see each other, as in GPT-2's training.
+            attention_mask: (B, past + T), 1 = a token, 0 = padding on either side; or (B or 1, H or 1, T, past + T),
+                bool with True = keep or additive, which binds both attentions in place of the causal mask.
+            position_ids: (B, T) int64; by default tokens are counted from 0 in each row, padding left out. Where they
+                start anew, with neither a mask nor a cache, a document starts that sees none of the others, as with
+                transformers' `DataCollatorWithFlattening`; so it is with `cu_seq_lens_q` among the other arguments.
             past_key_values: a cache made from this model's config.
             inputs_embeds: (B, T, C) in place of `input_ids`.
-            use_cache: return a cache.
-            meta_token_mask: (B, T) bool, True at meta-tokens; by default `input_ids == config.meta_token_id`.
-            meta_indices: (B, M) int64, the meta-tokens' indices in order, every row with M of them; spares a host
-                synchronisation and makes a training step one graph. Ignored unless meta-attention is over meta-tokens.
+            use_cache: return a cache; there is none of packed documents.
+            meta_token_mask: (B, T) bool, True at meta-tokens; by default those with the meta-token's id or, in
+                `inputs_embeds`, with its embedding.
+            meta_indices: (B, M) int64, the collator's: every row has M meta-tokens. Only M is read, which spares a host
+                synchronisation; where they stand is known from the inputs, whatever was put before them since.
+                Ignored unless meta-attention is over meta-tokens.
             cache: another name of `past_key_values`.
             **kwargs: passed to the attention function.
 
         Raises:
-            ValueError: for both or neither kind of input, a sequence longer than the model, or meta-attention over
-                random tokens without their ids.
+            ValueError: for both or neither kind of input, a sequence longer than the model, a mask or cache that
+                the attention cannot take, or meta-attention over random tokens without their ids.
         """
         past_key_values = one_cache(past_key_values, cache)
         hidden, meta_token_mask = self._embed(input_ids, inputs_embeds, meta_token_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if meta_indices is not None and self.config.meta_attention_over == "meta":
+            check_meta_indices(meta_indices, meta_token_mask, must_look=inputs_embeds is not None)
+        if past_key_values is not None:
+            check_cache(self.config, past_key_values)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        position_ids = self._place(hidden, attention_mask, position_ids, seen)
+        layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
+        if use_cache and past_key_values is None and layout.documents is None:
+            past_key_values = DynamicCache(config=self.config)
         if self.config.position_encoding == "learned":
-            hidden = hidden + self.embed_positions(position_ids)
-        rotary = self.rotary_emb(hidden, position_ids) if self.config.has_rotation else None
-        slopes = self._alibi_slopes(hidden)
-        mask = self._causal_mask(hidden, attention_mask, past_key_values, slopes)
+            hidden = hidden + self.embed_positions(layout.position_ids)
+        rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
+        mask = make_causal_mask(self.config, hidden, layout, past_key_values)
 
         pack = None
         if self.has_meta_attention:
             members = choose_members(
-                self.config,
-                input_ids=input_ids,
-                position_ids=position_ids,
-                meta_token_mask=meta_token_mask,
-                attention_mask=attention_mask,
-                seen=seen,
+                self.config, input_ids=input_ids, meta_token_mask=meta_token_mask, layout=layout, seen=seen
             )
             pack = self._pack(
                 hidden,
                 meta_token_mask=members,
                 meta_indices=meta_indices if self.config.meta_attention_over == "meta" else None,
                 rotary=rotary,
-                alibi_slopes=slopes,
+                layout=layout,
                 past_key_values=past_key_values,
                 mask=mask,
             )
-        masks = self._masks_of_layers(mask, hidden, attention_mask, past_key_values, slopes, meta_token_mask)
+        masks = self._masks_of_layers(mask, hidden, layout, past_key_values, meta_token_mask)
         hidden = self.dropout(hidden)
         for layer, layer_mask in zip(self.layers, masks, strict=True):
             hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
@@ -228,24 +236,49 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if meta_token_mask is None:
-            if input_ids is None or self.config.meta_token_id is None:
-                meta_token_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            else:
-                meta_token_mask = input_ids == self.config.meta_token_id
+            meta_token_mask = self.find_meta_tokens(input_ids, inputs_embeds)
         return hidden, meta_token_mask
 
-    def _place(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int | Tensor
-    ) -> Tensor:
-        """Return the positions (B or 1, T), after checking that the sequence fits the model."""
+    def find_meta_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Tell which of the tokens, given as ids (B, T) or as embeddings (B, T, C), are meta-tokens: (B, T) bool."""
+        meta_token_id = self.config.meta_token_id
+        if input_ids is not None:
+            return (
+                torch.zeros_like(input_ids, dtype=torch.bool) if meta_token_id is None else input_ids == meta_token_id
+            )
+        assert inputs_embeds is not None
+        if meta_token_id is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        # as Llava finds the placeholders of its images
+        embedding = self.embed_tokens(torch.full((1, 1), meta_token_id, device=inputs_embeds.device))
+        is_meta: Tensor = (inputs_embeds == embedding).all(-1)
+        return is_meta
+
+    def _lay_out(
+        self,
+        hidden: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        cu_seq_lens: Tensor | None,
+    ) -> TokenLayout:
+        """Gather what limits the attention of (B, T, C), after checking that the sequence fits the model."""
         num_tokens = hidden.shape[1]
-        if isinstance(seen, int):  # a static cache counts on the device; `prepare_inputs_for_generation` checks then
-            self.config.check_length(seen + num_tokens)
-        if position_ids is not None:
-            return position_ids
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-        return (torch.arange(num_tokens, device=hidden.device) + seen)[None]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        attention_mask = check_attention_mask(self.config, attention_mask, hidden.dtype)
+        documents = None
+        if attention_mask is None and isinstance(seen, int) and seen == 0:
+            documents = find_documents(self.config, position_ids, cu_seq_lens, num_tokens, past_key_values)
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+            else:
+                position_ids = (torch.arange(num_tokens, device=hidden.device) + seen)[None]
+        # columns exceed the window where documents are packed or padding is long; only then are positions read. A
+        # static cache counts on the device; `prepare_inputs_for_generation` checks then
+        if isinstance(seen, int) and seen + num_tokens > self.config.max_sequence_length and not is_traced():
+            self.config.check_length(int(position_ids.max()) + 1)
+        return TokenLayout(position_ids, attention_mask, documents, self._alibi_slopes(hidden))
 
     def _alibi_slopes(self, hidden: Tensor) -> Tensor | None:
         if self.config.position_encoding != "alibi":
@@ -261,42 +294,17 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         self,
         mask: Any,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        layout: TokenLayout,
         past_key_values: Cache | None,
-        slopes: Tensor | None,
         meta_token_mask: Tensor,
     ) -> Sequence[Any]:
         """Return the mask of each block's self-attention; a subclass may narrow the causal one."""
-        del hidden, attention_mask, past_key_values, slopes, meta_token_mask
+        del hidden, layout, past_key_values, meta_token_mask
         return [mask] * len(self.layers)
-
-    def _causal_mask(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        slopes: Tensor | None,
-        pattern: MaskFunction | None = None,
-    ) -> Any:
-        """Return the mask, in the backend's format, of what is causal, no padding and in the pattern."""
-        # position_ids stay out of this call: transformers would take any that do not rise by one for packed documents
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=pattern,
-            allow_is_causal_skip=slopes is None,
-        )
-        if slopes is None:
-            return mask
-        # between tokens of a row the distance in columns is the distance in positions, padding or not
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        columns = torch.arange(hidden.shape[1], device=hidden.device) + seen
-        return add_alibi(mask, columns[None], torch.arange(mask.shape[-1], device=hidden.device)[None], slopes)
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":
+            refuse_paged_cache(self.config)
             past = inputs["past_key_values"]
             seen = past.get_seq_length() if past is not None else 0
             return pack_all_tokens(hidden, rotary=inputs["rotary"], mask=mask, seen=seen)

@@ -69,6 +69,14 @@ def test_wrong_value_raises_an_error_that_names_it(changes: dict[str, Any], word
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["xpos", "learned", "alibi", "none"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_rope_scaling_without_rope_is_refused(field: str, encoding: str) -> None:
+    scaling = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    with pytest.raises(StrictDataclassClassValidationError, match=r'scaling .yarn. needs position_encoding "rope"'):
+        tiny_config(position_encoding=encoding, **{field: scaling})
+
+
 def test_wrong_type_raises() -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match="num_hidden_layers"):
         tiny_config(num_hidden_layers="two")
