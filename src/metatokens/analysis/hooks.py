@@ -275,7 +275,7 @@ class Hooks:
             self._forward.pack = given
             mask = self._cut(site, cuts, given.mask, arguments)
             rotary = _TappedRotary(given.rotary, look) if shows_scores else given.rotary
-            new = dataclasses.replace(given, mask=mask, rotary=rotary) if cuts or shows_scores else given
+            new = given._replace(mask=mask, rotary=rotary) if cuts or shows_scores else given
         if self._observers:
             self._forward.masks[site.branch] = mask
         if new is not given:

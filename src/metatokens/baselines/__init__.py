@@ -6,6 +6,7 @@ model itself, so a saved one loads after `import metatokens`. Unlike the model's
 
 # the modules and not the package metatokens.model: transformers' auto classes may be imported in the middle of that
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkModel
 from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM, SparseAttentionModel
@@ -17,6 +18,7 @@ for _config, _decoder, _model in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _decoder, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__  # for Trainer's label smoothing
 
 __all__ = [
     "LandmarkConfig",

@@ -14,6 +14,7 @@ REMOTE_CODE = (
     "cache",
     "configuration",
     "generation",
+    "heads",
     "loss",
     "meta_attention",
     "modeling",
@@ -24,6 +25,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration.MetaTokenConfig",
     "AutoModel": "modeling.MetaTokenModel",
     "AutoModelForCausalLM": "modeling.MetaTokenForCausalLM",
+    "AutoModelForSequenceClassification": "heads.MetaTokenForSequenceClassification",
+    "AutoModelForTokenClassification": "heads.MetaTokenForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads.MetaTokenForQuestionAnswering",
 }
 
 
