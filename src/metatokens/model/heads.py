@@ -5,33 +5,39 @@ one stands there; labels of tokens and positions of answers count meta-tokens, a
 -100.
 """
 
-from transformers import AutoModel
+from typing import Any
+
+from transformers import MODEL_MAPPING, AutoModel
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
 
-from .configuration import MetaTokenConfig
 from .modeling import MetaTokenModel, MetaTokenPreTrainedModel
 
-# the generic classes make their decoder through AutoModel, as remote code too, where nothing else has registered it
-AutoModel.register(MetaTokenConfig, MetaTokenModel, exist_ok=True)
+
+class _FindsItsDecoder:
+    """Lets a generic class make its decoder, which it does through `AutoModel`.
+
+    As remote code the class of a config is one of several copies of it, of which `AutoModel` knows none.
+    """
+
+    accepts_loss_kwargs = False  # the losses are means whatever Trainer counts; it then divides accumulated ones itself
+
+    def __init__(self, config: Any) -> None:
+        if type(config) not in MODEL_MAPPING:
+            AutoModel.register(type(config), MetaTokenModel)
+        super().__init__(config)  # type: ignore[call-arg]
 
 
-class MetaTokenForSequenceClassification(GenericForSequenceClassification, MetaTokenPreTrainedModel):
+class MetaTokenForSequenceClassification(_FindsItsDecoder, GenericForSequenceClassification, MetaTokenPreTrainedModel):
     """A label for each sequence."""
 
-    accepts_loss_kwargs = False  # its loss is a mean whatever Trainer counts; Trainer divides accumulated ones itself
 
-
-class MetaTokenForTokenClassification(GenericForTokenClassification, MetaTokenPreTrainedModel):
+class MetaTokenForTokenClassification(_FindsItsDecoder, GenericForTokenClassification, MetaTokenPreTrainedModel):
     """A label for each token."""
 
-    accepts_loss_kwargs = False
 
-
-class MetaTokenForQuestionAnswering(GenericForQuestionAnswering, MetaTokenPreTrainedModel):
+class MetaTokenForQuestionAnswering(_FindsItsDecoder, GenericForQuestionAnswering, MetaTokenPreTrainedModel):
     """The first and the last token of an answer."""
-
-    accepts_loss_kwargs = False
