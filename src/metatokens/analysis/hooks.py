@@ -182,7 +182,9 @@ class Hooks:
         if self._wants("unembed.hook_logits"):
 
             def unembed(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-                return self._fire("unembed.hook_logits", logits, self._forward.logit_columns)
+                # a loss wants the logits of all tokens, whichever are kept
+                columns, kept = self._forward.columns, self._forward.logit_columns
+                return self._fire("unembed.hook_logits", logits, kept if logits.shape[1] == kept.shape[1] else columns)
 
             self._hook(self._layout.head, after=unembed)
 

@@ -74,16 +74,14 @@ def loss_and_logits(
     kept = kept_positions(logits_to_keep)
     if targets is None:
         return None, head(hidden[:, kept])
-    logits: Tensor | None = None
     if is_plain_linear(head):
         total = _sum_of_linear(head, hidden, targets)
-    elif wants_logits and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-        logits = head(hidden)  # one call gives both
-        total = _sum_over_targets(logits, targets)
+        logits = head(hidden[:, kept]) if wants_logits else None
+    elif wants_logits:
+        logits = head(hidden)  # one call, as its hooks expect, gives both
+        total, logits = _sum_over_targets(logits, targets), logits[:, kept]
     else:
-        total = _sum_in_chunks(head, hidden, targets, vocab_size)
-    if wants_logits and logits is None:
-        logits = head(hidden[:, kept])
+        total, logits = _sum_in_chunks(head, hidden, targets, vocab_size), None
     num_targets = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1), logits
 

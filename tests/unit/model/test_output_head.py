@@ -141,13 +141,14 @@ def test_loss_of_a_head_with_something_on_it_holds_few_logits_at_a_time(monkeypa
         assert_close(gradients(model)[name], gradient, 1e-10)
 
 
+@pytest.mark.parametrize("logits_to_keep", [0, 1])
 @torch.no_grad()
-def test_evaluation_calls_a_head_with_something_on_it_once() -> None:
+def test_evaluation_calls_a_head_with_something_on_it_once(logits_to_keep: int) -> None:
     shapes = []
     model = tiny_model()
-    model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape))
-    output = model(IDS, labels=IDS)
-    assert shapes == [output.logits.shape]
+    model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[:2]))
+    model(IDS, labels=IDS, logits_to_keep=logits_to_keep)
+    assert shapes == [IDS.shape]
 
 
 def test_head_stays_plain_when_the_embedding_is_resized() -> None:
