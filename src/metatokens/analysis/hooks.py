@@ -183,7 +183,9 @@ class Hooks:
         if self._wants("unembed.hook_logits"):
 
             def unembed(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-                return self._fire("unembed.hook_logits", logits, self._forward.logit_columns)
+                # a loss wants the logits of all tokens, whichever are kept
+                columns, kept = self._forward.columns, self._forward.logit_columns
+                return self._fire("unembed.hook_logits", logits, kept if logits.shape[1] == kept.shape[1] else columns)
 
             self._hook(self._layout.head, after=unembed)
 
@@ -276,7 +278,7 @@ class Hooks:
             self._forward.pack = given
             mask = self._cut(site, cuts, given.mask, arguments)
             rotary = _TappedRotary(given.rotary, look) if shows_scores else given.rotary
-            new = dataclasses.replace(given, mask=mask, rotary=rotary) if cuts or shows_scores else given
+            new = given._replace(mask=mask, rotary=rotary) if cuts or shows_scores else given
         if self._observers:
             self._forward.masks[site.branch] = mask
         if new is not given:

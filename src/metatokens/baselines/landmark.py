@@ -13,8 +13,7 @@ The whole (B, H, T, K) matrix exists, as in eager attention; no attention backen
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -54,9 +53,11 @@ class LandmarkConfig(MetaTokenConfig):
             raise ValueError(f"num_best_blocks must be at least 1 or None, not {self.num_best_blocks}")
 
 
-@dataclass(frozen=True)
-class Landmarks:
-    """Blocks of a batch, made once per forward pass for all layers; it takes the place of the attention mask."""
+class Landmarks(NamedTuple):
+    """Blocks of a batch, made once per forward pass for all layers; it takes the place of the attention mask.
+
+    A tuple, like the `MetaPack`.
+    """
 
     visible: Tensor
     """(B, 1, T, K) bool: keys that are text and neither padding nor in the query's future."""

@@ -8,7 +8,7 @@ meets distances it was not trained on unless its RoPE is scaled.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 QUERY_CHUNK = 128  # queries at a time: the gathered blocks take H x 128 x (k + 1) x block x D elements
 
 
-@dataclass(frozen=True)
-class BlockTable:
+class BlockTable(NamedTuple):
     """Which columns make up each block; blocks with fewer tokens than the longest are filled up with -1."""
 
     columns: Tensor

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConf
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
 from metatokens.model.compatibility import CACHE_NAME, one_cache
-from metatokens.model.loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
+from metatokens.model.loss import loss_and_logits, targets_of_labels
 from metatokens.model.outputs import MetaTokenCausalLMOutput
 
 
@@ -92,15 +92,16 @@ class PretrainedCausalLM(nn.Module):
         if shift_labels is None and labels is not None:
             is_meta = input_ids == self.config.meta_token_id
             shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
-        head: Any = self.wrapped.get_output_embeddings()
-        loss = logits = None
-        if shift_labels is not None:
-            loss = self._summed_loss(hidden, head, shift_labels)
-            num_targets = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
-        if shift_labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head(hidden[:, kept])
+        head = self.get_output_embeddings()
+        loss, logits = loss_and_logits(
+            head,
+            hidden,
+            shift_labels,
+            vocab_size=self.config.vocab_size,
+            wants_logits=not self.training,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+        )
         return MetaTokenCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
     def get_decoder(self) -> Callable[..., Any]:
@@ -184,14 +185,6 @@ class PretrainedCausalLM(nn.Module):
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         apart = {id(weight) for weight in (*tables, self.get_output_embeddings().weight)}
         return sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in apart)
-
-    @staticmethod
-    def _summed_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-        weight = head.weight
-        if head.bias is not None:
-            hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
-            weight = torch.cat([weight, head.bias[:, None]], dim=1)
-        return summed_cross_entropy(hidden, weight, targets)
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -15,8 +15,15 @@ from transformers import Cache
 from transformers import masking_utils as _masking_utils
 from transformers.activations import ACT2FN
 from transformers.generation.streamers import BaseStreamer
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,9 +35,14 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE_NAME",
     "CACHE_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "BaseModelOutputWithPast",
     "BaseStreamer",
     "CausalLMOutputWithPast",
+    "ForCausalLMLoss",
+    "GenericForQuestionAnswering",
+    "GenericForSequenceClassification",
+    "GenericForTokenClassification",
     "LlamaRotaryEmbedding",
     "apply_rotary_pos_emb",
     "can_return_tuple",

@@ -15,6 +15,7 @@ REMOTE_CODE = (
     "compatibility",
     "configuration",
     "generation",
+    "heads",
     "loss",
     "masks",
     "meta_attention",
@@ -26,6 +27,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration.MetaTokenConfig",
     "AutoModel": "modeling.MetaTokenModel",
     "AutoModelForCausalLM": "modeling.MetaTokenForCausalLM",
+    "AutoModelForSequenceClassification": "heads.MetaTokenForSequenceClassification",
+    "AutoModelForTokenClassification": "heads.MetaTokenForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads.MetaTokenForQuestionAnswering",
 }
 
 

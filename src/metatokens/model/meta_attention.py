@@ -11,7 +11,7 @@ among all tokens at full cost, "random" packs pseudo-random text tokens in place
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ HASH_MULTIPLIER = 0x45D9F3B  # Thomas Mueller's integer hash: small enough that 
 HASH_INCREMENT = 0x1E3779B9  # apart from zero, which the rounds above map to itself
 
 
-@dataclass(frozen=True)
-class MetaPack:
-    """Where the meta-tokens of a batch are and what they may attend to; made once per forward pass for all layers."""
+class MetaPack(NamedTuple):
+    """Where the meta-tokens of a batch are and what they may attend to; made once per forward pass for all layers.
 
-    index: Tensor | None
+    A tuple, so that whatever moves a layer's inputs to its device finds the tensors in it.
+    """
+
+    index: Tensor | None  # type: ignore[assignment] # in place of a tuple's own method
     """(B, M) int64: index in this forward's sequence of each packed meta-token, unique within a row; None if all
     tokens take part as they stand."""
     valid: Tensor | None

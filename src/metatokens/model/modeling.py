@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GradientCheckpointingLayer, PreTrainedModel
+from transformers import Cache, DynamicCache, GradientCheckpointingLayer, PreTrainedModel, logging
 from transformers import initialization as init
 
 from .attention import Attention, SelfAttention
@@ -20,6 +20,8 @@ from .compatibility import (
     ACT2FN,
     CACHE_NAME,
     CACHE_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ForCausalLMLoss,
     can_return_tuple,
     capture_outputs,
     merge_with_config_defaults,
@@ -27,7 +29,7 @@ from .compatibility import (
 )
 from .configuration import MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
-from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
+from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labels
 from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask
 from .meta_attention import (
     MetaAttention,
@@ -41,6 +43,8 @@ from .meta_attention import (
 )
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
 from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, alibi_slopes
+
+logger = logging.get_logger(__name__)
 
 
 class MLP(nn.Module):
@@ -198,10 +202,11 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             check_meta_indices(meta_indices, meta_token_mask, must_look=inputs_embeds is not None)
         if past_key_values is not None:
             check_cache(self.config, past_key_values)
+        past_key_values = self._usable_cache(past_key_values)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
         if use_cache and past_key_values is None and layout.documents is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self._usable_cache(DynamicCache(config=self.config))
         if self.config.position_encoding == "learned":
             hidden = hidden + self.embed_positions(layout.position_ids)
         rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
@@ -238,6 +243,18 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         if meta_token_mask is None:
             meta_token_mask = self.find_meta_tokens(input_ids, inputs_embeds)
         return hidden, meta_token_mask
+
+    def _usable_cache(self, cache: Cache | None) -> Cache | None:
+        """Return the cache, or None where the backward pass runs the layers again: they would fill it twice."""
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        num_cached = int(cache.get_seq_length())
+        if num_cached:
+            raise ValueError(
+                f"training with gradient checkpointing needs an empty cache, not one of {num_cached} tokens"
+            )
+        logger.warning_once("Caching is incompatible with gradient checkpointing: the cache is left empty.")
+        return None
 
     def find_meta_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Tell which of the tokens, given as ids (B, T) or as embeddings (B, T, C), are meta-tokens: (B, T) bool."""
@@ -318,6 +335,9 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
     model_class: ClassVar[type[MetaTokenModel]] = MetaTokenModel
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    makes_logits_in_training: bool = False
+    """Set it where a loss of your own needs the logits of a training step with labels beside the loss; otherwise that
+    step makes none, which saves most of its memory."""
 
     def __init__(self, config: MetaTokenConfig) -> None:
         """Create the model that `config` describes."""
@@ -337,7 +357,6 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         meta_token_mask: Tensor | None = None,
         meta_indices: Tensor | None = None,
@@ -356,8 +375,12 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             num_items_in_batch: what the summed loss is divided by; by default the number of valid targets.
 
         Returns:
-            The loss in nats, and logits (B, T, V) unless the model is training with labels.
+            The loss in nats, and logits (B, T, V) unless the model is training with labels and
+            `makes_logits_in_training` is not set. A `loss_function` of the user's own is called as in transformers,
+            with all logits, labels and shift_labels.
         """
+        # not in the signature: Trainer takes every argument with "label" in its name for one that a batch must have
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -369,21 +392,17 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             meta_indices=meta_indices,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        loss = None
-        if shift_labels is None and labels is not None:
-            is_meta = torch.zeros_like(labels, dtype=torch.bool) if meta_token_mask is None else meta_token_mask
-            if meta_token_mask is None and input_ids is not None and self.config.meta_token_id is not None:
-                is_meta = input_ids == self.config.meta_token_id
-            shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
-        if shift_labels is not None:
-            loss = summed_cross_entropy(hidden, self.lm_head.weight, shift_labels)
-            num_targets = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
-        logits = None
-        if shift_labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+        if labels is not None:
+            if meta_token_mask is None:
+                is_meta = self.model.find_meta_tokens(input_ids, inputs_embeds)
+            else:
+                is_meta = meta_token_mask.bool()
+            labels = labels.masked_fill(is_meta, IGNORE_INDEX)
+            if shift_labels is None:
+                shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
+        loss, logits = self._predict(
+            outputs.last_hidden_state, labels, shift_labels, logits_to_keep, num_items_in_batch
+        )
         return MetaTokenCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -392,3 +411,36 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             meta_attentions=outputs.meta_attentions,
             **{CACHE_NAME: outputs.cache},
         )
+
+    def _predict(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the loss and the logits of final hidden states (B, T, C), as `forward` says."""
+        if shift_labels is None or self.loss_function is ForCausalLMLoss:
+            return loss_and_logits(
+                self.lm_head,
+                hidden,
+                shift_labels,
+                vocab_size=self.config.vocab_size,
+                wants_logits=self.makes_logits_in_training or not self.training,
+                logits_to_keep=logits_to_keep,
+                num_items_in_batch=num_items_in_batch,
+            )
+        logits = self.lm_head(hidden)
+        loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return loss, logits[:, kept_positions(logits_to_keep)]
+
+
+# Trainer smooths the labels of these classes against the shifted logits, those of all others against the unshifted
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaTokenConfig.model_type] = MetaTokenForCausalLM.__name__

@@ -1,5 +1,6 @@
 """Edits of activations and of attention edges change what they name, and mean the same with and without a cache."""
 
+import math
 from typing import Any
 
 import pytest
@@ -366,3 +367,15 @@ def test_generation_under_edits_needs_no_cache_to_say_the_same() -> None:
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     assert int(cached[0, 12]) == 7
     assert not torch.equal(cached[0, 13:], plain[0, 13:])
+
+
+@pytest.mark.parametrize("logits_to_keep", [0, 1])
+def test_an_edit_of_the_logits_counts_in_the_loss(logits_to_keep: int) -> None:
+    lens, ids = Lens(build().double()), sample_ids()
+    at = torch.arange(ids.shape[1]) < 4
+    with lens.edit(ops.scale("unembed.hook_logits", 0.0, at=at.expand(ids.shape))):
+        output = lens(ids, shift_labels=ids, logits_to_keep=logits_to_keep)
+    targets = ids.masked_fill(at, -100)
+    rest = lens(ids, shift_labels=targets, num_items_in_batch=1).loss
+    guessing = math.log(lens.model.config.vocab_size) * int(at.sum()) * len(ids)
+    assert float(output.loss) == pytest.approx(float(rest + guessing) / ids.numel(), rel=1e-9)

@@ -118,6 +118,16 @@ def test_loss_and_gradients_are_those_of_cross_entropy_over_its_logits(folder: P
         assert_close(gradient, wanted[name], 1e-4)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_sits_on_the_head_counts_in_the_loss(folder: Path, is_training: bool) -> None:
+    model = load(folder)
+    ids = ids_of([1, 2, META, 3, 4])
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: 2 * logits)
+    targets = targets_of_labels(ids, ids == META, "skip")
+    expected = nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    assert_close(model.train(is_training)(ids, labels=ids).loss, expected, 1e-5)
+
+
 def test_labels_are_targets_under_the_loss_policy(folder: Path) -> None:
     ids = ids_of([1, 2, META, 3, 4])
     model = load(folder, loss_policy="retarget")

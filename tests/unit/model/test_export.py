@@ -13,11 +13,12 @@ from metatokens.model.export import AUTO_MAP, REMOTE_CODE, save_model
 from tiny_models import tiny_config, tiny_model, tokens
 
 
-def test_saved_config_maps_all_three_auto_classes_to_the_code_beside_it(tmp_path: Path) -> None:
+def test_saved_config_maps_every_auto_class_to_the_code_beside_it(tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"] == AUTO_MAP
-    assert set(AUTO_MAP) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {f"AutoModelFor{task}" for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")}
+    assert set(AUTO_MAP) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", *heads}
     for reference in AUTO_MAP.values():
         module, name = reference.split(".")
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()

@@ -332,6 +332,36 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(use_reentrant:
         assert_close(checkpointed[name], gradient, 1e-7)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+def test_gradient_checkpointing_leaves_a_cache_empty_and_the_gradients_right(
+    is_given: bool, use_reentrant: bool
+) -> None:
+    model = tiny_model(dtype=torch.float64).train()
+    loss, expected = step(model, IDS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    inputs: dict[str, Any] = {"past_key_values": cache} if is_given else {"use_cache": True}
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    checkpointed_loss, checkpointed = step(model, IDS, **inputs)
+    assert cache.get_seq_length() == 0
+    assert_close(checkpointed_loss, loss, 1e-12)
+    assert checkpointed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(checkpointed[name], gradient, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+def test_gradient_checkpointing_on_top_of_cached_tokens_is_refused() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=f"needs an empty cache, not one of {IDS.shape[1]} tokens"):
+        model(IDS, past_key_values=cache)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = tiny_model(hidden_dropout=0.5, attention_dropout=0.5)
     with torch.no_grad():
