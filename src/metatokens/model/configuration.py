@@ -97,6 +97,14 @@ class MetaTokenConfig(PreTrainedConfig):
         """Both attentions are multi-head: as many key heads as query heads."""
         return self.num_attention_heads
 
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        if value != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads must equal num_attention_heads {self.num_attention_heads}, not {value}: "
+                "grouped-query attention is not supported"
+            )
+
     @property
     def max_sequence_length(self) -> int:
         """The longest input, in positions; dynamic RoPE scaling stretches it by its factor."""

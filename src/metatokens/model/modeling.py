@@ -226,7 +226,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 meta_token_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             else:
                 meta_token_mask = input_ids == self.config.meta_token_id
-        return hidden, meta_token_mask
+        return hidden, meta_token_mask.bool()
 
     def _place(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int | Tensor
@@ -357,7 +357,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         hidden = outputs.last_hidden_state
         loss = None
         if shift_labels is None and labels is not None:
-            is_meta = torch.zeros_like(labels, dtype=torch.bool) if meta_token_mask is None else meta_token_mask
+            is_meta = torch.zeros_like(labels, dtype=torch.bool) if meta_token_mask is None else meta_token_mask.bool()
             if meta_token_mask is None and input_ids is not None and self.config.meta_token_id is not None:
                 is_meta = input_ids == self.config.meta_token_id
             shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
