@@ -3,10 +3,14 @@
 A plain GPT-2 is the same class with `meta_attention_layers="none"`; a pause-token model is that plus injection.
 """
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .export import AUTO_MAP, copy_code
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
@@ -111,6 +115,16 @@ class MetaTokenConfig(PreTrainedConfig):
         rope = self.rope_parameters or {}
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json, beside the code that its `auto_map` names; a subclass names none and brings none."""
+        if type(self) is MetaTokenConfig:
+            # by hand: transformers' own helper would leave out all Auto classes but that of the model being saved
+            self.auto_map = (getattr(self, "auto_map", None) or {}) | AUTO_MAP
+            copy_code(Path(save_directory))
+        elif getattr(self, "auto_map", None) == AUTO_MAP:
+            del self.auto_map  # made from the fields of a loaded MetaTokenConfig
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_length(self, num_positions: int) -> None:
         """Raise ValueError for a sequence longer than the model."""
