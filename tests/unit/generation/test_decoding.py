@@ -181,6 +181,24 @@ def test_left_padded_rows_generate_what_each_does_alone(model, meta, schedule):
         assert row[longest - len(prompt) :].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+def test_ragged_rows_share_the_meta_columns_of_the_cache(tokenizer, meta, encoding):
+    model = make_model(tokenizer, position_encoding=encoding).double()
+    schedule = PeriodicSchedule(text_tokens=3)
+    pad = model.config.pad_token_id
+    prompts = [list(range(5, 5 + n)) for n in (1, 2, 3, 4)]  # each row has its meta-tokens at another step
+    padded = [[pad] * (4 - len(p)) + p for p in prompts]
+    output = generate(model, padded, schedule, max_new_tokens=100, return_dict_in_generate=True)
+    most = int((output.sequences == meta).sum(1).max())
+    assert most > 20
+    assert output.past_key_values.layers[0].num_meta < most + 16  # and not four times as many
+    for prompt, row in zip(prompts, output.sequences, strict=True):
+        alone = generate(model, [prompt], schedule, max_new_tokens=100)[0]
+        assert row[4 - len(prompt) :].tolist() == alone.tolist()
+    uncached = generate(model, padded, schedule, max_new_tokens=100, use_cache=False)
+    assert torch.equal(uncached, output.sequences)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=by_kind)
 def test_generation_in_two_parts_equals_one(model, schedule):
     whole = generate(model, [[5, 6, 7, 8]], schedule, max_new_tokens=24)
