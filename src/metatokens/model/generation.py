@@ -25,11 +25,13 @@ class MetaTokenGenerationMixin(GenerationMixin):
         # no loss is paid for predicting the meta-token, so its logit means nothing. Rows of a padded vocabulary stay:
         # the model does not know which of them a token of the user's own has taken, and training has made the others
         # unlikely, for each was in every softmax and never a target
-        banned = {self.config.meta_token_id, self.config.pad_token_id}
-        return sorted(token for token in banned.difference(_as_list(self.config.eos_token_id)) if token is not None)
+        meta, padding = self.config.meta_token_id, self.config.pad_token_id
+        if padding in _as_list(self.config.eos_token_id):
+            padding = None
+        return sorted(token for token in (meta, padding) if token is not None)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Load the generation config; that of an older checkpoint bans every id from the meta-token up: no more."""
+        """Load the generation config, and lift the ban of all ids above the meta-token that older checkpoints hold."""
         super().adjust_generation_fn(*args, **kwargs)
         banned, first = self.generation_config.suppress_tokens, self.config.meta_token_id
         if banned and first is not None and banned == list(range(first, first + len(banned))):

@@ -146,6 +146,14 @@ def test_meta_token_of_id_zero_bans_itself_and_padding_alone() -> None:
     assert (generate(model, do_sample=False) == 5).all()
 
 
+def test_meta_token_that_is_named_as_an_end_of_text_stays_banned() -> None:
+    ends = [EOS, META]
+    generated = prefers(META, eos_token_id=ends).generate(
+        PROMPTS[:1], max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, eos_token_id=ends
+    )
+    assert not is_banned(generated[0, PROMPTS.shape[1] :]).any()
+
+
 @pytest.mark.parametrize("where", ["config", "call"])
 def test_padding_that_is_also_an_end_of_text_ends_a_text(where: str) -> None:
     model = prefers(PAD, **({"eos_token_id": [19, PAD]} if where == "config" else {}))
