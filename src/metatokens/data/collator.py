@@ -41,12 +41,13 @@ class MetaTokenCollator:
 
     A row may also have `attention_mask`, `labels` (-100 where there is no loss) and TRL's masks of labels, a value for
     each token. A token that the attention mask hides is padding, keeps its place among the others and is no text.
+    The Trainer drops what the model's `forward` does not take: masks of labels need `remove_unused_columns=False`.
 
     A row's layout depends on the seed and on the row's tokens only, not on the batch or the worker; a row that
     comes again has the same one.
 
     Args:
-        injection: Policy of the meta-tokens; the ratio is of each row's result (see `inject_into_prompt`).
+        injection: Policy of the meta-tokens; the ratio is of each row's result (see `sample_prompt_positions`).
         meta_token_id: The id to put in; must be no text token.
         pad_token_id: The id that fills short rows on the right; must not be the meta-token.
         seed: Key of the layouts.
