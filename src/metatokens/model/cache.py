@@ -56,6 +56,8 @@ class MetaDynamicLayer(DynamicLayer):
     def _close_gaps(self) -> None:
         """Move the meta-tokens of each row to the last columns, in their order, and drop those that no row needs."""
         assert self.meta_columns is not None
+        assert self.meta_keys is not None
+        assert self.meta_values is not None
         is_meta = self.meta_columns >= 0
         num_needed = int(is_meta.sum(-1).max())
         if num_needed == self.num_meta:
