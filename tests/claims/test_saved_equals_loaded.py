@@ -90,6 +90,10 @@ assert type(config).__module__.startswith("transformers_modules."), type(config)
 with torch.no_grad():
     generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
     outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
+    causal.save_pretrained("again")
+    again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+    assert type(again) is not type(causal)  # from the code that was saved, not from the code that saved it
+    assert torch.equal(again(ids).logits, outputs[0])
 torch.save(outputs, sys.argv[3])
 """
 
@@ -100,7 +104,9 @@ def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(
     model = tiny_model(**VARIANTS["yarn"])
     checkpoint, empty = tmp_path / "checkpoint", tmp_path / "elsewhere"
     empty.mkdir()
-    save_model(model, checkpoint)
+    save_model(model, tmp_path / "first")
+    # what transformers itself saves of a loaded model is no worse
+    MetaTokenForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(checkpoint)
     torch.save(IDS, tmp_path / "ids.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [

@@ -17,6 +17,7 @@ from metatokens.baselines.building import MODEL_CLASSES
 from metatokens.config.schema import ModelConfig, UniformInjection
 from metatokens.data.shards import TokenDataset
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.export import REMOTE_CODE
 from metatokens.training.initialization import build_model
 
 NUM_ROWS = 8
@@ -104,6 +105,11 @@ def test_it_resumes_from_its_own_checkpoint(make_model: Any, rows: Any, tmp_path
     assert losses(resumed) == losses(whole)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_its_checkpoint_brings_the_code_of_the_model(make_model: Any, rows: Any, tmp_path: Path):
+    trainer_of(make_model(), rows, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert {path.stem for path in (tmp_path / "checkpoint-1").glob("*.py")} == set(REMOTE_CODE)
 
 
 # What Trainer infers from names --------------------------------------------------------------------------------------

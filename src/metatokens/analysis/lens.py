@@ -1,6 +1,9 @@
 """The lens: read and change what a model computes, by name and by position, without touching its weights.
 
     lens = Lens(model.eval())
+    meta = model.config.meta_token_id
+    input_ids = torch.tensor([[5, 9, meta, 7, 12]])
+    is_meta, is_answer = input_ids == meta, input_ids == 12
     with lens.capture(["blocks.*.hook_resid_post"], at=is_meta) as captured:
         lens(input_ids)
     captured["blocks.3.hook_resid_post"]                        # (number of meta-tokens, C)

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
 from metatokens.model.compatibility import CACHE_NAME, one_cache
@@ -46,6 +53,12 @@ class PretrainedCausalLM(nn.Module):
     def config(self) -> PreTrainedConfig:
         """Return the config of the wrapped model."""
         return self.wrapped.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Return what the wrapped model generates with."""
+        generation_config: GenerationConfig = self.wrapped.generation_config
+        return generation_config
 
     @property
     def device(self) -> torch.device:
@@ -242,8 +255,8 @@ def load_pretrained(
             wrapped.resize_token_embeddings(rows, mean_resizing=False)
             _draw_new_rows(wrapped, text_vocab_size)
     _set_tokens(config, text_vocab_size, loss_policy)
-    # nothing is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
-    wrapped.generation_config.suppress_tokens = list(range(text_vocab_size, config.vocab_size))
+    # nothing is paid for predicting the meta-token, so its logit means nothing
+    wrapped.generation_config.suppress_tokens = [config.meta_token_id, config.pad_token_id]
     wrapped.generation_config.pad_token_id = config.pad_token_id
     return PretrainedCausalLM(wrapped)
 

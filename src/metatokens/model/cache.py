@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicLayer, StaticLayer
 
+# meta columns between two looks for gaps, each of which waits for the device
+COLUMNS_BETWEEN_LOOKS = 16
+
 
 class MetaDynamicLayer(DynamicLayer):
     """Grows with the sequence. A meta column is shared by the rows of the batch.
 
     `meta_columns` (B, M) holds the token column of each cached meta-token, or -1 where a row has none; it gives the
-    validity mask, the positions and an exact `crop`.
+    validity mask, the positions and an exact `crop`. Rows that get their meta-tokens at different steps leave gaps in
+    one another's columns; these are closed now and then, so that there are hardly more columns than the row with the
+    most meta-tokens needs.
     """
 
     _layer_type = "meta_attention"
@@ -36,12 +41,32 @@ class MetaDynamicLayer(DynamicLayer):
 
     def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all cached meta keys and values, (B, H, M, D)."""
+        num_old = self.num_meta
         if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
             keys_BHMD = torch.cat([self.meta_keys, keys_BHMD], dim=-2)
             values_BHMD = torch.cat([self.meta_values, values_BHMD], dim=-2)
             columns_BM = torch.cat([self.meta_columns, columns_BM], dim=-1)
         self.meta_keys, self.meta_values, self.meta_columns = keys_BHMD, values_BHMD, columns_BM
+        looks = num_old // COLUMNS_BETWEEN_LOOKS < self.num_meta // COLUMNS_BETWEEN_LOOKS
+        if looks and not torch.compiler.is_compiling():
+            self._close_gaps()
+        # this step's mask is of the columns as they were
         return keys_BHMD, values_BHMD
+
+    def _close_gaps(self) -> None:
+        """Move the meta-tokens of each row to the last columns, in their order, and drop those that no row needs."""
+        assert self.meta_columns is not None
+        assert self.meta_keys is not None
+        assert self.meta_values is not None
+        is_meta = self.meta_columns >= 0
+        num_needed = int(is_meta.sum(-1).max())
+        if num_needed == self.num_meta:
+            return
+        order = is_meta.to(torch.int8).argsort(dim=-1, stable=True)[:, self.num_meta - num_needed :]
+        self.meta_columns = self.meta_columns.gather(1, order)
+        index = order[:, None, :, None]
+        self.meta_keys = torch.take_along_dim(self.meta_keys, index, dim=2)
+        self.meta_values = torch.take_along_dim(self.meta_values, index, dim=2)
 
     def reset(self) -> None:
         """Forget everything."""

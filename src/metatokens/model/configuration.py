@@ -3,10 +3,14 @@
 A plain GPT-2 is the same class with `meta_attention_layers="none"`; a pause-token model is that plus injection.
 """
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .export import AUTO_MAP, copy_code
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
@@ -99,12 +103,30 @@ class MetaTokenConfig(PreTrainedConfig):
         """Both attentions are multi-head: as many key heads as query heads."""
         return self.num_attention_heads
 
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        if value != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads must equal num_attention_heads {self.num_attention_heads}, not {value}: "
+                "grouped-query attention is not supported"
+            )
+
     @property
     def max_sequence_length(self) -> int:
         """The longest input, in positions; dynamic RoPE scaling stretches it by its factor."""
         rope = self.rope_parameters or {}
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json, beside the code that its `auto_map` names; a subclass names none and brings none."""
+        if type(self) is MetaTokenConfig:
+            # by hand: transformers' own helper would leave out all Auto classes but that of the model being saved
+            self.auto_map = (getattr(self, "auto_map", None) or {}) | AUTO_MAP
+            copy_code(Path(save_directory))
+        elif getattr(self, "auto_map", None) == AUTO_MAP:
+            del self.auto_map  # made from the fields of a loaded MetaTokenConfig
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_length(self, num_positions: int) -> None:
         """Raise ValueError for a sequence longer than the model."""

@@ -242,7 +242,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if meta_token_mask is None:
             meta_token_mask = self.find_meta_tokens(input_ids, inputs_embeds)
-        return hidden, meta_token_mask
+        return hidden, meta_token_mask.bool()
 
     def _usable_cache(self, cache: Cache | None) -> Cache | None:
         """Return the cache, or None where the backward pass runs the layers again: they would fill it twice."""

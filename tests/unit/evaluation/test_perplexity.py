@@ -366,6 +366,12 @@ def test_mean_embedding_counts_the_scored_tokens_alone(skip_model, tokenizer):
     assert changed.documents == by_hand.documents
 
 
+def test_injection_that_puts_nothing_into_a_window_warns(skip_model, tokenizer):
+    options = PerplexityOptions(window=4, stride=2, injection=UniformInjection(ratio=0.1))
+    with pytest.warns(UserWarning, match="uniform puts no meta-token into a window of 4"):
+        measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
+
+
 def test_interventions_without_a_meta_token_change_no_bit_and_warn(skip_model, tokenizer):
     fields = {"window": 16, "stride": 5}
     options = PerplexityOptions(interventions=(ZeroEmbedding(), NoPositionEdges(), NoMetaAttention()), **fields)

@@ -126,3 +126,12 @@ def test_tensor_parallel_plan_names_modules_of_the_model() -> None:
     for pattern in config.base_model_tp_plan:
         for layer in range(config.num_hidden_layers):
             assert pattern.replace("*", str(layer)) in modules
+
+
+def test_fewer_key_value_heads_than_heads_are_refused_in_one_line() -> None:
+    assert tiny_config(num_key_value_heads=4).num_key_value_heads == 4
+    expected = "num_key_value_heads must equal num_attention_heads 4, not 2: grouped-query attention is not supported"
+    with pytest.raises(ValueError, match=expected):
+        tiny_config(num_key_value_heads=2)
+    with pytest.raises(ValueError, match=expected):
+        tiny_config().num_key_value_heads = 2

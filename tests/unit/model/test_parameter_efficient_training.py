@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.model.export import save_model
+from metatokens.model.export import REMOTE_CODE, save_model
 from tiny_models import META, tiny_model, tokens
 
 META_ATTENTION = r".*meta_attn\.(q|k|v|o)_proj"
@@ -97,3 +97,13 @@ def test_virtual_tokens_before_a_batch_leave_its_meta_tokens_meta_tokens(config_
         expected = base(inputs_embeds=embeds, meta_token_mask=is_meta).logits
         for extra in ({}, {"meta_indices": meta_indices}):
             torch.testing.assert_close(model(**inputs, **extra).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_model_is_saved_with_its_code_and_loads_with_the_same_bits(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=META_ATTENTION, init_lora_weights=False))
+    merged = model.eval().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == set(REMOTE_CODE)
+    ids = tokens("x_xx_x")
+    assert torch.equal(MetaTokenForCausalLM.from_pretrained(tmp_path)(ids).logits, merged(ids).logits)
