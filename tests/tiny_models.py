@@ -43,11 +43,15 @@ def tiny_config(**changes: Any) -> MetaTokenConfig:
 def tiny_model(
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float64,
     model_class: type[MetaTokenForCausalLM] = MetaTokenForCausalLM,
     **changes: Any,
 ) -> MetaTokenForCausalLM:
-    """Return a model in evaluation mode; equal arguments give equal weights."""
+    """Return a model in evaluation mode; equal arguments give equal weights.
+
+    In float64, unless a test is about another dtype: so no comparison depends on the order in which one machine's
+    kernels add.
+    """
     model = model_class(tiny_config(**changes))
     return randomize(model, seed).to(dtype).eval()
 

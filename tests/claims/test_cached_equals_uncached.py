@@ -112,7 +112,7 @@ def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, k
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_cached_logits_equal_uncached_to_1e_5_in_float32(kind: str) -> None:
-    model = shared_model()
+    model = shared_model(dtype=torch.float32)
     ids = tokens(*BATCHES["left_padded"])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, CACHES[kind](model.config), PIECES["prompt_then_tokens"])

@@ -79,7 +79,7 @@ def test_plain_model_with_learned_positions_equals_transformers_gpt2(batch: str)
                 eos_token_id=None,
             )
         )
-    ).eval()
+    ).double().eval()
     load_gpt2(model, gpt2)
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
@@ -108,7 +108,7 @@ def test_plain_model_with_rope_equals_transformers_gpt_neox(batch: str) -> None:
                 eos_token_id=None,
             )
         )
-    ).eval()
+    ).double().eval()
     load_neox(model, neox)
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
