@@ -5,7 +5,7 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check clean
+.PHONY: demo test test-kernels check clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ demo: .venv/installed ## train two tiny models on the text that comes with Pytho
 
 test: .venv/installed ## every test
 	$(BIN)/pytest $(IN_PARALLEL)
+
+test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
 
 check: .venv/installed ## format, lint, types and the quick tests
 	$(BIN)/ruff format --check src tests benchmarks experiments

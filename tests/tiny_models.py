@@ -18,6 +18,8 @@ META = 20
 PAD = 21
 VOCAB_SIZE = 24
 MAX_LENGTH = 64
+# that a logit adds one after another: two attentions and an MLP in each of two layers, and the head
+NUM_TERMS = 2 * (2 * (32 + 8 + 32) + 32 + 48) + 32
 
 ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 

@@ -79,8 +79,8 @@ def test_plain_model_with_learned_positions_equals_transformers_gpt2(batch: str)
                 eos_token_id=None,
             )
         )
-    ).double().eval()
-    load_gpt2(model, gpt2)
+    ).eval()
+    load_gpt2(model, gpt2.double())
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
     with torch.no_grad():
@@ -108,8 +108,8 @@ def test_plain_model_with_rope_equals_transformers_gpt_neox(batch: str) -> None:
                 eos_token_id=None,
             )
         )
-    ).double().eval()
-    load_neox(model, neox)
+    ).eval()
+    load_neox(model, neox.double())
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
     with torch.no_grad():

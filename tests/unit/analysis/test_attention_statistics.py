@@ -75,7 +75,7 @@ def dense(query: Tensor, key: Tensor, is_meta: Tensor, scaling: float, mask: Ten
 
 
 def rounding(query: Tensor, key: Tensor, scaling: float) -> float:
-    """Bound what float32 leaves open of a statistic: a score adds D products, and a row as many terms as it has keys."""
+    """Bound what float32 leaves open: a score adds D products, and a statistic as many terms as a row has keys."""
     tokens, width = query.shape[-2:]
     largest = float((query.double().abs() @ key.double().abs().transpose(-1, -2)).max()) * scaling
     return tolerance(torch.float32, width) * largest + tolerance(torch.float32, tokens) * max(1.0, math.log(tokens))
@@ -134,7 +134,9 @@ def test_uniform_rows_have_the_logarithm_of_their_keys_and_one_hot_rows_none() -
     key = torch.ones(1, 1, 9, 4)
     uniform = row_statistics(torch.ones(1, 1, 9, 4), key, scaling=1.0, is_meta=torch.zeros(1, 9, dtype=torch.bool))
     assert torch.allclose(uniform.entropy[0, 0], torch.arange(1, 10).float().log(), atol=1e-6)
-    assert torch.allclose(uniform.effective_keys[0, 0], torch.arange(1, 10).float(), rtol=tolerance(torch.float32, 2 * 9))
+    assert torch.allclose(
+        uniform.effective_keys[0, 0], torch.arange(1, 10).float(), rtol=tolerance(torch.float32, 2 * 9)
+    )
     assert torch.allclose(uniform.normalised_entropy[0, 0, 1:], torch.ones(8))
     assert uniform.normalised_entropy[0, 0, 0].isnan()
     assert torch.allclose(uniform.entropy_without_sink[0, 0, 1:], torch.arange(1, 9).float().log(), atol=1e-5)
