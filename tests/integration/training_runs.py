@@ -71,8 +71,7 @@ def run(config: RunConfig, out: Path, *, world_size: int = 1) -> list[int]:
 
 def _run(config: RunConfig, out: Path, environment: dict[str, str]) -> None:
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    os.environ.update(environment)  # with as many threads as the tests: their bits are compared
     train = finetune if isinstance(config, FinetuneConfig) else pretrain
     try:
         train(config, out, show_progress=False)
