@@ -21,7 +21,7 @@ test: .venv/installed ## every test
 
 test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
 
 check: .venv/installed ## format, lint, types and the quick tests
 	$(BIN)/ruff format --check src tests benchmarks experiments
