@@ -5,7 +5,7 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-versions test-floor test-newest check facts clean
+.PHONY: demo test test-kernels test-versions test-floor test-newest check facts clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ demo: .venv/installed ## train two tiny models on the text that comes with Pytho
 
 test: .venv/installed ## every test
 	$(BIN)/pytest $(IN_PARALLEL)
+
+test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
 
 test-versions: test-floor test-newest ## what depends on transformers, with the oldest and the newest releases allowed
 

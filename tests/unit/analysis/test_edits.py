@@ -225,7 +225,7 @@ def test_all_states_of_another_text_give_its_logits(model: Any) -> None:
 
 def test_an_erased_direction_is_gone_where_asked() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.0.hook_resid_post"
-    direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)
+    direction = torch.nn.functional.normalize(torch.arange(1, WIDTH + 1, dtype=torch.float64), dim=0)
     at = ids == META
     with lens.capture([name]) as before:
         lens(ids)
@@ -242,7 +242,7 @@ def test_an_edit_of_the_meta_branch_stays_at_the_meta_tokens() -> None:
     taps = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", name, "blocks.1.hook_resid_mid"]
     with lens.edit(ops.replace(name, torch.ones(WIDTH))), lens.capture(taps) as captured:
         lens(ids)
-    assert torch.equal(captured[name], (ids == META)[..., None].expand(-1, -1, WIDTH).float())
+    assert torch.equal(captured[name], (ids == META)[..., None].expand(-1, -1, WIDTH).double())
     total = sum(captured[tap] for tap in taps[:3])
     torch.testing.assert_close(total, captured[taps[3]], rtol=0, atol=1e-5)
 

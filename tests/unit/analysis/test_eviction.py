@@ -235,7 +235,7 @@ def test_attention_received_is_the_sum_of_the_models_weights(name):
     model.set_attn_implementation("eager")
     weights = lens(ids, output_attentions=True).attentions
     for own, expected in zip(received, weights, strict=True):
-        torch.testing.assert_close(own, expected.sum(-2), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.double(), expected.double().sum(-2), rtol=1e-4, atol=1e-5)
     prefix, _ = read_prefix(lens, ids, meta_token_id=META, with_attention=True)
     assert prefix.received is not None
     assert prefix.received.sum(-1) == pytest.approx(np.full((2, 4), LENGTH), abs=1e-3)

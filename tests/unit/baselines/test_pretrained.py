@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, **options: Any) -> PretrainedCausalLM:
     model = load_pretrained(folder, text_vocab_size=TEXT_VOCAB_SIZE, **options)
-    return model.eval()
+    return model.double().eval()
 
 
 def ids_of(*rows: list[int]) -> Tensor:
@@ -68,7 +68,7 @@ def ids_of(*rows: list[int]) -> Tensor:
 
 @torch.no_grad()
 def test_text_has_the_logits_of_the_model_as_it_came(folder: Path) -> None:
-    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    original = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = torch.randint(0, TEXT_VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
     logits = load(folder)(ids).logits
     assert logits.shape == (2, 12, 128)
@@ -287,7 +287,7 @@ def test_perplexity_with_injected_meta_tokens_is_that_of_its_own_logits(tmp_path
     tokenizer = train_tokenizer([text] * 3, 270)
     encoder = TextEncoder(tokenizer)
     randomize(GPTNeoForCausalLM(neo_config(vocab_size=encoder.vocab_size))).save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path, text_vocab_size=encoder.vocab_size).eval()
+    model = load_pretrained(tmp_path, text_vocab_size=encoder.vocab_size).double().eval()
     options = PerplexityOptions(window=16, injection=ExplicitInjection(positions=(2, 5)))
     result = measure_perplexity(model, [("text", text)], tokenizer, options)
     # the first window by hand: 16 text tokens, the first an end of text, and two meta-tokens

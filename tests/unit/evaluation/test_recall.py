@@ -30,7 +30,7 @@ def encoder() -> PieceEncoder:
 def model(encoder: PieceEncoder) -> MetaTokenForCausalLM:
     """A model that answers by chance, and often with one of few tokens."""
     config = ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH)
-    built = build_model(config, text_vocab_size=encoder.vocab_size, eos_token_id=0, seed=0).eval()
+    built = build_model(config, text_vocab_size=encoder.vocab_size, eos_token_id=0, seed=0).double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.mul_(8)

@@ -48,7 +48,7 @@ def make_model(tokenizer, **changes):
         "eos_token_id": None,
     }
     torch.manual_seed(1)
-    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).eval()
+    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).double().eval()
 
 
 @pytest.fixture(scope="module")

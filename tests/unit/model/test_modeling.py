@@ -244,7 +244,7 @@ def test_eager_model_returns_attentions_of_all_tokens_and_of_packed_meta_tokens(
     assert [weights.shape for weights in outputs.attentions] == [(2, 4, 9, 9)] * 2
     assert [weights.shape for weights in outputs.meta_attentions] == [(2, 4, 3, 3)]
     assert len(outputs.hidden_states) == 2 + 1
-    assert_close(outputs.meta_attentions[0].sum(-1), torch.ones(2, 4, 3), 1e-6)
+    assert_close(outputs.meta_attentions[0].sum(-1), torch.ones(2, 4, 3, dtype=torch.float64), 1e-6)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from metatokens.model import MetaTokenConfig
 from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes
 from tiny_models import assert_close, tiny_config, tiny_model, tokens
+from tolerances import tolerance
 
 THETA = 10_000.0
 TRAINED = 1024
@@ -98,7 +99,8 @@ def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency() -> Non
     turn = torch.polar(torch.ones(()), positions[:, None] * default_frequencies())
     for before, after in zip((query, key), rotated, strict=True):
         pairs = torch.complex(before[..., : HEAD_DIM // 2], before[..., HEAD_DIM // 2 :]) * turn
-        assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), 1e-4)
+        # a frequency that is an epsilon off turns as many epsilons further as there are positions
+        assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), tolerance(torch.float32, 4 * 1023))
 
 
 def test_tables_at_an_index_are_those_of_its_positions_row_by_row() -> None:
