@@ -106,8 +106,7 @@ class Lens:
 
     @contextmanager
     def edit(self, *edits: Edit | EdgeCut) -> Iterator[None]:
-        """Change every forward pass of the model within the context, in the order given; contexts nest,
-        and may end in any order.
+        """Change every forward pass within the context, in the order given; contexts nest, and end in any order.
 
         Raises:
             UsageError: A name that no tap has, a tap that can only be read, or edges that the model does not have.
