@@ -183,7 +183,8 @@ class _Validation:
 
     def measure(self) -> dict[str, float]:
         """Return token and sequence accuracy over all processes."""
-        counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
+        with self._processes.together():
+            counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
         sums = (counts.right_tokens, counts.tokens, counts.right_answers, counts.answers)
         right_tokens, tokens, right_answers, answers = self._processes.sum(*(float(count.sum()) for count in sums))
         return {"token_accuracy": right_tokens / tokens, "sequence_accuracy": right_answers / answers}

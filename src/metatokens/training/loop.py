@@ -178,7 +178,9 @@ class _Run:
             stop = stack.enter_context(collect_stop_signals())
             with self.processes.together():
                 if self.processes.is_main:
-                    metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
+                    metrics = MetricsWriter(
+                        self.folder.metrics_path, config.logging.trackers, config.model_dump(mode="json")
+                    )
                     stack.callback(metrics.close)
                     self.folder.write_config(config)
             wrapped = self.processes.wrap(self.model)
