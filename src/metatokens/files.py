@@ -138,14 +138,19 @@ def _is_replaced(path: Path) -> bool:
 
 
 def _nearest_existing(path: Path, kind: str) -> Path:
+    """Return the path itself or the nearest folder above it that exists, where names of the rest can be."""
+    longest = 0
     for candidate in (path, *path.absolute().parents):
         try:
             candidate.lstat()
+            if candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX"):
+                raise not_writable(path, kind, errno.ENAMETOOLONG)
         except (FileNotFoundError, NotADirectoryError):
+            longest = max(longest, len(os.fsencode(candidate.name)))
             continue
         except OSError as error:  # too long a name, or a folder that may not be looked into
             raise not_writable(path, kind, error.errno or 0) from None
-        except ValueError:
+        except ValueError:  # a NUL
             raise not_writable(path, kind, errno.EINVAL) from None
         return candidate
     raise AssertionError("there is always a root")

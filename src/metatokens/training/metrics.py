@@ -8,8 +8,10 @@ import math
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +102,7 @@ class _WeightsAndBiases:
         # the identity of the run lies in its folder, so that a resume goes on with the same one
         identity = folder / "wandb-run-id"
         if not identity.exists():
-            write_atomically(identity, package.util.generate_id())
+            write_atomically(identity, uuid.uuid4().hex)
         self._run = package.init(
             project="metatokens",
             name=folder.name,
@@ -180,13 +182,15 @@ class ProgressDisplay:
         self._task = self._bar.add_task(label, total=total, completed=start, numbers="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        with suppress(OSError):  # as in `say`
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def update(self, step: int, numbers: str) -> None:
         """Show that `step` steps are done, with `numbers` beside."""
@@ -197,6 +201,7 @@ class ProgressDisplay:
             self.say(f"{self._label} step {step}/{self._total} {numbers}")
 
     def say(self, line: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays; a terminal that is gone costs the line, not the run."""
         if self._shown:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):
+                self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
