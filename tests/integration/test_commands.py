@@ -257,7 +257,7 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(w
     )
 
     def everything() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
+        return {path: path.lstat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
 
     before = everything()
     lines = [error_line(*command, "--dry-run", code=code) for command, code, _ in commands]

@@ -26,10 +26,10 @@ def collect_stop_signals() -> Iterator[list[int]]:
         signal.signal(number, old[number])
 
     old: dict[int, Any] = {}
-    taken = (*ALWAYS, *(number for number in UNLESS_HANDLED if signal.getsignal(number) is signal.SIG_DFL))
+    left = (number for number in UNLESS_HANDLED if signal.getsignal(number) is signal.SIG_DFL)
     try:
-        for number in taken:
-            old[number] = signal.signal(number, note)
+        for taken in (*ALWAYS, *left):
+            old[int(taken)] = signal.signal(taken, note)
     except ValueError:  # not in the main thread: the caller keeps its own handlers
         yield received
         return
