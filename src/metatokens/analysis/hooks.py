@@ -29,14 +29,14 @@ _MASKS_ARE_TENSORS = ("eager", "sdpa")
 Observer = Callable[[AttentionCall], None]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Requests:
-    """What is asked of a model at present."""
+    """What one context asks of a model; each is itself alone, whatever another asks."""
 
-    edits: list[Edit] = dataclasses.field(default_factory=list)
-    cuts: list[EdgeCut] = dataclasses.field(default_factory=list)
-    captures: list[Captured] = dataclasses.field(default_factory=list)
-    observers: list[Observer] = dataclasses.field(default_factory=list)
+    edits: Sequence[Edit] = ()
+    cuts: Sequence[EdgeCut] = ()
+    captures: Sequence[Captured] = ()
+    observers: Sequence[Observer] = ()
 
 
 def match_names(names: Iterable[str], pattern: str) -> list[str]:
@@ -80,16 +80,17 @@ class _TappedRotary:
 class Hooks:
     """The hooks that some requests need on a model."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, requests: Requests) -> None:
-        """Hang them up."""
+    def __init__(self, model: PreTrainedModel, layout: Layout, requests: Sequence[Requests]) -> None:
+        """Hang them up; edits act in the order of the requests."""
         self._model, self._layout = model, layout
-        self._cuts, self._observers = tuple(requests.cuts), tuple(requests.observers)
+        self._cuts = tuple(cut for request in requests for cut in request.cuts)
+        self._observers = tuple(observer for request in requests for observer in request.observers)
         self._edits: dict[str, list[Edit]] = {}
-        for edit in requests.edits:
+        for edit in (edit for request in requests for edit in request.edits):
             for name in match_names(layout.tap_names, edit.name):
                 self._edits.setdefault(name, []).append(edit)
         self._captures: dict[str, list[Captured]] = {}
-        for captured in requests.captures:
+        for captured in (captured for request in requests for captured in request.captures):
             for name in captured.names:
                 self._captures.setdefault(name, []).append(captured)
         self._handles: list[Any] = []

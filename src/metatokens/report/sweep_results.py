@@ -4,13 +4,13 @@ One `CellResult` is one combination of labels over all seeds that are done. What
 stays in the run folders (evaluation.json); here are the intervals that were drawn from it.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from metatokens import files
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval
 
@@ -138,7 +138,7 @@ def arm_name(results: SweepResults, cell: CellResult) -> str:
 
 def to_json(results: SweepResults) -> str:
     """Write results as JSON."""
-    return json.dumps(asdict(results), indent=1) + "\n"
+    return files.to_json(asdict(results), indent=1) + "\n"
 
 
 def load_results(path: Path) -> SweepResults:

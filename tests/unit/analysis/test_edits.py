@@ -66,6 +66,46 @@ def test_edits_apply_in_the_order_given() -> None:
     assert torch.equal(second[name], plain[name] * 2 + 1)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_contexts_may_end_in_any_order_and_each_takes_its_own_away(order: tuple[int, ...]) -> None:
+    lens, ids, fresh = Lens(build()), sample_ids(), Lens(build())
+    twice = ops.scale("blocks.0.hook_mlp_out", 0.5)
+    edits = [twice, ops.add("blocks.0.hook_mlp_out", torch.ones(WIDTH)), twice]
+    contexts = [lens.edit(edit) for edit in edits]
+    for context in contexts:
+        context.__enter__()
+    for done, number in enumerate(order, start=1):
+        contexts[number].__exit__(None, None, None)
+        with fresh.edit(*(edit for i, edit in enumerate(edits) if i not in order[:done])):
+            assert torch.equal(lens(ids).logits, fresh(ids).logits)
+    assert_untouched(lens.model)
+
+
+def test_an_edit_that_ends_first_leaves_a_capture_and_an_observer_at_work() -> None:
+    lens, ids, calls = Lens(build()), sample_ids(), []
+    edit, observe = lens.edit(ops.scale("blocks.0.hook_mlp_out", 0.0)), lens.observe(calls.append)
+    plain = lens(ids).logits
+    edit.__enter__()
+    observe.__enter__()
+    with lens.capture(["unembed.hook_logits"]) as captured:
+        edit.__exit__(None, None, None)
+        lens(ids)
+    assert torch.equal(captured["unembed.hook_logits"], plain)
+    assert calls
+    observe.__exit__(None, None, None)
+    assert_untouched(lens.model)
+
+
+def test_an_error_inside_of_a_context_leaves_the_outer_one_at_work() -> None:
+    lens, ids = Lens(build()), sample_ids()
+    with lens.edit(ops.scale("blocks.0.hook_mlp_out", 0.0)):
+        changed = lens(ids).logits
+        with pytest.raises(ZeroDivisionError), lens.edit(ops.scale("blocks.1.hook_mlp_out", 0.0)):
+            raise ZeroDivisionError
+        assert torch.equal(lens(ids).logits, changed)
+    assert_untouched(lens.model)
+
+
 def test_a_middle_replaced_is_the_stream_from_there_on() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_mid"
     other = torch.randn(1, ids.shape[1], WIDTH, generator=torch.Generator().manual_seed(3))
