@@ -5,12 +5,12 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check clean
+.PHONY: demo test test-kernels test-versions test-floor test-newest check facts clean
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed ## train two tiny models on the text that comes with Python and compare them
@@ -19,11 +19,30 @@ demo: .venv/installed ## train two tiny models on the text that comes with Pytho
 test: .venv/installed ## every test
 	$(BIN)/pytest $(IN_PARALLEL)
 
+test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+
+test-versions: test-floor test-newest ## what depends on transformers, with the oldest and the newest releases allowed
+
+test-floor test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/pytest $(IN_PARALLEL) tests/unit/model tests/claims
+
+.PRECIOUS: .venv-%/installed
+.venv-%/installed: pyproject.toml constraints/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --upgrade pip
+	.venv-$*/bin/pip install --quiet --constraint constraints/$*.txt --editable '.[test]'
+	touch $@
+
 check: .venv/installed ## format, lint, types and the quick tests
-	$(BIN)/ruff format --check src tests benchmarks experiments
-	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments docs
+	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
 	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/unit tests/claims tests/test_architecture.py
 
-clean: ## remove the virtual environment and the demonstration
-	rm -rf .venv demo
+facts: .venv/installed ## every number that the documents quote, against the committed JSON it comes from
+	$(BIN)/python docs/facts.py
+
+clean: ## remove the virtual environments and the demonstration
+	rm -rf .venv .venv-floor .venv-newest demo

@@ -26,7 +26,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 BASELINES = (*PATTERNS, "landmark")
 
 
-def baseline_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+def baseline_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
     """Return a model in evaluation mode; `changes` are fields of its config."""
     shape = {key: value for key, value in tiny_config().to_dict().items() if key in SHAPE}
     if changes.get("position_encoding", "rope") != "rope":

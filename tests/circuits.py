@@ -29,7 +29,7 @@ IDENTITY, CACHED, RELAYED, OUTPUT = range(0, 4), range(4, 8), range(8, 12), rang
 NOTHING, ITEM, WRITER, READER, ASKS = range(16, 21)
 NUM_FEATURES = 21
 DEFAULT, MATCH = 0, 1  # dimensions of queries and keys
-GAIN = 300.0  # exp(-GAIN) is 0 in float32
+GAIN = 300.0  # a softmax weight of exp(-GAIN) is lost beside 1 in any dtype
 
 
 def build_circuit(circuit: Circuit) -> MetaTokenForCausalLM:
@@ -47,7 +47,7 @@ def build_circuit(circuit: Circuit) -> MetaTokenForCausalLM:
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
-    model = MetaTokenForCausalLM(config).eval()
+    model = MetaTokenForCausalLM(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)

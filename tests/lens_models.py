@@ -33,10 +33,14 @@ def build(**changes: Any) -> MetaTokenForCausalLM:
 
 
 def enlarge(model: nn.Module) -> None:
-    """Make random weights large enough that attention is far from uniform."""
+    """Make random weights large enough that attention is far from uniform, and float64.
+
+    So no comparison depends on the order in which one machine's kernels add.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.double()
 
 
 def sample_ids(rows: int = 2, tokens: int = 12) -> Tensor:

@@ -19,7 +19,7 @@ FORBIDDEN_NAMES = {"utils", "common", "helpers"}
 
 # a part may import itself and the parts of lower or equal stage, those of equal stage without a cycle
 STAGES = (
-    {"config", "presets"},
+    {"config", "presets", "files"},
     {"data", "tasks", "model"},
     {"baselines"},
     {"lens"},
@@ -98,6 +98,13 @@ def test_model_imports_only_torch_transformers_and_itself(path: Path) -> None:
         else:
             continue
         assert roots <= MODEL_MAY_IMPORT | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_only_one_file_knows_the_inside_of_transformers(path: Path) -> None:
+    # a name of `import transformers` stays where it is; CONTRIBUTING.md, "A new release of transformers"
+    inside = {name for name in imported_modules(path) if name.startswith("transformers.") and name.count(".") > 1}
+    assert bool(inside) == (module_of(path) == "metatokens.model.compatibility")
 
 
 def test_code_that_travels_with_a_checkpoint_is_all_that_it_reaches() -> None:

@@ -18,6 +18,8 @@ META = 20
 PAD = 21
 VOCAB_SIZE = 24
 MAX_LENGTH = 64
+# that a logit adds one after another: two attentions and an MLP in each of two layers, and the head
+NUM_TERMS = 2 * (2 * (32 + 8 + 32) + 32 + 48) + 32
 
 ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 
@@ -43,11 +45,15 @@ def tiny_config(**changes: Any) -> MetaTokenConfig:
 def tiny_model(
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float64,
     model_class: type[MetaTokenForCausalLM] = MetaTokenForCausalLM,
     **changes: Any,
 ) -> MetaTokenForCausalLM:
-    """Return a model in evaluation mode; equal arguments give equal weights."""
+    """Return a model in evaluation mode; equal arguments give equal weights.
+
+    In float64, unless a test is about another dtype: so no comparison depends on the order in which one machine's
+    kernels add.
+    """
     model = model_class(tiny_config(**changes))
     return randomize(model, seed).to(dtype).eval()
 

@@ -259,6 +259,7 @@ class Experiment:
             accuracies = self.evaluate(f"WORK/runs/{name}", name)
             rows.append(
                 {
+                    "original_window": window,
                     "window": factor * window,
                     "fine_tuned_to": multiple * window,
                     "validation_loss_after_extension": training[factor]["validation"],
@@ -318,9 +319,12 @@ def show(report: dict[str, Any]) -> str:
     ]
     lines += table(["list pointer", "length", "full", "zeroed position", "zeroed embedding"], rows)
     for row in report["extension_table"][:1]:
-        head = ["window", "fine-tuned to", *row["accuracy"]]
+        head = ["original window", "window", "fine-tuned to", *row["accuracy"]]
         cells = [
-            [str(row["window"]), str(row["fine_tuned_to"]), *map(percent, row["accuracy"].values())]
+            [
+                *(str(row[key]) for key in ("original_window", "window", "fine_tuned_to")),
+                *map(percent, row["accuracy"].values()),
+            ]
             for row in report["extension_table"]
         ]
         lines += table(head, cells)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from metatokens.generation.decoding import generate_text as generate_text
     from metatokens.model import MetaTokenConfig as MetaTokenConfig
     from metatokens.model import MetaTokenForCausalLM as MetaTokenForCausalLM
+    from metatokens.model import MetaTokenForQuestionAnswering as MetaTokenForQuestionAnswering
+    from metatokens.model import MetaTokenForSequenceClassification as MetaTokenForSequenceClassification
+    from metatokens.model import MetaTokenForTokenClassification as MetaTokenForTokenClassification
     from metatokens.model import MetaTokenModel as MetaTokenModel
     from metatokens.training.pretraining import pretrain as pretrain
 
@@ -34,6 +37,9 @@ _HOMES = {
     "MetaTokenCollator": "metatokens.data.collator",
     "MetaTokenConfig": "metatokens.model",
     "MetaTokenForCausalLM": "metatokens.model",
+    "MetaTokenForQuestionAnswering": "metatokens.model",
+    "MetaTokenForSequenceClassification": "metatokens.model",
+    "MetaTokenForTokenClassification": "metatokens.model",
     "MetaTokenModel": "metatokens.model",
     "NoInjection": "metatokens.config.schema",
     "PeriodicInjection": "metatokens.config.schema",

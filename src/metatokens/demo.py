@@ -39,6 +39,7 @@ from metatokens.training.loading import analysis_of, model_folder, open_model, o
 from metatokens.training.pretraining import pretrain, vocabulary
 from metatokens.training.starting import model_sha256
 
+DEMO_BYTES = 2**28  # five models of about 1.5 million parameters, two checkpoints of each, and the tokens
 VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05
 TEXT_TOKENS = 1_000_000

@@ -74,7 +74,7 @@ class ResourceError(MetaTokensError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT) and saved a checkpoint first."""
+    """The run was asked to stop by a signal and saved a checkpoint first."""
 
     exit_code = 75
     is_repeated = False

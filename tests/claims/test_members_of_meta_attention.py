@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.accounting import count_parameters, forward_flops, training_flops
+from metatokens.model.masks import TokenLayout
 from metatokens.model.meta_attention import choose_members, hash_integers
 from tiny_models import EOS, META, PAD, assert_close, attention_mask_of, tiny_config, tiny_model, tokens
 
@@ -17,14 +18,8 @@ RANDOM = {"meta_attention_over": "random", "random_ratio": 0.4}
 def members(ids: Tensor, **changes: Any) -> Tensor:
     """Return the tokens of `ids` that take part, positions counted from each row's first real token."""
     mask = attention_mask_of(ids)
-    return choose_members(
-        tiny_config(**changes),
-        input_ids=ids,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        meta_token_mask=ids == META,
-        attention_mask=mask,
-        seen=0,
-    )
+    layout = TokenLayout((mask.cumsum(-1) - 1).clamp(min=0), mask, documents=None, slopes=None)
+    return choose_members(tiny_config(**changes), input_ids=ids, meta_token_mask=ids == META, layout=layout, seen=0)
 
 
 def test_all_means_every_token_but_padding() -> None:

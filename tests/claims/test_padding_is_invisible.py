@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache, StaticCache
 
-from tiny_models import ENCODINGS, assert_close, attention_mask_of, tiny_model, tokens
+from baseline_models import BASELINES, baseline_model
+from metatokens.baselines.landmark import read_best_blocks
+from tiny_models import ENCODINGS, PAD, assert_close, attention_mask_of, shared_model, tiny_model, tokens
 
 BATCHES = {
     "left": (".....x_xx_", "x_xx_x__xx", "...xxxxxxx"),
@@ -37,6 +40,68 @@ def test_row_of_padding_only_leaves_logits_and_gradients_finite(encoding: str, b
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         assert model.eval()(ids, attention_mask=mask).logits.isfinite().all()
+
+
+PADDED_INSIDE = ("x_x_....x_x", "..xx_.x_.x_", "x_x.xx_x_..")
+
+
+@pytest.mark.parametrize("over", ["meta", "all", "random"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+@torch.no_grad()
+def test_padding_inside_a_row_moves_nothing(cache: str, encoding: str, backend: str, over: str) -> None:
+    model = shared_model(
+        position_encoding=encoding,
+        attn_implementation=backend,
+        meta_attention_over=over,
+        random_ratio=0.4,
+        dtype=torch.float64,
+    )
+    ids = tokens(*PADDED_INSIDE)
+    mask = attention_mask_of(ids)
+    past = {
+        "none": lambda: None,
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
+    }[cache]()
+    pieces = [(0, 11)] if past is None else [(0, 7), (7, 10), (10, 11)]
+    logits = torch.cat(
+        [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past).logits for a, b in pieces], dim=1
+    )
+    for row in range(len(ids)):
+        real = mask[row].bool()
+        assert_close(logits[row, real], model(ids[row, real][None]).logits[0], 1e-10)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("name", BASELINES)
+@torch.no_grad()
+def test_padding_inside_a_row_moves_nothing_under_sparse_attention(name: str, encoding: str) -> None:
+    model = baseline_model(name, position_encoding=encoding, dtype=torch.float64)
+    if name == "landmark":
+        read_best_blocks(model, 1)
+    ids = tokens(*PADDED_INSIDE)
+    mask = attention_mask_of(ids)
+    past = DynamicCache(config=model.config)
+    cached = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past).logits for a, b in ((0, 7), (7, 11))]
+    for row in range(len(ids)):
+        real = mask[row].bool()
+        alone = model(ids[row, real][None]).logits[0]
+        assert_close(model(ids, attention_mask=mask).logits[row, real], alone, 1e-10)
+        assert_close(torch.cat(cached, dim=1)[row, real], alone, 1e-10)
+
+
+@torch.no_grad()
+def test_generation_from_a_prompt_with_padding_inside_goes_on_as_without_it() -> None:
+    for cache in ("dynamic", "static"):
+        model = shared_model(position_encoding="alibi")
+        ids = tokens("x_x_....x_xx")
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+        options["cache_implementation"] = cache
+        expected = model.generate(ids[ids != PAD][None], **options)
+        padded = model.generate(ids, attention_mask=attention_mask_of(ids), **options)
+        assert torch.equal(padded[0, 12:], expected[0, 8:])
 
 
 @torch.no_grad()

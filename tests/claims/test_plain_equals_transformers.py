@@ -80,7 +80,7 @@ def test_plain_model_with_learned_positions_equals_transformers_gpt2(batch: str)
             )
         )
     ).eval()
-    load_gpt2(model, gpt2)
+    load_gpt2(model, gpt2.double())
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_plain_model_with_rope_equals_transformers_gpt_neox(batch: str) -> None:
             )
         )
     ).eval()
-    load_neox(model, neox)
+    load_neox(model, neox.double())
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
     with torch.no_grad():

@@ -39,7 +39,7 @@ IDS = tokens("x_xx_x__xxxxx", "xxxxxxx_xxxx_")
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_loaded_model_gives_the_bits_of_the_saved_one(variant: str, tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS[variant])
+    model = tiny_model(**VARIANTS[variant], dtype=torch.float32)
     save_model(model, tmp_path)
     loaded = MetaTokenForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -48,7 +48,7 @@ def test_loaded_model_gives_the_bits_of_the_saved_one(variant: str, tmp_path: Pa
 @pytest.mark.parametrize("variant", ["rope", "yarn", "dynamic", "learned"])
 @torch.no_grad()
 def test_auto_classes_load_the_bits_of_the_saved_model(variant: str, tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS[variant])
+    model = tiny_model(**VARIANTS[variant], dtype=torch.float32)
     save_model(model, tmp_path)
     causal, decoder = AutoModelForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
     assert type(causal) is MetaTokenForCausalLM
@@ -60,7 +60,7 @@ def test_auto_classes_load_the_bits_of_the_saved_model(variant: str, tmp_path: P
 
 @torch.no_grad()
 def test_model_loaded_as_bfloat16_gives_the_same_bits_when_saved_and_loaded_again(tmp_path: Path) -> None:
-    save_model(tiny_model(), tmp_path / "float32")
+    save_model(tiny_model(dtype=torch.float32), tmp_path / "float32")
     model = MetaTokenForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
     save_model(model, tmp_path / "bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16")
@@ -70,7 +70,7 @@ def test_model_loaded_as_bfloat16_gives_the_same_bits_when_saved_and_loaded_agai
 
 @torch.no_grad()
 def test_model_cast_to_bfloat16_gives_the_bits_of_the_same_model_loaded_as_bfloat16(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(dtype=torch.float32)
     save_model(model, tmp_path)
     loaded = MetaTokenForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded(IDS).logits, model.to(torch.bfloat16)(IDS).logits)
@@ -90,6 +90,10 @@ assert type(config).__module__.startswith("transformers_modules."), type(config)
 with torch.no_grad():
     generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
     outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
+    causal.save_pretrained("again")
+    again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+    assert type(again) is not type(causal)  # from the code that was saved, not from the code that saved it
+    assert torch.equal(again(ids).logits, outputs[0])
 torch.save(outputs, sys.argv[3])
 """
 
@@ -97,10 +101,12 @@ torch.save(outputs, sys.argv[3])
 @pytest.mark.slow
 @torch.no_grad()
 def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS["yarn"])
+    model = tiny_model(**VARIANTS["yarn"], dtype=torch.float32)
     checkpoint, empty = tmp_path / "checkpoint", tmp_path / "elsewhere"
     empty.mkdir()
-    save_model(model, checkpoint)
+    save_model(model, tmp_path / "first")
+    # what transformers itself saves of a loaded model is no worse
+    MetaTokenForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(checkpoint)
     torch.save(IDS, tmp_path / "ids.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [

@@ -11,8 +11,8 @@ TEXT = ("xxxxxxxxx", "xxxxxxxxx")
 
 def twins(encoding: str, backend: str) -> tuple[MetaTokenForCausalLM, MetaTokenForCausalLM]:
     """Return a model with meta-attention and the plain one with its other weights."""
-    model = tiny_model(position_encoding=encoding, attn_implementation=backend)
-    plain = tiny_model(position_encoding=encoding, attn_implementation=backend, meta_attention_layers="none", seed=1)
+    shape = {"position_encoding": encoding, "attn_implementation": backend, "dtype": torch.float32}
+    model, plain = tiny_model(**shape), tiny_model(**shape, meta_attention_layers="none", seed=1)
     missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
     assert missing == []
     assert all(".meta_attn." in name for name in unexpected)

@@ -231,6 +231,10 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(w
     train = ("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out")
     other = shutil.copytree(work / "run", tmp_path / "other")
     (other / "config.yaml").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "odd" / "model").mkdir(parents=True)
+    (tmp_path / "sweep.yaml").write_text("preset: tiny/recall\n")
+    extend = ("extend", work / "run", "--factor", "2", "--preset", "tiny/extend")
     commands = (
         ((*prepare, "--out", work / "tokens"), 2, "a prepared dataset"),
         ((*prepare, "--out", tmp_path / "new", "--tokenizer", tmp_path / "no-tokenizer"), 2, "no-tokenizer"),
@@ -243,10 +247,17 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(w
         ((*train, tmp_path / "new", "--training.batch_blocks", "80000"), 2, "at least one batch of 80000 blocks"),
         ((*train, tmp_path / "new", "--model.hidden_act", "geluu"), 2, "did you mean 'gelu'"),
         ((*train, other, "--seed", "1"), 4, "a checkpoint of this config"),
+        ((*train, tmp_path / "link"), 2, "No such file or directory"),
+        ((*train, tmp_path / ("x" * 256)), 2, "File name too long"),
+        ((*train, tmp_path / "odd"), 2, "no model before the end of the run"),
+        ((*extend, "--out", tmp_path / "link", "--no-training"), 2, "a new folder"),
+        ((*extend, "--out", tmp_path / "file/new", "--no-training"), 2, "Not a directory"),
+        (("demo", "--out", tmp_path / "file"), 2, "Not a directory"),
+        (("sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "file"), 2, "Not a directory"),
     )
 
     def everything() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
+        return {path: path.lstat().st_mtime_ns for folder in (work, tmp_path) for path in folder.rglob("*")}
 
     before = everything()
     lines = [error_line(*command, "--dry-run", code=code) for command, code, _ in commands]
@@ -256,6 +267,31 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(w
     for line, (command, code, named) in zip(lines, commands, strict=True):
         assert named in line
         assert error_line(*command, code=code) == line
+
+
+def test_an_override_may_stand_before_the_preset_and_a_misspelt_flag_is_no_override(work, tmp_path):
+    arguments = (work / "tiny.yaml", "--dry-run", "--out", tmp_path / "new")
+    before = metatokens("pretrain", "--data.path", work / "tokens", "--optimizer.learning_rate", "1.5e3", *arguments)
+    after = metatokens("pretrain", *arguments, "--data.path", work / "tokens", "--optimizer.learning_rate=1500")
+    assert before.stdout == after.stdout
+    assert "did you mean '--dry-run'?" in error_line("pretrain", "--dryrun", work / "tiny.yaml", code=2)
+
+
+def test_a_home_folder_is_found_where_the_shell_leaves_it_as_it_is(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tokens").symlink_to(work / "tokens")
+    planned = metatokens("pretrain", work / "tiny.yaml", "--data.path=~/tokens", "--out=~/new", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["out"] == str(tmp_path / "new")
+    assert "no-such-user" in error_line("pretrain", work / "tiny.yaml", "--out=~no-such-user/x", code=2)
+
+
+def test_presets_of_one_name_have_run_folders_of_their_own(work):
+    def planned(preset):
+        done = metatokens("pretrain", preset, "--data.path", work / "tokens", "--dry-run", "--json")
+        return json.loads(done.stdout)["out"]
+
+    assert planned(work / "tiny.yaml") == "runs/tiny"
+    assert planned("tiny/plain") == "runs/tiny/plain"
 
 
 # Bad input ---------------------------------------------------------------------------------------------------

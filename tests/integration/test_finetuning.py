@@ -94,6 +94,16 @@ def test_a_stage_longer_than_the_model_is_refused_before_anything_is_trained(con
         finetune(config("--curriculum", "[{steps: 1, size: [3, 3], prompt_tokens: [1, 129]}]"), tmp_path / "run")
 
 
+def test_meta_tokens_and_answers_count_in_the_length_of_a_stage(config: Config, tmp_path: Path):
+    task = ["--task", "{kind: copying, meta_places: {kind: uniform, meta_ratio: 0.25}}"]
+    stage = "[{{steps: 1, size: [8, 8], prompt_tokens: [{0}, {0}]}}]"
+    with pytest.raises(UsageError, match=r"at most the 128 positions of the model, found an instance of 168, with"):
+        finetune(config(*task, "--curriculum", stage.format(120)), tmp_path / "run", show_progress=False)
+    # 90 text tokens, 30 meta-tokens and the 8 of the answer
+    result = finetune(config(*task, "--curriculum", stage.format(90)), tmp_path / "run", show_progress=False)
+    assert result.meta_tokens == 30 * 8
+
+
 def test_the_commands_finetune_and_evaluate(preset: Path, done: Path, tmp_path: Path):
     plan = json.loads(metatokens("finetune", preset, "--dry-run", "--json").stdout)
     assert plan["steps"] == 24

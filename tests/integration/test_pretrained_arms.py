@@ -119,8 +119,8 @@ def done(config: Config, neo: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @torch.no_grad()
 def test_a_run_starts_from_the_model_as_it_came_and_trains_it(neo: Path, done: Path, vocab_size: int):
-    original = AutoModelForCausalLM.from_pretrained(neo).eval()
-    start, trained = open_model(neo), open_model(done)
+    original = AutoModelForCausalLM.from_pretrained(neo).double().eval()
+    start, trained = open_model(neo).double(), open_model(done).double()
     ids = torch.arange(1, 30)[None]
     torch.testing.assert_close(start(ids).logits[..., :vocab_size], original(ids).logits)
     assert (trained(ids).logits - start(ids).logits).abs().max() > 1e-3

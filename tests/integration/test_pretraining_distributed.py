@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
+from training_runs import ROUNDING, losses, numbers, run, small_config, start, wait, wait_for_step, weights
 
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
@@ -36,8 +36,8 @@ def alone(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close(out: Path, reference: Path) -> None:
-    assert numbers(out) == pytest.approx(numbers(reference), rel=1e-5)
-    assert numbers(out, "validation_loss_hex") == pytest.approx(numbers(reference, "validation_loss_hex"), rel=1e-5)
+    assert numbers(out) == pytest.approx(numbers(reference), rel=ROUNDING)
+    assert numbers(out, "validation_loss_hex") == pytest.approx(numbers(reference, "validation_loss_hex"), rel=ROUNDING)
 
 
 DRIVER = """

@@ -121,6 +121,18 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     assert_identical(out, uninterrupted)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_or_the_warning_of_a_scheduler_ends_a_run_with_a_checkpoint(
+    config: Config, uninterrupted: Path, tmp_path: Path, number: signal.Signals
+):
+    started = start(config(), tmp_path / "run")
+    wait_for_step(tmp_path / "run", 6, started)
+    os.kill(started[0].pid, number)
+    assert wait(started) == [75]
+    assert run(config(), tmp_path / "run") == [0]
+    assert_identical(tmp_path / "run", uninterrupted)
+
+
 def test_a_run_goes_on_from_the_previous_checkpoint_if_the_newest_is_damaged(
     config: Config, uninterrupted: Path, tmp_path: Path
 ):

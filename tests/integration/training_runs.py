@@ -18,6 +18,7 @@ from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.schema import PretrainConfig, RunConfig
 from metatokens.errors import MetaTokensError, Preempted
 from metatokens.training.finetuning import finetune
+from tolerances import tolerance
 
 STEPS = 40
 SMALL = f"""
@@ -30,6 +31,7 @@ evaluation: {{interval_steps: 10, blocks: 12}}
 checkpoint: {{interval_steps: 4}}
 logging: {{interval_steps: 1}}
 """
+ROUNDING = tolerance(torch.float32, 12 * 58)  # a loss adds over the targets of a batch, in parts or at once
 DEADLINE_SECONDS = 300  # seconds suffice, but not on a machine that is busy with something else
 
 
@@ -69,8 +71,7 @@ def run(config: RunConfig, out: Path, *, world_size: int = 1) -> list[int]:
 
 def _run(config: RunConfig, out: Path, environment: dict[str, str]) -> None:
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    os.environ.update(environment)  # with as many threads as the tests: their bits are compared
     train = finetune if isinstance(config, FinetuneConfig) else pretrain
     try:
         train(config, out, show_progress=False)

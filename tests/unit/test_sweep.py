@@ -273,6 +273,7 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     meta, pause = results.cells
     assert meta.seeds == (3, 5)
     assert meta.matching == "the same steps as pause"
+    assert (meta.window, meta.original_window, meta.trained_to) == (256, 256, 32)
     assert [point.sequence_accuracy for point in meta.curve] == [0.3, 0.6]
     near, far = meta.evaluations[0].rows
     assert near.sequence_accuracy is not None
@@ -281,11 +282,32 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
         [right["meta"]], [right["pause"]], seed=0
     )  # the seed that both have
     assert near.difference == expected
+    assert near.sequence_by_seed == pytest.approx((5 / 6, 5 / 6))
+    assert near.difference_by_seed == pytest.approx((1 / 3,))
     assert far.sequence_accuracy is None
     assert far.difference is None
+    assert (far.sequence_by_seed, far.difference_by_seed) == ((), ())
     assert pause.evaluations[0].rows[0].difference is None
     assert pause.evaluations[0].rows[0].seeds == (3,)
-    assert "| n/a |" in to_markdown(results)
+    table = to_markdown(results)
+    assert "| n/a |" in table
+    assert "| 83.3% (83.3 / 83.3) |" in table  # no interval from two seeds
+    assert "| too few seeds (1, at least 6 needed) |" in table
+
+
+@pytest.mark.parametrize(
+    ("scaling", "original", "own"),
+    [
+        ("{kind: yarn, factor: 4, original_max_position_embeddings: 64}", 64, 256),
+        ("{kind: linear, factor: 4}", 64, 256),
+        ("{kind: dynamic, factor: 4}", 256, 1024),
+        ("{kind: none}", 256, 256),
+    ],
+)
+def test_a_scaled_window_is_told_beside_the_original_one(load: Any, scaling: str, original: int, own: int):
+    runs = plan(load(f"axes: {{arm: {{meta: {{start.model.rope_scaling: {scaling}}}}}}}"))
+    (windows,) = {run.windows for run in runs if run.labels["arm"] == "meta"}
+    assert (windows.original, windows.own) == (original, own)
 
 
 def test_a_run_is_done_when_it_has_answered_what_is_asked_now(load: Any, tmp_path: Path):

@@ -1,9 +1,15 @@
 """The paper's claims about the inside of a model (sections 5 and 6), and what decides each: one number, named before.
 
-An endpoint is one number a document, whose mean must lie above the claim's threshold with its whole interval for the
-claim to be supported, also after Holm's correction for all of them (of the area between hulls there is an interval
-alone, and no p-value to correct). An interval that holds the threshold, or lies below it, does not support the claim;
-a claim whose number was not measured is not tested.
+An endpoint is one number a document. Its mean is judged by its interval and by a sign-flip test against the claim's
+threshold, corrected for all claims that are tested (Holm):
+
+    supported             the interval lies above the threshold, and the corrected p-value is at most the level
+    the opposite holds    it lies below, with such a p-value
+    too few documents     neither, and with so few documents no p-value could have passed the correction for all
+    inconclusive          neither, with enough documents: nothing is shown in either direction
+    not tested            the number was not measured, or not chosen
+
+Of an area between hulls there is an interval alone, and no p-value to correct.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import numpy.typing as npt
 from metatokens.analysis.measures import Coordinates, Row
 from metatokens.analysis.results import Verdict
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
-from metatokens.evaluation.significance import bca_interval, holm, sign_flip_test
+from metatokens.evaluation.significance import bca_interval, holm, least_units, sign_flip_test
 from metatokens.evaluation.statistics import Interval
 
 Array = npt.NDArray[np.float64]
@@ -37,8 +43,10 @@ class Claim:
     unit: str
     threshold: float = 0.0
     """What the interval must lie above."""
-    opposite: str | None = "the opposite holds"
-    """What an interval below 0 means."""
+    paper_value: float | None = None
+    """The paper's own number for the same quantity, in the same unit."""
+    opposite: str | None = None
+    """What an interval below the threshold means, where that needs words."""
 
 
 CLAIMS: dict[Endpoint, Claim] = {
@@ -47,12 +55,14 @@ CLAIMS: dict[Endpoint, Claim] = {
         "+1.40 nats",
         "entropy without minus with the meta-tokens' embedding, mean over layers, heads and queries",
         "nats",
+        paper_value=1.40,
     ),
     "max_score_boost": Claim(
         "The meta-tokens' embedding raises the largest logit",
         "+1.26",
         "largest attention score with minus without the embedding; not free of a common shift",
         "logits",
+        paper_value=1.26,
     ),
     "log_odds_boost": Claim(
         "The meta-tokens' embedding draws attention to them",
@@ -65,7 +75,8 @@ CLAIMS: dict[Endpoint, Claim] = {
         "for every row",
         "share of boosted edges whose boost alone lowers the entropy, mean over documents, above 0.99",
         "1",
-        0.99,
+        threshold=0.99,
+        opposite="not for every row",
     ),
     "excess_cosine": Claim(
         "The state of a meta-token resembles the text right before it",
@@ -80,9 +91,15 @@ CLAIMS: dict[Endpoint, Claim] = {
         "1",
     ),
     "area": Claim(
-        "A meta-token's state holds the answer at a lower distortion for equal rate",
+        "A meta-token's state holds the answer at a lower distortion for equal rate than the last token's",
         "lower distortion at equal rate",
-        "area between the rate-distortion hulls, token right before it (same prefix) minus last meta-token",
+        "area between the rate-distortion hulls, last token minus last meta-token: the paper's comparison",
+        "nats^2",
+    ),
+    "prefix_area": Claim(
+        "It does so against the token right before it, which has read the same prefix",
+        "not compared",
+        "area between the rate-distortion hulls, token right before it minus last meta-token",
         "nats^2",
     ),
     "interaction": Claim(
@@ -131,57 +148,73 @@ def judge(
     """Return a verdict on every claim; p-values are corrected together (Holm).
 
     Args:
-        endpoints: one number a document, by endpoint.
+        endpoints: one number a document, by endpoint; what is not finite is left out.
         chosen: the endpoints that were named before the run.
         seed: of the resamples.
         intervals: endpoints that are no mean over documents, with the number of documents; without a p-value.
     """
-    verdicts = []
+    measured = []
     for name, claim in CLAIMS.items():
         if name in chosen and name in intervals:
-            verdicts.append(_verdict(claim, *intervals[name]))
+            measured.append(_measured(claim, *intervals[name]))
         else:
-            verdicts.append(_judge_documents(claim, endpoints.get(name) if name in chosen else None, seed))
-    tested = [index for index, verdict in enumerate(verdicts) if verdict.p_value is not None]
-    adjusted = holm([verdicts[index].p_value or 0.0 for index in tested])
+            measured.append(_measure_documents(claim, endpoints.get(name) if name in chosen else None, seed))
+    tested = [index for index, one in enumerate(measured) if one.p_value is not None]
+    adjusted = holm([measured[index].p_value or 0.0 for index in tested])
     for index, p_value in zip(tested, adjusted.tolist(), strict=True):
-        changes: dict[str, object] = {"p_value": p_value}
-        if verdicts[index].verdict == "supported" and p_value > LEVEL:
-            changes |= {"verdict": "not supported", "note": "not after Holm's correction"}
-        verdicts[index] = verdicts[index].model_copy(update=changes)
-    return verdicts
+        measured[index] = measured[index].model_copy(update={"p_value": p_value})
+    return decide(measured)
 
 
-def _judge_documents(claim: Claim, documents: Array | None, seed: int) -> Verdict:
+def decide(measured: Sequence[Verdict]) -> list[Verdict]:
+    """Return the verdicts that follow from the numbers of all claims, in the order of `CLAIMS`.
+
+    Args:
+        measured: value, interval, number of documents and corrected p-value of each; their verdicts do not matter.
+    """
+    num_tested = sum(one.num_documents > 0 and (one.low is None or one.p_value is not None) for one in measured)
+    least = max(MINIMUM_DOCUMENTS, least_units(num_tested, LEVEL))
+    return [_decide(claim, one, least) for claim, one in zip(CLAIMS.values(), measured, strict=True)]
+
+
+def _decide(claim: Claim, measured: Verdict, least_documents: int) -> Verdict:
+    count, note = measured.num_documents, None
+    passes = measured.low is not None and (measured.p_value is None or measured.p_value <= LEVEL)
+    if not count:
+        verdict, note = "not tested", "not measured"
+    elif passes and measured.low is not None and measured.low > claim.threshold:
+        verdict = "supported"
+    elif passes and measured.high is not None and measured.high < claim.threshold:
+        verdict, note = "the opposite holds", claim.opposite
+    elif count < least_documents and (measured.low is None or measured.p_value is not None):
+        verdict, note = "too few documents", f"{count}, at least {least_documents} needed"
+    else:
+        verdict = "inconclusive"
+    share = None if measured.value is None or claim.paper_value is None else measured.value / claim.paper_value
+    return measured.model_copy(update={"verdict": verdict, "note": note, "share_of_paper": share})
+
+
+def _measure_documents(claim: Claim, documents: Array | None, seed: int) -> Verdict:
     values = np.asarray([] if documents is None else documents, dtype=np.float64)
     values = values[np.isfinite(values)]
     if len(values) < MINIMUM_DOCUMENTS:
-        return Verdict(
-            claim=claim.text,
-            paper=claim.paper,
-            endpoint=claim.endpoint,
-            unit=claim.unit,
-            verdict="not tested",
-            note="not measured" if documents is None else f"{len(values)} documents are too few for an interval",
-        )
-    verdict = _verdict(claim, bca_interval(values, seed=seed), len(values))
-    return verdict.model_copy(update={"p_value": sign_flip_test(values - claim.threshold, seed=seed)})
+        estimate = float(values.mean()) if len(values) else None
+        return _measured(claim, Interval(estimate, None, None) if estimate is not None else None, len(values))
+    found = _measured(claim, bca_interval(values, seed=seed), len(values))
+    return found.model_copy(update={"p_value": sign_flip_test(values - claim.threshold, seed=seed)})
 
 
-def _verdict(claim: Claim, interval: Interval, num_documents: int) -> Verdict:
-    assert interval.low is not None
-    assert interval.high is not None
+def _measured(claim: Claim, interval: Interval | None, num_documents: int) -> Verdict:
     return Verdict(
         claim=claim.text,
         paper=claim.paper,
         endpoint=claim.endpoint,
         unit=claim.unit,
-        verdict="supported" if interval.low > claim.threshold else "not supported",
-        value=interval.estimate,
-        low=interval.low,
-        high=interval.high,
+        verdict="not tested",
+        value=None if interval is None else interval.estimate,
+        low=None if interval is None else interval.low,
+        high=None if interval is None else interval.high,
         num_documents=num_documents,
-        note=claim.opposite if interval.high < 0 and not claim.threshold else None,
     )
 
 
@@ -203,7 +236,8 @@ DECIDERS: dict[Endpoint, Decider] = {
     "theorem": Decider("share_beyond"),
     "excess_cosine": Decider("near_excess_cosine"),
     "fading_cosine": Decider("fading_cosine"),
-    "area": Decider("area", {"against": "token before it"}),
+    "area": Decider("area", {"against": "last token"}),
+    "prefix_area": Decider("area", {"against": "token before it"}),
     "interaction": Decider("interaction"),
     "meta_path": Decider("meta_path"),
     "eviction": Decider("worth_of_meta_columns"),

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from metatokens.config.base import Frozen
 from metatokens.errors import DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RESULTS_NAME = "results.json"
 ARRAYS_NAME = "arrays.npz"
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -51,6 +51,10 @@ class Record(Frozen):
     note: str | None = None
 
 
+VerdictName = Literal["supported", "the opposite holds", "inconclusive", "too few documents", "not tested"]
+VERDICTS: tuple[VerdictName, ...] = get_args(VerdictName)
+
+
 class Verdict(Frozen):
     """One claim of the paper, and what came of it here."""
 
@@ -59,7 +63,8 @@ class Verdict(Frozen):
     """The paper's own number, as text."""
     endpoint: str
     """Which number decides, and how; fixed before the run."""
-    verdict: Literal["supported", "not supported", "not tested"]
+    verdict: VerdictName
+    """Not tested: nothing was measured."""
     value: float | None = None
     low: float | None = None
     high: float | None = None
@@ -67,7 +72,14 @@ class Verdict(Frozen):
     num_documents: int = 0
     p_value: float | None = None
     """Adjusted over all verdicts (Holm)."""
+    share_of_paper: float | None = None
+    """`value` over the paper's own number, where it has one for the same quantity."""
     note: str | None = None
+
+    @property
+    def beside_paper(self) -> str:
+        """The effect as a share of the paper's, in words; empty where the paper has no number for it."""
+        return "" if self.share_of_paper is None else f"{100 * self.share_of_paper:.0f}% of the paper's"
 
 
 class TokenView(Frozen):
@@ -83,7 +95,7 @@ class TokenView(Frozen):
 class Results(Frozen):
     """All that a report needs."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     title: str
     checkpoint: dict[str, Any]
     config: dict[str, Any]

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkModel
 from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM, SparseAttentionModel
+from metatokens.model.compatibility import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 for _config, _decoder, _model in (
     (LandmarkConfig, LandmarkModel, LandmarkForCausalLM),
@@ -17,6 +18,7 @@ for _config, _decoder, _model in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _decoder, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__  # for Trainer's label smoothing
 
 __all__ = [
     "LandmarkConfig",

@@ -6,10 +6,11 @@ for them.
 """
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
+from transformers import Cache
 
 from metatokens.model.cache import MetaDynamicLayer
+from metatokens.model.masks import TokenLayout
 
 MARKED_LAYER = "marked_attention"
 
@@ -63,20 +64,26 @@ def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tenso
     """
     if past_key_values is None:
         return is_meta_BT
-    layer = past_key_values.layers[0]
+    layer = next(iter(past_key_values.layers), None)
     if not isinstance(layer, MarkedDynamicLayer):
-        raise ValueError("this attention needs a DynamicCache made from the model's config")
+        raise ValueError(
+            f"the cache, a {type(past_key_values).__name__}, was not made from this model's config or is static, and "
+            "has no place to mark the meta-tokens: use DynamicCache(config=model.config)"
+        )
     return layer.update_marks(is_meta_BT)
 
 
-def real_tokens(attention_mask: Tensor | None, is_meta_BK: Tensor) -> Tensor:
+def real_tokens(layout: TokenLayout, is_meta_BK: Tensor) -> Tensor:
     """Return which of all columns are no padding, (B, K) bool.
 
     Raises:
-        ValueError: for a mask that is not (B, K).
+        ValueError: for packed documents, or a mask that is not (B, K).
     """
-    if attention_mask is None:
+    if layout.documents is not None:
+        raise ValueError("this attention takes one document a row: give no position_ids that start anew")
+    if layout.attention_mask is None:
         return torch.ones_like(is_meta_BK)
-    if attention_mask.ndim != 2:
+    if layout.attention_mask.ndim != 2:
         raise ValueError("this attention makes its own mask: give attention_mask as (batch, tokens), 0 at padding")
-    return attention_mask.bool().to(is_meta_BK.device)
+    is_real: Tensor = layout.attention_mask.bool().to(is_meta_BK.device)
+    return nn.functional.pad(is_real, (0, is_meta_BK.shape[1] - is_real.shape[1]))  # a static cache's empty columns

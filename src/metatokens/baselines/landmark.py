@@ -13,18 +13,18 @@ The whole (B, H, T, K) matrix exists, as in eager attention; no attention backen
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.baselines.landmark_retrieval import BlockTable, attend_to_best_blocks, tabulate_blocks
 from metatokens.model.attention import SelfAttention
 from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.masks import TokenLayout
 from metatokens.model.modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
 
 
@@ -53,9 +53,11 @@ class LandmarkConfig(MetaTokenConfig):
             raise ValueError(f"num_best_blocks must be at least 1 or None, not {self.num_best_blocks}")
 
 
-@dataclass(frozen=True)
-class Landmarks:
-    """Blocks of a batch, made once per forward pass for all layers; it takes the place of the attention mask."""
+class Landmarks(NamedTuple):
+    """Blocks of a batch, made once per forward pass for all layers; it takes the place of the attention mask.
+
+    A tuple, like the `MetaPack`.
+    """
 
     visible: Tensor
     """(B, 1, T, K) bool: keys that are text and neither padding nor in the query's future."""
@@ -65,6 +67,8 @@ class Landmarks:
     """(B, K) int64: number of the block that a column lies in, or ends."""
     query_columns: Tensor
     """(T,) int64."""
+    positions: Tensor
+    """(B, K) int64, of all columns; the distances of ALiBi."""
     num_blocks: int
     slopes: Tensor | None
     """(H,) of ALiBi."""
@@ -140,6 +144,7 @@ class LandmarkAttention(SelfAttention):
                     query_columns=landmarks.query_columns,
                     num_best=self.config.num_best_blocks,
                     scaling=self.scaling,
+                    positions=landmarks.positions,
                     slopes=landmarks.slopes,
                 )
             else:
@@ -153,8 +158,9 @@ class LandmarkAttention(SelfAttention):
         scores: Tensor = query.to(precision) @ key.to(precision).transpose(-1, -2) * self.scaling
         if landmarks.slopes is None:
             return scores
-        columns = torch.arange(key.shape[2], device=key.device)
-        return scores - landmarks.slopes[:, None, None] * (landmarks.query_columns[:, None] - columns)
+        positions = landmarks.positions[:, None]
+        distance = positions[..., -query.shape[2] :, None] - positions[..., None, :]
+        return scores - landmarks.slopes[:, None, None] * distance
 
 
 class LandmarkBlock(MetaTokenBlock):
@@ -176,18 +182,17 @@ class LandmarkModel(MetaTokenModel):
         self,
         mask: Any,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        layout: TokenLayout,
         past_key_values: Cache | None,
-        slopes: Tensor | None,
         meta_token_mask: Tensor,
     ) -> Sequence[Any]:
         del mask
         is_landmark = mark_meta_tokens(meta_token_mask, past_key_values)
-        is_real = real_tokens(attention_mask, is_landmark)
-        landmarks = self._find_blocks(is_landmark & is_real, is_real, hidden.shape[1], slopes)
+        is_real = real_tokens(layout, is_landmark)
+        landmarks = self._find_blocks(is_landmark & is_real, is_real, hidden.shape[1], layout)
         return [landmarks] * len(self.layers)
 
-    def _find_blocks(self, is_landmark: Tensor, is_real: Tensor, num_queries: int, slopes: Tensor | None) -> Landmarks:
+    def _find_blocks(self, is_landmark: Tensor, is_real: Tensor, num_queries: int, layout: TokenLayout) -> Landmarks:
         columns = torch.arange(is_landmark.shape[1], device=is_landmark.device)
         block_of_key = is_landmark.long().cumsum(-1) - is_landmark.long()
         num_blocks = int(block_of_key[:, -1].max()) + 1
@@ -196,7 +201,8 @@ class LandmarkModel(MetaTokenModel):
         visible = (columns <= query_columns[:, None]) & is_text[:, None, None]
         reads_best = self.config.num_best_blocks is not None and not self.training
         table = tabulate_blocks(is_text, is_landmark, block_of_key, num_blocks) if reads_best else None
-        return Landmarks(visible, is_landmark, block_of_key, query_columns, num_blocks, slopes, table)
+        positions = layout.key_positions(len(columns), len(columns) - num_queries).expand(len(is_real), -1)
+        return Landmarks(visible, is_landmark, block_of_key, query_columns, positions, num_blocks, layout.slopes, table)
 
 
 class LandmarkForCausalLM(MetaTokenForCausalLM):

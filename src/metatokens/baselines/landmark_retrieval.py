@@ -8,7 +8,7 @@ meets distances it was not trained on unless its RoPE is scaled.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 QUERY_CHUNK = 128  # queries at a time: the gathered blocks take H x 128 x (k + 1) x block x D elements
 
 
-@dataclass(frozen=True)
-class BlockTable:
+class BlockTable(NamedTuple):
     """Which columns make up each block; blocks with fewer tokens than the longest are filled up with -1."""
 
     columns: Tensor
@@ -52,6 +51,7 @@ def attend_to_best_blocks(
     query_columns: Tensor,
     num_best: int,
     scaling: float,
+    positions: Tensor,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """Attend with each query and head to the `num_best` earlier blocks of highest landmark score and to the own block.
@@ -67,6 +67,7 @@ def attend_to_best_blocks(
         query_columns: (T,) int64, rising.
         num_best: k.
         scaling: factor on the scores.
+        positions: (B, K) int64, the distances of ALiBi.
         slopes: (H,) of ALiBi, or None.
 
     Returns:
@@ -85,6 +86,7 @@ def attend_to_best_blocks(
                 query_columns[chunk],
                 min(num_best, blocks.landmarks.shape[1]),
                 scaling,
+                positions,
                 slopes,
             )
         )
@@ -100,6 +102,7 @@ def _attend_chunk(
     query_columns: Tensor,
     num_best: int,
     scaling: float,
+    positions: Tensor,
     slopes: Tensor | None,
 ) -> Tensor:
     num_rows, num_heads, num_queries, _ = query.shape
@@ -110,7 +113,9 @@ def _attend_chunk(
     landmark_keys = _take(key, blocks.landmarks[:, None].expand(-1, num_heads, -1)).to(precision)
     landmark_scores = query @ landmark_keys.transpose(-1, -2)
     if slopes is not None:
-        landmark_scores -= slopes[:, None, None] * (query_columns[:, None] - blocks.landmarks[:, None])[:, None]
+        query_positions = positions[:, query_columns]
+        of_landmarks = positions.gather(1, blocks.landmarks.clamp(min=0))
+        landmark_scores -= slopes[:, None, None] * (query_positions[:, :, None] - of_landmarks[:, None])[:, None]
     best = landmark_scores.masked_fill(~usable[:, None], -math.inf).topk(num_best, dim=-1)
 
     own = block_of_query[:, None, :, None].expand(-1, num_heads, -1, -1)
@@ -121,7 +126,8 @@ def _attend_chunk(
     keys = _take(key, flat).view(*shape, -1).to(precision)
     scores = (keys @ query[:, :, :, None, :, None])[..., 0]
     if slopes is not None:
-        scores = scores - slopes[:, None, None, None] * (query_columns[:, None, None] - columns)
+        of_keys = positions[:, None].expand(-1, num_heads, -1).gather(2, flat.clamp(min=0)).view(shape)
+        scores = scores - slopes[:, None, None, None] * (query_positions[:, None, :, None, None] - of_keys)
     seen = (columns >= 0) & (columns <= query_columns[:, None, None])
     scores = scores.masked_fill(~seen, -math.inf)
     inside = scores[..., :-1, :].logsumexp(-1)

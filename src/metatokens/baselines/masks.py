@@ -1,8 +1,8 @@
 """Sparse patterns of the causal self-attention: sliding window, Longformer, BigBird, and GPT-Neo's local layers.
 
 A pattern tells of a query and a key, by their columns, whether the one sees the other; causality and padding come on
-top. Positions count from a row's first real token, so padding on the left shifts nothing, and from the start of the
-sequence, so a cache shifts nothing. Every query sees itself. The keys of all tokens stay in the cache, and the kernels
+top. Positions count a row's real tokens, so padding shifts nothing, from the start of the sequence, so a cache shifts
+nothing. Every query sees itself. The keys of all tokens stay in the cache, and the kernels
 of eager and sdpa still visit every pair: what these models show is what the pattern costs in quality. Under flex
 attention the blocks that no query of theirs sees are skipped.
 
@@ -18,20 +18,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.masks import MaskFunction, TokenLayout, make_causal_mask
 from metatokens.model.meta_attention import hash_integers
-from metatokens.model.modeling import MaskFunction, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
 
 
 @dataclass(frozen=True)
 class Columns:
     """What a pattern may ask of the columns of a batch."""
 
-    first: Tensor
-    """(B,) int64: the column of each row's first real token."""
+    positions: Tensor
+    """(B, K) int64: how many real tokens come before each column; -1 at padding before the first."""
     is_meta: Tensor
     """(B, K) bool."""
 
@@ -69,11 +70,12 @@ class SlidingWindow(Pattern):
 
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern, the same for every block."""
-        del columns, layer_index
+        del layer_index
+        positions = columns.positions
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            del batch, head
-            return key > query - self.window
+            del head
+            return positions[batch, key] > positions[batch, query] - self.window
 
         return sees
 
@@ -90,8 +92,7 @@ class Longformer(SlidingWindow):
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern, the same for every block."""
         in_window = super().mask_function(columns, layer_index)
-        positions = torch.arange(columns.num_columns, device=columns.first.device) - columns.first[:, None]
-        is_global = (positions >= 0) & (positions < self.num_global_tokens)
+        is_global = (columns.positions >= 0) & (columns.positions < self.num_global_tokens)
         if self.meta_tokens_are_global:
             is_global = is_global | columns.is_meta
 
@@ -122,14 +123,13 @@ class BigBird(Pattern):
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern of a block."""
         num_blocks = -(-columns.num_columns // self.block_size)
-        table = self.visible_blocks(num_blocks, layer_index, columns.first.device)
+        # padding on the left falls into block 0; the padding mask hides it
+        blocks = columns.positions.clamp(min=0) // self.block_size
+        table = self.visible_blocks(num_blocks, layer_index, blocks.device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             del head
-            first = columns.first[batch]
-            # padding on the left falls into block 0; the padding mask hides it
-            query_block = (query - first).clamp(min=0) // self.block_size
-            return table[query_block, (key - first).clamp(min=0) // self.block_size]
+            return table[blocks[batch, query], blocks[batch, key]]
 
         return sees
 
@@ -195,7 +195,7 @@ class SparseAttentionConfig(MetaTokenConfig):
             return super().count_attention_pairs(layer_index, num_positions, num_meta)
         is_meta = torch.zeros(1, num_positions, dtype=torch.bool)
         is_meta[0, torch.arange(1, num_meta + 1) * num_positions // max(num_meta, 1) - 1] = True
-        columns = Columns(torch.zeros(1, dtype=torch.long), is_meta)
+        columns = Columns(torch.arange(num_positions)[None], is_meta)
         sees = self.pattern.mask_function(columns, layer_index)
         zero, key = torch.zeros((), dtype=torch.long), torch.arange(num_positions)
         total = 0
@@ -222,13 +222,12 @@ class SparseAttentionModel(MetaTokenModel):
         self,
         mask: Any,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        layout: TokenLayout,
         past_key_values: Cache | None,
-        slopes: Tensor | None,
         meta_token_mask: Tensor,
     ) -> Sequence[Any]:
         pattern = self.config.pattern
-        columns = self._columns(attention_mask, past_key_values, meta_token_mask, pattern)
+        columns = self._columns(layout, past_key_values, meta_token_mask, pattern)
         masks: list[Any] = []
         shared = None
         for layer_index in range(len(self.layers)):
@@ -237,13 +236,13 @@ class SparseAttentionModel(MetaTokenModel):
                 continue
             if shared is None or isinstance(pattern, BigBird):
                 function = pattern.mask_function(columns, layer_index)
-                shared = self._causal_mask(hidden, attention_mask, past_key_values, slopes, function)
+                shared = make_causal_mask(self.config, hidden, layout, past_key_values, function)
             masks.append(shared)
         return masks
 
     def _columns(
         self,
-        attention_mask: Tensor | None,
+        layout: TokenLayout,
         past_key_values: Cache | None,
         meta_token_mask: Tensor,
         pattern: Pattern,
@@ -255,9 +254,7 @@ class SparseAttentionModel(MetaTokenModel):
             is_meta = mark_meta_tokens(meta_token_mask, past_key_values)
         else:
             is_meta = meta_token_mask.new_zeros((meta_token_mask.shape[0], num_columns))
-        # the index of the first 1
-        first = real_tokens(attention_mask, is_meta).int().argmax(-1)
-        return Columns(first, is_meta)
+        return Columns(real_tokens(layout, is_meta).long().cumsum(-1) - 1, is_meta)
 
 
 class SparseAttentionForCausalLM(MetaTokenForCausalLM):
@@ -272,10 +269,11 @@ class SparseAttentionForCausalLM(MetaTokenForCausalLM):
         config: MetaTokenConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Leave the mask of `generate` with a static cache as it is: each block makes its own from it."""
-        del config, inputs_embeds, past_key_values, position_ids, kwargs
+        del config, inputs_embeds, past_key_values, position_ids, cache, kwargs
         return attention_mask

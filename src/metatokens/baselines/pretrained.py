@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from metatokens.config.schema import VOCABULARY_MULTIPLE
-from metatokens.model.loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
+from metatokens.model.compatibility import CACHE_NAME, one_cache
+from metatokens.model.loss import loss_and_logits, targets_of_labels
 from metatokens.model.outputs import MetaTokenCausalLMOutput
 
 
@@ -48,6 +55,12 @@ class PretrainedCausalLM(nn.Module):
         return self.wrapped.config
 
     @property
+    def generation_config(self) -> GenerationConfig:
+        """Return what the wrapped model generates with."""
+        generation_config: GenerationConfig = self.wrapped.generation_config
+        return generation_config
+
+    @property
     def device(self) -> torch.device:
         """Return where the weights are."""
         device: torch.device = self.wrapped.device
@@ -75,6 +88,7 @@ class PretrainedCausalLM(nn.Module):
         meta_indices: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
     ) -> MetaTokenCausalLMOutput:
@@ -84,22 +98,24 @@ class PretrainedCausalLM(nn.Module):
             attention_mask,
             meta_indices=meta_indices,
             past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         hidden = outputs.last_hidden_state
         if shift_labels is None and labels is not None:
             is_meta = input_ids == self.config.meta_token_id
             shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
-        head: Any = self.wrapped.get_output_embeddings()
-        loss = logits = None
-        if shift_labels is not None:
-            loss = self._summed_loss(hidden, head, shift_labels)
-            num_targets = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
-        if shift_labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head(hidden[:, kept])
-        return MetaTokenCausalLMOutput(loss=loss, logits=logits, past_key_values=outputs.get("past_key_values"))
+        head = self.get_output_embeddings()
+        loss, logits = loss_and_logits(
+            head,
+            hidden,
+            shift_labels,
+            vocab_size=self.config.vocab_size,
+            wants_logits=not self.training,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return MetaTokenCausalLMOutput(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
     def get_decoder(self) -> Callable[..., Any]:
         """Return the model without its head, under the call of `MetaTokenModel`."""
@@ -116,6 +132,7 @@ class PretrainedCausalLM(nn.Module):
         *,
         meta_indices: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
     ) -> Any:
         del meta_indices
@@ -123,8 +140,9 @@ class PretrainedCausalLM(nn.Module):
         if attention_mask is not None and self._takes_positions:
             # positions count from a row's first real token, as in the package's own models
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        past_key_values = one_cache(past_key_values, cache)
         if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values
+            inputs[CACHE_NAME] = past_key_values
         return self.wrapped.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **inputs
         )
@@ -180,14 +198,6 @@ class PretrainedCausalLM(nn.Module):
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         apart = {id(weight) for weight in (*tables, self.get_output_embeddings().weight)}
         return sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in apart)
-
-    @staticmethod
-    def _summed_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-        weight = head.weight
-        if head.bias is not None:
-            hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
-            weight = torch.cat([weight, head.bias[:, None]], dim=1)
-        return summed_cross_entropy(hidden, weight, targets)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -245,8 +255,8 @@ def load_pretrained(
             wrapped.resize_token_embeddings(rows, mean_resizing=False)
             _draw_new_rows(wrapped, text_vocab_size)
     _set_tokens(config, text_vocab_size, loss_policy)
-    # nothing is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
-    wrapped.generation_config.suppress_tokens = list(range(text_vocab_size, config.vocab_size))
+    # nothing is paid for predicting the meta-token, so its logit means nothing
+    wrapped.generation_config.suppress_tokens = [config.meta_token_id, config.pad_token_id]
     wrapped.generation_config.pad_token_id = config.pad_token_id
     return PretrainedCausalLM(wrapped)
 

@@ -27,7 +27,7 @@ from metatokens.cli import (
     sweep,
 )
 from metatokens.cli.arguments import Parser, Verb
-from metatokens.errors import MetaTokensError, Preempted, ResourceError
+from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 
 # in the order of the help
 VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info)
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the top level: whatever it is, it ends in one line
         if debug:
             raise
+        if isinstance(error, OSError) and (error.filename or error.errno in FULL_DISK):
+            return _end_of_path(error)
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "lower training.micro_batch_blocks" if out_of_memory else "--debug shows where"
@@ -76,6 +78,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     return options
+
+
+def _end_of_path(error: OSError) -> int:
+    """Say in one line which path could not be used, where nothing has looked at it closer; returns the exit code."""
+    kind = ResourceError if error.errno in FULL_DISK else UsageError
+    what, found = error.filename or "a file", error.strerror or str(error)
+    line = kind(str(what), expected="a path that can be used", found=found, remedy="--debug shows where")
+    print(f"metatokens: {line}", file=sys.stderr)
+    return kind.exit_code
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
 from metatokens.cli.output import emit, say
-from metatokens.errors import UsageError
 from metatokens.report.console import show_table, show_verdicts
 
 
@@ -23,15 +22,16 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.analysis.inputs.subject import check_model
-    from metatokens.analysis.results import write_results
+    from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
     from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
+    from metatokens.files import check_file, keep_elsewhere
     from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
     from metatokens.training.starting import model_sha256
 
     config = analysis_of(options.checkpoint, options.text, options.overrides)
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError("--out", expected="a folder", found=f"a file {options.out}", remedy="name another")
+    for name in (ARRAYS_NAME, RESULTS_NAME):
+        check_file(options.out / name)
     # sums of components and entropies need float32, whatever the weights are kept in
     model, tokenizer = open_model(options.checkpoint).float(), open_tokenizer(options.checkpoint)
     check_model(model)
@@ -48,5 +48,8 @@ def _run(options: argparse.Namespace) -> int:
         command=shlex.join(words),
     )
     results, arrays = analyze(model, tokenizer, config, identity=identity, say=say)
-    write_results(options.out, results, arrays)
-    return emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))
+    try:
+        keep_elsewhere(options.out, lambda folder: write_results(folder, results, arrays))
+    finally:
+        emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))
+    return 0

@@ -4,7 +4,10 @@ A number is checked here, before anything is loaded. Config classes are imported
 """
 
 import argparse
-from collections.abc import Callable
+import difflib
+import math
+from collections.abc import Callable, Collection
+from decimal import Decimal, InvalidOperation
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +17,17 @@ from metatokens.errors import UsageError
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
 
+_SAME_FLAG = 0.85  # similarity of --dryrun and --dry-run is 0.94; no field of a config is as near to a flag
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, whose paths may begin with ~, and whose numbers are finite."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read every argument of type Path and float in our own way."""
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, path)
+        self.register("type", float, finite_number)
 
     def error(self, message: str) -> NoReturn:
         """Raise the error.
@@ -53,16 +64,55 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
                 lines.append(f"  --{path} [{default}]\n      {text}")
         return argparse.ArgumentParser.format_help(parser) + "\n".join(lines) + "\n"
 
+    own_arguments = parser.parse_known_args
+
+    def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
+        # an override has a value, which argparse would take for an argument of the verb
+        rest, overrides = _split_overrides(list(arguments), parser._option_string_actions)
+        options, unknown = own_arguments(rest, namespace)
+        return options, [*unknown, *overrides]
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
     parser.set_defaults(takes_overrides=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.format_help = format_help  # type: ignore[method-assign]
 
 
+def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
+    """Take the overrides, each with its value, out of the arguments of a verb, wherever they stand.
+
+    Raises:
+        UsageError: a flag that is spelt almost right, which would take the next argument for its value.
+    """
+    rest, overrides = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, _ = argument.partition("=")
+        if not argument.startswith("--") or name in flags or argument == "--":
+            rest.append(argument)
+            continue
+        if close := difflib.get_close_matches(name, flags, n=1, cutoff=_SAME_FLAG):
+            raise UsageError("command line", expected="a flag", found=name, remedy=f"did you mean {close[0]!r}?")
+        overrides.append(argument)
+        if not equals:
+            overrides += [value for value in [next(remaining, None)] if value is not None]
+    return rest, overrides
+
+
 def add_run(parser: argparse.ArgumentParser, schema: str) -> None:
     """Add what a verb that trains a preset takes."""
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, for a file runs/ and its name)")
     add_overrides(parser, schema)
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """Return where a verb that trains a preset does so: presets of one name, as tiny/meta and small/meta, apart."""
+    from metatokens.config.loading import YAML_SUFFIXES
+
+    preset = Path(options.preset)
+    out: Path = options.out or Path("runs") / (preset.stem if preset.suffix in YAML_SUFFIXES else preset)
+    return out
 
 
 def add_interventions(parser: argparse.ArgumentParser) -> None:
@@ -78,18 +128,38 @@ def add_interventions(parser: argparse.ArgumentParser) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return the type of an argument that is a whole number in a range."""
+    """Return the type of an argument that is a whole number in a range, as 1000 or 1e3."""
 
     def whole_number(text: str) -> int:
-        if not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and less than 2^63")
-        return int(text)
+        try:
+            number = Decimal(text)
+        except InvalidOperation:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not (number.is_finite() and least <= number < 2**63 and number == int(number)):
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least} and less than 2^63")
+        return int(number)
 
     return whole_number
 
 
 def share(text: str) -> float:
     """Read an argument that is a share in [0, 1)."""
-    if not 0 <= float(text) < 1:
+    if not 0 <= finite_number(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and less than 1")
     return float(text)
+
+
+def finite_number(text: str) -> float:
+    """Read an argument that is a number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return number
+
+
+def path(text: str) -> Path:
+    """Read an argument that is a path; a shell leaves the ~ in --out=~/run as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # a user that there is not
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None

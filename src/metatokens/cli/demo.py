@@ -23,8 +23,10 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.demo import demo_configs, recall_configs, run_demo
+    from metatokens.demo import DEMO_BYTES, demo_configs, recall_configs, run_demo
+    from metatokens.files import check_folder
 
+    check_folder(options.out, num_bytes=DEMO_BYTES)
     if options.dry_run:
         configs = {**demo_configs(options.out, options.text_tokens), **recall_configs(options.recall_steps)}
         rows = {arm: f"{config.total_steps} steps" for arm, config in configs.items()}

@@ -1,7 +1,6 @@
 """`metatokens evaluate`: accuracy on a recall task."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,14 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.tokenizer import TextEncoder
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
+    from metatokens.files import check_file, keep_elsewhere, to_json, write_atomically
     from metatokens.tasks.base import PieceEncoder
     from metatokens.training.distributed import choose_device
     from metatokens.training.loading import open_model, open_tokenizer, questions_to
 
     config = questions_to(options.checkpoints[0], options.overrides)
+    if options.out:
+        check_file(options.out)
     interventions = tuple(parse_intervention(text) for text in options.intervention)
     model = open_model(options.checkpoints[0])
     check_interventions(model, interventions)
@@ -47,7 +49,10 @@ def _run(options: argparse.Namespace) -> int:
         progress=None if options.json else say,
     )
     result = report(rows, config, [str(path) for path in options.checkpoints], model)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    return emit(options, result, lambda: show_recall(result))
+    try:
+        if options.out:
+            text = to_json(asdict(result), indent=1) + "\n"
+            keep_elsewhere(options.out, lambda path: write_atomically(path, text))
+    finally:
+        emit(options, result, lambda: show_recall(result))
+    return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb, at_least, share
-from metatokens.cli.output import emit
+from metatokens.cli.output import emit, say
 
 
 def add(verbs: Any) -> None:
@@ -38,6 +38,8 @@ def _run(options: argparse.Namespace) -> int:
         "periodic": lambda: PeriodicSchedule(text_tokens=options.every),
         "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
     }
+    if options.prompt == "-" and sys.stdin.isatty():
+        say("reading the prompt from standard input; Ctrl-D on a line of its own ends it")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     unseen = iter([prompt])  # shown with the first piece, when nothing refuses it any more
     stream = None if options.json else lambda text: print(next(unseen, "") + text, end="", flush=True)

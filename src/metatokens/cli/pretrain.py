@@ -2,10 +2,9 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from metatokens.cli.arguments import add_run, add_verb
+from metatokens.cli.arguments import add_run, add_verb, run_folder
 from metatokens.cli.output import emit
 from metatokens.report.console import show_table
 
@@ -23,7 +22,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.training.distributed import is_main_process
     from metatokens.training.pretraining import plan, pretrain
 
-    out = options.out or Path("runs") / Path(options.preset).stem
+    out = run_folder(options)
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
         return emit(options, rows, lambda: show_table("pretrain would do", rows))

@@ -19,7 +19,9 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.report.requirements import PAGE_PACKAGES, require
 
     require("report", PAGE_PACKAGES)
-    from metatokens.report.page import write_report
+    from metatokens.files import check_file
+    from metatokens.report.page import PAGE_NAME, write_report
 
+    check_file((options.out or options.results) / PAGE_NAME)
     page = write_report(options.results, options.out)
     return emit(options, {"page": str(page)}, lambda: print(page))

@@ -28,6 +28,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.config.sweep import load_sweep
 
     sweep = load_sweep(options.file, options.overrides)
+    from metatokens.files import check_folder
     from metatokens.report.requirements import FIGURE_PACKAGES, require
     from metatokens.report.tables import to_rich
     from metatokens.sweep.planning import describe_plan, plan_sweep
@@ -37,6 +38,8 @@ def _run(options: argparse.Namespace) -> int:
     slots = make_slots(options.jobs, parse_gpus(options.gpus))
     if options.figures:
         require("--figures", FIGURE_PACKAGES)
+        check_folder(options.out / "figures")
+    check_folder(options.out / "runs")
     runs = plan_sweep(sweep, options.out, str(options.file))
     if options.dry_run:
         plan = describe_plan(sweep, runs)

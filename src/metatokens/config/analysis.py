@@ -145,6 +145,7 @@ Endpoint = Literal[
     "excess_cosine",
     "fading_cosine",
     "area",
+    "prefix_area",
     "interaction",
     "meta_path",
     "eviction",
@@ -205,7 +206,7 @@ class AnalysisConfig(Frozen):
     """What is run, where the subject allows it."""
     endpoints: tuple[Endpoint, ...] = (
         "entropy_drop", "max_score_boost", "log_odds_boost", "theorem", "excess_cosine", "fading_cosine", "area",
-        "interaction", "meta_path", "eviction", "zero_position", "zero_embedding",
+        "prefix_area", "interaction", "meta_path", "eviction", "zero_position", "zero_embedding",
     )  # fmt: skip
     """Which numbers decide about a claim; what is left out is not tested. Corrected together (Holm)."""
     rate_distortion: RateDistortionConfig = RateDistortionConfig(num_seeds=3)

@@ -1,9 +1,21 @@
 """The base of every config class."""
 
+from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Annotated, Any, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # a user that there is not
+        raise ValueError(f"{path}: {error}") from None
+
+
+UserPath: TypeAlias = Annotated[Path, AfterValidator(_expand_home)]
+"""A path that may begin with ~, which a shell leaves as it is in --data.path=~/tokens."""
 
 
 class Frozen(BaseModel):

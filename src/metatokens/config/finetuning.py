@@ -3,13 +3,14 @@
 A curriculum is data: stages one after another, each with its steps and its difficulty.
 """
 
-from pathlib import Path
+import os.path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from metatokens.config.base import UserPath
 from metatokens.config.schema import Frozen, ModelConfig, RunConfig, check_schedule
-from metatokens.config.tasks import CopyingTask, Difficulty, Task
+from metatokens.config.tasks import CopyingTask, Difficulty, Range, Task, check_bin
 
 
 class FreshStart(Frozen):
@@ -17,7 +18,7 @@ class FreshStart(Frozen):
 
     kind: Literal["fresh"] = "fresh"
     model: ModelConfig = ModelConfig()
-    tokenizer: Path | None = None
+    tokenizer: UserPath | None = None
     """Folder or file of a tokenizer; off means one trained on the words of the tasks."""
 
 
@@ -25,7 +26,7 @@ class CheckpointStart(Frozen):
     """Begin with the weights and the tokenizer of a trained model."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: str
+    path: Annotated[str, AfterValidator(os.path.expanduser)]
     """A run folder, a model folder, or the id of a causal language model on the Hugging Face hub."""
 
 
@@ -56,7 +57,7 @@ class RecallEvaluationConfig(Frozen):
 class TestConfig(Frozen):
     """At which lengths a trained model is tested, on how many instances."""
 
-    lengths: tuple[str, ...] = Field(("easy", "medium", "hard"), min_length=1)
+    lengths: tuple[Annotated[str, AfterValidator(check_bin)], ...] = Field(("easy", "medium", "hard"), min_length=1)
     """Length bins by name (easy, medium, hard, extra-hard, long) or ranges of prompt tokens as 2049-4096."""
     instances: int = Field(500, ge=1)
     """Test instances of each row."""
@@ -107,7 +108,7 @@ class EvaluateConfig(TestConfig):
     """What a model is asked, at which lengths, and how its meta-tokens are treated."""
 
     task: Task = CopyingTask()
-    size: tuple[int, int] = (4, 4)
+    size: Range = (4, 4)
     """Bounds of the task's own size, as in a stage of the curriculum."""
     batch_size: int = Field(32, ge=1)
     """Instances of one forward pass."""

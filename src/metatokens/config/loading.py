@@ -41,7 +41,7 @@ NOT_SCIENCE = {
 class _StrictLoader(yaml.SafeLoader):
     """A safe loader that refuses duplicate keys and aliases, and reads numbers as people do.
 
-    In YAML 1.1, 010 is eight, 1:30 is ninety and 1e6 is a string; here they are ten, an error and a million.
+    In YAML 1.1, 010 is eight, 1:30 is ninety and 1e6 or 1.5e3 a string; here they are ten, an error and numbers.
     """
 
     def construct_yaml_int(self, node: Any) -> Any:
@@ -64,9 +64,32 @@ class _StrictLoader(yaml.SafeLoader):
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
+
+# what pydantic asks for, by its type of error, as a writer of YAML would say it
+_EXPECTED = {
+    "tuple_type": "a list, as [2, 4]",
+    "list_type": "a list, as [2, 4]",
+    "dict_type": "a mapping, as {kind: ...}",
+    "model_type": "a mapping, as {key: value}",
+    "too_short": "more entries",
+    "too_long": "fewer entries",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+}
 
 # what the loader raises: its own errors, bytes or values that are none (UTF-8, dates), brackets without end
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -278,9 +301,13 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
             f"{where}.kind", expected=context["expected_tags"], found=repr(kind), remedy=remedy or "pick one"
         )
     remedy = "see the command's -h"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return UsageError(where, expected="more entries", found=repr(problem["input"]), remedy=remedy)
     if problem["type"] == "missing":
         return UsageError(where, expected="a value", found="nothing", remedy=remedy)
     expected = problem["msg"].removeprefix("Input should be ")
+    if problem["type"] in _EXPECTED:
+        expected = _EXPECTED[problem["type"]]
     return UsageError(where, expected=expected, found=repr(problem["input"]), remedy=remedy)
 
 
@@ -297,7 +324,15 @@ def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
             return f"did you mean {key!r}?"
     depth = path.count(".") + 1
     siblings = {".".join(key.split(".")[:depth]) for key in known if f".{key}".startswith(f".{section}")}
-    return _suggestion(path, sorted(siblings)) or _suggestion(path, known)
+    # by the last name alone: what two keys of a section share says nothing
+    for keys in (sorted(siblings), known):
+        names = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        short = {"".join(word[0] for word in other.split("_")): other for other in names}
+        nearest = short.get(name) if len(name) > 1 else None
+        nearest = nearest or next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+        if nearest:
+            return f"did you mean {names[nearest]!r}?"
+    return ""
 
 
 def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:

@@ -9,7 +9,6 @@ Defaults are those of the paper (section 4.1 and appendix A) unless a field says
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,6 +21,7 @@ from metatokens.config.attention import (
     attention_from_hf,
 )
 from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - the schema is one module to its users
+from metatokens.config.base import UserPath
 from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
 from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
 from metatokens.config.rope import NoScaling as NoScaling  # noqa: PLC0414
@@ -231,7 +231,7 @@ class ModelConfig(Frozen):
 class DataConfig(Frozen):
     """Where the tokens come from and how they are cut."""
 
-    path: Path | None = None
+    path: UserPath | None = None
     """A folder made by `metatokens prepare`."""
     block_size: int = Field(1024, ge=2)
     """T: positions of a training sequence, text and meta-tokens together."""
@@ -401,7 +401,7 @@ class RunConfig(Frozen, ABC):
 class PretrainConfig(RunConfig):
     """A pre-training run."""
 
-    start_from: Path | None = None
+    start_from: UserPath | None = None
     """A run, model or checkpoint folder whose weights the run starts from; off means new weights."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -52,6 +52,12 @@ def _check_rise(bounds: tuple[int, int]) -> tuple[int, int]:
     return bounds
 
 
+def check_bin(name: str) -> str:
+    """Return the name of a bin, or a range, as it is; a ValueError where it is neither, as pydantic wants it."""
+    _read_bin(name)
+    return name
+
+
 def _read_bin(bounds: Any) -> Any:
     """Read the name of a bin as its bounds."""
     try:

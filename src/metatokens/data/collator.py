@@ -2,17 +2,27 @@
 
 The project's own training loop does not need this: its `loader` cuts equal blocks. Labels follow the Hugging Face
 convention (not shifted) and amount to the loss policy skip. They are masked here and not in the model because the
-Trainer counts the labels of an accumulated step before it calls the model.
+Trainer counts the labels of an accumulated step before it calls the model. What a row says of its tokens moves with
+them:
+
+    input_ids            10  11  12  13              10   _  11  12  13
+    labels             -100 -100  12  13    become  -100 -100 -100  12  13
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metatokens.data.injection import IGNORE_INDEX, BoolArray, inject_into_prompt
+from metatokens.data.injection import (
+    IGNORE_INDEX,
+    BoolArray,
+    IntArray,
+    sample_prompt_positions,
+    warn_without_meta_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,15 +31,23 @@ if TYPE_CHECKING:
 
     from metatokens.config.schema import Injection
 
+MASKS_OF_LABELS = ("completion_mask", "assistant_masks")
+"""TRL's columns: 1 where a token is learned, 0 where it is only read."""
+CARRIED = ("input_ids", "attention_mask", "labels", *MASKS_OF_LABELS)
+
 
 class MetaTokenCollator:
     """Callable that makes a batch of rows `{"input_ids": [...]}` of text tokens, of any lengths.
+
+    A row may also have `attention_mask`, `labels` (-100 where there is no loss) and TRL's masks of labels, a value for
+    each token. A token that the attention mask hides is padding, keeps its place among the others and is no text.
+    The Trainer drops what the model's `forward` does not take: masks of labels need `remove_unused_columns=False`.
 
     A row's layout depends on the seed and on the row's tokens only, not on the batch or the worker; a row that
     comes again has the same one.
 
     Args:
-        injection: Policy of the meta-tokens; the ratio is of each row's result (see `inject_into_prompt`).
+        injection: Policy of the meta-tokens; the ratio is of each row's result (see `sample_prompt_positions`).
         meta_token_id: The id to put in; must be no text token.
         pad_token_id: The id that fills short rows on the right; must not be the meta-token.
         seed: Key of the layouts.
@@ -53,46 +71,93 @@ class MetaTokenCollator:
         self._seed = seed
         self._ends_clause = ends_clause
 
-    def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors for the model.
 
         Returns:
             input_ids (B, T), T the longest row; attention_mask (B, T), 1 at tokens and 0 at padding; labels (B, T),
-            the input ids with -100 at meta-tokens, padding and the first text token of each row; and
-            meta_indices (B, M) if every row has the same number M > 0 of meta-tokens.
+            the row's labels, by default its ids, with -100 at meta-tokens, padding, what is not learned and the
+            first text token of each row; and meta_indices (B, M) if every row has the same number M > 0 of
+            meta-tokens.
 
         Raises:
-            ValueError: No row, or a row without a token.
+            ValueError: No row, a row without a token, or a column that cannot be moved with the tokens.
         """
         import torch
 
-        if not features or any(len(feature["input_ids"]) == 0 for feature in features):
-            raise ValueError("every row of a batch needs at least one token in input_ids")
-        rows = [self._inject([int(token) for token in feature["input_ids"]]) for feature in features]
-        lengths = np.array([len(row) for row in rows])
-        attention_mask = np.arange(lengths.max()) < lengths[:, None]
-        input_ids = np.full(attention_mask.shape, self._pad_token_id, dtype=np.int64)
-        input_ids[attention_mask] = np.concatenate(rows)
-        is_meta = (input_ids == self._meta_token_id) & attention_mask
-        labels = np.where(is_meta | ~attention_mask, IGNORE_INDEX, input_ids)
-        first_text = (attention_mask & ~is_meta).argmax(axis=1)
+        if not features:
+            raise ValueError("a batch needs at least one row")
+        rows = [self._inject(_read_row(feature)) for feature in features]
+        input_ids = _stack([row["input_ids"] for row in rows], filler=self._pad_token_id)
+        attention_mask = _stack([row["attention_mask"] for row in rows], filler=0)
+        is_meta = (input_ids == self._meta_token_id) & (attention_mask == 1)
+        warn_without_meta_tokens(self._injection, int(is_meta.sum()), "a batch")
+        labels = _stack([row["labels"] for row in rows], filler=IGNORE_INDEX)
+        labels[is_meta] = IGNORE_INDEX
+        first_text = ((attention_mask == 1) & ~is_meta).argmax(axis=1)
         labels[np.arange(len(rows)), first_text] = IGNORE_INDEX
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask.astype(np.int64)),
-            "labels": torch.from_numpy(labels),
-        }
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         num_meta = is_meta.sum(axis=1)
         if num_meta[0] > 0 and (num_meta == num_meta[0]).all():
-            batch["meta_indices"] = torch.from_numpy(np.nonzero(is_meta)[1].reshape(len(rows), -1))
-        return batch
+            batch["meta_indices"] = np.nonzero(is_meta)[1].reshape(len(rows), -1)
+        return {name: torch.from_numpy(column) for name, column in batch.items()}
 
-    def _inject(self, input_ids: list[int]) -> list[int]:
-        digest = hashlib.blake2b(f"{self._seed}:{input_ids}".encode(), digest_size=8).digest()
-        return inject_into_prompt(
-            input_ids,
-            self._injection,
-            meta_token_id=self._meta_token_id,
-            seed=int.from_bytes(digest, "little"),
-            ends_clause=self._ends_clause,
+    def _inject(self, row: dict[str, IntArray]) -> dict[str, IntArray]:
+        """Return the columns of one row with meta-tokens among its shown tokens."""
+        shown, hidden = np.flatnonzero(row["attention_mask"]), np.flatnonzero(row["attention_mask"] == 0)
+        text = row["input_ids"][shown].tolist()
+        digest = hashlib.blake2b(f"{self._seed}:{text}".encode(), digest_size=8).digest()
+        positions = sample_prompt_positions(
+            text, self._injection, seed=int.from_bytes(digest, "little"), ends_clause=self._ends_clause
         )
+        is_meta = np.zeros(len(shown) + len(positions), dtype=np.bool_)
+        is_meta[positions] = True
+        source = np.full(len(is_meta), shown[0] - 1)
+        source[~is_meta] = shown
+        # a meta-token stands right behind the token before it, or right before the first; hidden tokens come between
+        places = np.maximum.accumulate(source) + 0.5 * is_meta
+        order = np.argsort(np.concatenate([places, hidden]), kind="stable")
+        source = np.concatenate([source, hidden])[order]
+        is_meta = np.concatenate([is_meta, np.zeros(len(hidden), dtype=np.bool_)])[order]
+        at_meta = {"input_ids": self._meta_token_id, "attention_mask": 1, "labels": IGNORE_INDEX}
+        return {name: np.where(is_meta, at_meta[name], column[source]) for name, column in row.items()}
+
+
+def _read_row(feature: Mapping[str, Any]) -> dict[str, IntArray]:
+    """Return input_ids, attention_mask and labels (N,) int64 of a row; a mask of labels is in the labels."""
+    if "input_ids" not in feature:
+        raise ValueError(f"every row of a batch needs input_ids; found {', '.join(feature) or 'no column'}")
+    for name in feature:
+        if name not in CARRIED:
+            raise ValueError(
+                f"column {name} cannot be moved with the tokens: remove it, the collator takes {', '.join(CARRIED)}"
+            )
+    columns = {name: _read_column(name, values) for name, values in feature.items()}
+    num_tokens = len(columns["input_ids"])
+    for name, column in columns.items():
+        if len(column) != num_tokens:
+            raise ValueError(f"column {name} has {len(column)} values for the {num_tokens} tokens of its row")
+    is_shown = columns.get("attention_mask", np.ones(num_tokens, dtype=np.int64)) != 0
+    if not is_shown.any():
+        raise ValueError("every row of a batch needs at least one token in input_ids that its attention_mask shows")
+    labels = columns.get("labels", np.where(is_shown, columns["input_ids"], IGNORE_INDEX))
+    for name in MASKS_OF_LABELS:
+        if name in columns:
+            labels = np.where(columns[name] != 0, labels, IGNORE_INDEX)
+    return {"input_ids": columns["input_ids"], "attention_mask": is_shown.astype(np.int64), "labels": labels}
+
+
+def _read_column(name: str, values: Any) -> IntArray:
+    column = np.asarray(values)
+    if column.ndim != 1 or (len(column) and column.dtype.kind not in "biu"):
+        raise ValueError(f"column {name} must hold an integer for each token, not {str(values)[:40]!r}")
+    return column.astype(np.int64)
+
+
+def _stack(rows: Sequence[IntArray], *, filler: int) -> IntArray:
+    """Return (B, T) of rows of different lengths, filled on the right."""
+    lengths = np.array([len(row) for row in rows])
+    is_filled = np.arange(lengths.max()) < lengths[:, None]
+    stacked = np.full(is_filled.shape, filler, dtype=np.int64)
+    stacked[is_filled] = np.concatenate(rows)
+    return stacked

@@ -13,6 +13,7 @@ The import needs numpy only. Nothing here knows a model, a tokenizer or a file.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -236,6 +237,23 @@ def inject_into_prompt(
 ) -> list[int]:
     """Return one sequence of any length with meta-tokens put in; no text token is lost.
 
+    A policy that puts none into so short a prompt warns. The arguments are those of `sample_prompt_positions`, and the
+    id to put in.
+    """
+    meta_positions = sample_prompt_positions(input_ids, injection, seed=seed, ends_clause=ends_clause)
+    if input_ids:
+        warn_without_meta_tokens(injection, len(meta_positions), "a prompt")
+    result = list(input_ids)
+    for position in meta_positions:  # rising, so that every insertion lands at its final place
+        result.insert(position, meta_token_id)
+    return result
+
+
+def sample_prompt_positions(
+    input_ids: Sequence[int], injection: Injection, *, seed: int, ends_clause: BoolArray | None = None
+) -> list[int]:
+    """Return where the meta-tokens of one sequence stand in the result, rising.
+
     The ratio k is of the result, as in a training block: M is the smallest solution of M = round(k (N + M)),
     found by iterating from M = 0, which rises to it because k < 1. Of explicit positions, those that the text
     reaches are used. Two prompts of one length and one seed get the same layout.
@@ -243,7 +261,6 @@ def inject_into_prompt(
     Args:
         input_ids: The N text tokens.
         injection: The policy.
-        meta_token_id: The id to put in.
         seed: The key of the draws.
         ends_clause: (V,) bool, needed by the policy punctuation.
     """
@@ -251,25 +268,34 @@ def inject_into_prompt(
     if num_text == 0:
         return []
     if injection.kind == "explicit":
-        meta_positions = [position for j, position in enumerate(injection.positions) if position <= num_text + j]
+        return [position for j, position in enumerate(injection.positions) if position <= num_text + j]
+    num_meta = injection.num_meta(num_text)
+    while (more := injection.num_meta(num_text + num_meta)) > num_meta:
+        num_meta = more
+    rows = sample_meta_positions(
+        injection,
+        sample_ids=np.zeros(1, dtype=np.int64),
+        block_size=num_text + num_meta,
+        seed=seed,
+        epoch=0,
+        text=np.array([input_ids], dtype=np.int64),
+        ends_clause=ends_clause,
+    )
+    positions: list[int] = rows[0].tolist()
+    return positions
+
+
+def warn_without_meta_tokens(injection: Injection, num_meta: int, where: str) -> None:
+    """Warn where a policy that is to put meta-tokens somewhere puts none; Python shows a warning once a place."""
+    if num_meta or injection.kind == "none":
+        return
+    if injection.kind == "explicit":
+        wanted, remedy = bool(injection.positions), "lower injection.positions"
     else:
-        num_meta = injection.num_meta(num_text)
-        while (more := injection.num_meta(num_text + num_meta)) > num_meta:
-            num_meta = more
-        rows = sample_meta_positions(
-            injection,
-            sample_ids=np.zeros(1, dtype=np.int64),
-            block_size=num_text + num_meta,
-            seed=seed,
-            epoch=0,
-            text=np.array([input_ids], dtype=np.int64),
-            ends_clause=ends_clause,
-        )
-        meta_positions = rows[0].tolist()
-    result = list(input_ids)
-    for position in meta_positions:  # rising, so that every insertion lands at its final place
-        result.insert(position, meta_token_id)
-    return result
+        wanted, remedy = injection.ratio > 0, "raise injection.ratio"
+    if wanted:
+        problem = f"injection.kind {injection.kind} puts no meta-token into {where}"
+        warnings.warn(f"{problem}; lengthen the text or {remedy}", stacklevel=3)
 
 
 def _lowest_hashes(keys: Uint64Array, num_slots: int, count: int, preferred: BoolArray | None = None) -> Uint64Array:

@@ -28,6 +28,7 @@ from metatokens.data.injection import (
     inject_meta_tokens,
     sample_meta_positions,
     splitmix64,
+    warn_without_meta_tokens,
 )
 from metatokens.errors import UsageError
 
@@ -257,6 +258,7 @@ class BatchLoader(Batches):
                 remedy="change either",
             )
         num_meta = self._injection.num_meta(self._block_size)
+        warn_without_meta_tokens(self._injection, num_meta, f"a block of {self._block_size}")
         if self.blocks.text_tokens + num_meta != self._block_size:
             raise UsageError(
                 f"data.block_size {self._block_size}",

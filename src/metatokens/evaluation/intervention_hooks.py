@@ -20,10 +20,11 @@ from torch import Tensor
 
 from metatokens.errors import UsageError
 from metatokens.model import MetaTokenConfig, MetaTokenModel
+from metatokens.model.compatibility import CACHE_NAME, find_cache
 from metatokens.model.positions import RotaryTables
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
+    from transformers import Cache
 
 WIDE_HEADS = 3
 """How many head sizes wide the keys of `no_position_edges` are."""
@@ -47,7 +48,7 @@ class CurrentForward:
             return None  # the model refuses it
         self._is_meta = _find_meta_tokens(decoder.config, inputs)
         if self.memory is not None:
-            past, use_cache = inputs.get("past_key_values"), inputs.get("use_cache")
+            past, use_cache = find_cache(inputs), inputs.get("use_cache")
             self._fills_cache = past is not None or (decoder.config.use_cache if use_cache is None else use_cache)
             self._holds_meta = self.memory.holds_meta(past) or bool(self._is_meta.any())
         if embeds is not None and self._replacement is not None:
@@ -58,7 +59,7 @@ class CurrentForward:
     def end(self, decoder: Any, args: Any, output: Any) -> None:
         """Remember what the cache holds, and forget the forward pass, even one that raised."""
         del decoder, args
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE_NAME, None)
         if self.memory is not None and cache is not None:
             self.memory.note(cache, self._holds_meta)
         self._is_meta = None

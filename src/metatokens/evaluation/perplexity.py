@@ -46,7 +46,14 @@ from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import ExplicitInjection, Frozen, Injection, LossPolicy, NoInjection
-from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_meta_tokens, sample_meta_positions
+from metatokens.data.injection import (
+    IGNORE_INDEX,
+    BoolArray,
+    IntArray,
+    inject_meta_tokens,
+    sample_meta_positions,
+    warn_without_meta_tokens,
+)
 from metatokens.data.tokenizer import TextEncoder, TokenIds, ends_clause_table
 from metatokens.errors import DataError, NumericError, UsageError
 from metatokens.evaluation.interventions import Intervention, check_interventions, intervene
@@ -308,7 +315,9 @@ class TokenScorer:
             )
         check_interventions(model, options.interventions)
         self.text_tokens_per_window, self.positions_per_window = _full_window(options)
-        if options.interventions and self.text_tokens_per_window == self.positions_per_window:
+        num_meta = self.positions_per_window - self.text_tokens_per_window
+        warn_without_meta_tokens(options.injection, num_meta, f"a window of {options.window}")
+        if options.interventions and not num_meta:
             warnings.warn("interventions act at meta-tokens, and the injection puts none into a window", stacklevel=3)
         limit = sequence_limit(model)
         if limit is not None and self.positions_per_window > limit:

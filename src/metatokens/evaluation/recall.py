@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from metatokens.config.tasks import Difficulty, Task, length_bin
+from metatokens.errors import NumericError
 from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model.compatibility import CACHE_NAME
 from metatokens.tasks.encoding import EncodedInstance, encode_instance, pad
 from metatokens.tasks.registry import make_instance
 
@@ -113,6 +115,9 @@ def count_right_answers(model: Any, encoded: Sequence[EncodedInstance], *, batch
         model: a causal language model in evaluation mode whose config has meta_token_id and pad_token_id.
         encoded: instances in the tokens of the model.
         batch_size: instances of one forward pass.
+
+    Raises:
+        NumericError: logits that are not finite.
     """
     counts = np.zeros((4, len(encoded)))
     # neighbours of about equal length share a batch
@@ -151,6 +156,7 @@ def _predict(model: Any, rows: Sequence[EncodedInstance]) -> list[npt.NDArray[np
     # logits where some row has an answer: at a long prompt few positions of many
     positions = torch.from_numpy(np.flatnonzero(wanted)).to(model.device)
     logits = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=positions).logits
+    _check_finite(logits)
     best = _without_special(model, logits).argmax(-1).cpu().numpy()
     predicted = np.full(batch.input_ids.shape, -1, dtype=np.int64)
     predicted[:, wanted] = best
@@ -163,11 +169,12 @@ def _choose(model: Any, row: EncodedInstance) -> list[npt.NDArray[np.int64]]:
     for start, _ in row.answer_spans:
         prompt = torch.from_numpy(row.input_ids[None, :start]).to(model.device)
         outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        _check_finite(outputs.logits)
         first = outputs.logits[0, -1].float().log_softmax(-1)
         scores = torch.stack([first[choice[0]] for choice in row.choices])
         longest = max(len(choice) for choice in row.choices)
         if longest > 1:
-            scores = scores + _score_rest(model, outputs.past_key_values, row.choices, start, longest)
+            scores = scores + _score_rest(model, outputs[CACHE_NAME], row.choices, start, longest)
         answers.append(np.array(row.choices[int(scores.argmax())], dtype=np.int64))
     return answers
 
@@ -181,11 +188,22 @@ def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], star
     cache.batch_repeat_interleave(len(choices))
     mask = torch.ones((len(choices), start + longest), dtype=torch.long, device=model.device)
     mask[:, start:] = (tokens != model.config.pad_token_id).long()
-    logits = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache}).logits
     log_probabilities = logits[:, :-1].float().log_softmax(-1)
     picked = log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
     scores: Tensor = picked.masked_fill(tokens[:, 1:] == model.config.pad_token_id, 0).sum(-1)
     return scores
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Refuse to take the largest of what cannot be compared: the answer would be the first id."""
+    if not logits.isfinite().all():
+        raise NumericError(
+            "logits of the answers",
+            expected="finite ones",
+            found="infinities or NaN",
+            remedy="check the weights, or load the model in float32",
+        )
 
 
 def _without_special(model: Any, logits: Tensor) -> Tensor:

@@ -180,6 +180,21 @@ def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DR
     return _share_of_flips(values, lambda sums: np.abs(sums) >= observed, seed=seed, draws=draws)
 
 
+def least_units(num_tests: int, level: float) -> int:
+    """Return the fewest documents (or seeds) of which a sign-flip test can pass among so many tests.
+
+    The exact two-sided p-value of n units is at least 2 / 2^n, and the smallest of m p-values is multiplied by m
+    (Holm), so n must be at least log2(2 m / level): 9 for eight tests at 5%.
+
+    Args:
+        num_tests: m; 0 counts as 1.
+        level: of the corrected p-values, in (0, 1).
+    """
+    if num_tests < 0 or not 0 < level < 1:
+        raise ValueError(f"num_tests must not be negative and level lie in (0, 1), not {num_tests} and {level}")
+    return math.ceil(math.log2(2 * max(num_tests, 1) / level))
+
+
 def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
     """Return the p-value that paired differences have a mean at or beyond +-margin; small means alike (TOST).
 

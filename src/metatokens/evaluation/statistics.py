@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 BOOTSTRAP_RESAMPLES = 2_000
 CONFIDENCE_LEVEL = 0.95
+MINIMUM_SEEDS = 5
+"""Fewer trainings are listed one by one: an interval over three covers 75%, and less where they solve a task or do not;
+see `bootstrap_seeds_and_instances`."""
 _DRAWS_AT_A_TIME = 2**22  # bounds the memory of many documents times many resamples
 _LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 

@@ -10,6 +10,7 @@ prompt to text. Generation with many returned sequences or other strategies goes
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder
 from metatokens.errors import UsageError
+from metatokens.model.compatibility import BaseStreamer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,6 +42,11 @@ _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished dec
 
 
 class _Schedule(Frozen, ABC):
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no sequence, however long, gets a meta-token."""
+        return False
+
     @abstractmethod
     def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
         """Tell for each sequence whether a meta-token comes next.
@@ -59,6 +65,11 @@ class NoSchedule(_Schedule):
     """No meta-token at all."""
 
     kind: Literal["none"] = "none"
+
+    @property
+    def is_empty(self) -> bool:
+        """Return True."""
+        return True
 
     def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
         """Return False everywhere."""
@@ -88,6 +99,11 @@ class UniformSchedule(_Schedule):
     """k: the probability that a position holds a meta-token."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Key of the draws, with the position."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether the ratio is 0."""
+        return self.ratio == 0
 
     def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
         """Return True where the hash of (seed, position) falls under the ratio."""
@@ -126,7 +142,8 @@ class MetaTokenSchedule(LogitsProcessor):
     It runs after the processors that `generate` makes itself, so `suppress_tokens` may hold the meta-token (ours does)
     and it is still forced; its score is then 0, so a beam pays nothing for it. Meta-tokens count as new tokens in
     `max_new_tokens`. A prompt should come with its meta-tokens (`schedule_meta_tokens`); one without them gets none
-    in hindsight. Beam search that samples needs more than one candidate a beam and does not work with a forced token.
+    in hindsight. Beside `inputs_embeds` give `generate` the prompt's `input_ids` too, or the schedule cannot count it.
+    Beam search that samples needs more than one candidate a beam and does not work with a forced token.
     """
 
     def __init__(self, schedule: MetaSchedule, *, meta_token_id: int, pad_token_id: int | None = None) -> None:
@@ -142,7 +159,13 @@ class MetaTokenSchedule(LogitsProcessor):
         self.pad_token_id = pad_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return new scores (B, V) for the token after `input_ids` (B, T)."""
+        """Return new scores (B, V) for the token after `input_ids` (B, T).
+
+        Raises:
+            ValueError: for a prompt of embeddings without its ids.
+        """
+        if not input_ids.shape[1]:
+            raise ValueError("a schedule counts the prompt's tokens: give generate its input_ids beside inputs_embeds")
         is_meta = input_ids == self.meta_token_id
         is_text = ~is_meta
         if self.pad_token_id is not None:
@@ -162,7 +185,7 @@ class GeneratedText:
     """A continuation and its cost."""
 
     text: str
-    """Without the prompt and the end of text; with `show_meta`, every generated meta-token as `_PAUSE_`."""
+    """What follows the prompt, without the end of text; with `show_meta`, every generated meta-token as `_PAUSE_`."""
     text_tokens: int
     """Generated text tokens, without the end of text."""
     meta_tokens: int
@@ -224,15 +247,25 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
         text_ids if meta_token_id is None else schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id)
     )
     num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, sequence_limit(model))
+    if len(prompt_ids) + num_new == len(text_ids) + max_text_tokens and not schedule.is_empty:
+        warnings.warn(
+            f"schedule {schedule.kind} puts no meta-token into this prompt and {max_text_tokens} text tokens; generate "
+            "more, or let meta-tokens come more often",
+            stacklevel=2,
+        )
 
     pad_token_id: int | None = getattr(model.config, "pad_token_id", None)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": num_new}
+    # rows that pad the vocabulary: no token of this tokenizer owns them
+    unowned = range(encoder.vocab_size, model.config.vocab_size)
+    settings["suppress_tokens"] = sorted({*(model.generation_config.suppress_tokens or ()), *unowned}) or None
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     if meta_token_id is not None:
         processor = MetaTokenSchedule(schedule, meta_token_id=meta_token_id, pad_token_id=pad_token_id)
         settings["logits_processor"] = LogitsProcessorList([processor])
-    writer = _TextWriter(tokenizer, encoder.eos_token_id, meta_token_id, stream, show_meta)
+    prompt_text = text_ids if prompt else []
+    writer = _TextWriter(tokenizer, prompt_text, encoder.eos_token_id, meta_token_id, stream, show_meta)
     inputs = torch.tensor([prompt_ids], device=model.device)
     generate: Callable[..., Any] = cast(Any, model).generate
     started = time.perf_counter()
@@ -247,7 +280,7 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
         )
     return GeneratedText(
         text="".join(writer.pieces),
-        text_tokens=len(writer.text_ids),
+        text_tokens=writer.num_text,
         meta_tokens=writer.num_meta,
         seconds=time.perf_counter() - started,
         stopped_by="end_of_text" if writer.has_ended else "length",
@@ -287,13 +320,14 @@ class _TextWriter(BaseStreamer):
     def __init__(
         self,
         tokenizer: Tokenizer,
+        prompt_ids: list[int],
         eos_token_id: int,
         meta_token_id: int | None,
         stream: Callable[[str], None] | None,
         show_meta: bool,
     ) -> None:
         self.pieces: list[str] = []
-        self.text_ids: list[int] = []
+        self.num_text = 0
         self.num_meta = 0
         self.has_ended = False
         self._tokenizer = tokenizer
@@ -303,8 +337,9 @@ class _TextWriter(BaseStreamer):
         self._show_meta = show_meta
         self._is_prompt = True
         # ids from `_context` on are decoded, those before `_written` have been shown; a tokenizer that drops the
-        # space at the start of a text keeps it after other ids
-        self._context = self._written = 0
+        # space at the start of a text keeps it after other ids, be they the prompt's
+        self._text_ids = [*prompt_ids]
+        self._context, self._written = 0, len(prompt_ids)
 
     def put(self, value: Tensor) -> None:
         """Take new ids; the first call brings the prompt."""
@@ -319,7 +354,8 @@ class _TextWriter(BaseStreamer):
                 if self._show_meta:
                     self._write(META_TOKEN)
             else:
-                self.text_ids.append(token)
+                self.num_text += 1
+                self._text_ids.append(token)
                 self._write_new_text()
 
     def end(self) -> None:
@@ -327,10 +363,10 @@ class _TextWriter(BaseStreamer):
         self._write_new_text(is_last=True)
 
     def _write_new_text(self, is_last: bool = False) -> None:
-        shown = self._decode(self.text_ids[self._context : self._written])
-        text = self._decode(self.text_ids[self._context :])
+        shown = self._decode(self._text_ids[self._context : self._written])
+        text = self._decode(self._text_ids[self._context :])
         if len(text) > len(shown) and (is_last or not text.endswith(_INCOMPLETE)):
-            self._context, self._written = self._written, len(self.text_ids)
+            self._context, self._written = self._written, len(self._text_ids)
             self._write(text[len(shown) :])
 
     def _decode(self, ids: list[int]) -> str:

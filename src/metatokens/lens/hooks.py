@@ -22,20 +22,21 @@ from metatokens.lens.activations import AttentionCall, Captured
 from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
 from metatokens.lens.masks import cut_mask, window_mask
+from metatokens.model.compatibility import find_cache
 
 _MASKS_ARE_TENSORS = ("eager", "sdpa")
 
 Observer = Callable[[AttentionCall], None]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Requests:
-    """What is asked of a model at present."""
+    """What one context asks of a model; each is itself alone, whatever another asks."""
 
-    edits: list[Edit] = dataclasses.field(default_factory=list)
-    cuts: list[EdgeCut] = dataclasses.field(default_factory=list)
-    captures: list[Captured] = dataclasses.field(default_factory=list)
-    observers: list[Observer] = dataclasses.field(default_factory=list)
+    edits: Sequence[Edit] = ()
+    cuts: Sequence[EdgeCut] = ()
+    captures: Sequence[Captured] = ()
+    observers: Sequence[Observer] = ()
 
 
 def match_names(names: Iterable[str], pattern: str) -> list[str]:
@@ -79,16 +80,17 @@ class _TappedRotary:
 class Hooks:
     """The hooks that some requests need on a model."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, requests: Requests) -> None:
-        """Hang them up."""
+    def __init__(self, model: PreTrainedModel, layout: Layout, requests: Sequence[Requests]) -> None:
+        """Hang them up; edits act in the order of the requests."""
         self._model, self._layout = model, layout
-        self._cuts, self._observers = tuple(requests.cuts), tuple(requests.observers)
+        self._cuts = tuple(cut for request in requests for cut in request.cuts)
+        self._observers = tuple(observer for request in requests for observer in request.observers)
         self._edits: dict[str, list[Edit]] = {}
-        for edit in requests.edits:
+        for edit in (edit for request in requests for edit in request.edits):
             for name in match_names(layout.tap_names, edit.name):
                 self._edits.setdefault(name, []).append(edit)
         self._captures: dict[str, list[Captured]] = {}
-        for captured in requests.captures:
+        for captured in (captured for request in requests for captured in request.captures):
             for name in captured.names:
                 self._captures.setdefault(name, []).append(captured)
         self._handles: list[Any] = []
@@ -142,12 +144,12 @@ class Hooks:
             captured.store(name, value, columns, finish)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inputs = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return  # the model refuses it
-        past, kept = inputs.get("past_key_values"), inputs.get("logits_to_keep", 0)
+        past, kept = find_cache(inputs), inputs.get("logits_to_keep", 0)
         seen = 0 if past is None else past.get_seq_length()
         implementation = self._model.config._attn_implementation
         if not isinstance(seen, int):
@@ -182,7 +184,9 @@ class Hooks:
         if self._wants("unembed.hook_logits"):
 
             def unembed(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-                return self._fire("unembed.hook_logits", logits, self._forward.logit_columns)
+                # a loss wants the logits of all tokens, whichever are kept
+                columns, kept = self._forward.columns, self._forward.logit_columns
+                return self._fire("unembed.hook_logits", logits, kept if logits.shape[1] == kept.shape[1] else columns)
 
             self._hook(self._layout.head, after=unembed)
 
@@ -275,7 +279,7 @@ class Hooks:
             self._forward.pack = given
             mask = self._cut(site, cuts, given.mask, arguments)
             rotary = _TappedRotary(given.rotary, look) if shows_scores else given.rotary
-            new = dataclasses.replace(given, mask=mask, rotary=rotary) if cuts or shows_scores else given
+            new = given._replace(mask=mask, rotary=rotary) if cuts or shows_scores else given
         if self._observers:
             self._forward.masks[site.branch] = mask
         if new is not given:

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, GPTNeoForCausalLM, PreTrainedModel
 
 from metatokens.errors import UsageError
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.compatibility import CACHE_NAME
 
 Branch = Literal["attn", "meta_attn"]
 """The causal self-attention of a block, or its meta-attention."""
@@ -154,7 +155,7 @@ def _of_gpt2(model: Any) -> Layout:
             head_dim=module.head_dim,
             scaling=module.scaling,
             mask_argument=(2, "attention_mask"),
-            cache_argument=(1, "past_key_values"),
+            cache_argument=(1, CACHE_NAME),
             is_output_transposed=True,
         )
         blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))

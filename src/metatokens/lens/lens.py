@@ -1,6 +1,9 @@
 """The lens: read and change what a model computes, by name and by position, without touching its weights.
 
     lens = Lens(model.eval())
+    meta = model.config.meta_token_id
+    input_ids = torch.tensor([[5, 9, meta, 7, 12]])
+    is_meta, is_answer = input_ids == meta, input_ids == 12
     with lens.capture(["blocks.*.hook_resid_post"], at=is_meta) as captured:
         lens(input_ids)
     captured["blocks.3.hook_resid_post"]                        # (number of meta-tokens, C)
@@ -59,7 +62,7 @@ class Lens:
         self.model = model
         self._check_mode()
         self.layout = describe_layout(model)
-        self._requests = Requests()
+        self._requests: list[Requests] = []
         self._hooks = Hooks(model, self.layout, self._requests)
 
     @property
@@ -101,12 +104,12 @@ class Lens:
                 remedy="write it as input_ids == id, or mask[None]",
             )
         captured = Captured(frozenset(name for pattern in names for name in self._match(pattern)), at, dtype, device)
-        with self._active(self._requests.captures, [captured]):
+        with self._active(Requests(captures=[captured])):
             yield captured
 
     @contextmanager
     def edit(self, *edits: Edit | EdgeCut) -> Iterator[None]:
-        """Change every forward pass of the model within the context, in the order given; contexts nest.
+        """Change every forward pass within the context, in the order given; contexts nest, and end in any order.
 
         Raises:
             UsageError: A name that no tap has, a tap that can only be read, or edges that the model does not have.
@@ -123,24 +126,23 @@ class Lens:
                 )
         for cut in cuts:
             self._check_edges(cut)
-        with self._active(self._requests.edits, changes), self._active(self._requests.cuts, cuts):
+        with self._active(Requests(edits=changes, cuts=cuts)):
             yield
 
     @contextmanager
     def observe(self, observer: Callable[[AttentionCall], None]) -> Iterator[None]:
         """Hand each attention's queries, keys and mask to a function as it runs, so that no layer must be stored."""
-        with self._active(self._requests.observers, [observer]):
+        with self._active(Requests(observers=[observer])):
             yield
 
     @contextmanager
-    def _active(self, requests: list[Any], new: Sequence[Any]) -> Iterator[None]:
-        before = list(requests)
+    def _active(self, requests: Requests) -> Iterator[None]:
+        self._requests.append(requests)
         try:
-            requests.extend(new)
             self._hang()
             yield
         finally:
-            requests[:] = before
+            self._requests.remove(requests)  # this context's own: contexts may end in any order
             self._hang()
 
     def _hang(self) -> None:

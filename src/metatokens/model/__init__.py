@@ -6,13 +6,31 @@ Tensor dimensions, here and in the documentation: B batch, T sequence with meta-
 H heads, D head size, C hidden size, V vocabulary. Masks are bool, True = keep.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration import MetaTokenConfig
+from .heads import MetaTokenForQuestionAnswering, MetaTokenForSequenceClassification, MetaTokenForTokenClassification
 from .modeling import MetaTokenForCausalLM, MetaTokenModel
 
 AutoConfig.register(MetaTokenConfig.model_type, MetaTokenConfig, exist_ok=True)
 AutoModel.register(MetaTokenConfig, MetaTokenModel, exist_ok=True)
 AutoModelForCausalLM.register(MetaTokenConfig, MetaTokenForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MetaTokenConfig, MetaTokenForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(MetaTokenConfig, MetaTokenForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(MetaTokenConfig, MetaTokenForQuestionAnswering, exist_ok=True)
 
-__all__ = ["MetaTokenConfig", "MetaTokenForCausalLM", "MetaTokenModel"]
+__all__ = [
+    "MetaTokenConfig",
+    "MetaTokenForCausalLM",
+    "MetaTokenForQuestionAnswering",
+    "MetaTokenForSequenceClassification",
+    "MetaTokenForTokenClassification",
+    "MetaTokenModel",
+]

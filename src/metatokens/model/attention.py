@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache
 
+from .compatibility import ALL_ATTENTION_FUNCTIONS
 from .configuration import MetaTokenConfig
 from .positions import Rotary
 

@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import DynamicLayer, StaticLayer
+
+# meta columns between two looks for gaps, each of which waits for the device
+COLUMNS_BETWEEN_LOOKS = 16
 
 
 class MetaDynamicLayer(DynamicLayer):
     """Grows with the sequence. A meta column is shared by the rows of the batch.
 
     `meta_columns` (B, M) holds the token column of each cached meta-token, or -1 where a row has none; it gives the
-    validity mask, the positions and an exact `crop`.
+    validity mask, the positions and an exact `crop`. Rows that get their meta-tokens at different steps leave gaps in
+    one another's columns; these are closed now and then, so that there are hardly more columns than the row with the
+    most meta-tokens needs.
     """
 
     _layer_type = "meta_attention"
@@ -36,12 +41,32 @@ class MetaDynamicLayer(DynamicLayer):
 
     def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all cached meta keys and values, (B, H, M, D)."""
+        num_old = self.num_meta
         if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
             keys_BHMD = torch.cat([self.meta_keys, keys_BHMD], dim=-2)
             values_BHMD = torch.cat([self.meta_values, values_BHMD], dim=-2)
             columns_BM = torch.cat([self.meta_columns, columns_BM], dim=-1)
         self.meta_keys, self.meta_values, self.meta_columns = keys_BHMD, values_BHMD, columns_BM
+        looks = num_old // COLUMNS_BETWEEN_LOOKS < self.num_meta // COLUMNS_BETWEEN_LOOKS
+        if looks and not torch.compiler.is_compiling():
+            self._close_gaps()
+        # this step's mask is of the columns as they were
         return keys_BHMD, values_BHMD
+
+    def _close_gaps(self) -> None:
+        """Move the meta-tokens of each row to the last columns, in their order, and drop those that no row needs."""
+        assert self.meta_columns is not None
+        assert self.meta_keys is not None
+        assert self.meta_values is not None
+        is_meta = self.meta_columns >= 0
+        num_needed = int(is_meta.sum(-1).max())
+        if num_needed == self.num_meta:
+            return
+        order = is_meta.to(torch.int8).argsort(dim=-1, stable=True)[:, self.num_meta - num_needed :]
+        self.meta_columns = self.meta_columns.gather(1, order)
+        index = order[:, None, :, None]
+        self.meta_keys = torch.take_along_dim(self.meta_keys, index, dim=2)
+        self.meta_values = torch.take_along_dim(self.meta_values, index, dim=2)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -111,8 +136,8 @@ class MetaStaticLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
         slots = self.meta_capacity + 1
         shape = (self.batch_size, self.num_heads, slots)
-        self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=self.dtype, device=self.device)
-        self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=self.dtype, device=self.device)
+        self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=key_states.dtype, device=self.device)
+        self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=value_states.dtype, device=self.device)
         self.meta_columns = torch.zeros((self.batch_size, slots), dtype=torch.long, device=self.device)
         self.meta_count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
@@ -142,6 +167,14 @@ class MetaStaticLayer(StaticLayer):
         if self.meta_keys is not None:
             for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
                 tensor.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens and the meta-tokens among them; before transformers 5.24 no static layer can."""
+        super().crop(tokens_to_remove)
+        if self.meta_keys is not None:
+            is_used = torch.arange(self.meta_capacity + 1, device=self.device) < self.meta_count[:, None]
+            is_kept = is_used & (self.meta_columns < self.get_seq_length())
+            self.meta_count.copy_(is_kept.sum(-1))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

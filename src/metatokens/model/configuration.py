@@ -3,10 +3,14 @@
 A plain GPT-2 is the same class with `meta_attention_layers="none"`; a pause-token model is that plus injection.
 """
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .export import AUTO_MAP, copy_code
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
@@ -18,7 +22,7 @@ class MetaTokenConfig(PreTrainedConfig):
     """Configuration of `MetaTokenModel`; the defaults are the paper's RoPE model (section 4.1)."""
 
     model_type = "metatokens"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         f"layers.*.{module}": plan
         for attention in ("self_attn", "meta_attn")
@@ -71,6 +75,8 @@ class MetaTokenConfig(PreTrainedConfig):
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Standardize RoPE parameters where there are any; other position encodings have none."""
         if not self.has_rotation:
+            # kept for `validate_choices` to refuse
+            self.rope_parameters = self.rope_parameters or kwargs.pop("rope_scaling", None)
             return kwargs
         converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
         return converted
@@ -97,12 +103,30 @@ class MetaTokenConfig(PreTrainedConfig):
         """Both attentions are multi-head: as many key heads as query heads."""
         return self.num_attention_heads
 
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        if value != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads must equal num_attention_heads {self.num_attention_heads}, not {value}: "
+                "grouped-query attention is not supported"
+            )
+
     @property
     def max_sequence_length(self) -> int:
         """The longest input, in positions; dynamic RoPE scaling stretches it by its factor."""
         rope = self.rope_parameters or {}
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
         return int(self.max_position_embeddings * factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json, beside the code that its `auto_map` names; a subclass names none and brings none."""
+        if type(self) is MetaTokenConfig:
+            # by hand: transformers' own helper would leave out all Auto classes but that of the model being saved
+            self.auto_map = (getattr(self, "auto_map", None) or {}) | AUTO_MAP
+            copy_code(Path(save_directory))
+        elif getattr(self, "auto_map", None) == AUTO_MAP:
+            del self.auto_map  # made from the fields of a loaded MetaTokenConfig
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def check_length(self, num_positions: int) -> None:
         """Raise ValueError for a sequence longer than the model."""
@@ -147,6 +171,11 @@ class MetaTokenConfig(PreTrainedConfig):
         if self.meta_attention_over not in META_ATTENTION_MEMBERS:
             raise ValueError(
                 f"meta_attention_over must be one of {META_ATTENTION_MEMBERS}, not {self.meta_attention_over!r}"
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default" and self.position_encoding != "rope":
+            raise ValueError(
+                f'RoPE scaling {rope_type!r} needs position_encoding "rope", not {self.position_encoding!r}'
             )
         if not 0 <= self.random_ratio <= 1:
             raise ValueError(f"random_ratio must lie in 0..1, not {self.random_ratio}")

@@ -1,20 +1,28 @@
-"""Write a model so that it loads anywhere: with this package, or as remote code where it is not installed."""
+"""Write a model so that it loads anywhere: with this package, or as remote code where it is not installed.
+
+Whatever saves a model saves its config, so the config brings the code that it names: `save_pretrained` and
+`push_to_hub`, a Trainer's checkpoints, a merged adapter, and a model that was itself loaded as remote code.
+"""
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
+from transformers import logging
 
-from .configuration import MetaTokenConfig
-from .modeling import MetaTokenForCausalLM
+if TYPE_CHECKING:
+    from .modeling import MetaTokenForCausalLM
 
 REMOTE_CODE = (
     "attention",
     "cache",
+    "compatibility",
     "configuration",
+    "export",
     "generation",
+    "heads",
     "loss",
+    "masks",
     "meta_attention",
     "modeling",
     "outputs",
@@ -24,19 +32,25 @@ AUTO_MAP = {
     "AutoConfig": "configuration.MetaTokenConfig",
     "AutoModel": "modeling.MetaTokenModel",
     "AutoModelForCausalLM": "modeling.MetaTokenForCausalLM",
+    "AutoModelForSequenceClassification": "heads.MetaTokenForSequenceClassification",
+    "AutoModelForTokenClassification": "heads.MetaTokenForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads.MetaTokenForQuestionAnswering",
 }
 
 
-def save_model(model: MetaTokenForCausalLM, path: Path, tokenizer: Any = None) -> None:
+def copy_code(folder: Path) -> None:
+    """Copy the files of the model's code into a folder, which may be new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in REMOTE_CODE:
+        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+
+
+def save_model(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None) -> None:
     """Save weights (safetensors), configs, tokenizer and the model's code into the folder `path`.
 
     `AutoModelForCausalLM.from_pretrained(path)` then needs `import metatokens` or `trust_remote_code=True`. The models
-    of `metatokens.baselines` are saved without code and need the import.
+    of `metatokens.baselines` are saved without code and need the import. The tokenizer learns the model's window.
     """
-    travels = type(model.config) is MetaTokenConfig
-    # transformers writes this attribute as it stands; its own helper would leave AutoModel out
-    if travels:
-        model.config.auto_map = dict(AUTO_MAP)
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would tear the training's own
     try:
@@ -44,7 +58,9 @@ def save_model(model: MetaTokenForCausalLM, path: Path, tokenizer: Any = None) -
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
-    for name in REMOTE_CODE if travels else ():
-        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), path / f"{name}.py")
     if tokenizer is not None:
+        # a config of another package states its window under this name, if at all
+        window = getattr(model.config, "max_sequence_length", getattr(model.config, "max_position_embeddings", None))
+        if window is not None:
+            tokenizer.model_max_length = window
         tokenizer.save_pretrained(path)

@@ -1,32 +1,95 @@
-"""What `generate` needs to know: which ids are never sampled, and how the prompt's meta-tokens reach each step."""
+"""What `generate` needs to know: which ids are never sampled, how long a text may be, and which inputs a step sees."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
+from .compatibility import create_causal_mask, find_cache, one_cache
 from .configuration import MetaTokenConfig
+
+# a collator's columns for the loss; no step of `generate` has one
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class MetaTokenGenerationMixin(GenerationMixin):
     """Generation that never samples the meta-token."""
 
     config: MetaTokenConfig
+    generation_config: GenerationConfig
 
     def _ids_never_sampled(self) -> list[int]:
-        # no loss is paid for predicting the meta-token, so its logit means nothing; what lies above it is padding
-        first = self.config.meta_token_id
-        return [] if first is None else list(range(first, self.config.vocab_size))
+        # no loss is paid for predicting the meta-token, so its logit means nothing. Rows of a padded vocabulary stay:
+        # the model does not know which of them a token of the user's own has taken, and training has made the others
+        # unlikely, for each was in every softmax and never a target
+        meta, padding = self.config.meta_token_id, self.config.pad_token_id
+        if padding in _as_list(self.config.eos_token_id):
+            padding = None
+        return sorted(token for token in (meta, padding) if token is not None)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Add the ids that are never sampled to the caller's own `suppress_tokens`."""
+        """Add the ids that are never sampled to the caller's own `suppress_tokens`, and drop what would go stale.
+
+        `meta_indices` describe the prompt alone: they are found again from the ids, or become the `meta_token_mask`
+        of `inputs_embeds`.
+        """
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         suppressed = {*(generation_config.suppress_tokens or ()), *self._ids_never_sampled()}
+        if self.config.pad_token_id in _as_list(generation_config.eos_token_id):
+            suppressed.discard(self.config.pad_token_id)
         generation_config.suppress_tokens = sorted(suppressed) or None
+        for name in _OF_THE_LOSS:
+            model_kwargs.pop(name, None)
+        meta_indices, embeds = model_kwargs.pop("meta_indices", None), model_kwargs.get("inputs_embeds")
+        if meta_indices is not None and embeds is not None and model_kwargs.get("meta_token_mask") is None:
+            mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            model_kwargs["meta_token_mask"] = mask.scatter(1, meta_indices.to(embeds.device), True)
         return generation_config, model_kwargs
+
+    def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Hold the lengths against the model's window before a token is made.
+
+        More tokens than fit are no error, for the end of the text may come first: generation stops at the window,
+        after a warning. The last new token is not read, so it may stand one position behind the window.
+
+        Raises:
+            ValueError: for a prompt longer than the model, or a minimum that cannot fit.
+        """
+        generation_config = super()._prepare_generated_length(*args, **kwargs)
+        # lengths count the ids alone, which may be fewer than the positions of `inputs_embeds`
+        uncounted = kwargs["inputs_tensor"].shape[1] - kwargs["input_ids_length"]
+        self.config.check_length(kwargs["inputs_tensor"].shape[1])
+        self.config.check_length((generation_config.min_length or 0) + uncounted - 1)
+        longest = self.config.max_sequence_length + 1 - uncounted
+        if generation_config.max_length > longest:
+            asked, fitting = (length - kwargs["input_ids_length"] for length in (generation_config.max_length, longest))
+            warnings.warn(
+                f"generation stops after {fitting} of at most {asked} new tokens, at the end of the model's "
+                f"{self.config.max_sequence_length} positions (max_position_embeddings)",
+                stacklevel=4,
+            )
+            generation_config.max_length = longest
+        return generation_config
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """Let stop strings be found in the text between meta-tokens."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        meta_token_id = self.config.meta_token_id
+        if meta_token_id is None:
+            return criteria
+        return StoppingCriteriaList(
+            _InTheText(criterion, meta_token_id) if isinstance(criterion, StopStringCriteria) else criterion
+            for criterion in criteria
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -35,23 +98,18 @@ class MetaTokenGenerationMixin(GenerationMixin):
         meta_token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Check the length, and cut `meta_token_mask`, which describes the prompt, to each step's tokens.
+        """Cut `meta_token_mask`, which describes the prompt, to each step's tokens.
 
         Later meta-tokens show by their id.
-
-        Raises:
-            ValueError: for a sequence longer than the model, whatever the cache.
         """
-        sequence = args[0] if args else kwargs["input_ids"]
-        self.config.check_length(sequence.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1]))
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if meta_token_mask is None:
             return inputs
-        past, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+        past, embeds = find_cache(inputs), inputs.get("inputs_embeds")
         seen = int(past.get_seq_length()) if past is not None else 0
         num_tokens = (inputs["input_ids"] if embeds is None else embeds).shape[1]
         missing = max(0, seen + num_tokens - meta_token_mask.shape[1])
-        step_mask = nn.functional.pad(meta_token_mask, (0, missing))[:, seen : seen + num_tokens]
+        step_mask = nn.functional.pad(meta_token_mask.bool(), (0, missing))[:, seen : seen + num_tokens]
         if embeds is None and missing:
             later = torch.arange(seen, seen + num_tokens, device=step_mask.device) >= meta_token_mask.shape[1]
             step_mask = step_mask | (later & (inputs["input_ids"] == self.config.meta_token_id))
@@ -63,12 +121,35 @@ class MetaTokenGenerationMixin(GenerationMixin):
         config: MetaTokenConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Make the mask of `generate` with a static cache; the library's own knows only its own layer types."""
         del position_ids, kwargs
         return create_causal_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=one_cache(past_key_values, cache),
         )
+
+
+def _as_list(ids: int | list[int] | None) -> list[int | None]:
+    return [*ids] if isinstance(ids, list) else [ids]
+
+
+class _InTheText(StoppingCriteria):
+    """A criterion that sees the text alone, the meta-tokens moved out of its way to the front of their rows."""
+
+    def __init__(self, criterion: StoppingCriteria, meta_token_id: int) -> None:
+        self.criterion = criterion
+        self.meta_token_id = meta_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        is_text = input_ids != self.meta_token_id
+        text = input_ids.gather(1, is_text.long().argsort(dim=1, stable=True))
+        stops: Tensor = self.criterion(text, scores, **kwargs)
+        # a meta-token adds no text; what ends a prompt stops nothing
+        return stops & is_text[:, -1]

@@ -3,12 +3,19 @@
 No loss is paid for predicting a meta-token (paper, section 3). `skip` drops the term whose target is a meta-token, so
 the text token after it is predicted from the meta-token; `retarget` predicts it from the last text token instead and
 uses no output at a meta-token (Mohtashami and Jaggi 2023). Either way each text token is predicted once.
+
+The loss is always that of the logits that the head gives when it is called. Where the head is a linear layer and no
+more, loss and gradients come from its weight without a call; whatever sits on it (LoRA, hooks, offloading,
+quantisation, tensor parallelism) is called.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 LOGITS_CHUNK_ELEMENTS = 2**23  # 32 MiB of float32 logits at a time
@@ -39,11 +46,101 @@ def targets_of_labels(labels: Tensor, meta_token_mask: Tensor, loss_policy: str)
     return targets.masked_fill(meta_token_mask, IGNORE_INDEX)
 
 
+def loss_and_logits(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor | None,
+    *,
+    vocab_size: int,
+    wants_logits: bool,
+    logits_to_keep: int | Tensor = 0,
+    num_items_in_batch: int | Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the loss of a head's predictions and its logits.
+
+    Args:
+        head: maps (..., C) to logits (..., V).
+        hidden: (B, T, C) final hidden states.
+        targets: (B, T) int64, what each position must predict, -100 where nothing; None for no loss.
+        vocab_size: V, for the size of a chunk.
+        wants_logits: whether logits are asked for beside the loss; without targets they always are.
+        logits_to_keep: see `kept_positions`.
+        num_items_in_batch: what the summed loss is divided by; by default the number of valid targets.
+
+    Returns:
+        The loss in nats, a scalar of float32 (float64 for float64 logits), or None without targets; and the logits
+        (B, T, V), or None if they are not asked for.
+    """
+    kept = kept_positions(logits_to_keep)
+    if targets is None:
+        return None, head(hidden[:, kept])
+    if is_plain_linear(head):
+        total = _sum_of_linear(head, hidden, targets)
+        logits = head(hidden[:, kept]) if wants_logits else None
+    elif wants_logits:
+        logits = head(hidden)  # one call, as its hooks expect, gives both
+        total, logits = _sum_over_targets(logits, targets), logits[:, kept]
+    else:
+        total, logits = _sum_in_chunks(head, hidden, targets, vocab_size), None
+    num_targets = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1), logits
+
+
+def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Return the index into T of the positions whose logits are made: that many last ones (0: all), or these."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Tell whether calling a head is a product with its weight, plus its bias, and nothing else.
+
+    It is not for a subclass (LoRA, a quantised or parametrised layer), under a hook of its own or of every module, with
+    another forward put in place of its own (offloading), or with a weight of another kind than torch's own (a shard).
+    """
+    if type(head) is not nn.Linear or "forward" in vars(head) or _has_any_global_hook():
+        return False
+    if head._forward_pre_hooks or head._forward_hooks or head._backward_pre_hooks or head._backward_hooks:
+        return False
+    return all(type(tensor) in (nn.Parameter, Tensor) for tensor in (head.weight, head.bias) if tensor is not None)
+
+
+def _sum_of_linear(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    if head.bias is not None:  # a column of the weight that every state multiplies by one
+        hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
+        weight = torch.cat([weight, head.bias[:, None]], dim=1)  # type: ignore[index]
+    return summed_cross_entropy(hidden, weight, targets)
+
+
+def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum the cross-entropy of (..., V) logits, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    targets = targets.to(logits.device).flatten()
+    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _sum_in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Sum the cross-entropy of any head over (..., T, C) states, with few logits at a time.
+
+    One call where all logits are few. Otherwise a call for each stretch of T, repeated in the backward pass.
+    """
+    size = max(1, LOGITS_CHUNK_ELEMENTS // (vocab_size * hidden.shape[:-2].numel()))
+    if hidden.shape[-2] <= size:
+        return _sum_over_targets(head(hidden), targets)
+
+    def sum_of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return _sum_over_targets(head(hidden), targets)
+
+    chunks = zip(hidden.split(size, -2), targets.split(size, -1), strict=True)
+    return torch.stack([checkpoint(sum_of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropy of a linear head over the valid targets, in chunks of rows.
 
     Equal to `cross_entropy(hidden @ weight.T, targets, reduction="sum")`, but at most 2^23 logits exist at a time: the
-    gradients are computed with the loss, chunk by chunk, and no logits are kept for the backward pass.
+    gradients are computed with the loss, chunk by chunk, and no logits are kept for the backward pass. Gradients that
+    are to be differentiated themselves (`create_graph=True`) are computed anew, from logits.
 
     Args:
         hidden: (..., C) final hidden states.
@@ -102,15 +199,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 weight_grad.addmm_(grad.T, hidden[rows])
             elif weight_grad is not None:
                 weight_grad += grad.T @ hidden[rows]
-        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        ctx.save_for_backward(hidden, weight, targets, keep, hidden_grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden, weight, targets, keep, hidden_grad, weight_grad = ctx.saved_tensors
+        # compiled code is differentiated once, and says so otherwise
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            targets = targets if keep is None else targets.masked_fill(~keep, IGNORE_INDEX)
+            hidden_grad, weight_grad = _differentiable_gradients(
+                hidden, weight, targets, grad_loss, ctx.needs_input_grad
+            )
+            return hidden_grad, weight_grad, None, None
         return (
             None if hidden_grad is None else hidden_grad * grad_loss.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad * grad_loss.to(weight_grad.dtype),
             None,
             None,
         )
+
+
+def _differentiable_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, grad_loss: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `hidden` (rows, C) and `weight` that are needed, each a function of both."""
+    # aliases: a tied weight is also where the hidden states come from, and that path is none of this function's
+    hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
+    total = _sum_in_chunks(lambda rows: rows @ weight.T, hidden, targets, weight.shape[0])
+    inputs = [tensor for tensor, is_needed in zip((hidden, weight), needed, strict=False) if is_needed]
+    gradients = iter(torch.autograd.grad(total, inputs, grad_loss, create_graph=True))
+    return next(gradients) if needed[0] else None, next(gradients) if needed[1] else None

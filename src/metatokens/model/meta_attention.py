@@ -11,16 +11,17 @@ among all tokens at full cost, "random" packs pseudo-random text tokens in place
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache
 
 from .attention import Attention
 from .cache import MetaDynamicLayer, MetaStaticLayer
+from .compatibility import create_causal_mask
 from .configuration import MetaTokenConfig
+from .masks import TokenLayout, combine_masks, is_traced, same_document, take_pairs, to_additive
 from .positions import Rotary, add_alibi
 
 HASH_BITS = 32
@@ -29,11 +30,13 @@ HASH_MULTIPLIER = 0x45D9F3B  # Thomas Mueller's integer hash: small enough that 
 HASH_INCREMENT = 0x1E3779B9  # apart from zero, which the rounds above map to itself
 
 
-@dataclass(frozen=True)
-class MetaPack:
-    """Where the meta-tokens of a batch are and what they may attend to; made once per forward pass for all layers."""
+class MetaPack(NamedTuple):
+    """Where the meta-tokens of a batch are and what they may attend to; made once per forward pass for all layers.
 
-    index: Tensor | None
+    A tuple, so that whatever moves a layer's inputs to its device finds the tensors in it.
+    """
+
+    index: Tensor | None  # type: ignore[assignment] # in place of a tuple's own method
     """(B, M) int64: index in this forward's sequence of each packed meta-token, unique within a row; None if all
     tokens take part as they stand."""
     valid: Tensor | None
@@ -84,7 +87,7 @@ class MetaAttention(Attention):
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
             key, value = layer.update_meta(key, value, pack.columns)
-            if pack.index is None and isinstance(layer, MetaStaticLayer):
+            if pack.index is None and layer.is_compileable:
                 # slots are columns, as in the mask; nothing was swallowed
                 key, value = key[:, :, : layer.meta_capacity], value[:, :, : layer.meta_capacity]
         return self.attend(query, key, value, pack.mask)
@@ -110,13 +113,48 @@ class _PackedPast:
         return self.length
 
 
+def check_cache(config: MetaTokenConfig, cache: Any) -> None:
+    """Raise ValueError for a cache without a place for the layers and meta-tokens of `config`."""
+    layers: Any = getattr(cache, "layers", None)
+    # without meta-attention a plain DynamicCache() will do, which makes its layers as they come
+    fits = layers is not None and len(layers) in (0, config.num_hidden_layers)
+    for layer_index in range(config.num_hidden_layers):
+        if fits and config.has_meta_attention(layer_index):
+            fits = len(layers) > 0 and hasattr(layers[layer_index], "update_meta")
+    if not fits:
+        raise ValueError(
+            f"the cache, a {type(cache).__name__}, was not made from this model's config and has no place for its "
+            "layers or meta-tokens: use DynamicCache(config=model.config)"
+        )
+
+
+def refuse_paged_cache(config: MetaTokenConfig) -> None:
+    """Raise ValueError under transformers' continuous batching."""
+    if config._attn_implementation.startswith("paged|"):
+        raise ValueError("generate_batch keeps no meta-tokens in its paged cache: use generate")
+
+
+def check_meta_indices(meta_indices: Tensor, meta_token_mask: Tensor, *, must_look: bool) -> None:
+    """Raise ValueError unless every row has as many meta-tokens as `meta_indices` (B, M).
+
+    On an accelerator the look would wait for the device, so it is taken only where `must_look` is set.
+    """
+    if is_traced() or not (must_look or meta_token_mask.device.type == "cpu"):
+        return
+    counts = meta_token_mask.sum(-1)
+    if (counts != meta_indices.shape[1]).any():
+        raise ValueError(
+            f"meta_indices tell of {meta_indices.shape[1]} meta-tokens a row, and the inputs hold {counts.tolist()}: "
+            "leave meta_indices out, or give meta_token_mask with inputs_embeds of your own"
+        )
+
+
 def choose_members(
     config: MetaTokenConfig,
     *,
     input_ids: Tensor | None,
-    position_ids: Tensor,
     meta_token_mask: Tensor,
-    attention_mask: Tensor | None,
+    layout: TokenLayout,
     seen: int | Tensor,
 ) -> Tensor:
     """Tell which tokens take part in meta-attention, (B, T) bool; padding never does.
@@ -135,16 +173,10 @@ def choose_members(
     elif input_ids is None:
         raise ValueError('meta_attention_over "random" chooses tokens by their ids: give input_ids, not inputs_embeds')
     else:
-        chosen = hash_integers(position_ids.expand(shape), input_ids) < config.random_ratio * 2**HASH_BITS
+        chosen = hash_integers(layout.position_ids.expand(shape), input_ids) < config.random_ratio * 2**HASH_BITS
         members = chosen & ~meta_token_mask
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return members & attention_mask[:, -shape[1] :].bool()
-    if attention_mask is None or config.meta_attention_over == "meta":
-        return members
-    # a mask made for a static cache: what a real token may see holds itself
-    columns = (torch.arange(shape[1], device=members.device) + seen)[None, :, None].expand(shape[0], -1, 1)
-    itself = attention_mask[:, 0].expand(shape[0], -1, -1).gather(2, columns)[..., 0]
-    return members & (itself if itself.dtype == torch.bool else itself == 0)
+    is_real = layout.find_real_tokens(torch.arange(shape[1], device=members.device) + seen)
+    return members if is_real is None else members & is_real
 
 
 def hash_integers(*values: Tensor) -> Tensor:
@@ -171,7 +203,7 @@ def pack_meta_tokens(
     meta_token_mask: Tensor,
     meta_indices: Tensor | None,
     rotary: Rotary | None,
-    alibi_slopes: Tensor | None,
+    layout: TokenLayout,
     past_key_values: Cache | None,
     always: bool,
 ) -> MetaPack | None:
@@ -181,35 +213,48 @@ def pack_meta_tokens(
         config: the model's configuration.
         hidden: (B, T, C), for its shape, dtype and device.
         meta_token_mask: (B, T) bool, True at meta-tokens.
-        meta_indices: (B, M) int64 from a collator, every entry a meta-token; spares a host synchronisation.
+        meta_indices: (B, M) int64 from a collator: every row has M meta-tokens; spares a host synchronisation.
         rotary: the positions of all T tokens, or None.
-        alibi_slopes: (H,), or None.
+        layout: what else limits the attention of the T tokens; the packed stream is bound by it alike.
         past_key_values: the cache, or None.
         always: return a pack with one idle column rather than None when there is no meta-token; in training every
             process must touch the same parameters, or a distributed backward pass waits for ever.
 
     Returns:
         None when no row has a meta-token.
+
+    Raises:
+        ValueError: for meta-tokens under transformers' continuous batching, whose cache has no place for them.
     """
-    layer = None
+    layer: Any = None
     if past_key_values is not None:
         first = next(i for i in range(config.num_hidden_layers) if config.has_meta_attention(i))
         layer = past_key_values.layers[first]
-    found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=isinstance(layer, StaticLayer), always=always)
+    # its attribute and not its class: of two copies of this code in a process, either may have made the layer
+    is_static = layer is not None and layer.is_compileable
+    found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=is_static, always=always)
     if found is None:
         return None
+    refuse_paged_cache(config)
     index, valid = found
 
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
     columns = index + seen if valid is None else torch.where(valid, index + seen, -1)
-    if isinstance(layer, MetaStaticLayer):
+    if is_static:
         mask, key_columns = _static_mask(layer, columns)
     else:
-        mask, key_columns = _growing_mask(config, hidden, columns, valid, layer, alibi_slopes is not None)
-    if alibi_slopes is not None:
-        mask = add_alibi(mask, columns, key_columns, alibi_slopes)
-    elif config._attn_implementation == "eager" and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        mask, key_columns = _growing_mask(config, hidden, index, columns, layer, layout)
+    if layout.has_pairs:
+        mask = combine_masks(mask, take_pairs(layout.attention_mask, index, key_columns))
+    if layout.slopes is not None:
+        num_columns = (
+            seen + hidden.shape[1] if past_key_values is None else past_key_values.get_mask_sizes(hidden.shape[1], 0)[0]
+        )
+        key_positions = layout.key_positions(num_columns, seen).expand(len(index), -1)
+        query_positions = layout.position_ids.expand(len(index), -1).gather(1, index)
+        mask = add_alibi(mask, query_positions, key_positions.gather(1, key_columns.clamp(min=0)), layout.slopes)
+    elif config._attn_implementation == "eager":
+        mask = to_additive(mask, hidden.dtype)
 
     rotary = None if rotary is None else rotary.at(index)
     return MetaPack(index=index, valid=valid, rotary=rotary, mask=mask, columns=columns)
@@ -219,11 +264,14 @@ def _find_meta_tokens(
     meta_token_mask: Tensor, meta_indices: Tensor | None, *, keep_shape: bool, always: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return indices (B, M) of the meta-tokens in order, and which of them are real."""
-    if meta_indices is not None:
-        return meta_indices, None
     num_tokens = meta_token_mask.shape[1]
-    order = torch.argsort((~meta_token_mask).to(torch.int8), dim=-1, stable=True)
-    if keep_shape and (num_tokens == 1 or torch.compiler.is_compiling()):
+    columns = torch.arange(num_tokens, device=meta_token_mask.device)
+    # distinct numbers, since no exporter knows a stable sort
+    order = torch.argsort(torch.where(meta_token_mask, columns, columns + num_tokens), dim=-1)
+    if meta_indices is not None:
+        index = order[:, : meta_indices.shape[1]]
+        return index, meta_token_mask.gather(1, index)
+    if is_traced() or (keep_shape and num_tokens == 1):
         return order, meta_token_mask.gather(1, order)  # static shapes, no host synchronisation
     counts = meta_token_mask.sum(-1)
     fewest, most = (int(count) for count in torch.stack(torch.aminmax(counts)).tolist())
@@ -237,25 +285,31 @@ def _find_meta_tokens(
 def _growing_mask(
     config: MetaTokenConfig,
     hidden: Tensor,
+    index: Tensor,
     columns: Tensor,
-    valid: Tensor | None,
     layer: MetaDynamicLayer | None,
-    explicit: bool,
+    layout: TokenLayout,
 ) -> tuple[Any, Tensor]:
     """Return the mask of the packed stream and its key columns, (B, K), without a cache or with a growing one."""
     num_past = layer.num_meta if layer is not None else 0
+    explicit = layout.slopes is not None or layout.has_pairs
     key_columns = columns
     key_valid = None
     if num_past and layer is not None and layer.meta_columns is not None:
         key_columns = torch.cat([layer.meta_columns, columns], dim=-1)
         key_valid = key_columns >= 0  # always explicit: sdpa takes a missing mask with past keys for an empty cache
-    elif explicit and valid is not None:
-        key_valid = valid
+    elif explicit:
+        key_valid = columns >= 0
+    pattern = None
+    if layout.documents is not None:
+        documents = layout.documents.expand(len(index), -1)
+        pattern = same_document(documents.gather(1, index), len(index))
     mask = create_causal_mask(
         config=config,
         inputs_embeds=hidden[:, : columns.shape[1]],
         attention_mask=key_valid,
         past_key_values=_PackedPast(num_past) if num_past else None,
+        and_mask_function=pattern,
         layer_idx=0,
         allow_is_causal_skip=not (num_past or explicit),
     )

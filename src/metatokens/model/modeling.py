@@ -7,31 +7,44 @@ nothing that they cannot hold, and the model has exactly the paper's 152M parame
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, GradientCheckpointingLayer, PreTrainedModel, logging
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, SelfAttention
+from .compatibility import (
+    ACT2FN,
+    CACHE_NAME,
+    CACHE_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ForCausalLMLoss,
+    can_return_tuple,
+    capture_outputs,
+    merge_with_config_defaults,
+    one_cache,
+)
 from .configuration import MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
-from .loss import IGNORE_INDEX, summed_cross_entropy, targets_of_labels
-from .meta_attention import MetaAttention, MetaPack, choose_members, pack_all_tokens, pack_meta_tokens
+from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labels
+from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask
+from .meta_attention import (
+    MetaAttention,
+    MetaPack,
+    check_cache,
+    check_meta_indices,
+    choose_members,
+    pack_all_tokens,
+    pack_meta_tokens,
+    refuse_paged_cache,
+)
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
-from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, add_alibi, alibi_slopes
+from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, alibi_slopes
 
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Tells of (batch, head, query column, key column), each an index, whether the query sees the key."""
+logger = logging.get_logger(__name__)
 
 
 class MLP(nn.Module):
@@ -100,7 +113,7 @@ class MetaTokenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["MetaTokenBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -156,63 +169,69 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         use_cache: bool | None = None,
         meta_token_mask: Tensor | None = None,
         meta_indices: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MetaTokenModelOutput:
         """Run the decoder.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, past + T), 1 = a token, 0 = padding on either side.
-            position_ids: (B, T) int64; by default tokens are counted from 0 in each row, padding left out. They only
-                place tokens: documents packed into one row see each other, as in GPT-2's training.
+            attention_mask: (B, past + T), 1 = a token, 0 = padding on either side; or (B or 1, H or 1, T, past + T),
+                bool with True = keep or additive, which binds both attentions in place of the causal mask.
+            position_ids: (B, T) int64; by default tokens are counted from 0 in each row, padding left out. Where they
+                start anew, with neither a mask nor a cache, a document starts that sees none of the others, as with
+                transformers' `DataCollatorWithFlattening`; so it is with `cu_seq_lens_q` among the other arguments.
             past_key_values: a cache made from this model's config.
             inputs_embeds: (B, T, C) in place of `input_ids`.
-            use_cache: return a cache.
-            meta_token_mask: (B, T) bool, True at meta-tokens; by default `input_ids == config.meta_token_id`.
-            meta_indices: (B, M) int64, the meta-tokens' indices in order, every row with M of them; spares a host
-                synchronisation and makes a training step one graph. Ignored unless meta-attention is over meta-tokens.
+            use_cache: return a cache; there is none of packed documents.
+            meta_token_mask: (B, T) bool, True at meta-tokens; by default those with the meta-token's id or, in
+                `inputs_embeds`, with its embedding.
+            meta_indices: (B, M) int64, the collator's: every row has M meta-tokens. Only M is read, which spares a host
+                synchronisation; where they stand is known from the inputs, whatever was put before them since.
+                Ignored unless meta-attention is over meta-tokens.
+            cache: another name of `past_key_values`.
             **kwargs: passed to the attention function.
 
         Raises:
-            ValueError: for both or neither kind of input, a sequence longer than the model, or meta-attention over
-                random tokens without their ids.
+            ValueError: for both or neither kind of input, a sequence longer than the model, a mask or cache that
+                the attention cannot take, or meta-attention over random tokens without their ids.
         """
+        past_key_values = one_cache(past_key_values, cache)
         hidden, meta_token_mask = self._embed(input_ids, inputs_embeds, meta_token_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if meta_indices is not None and self.config.meta_attention_over == "meta":
+            check_meta_indices(meta_indices, meta_token_mask, must_look=inputs_embeds is not None)
+        if past_key_values is not None:
+            check_cache(self.config, past_key_values)
+        past_key_values = self._usable_cache(past_key_values)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        position_ids = self._place(hidden, attention_mask, position_ids, seen)
+        layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
+        if use_cache and past_key_values is None and layout.documents is None:
+            past_key_values = self._usable_cache(DynamicCache(config=self.config))
         if self.config.position_encoding == "learned":
-            hidden = hidden + self.embed_positions(position_ids)
-        rotary = self.rotary_emb(hidden, position_ids) if self.config.has_rotation else None
-        slopes = self._alibi_slopes(hidden)
-        mask = self._causal_mask(hidden, attention_mask, past_key_values, slopes)
+            hidden = hidden + self.embed_positions(layout.position_ids)
+        rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
+        mask = make_causal_mask(self.config, hidden, layout, past_key_values)
 
         pack = None
         if self.has_meta_attention:
             members = choose_members(
-                self.config,
-                input_ids=input_ids,
-                position_ids=position_ids,
-                meta_token_mask=meta_token_mask,
-                attention_mask=attention_mask,
-                seen=seen,
+                self.config, input_ids=input_ids, meta_token_mask=meta_token_mask, layout=layout, seen=seen
             )
             pack = self._pack(
                 hidden,
                 meta_token_mask=members,
                 meta_indices=meta_indices if self.config.meta_attention_over == "meta" else None,
                 rotary=rotary,
-                alibi_slopes=slopes,
+                layout=layout,
                 past_key_values=past_key_values,
                 mask=mask,
             )
-        masks = self._masks_of_layers(mask, hidden, attention_mask, past_key_values, slopes, meta_token_mask)
+        masks = self._masks_of_layers(mask, hidden, layout, past_key_values, meta_token_mask)
         hidden = self.dropout(hidden)
         for layer, layer_mask in zip(self.layers, masks, strict=True):
             hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
         return MetaTokenModelOutput(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden), **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
     def _embed(
@@ -222,24 +241,61 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if meta_token_mask is None:
-            if input_ids is None or self.config.meta_token_id is None:
-                meta_token_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            else:
-                meta_token_mask = input_ids == self.config.meta_token_id
-        return hidden, meta_token_mask
+            meta_token_mask = self.find_meta_tokens(input_ids, inputs_embeds)
+        return hidden, meta_token_mask.bool()
 
-    def _place(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int | Tensor
-    ) -> Tensor:
-        """Return the positions (B or 1, T), after checking that the sequence fits the model."""
+    def _usable_cache(self, cache: Cache | None) -> Cache | None:
+        """Return the cache, or None where the backward pass runs the layers again: they would fill it twice."""
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        num_cached = int(cache.get_seq_length())
+        if num_cached:
+            raise ValueError(
+                f"training with gradient checkpointing needs an empty cache, not one of {num_cached} tokens"
+            )
+        logger.warning_once("Caching is incompatible with gradient checkpointing: the cache is left empty.")
+        return None
+
+    def find_meta_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Tell which of the tokens, given as ids (B, T) or as embeddings (B, T, C), are meta-tokens: (B, T) bool."""
+        meta_token_id = self.config.meta_token_id
+        if input_ids is not None:
+            return (
+                torch.zeros_like(input_ids, dtype=torch.bool) if meta_token_id is None else input_ids == meta_token_id
+            )
+        assert inputs_embeds is not None
+        if meta_token_id is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        # as Llava finds the placeholders of its images
+        embedding = self.embed_tokens(torch.full((1, 1), meta_token_id, device=inputs_embeds.device))
+        is_meta: Tensor = (inputs_embeds == embedding).all(-1)
+        return is_meta
+
+    def _lay_out(
+        self,
+        hidden: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        cu_seq_lens: Tensor | None,
+    ) -> TokenLayout:
+        """Gather what limits the attention of (B, T, C), after checking that the sequence fits the model."""
         num_tokens = hidden.shape[1]
-        if isinstance(seen, int):  # a static cache counts on the device; `prepare_inputs_for_generation` checks then
-            self.config.check_length(seen + num_tokens)
-        if position_ids is not None:
-            return position_ids
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-        return (torch.arange(num_tokens, device=hidden.device) + seen)[None]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        attention_mask = check_attention_mask(self.config, attention_mask, hidden.dtype)
+        documents = None
+        if attention_mask is None and isinstance(seen, int) and seen == 0:
+            documents = find_documents(self.config, position_ids, cu_seq_lens, num_tokens, past_key_values)
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+            else:
+                position_ids = (torch.arange(num_tokens, device=hidden.device) + seen)[None]
+        # columns exceed the window where documents are packed or padding is long; only then are positions read. A
+        # static cache counts on the device; `prepare_inputs_for_generation` checks then
+        if isinstance(seen, int) and seen + num_tokens > self.config.max_sequence_length and not is_traced():
+            self.config.check_length(int(position_ids.max()) + 1)
+        return TokenLayout(position_ids, attention_mask, documents, self._alibi_slopes(hidden))
 
     def _alibi_slopes(self, hidden: Tensor) -> Tensor | None:
         if self.config.position_encoding != "alibi":
@@ -255,42 +311,17 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         self,
         mask: Any,
         hidden: Tensor,
-        attention_mask: Tensor | None,
+        layout: TokenLayout,
         past_key_values: Cache | None,
-        slopes: Tensor | None,
         meta_token_mask: Tensor,
     ) -> Sequence[Any]:
         """Return the mask of each block's self-attention; a subclass may narrow the causal one."""
-        del hidden, attention_mask, past_key_values, slopes, meta_token_mask
+        del hidden, layout, past_key_values, meta_token_mask
         return [mask] * len(self.layers)
-
-    def _causal_mask(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        slopes: Tensor | None,
-        pattern: MaskFunction | None = None,
-    ) -> Any:
-        """Return the mask, in the backend's format, of what is causal, no padding and in the pattern."""
-        # position_ids stay out of this call: transformers would take any that do not rise by one for packed documents
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=pattern,
-            allow_is_causal_skip=slopes is None,
-        )
-        if slopes is None:
-            return mask
-        # between tokens of a row the distance in columns is the distance in positions, padding or not
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        columns = torch.arange(hidden.shape[1], device=hidden.device) + seen
-        return add_alibi(mask, columns[None], torch.arange(mask.shape[-1], device=hidden.device)[None], slopes)
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":
+            refuse_paged_cache(self.config)
             past = inputs["past_key_values"]
             seen = past.get_seq_length() if past is not None else 0
             return pack_all_tokens(hidden, rotary=inputs["rotary"], mask=mask, seen=seen)
@@ -304,6 +335,9 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
     model_class: ClassVar[type[MetaTokenModel]] = MetaTokenModel
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    makes_logits_in_training: bool = False
+    """Set it where a loss of your own needs the logits of a training step with labels beside the loss; otherwise that
+    step makes none, which saves most of its memory."""
 
     def __init__(self, config: MetaTokenConfig) -> None:
         """Create the model that `config` describes."""
@@ -323,12 +357,12 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         meta_token_mask: Tensor | None = None,
         meta_indices: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MetaTokenCausalLMOutput:
         """Run the model; the arguments of `MetaTokenModel.forward`, and these.
@@ -341,39 +375,72 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             num_items_in_batch: what the summed loss is divided by; by default the number of valid targets.
 
         Returns:
-            The loss in nats, and logits (B, T, V) unless the model is training with labels.
+            The loss in nats, and logits (B, T, V) unless the model is training with labels and
+            `makes_logits_in_training` is not set. A `loss_function` of the user's own is called as in transformers,
+            with all logits, labels and shift_labels.
         """
+        # not in the signature: Trainer takes every argument with "label" in its name for one that a batch must have
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             meta_token_mask=meta_token_mask,
             meta_indices=meta_indices,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        loss = None
-        if shift_labels is None and labels is not None:
-            is_meta = torch.zeros_like(labels, dtype=torch.bool) if meta_token_mask is None else meta_token_mask
-            if meta_token_mask is None and input_ids is not None and self.config.meta_token_id is not None:
-                is_meta = input_ids == self.config.meta_token_id
-            shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
-        if shift_labels is not None:
-            loss = summed_cross_entropy(hidden, self.lm_head.weight, shift_labels)
-            num_targets = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
-        logits = None
-        if shift_labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+        if labels is not None:
+            if meta_token_mask is None:
+                is_meta = self.model.find_meta_tokens(input_ids, inputs_embeds)
+            else:
+                is_meta = meta_token_mask.bool()
+            labels = labels.masked_fill(is_meta, IGNORE_INDEX)
+            if shift_labels is None:
+                shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
+        loss, logits = self._predict(
+            outputs.last_hidden_state, labels, shift_labels, logits_to_keep, num_items_in_batch
+        )
         return MetaTokenCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             meta_attentions=outputs.meta_attentions,
+            **{CACHE_NAME: outputs.cache},
         )
+
+    def _predict(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the loss and the logits of final hidden states (B, T, C), as `forward` says."""
+        if shift_labels is None or self.loss_function is ForCausalLMLoss:
+            return loss_and_logits(
+                self.lm_head,
+                hidden,
+                shift_labels,
+                vocab_size=self.config.vocab_size,
+                wants_logits=self.makes_logits_in_training or not self.training,
+                logits_to_keep=logits_to_keep,
+                num_items_in_batch=num_items_in_batch,
+            )
+        logits = self.lm_head(hidden)
+        loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return loss, logits[:, kept_positions(logits_to_keep)]
+
+
+# Trainer smooths the labels of these classes against the shifted logits, those of all others against the unshifted
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaTokenConfig.model_type] = MetaTokenForCausalLM.__name__

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .compatibility import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
 # positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py
@@ -53,13 +54,13 @@ class XposTables(NamedTuple):
 
     rotation: RotaryTables
     scale: Tensor
-    """(B or 1, T, D): zeta to the power of the position."""
+    """(B or 1, T, D): zeta to the power of the position, float32 or wider."""
 
     def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate, then multiply queries and divide keys by the scale; the shapes stay."""
         query_BHTD, key_BHTD = self.rotation.apply(query_BHTD, key_BHTD)
         scale = self.scale[:, None]
-        return query_BHTD * scale, key_BHTD / scale
+        return (query_BHTD * scale).to(query_BHTD.dtype), (key_BHTD / scale).to(key_BHTD.dtype)
 
     def at(self, index_BM: Tensor) -> Self:
         """Return the tables of the tokens at `index_BM`."""
@@ -105,16 +106,35 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
     zeta_d = (2 d / D + 0.4) / 1.4. Each side has its part, the query zeta^(t / 512) and the key zeta^(-t / 512), with t
     counted from the middle of the window, which keeps both within range. torchscale counts from the middle of each
     call; here the middle is fixed, so that keys of a cache stay right. Scores do not depend on it.
+
+    At the ends of the window the two parts are far from one, and must not leave the range of the number format: float16
+    has room for 3,966 positions, bfloat16 and float32 for 35,695.
     """
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> XposTables:  # type: ignore[override] # another table
         """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
+        self._check_range(hidden)
         rotation = super().forward(hidden, position_ids)
         pairs = self.inv_freq.shape[0]
         zeta = (torch.arange(pairs, device=hidden.device) / pairs + XPOS_GAMMA) / (1 + XPOS_GAMMA)
         power = (position_ids - self.original_max_seq_len // 2) / XPOS_SCALE_BASE
         scale = zeta ** power[..., None]
-        return XposTables(rotation, torch.cat([scale, scale], dim=-1).to(hidden.dtype))
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        return XposTables(rotation, torch.cat([scale, scale], dim=-1).to(precision))
+
+    def _check_range(self, hidden: Tensor) -> None:
+        """Raise ValueError where a product of a late query and an early key leaves the range of the number format."""
+        dtype, device = hidden.dtype, hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        # each side reaches (1 / zeta_0)^(window / 2 / 512), and masked products hold that of both
+        base = (1 + XPOS_GAMMA) / XPOS_GAMMA
+        longest = int(-math.log(torch.finfo(dtype).tiny) / math.log(base) * XPOS_SCALE_BASE)
+        if self.original_max_seq_len > longest:
+            raise ValueError(
+                f'position_encoding "xpos" over {self.original_max_seq_len} positions leaves the range of {dtype}, '
+                f"which has room for {longest}: use a wider dtype or a shorter window"
+            )
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -143,4 +163,4 @@ def add_alibi(mask: Tensor, query_positions: Tensor, key_positions: Tensor, slop
     lowest = torch.finfo(slopes.dtype).min
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, lowest)
-    return torch.where(mask == 0, bias, lowest)
+    return (mask + bias).clamp(min=lowest)

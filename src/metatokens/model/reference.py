@@ -16,32 +16,41 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import Cache
 
+from .masks import TokenLayout
 from .meta_attention import MetaAttention
 from .modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
-from .positions import Rotary, add_alibi
+from .positions import Rotary
 
 
 @dataclass(frozen=True)
 class DensePack:
-    """Which tokens are meta-tokens, and the positions of all."""
+    """Which tokens are meta-tokens, and what else limits the attention of all."""
 
     is_meta: Tensor
     """(B, T) bool: the tokens that take part."""
     rotary: Rotary | None
-    alibi_slopes: Tensor | None
+    layout: TokenLayout
 
 
 def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePack) -> Tensor:
     """Apply the definition with the weights of `attention` to normed hidden states (B, T, C); returns (B, T, C)."""
     query, key, value = attention.project(hidden, pack.rotary)
     scores = query @ key.transpose(-1, -2) / math.sqrt(attention.head_dim)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    causal = positions[:, None] >= positions
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    causal = columns[:, None] >= columns
     both_meta = pack.is_meta[:, None, :, None] & pack.is_meta[:, None, None, :]
-    if pack.alibi_slopes is not None:
-        scores = scores + add_alibi(causal[None, None], positions[None], positions[None], pack.alibi_slopes)
+    layout = pack.layout
+    if layout.documents is not None:
+        both_meta = both_meta & (layout.documents[:, None, :, None] == layout.documents[:, None, None, :])
+    if layout.has_pairs and layout.attention_mask.dtype == torch.bool:
+        both_meta = both_meta & layout.attention_mask
+    elif layout.has_pairs:
+        scores = scores + layout.attention_mask
+    if layout.slopes is not None:
+        positions = layout.position_ids[:, None]
+        scores = scores - layout.slopes[:, None, None] * (positions[..., None] - positions[..., None, :])
     weights = scores.masked_fill(~(causal & both_meta), -math.inf).softmax(-1)
     weights = weights.masked_fill(~pack.is_meta[:, None, :, None], 0)  # a row without keys is 0/0
     output: Tensor = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
@@ -68,7 +77,7 @@ class DenseReferenceModel(MetaTokenModel):
         if past is not None and past.get_seq_length():
             raise ValueError("the dense reference takes whole sequences, not the continuation of a cache")
         is_meta = inputs["meta_token_mask"]
-        return DensePack(is_meta.expand(hidden.shape[:2]), inputs["rotary"], inputs["alibi_slopes"])
+        return DensePack(is_meta.expand(hidden.shape[:2]), inputs["rotary"], inputs["layout"])
 
 
 class DenseReferenceForCausalLM(MetaTokenForCausalLM):

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from metatokens.evaluation.statistics import MINIMUM_SEEDS
+
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
     """Show named values, one a row; None is left out."""
@@ -96,28 +98,45 @@ def show_perplexity(result: Any) -> None:
 
 def show_recall(result: Any) -> None:
     """Show a `RecallReport`."""
-    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval)", title_justify="left")
+    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval, or each model)", title_justify="left")
     table.add_column("prompt tokens")
     for column in ("of tokens", "of whole answers"):
         table.add_column(column, justify="right")
     for row in result.rows:
-        cells = (row.token_accuracy, row.sequence_accuracy)
-        table.add_row(row.length, *(_interval(cell, ".1%") for cell in cells))
+        cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)
+        table.add_row(row.length, *(_of_models(interval, outcomes) for interval, outcomes in cells))
     Console().print(table)
 
 
 def show_verdicts(results: Any) -> None:
     """Show the verdicts of an analysis, and what was not run."""
     table = Table(title=results.title, title_justify="left")
-    for column in ("claim of the paper", "here (95% interval)", "verdict"):
+    for column in ("claim of the paper", "paper", "here (95% interval)", "verdict"):
         table.add_column(column)
     for verdict in results.verdicts:
-        number = "" if verdict.value is None else f"{verdict.value:.3g} ({verdict.low:.3g} to {verdict.high:.3g})"
-        table.add_row(verdict.claim, f"{number} {verdict.unit if number else ''}", verdict.verdict)
+        note = f" ({verdict.note})" if verdict.note else ""
+        table.add_row(verdict.claim, verdict.paper, _effect(verdict), f"{verdict.verdict}{note}")
     console = Console()
     console.print(table)
     for line in results.not_run:
         console.print(f"not run: {line}", highlight=False, markup=False)
+
+
+def _effect(verdict: Any) -> str:
+    """Write the number of a verdict with its interval, and beside the paper's."""
+    if verdict.value is None:
+        return ""
+    span = "" if verdict.low is None else f" ({verdict.low:.3g} to {verdict.high:.3g})"
+    unit = "" if verdict.unit in ("", "1") else f" {verdict.unit}"
+    beside = f", {verdict.beside_paper}" if verdict.beside_paper else ""
+    return f"{verdict.value:.3g}{span}{unit}{beside}"
+
+
+def _of_models(interval: Any, outcomes: Sequence[Sequence[float]]) -> str:
+    """Write an accuracy with its interval, or that of each model where there are too few for one."""
+    if interval is None or not 1 < len(outcomes) < MINIMUM_SEEDS:
+        return _interval(interval, ".1%")
+    return f"{interval.estimate:.1%} ({' / '.join(f'{sum(of_one) / len(of_one):.1%}' for of_one in outcomes)})"
 
 
 def _interval(interval: Any, form: str = ",.4g") -> str:

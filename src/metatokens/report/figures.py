@@ -1,7 +1,8 @@
 """Figures of a sweep in the manner of the paper's: one panel for each task, one line for each arm, intervals as bands.
 
-Drawn from results.json alone and equal to the byte for equal results and equal versions of matplotlib. The colours are
-those of Okabe and Ito, which people with any kind of colour vision can tell apart; each arm has its own marker too.
+Seeds that are too few for an interval are dots. Drawn from results.json alone and equal to the byte for equal results
+and equal versions of matplotlib. The colours are those of Okabe and Ito, which people with any kind of colour vision
+can tell apart; each arm has its own marker too.
 """
 
 import io
@@ -17,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from metatokens.evaluation.statistics import Interval
-from metatokens.report.sweep_results import AccuracyRow, CellResult, SweepResults
-from metatokens.report.tables import arm_name, evaluation_names, find_evaluation, panels
+from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.report.sweep_results import AccuracyRow, CellResult, SweepResults, arm_name, panels
+from metatokens.report.tables import evaluation_names, find_evaluation
 
 # Okabe, Ito 2008, "Color Universal Design"; yellow last, as it is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -40,7 +41,9 @@ class _Style(NamedTuple):
 class _Point(NamedTuple):
     x: float
     accuracy: Interval | None
-    """None leaves the point out."""
+    """None leaves the point out; without `low` and `high` there is no band."""
+    by_seed: Sequence[float] = ()
+    """Dots instead of a band."""
 
 
 def draw_sweep(results: SweepResults, folder: Path) -> list[Path]:
@@ -72,7 +75,7 @@ def draw_by_length(results: SweepResults, evaluation: str) -> Figure | None:
 
     def points(cell: CellResult) -> list[_Point]:
         rows = _rows(cell, evaluation)
-        return [_Point(row.prompt_tokens[1], row.sequence_accuracy) for row in rows]
+        return [_point(row.prompt_tokens[1], row) for row in rows]
 
     return _draw(
         results,
@@ -99,7 +102,7 @@ def draw_by_training_length(results: SweepResults, evaluation: str) -> Figure | 
         merged.setdefault((", ".join(left) or cell.task, arm_name(results, cell)), []).append(cell)
     lines = {
         key: [
-            _Point(cell.trained_to, row.sequence_accuracy)
+            _point(cell.trained_to, row)
             for cell in sorted(cells, key=lambda cell: cell.trained_to)
             if (row := _row_at(cell, evaluation, cell.trained_to))
         ]
@@ -149,6 +152,14 @@ def _row_at(cell: CellResult, evaluation: str, tokens: int) -> AccuracyRow | Non
     return rows[-1] if rows else None
 
 
+def _point(x: float, row: AccuracyRow) -> _Point:
+    """Return the point of a row: seeds that are too few for an interval show one by one, as far as they are known."""
+    accuracy = row.sequence_accuracy
+    if accuracy is None or not 1 < len(row.seeds) < MINIMUM_SEEDS:
+        return _Point(x, accuracy)
+    return _Point(x, Interval(accuracy.estimate, None, None), row.sequence_by_seed)
+
+
 def _varies(results: SweepResults, axis: str, value: Callable[[CellResult], Any]) -> bool:
     """Tell whether a number changes along an axis, the other labels being equal."""
     groups: dict[tuple[str, ...], set[Any]] = {}
@@ -164,9 +175,12 @@ def _caption(results: SweepResults, evaluation: str) -> str:
     seeds = sorted({len(row.seeds) for row in rows})
     instances = sorted({row.instances for row in rows})
     n = f"n = {_range(seeds)} seed{'s' if seeds != [1] else ''} x {_range(instances)} prompts a point"
-    over = "prompts" if seeds == [1] else "seeds and prompts"
     changed = next((e.interventions for cell in results.cells if (e := find_evaluation(cell, evaluation))), ())
-    text = f"{n}; band: 95% interval over {over}."
+    if any(1 < number < MINIMUM_SEEDS for number in seeds):
+        known = any(row.sequence_by_seed for row in rows)
+        text = f"{n}; mean of the seeds, {'dot: a seed' if known else 'which are not stored one by one'}."
+    else:
+        text = f"{n}; band: 95% interval over {'prompts' if seeds == [1] else 'seeds and prompts'}."
     if changed:
         text += f" Changed at the meta-tokens: {', '.join(changed)}."
     if results.sweep["reference"] is not None:
@@ -264,7 +278,12 @@ def _line(axes: Axes, points: Sequence[_Point], style: _Style, label: str) -> No
         zorder=3,
         clip_on=False,
     )
-    low, high = zip(*(_ends(accuracy) for _, accuracy in known), strict=True) if known else ((), ())
+    dots = [(point.x, 100 * accuracy) for point in points for accuracy in point.by_seed]
+    if dots:
+        axes.plot(*zip(*dots, strict=True), ".", color=style.colour, markersize=4, alpha=0.6, zorder=4, clip_on=False)
+    if all(accuracy.low is None for _, accuracy in known):
+        return
+    low, high = zip(*(_ends(accuracy) for _, accuracy in known), strict=True)
     if len(known) == 1:
         axes.vlines(x, low, high, color=style.colour, linewidth=1.2, zorder=2)
     else:

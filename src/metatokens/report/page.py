@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from metatokens.analysis.results import Record, Results, Section, TokenView, Verdict, read_results
+from metatokens.analysis.results import VERDICTS, Record, Results, Section, TokenView, Verdict, read_results
 from metatokens.report.analysis_figures import FIGURE_KINDS, FIGURES, draw_figure, figure_files
 
 PAGE_NAME = "report.html"
@@ -189,14 +189,15 @@ def _format_p(value: float) -> str:
 
 
 def _lead(results: Results) -> str:
-    counts = {verdict: sum(v.verdict == verdict for v in results.verdicts) for verdict in _VERDICTS}
+    counts = {verdict: sum(v.verdict == verdict for v in results.verdicts) for verdict in VERDICTS}
     if not results.verdicts:
         return "What one trained model does with its meta-tokens."
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    parts = [
+        f"of {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
+        for verdict, count in counts.items()
+        if count
+    ]
     return f"Of {len(results.verdicts)} claims about what happens inside: {', '.join(parts)}."
-
-
-_VERDICTS = ("supported", "not supported", "not tested")
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

@@ -4,13 +4,13 @@ One `CellResult` is one combination of labels over all seeds that are done. What
 stays in the run folders (evaluation.json); here are the intervals that were drawn from it.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from metatokens import files
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval
 
@@ -35,6 +35,11 @@ class AccuracyRow:
     difference: Interval | None
     """Sequence accuracy minus the reference's, paired by seed and instance; None for the reference, without one, or
     where either is n/a or was asked something else."""
+    sequence_by_seed: tuple[float, ...] = ()
+    """Sequence accuracy of each of `seeds`: fewer than `MINIMUM_SEEDS` are shown one by one, since an interval over so
+    few is too narrow. Empty where `token_accuracy` is None, and in files older than this field."""
+    difference_by_seed: tuple[float, ...] = ()
+    """`difference` of each seed that both arms have; empty where it is None, and in older files."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ class CellResult:
     """Text tokens of the longest prompt of the last stage."""
     curve: tuple[CurvePoint, ...]
     evaluations: tuple[EvaluationResult, ...]
+    window: int | None = None
+    """Positions that the models can take; None where there is no bound, and in files older than this field."""
+    original_window: int | None = None
+    """`window` before their positions were scaled."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,24 @@ class SweepResults:
     """In the order of the axes; those without a finished run are left out."""
 
 
+def panels(results: SweepResults) -> dict[str, list[CellResult]]:
+    """Return the cells that are compared with one another, under the labels of the other axes as one name."""
+    grouped: dict[str, list[CellResult]] = {}
+    for cell in results.cells:
+        axes = [axis for axis, labels in results.sweep["axes"].items() if axis != results.arm_axis and len(labels) > 1]
+        labels = [cell.labels[axis] for axis in axes]
+        grouped.setdefault(", ".join(labels) or cell.task, []).append(cell)
+    return grouped
+
+
+def arm_name(results: SweepResults, cell: CellResult) -> str:
+    """Return the label that a cell has among those it is compared with."""
+    return cell.labels[results.arm_axis] if results.arm_axis else cell.task
+
+
 def to_json(results: SweepResults) -> str:
     """Write results as JSON."""
-    return json.dumps(asdict(results), indent=1) + "\n"
+    return files.to_json(asdict(results), indent=1) + "\n"
 
 
 def load_results(path: Path) -> SweepResults:

@@ -1,27 +1,21 @@
 """The results of a sweep as tables: Markdown for a file, and for a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from metatokens.report.sweep_results import AccuracyRow, CellResult, EvaluationResult, SweepResults
+from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.report.contrasts import MARGIN, Contrast, contrasts
+from metatokens.report.sweep_results import (
+    AccuracyRow,
+    CellResult,
+    EvaluationResult,
+    SweepResults,
+    arm_name,
+    panels,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def panels(results: SweepResults) -> dict[str, list[CellResult]]:
-    """Return the cells that are compared with one another, under the labels of the other axes as one name."""
-    grouped: dict[str, list[CellResult]] = {}
-    for cell in results.cells:
-        axes = [axis for axis, labels in results.sweep["axes"].items() if axis != results.arm_axis and len(labels) > 1]
-        labels = [cell.labels[axis] for axis in axes]
-        grouped.setdefault(", ".join(labels) or cell.task, []).append(cell)
-    return grouped
-
-
-def arm_name(results: SweepResults, cell: CellResult) -> str:
-    """Return the label that a cell has among those it is compared with."""
-    return cell.labels[results.arm_axis] if results.arm_axis else cell.task
 
 
 def evaluation_names(results: SweepResults) -> list[str]:
@@ -40,16 +34,21 @@ def to_markdown(results: SweepResults) -> str:
     for title, cells, lengths in _tables(results):
         compared = any(row.difference for _, evaluation in cells for row in evaluation.rows)
         header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
+        header += ["window", "original window", "trained to"]
         for length in lengths:
             header += [f"{length} tokens"] + ([f"{length} diff"] if compared else [])
         lines += [f"## {title}", "", _line(header), "|---|" + "---:|" * (len(header) - 1)]
         for cell, evaluation in cells:
             texts = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
             texts += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
+            of_model = cell.window, cell.original_window, cell.trained_to
+            texts += ["" if length is None else f"{length:,}" for length in of_model]
             for row in _rows_at(evaluation, lengths):
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
         lines.append("")
+    if differences := contrasts(results):
+        lines += ["## Contrasts", "", _contrast_legend(results), "", *_contrast_lines(differences), ""]
     if results.failed:
         lines += ["## Failed", "", *(f"- {failure.run}: {failure.error}" for failure in results.failed), ""]
     return "\n".join(lines)
@@ -62,7 +61,7 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
     for title, cells, lengths in _tables(results):
         table = Table(title=title, title_justify="left")
         table.add_column(results.arm_axis or "run", no_wrap=True)
-        for column in ("parameters", "FLOPs", "seeds", *lengths):
+        for column in ("parameters", "FLOPs", "seeds", "trained to", *lengths):
             table.add_column(column, justify="right")
         for cell, evaluation in cells:
             spent = (
@@ -70,6 +69,7 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
                 f"{cell.parameters:,}",
                 f"{cell.training_flops:.1e}",
                 str(len(cell.seeds)),
+                f"{cell.trained_to:,}",
             )
             table.add_row(*spent, *(_percent(row, digits=0) for row in _rows_at(evaluation, lengths)))
         yield table
@@ -78,14 +78,33 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
 def _legend(results: SweepResults) -> str:
     reference = results.sweep["reference"]
     text = (
-        "Share of whole answers that are right, with the 95% interval over seeds and instances (of one seed: over "
-        "instances alone); n/a: longer than the model can represent."
+        f"Share of whole answers that are right, with the 95% interval over seeds and instances (of one seed: over "
+        f"instances alone; of fewer than {MINIMUM_SEEDS} seeds: each of them); n/a: longer than the model can "
+        "represent. Windows are in positions, what it is trained to and asked in text tokens of the prompt."
     )
     if reference is None or not results.cells:
         return text
     matching = results.cells[0].matching
     paired = f"diff: minus {reference} on the same seeds and instances, in percentage points."
     return f"{text} {paired} Every arm has {matching}."
+
+
+def _contrast_legend(results: SweepResults) -> str:
+    return (
+        f"Every arm minus {results.sweep['reference']}, in percentage points, by seed. The seed is the unit of the "
+        f"tests (sign flips); alike: a difference beyond {100 * MARGIN:.0f} points is rejected. Holm's correction is "
+        "over all rows."
+    )
+
+
+def _contrast_lines(compared: Sequence[Contrast]) -> Iterator[str]:
+    yield _line(["", "arm", "length", "by seed", "p", "p alike", "verdict"])
+    yield "|---|---|---|---|---:|---:|---|"
+    for one in compared:
+        by_seed = " / ".join(f"{100 * difference:+.1f}" for difference in one.differences)
+        where = f"{one.panel}: {one.evaluation}"
+        p_values = f"{one.p_value:.3f}", f"{one.equivalence_p:.3f}"
+        yield _line([where, one.arm, one.length, by_seed, *p_values, one.verdict])
 
 
 def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult, EvaluationResult]], list[str]]]:
@@ -109,24 +128,27 @@ def _line(texts: list[str]) -> str:
 
 
 def _percent(row: AccuracyRow | None, digits: int = 1) -> str:
-    """Return the accuracy of whole answers with its interval; n/a where there is none, nothing where none was asked."""
+    """Return the accuracy of whole answers and its spread; n/a where there is none, nothing where none was asked."""
     if row is None:
         return ""
     interval = row.sequence_accuracy
     if interval is None:
         return "n/a"
-    text = f"{100 * interval.estimate:.{digits}f}%"
-    if interval.low is None or interval.high is None:
-        return text
-    return f"{text} ({100 * interval.low:.{digits}f} to {100 * interval.high:.{digits}f})"
+    return f"{100 * interval.estimate:.{digits}f}%{_spread(row, interval, row.sequence_by_seed, f'.{digits}f')}"
 
 
 def _points(row: AccuracyRow | None) -> str:
     """Return the difference from the reference in percentage points."""
     interval = None if row is None else row.difference
-    if interval is None:
+    if row is None or interval is None:
         return ""
-    text = f"{100 * interval.estimate:+.1f}"
+    return f"{100 * interval.estimate:+.1f}{_spread(row, interval, row.difference_by_seed, '+.1f')}"
+
+
+def _spread(row: AccuracyRow, interval: Interval, by_seed: Sequence[float], form: str) -> str:
+    """Return the interval, or one number a seed where there are too few seeds for one."""
+    if 1 < len(row.seeds) < MINIMUM_SEEDS:
+        return f" ({' / '.join(f'{100 * one:{form}}' for one in by_seed)})" if by_seed else ""
     if interval.low is None or interval.high is None:
-        return text
-    return f"{text} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+        return ""
+    return f" ({100 * interval.low:{form}} to {100 * interval.high:{form}})"

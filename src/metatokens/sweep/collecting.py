@@ -104,6 +104,8 @@ def _cell(
         meta_tokens=mean("meta_tokens"),
         training_flops=mean("training_flops"),
         trained_to=first.config.curriculum[-1].prompt_tokens[1],
+        window=first.windows.own,
+        original_window=first.windows.original,
         curve=tuple(_curve(runs, mean("training_flops"))),
         evaluations=tuple(
             EvaluationResult(
@@ -125,6 +127,7 @@ def _rows(
     for index, row in enumerate(next(iter(reports.values()))["rows"]):
         rows = [report["rows"][index] for report in reports.values()]
         known = all(row["sequence_accuracy"] is not None for row in rows)
+        difference, by_seed = _difference(reports, others, row["length"]) if known else (None, ())
         yield AccuracyRow(
             length=row["length"],
             prompt_tokens=tuple(row["prompt_tokens"]),
@@ -133,7 +136,9 @@ def _rows(
             seeds=tuple(reports),
             token_accuracy=_pooled(rows, "token") if known else None,
             sequence_accuracy=_pooled(rows, "sequence") if known else None,
-            difference=_difference(reports, others, row["length"]) if known else None,
+            difference=difference,
+            sequence_by_seed=_means(_outcomes(rows, "sequence")) if known else (),
+            difference_by_seed=by_seed,
         )
 
 
@@ -148,18 +153,26 @@ def _outcomes(rows: Sequence[dict[str, Any]], kind: str) -> Outcomes:
     return tuple(tuple(row[f"{kind}_outcomes"][0]) for row in rows)
 
 
+def _means(outcomes: Outcomes) -> tuple[float, ...]:
+    return tuple(sum(of_seed) / len(of_seed) for of_seed in outcomes)
+
+
 def _difference(
     reports: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], length: str
-) -> Interval | None:
-    """Return the sequence accuracy minus the reference's over the seeds that both have."""
+) -> tuple[Interval | None, tuple[float, ...]]:
+    """Return the sequence accuracy minus the reference's over the seeds that both have, and of each."""
     own, theirs = [], []
     for seed in sorted(reports.keys() & others.keys()):
         pair = _row_of(reports[seed], length), _row_of(others[seed], length)
         if pair[0] is None or pair[1] is None or not _same_instances(reports[seed], others[seed]):
-            return None
+            return None, ()
         own.append(pair[0])
         theirs.append(pair[1])
-    return _bootstrap_paired(_outcomes(own, "sequence"), _outcomes(theirs, "sequence"), seed=0) if own else None
+    if not own:
+        return None, ()
+    first, second = _outcomes(own, "sequence"), _outcomes(theirs, "sequence")
+    by_seed = tuple(a - b for a, b in zip(_means(first), _means(second), strict=True))
+    return _bootstrap_paired(first, second, seed=0), by_seed
 
 
 def _row_of(report: dict[str, Any], length: str) -> dict[str, Any] | None:

@@ -55,6 +55,23 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The positions that a model can take; None where its config states no bound."""
+
+    own: int | None
+    original: int | None
+    """Before its positions were scaled, as YaRN and others do; `own` where they were not."""
+
+    @classmethod
+    def of(cls, model: Any) -> Windows:
+        """Read the windows of a model's config."""
+        own = sequence_limit(model)
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        scaled_from = None if own is None else round(own / rope.get("factor", 1))
+        return cls(own, rope.get("original_max_position_embeddings", scaled_from))
+
+
+@dataclass(frozen=True)
 class SweepRun:
     """One run of a sweep."""
 
@@ -64,6 +81,7 @@ class SweepRun:
     config: FinetuneConfig
     asked: tuple[Asked, ...]
     parameters: int
+    windows: Windows
     budget: Budget
 
     @property
@@ -79,6 +97,7 @@ class _Arm:
     cell: Cell
     asked: tuple[Asked, ...]
     parameters: int
+    windows: Windows
     text_tokens: tuple[float, ...]
     flops: tuple[float, ...]
 
@@ -114,6 +133,7 @@ def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
             config=config.model_copy(update={"seed": seed}),
             asked=arm.asked,
             parameters=arm.parameters,
+            windows=arm.windows,
             budget=arm.budget(config.curriculum),
         )
         for seed in sweep.seeds
@@ -192,6 +212,7 @@ class _Measure:
             cell=cell,
             asked=asked,
             parameters=model.num_parameters(),
+            windows=Windows.of(model),
             text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
             flops=tuple(_mean([count_batch_flops(model, b) for b in batches]) for batches in stages),
         )

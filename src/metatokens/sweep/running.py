@@ -30,10 +30,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from metatokens.config.loading import to_yaml
 from metatokens.errors import Preempted, UsageError
+from metatokens.files import write_atomically
 from metatokens.report.sweep_results import FailedRun
 from metatokens.sweep.progress import SweepDisplay
-from metatokens.training.loop import collect_stop_signals
-from metatokens.training.run_folder import write_atomically
+from metatokens.training.signals import collect_stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +115,8 @@ def run_sweep(
 ) -> list[FailedRun]:
     """Run what is not done yet, in order.
 
-    Signals: the first SIGTERM or SIGINT is passed on, so that each training saves a checkpoint and ends.
+    Signals: the first one that would end the sweep is passed on as SIGTERM, so that each training saves a checkpoint
+    and ends.
 
     Args:
         runs: from `plan_sweep`.

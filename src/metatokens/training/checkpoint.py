@@ -48,7 +48,9 @@ class TrainingState:
     world_size: int
     """Number of processes; another number continues with the same samples but not to the bit."""
     skipped_steps: int = 0
-    """Steps whose gradient was not finite and that changed nothing."""
+    """Steps whose loss or gradient was not finite and that changed nothing."""
+    consecutive_skips: int = 0
+    """Those since the last step that changed something."""
     text_tokens: int = 0
     """Text tokens of the steps done, over all processes; padding does not count."""
     meta_tokens: int = 0
@@ -82,7 +84,7 @@ def save_checkpoint(
             str(final),
             expected="finite weights",
             found="infinities or NaN",
-            remedy="lower optimizer.learning_rate; the last checkpoint is intact",
+            remedy=f"lower optimizer.learning_rate; {describe_newest(folder)}",
         )
     if final.exists():
         # a run that went on from an older checkpoint comes back to the one that it passed over as damaged
@@ -119,6 +121,12 @@ def new_folder(final: Path) -> Iterator[Path]:
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         raise ResourceError.no_room(final, error) from None
+
+
+def describe_newest(folder: Path) -> str:
+    """Say which checkpoint an error leaves; it is not verified."""
+    newest = next(iter(_step_folders(folder)), None)
+    return "no checkpoint was made before" if newest is None else f"checkpoint {newest} is left as it was"
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -4,6 +4,7 @@ The training is pre-training that starts from the model's weights: `metatokens.t
 paper's appendix gives YaRN's parameters.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from metatokens.config.extension import ExtensionMethod, extend_model, extension
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
+from metatokens.files import LEAST_BYTES, check_folder
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import new_folder, write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import open_config, open_shape, open_tokenizer, pretraining_of
-from metatokens.training.run_folder import RunFolder
 from metatokens.training.starting import load_start
+
+_BYTES_PER_PARAMETER = 4  # float32, as models are kept
 
 
 def plan_extension(
@@ -57,6 +60,7 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
 
     Raises:
         UsageError: if there is something at `out`, or it cannot be written.
+        ResourceError: if there is no room for the model.
         CheckpointError: if the weights do not fit.
     """
     start = config.start_from
@@ -64,9 +68,9 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
     hf = open_config(start)
     model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
     sha256 = load_start(start, model, config.model)
-    if out.exists():
+    if os.path.lexists(out):  # a link to nothing, too
         raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
-    RunFolder(out).check_writable()
+    check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
     tokenizer = build_hf_tokenizer(open_tokenizer(start))
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)

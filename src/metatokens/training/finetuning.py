@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from metatokens.config.finetuning import FinetuneConfig, FreshStart
+from metatokens.config.finetuning import FinetuneConfig, FreshStart, Stage
+from metatokens.config.tasks import Task
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.generation.decoding import sequence_limit
-from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.base import Draws, PieceEncoder, Room
 from metatokens.tasks.curriculum import RecallBatches
+from metatokens.tasks.encoding import encode_instance
+from metatokens.tasks.registry import find_task
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, outline_model
@@ -33,6 +37,7 @@ from metatokens.training.starting import model_sha256
 
 WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
 _EVALUATION_BATCH = 64
+_LONG_INSTANCES = 16  # drawn of each stage and size, to see how long they get
 
 
 def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
@@ -95,7 +100,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
     else:
         folder = model_folder(Path(start.path))
         model, identity = open_model(folder, seed=config.seed).train(), f"+{model_sha256(folder)}"
-    _check_length(config, model)
+    _check_length(config, model, tokenizer)
     return model, tokenizer, identity
 
 
@@ -112,7 +117,7 @@ def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
             model = AutoModelForCausalLM.from_config(hf_config)
     else:
         model = outline_arm(Path(start.path))
-    _check_length(config, model)
+    _check_length(config, model, tokenizer)
     return model, tokenizer
 
 
@@ -123,15 +128,37 @@ def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
     return open_tokenizer(Path(start.path))
 
 
-def _check_length(config: FinetuneConfig, model: Any) -> None:
-    limit, longest = sequence_limit(model), max(stage.prompt_tokens[1] for stage in config.curriculum)
-    if limit is not None and longest > limit:
-        raise UsageError(
-            f"curriculum: prompt_tokens up to {longest}",
-            expected=f"at most the {limit} positions of the model",
-            found=str(longest),
-            remedy="shorten the last stages, or extend the model",
-        )
+def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> None:
+    """Compare the longest instances of each stage, as tokens with meta-tokens and answers, with the model's window."""
+    limit = sequence_limit(model)
+    if limit is None:
+        return
+    encoder = PieceEncoder(TextEncoder(tokenizer))
+    for stage in config.curriculum:
+        longest = stage.prompt_tokens[1]
+        found = f"{longest} text tokens before the answer"
+        if longest <= limit:
+            longest = _longest_instance(config.task, stage, encoder, model.config.meta_token_id)
+            found = f"an instance of {longest}, with its meta-tokens and answers"
+        if longest > limit:
+            raise UsageError(
+                f"curriculum: prompt_tokens up to {stage.prompt_tokens[1]}",
+                expected=f"at most the {limit} positions of the model",
+                found=found,
+                remedy="shorten the last stages, or extend the model",
+            )
+
+
+def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_token_id: int) -> int:
+    """Return the positions of the longest of some instances that are as long as the stage allows; 0 without one."""
+    generate, room = find_task(task.kind).generate, Room(*stage.prompt_tokens, "highest")
+    longest = 0
+    for size, key in product(stage.size, range(_LONG_INSTANCES)):
+        instance = generate(task, size, room, encoder=encoder, draws=Draws(key))
+        if instance is not None:
+            encoded = encode_instance(instance._replace(key=key), task, encoder=encoder, meta_token_id=meta_token_id)
+            longest = max(longest, len(encoded.input_ids))
+    return longest
 
 
 def training_batches(
@@ -183,7 +210,8 @@ class _Validation:
 
     def measure(self) -> dict[str, float]:
         """Return token and sequence accuracy over all processes."""
-        counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
+        with self._processes.together():
+            counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
         sums = (counts.right_tokens, counts.tokens, counts.right_answers, counts.answers)
         right_tokens, tokens, right_answers, answers = self._processes.sum(*(float(count.sum()) for count in sums))
         return {"token_accuracy": right_tokens / tokens, "sequence_accuracy": right_answers / answers}

@@ -8,12 +8,12 @@ import difflib
 import hashlib
 
 import torch
-from transformers.activations import ACT2FN
 
 from metatokens.baselines.building import MODEL_CLASSES, build_config
 from metatokens.config.schema import ModelConfig
 from metatokens.errors import UsageError
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.compatibility import ACT2FN
 
 
 def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int, seed: int) -> MetaTokenForCausalLM:

@@ -16,8 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject

@@ -8,15 +8,14 @@ on what, and how it is judged is a `Job`; `pretraining.py` and `finetuning.py` m
 
 import contextlib
 import json
+import math
 import shutil
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,10 +26,12 @@ from metatokens.config.schema import RunConfig
 from metatokens.data.injection import hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
+from metatokens.files import to_json, write_atomically
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.training.checkpoint import (
     TrainingState,
+    describe_newest,
     find_checkpoint,
     load_checkpoint,
     new_folder,
@@ -46,8 +47,8 @@ from metatokens.training.run_folder import (
     RunFolder,
     differences_from_checkpoint,
     run_sha256,
-    write_atomically,
 )
+from metatokens.training.signals import collect_stop_signals
 
 MAX_CONSECUTIVE_SKIPS = 3
 BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
@@ -108,7 +109,8 @@ def train(
 ) -> TrainingResult:
     """Train a job into a run folder, from its last checkpoint where there is one.
 
-    Signals: the first SIGTERM or SIGINT ends the run after the current step with a checkpoint.
+    Signals: the first one that would end the process ends the run after the current step with a checkpoint; see
+    `metatokens.training.signals`.
 
     Raises:
         UsageError, DataError, CheckpointError, NumericError, ResourceError: see `metatokens.errors`.
@@ -163,7 +165,6 @@ class _Run:
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
             getattr(self.model.config, "attention_dropout", 0)
         )
-        self.consecutive_skips = 0
 
     # Training ------------------------------------------------------------------------------------------------
 
@@ -177,7 +178,9 @@ class _Run:
             stop = stack.enter_context(collect_stop_signals())
             with self.processes.together():
                 if self.processes.is_main:
-                    metrics = MetricsWriter(self.folder.metrics_path, config.logging.trackers)
+                    metrics = MetricsWriter(
+                        self.folder.metrics_path, config.logging.trackers, config.model_dump(mode="json")
+                    )
                     stack.callback(metrics.close)
                     self.folder.write_config(config)
             wrapped = self.processes.wrap(self.model)
@@ -189,10 +192,9 @@ class _Run:
             batches = stack.enter_context(contextlib.closing(self.job.batches.prefetch(first, total)))
             for step in range(first, total):
                 started = time.perf_counter()
-                step_loss, grad_norm, stopping = self._step(step, next(batches), stopping=bool(stop))
+                loss, grad_norm, stopping = self._step(step, next(batches), stopping=bool(stop))
                 seconds += time.perf_counter() - started
                 if _due(step + 1, config.logging.interval_steps, total):
-                    loss = self.processes.sum(float(step_loss))[0]
                     rates = self._rates(start, seconds)
                     self._log(step, loss, grad_norm, rates, display=display, metrics=metrics)
                 if self.job.evaluate and _due(step + 1, self.job.evaluation_steps, total):
@@ -205,6 +207,7 @@ class _Run:
                     self._save()
                 if stopping and step + 1 < total:
                     raise Preempted(f"stopped by a signal after step {step + 1}; the same command continues from there")
+        self._check_end()
         result = self._result(start, seconds, loss, validation)
         self._finish(result)
         if first < total:
@@ -235,8 +238,8 @@ class _Run:
                 meta_tokens_per_second=meta_rate,
             )
 
-    def _step(self, step: int, batch: Batch, *, stopping: bool) -> tuple[Tensor, float, bool]:
-        """Do one optimizer step; returns this process's part of the mean loss, the gradient's norm, whether to stop."""
+    def _step(self, step: int, batch: Batch, *, stopping: bool) -> tuple[float, float, bool]:
+        """Do one optimizer step; returns mean loss and gradient norm over all processes, and whether to stop."""
         counts = (batch.num_targets, stopping, batch.num_text, batch.num_meta, self.job.count_flops(batch))
         num_targets, stop, num_text, num_meta, flops = self.processes.sum(*map(float, counts))
         device, world_size = self.processes.device, self.processes.world_size
@@ -248,17 +251,19 @@ class _Run:
             last = index + 1 == len(micro_batches)
             with contextlib.nullcontext() if last or world_size == 1 else self.step_model.no_sync():
                 # DDP averages over processes, so the sum is divided by the targets of an average process
-                loss = self._forward(inputs, num_targets / world_size)
-                loss.backward()
-            total += loss.detach() / world_size
+                part = self._forward(inputs, num_targets / world_size)
+                part.backward()
+            total += part.detach() / world_size
         grad_norm = float(
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip or float("inf"))
         )
-        if torch.isfinite(torch.tensor(grad_norm)):  # the same in every process: gradients are already averaged
+        loss = self.processes.sum(float(total))[0]
+        # the same in every process: gradients are already averaged
+        if math.isfinite(grad_norm) and math.isfinite(loss):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             self.optimizer.step()
-            self.consecutive_skips = 0
+            self.state = replace(self.state, consecutive_skips=0)
         else:
             self._skip(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -270,7 +275,7 @@ class _Run:
             meta_tokens=self.state.meta_tokens + int(num_meta),
             training_flops=self.state.training_flops + flops,
         )
-        return total, grad_norm, bool(stop)
+        return loss, grad_norm, bool(stop)
 
     def _forward(self, inputs: dict[str, Tensor], num_targets: float) -> Tensor:
         bfloat16 = self.config.training.precision == "bfloat16"
@@ -279,17 +284,23 @@ class _Run:
         return loss
 
     def _skip(self, step: int) -> None:
-        """Count a step that changes nothing because its gradient is not finite."""
-        warnings.warn(f"step {step} changes nothing: its gradient is not finite", stacklevel=2)
-        self.consecutive_skips += 1
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
-        if self.consecutive_skips > MAX_CONSECUTIVE_SKIPS:
-            raise NumericError(
-                f"step {step}",
-                expected="a finite gradient",
-                found=f"{self.consecutive_skips} steps in a row without one",
-                remedy="lower optimizer.learning_rate; the last checkpoint is intact",
-            )
+        """Count a step that changes nothing because its loss or its gradient is not finite."""
+        warnings.warn(f"step {step} changes nothing: its loss or its gradient is not finite", stacklevel=2)
+        skips = self.state.consecutive_skips + 1
+        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1, consecutive_skips=skips)
+        if skips > MAX_CONSECUTIVE_SKIPS:
+            raise self._diverged(f"step {step}", "a finite loss and gradient", f"{skips} steps in a row without")
+
+    def _check_end(self) -> None:
+        """Refuse to call a model trained whose last steps changed nothing."""
+        if skips := self.state.consecutive_skips:
+            raise self._diverged("end of the run", "a finite loss and gradient", f"none in the last {skips} steps")
+
+    def _diverged(self, where: str, expected: str, found: str) -> NumericError:
+        kept = describe_newest(self.folder.checkpoints_path)
+        return NumericError(
+            where, expected=expected, found=found, remedy=f"lower optimizer.learning_rate, with another --out; {kept}"
+        )
 
     def _seed_dropout(self, step: int) -> None:
         """Key the masks of dropout by step and process, so that a resumed run draws the same."""
@@ -314,6 +325,10 @@ class _Run:
         self.model.eval()
         figures = evaluate()
         self.model.train()
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                where = f"evaluation after step {self.state.step}"
+                raise self._diverged(where, f"a finite {name.replace('_', ' ')}", str(value))
         return figures
 
     def _save(self) -> None:
@@ -332,7 +347,7 @@ class _Run:
         """Write the model and the result of the run, once."""
         with self.processes.together():
             if self.processes.is_main and not self.folder.result_path.exists():
-                write_atomically(self.folder.result_path, json.dumps(asdict(result), indent=2) + "\n")
+                write_atomically(self.folder.result_path, to_json(asdict(result)) + "\n")
             if self.processes.is_main and not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer)
@@ -425,27 +440,3 @@ def _check_disk(folder: RunFolder, num_parameters: int) -> None:
 def _due(step: int, interval: int | None, total: int) -> bool:
     """Tell whether something happens after `step` steps: at its interval and at the end."""
     return step == total or (interval is not None and step % interval == 0)
-
-
-@contextlib.contextmanager
-def collect_stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list; a second signal acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(number)
-        signal.signal(number, old[number])
-
-    old: dict[int, Any] = {}
-    try:
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            old[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: the caller keeps its own handlers
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -8,16 +8,21 @@ import math
 import os
 import sys
 import time
+import uuid
 import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatokens.errors import FULL_DISK, UsageError
+from metatokens.errors import FULL_DISK, ResourceError, UsageError
+from metatokens.files import write_atomically
 
 PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
 
@@ -28,26 +33,38 @@ class MetricsWriter:
     A loss is written twice: readable, and exactly under `<name>_hex`. A number that is not finite reads as null.
     """
 
-    def __init__(self, path: Path, trackers: tuple[str, ...]) -> None:
-        """Open the file for appending and start the trackers."""
-        self._trackers = [_TRACKERS[name](path.parent) for name in trackers]
+    def __init__(self, path: Path, trackers: tuple[str, ...], config: Mapping[str, Any] | None = None) -> None:
+        """Open the file for appending and start the trackers, which are told the config of the run.
+
+        Raises:
+            UsageError: a tracker that is not installed, or does not start.
+        """
+        started = {name: _start_tracker(name, path.parent, dict(config or {})) for name in trackers}
+        self._trackers = {name: tracker for name, tracker in started.items() if tracker is not None}
         # unbuffered: a line that did not fit must not come back when the file is closed
         self._file = path.open("ab", buffering=0)
         self._broken = False
 
     def write(self, step: int, **metrics: float) -> None:
-        """Write one line; a full disk costs the line and a warning, not the run."""
+        """Write one line; a full disk, or a tracker that fails, costs numbers and a warning, not the run."""
         readable = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         exact = {f"{name}_hex": value.hex() for name, value in metrics.items() if name.endswith("loss")}
         self._append(json.dumps({"step": step, **readable, **exact}).encode() + b"\n")
-        for tracker in self._trackers:
-            tracker.write(step, metrics)
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.write(step, metrics))
 
     def close(self) -> None:
         """Close the file and the trackers."""
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.close())
+
+    def _try(self, name: str, act: Callable[[Any], None]) -> None:
+        try:
+            act(self._trackers[name])
+        except Exception as error:  # noqa: BLE001 - packages of others, each with errors of its own
+            del self._trackers[name]
+            warnings.warn(f"{name} gets no more numbers, metrics.jsonl does: {_in_one_line(error)}", stacklevel=4)
 
     def _append(self, line: bytes) -> None:
         end = os.fstat(self._file.fileno()).st_size
@@ -66,20 +83,34 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self._writer = _tracker_package("tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", 0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # where a full disk is noticed
 
     def close(self) -> None:
         self._writer.close()
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path) -> None:
-        self._run = _tracker_package("wandb").init(project="metatokens", name=folder.name, dir=str(folder))
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        package = _tracker_package("wandb")
+        # the identity of the run lies in its folder, so that a resume goes on with the same one
+        identity = folder / "wandb-run-id"
+        if not identity.exists():
+            write_atomically(identity, uuid.uuid4().hex)
+        self._run = package.init(
+            project="metatokens",
+            name=folder.name,
+            dir=str(folder),
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=config,
+        )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
@@ -90,6 +121,28 @@ class _WeightsAndBiases:
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def _start_tracker(name: str, folder: Path, config: dict[str, Any]) -> Any:
+    """Return the tracker; None, after a warning, on a full disk."""
+    try:
+        return _TRACKERS[name](folder, config)
+    except UsageError:
+        raise
+    except Exception as error:
+        if isinstance(error, ResourceError) or (isinstance(error, OSError) and error.errno in FULL_DISK):
+            warnings.warn(f"{name} gets no numbers, metrics.jsonl does: {_in_one_line(error)}", stacklevel=4)
+            return None
+        raise UsageError(
+            "logging.trackers",
+            expected=f"{name} to start",
+            found=_in_one_line(error),
+            remedy="set it up as its own pages say, or leave it out",
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def check_trackers(trackers: tuple[str, ...]) -> None:
@@ -129,13 +182,15 @@ class ProgressDisplay:
         self._task = self._bar.add_task(label, total=total, completed=start, numbers="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        with suppress(OSError):  # as in `say`
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def update(self, step: int, numbers: str) -> None:
         """Show that `step` steps are done, with `numbers` beside."""
@@ -146,6 +201,7 @@ class ProgressDisplay:
             self.say(f"{self._label} step {step}/{self._total} {numbers}")
 
     def say(self, line: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays; a terminal that is gone costs the line, not the run."""
         if self._shown:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):
+                self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

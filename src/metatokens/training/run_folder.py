@@ -10,7 +10,6 @@ RUN/
   lock
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +27,8 @@ from pydantic import BaseModel
 import metatokens
 from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
 from metatokens.errors import FULL_DISK, ResourceError, UsageError
+from metatokens.files import check_file, check_folder, not_writable, write_atomically
+from metatokens.training.checkpoint import MANIFEST
 
 # what may change when a run is picked up again; everything else would make it another run. What a run starts from
 # counts by its weights, which are part of Job.content_id, not by where they lie.
@@ -67,7 +68,7 @@ class RunFolder:
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise ResourceError.no_room(self.path, error) from None
-            raise self._not_writable(error.errno or 0) from None
+            raise not_writable(self.path, "folder", error.errno or 0) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,22 +116,20 @@ class RunFolder:
         """Check that the folder can be written, or made where it does not exist; nothing is touched.
 
         Raises:
-            UsageError: if not.
+            UsageError: if not, or if something that no run leaves is in the place of one of its files.
         """
-        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        for folder in {existing, self.checkpoints_path if self.checkpoints_path.exists() else existing}:
-            if not folder.is_dir():
-                raise self._not_writable(errno.ENOTDIR)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise self._not_writable(errno.EACCES)
-
-    def _not_writable(self, number: int) -> UsageError:
-        return UsageError(
-            str(self.path),
-            expected="a folder that can be written",
-            found=os.strerror(number),
-            remedy="choose another --out",
-        )
+        for folder in (self.path, self.checkpoints_path):
+            check_folder(folder, num_bytes=0)  # what a run needs is known when its model is
+        for name in ("lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json"):
+            check_file(self.path / name, num_bytes=0)
+        is_in_the_way = os.path.lexists(self.model_path) and not (self.model_path / MANIFEST).is_file()
+        if is_in_the_way and not self.result_path.exists():
+            raise UsageError(
+                str(self.model_path),
+                expected="no model before the end of the run",
+                found="something else of that name",
+                remedy="move it away or choose another --out",
+            )
 
     def check_config(self, config: BaseModel) -> None:
         """Check that the config continues the run that the folder holds, if it holds one.
@@ -208,21 +207,3 @@ def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, ob
         for key in sorted(new.keys() | old.keys(), key=lambda key: (key != "kind", key)):
             if key not in FREE_KEYS.get(section, set()) and old.get(key) != new.get(key):
                 yield f"{section}.{key}", old.get(key), new.get(key)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all.
-
-    Raises:
-        ResourceError: if it cannot be written, as on a full disk; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError.no_room(path, error) from None

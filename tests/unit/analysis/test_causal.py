@@ -9,7 +9,6 @@ import torch
 from circuits import META as CIRCUIT_META
 from circuits import build_circuit, hand_made_pairs
 from metatokens.analysis.causal.eviction import Condition, measure_recall_after_eviction
-from metatokens.analysis.inputs.pairs import MinimalPair, make_minimal_pairs
 from metatokens.analysis.causal.patching import (
     DIRECTIONS,
     PATHS,
@@ -26,6 +25,7 @@ from metatokens.analysis.causal.patching import (
     patch_map,
 )
 from metatokens.analysis.causal.policies import AlwaysKept
+from metatokens.analysis.inputs.pairs import MinimalPair, make_minimal_pairs
 from metatokens.analysis.inputs.scores import Ratio, Scores
 from metatokens.config.tasks import Difficulty, ListRecallTask, NoPlaces
 from metatokens.errors import UsageError
@@ -355,7 +355,7 @@ def test_plain_model_has_paths_but_no_branch():
 
 
 def test_scores_are_those_of_the_logits():
-    logits = torch.tensor([[1.0, 3.0, 0.0, 9.0], [2.0, 1.0, 0.0, 9.0]])
+    logits = torch.tensor([[1.0, 3.0, 0.0, 9.0], [2.0, 1.0, 0.0, 9.0]], dtype=torch.float64)
     scores = Scores.of_logits(logits, torch.tensor([1, 1]), torch.tensor([0, 2]), meta_token_id=3)
     assert scores.logit_difference.tolist() == [2, 1]
     assert scores.accuracy.tolist() == [1, 0]

@@ -1,5 +1,6 @@
 """Edits of activations and of attention edges change what they name, and mean the same with and without a cache."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from baseline_models import BASELINES, baseline_model
 from lens_models import META, MODELS, WIDTH, assert_untouched, build, sample_ids
 from metatokens.errors import UsageError
 from metatokens.lens import Lens, edits
+from metatokens.model.compatibility import CACHE_NAME
 from tiny_models import tokens
 
 
@@ -62,6 +64,46 @@ def test_edits_apply_in_the_order_given() -> None:
         lens(ids)
     assert torch.equal(first[name], (plain[name] + 1) * 2)
     assert torch.equal(second[name], plain[name] * 2 + 1)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_contexts_may_end_in_any_order_and_each_takes_its_own_away(order: tuple[int, ...]) -> None:
+    lens, ids, fresh = Lens(build()), sample_ids(), Lens(build())
+    twice = edits.scale("blocks.0.hook_mlp_out", 0.5)
+    changes = [twice, edits.add("blocks.0.hook_mlp_out", torch.ones(WIDTH)), twice]
+    contexts = [lens.edit(change) for change in changes]
+    for context in contexts:
+        context.__enter__()
+    for done, number in enumerate(order, start=1):
+        contexts[number].__exit__(None, None, None)
+        with fresh.edit(*(change for i, change in enumerate(changes) if i not in order[:done])):
+            assert torch.equal(lens(ids).logits, fresh(ids).logits)
+    assert_untouched(lens.model)
+
+
+def test_an_edit_that_ends_first_leaves_a_capture_and_an_observer_at_work() -> None:
+    lens, ids, calls = Lens(build()), sample_ids(), []
+    edit, observe = lens.edit(edits.scale("blocks.0.hook_mlp_out", 0.0)), lens.observe(calls.append)
+    plain = lens(ids).logits
+    edit.__enter__()
+    observe.__enter__()
+    with lens.capture(["unembed.hook_logits"]) as captured:
+        edit.__exit__(None, None, None)
+        lens(ids)
+    assert torch.equal(captured["unembed.hook_logits"], plain)
+    assert calls
+    observe.__exit__(None, None, None)
+    assert_untouched(lens.model)
+
+
+def test_an_error_inside_of_a_context_leaves_the_outer_one_at_work() -> None:
+    lens, ids = Lens(build()), sample_ids()
+    with lens.edit(edits.scale("blocks.0.hook_mlp_out", 0.0)):
+        changed = lens(ids).logits
+        with pytest.raises(ZeroDivisionError), lens.edit(edits.scale("blocks.1.hook_mlp_out", 0.0)):
+            raise ZeroDivisionError
+        assert torch.equal(lens(ids).logits, changed)
+    assert_untouched(lens.model)
 
 
 def test_a_middle_replaced_is_the_stream_from_there_on() -> None:
@@ -223,7 +265,7 @@ def test_all_states_of_another_text_give_its_logits(model: Any) -> None:
 
 def test_an_erased_direction_is_gone_where_asked() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.0.hook_resid_post"
-    direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)
+    direction = torch.nn.functional.normalize(torch.arange(1, WIDTH + 1, dtype=torch.float64), dim=0)
     at = ids == META
     with lens.capture([name]) as before:
         lens(ids)
@@ -240,7 +282,7 @@ def test_an_edit_of_the_meta_branch_stays_at_the_meta_tokens() -> None:
     taps = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", name, "blocks.1.hook_resid_mid"]
     with lens.edit(edits.replace(name, torch.ones(WIDTH))), lens.capture(taps) as captured:
         lens(ids)
-    assert torch.equal(captured[name], (ids == META)[..., None].expand(-1, -1, WIDTH).float())
+    assert torch.equal(captured[name], (ids == META)[..., None].expand(-1, -1, WIDTH).double())
     total = sum(captured[tap] for tap in taps[:3])
     torch.testing.assert_close(total, captured[taps[3]], rtol=0, atol=1e-5)
 
@@ -342,7 +384,7 @@ def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, mode
         whole = lens(ids, attention_mask=mask).logits
         cache, steps = DynamicCache(config=model.config), []
         for start, stop in [(0, 6), (6, 9), *((i, i + 1) for i in range(9, 12))]:
-            inputs = {"attention_mask": mask[:, :stop], "past_key_values": cache, "use_cache": True}
+            inputs = {"attention_mask": mask[:, :stop], CACHE_NAME: cache, "use_cache": True}
             if isinstance(model, GPT2LMHeadModel | GPTNeoForCausalLM):  # whose positions do not follow from the mask
                 inputs["position_ids"] = torch.arange(start, stop)[None]
             steps.append(lens(ids[:, start:stop], **inputs).logits)
@@ -365,3 +407,15 @@ def test_generation_under_edits_needs_no_cache_to_say_the_same() -> None:
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     assert int(cached[0, 12]) == 7
     assert not torch.equal(cached[0, 13:], plain[0, 13:])
+
+
+@pytest.mark.parametrize("logits_to_keep", [0, 1])
+def test_an_edit_of_the_logits_counts_in_the_loss(logits_to_keep: int) -> None:
+    lens, ids = Lens(build().double()), sample_ids()
+    at = torch.arange(ids.shape[1]) < 4
+    with lens.edit(edits.scale("unembed.hook_logits", 0.0, at=at.expand(ids.shape))):
+        output = lens(ids, shift_labels=ids, logits_to_keep=logits_to_keep)
+    targets = ids.masked_fill(at, -100)
+    rest = lens(ids, shift_labels=targets, num_items_in_batch=1).loss
+    guessing = math.log(lens.model.config.vocab_size) * int(at.sum()) * len(ids)
+    assert float(output.loss) == pytest.approx(float(rest + guessing) / ids.numel(), rel=1e-9)

@@ -146,6 +146,15 @@ def test_memory_is_freed_the_given_cache_stays_and_the_meta_part_is_whole():
     assert dropped.layers[0].meta_columns.tolist() == [[2, 2, 3, 3]]
 
 
+@pytest.mark.usefixtures("other_copy_of_the_cache")
+def test_a_cache_of_another_copy_of_the_models_code_is_evicted_from_as_well():
+    lens = Lens(tiny_model())
+    cache = lens(tokens(ROW)[:, :PREFIX], use_cache=True).cache
+    assert type(cache.layers[0]).__module__ == "other_copy_of_the_cache"
+    kept = evict(cache, torch.from_numpy(KEPT)[None])
+    assert kept.layers[0].meta_columns.tolist() == [[2, 3, 4, 5]]
+
+
 def test_columns_may_differ_by_layer_and_head():
     lens = Lens(tiny_model())
     cache = lens(tokens(ROW)[:, :PREFIX], use_cache=True).past_key_values
@@ -226,7 +235,7 @@ def test_attention_received_is_the_sum_of_the_models_weights(name):
     model.set_attn_implementation("eager")
     weights = lens(ids, output_attentions=True).attentions
     for own, expected in zip(received, weights, strict=True):
-        torch.testing.assert_close(own, expected.sum(-2), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.double(), expected.double().sum(-2), rtol=1e-4, atol=1e-5)
     prefix, _ = read_prefix(lens, ids, meta_token_id=META, with_attention=True)
     assert prefix.received is not None
     assert prefix.received.sum(-1) == pytest.approx(np.full((2, 4), LENGTH), abs=1e-3)

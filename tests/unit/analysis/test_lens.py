@@ -15,6 +15,7 @@ from metatokens.evaluation.interventions import NoPositionEdges, intervene
 from metatokens.lens import Lens, edits
 from metatokens.lens.lens import AttentionCall
 from metatokens.model.attention import eager_attention
+from metatokens.model.compatibility import CACHE_NAME
 from tiny_models import tokens
 
 
@@ -127,14 +128,14 @@ def test_selected_tokens_are_packed_in_the_order_of_the_index() -> None:
     names = ["blocks.1.hook_resid_post", "blocks.1.meta_attn.hook_z", "blocks.1.meta_attn.hook_result"]
     with lens.capture(names) as whole:
         lens(ids)
-    with lens.capture(names, at=ids == META, dtype=torch.float64) as packed:
+    with lens.capture(names, at=ids == META, dtype=torch.float32) as packed:
         lens(ids)
     rows, columns = packed.index.T
-    assert packed[names[0]].dtype == torch.float64
-    assert torch.equal(packed[names[0]].float(), whole[names[0]][rows, columns])
+    assert packed[names[0]].dtype == torch.float32
+    assert torch.equal(packed[names[0]], whole[names[0]][rows, columns].float())
     assert whole.meta_columns is not None
     for name in names[1:]:
-        assert torch.equal(packed[name].float(), whole[name][whole.meta_columns >= 0])
+        assert torch.equal(packed[name], whole[name][whole.meta_columns >= 0].float())
 
 
 def test_nothing_is_left_behind_when_the_model_raises(model: Any) -> None:
@@ -240,9 +241,9 @@ def test_a_cached_step_is_read_at_the_columns_of_the_whole_sequence(name: str) -
     with lens.capture(["*"], at=at) as whole:
         lens(ids)
     cache = DynamicCache(config=model.config)
-    lens(ids[:, :6], past_key_values=cache, use_cache=True)
+    lens(ids[:, :6], use_cache=True, **{CACHE_NAME: cache})
     with lens.capture(["*"], at=at) as step:
-        lens(ids[:, 6:], past_key_values=cache, use_cache=True)
+        lens(ids[:, 6:], use_cache=True, **{CACHE_NAME: cache})
     for tap in step:
         index = step.index_of(tap)
         assert bool((index[:, 1] >= 6).all())

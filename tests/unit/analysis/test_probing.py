@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-
-from circuits import BOS, META, QUESTION_AT, WRITER_AT, build_circuit, hand_made_pairs
 from metatokens.analysis.compression.curves import measure_compression
-from metatokens.analysis.inputs.labelled_states import Sample, Samples, collect_samples, draw_samples, sample_of
 from metatokens.analysis.probing import fit_erasers, measure_capacity, measure_erasure, measure_probes, meta_states
 from metatokens.analysis.recording import Findings
+
+from circuits import BOS, META, QUESTION_AT, WRITER_AT, build_circuit, hand_made_pairs
+from metatokens.analysis.inputs.labelled_states import Sample, Samples, collect_samples, draw_samples, sample_of
 from metatokens.config.analysis import AnalysisConfig, ProbeConfig, TaskSubject
 from metatokens.config.tasks import Difficulty, ListRecallTask
 from metatokens.errors import UsageError

@@ -5,10 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from circuits import build_circuit, hand_made_pairs
-from metatokens.analysis.inputs.documents import Document
-from metatokens.analysis.inputs.subject import Subject
 from metatokens.analysis.measuring import measure_distances
 from metatokens.analysis.readouts import (
     measure_attribution,
@@ -19,6 +15,10 @@ from metatokens.analysis.readouts import (
     measure_text_attribution,
 )
 from metatokens.analysis.recording import Findings
+
+from circuits import build_circuit, hand_made_pairs
+from metatokens.analysis.inputs.documents import Document
+from metatokens.analysis.inputs.subject import Subject
 from metatokens.analysis.representations.logits import fit_affine_maps, measure_logit_lens, measure_outputs
 from metatokens.config.analysis import AnalysisConfig, TextSubject
 from metatokens.errors import UsageError

@@ -71,7 +71,7 @@ def test_results_come_back_and_writing_again_gives_the_same_bytes(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document | {"schema_version": 2}, "expected schema_version 1, found 2"),
+        (lambda document: document | {"schema_version": 1}, "expected schema_version 2, found 1"),
         (lambda document: document | {"colour": 1}, "colour: Extra inputs are not permitted"),
         (lambda document: {k: v for k, v in document.items() if k != "records"}, "records: Field required"),
     ],

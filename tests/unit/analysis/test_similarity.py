@@ -32,7 +32,7 @@ DISTANCES = (1, 2, 4)
 
 
 def random_states(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def calibration_of(states: Tensor, is_meta: Tensor) -> Calibration:
@@ -96,8 +96,8 @@ def test_cosines_equal_the_definition() -> None:
 def test_orthogonal_states_have_cosine_zero_and_equal_ones_one() -> None:
     orthogonal = torch.eye(8)[None]
     np.testing.assert_allclose(cosines(orthogonal), 0, atol=1e-7)
-    np.testing.assert_allclose(cosines(random_states(1, 1, 8).expand(1, 8, 8)), 1, atol=1e-6)
-    np.testing.assert_allclose(cosines(random_states(1, 1, 8) * torch.tensor([-1.0, 1.0] * 4)[:, None], (1,)), -1, 1e-6)
+    np.testing.assert_allclose(cosines(random_states(1, 1, 8).expand(1, 8, 8)), 1, atol=1e-9)
+    np.testing.assert_allclose(cosines(random_states(1, 1, 8) * torch.tensor([-1.0, 1.0] * 4)[:, None], (1,)), -1, 1e-9)
 
 
 def test_state_of_zeros_has_cosine_zero() -> None:

@@ -2,11 +2,21 @@
 
 import numpy as np
 import pytest
-
-from metatokens.analysis.claims import CLAIMS, judge
 from metatokens.analysis.recording import Findings, r_squared_statistic
 
+from metatokens.analysis.claims import CLAIMS, judge
+from metatokens.evaluation.statistics import Interval
+
 RISING = np.linspace(0.1, 0.3, 12)
+OTHERS = (
+    "max_score_boost",
+    "log_odds_boost",
+    "excess_cosine",
+    "fading_cosine",
+    "interaction",
+    "meta_path",
+    "eviction",
+)
 
 
 def verdict_of(claim: str, endpoints: dict[str, np.ndarray]) -> tuple[str, str | None]:
@@ -18,19 +28,53 @@ def verdict_of(claim: str, endpoints: dict[str, np.ndarray]) -> tuple[str, str |
 
 def test_an_interval_above_the_threshold_supports_a_claim() -> None:
     assert verdict_of("entropy_drop", {"entropy_drop": RISING}) == ("supported", None)
-    assert verdict_of("theorem", {"theorem": RISING}) == ("not supported", None)
     assert verdict_of("theorem", {"theorem": np.full(12, 1.0)}) == ("supported", None)
 
 
-def test_an_interval_around_or_below_it_does_not() -> None:
-    assert verdict_of("area", {"area": RISING - 0.2}) == ("not supported", None)
-    assert verdict_of("area", {"area": -RISING}) == ("not supported", "the opposite holds")
+def test_an_interval_below_it_says_that_the_opposite_holds() -> None:
+    assert verdict_of("area", {"area": -RISING}) == ("the opposite holds", None)
+    assert verdict_of("theorem", {"theorem": RISING}) == ("the opposite holds", "not for every row")
+
+
+def test_an_interval_around_it_shows_nothing() -> None:
+    assert verdict_of("area", {"area": RISING - 0.2}) == ("inconclusive", None)
+
+
+def test_a_p_value_that_fails_the_correction_shows_nothing() -> None:
+    eleven_of_twelve = {"entropy_drop": np.array([-0.29, *RISING[1:]])}
+    alone = verdict_of("entropy_drop", eleven_of_twelve)
+    among_others = verdict_of("entropy_drop", eleven_of_twelve | dict.fromkeys(OTHERS, RISING - 0.2))
+    assert alone == ("supported", None)
+    assert among_others == ("inconclusive", None)
+
+
+def test_eight_documents_are_too_few_for_eight_claims() -> None:
+    eight = dict.fromkeys(["entropy_drop", *OTHERS], np.linspace(0.1, 0.3, 8))
+    assert verdict_of("entropy_drop", eight) == ("too few documents", "8, at least 9 needed")
+    nine = dict.fromkeys(["entropy_drop", *OTHERS], np.linspace(0.1, 0.3, 9))
+    assert verdict_of("entropy_drop", nine) == ("supported", None)
+
+
+def test_documents_that_give_no_interval_are_too_few() -> None:
+    few = verdict_of("area", {"area": np.append(RISING[:5], np.nan)})
+    assert few == ("too few documents", "5, at least 8 needed")
+
+
+def test_an_area_without_p_values_is_judged_by_its_interval_alone() -> None:
+    intervals = {"area": (Interval(0.2, 0.1, 0.3), 8), "prefix_area": (Interval(0.0, -0.1, 0.3), 8)}
+    verdicts = judge({}, tuple(CLAIMS), seed=0, intervals=intervals)
+    assert [v.verdict for v in verdicts if v.unit == "nats^2"] == ["supported", "inconclusive"]
+
+
+def test_an_effect_stands_beside_the_paper_s() -> None:
+    verdicts = judge({"entropy_drop": RISING, "zero_position": RISING}, tuple(CLAIMS), seed=0)
+    shares = {v.claim: v.share_of_paper for v in verdicts if v.num_documents}
+    assert shares[CLAIMS["entropy_drop"].text] == pytest.approx(0.2 / 1.40)
+    assert shares[CLAIMS["zero_position"].text] is None
 
 
 def test_what_was_not_measured_or_not_chosen_is_not_tested() -> None:
     assert verdict_of("area", {}) == ("not tested", "not measured")
-    few = verdict_of("area", {"area": np.append(RISING[:5], np.nan)})
-    assert few == ("not tested", "5 documents are too few for an interval")
     chosen = judge({"area": RISING}, ("entropy_drop",), seed=0)
     assert {v.verdict for v in chosen} == {"not tested"}
 

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, **options: Any) -> PretrainedCausalLM:
     model = load_pretrained(folder, text_vocab_size=TEXT_VOCAB_SIZE, **options)
-    return model.eval()
+    return model.double().eval()
 
 
 def ids_of(*rows: list[int]) -> Tensor:
@@ -68,7 +68,7 @@ def ids_of(*rows: list[int]) -> Tensor:
 
 @torch.no_grad()
 def test_text_has_the_logits_of_the_model_as_it_came(folder: Path) -> None:
-    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    original = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = torch.randint(0, TEXT_VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
     logits = load(folder)(ids).logits
     assert logits.shape == (2, 12, 128)
@@ -78,7 +78,7 @@ def test_text_has_the_logits_of_the_model_as_it_came(folder: Path) -> None:
 def test_meta_token_and_padding_follow_the_text_and_rows_are_padded_to_64(folder: Path) -> None:
     model = load(folder)
     assert (model.config.meta_token_id, model.config.pad_token_id, model.config.vocab_size) == (META, PAD, 128)
-    assert model.wrapped.generation_config.suppress_tokens == list(range(META, 128))
+    assert model.wrapped.generation_config.suppress_tokens == [META, META + 1]
     embedding = model.wrapped.get_input_embeddings().weight
     assert embedding is model.wrapped.get_output_embeddings().weight
     assert embedding[META:].std().item() == pytest.approx(0.02, rel=0.1)
@@ -116,6 +116,16 @@ def test_loss_and_gradients_are_those_of_cross_entropy_over_its_logits(folder: P
     assert_close(outputs.loss, expected / 7, 1e-5)
     for name, gradient in gradients(model).items():
         assert_close(gradient, wanted[name], 1e-4)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_sits_on_the_head_counts_in_the_loss(folder: Path, is_training: bool) -> None:
+    model = load(folder)
+    ids = ids_of([1, 2, META, 3, 4])
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: 2 * logits)
+    targets = targets_of_labels(ids, ids == META, "skip")
+    expected = nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    assert_close(model.train(is_training)(ids, labels=ids).loss, expected, 1e-5)
 
 
 def test_labels_are_targets_under_the_loss_policy(folder: Path) -> None:
@@ -267,9 +277,9 @@ def test_a_model_whose_logits_are_more_than_a_linear_head_is_refused(tmp_path: P
 def test_generation_never_gives_a_meta_token(folder: Path) -> None:
     model = load(folder)
     weight = model.wrapped.get_input_embeddings().weight
-    weight[META:] = 50 * weight[1]  # would win every time
+    weight[[META, META + 1]] = 50 * weight[1]  # would win every time
     generated = model.generate(ids_of([1, 2, 3]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert (generated < META).all()
+    assert not ((generated == META) | (generated == META + 1)).any()
 
 
 def test_perplexity_with_injected_meta_tokens_is_that_of_its_own_logits(tmp_path: Path) -> None:
@@ -277,7 +287,7 @@ def test_perplexity_with_injected_meta_tokens_is_that_of_its_own_logits(tmp_path
     tokenizer = train_tokenizer([text] * 3, 270)
     encoder = TextEncoder(tokenizer)
     randomize(GPTNeoForCausalLM(neo_config(vocab_size=encoder.vocab_size))).save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path, text_vocab_size=encoder.vocab_size).eval()
+    model = load_pretrained(tmp_path, text_vocab_size=encoder.vocab_size).double().eval()
     options = PerplexityOptions(window=16, injection=ExplicitInjection(positions=(2, 5)))
     result = measure_perplexity(model, [("text", text)], tokenizer, options)
     # the first window by hand: 16 text tokens, the first an end of text, and two meta-tokens

@@ -58,7 +58,7 @@ def test_a_leading_zero_does_not_make_a_number_octal(preset: Preset):
 
 
 def test_a_number_with_a_colon_is_not_read_in_base_sixty(preset: Preset):
-    with pytest.raises(UsageError, match=r"seed: expected a valid integer.*'1:30'"):
+    with pytest.raises(UsageError, match=r"seed: expected a whole number.*'1:30'"):
         preset("seed: 1:30")
 
 

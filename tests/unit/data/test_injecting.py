@@ -142,6 +142,7 @@ def test_inject_refuses_positions_outside_or_twice(layout):
         inject_meta_tokens(np.array([[1, 2, 3, 4]]), np.array([layout]), meta_token_id=META, loss_policy="skip")
 
 
+@pytest.mark.filterwarnings("ignore:injection.kind")
 @given(st.integers(0, 300), st.floats(0, 0.99), st.sampled_from(["uniform", "periodic", "punctuation"]))
 @settings(max_examples=60, deadline=None)
 def test_prompt_keeps_its_text_and_the_ratio_of_its_total_length(num_text, ratio, kind):
@@ -179,3 +180,14 @@ def test_import_of_the_data_modules_loads_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("injection", [UniformInjection(ratio=0.1), ExplicitInjection(positions=(9,))])
+def test_prompt_too_short_for_a_meta_token_warns(injection):
+    with pytest.warns(UserWarning, match=f"{injection.kind} puts no meta-token into a prompt; lengthen the text"):
+        assert inject_into_prompt([1, 2, 3, 4, 5], injection, meta_token_id=META, seed=0) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("injection", [UniformInjection(ratio=0), NoInjection(), ExplicitInjection(positions=())])
+def test_prompt_that_is_to_have_no_meta_token_warns_of_nothing(injection):
+    assert inject_into_prompt([1, 2, 3], injection, meta_token_id=META, seed=0) == [1, 2, 3]

@@ -57,6 +57,11 @@ def test_blocks_tile_the_split_with_one_token_of_overlap(dataset):
     np.testing.assert_array_equal(rows[:-1, -1], rows[1:, 0])
 
 
+def test_block_too_short_for_a_meta_token_warns(dataset):
+    with pytest.warns(UserWarning, match="uniform puts no meta-token into a block of 32"):
+        make_loader(dataset, injection=UniformInjection(ratio=0.01))
+
+
 def test_split_shorter_than_a_block_is_a_usage_error_with_the_numbers(dataset, fails):
     num_tokens = dataset.num_tokens("validation")
     with fails(2, "validation", num_tokens + 1, num_tokens):

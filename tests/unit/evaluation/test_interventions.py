@@ -385,6 +385,20 @@ def test_hooks_go_when_the_block_is_left_by_an_error() -> None:
     assert torch.equal(fast_logits(model, ids, None), expected)
 
 
+def test_blocks_may_end_in_any_order_and_each_takes_its_own_away() -> None:
+    model, ids = tiny_model(), tokens(*BATCHES["ragged"])
+    expected = fast_logits(model, ids, None)
+    with intervene(model, (NoMetaAttention(),)):
+        without_attention = fast_logits(model, ids, None)
+    first, second = intervene(model, (ZeroEmbedding(),)), intervene(model, (NoMetaAttention(),))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(fast_logits(model, ids, None), without_attention)
+    second.__exit__(None, None, None)
+    assert torch.equal(fast_logits(model, ids, None), expected)
+
+
 def test_cache_filled_before_the_block_is_refused_where_its_keys_cannot_serve() -> None:
     model, ids = tiny_model(), tokens("x_xxx_xx_xxx")
     cache = DynamicCache(config=model.config)

@@ -81,7 +81,7 @@ def make_model(tokenizer, **changes):
         "eos_token_id": 0,
     }
     torch.manual_seed(0)
-    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).eval()
+    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).double().eval()
 
 
 @pytest.fixture(scope="module", params=["skip", "retarget"])
@@ -366,6 +366,12 @@ def test_mean_embedding_counts_the_scored_tokens_alone(skip_model, tokenizer):
     assert changed.documents == by_hand.documents
 
 
+def test_injection_that_puts_nothing_into_a_window_warns(skip_model, tokenizer):
+    options = PerplexityOptions(window=4, stride=2, injection=UniformInjection(ratio=0.1))
+    with pytest.warns(UserWarning, match="uniform puts no meta-token into a window of 4"):
+        measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
+
+
 def test_interventions_without_a_meta_token_change_no_bit_and_warn(skip_model, tokenizer):
     fields = {"window": 16, "stride": 5}
     options = PerplexityOptions(interventions=(ZeroEmbedding(), NoPositionEdges(), NoMetaAttention()), **fields)
@@ -390,7 +396,7 @@ def test_json_of_the_result_follows_the_declared_schema(skip_model, tokenizer):
     text = json.dumps(asdict(result), allow_nan=False)
     assert adapter.validate_json(text, strict=True) == result
     assert set(adapter.json_schema()["required"]) == set(json.loads(text))
-    assert (result.dtype, result.device, result.loss_policy) == ("float32", "cpu", "skip")
+    assert (result.dtype, result.device, result.loss_policy) == ("float64", "cpu", "skip")
 
 
 def test_model_is_back_in_its_mode_even_after_an_error(tokenizer):
@@ -410,7 +416,8 @@ def test_model_of_transformers_is_scored_with_its_own_logits(tokenizer):
         GPT2Config(
             vocab_size=vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
         )
-    ).eval()
+    )
+    model.double().eval()
     result = measure_perplexity(model, [("long", LONG)], tokenizer, PerplexityOptions(window=128))
     ids = torch.tensor([[0, *TextEncoder(tokenizer).encode_batch([LONG])[0].tolist()]])
     with torch.no_grad():
@@ -421,7 +428,7 @@ def test_model_of_transformers_is_scored_with_its_own_logits(tokenizer):
 def test_losses_in_chunks_equal_cross_entropy_of_all_logits():
     torch.manual_seed(0)
     vocab_size = 2**21  # four rows of logits at a time
-    hidden, head = torch.randn(2, 5, 2), torch.nn.Linear(2, vocab_size)
+    hidden, head = torch.randn(2, 5, 2).double(), torch.nn.Linear(2, vocab_size).double()
     targets = torch.randint(vocab_size, (2, 5))
     targets[0, 3] = -100
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Accuracy on recall tasks: what counts as right is what greedy decoding would write."""
 
+import copy
 import dataclasses
 import json
 
@@ -11,6 +12,7 @@ from metatokens.config.finetuning import EvaluateConfig
 from metatokens.config.schema import ModelConfig
 from metatokens.config.tasks import CopyingTask, Difficulty, ListPointerTask, Task
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
+from metatokens.errors import NumericError
 from metatokens.evaluation.interventions import NoMetaAttention
 from metatokens.evaluation.recall import count_right_answers, evaluate_recall, make_test_instances, report
 from metatokens.model import MetaTokenForCausalLM
@@ -30,7 +32,7 @@ def encoder() -> PieceEncoder:
 def model(encoder: PieceEncoder) -> MetaTokenForCausalLM:
     """A model that answers by chance, and often with one of few tokens."""
     config = ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH)
-    built = build_model(config, text_vocab_size=encoder.vocab_size, eos_token_id=0, seed=0).eval()
+    built = build_model(config, text_vocab_size=encoder.vocab_size, eos_token_id=0, seed=0).double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.mul_(8)
@@ -162,3 +164,14 @@ def test_an_intervention_changes_the_answers_and_is_named_in_the_row(
 ):
     rows = evaluate_recall([model], config(lengths=("100-200",)), encoder, interventions=(NoMetaAttention(),))
     assert rows[0].interventions == ("no_meta_attention",)
+
+
+@pytest.mark.parametrize("task", [CopyingTask(), ListPointerTask()], ids=["written", "chosen"])
+def test_a_model_whose_logits_are_no_numbers_has_no_accuracy(
+    task: Task, encoder: PieceEncoder, model: MetaTokenForCausalLM
+):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[0] = torch.nan
+    with pytest.raises(NumericError, match="logits of the answers: expected finite ones"):
+        count_right_answers(broken, instances(encoder, task, 4), batch_size=4)

@@ -14,6 +14,7 @@ from metatokens.evaluation.significance import (
     benjamini_hochberg,
     equivalence_test,
     holm,
+    least_units,
     sign_flip_test,
 )
 
@@ -219,6 +220,14 @@ def test_a_test_of_no_differences_is_refused(differences):
 def test_a_margin_of_nothing_is_refused():
     with pytest.raises(ValueError, match="margin"):
         equivalence_test([1.0], 0.0, seed=0)
+
+
+@pytest.mark.parametrize(("num_tests", "least"), [(0, 6), (1, 6), (8, 9), (47, 11)])
+def test_fewer_units_than_the_least_pass_no_corrected_test_and_as_many_can(num_tests: int, least: int):
+    assert least_units(num_tests, 0.05) == least
+    p_values = {n: sign_flip_test(np.ones(n), seed=0) for n in (least - 1, least)}
+    assert holm([p_values[least - 1]] * max(num_tests, 1)).min() > 0.05
+    assert holm([p_values[least]] * max(num_tests, 1)).max() <= 0.05
 
 
 def test_holm_has_the_values_of_r():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, train_tokenizer
@@ -47,7 +48,7 @@ def make_model(tokenizer, **changes):
         "eos_token_id": None,
     }
     torch.manual_seed(1)
-    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).eval()
+    return MetaTokenForCausalLM(MetaTokenConfig(**(fields | changes))).double().eval()
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,24 @@ def test_left_padded_rows_generate_what_each_does_alone(model, meta, schedule):
         assert row[longest - len(prompt) :].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+def test_ragged_rows_share_the_meta_columns_of_the_cache(tokenizer, meta, encoding):
+    model = make_model(tokenizer, position_encoding=encoding).double()
+    schedule = PeriodicSchedule(text_tokens=3)
+    pad = model.config.pad_token_id
+    prompts = [list(range(5, 5 + n)) for n in (1, 2, 3, 4)]  # each row has its meta-tokens at another step
+    padded = [[pad] * (4 - len(p)) + p for p in prompts]
+    output = generate(model, padded, schedule, max_new_tokens=100, return_dict_in_generate=True)
+    most = int((output.sequences == meta).sum(1).max())
+    assert most > 20
+    assert output.past_key_values.layers[0].num_meta < most + 16  # and not four times as many
+    for prompt, row in zip(prompts, output.sequences, strict=True):
+        alone = generate(model, [prompt], schedule, max_new_tokens=100)[0]
+        assert row[4 - len(prompt) :].tolist() == alone.tolist()
+    uncached = generate(model, padded, schedule, max_new_tokens=100, use_cache=False)
+    assert torch.equal(uncached, output.sequences)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=by_kind)
 def test_generation_in_two_parts_equals_one(model, schedule):
     whole = generate(model, [[5, 6, 7, 8]], schedule, max_new_tokens=24)
@@ -213,6 +232,19 @@ def test_schedule_keeps_the_scores_of_text_tokens_off_schedule():
     lowest = -torch.inf
     assert result.tolist() == [[0, 1, 2, lowest, 4], [lowest, lowest, lowest, 0, lowest]]
     assert scores.tolist() == torch.arange(10.0).view(2, 5).tolist()
+
+
+def test_schedule_goes_on_after_embeddings_that_come_with_their_ids(model, meta):
+    schedule = PeriodicSchedule(text_tokens=3)
+    prompt = torch.tensor([schedule_meta_tokens([5, 6, 7, 8, 9], schedule, meta_token_id=meta)])
+    processors = LogitsProcessorList([MetaTokenSchedule(schedule, meta_token_id=meta)])
+    embeds = {"inputs_embeds": model.get_input_embeddings()(prompt), "meta_token_mask": prompt == meta}
+    options = {"attention_mask": torch.ones_like(prompt), "logits_processor": processors, "max_new_tokens": 12}
+    row = model.generate(prompt, **embeds, **options, do_sample=False)[0]
+    assert row.tolist() == generate(model, prompt.tolist(), schedule, max_new_tokens=12)[0].tolist()
+    assert where(row, meta) == layout(schedule, len(row))
+    with pytest.raises(ValueError, match="give generate its input_ids beside inputs_embeds"):
+        model.generate(**embeds, **options, do_sample=False)
 
 
 # generate_text
@@ -294,6 +326,55 @@ def test_stream_ends_with_the_bytes_that_never_became_a_character(tokenizer):
         scripted_model(tokenizer, ids), tokenizer, "", schedule=NoSchedule(), max_text_tokens=3, temperature=0
     )
     assert result.text == tokenizer.decode(ids[:3]) == "a\ufffd"
+
+
+def sentencepiece_like():
+    """Return a Llama-like tokenizer: a space is the mark before a word, and a text loses its first one."""
+    pieces = ["</s>", *dict.fromkeys("▁onceuptimask"), "▁a", "▁as", "▁ask"]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[("▁", "a"), ("▁a", "s"), ("▁as", "k")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer, ids["▁ask"]
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("once upon a time", " ask ask"), ("once", " ask ask"), ("", "ask ask")])
+def test_first_space_is_kept_after_a_prompt_by_a_tokenizer_that_marks_words(prompt, text):
+    tokenizer, ask = sentencepiece_like()
+    num_text = tokenizer.get_vocab_size()
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        model.model.norm.bias.fill_(1)
+        model.lm_head.weight[ask] = 10
+    pieces = []
+    result = generate_text(
+        model, tokenizer, prompt, schedule=NoSchedule(), max_text_tokens=2, temperature=0, stream=pieces.append
+    )
+    assert num_text == model.config.meta_token_id
+    assert result.text == "".join(pieces) == text
+    assert result.text_tokens == 2
+
+
+def test_row_of_a_padded_vocabulary_that_the_tokenizer_does_not_own_is_never_generated(tokenizer):
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        model.model.norm.bias.fill_(1)
+        model.lm_head.weight[TextEncoder(tokenizer).vocab_size :] = 10
+        model.lm_head.weight[65] = 9
+    result = generate_text(model, tokenizer, "owl", schedule=NoSchedule(), max_text_tokens=5, temperature=0)
+    assert result.text == tokenizer.decode([65] * 5)
+
+
+@pytest.mark.parametrize("schedule", [PeriodicSchedule(text_tokens=50), UniformSchedule(ratio=1e-9)], ids=by_kind)
+def test_schedule_that_puts_nothing_into_a_short_text_warns(model, tokenizer, schedule):
+    with pytest.warns(UserWarning, match=f"schedule {schedule.kind} puts no meta-token into this prompt and 3 text"):
+        assert generate_text(model, tokenizer, "owl", schedule=schedule, max_text_tokens=3).meta_tokens == 0
+
+
+def test_schedule_of_ratio_zero_warns_of_nothing(model, tokenizer):
+    schedule = UniformSchedule(ratio=0)
+    assert generate_text(model, tokenizer, "owl", schedule=schedule, max_text_tokens=3).meta_tokens == 0
 
 
 def test_end_of_text_stops_and_is_not_shown(tokenizer):

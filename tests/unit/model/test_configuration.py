@@ -69,6 +69,14 @@ def test_wrong_value_raises_an_error_that_names_it(changes: dict[str, Any], word
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["xpos", "learned", "alibi", "none"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_rope_scaling_without_rope_is_refused(field: str, encoding: str) -> None:
+    scaling = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    with pytest.raises(StrictDataclassClassValidationError, match=r'scaling .yarn. needs position_encoding "rope"'):
+        tiny_config(position_encoding=encoding, **{field: scaling})
+
+
 def test_wrong_type_raises() -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match="num_hidden_layers"):
         tiny_config(num_hidden_layers="two")
@@ -118,3 +126,12 @@ def test_tensor_parallel_plan_names_modules_of_the_model() -> None:
     for pattern in config.base_model_tp_plan:
         for layer in range(config.num_hidden_layers):
             assert pattern.replace("*", str(layer)) in modules
+
+
+def test_fewer_key_value_heads_than_heads_are_refused_in_one_line() -> None:
+    assert tiny_config(num_key_value_heads=4).num_key_value_heads == 4
+    expected = "num_key_value_heads must equal num_attention_heads 4, not 2: grouped-query attention is not supported"
+    with pytest.raises(ValueError, match=expected):
+        tiny_config(num_key_value_heads=2)
+    with pytest.raises(ValueError, match=expected):
+        tiny_config().num_key_value_heads = 2

@@ -6,18 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.baselines.masks import SparseAttentionConfig
+from metatokens.data.tokenizer import build_hf_tokenizer, train_tokenizer
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel, export
 from metatokens.model.export import AUTO_MAP, REMOTE_CODE, save_model
-from tiny_models import tiny_config, tiny_model, tokens
+from tiny_models import MAX_LENGTH, tiny_config, tiny_model, tokens
 
 
-def test_saved_config_maps_all_three_auto_classes_to_the_code_beside_it(tmp_path: Path) -> None:
+def test_saved_config_maps_every_auto_class_to_the_code_beside_it(tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"] == AUTO_MAP
-    assert set(AUTO_MAP) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {f"AutoModelFor{task}" for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")}
+    assert set(AUTO_MAP) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", *heads}
     for reference in AUTO_MAP.values():
         module, name = reference.split(".")
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
@@ -31,7 +34,7 @@ def test_saved_folder_has_safetensors_and_code_and_no_pickle(tmp_path: Path) -> 
 
 
 def test_importing_the_package_marks_no_class_as_remote_code() -> None:
-    # transformers would then copy code into every checkpoint that anybody saves
+    # the config brings the code; transformers would name one Auto class of three
     assert [c._auto_class for c in (MetaTokenConfig, MetaTokenModel, MetaTokenForCausalLM)] == [None, None, None]
 
 
@@ -71,3 +74,52 @@ def test_loaded_model_takes_the_backend_asked_for(backend: str, tmp_path: Path) 
     save_model(tiny_model(), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=backend)
     assert loaded.config._attn_implementation == backend
+
+
+def assert_code_is_complete(folder: Path) -> None:
+    """Check that the config names all Auto classes, and that all of the code lies beside it."""
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name in REMOTE_CODE:
+        assert (folder / f"{name}.py").read_bytes() == (Path(export.__file__).with_name(f"{name}.py")).read_bytes()
+
+
+def test_saving_a_new_or_a_loaded_model_by_transformers_brings_the_code(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "new")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new").save_pretrained(tmp_path / "again")
+    AutoModel.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "decoder")
+    for name in ("new", "again", "decoder"):
+        assert_code_is_complete(tmp_path / name)
+
+
+def test_shards_and_a_config_alone_bring_the_code(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    AutoConfig.from_pretrained(tmp_path / "shards").save_pretrained(tmp_path / "config")
+    for name in ("shards", "config"):
+        assert_code_is_complete(tmp_path / name)
+
+
+def test_auto_classes_of_the_users_own_stay_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.auto_map = {"AutoModelForMaskedLM": "mine.Mine", "AutoModel": "owner/repository--modeling.Other"}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == AUTO_MAP | {"AutoModelForMaskedLM": "mine.Mine"}
+
+
+def test_baseline_made_from_a_loaded_config_names_no_code_and_brings_none(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "plain")
+    fields = AutoConfig.from_pretrained(tmp_path / "plain").to_dict()
+    config = SparseAttentionConfig.from_dict(fields)
+    config.save_pretrained(tmp_path / "sparse")
+    assert "auto_map" not in json.loads((tmp_path / "sparse" / "config.json").read_text())
+    assert [path.name for path in (tmp_path / "sparse").iterdir()] == ["config.json"]
+
+
+def test_saved_tokenizer_knows_the_window_of_its_model(tmp_path: Path) -> None:
+    tokenizer = build_hf_tokenizer(train_tokenizer(["the owl sat"], 260))
+    save_model(tiny_model(), tmp_path, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == MAX_LENGTH
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    save_model(tiny_model(rope_parameters=rope), tmp_path, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 4 * MAX_LENGTH

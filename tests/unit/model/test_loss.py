@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from metatokens.model import loss as loss_module
 from metatokens.model.loss import LOGITS_CHUNK_ELEMENTS, summed_cross_entropy, targets_of_labels
 from tiny_models import assert_close
 
@@ -73,11 +74,11 @@ def test_gradient_of_one_argument_is_right_when_the_other_is_frozen(frozen: int)
 
 
 def test_loss_over_several_chunks_equals_torchs_cross_entropy() -> None:
-    hidden, weight, targets = inputs(LARGE_ROWS, width=4, vocab_size=LARGE_VOCAB, dtype=torch.float32)
+    hidden, weight, targets = inputs(LARGE_ROWS, width=4, vocab_size=LARGE_VOCAB)
     targets[::5] = -100
     ours, of_torch = (value_and_gradients(loss, hidden, weight, targets) for loss in (summed_cross_entropy, plain))
     for actual, expected in zip(ours, of_torch, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+        assert_close(actual, expected, 1e-9)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -142,6 +143,31 @@ def test_loss_under_autocast_has_float32_gradients_near_those_without() -> None:
     for actual, expected in zip(rounded, exact, strict=True):
         assert actual.dtype == torch.float32
         assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+def second_derivatives(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Differentiate a product of the gradient with a vector; the hidden states come from the weight, as if tied."""
+    states = (hidden @ weight[:6]).tanh()
+    (gradient,) = torch.autograd.grad(loss(states, weight, targets), weight, create_graph=True)
+    return torch.autograd.grad((gradient * gradient.detach().sin()).sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_rows", [21, 4])
+def test_second_derivatives_equal_those_of_torchs_cross_entropy(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = inputs(3, 7)
+    targets[:, ::3] = -100
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_ELEMENTS", chunk_rows * len(weight))
+    ours, of_torch = (second_derivatives(loss, hidden, weight, targets) for loss in (summed_cross_entropy, plain))
+    for actual, expected in zip(ours, of_torch, strict=True):
+        assert_close(actual, expected, 1e-10)
+
+
+def test_second_derivative_in_the_states_is_right_when_the_weight_is_frozen() -> None:
+    hidden, weight, targets = inputs(2, 3)
+    weight.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(lambda states: summed_cross_entropy(states, weight, targets), hidden)
 
 
 META_MASK = torch.tensor([[False, True, False, False, True, True, False]])

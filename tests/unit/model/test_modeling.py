@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from metatokens.model import MetaTokenForCausalLM
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.model.attention import SelfAttention
 from metatokens.model.meta_attention import MetaAttention
 from tiny_models import ENCODINGS, MAX_LENGTH, META, assert_close, attention_mask_of, gradients, tiny_model, tokens
@@ -43,12 +44,33 @@ def test_embeddings_with_meta_token_mask_give_the_logits_of_the_ids() -> None:
     assert torch.equal(model(inputs_embeds=embeds, meta_token_mask=IDS == META).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("over", ["meta", "all"])
 @torch.no_grad()
-def test_embeddings_without_meta_token_mask_are_all_text() -> None:
-    model = tiny_model()
+def test_embeddings_alone_give_the_logits_of_the_ids(over: str) -> None:
+    model = tiny_model(meta_attention_over=over)
     embeds = model.get_input_embeddings()(IDS)
-    no_meta = torch.zeros_like(IDS, dtype=torch.bool)
-    assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS, meta_token_mask=no_meta).logits)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_the_collators_indices_stay_right_behind_virtual_tokens() -> None:
+    # prompt tuning puts embeddings of its own before those of the collator's batch
+    model = tiny_model(dtype=torch.float64)
+    meta_indices = (IDS == META).nonzero()[:2, 1].expand(2, -1)
+    ids = tokens("x_xx_xxxx", "xxxx_xxx_")
+    embeds = torch.cat([torch.randn(2, 3, 32, dtype=torch.float64), model.get_input_embeddings()(ids)], dim=1)
+    is_meta = nn.functional.pad(ids == META, (3, 0))
+    expected = model(inputs_embeds=embeds, meta_token_mask=is_meta).logits
+    assert torch.equal(model(inputs_embeds=embeds, meta_indices=meta_indices).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["ids", "embeddings"])
+def test_indices_of_another_number_of_meta_tokens_are_refused(kind: str) -> None:
+    model = tiny_model()
+    # embeddings between those of tokens, as along the path of integrated gradients, are those of no token
+    inputs = {"input_ids": IDS} if kind == "ids" else {"inputs_embeds": 0.5 * model.get_input_embeddings()(IDS)}
+    with pytest.raises(ValueError, match="meta_indices tell of 2 meta-tokens a row, and the inputs hold"):
+        model(**inputs, meta_indices=torch.tensor([[1, 4], [4, 5]]))
 
 
 @torch.no_grad()
@@ -164,6 +186,48 @@ def test_input_of_the_models_full_length_gives_logits() -> None:
     assert tiny_model()(ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("layers", ["all", "none"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: DynamicCache(config=replaced(config, num_hidden_layers=3)),
+        lambda config: StaticCache(config=replaced(config, num_hidden_layers=1), max_cache_len=16),
+        lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config)),
+        lambda _: ((torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)),) * 2,
+    ],
+)
+def test_a_cache_of_another_kind_or_model_is_refused_in_one_line(make: Any, layers: str) -> None:
+    model = tiny_model(meta_attention_layers=layers)
+    with pytest.raises(ValueError, match=r"use DynamicCache\(config=model\.config\)"):
+        model(IDS, past_key_values=make(model.config))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: DynamicCache(),  # noqa: ARG005 - one of the makers
+        lambda config: DynamicCache(config=replaced(config, meta_attention_layers=[0])),
+        lambda config: StaticCache(config=replaced(config, meta_attention_layers="none"), max_cache_len=16),
+    ],
+)
+def test_a_cache_without_a_place_for_meta_tokens_is_refused_in_one_line(make: Any) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"meta-tokens: use DynamicCache\(config=model\.config\)"):
+        model(IDS, past_key_values=make(model.config))
+
+
+def replaced(config: MetaTokenConfig, **changes: Any) -> MetaTokenConfig:
+    return MetaTokenConfig(**{**config.to_dict(), **changes})
+
+
+@torch.no_grad()
+def test_a_model_without_meta_attention_takes_a_cache_of_no_config() -> None:
+    model = tiny_model(meta_attention_layers="none")
+    cache = DynamicCache()
+    model(IDS[:, :5], past_key_values=cache)
+    assert_close(model(IDS[:, 5:], past_key_values=cache).logits, model(IDS).logits[:, 5:], 1e-5)
+
+
 def test_alibi_with_a_backend_that_takes_no_bias_raises() -> None:
     model = tiny_model(position_encoding="alibi", attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="alibi"):
@@ -180,7 +244,7 @@ def test_eager_model_returns_attentions_of_all_tokens_and_of_packed_meta_tokens(
     assert [weights.shape for weights in outputs.attentions] == [(2, 4, 9, 9)] * 2
     assert [weights.shape for weights in outputs.meta_attentions] == [(2, 4, 3, 3)]
     assert len(outputs.hidden_states) == 2 + 1
-    assert_close(outputs.meta_attentions[0].sum(-1), torch.ones(2, 4, 3), 1e-6)
+    assert_close(outputs.meta_attentions[0].sum(-1), torch.ones(2, 4, 3, dtype=torch.float64), 1e-6)
 
 
 @torch.no_grad()
@@ -268,6 +332,36 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(use_reentrant:
         assert_close(checkpointed[name], gradient, 1e-7)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+def test_gradient_checkpointing_leaves_a_cache_empty_and_the_gradients_right(
+    is_given: bool, use_reentrant: bool
+) -> None:
+    model = tiny_model(dtype=torch.float64).train()
+    loss, expected = step(model, IDS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    inputs: dict[str, Any] = {"past_key_values": cache} if is_given else {"use_cache": True}
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    checkpointed_loss, checkpointed = step(model, IDS, **inputs)
+    assert cache.get_seq_length() == 0
+    assert_close(checkpointed_loss, loss, 1e-12)
+    assert checkpointed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(checkpointed[name], gradient, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+def test_gradient_checkpointing_on_top_of_cached_tokens_is_refused() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=f"needs an empty cache, not one of {IDS.shape[1]} tokens"):
+        model(IDS, past_key_values=cache)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = tiny_model(hidden_dropout=0.5, attention_dropout=0.5)
     with torch.no_grad():
@@ -296,6 +390,33 @@ def test_compiled_training_step_with_meta_indices_is_one_graph_with_the_same_gra
     assert_close(compiled_loss, loss, 1e-6)
     for name, gradient in expected.items():
         assert_close(compiled[name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("over", ["meta", "all", "random"])
+def test_exported_program_finds_the_meta_tokens_of_other_inputs(over: str) -> None:
+    model = tiny_model(meta_attention_over=over, random_ratio=0.4)
+    program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}).module()
+    with torch.no_grad():
+        for ids in (tokens("___xxx_xx", "xxxxxxxxx"), tokens("xxxxxxxxx", "xxxxxxxx_")):
+            assert_close(program(input_ids=ids, use_cache=False).logits, model(ids).logits, 1e-5)
+
+
+def test_exported_program_sorts_as_every_exporter_knows() -> None:
+    program = torch.export.export(tiny_model(), (), {"input_ids": IDS, "use_cache": False})
+    assert not [node for node in program.graph.nodes if "stable" in str(node.target)]
+
+
+@torch.no_grad()
+def test_one_graph_without_meta_indices_gives_the_logits_of_each_documents_row() -> None:
+    model = tiny_model()
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    try:
+        for inputs in ({}, {"position_ids": position_ids}):
+            assert_close(compiled(IDS, use_cache=False, **inputs).logits, model(IDS, **inputs).logits, 1e-5)
+    finally:
+        torch._dynamo.reset()
 
 
 def test_class_names_hold_no_word_by_which_transformers_denies_a_dynamic_cache() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.model.export import save_model
+from metatokens.model.export import REMOTE_CODE, save_model
 from tiny_models import META, tiny_model, tokens
 
 META_ATTENTION = r".*meta_attn\.(q|k|v|o)_proj"
@@ -80,3 +80,30 @@ def test_saved_adapter_loaded_onto_the_saved_model_gives_the_same_bits(tmp_path:
     loaded = PeftModel.from_pretrained(MetaTokenForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     ids = tokens("x_xx_x")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_before_a_batch_leave_its_meta_tokens_meta_tokens(config_class: type) -> None:
+    # these methods hand embeddings to the model, with the collator's indices as they were
+    base = tiny_model()
+    ids = tokens("x_xx_x_x", "xx__xxx_")
+    meta_indices = (ids == META).nonzero()[:, 1].view(2, 3)
+    model = get_peft_model(base, config_class(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        virtual = model.get_prompt(batch_size=2)
+        embeds = torch.cat([virtual, base.get_input_embeddings()(ids)], dim=1)
+        is_meta = torch.nn.functional.pad(ids == META, (3, 0))
+        expected = base(inputs_embeds=embeds, meta_token_mask=is_meta).logits
+        for extra in ({}, {"meta_indices": meta_indices}):
+            torch.testing.assert_close(model(**inputs, **extra).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_model_is_saved_with_its_code_and_loads_with_the_same_bits(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=META_ATTENTION, init_lora_weights=False))
+    merged = model.eval().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == set(REMOTE_CODE)
+    ids = tokens("x_xx_x")
+    assert torch.equal(MetaTokenForCausalLM.from_pretrained(tmp_path)(ids).logits, merged(ids).logits)

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from metatokens.model import MetaTokenConfig
 from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes
 from tiny_models import assert_close, tiny_config, tiny_model, tokens
+from tolerances import tolerance
 
 THETA = 10_000.0
 TRAINED = 1024
@@ -98,7 +99,8 @@ def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency() -> Non
     turn = torch.polar(torch.ones(()), positions[:, None] * default_frequencies())
     for before, after in zip((query, key), rotated, strict=True):
         pairs = torch.complex(before[..., : HEAD_DIM // 2], before[..., HEAD_DIM // 2 :]) * turn
-        assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), 1e-4)
+        # a frequency that is an epsilon off turns as many epsilons further as there are positions
+        assert_close(after, torch.cat([pairs.real, pairs.imag], dim=-1), tolerance(torch.float32, 4 * 1023))
 
 
 def test_tables_at_an_index_are_those_of_its_positions_row_by_row() -> None:
@@ -161,3 +163,35 @@ def test_xpos_in_bfloat16_stays_finite_at_the_ends_of_a_long_window() -> None:
     for side in tables.apply(torch.ones(1, 4, 4, 8).bfloat16(), torch.ones(1, 4, 4, 8).bfloat16()):
         assert side.isfinite().all()
         assert side.abs().max() < 1e5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window"), [(torch.float16, 3966), (torch.bfloat16, 35_694), (torch.float32, 35_694)]
+)
+@torch.no_grad()
+def test_xpos_is_right_over_the_longest_window_that_its_dtype_has_room_for(dtype: torch.dtype, window: int) -> None:
+    ids = tokens("xx_xxx_xxxxx")
+    positions = torch.arange(window - 12, window)[None]
+    expected = tiny_model(position_encoding="xpos", max_position_embeddings=64, dtype=torch.float64)(ids).logits
+    for backend in ("sdpa", "eager"):
+        shape = {"position_encoding": "xpos", "max_position_embeddings": window, "attn_implementation": backend}
+        model = tiny_model(**shape, dtype=dtype)
+        for position_ids in (positions, positions - positions.min()):
+            # a rounding of the dtype at each of some ten operations in a row
+            tolerance = 64 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-2
+            logits = model(ids, position_ids=position_ids).logits.double()
+            assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_xpos_over_a_window_that_leaves_the_range_of_its_dtype_is_refused(dtype: torch.dtype) -> None:
+    window = {torch.float16: 3967, torch.float32: 35_695}[dtype]
+    model = tiny_model(position_encoding="xpos", max_position_embeddings=window, dtype=dtype)
+    with pytest.raises(ValueError, match=f"over {window} positions leaves the range of {dtype}"):
+        model(tokens("x_xx"))
+
+
+def test_xpos_under_autocast_to_float16_is_refused_by_the_range_of_float16() -> None:
+    model = tiny_model(position_encoding="xpos", max_position_embeddings=8192)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"range of torch\.float16"):
+        model(tokens("x_xx"))

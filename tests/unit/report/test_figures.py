@@ -25,7 +25,10 @@ def cell(task: str, arm: str, trained_to: int, accuracies: list[float | None]) -
     lengths = ["33-64", "65-128"]
     intervals = [a if a is None else Interval(a, max(0, a - 0.1), min(1, a + 0.1)) for a in accuracies]
     rows = tuple(
-        AccuracyRow(length, tuple(map(int, length.split("-"))), (2, 4), 200, (0, 1), accuracy, accuracy, None)
+        AccuracyRow(
+            *(length, tuple(map(int, length.split("-"))), (2, 4), 200, (0, 1), accuracy, accuracy, None),
+            sequence_by_seed=() if accuracy is None else (accuracy.estimate - 0.05, accuracy.estimate + 0.05),
+        )
         for length, accuracy in zip(lengths, intervals, strict=True)
     )
     curve = tuple(CurvePoint(step, 1e10 * step, step / 200, step / 250, step / 190) for step in (50, 100))
@@ -64,6 +67,17 @@ def test_equal_results_give_equal_bytes(two_arms: SweepResults, tmp_path: Path):
         assert b"Software" not in one.read_bytes()
 
 
+def test_two_seeds_are_dots_and_no_band(two_arms: SweepResults):
+    figure = draw_by_length(two_arms, "lengths")
+    assert figure is not None
+    for axes in figure.axes:
+        assert not axes.collections  # a band would be one
+        dots = [
+            line.get_ydata() for line in axes.get_lines() if line.get_label().startswith("_") and len(line.get_ydata())
+        ]
+        assert [85, 95] in [pytest.approx(list(seeds)) for seeds in dots]
+
+
 def test_there_is_a_panel_for_each_task_and_a_line_for_each_arm(two_arms: SweepResults):
     figure = draw_by_length(two_arms, "lengths")
     assert figure is not None
@@ -75,6 +89,7 @@ def test_there_is_a_panel_for_each_task_and_a_line_for_each_arm(two_arms: SweepR
         assert list(lines["b"].get_ydata()) == [90]  # longer is n/a
     caption = " ".join(figure.texts[0].get_text().split())
     assert "n = 2 seeds x 200 prompts" in caption
+    assert "mean of the seeds, dot: a seed" in caption
     assert "the same steps as a" in caption
     assert "longer than the model can represent" in caption
 

@@ -71,7 +71,8 @@ def test_every_number_stands_in_a_table() -> None:
     assert "no pair of documents" in text
     for verdict in results.verdicts:
         assert verdict.claim in text
-    assert "Of 3 claims about what happens inside: 1 supported, 1 not supported, 1 not tested." in text
+    assert "14% of the paper&#39;s" in text
+    assert "Of 3 claims about what happens inside: 1 supported, 1 inconclusive, 1 not tested." in text
 
 
 def test_what_was_not_run_is_said_and_has_no_figure() -> None:

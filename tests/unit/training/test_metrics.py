@@ -10,6 +10,9 @@ import pytest
 from metatokens.errors import UsageError
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay
 
+# the thread of a tensorboard without room for its file dies of it, at some time
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -101,3 +104,40 @@ def test_progress_goes_to_standard_error_and_only_where_it_is_shown(capsys: pyte
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == ["seen step 2/2 loss [bold]2.0", "seen ends"]
+
+
+def test_a_full_disk_costs_a_tracker_and_a_warning_and_not_the_run(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", ("tensorboard",))
+    writer.write(0, loss=1.0)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 10, hard))
+    try:
+        with pytest.warns(UserWarning, match="tensorboard gets no more numbers, metrics.jsonl does: OSError"):
+            writer.write(1, loss=1.0)
+        writer.write(2, loss=1.0)  # a second warning would be an error here
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_tracker_that_cannot_make_its_folder_is_one_line_at_the_start(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(UsageError, match=r"logging\.trackers: expected tensorboard to start, found FileExistsError"):
+        MetricsWriter(tmp_path / "metrics.jsonl", ("tensorboard",))
+
+
+def test_a_resumed_run_is_the_same_one_to_wandb_and_has_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs = []
+    for step in (1, 2):
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", ("wandb",), {"seed": 3})
+        runs.append((wandb.run.id, dict(wandb.run.config)))
+        writer.write(step, loss=1.0)
+        writer.close()
+    assert runs[0] == runs[1]
+    assert runs[0][1] == {"seed": 3}

@@ -16,7 +16,8 @@ import pytest
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
-from metatokens.training.run_folder import RunFolder, run_sha256, write_atomically
+from metatokens.files import write_atomically
+from metatokens.training.run_folder import RunFolder, run_sha256
 
 NOBODY = 65534
 PROCESSES = multiprocessing.get_context("fork")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
 from metatokens.analysis.causal.policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
 from metatokens.analysis.inputs.subject import Inputs, shared, stack
@@ -28,6 +28,7 @@ from metatokens.analysis.measures import Lines, Row, Rows, measure
 from metatokens.data.injection import BoolArray, IntArray, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
+from metatokens.model.compatibility import CACHE_NAME
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def evict(cache: Cache, columns: Tensor, *, with_meta_part: bool = False) -> Cac
     kept = copy.copy(cache)
     kept.layers = [copy.copy(layer) for layer in cache.layers]
     for number, layer in enumerate(kept.layers):
-        if type(layer) not in (DynamicLayer, MetaDynamicLayer) or layer.keys is None:
+        is_plain = type(layer) is DynamicLayer
+        if not (is_plain or _is_growing_meta_layer(layer)) or layer.keys is None:
             raise UsageError(
                 "cache to evict from",
                 expected="one that grows and has been filled",
@@ -91,7 +93,7 @@ def evict(cache: Cache, columns: Tensor, *, with_meta_part: bool = False) -> Cac
             )
         of_layer = columns[:, min(number, columns.shape[1] - 1)]
         layer.keys, layer.values = _gather(layer.keys, of_layer), _gather(layer.values, of_layer)
-        if isinstance(layer, MetaDynamicLayer) and layer.meta_columns is not None:
+        if not is_plain and layer.meta_columns is not None:
             if with_meta_part:
                 layer.meta_keys = _gather(layer.meta_keys, of_layer)
                 layer.meta_values = _gather(layer.meta_values, of_layer)
@@ -168,9 +170,9 @@ def read_prefix(
     received = _ReceivedAttention()
     if with_attention:
         with lens.observe(received):
-            cache = lens(input_ids, use_cache=True).past_key_values
+            cache = lens(input_ids, use_cache=True)[CACHE_NAME]
     else:
-        cache = lens(input_ids, use_cache=True).past_key_values
+        cache = lens(input_ids, use_cache=True)[CACHE_NAME]
     ids = input_ids[0].cpu().numpy()
     is_meta = ids == meta_token_id
     if slots is None:
@@ -191,7 +193,7 @@ def continue_sequence(
     index = torch.from_numpy(everything if columns is None else columns)[None].to(input_ids.device)
     kept = evict(cache, index, with_meta_part=getattr(model.config, "meta_attention_over", "meta") == "all")
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + prefix_length
-    logits: Tensor = lens(input_ids, past_key_values=kept, position_ids=positions, use_cache=True).logits
+    logits: Tensor = lens(input_ids, position_ids=positions, use_cache=True, **{CACHE_NAME: kept}).logits
     return logits
 
 
@@ -268,6 +270,11 @@ def received_attention(call: AttentionCall) -> Tensor:
             seen = seen & call.mask[:, :, rows]
         total += scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(-2)
     return total
+
+
+def _is_growing_meta_layer(layer: Any) -> bool:
+    # its attributes and not its class: it may be that of a checkpoint's own copy of the model's code
+    return layer._layer_type == MetaDynamicLayer._layer_type and not layer.is_compileable
 
 
 def _gather(tensor_BHTD: Tensor | None, columns: Tensor) -> Tensor:

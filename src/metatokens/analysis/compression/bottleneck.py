@@ -1,8 +1,9 @@
 """The variational information bottleneck as a stack of heads, one a seed: encoder, prior, decoder, and their measures.
 
-Paper section 5. An encoder with one hidden layer gives the mean and deviation of a diagonal Gaussian q(z|x), softplus
-keeps the deviation positive, the decoder is linear. Deviation: the prior r(z) of the information bottleneck is learned,
-one diagonal Gaussian or a mixture, where the paper has N(0, I).
+Paper section 5. Deviation: the encoder is a network with one hidden layer; the paper does not describe its own. It
+gives the mean and deviation of a diagonal Gaussian q(z|x), softplus keeps the deviation positive, the decoder is
+linear. Deviation: the prior r(z) of the information bottleneck is learned, one diagonal Gaussian or a mixture, where
+the paper has N(0, I).
 """
 
 from __future__ import annotations

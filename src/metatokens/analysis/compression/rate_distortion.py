@@ -9,8 +9,12 @@ documents,
 
 The rate is a bound on what z holds of the state, at small beta a loose one (several times the truth): curves are to be
 compared at equal rate, on their lower convex hulls, never point by point. -ln of the mean prediction over z is lower
-than D and another quantity, so it is reported apart. Deliberately not here: whose state is compared with whose, and on
-which labels.
+than D and another quantity, so it is reported apart. Deviation: the grid of beta goes from 1e-4 to 2; the paper's goes
+from 0.01 to 1, and the curves here reach rates on both sides of it.
+
+All states are asked for the first token of the last answer. The paper's claim is judged by its own comparison, against
+the last token, which has read the question too. Deviation: the meta-token's state is compared with six more states, of
+which the token right before it has read the same prefix and is judged as well.
 """
 
 from __future__ import annotations

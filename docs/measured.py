@@ -1,0 +1,313 @@
+"""Where the numbers of README, docs and experiments come from: committed JSON, and nothing else; see facts.py.
+
+A function returns a number or text of one file; an expression in a document puts them together. Tables are made whole.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BOOKS, COST, PIPELINE, ROWS = (
+    f"benchmarks/results/{name}.json"
+    for name in ("books_perplexity", "meta_attention_cpu", "data_pipeline", "analysis_cpu")
+)
+RECALL, INSIDE = "experiments/tiny-recall", "experiments/tiny-analysis"
+FOLDERS = ("books", "list_recall", "parity")
+ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
+TASKS = ("list_recall", "parity", "copying", "segment_counting")
+LENGTHS = {"L": "33-64", "2 L": "65-128", "4 L": "129-256"}
+
+
+@cache
+def load(path: str) -> Any:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def span(number: Any, form: str, scale: float = 1, unit: str = "") -> str:
+    """Write an interval or a record: the estimate, and from where to where."""
+    estimate = number["estimate"] if "estimate" in number else number["value"]
+    low, high = number["low"], number["high"]
+    return f"{scale * estimate:{form}}{unit} ({scale * low:{form}} to {scale * high:{form}})"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f}%"
+
+
+# the benchmarks ----------------------------------------------------------------------------------------------
+
+
+def perplexity(score: str, windows: str = "sliding", *, interval: bool = False) -> str:
+    found = load(BOOKS)["scores"][score][windows]["perplexity"]
+    return span(found, ".1f") if interval else f"{found['estimate']:.1f}"
+
+
+def books_difference(score: str) -> str:
+    return span(load(BOOKS)["difference_from_plain_nats_per_token"][score]["sliding"], ".3f")
+
+
+def most_waiting() -> float:
+    return max(run["waited_for_batches"] for run in load(BOOKS)["training"].values())
+
+
+def cost(kind: str, ratio: str = "packed/plain", *, per_text_token: bool = False) -> float:
+    """Return a ratio of seconds per position, or per text token: of T positions only T - round(k T) are text."""
+    (found,) = [one for one in load(COST)["results"] if one["kind"] == kind]
+    length = found["length"]
+    num_meta = round(load(COST)["meta_ratio"] * length)
+    return float(found["ratios"][ratio]) * (length / (length - num_meta) if per_text_token else 1)
+
+
+def rows_cost(length: int, way: str, key: str = "cpu_seconds") -> float:
+    (found,) = [one for one in load(ROWS)["results"] if (one["length"], one["way"]) == (length, way)]
+    return float(found[key])
+
+
+# tiny-recall -------------------------------------------------------------------------------------------------
+
+
+def cell(task: str, arm: str) -> Any:
+    return next(c for c in load(f"{RECALL}/results.json")["cells"] if c["labels"] == {"task": task, "arm": arm})
+
+
+def recall(task: str, arm: str, length: str = "L", evaluation: str = "length") -> Any:
+    """Return the mean accuracy over seeds; None where it was not asked or the model cannot represent the length."""
+    for one in cell(task, arm)["evaluations"]:
+        for row in one["rows"]:
+            if one["name"] == evaluation and row["length"] == LENGTHS[length] and row["sequence_accuracy"]:
+                return row["sequence_accuracy"]["estimate"]
+    return None
+
+
+def trained(task: str, arm: str) -> list[float]:
+    """Return the accuracy of the three seeds at the end of training, on 100 prompts of up to L, from the lowest.
+
+    results.json has the mean, the lowest and the highest of them.
+    """
+    last = cell(task, arm)["curve"][-1]
+    assert len(cell(task, arm)["seeds"]) == 3
+    low, high = last["lowest"], last["highest"]
+    return [low, 3 * last["sequence_accuracy"] - low - high, high]
+
+
+def seeds(task: str, arm: str) -> str:
+    return " / ".join(f"{100 * one:.0f}" for one in trained(task, arm))
+
+
+def contrast(task: str, arm: str, length: str, key: str = "difference", evaluation: str = "length") -> float:
+    where = {"task": task, "arm": arm, "length": LENGTHS[length], "evaluation": evaluation}
+    return next(
+        float(row[key]) for row in load(f"{RECALL}/contrasts.json")["rows"] if {k: row[k] for k in where} == where
+    )
+
+
+def contrasts(key: str) -> int:
+    return int(load(f"{RECALL}/contrasts.json")[key])
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def hint(key: str) -> float:
+    return float(load(f"{RECALL}/hint.json")["accuracy"][key])
+
+
+def extended(window: str, length: int) -> Any:
+    """Return the accuracy of an extended model at prompts of up to so many L."""
+    cells = load(f"{RECALL}/extension-results.json")["cells"]
+    (found,) = [c for c in cells if c["labels"]["window"] == window]
+    rows = {row["prompt_tokens"][1] // 64: row["sequence_accuracy"] for row in found["evaluations"][0]["rows"]}
+    return rows[length]
+
+
+def tried(name: str) -> float:
+    (found,) = [one for one in load(f"{RECALL}/tried.json")["tries"] if one["name"] == name]
+    return float(max(found["accuracy_by_step"].values()))
+
+
+# tiny-analysis -----------------------------------------------------------------------------------------------
+
+
+def record(folder: str, section: str, metric: str, **at: Any) -> Any:
+    """Return a record of an analysis; `folder` is one of the three, or a run of seeds.json."""
+    source = load(f"{INSIDE}/seeds.json")
+    records = source[folder]["records"] if folder in source else load(f"{INSIDE}/{folder}/results.json")["records"]
+    found = [r for r in records if (r.get("section"), r["metric"]) == (section, metric) and r["at"] == at]
+    assert len(found) == 1, f"{len(found)} records of {folder} {section} {metric} {at}"
+    return found[0]
+
+
+def value(folder: str, section: str, metric: str, **at: Any) -> float:
+    return float(record(folder, section, metric, **at)["value"])
+
+
+def largest(folder: str, section: str, metric: str, **at: Any) -> float:
+    return max(_values(folder, section, metric, at))
+
+
+def smallest(folder: str, section: str, metric: str, **at: Any) -> float:
+    return min(_values(folder, section, metric, at))
+
+
+def _values(folder: str, section: str, metric: str, at: dict[str, Any]) -> list[float]:
+    records = load(f"{INSIDE}/{folder}/results.json")["records"]
+    return [
+        r["value"]
+        for r in records
+        if (r["section"], r["metric"]) == (section, metric)
+        and r["value"] is not None
+        and "layer" in r["at"]
+        and at.items() <= r["at"].items()
+    ]
+
+
+def verdict(folder: str, claim: str) -> Any:
+    """Return the verdict whose claim begins so."""
+    verdicts = load(f"{INSIDE}/{folder}/results.json")["verdicts"]
+    return next(one for one in verdicts if one["claim"].startswith(claim))
+
+
+def entropy_falls() -> tuple[int, int]:
+    """Return of how many models, and of how many in all, the interval of the entropy drop lies above 0."""
+    lows = [record(folder, "attention", "entropy_drop")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
+    return sum(low > 0 for low in lows), len(lows)
+
+
+# the tables --------------------------------------------------------------------------------------------------
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _accuracy(number: float | None) -> str:
+    return "n/a" if number is None else f"{100 * number:.0f}"
+
+
+def cost_table() -> str:
+    kinds = {"forward": "forward pass of the decoder", "forward_backward": "forward and backward"}
+    kinds["training_step"] = "training step with AdamW, 2,048 positions"
+    rows = [
+        [
+            name,
+            f"{cost(kind):.2f}",
+            f"{cost(kind, per_text_token=True):.2f}",
+            *(f"{cost(kind, ratio):.2f}" for ratio in ("dense/plain", "dense_fused/plain")),
+        ]
+        for kind, name in kinds.items()
+    ]
+    header = ["", "packed, per position", "packed, per text token", "the paper's dense form", "its mask, fused kernel"]
+    return _table(header, rows)
+
+
+def recall_accuracy() -> str:
+    rows = [
+        [task, arm, *(_accuracy(recall(task, arm, length)) for length in LENGTHS), seeds(task, arm)]
+        for task in TASKS
+        for arm in ARMS
+    ]
+    return _table(["task", "arm", *(f"at {length}" for length in LENGTHS), "seeds, end of training"], rows)
+
+
+def recall_interventions() -> str:
+    names = ("length", "zero-embedding", "zero-position", "no-position-edges", "no-meta-attention")
+    rows = []
+    for task in TASKS:
+        for arm in ARMS:
+            for length in ("L", "2 L"):
+                found = [recall(task, arm, length, name) for name in names]
+                if any(number is not None for number in found[1:]):
+                    rows.append([task, arm, length, *("" if one is None else _accuracy(one) for one in found)])
+    columns = ["full", "embedding zeroed", "position zeroed", "no position edges", "meta-attention off"]
+    return _table(["task", "arm", "at", *columns], rows)
+
+
+def recall_contrasts() -> str:
+    rows = [
+        [
+            f"{one['task']}: {one['evaluation']}",
+            one["arm"],
+            one["length"],
+            f"{points(one['difference'])} ({points(one['bootstrap_low'])} to {points(one['bootstrap_high'])})",
+            f"{one['approximate_p_holm']:.3f}",
+            f"{one['approximate_p_alike_holm']:.3f}",
+            one["verdict"],
+        ]
+        for one in load(f"{RECALL}/contrasts.json")["rows"]
+    ]
+    header = ["task", "arm", "prompt", "minus pause, points", "p, Holm", "p alike, Holm", "verdict"]
+    return _table(header, rows)
+
+
+def recall_extension() -> str:
+    rows = []
+    for own in load(f"{RECALL}/extension-results.json")["cells"]:
+        for length in (2, 4, 6, 8, 10):
+            accuracy = span(extended(own["labels"]["window"], length), ".0f", 100)
+            windows = str(own["original_window"]), str(own["window"])
+            rows.append([*windows, f"{own['trained_to'] // 64} L", str(own["steps"]), f"{length} L", accuracy])
+    header = ["original window", "scaled window", "trained to", "steps", "evaluated at", "right, %"]
+    return _table(header, rows)
+
+
+def inside_verdicts() -> str:
+    found = [load(f"{INSIDE}/{folder}/results.json")["verdicts"] for folder in FOLDERS]
+    rows = [[one[0]["claim"], one[0]["paper"], *map(_verdict, one)] for one in zip(*found, strict=True)]
+    return _table(["claim", "paper", "books", "list recall", "parity"], rows)
+
+
+def _verdict(verdict: Any) -> str:
+    if verdict["verdict"] == "not tested":
+        return "-"
+    unit = "" if verdict["unit"] == "1" else f" {verdict['unit']}"
+    number = f"{verdict['value']:.3g} ({verdict['low']:.3g} to {verdict['high']:.3g}){unit}"
+    beside = "" if verdict["share_of_paper"] is None else f", {100 * verdict['share_of_paper']:.0f}% of the paper's"
+    note = f" ({verdict['note']})" if verdict["note"] else ""
+    return f"{number}{beside}: **{verdict['verdict']}**{note}"
+
+
+def inside_seeds() -> str:
+    models = [
+        *(
+            ("parity", f"RoPE, seed {seed}", "parity" if not seed else f"parity/meta-rope/seed-{seed}")
+            for seed in range(3)
+        ),
+        ("parity", "learned positions, seed 0", "parity/meta-learned/seed-0"),
+        *(
+            ("list_recall", f"RoPE, seed {seed}", "list_recall" if not seed else f"list_recall/meta-rope/seed-{seed}")
+            for seed in range(3)
+        ),
+        ("list_recall", "learned positions, seed 0", "list_recall/meta-learned/seed-0"),
+    ]
+    conditions = ("full", "direct cut", "meta cut", "both cut")
+    rows = []
+    for task, name, folder in models:
+        cut = [f"{value(folder, 'causal', 'logit_difference', condition=one):.1f}" for one in conditions]
+        cut.append(f"{value(folder, 'causal', 'logit_difference', condition='meta-attention off'):.1f}")
+        right = percent(value(folder, "causal", "accuracy", intervention="none"))
+        drop = span(record(folder, "attention", "entropy_drop"), ".2f")
+        rows.append([f"{task}, {name}", right, *cut, drop])
+    header = ["model", "right of 64", "whole", *conditions[1:], "meta-attention off", "entropy drop, nats"]
+    return _table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cost": cost_table,
+    "recall-accuracy": recall_accuracy,
+    "recall-interventions": recall_interventions,
+    "recall-contrasts": recall_contrasts,
+    "recall-extension": recall_extension,
+    "inside-verdicts": inside_verdicts,
+    "inside-seeds": inside_seeds,
+}
+FUNCTIONS = (
+    *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
+    *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
+)
+NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
+"""What an expression may use."""

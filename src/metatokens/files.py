@@ -1,0 +1,163 @@
+"""What a command leaves on disk: refused at the start where it cannot be written, and never lost at the end.
+
+A check touches nothing, so a dry run makes it too. `keep_elsewhere` is for what no check can know, as a disk that
+others fill meanwhile.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metatokens.errors import MetaTokensError, ResourceError, UsageError
+
+LEAST_BYTES = 2**20
+"""Room that results need at least."""
+
+
+def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
+    """Check that a folder can be written, or made where there is none.
+
+    Raises:
+        UsageError: something else is in the way, a link leads nowhere, or writing is not allowed.
+        ResourceError: less than `num_bytes` are free.
+    """
+    existing = _nearest_existing(path, "folder")
+    if not existing.is_dir():  # a file, or a link to nothing
+        raise not_writable(path, "folder", errno.ENOENT if existing.is_symlink() else errno.ENOTDIR)
+    _check_access(path, existing, "folder")
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise ResourceError(
+            str(path),
+            expected=f"{num_bytes} bytes free",
+            found=str(free),
+            remedy="free some space or choose another --out",
+        )
+
+
+def check_file(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
+    """Check that a file can be written, and its folder made where there is none.
+
+    Raises:
+        UsageError: a folder is in the way, or writing is not allowed.
+        ResourceError: less than `num_bytes` are free.
+    """
+    _nearest_existing(path, "file")
+    if path.is_dir():
+        raise not_writable(path, "file", errno.EISDIR)
+    _nearest_existing(_temporary(path), "file")  # its name may be too long where that of the file is not
+    target = path.resolve()
+    if target.exists():
+        _check_access(path, target, "file")
+    if _is_replaced(target):
+        check_folder(target.parent, num_bytes=num_bytes)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all; what a link points to, or a device, is written.
+
+    Raises:
+        ResourceError: if it cannot be written, as on a full disk; what was there before stays.
+    """
+    path = path.resolve()
+    temporary = _temporary(path)
+    try:
+        if not _is_replaced(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError.no_room(path, error) from None
+
+
+def keep_elsewhere(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a result by `write(path)`; where that fails, write it into a folder for temporary files and name it.
+
+    Raises:
+        ResourceError: it could not be written to `path`; the message says where it is now.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except (OSError, ResourceError) as problem:
+        kept = Path(tempfile.mkdtemp(prefix="metatokens-")) / path.name
+        write(kept)
+        # one of ours says itself which path it is
+        found = str(problem) if isinstance(problem, MetaTokensError) else f"{problem.strerror} for {path}"
+        raise ResourceError(
+            str(path), expected="room to write it", found=found, remedy=f"the result is not lost: it is {kept}"
+        ) from None
+
+
+def not_writable(path: Path, kind: str, number: int) -> UsageError:
+    """Return the error of a file or folder that cannot be written, for the reason that `number` of errno has."""
+    return UsageError(
+        str(path), expected=f"a {kind} that can be written", found=os.strerror(number), remedy="choose another --out"
+    )
+
+
+def to_json(document: Any, *, indent: int | None = 2) -> str:
+    """Write JSON that every reader takes: a number that is not finite is null, and a warning names its key."""
+    unknown: list[str] = []
+    text = json.dumps(_with_nulls(document, "", unknown), indent=indent, default=str, allow_nan=False)
+    if unknown:
+        warnings.warn(f"no finite number, so null in the JSON: {', '.join(unknown)}", stacklevel=2)
+    return text
+
+
+def _with_nulls(value: Any, key: str, unknown: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nulls(part, f"{key}.{name}".lstrip("."), unknown) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(part, f"{key}[{index}]", unknown) for index, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        unknown.append(f"{key} {value}")
+        return None
+    return value
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_replaced(path: Path) -> bool:
+    """Tell whether a new file takes the place of the old one: not of a device or a pipe, nor of a mounted file."""
+    return not path.exists() or (path.is_file() and not os.path.ismount(path))
+
+
+def _nearest_existing(path: Path, kind: str) -> Path:
+    """Return the path itself or the nearest folder above it that exists, where names of the rest can be."""
+    longest = 0
+    for candidate in (path, *path.absolute().parents):
+        try:
+            candidate.lstat()
+            if candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX"):
+                raise not_writable(path, kind, errno.ENAMETOOLONG)
+        except (FileNotFoundError, NotADirectoryError):
+            longest = max(longest, len(os.fsencode(candidate.name)))
+            continue
+        except OSError as error:  # too long a name, or a folder that may not be looked into
+            raise not_writable(path, kind, error.errno or 0) from None
+        except ValueError:  # a NUL
+            raise not_writable(path, kind, errno.EINVAL) from None
+        return candidate
+    raise AssertionError("there is always a root")
+
+
+def _check_access(path: Path, existing: Path, kind: str) -> None:
+    wanted = os.W_OK | os.X_OK if existing.is_dir() else os.W_OK
+    if not os.access(existing, wanted):
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        raise not_writable(path, kind, errno.EROFS if is_read_only else errno.EACCES)

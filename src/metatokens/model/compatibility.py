@@ -1,0 +1,94 @@
+"""What the package takes from inside of transformers, and what releases of transformers name differently.
+
+Names that `import transformers` does not offer come from here, and only from here, so that a release that moves or
+renames one is met in one file. CONTRIBUTING.md tells how to check a new release.
+
+From 5.24 on transformers says `cache` where it said `past_key_values`: in the arguments of a model, of its masks and
+of `generate`, and in the fields of every output. This package says `past_key_values`, and takes and gives both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from transformers import Cache
+from transformers import masking_utils as _masking_utils
+from transformers.activations import ACT2FN
+from transformers.generation.streamers import BaseStreamer
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.versions import require_version
+
+__all__ = [
+    "ACT2FN",
+    "ALL_ATTENTION_FUNCTIONS",
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "BaseModelOutputWithPast",
+    "BaseStreamer",
+    "CausalLMOutputWithPast",
+    "ForCausalLMLoss",
+    "GenericForQuestionAnswering",
+    "GenericForSequenceClassification",
+    "GenericForTokenClassification",
+    "LlamaRotaryEmbedding",
+    "apply_rotary_pos_emb",
+    "can_return_tuple",
+    "capture_outputs",
+    "create_causal_mask",
+    "find_cache",
+    "has_both_cache_names",
+    "merge_with_config_defaults",
+    "one_cache",
+]
+
+# a checkpoint's own copy of this code has no installer that would see to it; 5.17's caches are wrong after `reset`
+require_version("transformers>=5.18", "pip install --upgrade transformers")
+
+OutputClass = TypeVar("OutputClass", bound=type)
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""Under what names a cache is given and returned."""
+CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+"""That of the installed transformers."""
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """Return the cache that was given under one of its two names.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give the cache as past_key_values or as cache, not as both")
+    return cache if past_key_values is None else past_key_values
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among the keyword arguments of a call."""
+    return one_cache(*(arguments.get(name) for name in CACHE_NAMES))
+
+
+def has_both_cache_names(output_class: OutputClass) -> OutputClass:
+    """Let the outputs of a class, a subclass of transformers' own, be read by the name of its cache that they lack."""
+    for name in CACHE_NAMES:
+        if not hasattr(output_class, name):
+            setattr(output_class, name, property(lambda output: getattr(output, CACHE_NAME)))
+    return output_class
+
+
+def create_causal_mask(*, past_key_values: Any, **arguments: Any) -> Any:
+    """Return the mask of what is causal and no padding, in the format of the attention function."""
+    return _masking_utils.create_causal_mask(**arguments, **{CACHE_NAME: past_key_values})

@@ -1,0 +1,43 @@
+"""What a terminal shows: an effect beside the paper's, and no interval over too few trainings."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from metatokens.evaluation.statistics import Interval
+from metatokens.report.console import show_recall, show_verdicts
+from synthetic_results import build_results
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def recall(*models: tuple[float, ...]) -> SimpleNamespace:
+    accuracy = Interval(sum(map(sum, models)) / sum(map(len, models)), 0.25, 0.85)
+    outcomes = {"token_outcomes": models, "sequence_outcomes": models}
+    row = SimpleNamespace(
+        task="copying", length="1-32", token_accuracy=accuracy, sequence_accuracy=accuracy, **outcomes
+    )
+    return SimpleNamespace(rows=[row])
+
+
+def test_a_verdict_stands_beside_the_number_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    show_verdicts(build_results()[0])
+    text = capsys.readouterr().out
+    assert "0.2 (0.1 to 0.3) nats, 14% of the paper's" in text
+    assert "inconclusive" in text
+
+
+def test_two_models_are_listed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    show_recall(recall((1, 1, 0, 1), (0, 1, 0, 0)))
+    text = capsys.readouterr().out
+    assert "50.0% (75.0% / 25.0%)" in text
+    assert "85" not in text
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_one_model_and_five_have_an_interval(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    show_recall(recall(*[(1, 0)] * number))
+    assert "50.0% (25.0% to 85.0%)" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""What is written: refused at the start where it cannot be, whole or not at all, and never lost."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.files import check_file, check_folder, keep_elsewhere, to_json, write_atomically
+
+LONG = "x" * 256
+BARELY = "x" * 254  # a name that is allowed, and whose temporary one is not
+
+
+def in_the_way(folder: Path) -> None:
+    (folder / "file").write_text("old")
+    (folder / "folder").mkdir()
+    (folder / "link").symlink_to(folder / "nowhere")
+    (folder / "link-to-folder").symlink_to(folder / "folder")
+    (folder / "link-to-file").symlink_to(folder / "file")
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "reason"),
+    [
+        (check_folder, "file", "Not a directory"),
+        (check_folder, "file/new", "Not a directory"),
+        (check_folder, "link", "No such file or directory"),
+        (check_folder, "link/new", "No such file or directory"),
+        (check_folder, LONG, "File name too long"),
+        (check_folder, f"new/{LONG}/new", "File name too long"),
+        (check_folder, "a\0b", "Invalid argument"),
+        (check_file, "folder", "Is a directory"),
+        (check_file, ".", "Is a directory"),
+        (check_file, "file/new", "Not a directory"),
+        (check_file, LONG, "File name too long"),
+        (check_file, BARELY, "File name too long"),
+        (check_file, "link-to-folder", "Is a directory"),
+    ],
+)
+def test_what_is_in_the_way_is_a_usage_error_and_stays(
+    tmp_path: Path, check: Callable[[Path], None], name: str, reason: str
+):
+    in_the_way(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"that can be written, found {reason}; choose another --out"):
+        check(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["folder", "link-to-folder", "new", "new/deep"])
+def test_a_folder_that_is_there_or_can_be_made_is_fine(tmp_path: Path, name: str):
+    in_the_way(tmp_path)
+    check_folder(tmp_path / name)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "link", "link-to-file", "new", "new/deep"])
+def test_a_file_that_passes_its_check_can_be_written(tmp_path: Path, name: str):
+    in_the_way(tmp_path)
+    check_file(tmp_path / name)
+    assert not (tmp_path / "new").exists()
+    keep_elsewhere(tmp_path / name, lambda path: write_atomically(path, "text"))
+    assert (tmp_path / name).read_text() == "text"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link-to-file").is_symlink()
+
+
+def test_a_disk_that_is_too_small_is_a_resource_error(tmp_path: Path):
+    with pytest.raises(ResourceError, match="expected 1152921504606846976 bytes free"):
+        check_folder(tmp_path / "new", num_bytes=2**60)
+
+
+def test_a_device_takes_a_result_and_stays_a_device():
+    check_file(Path("/dev/null"))
+    write_atomically(Path("/dev/null"), "text")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_a_result_that_meets_a_full_disk_is_kept_elsewhere_and_named():
+    with pytest.raises(ResourceError) as caught:
+        keep_elsewhere(Path("/dev/full"), lambda path: write_atomically(path, "result"))
+    kept = Path(str(caught.value).rpartition("it is ")[2])
+    assert kept.read_text() == "result"
+    kept.unlink()
+    kept.parent.rmdir()
+
+
+def test_json_has_null_and_a_warning_for_what_is_no_number():
+    document = {"a": [1.5, math.nan], "b": {"c": -math.inf}, "path": Path("x")}
+    with pytest.warns(UserWarning, match=r"null in the JSON: a\[1\] nan, b\.c -inf"):
+        text = to_json(document)
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None], "b": {"c": None}, "path": "x"}
+
+
+def test_an_error_of_this_package_keeps_its_own_exit_code(tmp_path: Path):
+    def fail(path: Path) -> None:
+        raise UsageError(str(path), expected="a", found="b", remedy="c")
+
+    with pytest.raises(MetaTokensError) as caught:
+        keep_elsewhere(tmp_path / "new", fail)
+    assert caught.value.exit_code == 2
