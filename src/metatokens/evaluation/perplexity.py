@@ -46,8 +46,9 @@ from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import ExplicitInjection, Frozen, Injection, LossPolicy, NoInjection
+from metatokens.data.byte_level import TokenIds
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_meta_tokens, sample_meta_positions
-from metatokens.data.tokenizer import TextEncoder, TokenIds, ends_clause_table
+from metatokens.data.tokenizer import TextEncoder, ends_clause_table
 from metatokens.errors import DataError, NumericError, UsageError
 from metatokens.evaluation.interventions import Intervention, check_interventions, intervene
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio
