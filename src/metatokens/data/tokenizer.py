@@ -28,7 +28,7 @@ from metatokens.data.byte_level import Specification, TokenIds, check_keeps_text
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
