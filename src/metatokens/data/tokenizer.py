@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ from metatokens.data.byte_level import Specification, TokenIds, check_keeps_text
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +38,9 @@ END_OF_TEXT = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 # what ends a document, by the first of these that a vocabulary has
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+
+# BPE training takes the square of the length of a piece: letters, digits, space or signs without a break
+_LONG_PIECE = re.compile(r"[^\W\d_]{8192}|\d{8192}|\s{8192}|[^\w\s]{8192}|_{8192}")
 
 _CLAUSE_ENDS = tuple(".,;:!?")
 
@@ -77,7 +81,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_with_short_pieces(texts), trainer)
     return tokenizer
 
 
@@ -287,6 +291,16 @@ def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
     for token_id, text in zip(ids, tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False), strict=True):
         table[token_id] = "\n" in text or text.strip().endswith(_CLAUSE_ENDS)
     return table
+
+
+def _with_short_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within a piece that is so long that the training would not end."""
+    for text in texts:
+        start = 0
+        for piece in _LONG_PIECE.finditer(text):
+            yield text[start : piece.end()]
+            start = piece.end()
+        yield text[start:]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

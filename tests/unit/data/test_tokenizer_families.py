@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from metatokens.data.byte_level import byte_alphabet
-from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, load_text_tokenizer
+from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 
 CODE = "if x:\n        y = 1\n    z = 'naïve café'  # 漢字 👍 12345\n"
 ALPHABET = sorted(byte_alphabet(), key=byte_alphabet().__getitem__)
@@ -143,6 +143,12 @@ def test_removing_padding_never_moves_another_token(tmp_path, fails):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with fails(2, "<|user|>", "would become"):
         load_text_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("character", [" ", "a", "-", "_", "1"])
+def test_training_on_a_million_equal_characters_ends_and_merges_them(character):
+    tokenizer = train_tokenizer(["Header" + character * 1_000_000 + "x"], 262)
+    assert len(tokenizer.encode(character * 64).ids) <= 16
 
 
 @pytest.mark.parametrize("character", [" ", "\n", "\u3000", "a", "-", "1", "é"])
