@@ -1,11 +1,13 @@
 """`metatokens perplexity`: windowed perplexity on text."""
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_interventions, add_verb, at_least, share
 from metatokens.cli.output import emit
+from metatokens.cli.reading import Progress, add_source_options, source_options
 from metatokens.errors import UsageError
 from metatokens.report.console import show_perplexity, show_table
 
@@ -30,13 +32,13 @@ def add(verbs: Any) -> None:
     parser.add_argument("--ratio", type=share, default=0.1, help="share of positions that are meta-tokens")
     add_interventions(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the uniform injection")
-    parser.add_argument("--max-documents", type=at_least(1), help="stop after so many documents")
     parser.add_argument("--max-tokens", type=at_least(1), help="score the first so many text tokens of each document")
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="windows of one forward pass")
+    add_source_options(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.data.sources import SourceOptions, iterate_documents
+    from metatokens.data.sources import iterate_documents, source_files
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
     from metatokens.training.loading import open_model, open_tokenizer
@@ -55,17 +57,33 @@ def _run(options: argparse.Namespace) -> int:
         max_tokens_per_document=options.max_tokens,
         batch_size=options.batch_size,
     )
-    documents = (
-        (d.source, d.text) for d in iterate_documents(options.text, SourceOptions(max_documents=options.max_documents))
-    )
+    source_files(options.text)  # says what is left out
+    progress = Progress()
+    documents = _documents(iterate_documents(options.text, source_options(options)), progress)
     if options.dry_run:
         TokenScorer(model, tokenizer, measured)  # its checks are those of the measurement
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
         return emit(options, rows, lambda: show_table("perplexity would score", rows))
-    result = measure_perplexity(model, documents, tokenizer, measured)
+    try:
+        result = measure_perplexity(
+            model,
+            documents,
+            tokenizer,
+            measured,
+            progress=lambda done, total: progress.show(f"read {done:,} of {total:,} text tokens ({done / total:.0%})"),
+        )
+    finally:
+        progress.close()
     return emit(options, result, lambda: show_perplexity(result))
+
+
+def _documents(documents: Iterable[Any], progress: Progress) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of documents, and show how many there were."""
+    for number, document in enumerate(documents, start=1):
+        progress.show(f"encoding document {number:,}, {document.source}")
+        yield document.source, document.text
 
 
 def _injection(kind: str, ratio: float) -> Any:

@@ -1,9 +1,10 @@
 """A corpus into a folder of verified token shards.
 
-Documents go to a split by the SHA-256 of their text, so that a text and its copies are never on both sides. All
-is written into a hidden sibling folder that is renamed at the end: under its final name a dataset is complete or
-absent. An error removes the hidden folder; a run that is killed leaves it, and the same command takes its finished
-shards over. Equal input, options and tool versions give equal bytes, whatever the number of cores and of kills.
+Documents go to a split by the SHA-256 of their text, so that a text and its copies are never on both sides; a corpus
+that is one text file is cut in two (`splits`). All is written into a hidden sibling folder that is renamed at the end:
+under its final name a dataset is complete or absent. Whatever can be wrong is looked for first (`check`). An error or a
+kill after that leaves the finished shards in the hidden folder, and the same command takes them over. Equal input,
+options and tool versions give equal bytes, whatever the number of cores and of kills.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metatokens.data.shard_writer import ShardWriter, remove_markers, write_durably
+from metatokens.data.shard_writer import ShardWriter, holds_finished_shards, remove_markers, write_durably
 from metatokens.data.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -34,16 +35,27 @@ from metatokens.data.shards import (
     TokenDtype,
     compute_content_id,
 )
-from metatokens.data.sources import Document, SourceCounts, SourceOptions, file_sha256, iterate_documents, source_files
-from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer, train_tokenizer
-from metatokens.errors import FULL_DISK, DataError, MetaTokensError, ResourceError, UsageError
+from metatokens.data.source_files import file_sha256, source_files, survey_source
+from metatokens.data.sources import SourceCounts, SourceOptions, iterate_documents
+from metatokens.data.splits import is_cut, require_splits, split_documents, split_of, split_rule
+from metatokens.data.tokenizer import (
+    TextEncoder,
+    build_hf_tokenizer,
+    load_text_tokenizer,
+    text_vocab_size,
+    train_tokenizer,
+)
+from metatokens.errors import FULL_DISK, MetaTokensError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tokenizers import Tokenizer
 
-SPLIT_RULE = "validation where the first 8 bytes of SHA-256(UTF-8 text), big-endian, < validation_fraction * 2^64"
+    from metatokens.data.splits import SplitDocument
+
+__all__ = ["check", "prepare", "split_of"]
+
 TOKENIZER_SAMPLE_BYTES = 64 << 20  # a byte-level BPE gains little from more, and its training holds the sample
 
 _BATCH_BYTES = 4 << 20  # text handed to the encoder at once: enough documents for every core
@@ -61,30 +73,48 @@ def prepare(
     options: SourceOptions,
     dtype: TokenDtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Tokenise a source into `out` and return the manifest.
 
     Args:
         source: As for `iterate_documents`. It is read twice if the tokenizer is trained.
-        out: The folder to make; it must not exist, or be empty.
+        out: The folder to make; it must not exist, or be empty. A link is followed.
         tokenizer: As for `load_text_tokenizer`; None trains one on the first 64 MiB of the source's training
             documents.
         vocab_size: Size of a trained vocabulary; not used with `tokenizer`.
-        validation_fraction: Share of the documents, in [0, 1), that goes to the validation split.
+        validation_fraction: Share of the documents, in [0, 1), that goes to the validation split; of one text file,
+            the share of its characters.
         shard_tokens: A shard that has reached this many tokens is closed.
         options: How the source is read.
         dtype: Type of the ids on disk; None takes uint16 where the vocabulary fits.
         progress: Called after every batch with the UTF-8 bytes of text and the tokens written so far.
+        say: Called with a line before each part of the work that takes long.
 
     Raises:
         UsageError: A wrong argument, `out` is taken, cannot be written or is being made by another process.
         DataError: Bad input, or a split that gets no document.
-        ResourceError: The disk is full; nothing stays behind.
+        ResourceError: The disk is full.
+
+    Each of them, once a shard is finished, says where the finished shards are kept.
     """
-    given = check(source, out, tokenizer=tokenizer, validation_fraction=validation_fraction, shard_tokens=shard_tokens)
+    given = check(
+        source,
+        out,
+        tokenizer=tokenizer,
+        validation_fraction=validation_fraction,
+        shard_tokens=shard_tokens,
+        options=options,
+    )
+    out = out.resolve()
+    if is_cut(source, validation_fraction):
+        say(f"{source} is one text: its last {validation_fraction:.4g} are the validation split")
     try:
         with _exclusive(out) as folder:
+            if given is None:
+                say(f"training a tokenizer of at most {vocab_size:,} tokens on {source}")
             text_tokenizer = given or _train(source, vocab_size, validation_fraction, options)
+            say(f"tokenising {source} with a vocabulary of {text_vocab_size(text_tokenizer):,} tokens")
             manifest = _write(
                 folder, source, text_tokenizer, validation_fraction, shard_tokens, options, dtype, progress
             )
@@ -98,31 +128,31 @@ def prepare(
 
 
 def check(
-    source: str, out: Path, *, tokenizer: str | None, validation_fraction: float, shard_tokens: int
+    source: str,
+    out: Path,
+    *,
+    tokenizer: str | None,
+    validation_fraction: float,
+    shard_tokens: int,
+    options: SourceOptions,
 ) -> Tokenizer | None:
-    """Raise what `prepare` would before it reads the text, and write nothing; returns the tokenizer if one is named.
+    """Raise what `prepare` would before its work begins, and write nothing; returns the tokenizer if one is named.
+
+    Documents are read until each split has one. What a folder holds and is not read is warned of.
 
     Raises:
         UsageError, DataError: see `prepare`.
     """
     _check_arguments(validation_fraction, shard_tokens)
+    _check_place(out)
     _check_free(out)
-    existing = next(path for path in out.absolute().parents if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
-        raise _disk_error(out, OSError(number, os.strerror(number)))
     source_files(source)
-    return None if tokenizer is None else load_text_tokenizer(tokenizer)
-
-
-def split_of(text: str, validation_fraction: float) -> Split:
-    """Return the split of a document, a function of its text alone (see `SPLIT_RULE`)."""
-    return _split_of(hashlib.sha256(text.encode()).digest(), validation_fraction)
-
-
-def _split_of(text_sha256: bytes, validation_fraction: float) -> Split:
-    draw = int.from_bytes(text_sha256[:8], "big")
-    return "validation" if draw < int(validation_fraction * 2**64) else "train"
+    text_tokenizer = None if tokenizer is None else load_text_tokenizer(tokenizer)
+    if text_tokenizer is not None:
+        TextEncoder(text_tokenizer)
+        build_hf_tokenizer(text_tokenizer)  # what will lie beside a model of these tokens
+    require_splits(source, options, validation_fraction)
+    return text_tokenizer
 
 
 def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
@@ -137,6 +167,28 @@ def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
         raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="raise it")
 
 
+def _check_place(out: Path) -> None:
+    """Refuse a name that the finished folder could not take."""
+    try:
+        place = out.resolve()
+        _partial_folder(place).exists()
+        existing = next(path for path in place.parents if path.exists())
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise _disk_error(out, error) from error
+    except RuntimeError as error:
+        raise _disk_error(out, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise _disk_error(out, OSError(number, os.strerror(number)))
+    if place.is_mount():
+        raise UsageError(
+            str(out),
+            expected="a folder that can be replaced by the finished one",
+            found="the root of a mounted disk",
+            remedy=f"choose a folder in it, such as {out / 'tokens'}",
+        )
+
+
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "a prepared dataset" if (out / MANIFEST_NAME).exists() else "other files"
@@ -148,8 +200,9 @@ def _check_free(out: Path) -> None:
 def _train(source: str, vocab_size: int, validation_fraction: float, options: SourceOptions) -> Tokenizer:
     def sample() -> Iterator[str]:
         num_bytes = 0
-        for document in iterate_documents(source, options):
-            if split_of(document.text, validation_fraction) == "train":
+        documents = iterate_documents(source, options)
+        for split, document in split_documents(source, documents, validation_fraction):
+            if split == "train":
                 yield document.text
                 num_bytes += len(document.text.encode())
                 if num_bytes >= TOKENIZER_SAMPLE_BYTES:
@@ -188,11 +241,10 @@ def _write(
         )
         for split in ("train", "validation")
     }
-    shards = _encode(iterate_documents(source, options, counts), encoder, writers, validation_fraction, progress)
-    _require_documents(source, {shard.split for shard in shards}, validation_fraction, counts)
+    documents = split_documents(source, iterate_documents(source, options, counts), validation_fraction)
+    shards = _encode(documents, encoder, writers, progress)
     write_durably(folder / TOKENIZER_NAME, tokenizer.to_str().encode())
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
-    files = source_files(source)
+    found = survey_source(source)
     manifest = Manifest(
         dtype=dtype,
         tokenizer_sha256=encoder.sha256,
@@ -202,11 +254,13 @@ def _write(
         num_documents_skipped=counts.skipped,
         num_documents_replaced=counts.replaced,
         validation_fraction=validation_fraction,
-        split_rule=SPLIT_RULE,
-        source=Path(source).name if files else source,
+        split_rule=split_rule(source, validation_fraction),
+        source=Path(source).name if found.files else source,
         source_files=tuple(
-            SourceFile(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
-            for path in files
+            SourceFile(
+                name=path.relative_to(found.root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path)
+            )
+            for path in found.files
         ),
         options=recorded_options,
         tools=tools,
@@ -218,10 +272,9 @@ def _write(
 
 
 def _encode(
-    documents: Iterator[Document],
+    documents: Iterator[SplitDocument],
     encoder: TextEncoder,
     writers: dict[Split, ShardWriter],
-    validation_fraction: float,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[ShardEntry, ...]:
     """Encode what no shard holds yet, and return the entries of all shards."""
@@ -229,11 +282,11 @@ def _encode(
     try:
         for batch in _batches(documents):
             new = []
-            for text, _ in batch:
+            for split, (text, _) in batch:
                 content = text.encode()
                 num_bytes += len(content)
                 digest = hashlib.sha256(content).digest()
-                writer = writers[_split_of(digest, validation_fraction)]
+                writer = writers[split]
                 if not writer.passes(digest):
                     new.append((text, digest, writer))
             for (_, digest, writer), ids in zip(new, encoder.encode_batch([text for text, *_ in new]), strict=True):
@@ -259,29 +312,17 @@ def _dtype(vocab_size: int, dtype: TokenDtype | None) -> TokenDtype:
     return dtype or ("uint16" if fits else "uint32")
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterator[SplitDocument]) -> Iterator[list[SplitDocument]]:
+    batch: list[SplitDocument] = []
     num_characters = 0
-    for document in documents:
-        batch.append(document)
+    for split, document in documents:
+        batch.append((split, document))
         num_characters += len(document.text)
         if num_characters >= _BATCH_BYTES:
             yield batch
             batch, num_characters = [], 0
     if batch:
         yield batch
-
-
-def _require_documents(source: str, found: set[Split], validation_fraction: float, counts: SourceCounts) -> None:
-    wanted: list[Split] = ["train", "validation"] if validation_fraction else ["train"]
-    for split in wanted:
-        if split not in found:
-            raise DataError(
-                source,
-                expected=f"at least one document in the {split} split",
-                found=f"none of {counts.documents} documents ({counts.empty} empty, {counts.skipped} skipped)",
-                remedy="use more documents, or another validation_fraction (0 for no validation split)",
-            )
 
 
 def _version(package: str) -> str:
@@ -293,7 +334,10 @@ def _version(package: str) -> str:
 
 @contextmanager
 def _exclusive(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, removed on an error, and keep other processes from `out`."""
+    """Yield a hidden folder beside `out`, and keep other processes from `out`.
+
+    On an error the folder stays if it holds finished work, and the error then names it; else it is removed.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock_path = out.parent / f".{out.name}.lock"
     lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -314,18 +358,34 @@ def _exclusive(out: Path) -> Iterator[Path]:
         try:
             _check_free(out)  # again, now that no other process can make it
             # the lock dies with its process, so a folder that is still there belongs to one that was killed
-            folder = out.parent / f".{out.name}.partial"
+            folder = _partial_folder(out)
             folder.mkdir(exist_ok=True)
             try:
                 yield folder
-            except Exception:
-                # an error would come again; a kill or Ctrl-C leaves the finished shards to the next try
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            except (MetaTokensError, OSError) as error:
+                failure = _disk_error(out, error) if isinstance(error, OSError) else error
+                _keep_finished_work(folder, failure)
+                raise failure from error.__cause__
         finally:
             lock_path.unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+def _partial_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _keep_finished_work(folder: Path, error: MetaTokensError) -> None:
+    """Let the error name the finished shards of a folder; remove a folder that has none."""
+    if (folder / MANIFEST_NAME).exists():
+        kept = f"the finished dataset is kept in {folder}, to be renamed"
+    elif holds_finished_shards(folder):
+        kept = f"the finished shards are kept in {folder}, and the same command takes them over"
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    error.args = (f"{error}; {kept}",)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -343,7 +403,7 @@ def _disk_error(out: Path, error: OSError) -> MetaTokensError:
             str(out),
             expected="room for the token shards",
             found=f"{error.strerror}, {free} bytes free",
-            remedy="free some disk or choose another --out; nothing was left behind",
+            remedy="free some disk or choose another --out",
         )
     return UsageError(
         str(out),

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metatokens.data.shards import INDEX_SUFFIX, ShardEntry, Split, TokenArray, TokenDtype
-from metatokens.data.sources import file_sha256
+from metatokens.data.source_files import file_sha256
 from metatokens.errors import DataError
 
 _DONE_SUFFIX = ".done"
@@ -158,6 +158,7 @@ class ShardWriter:
 
     def _check_passed(self, are_equal: bool) -> None:
         if not are_equal:
+            remove_markers(self._folder)  # shards of other documents are not to be taken over again
             raise DataError(
                 f"{self._folder.name}, split {self._split}",
                 expected="the documents that an interrupted run has read",
@@ -209,6 +210,11 @@ class _OpenShard:
         # what is still buffered is not wanted, and on a full disk cannot be written
         with suppress(OSError):
             self._file.close()
+
+
+def holds_finished_shards(folder: Path) -> bool:
+    """Tell whether a folder holds a shard that the next run with the same plan takes over."""
+    return any(folder.glob(f"*{_DONE_SUFFIX}"))
 
 
 def remove_markers(folder: Path) -> None:

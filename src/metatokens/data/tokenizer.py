@@ -5,9 +5,9 @@ encoded with it, and with its special tokens taken out, so no text can smuggle i
 document. The *model tokenizer* (`PreTrainedTokenizerFast`) adds the meta-token and padding behind the text
 vocabulary, for prompts. Ids: text 0 .. V - 1, meta-token V, padding V + 1.
 
-Bulk encoding goes through tiktoken where the vocabulary is a byte-level BPE like GPT-2's: the same ids, several
-times faster. tiktoken is handed the merged tokens ranked by id, so a vocabulary whose ids do not follow the
-order of its merges, or that disagrees on a probe text, stays with `tokenizers`.
+Added tokens that are not special, such as GPT-NeoX's runs of spaces, are a part of the text vocabulary. All tokenizers
+that are meant to be equal are compared on a probe text, wherever one is made from another: the bulk encoder, the text
+tokenizer, the model tokenizer, and what transformers makes of the folder it was loaded from.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from metatokens.data.byte_level import Specification, TokenIds, check_keeps_text, tiktoken_encode
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
@@ -37,12 +39,12 @@ PAD_TOKEN = "<|pad|>"
 # what ends a document, by the first of these that a vocabulary has
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
+# BPE training takes the square of the length of a piece: letters, digits, space or signs without a break
+_LONG_PIECE = re.compile(r"[^\W\d_]{8192}|\d{8192}|\s{8192}|[^\w\s]{8192}|_{8192}")
+
 _CLAUSE_ENDS = tuple(".,;:!?")
 
-# GPT-2's split pattern as tiktoken states it (openai/tiktoken@main:tiktoken_ext/openai_public.py, MIT)
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-# ids of both encoders must agree on this before tiktoken is used: contractions, digits, runs of space, line ends,
+# tokenizers that are meant to be equal must agree on this: contractions, digits, runs of space, line ends,
 # scripts with and without case, combining marks, emoji sequences, symbols, rare spaces, code, special-token strings
 _PROBE_TEXT = (
     "The quick brown fox's tail isn't 12.5% of what they'd've said; we'll see, I'M SURE!  Two  spaces,\ttabs\t\t,\n\n\n"
@@ -54,9 +56,6 @@ _PROBE_TEXT = (
     "\u2014\u2026 \u201cquoted\u201d def f(x_1: int) -> str:\n    return x_1**2  # 0xFFEE 1e-5 a.b@c.org https://d.org/?q=1&r=%20\n"
     "aaaaaaaaaaaaaaaaaaaaaaaa .......... ======== <|endoftext|> _PAUSE_ <|pad|> \x00\x01\x7f\u0085 end "
 )
-
-TokenIds: TypeAlias = npt.NDArray[np.uint32]
-_Specification: TypeAlias = dict[str, Any]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -82,7 +81,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_with_short_pieces(texts), trainer)
     return tokenizer
 
 
@@ -96,15 +95,16 @@ def load_text_tokenizer(source: str) -> Tokenizer:
             `tokenizer.json` file, or the id of a tokenizer on the Hugging Face hub.
 
     Raises:
-        UsageError: Nothing there, not a fast tokenizer, or no end-of-text token in the vocabulary.
+        UsageError: Nothing there, not a fast tokenizer, no end-of-text token in the vocabulary, or a folder that
+            transformers makes another tokenizer of.
     """
     path = Path(source)
     if path.is_file():
-        tokenizer = tokenizer_from_json(path.read_bytes(), str(path))
+        whole = tokenizer_from_json(path.read_bytes(), str(path))
     elif (path / "tokenizer.json").is_file():
-        tokenizer = tokenizer_from_json((path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json"))
+        whole = tokenizer_from_json((path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json"))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        tokenizer = _gpt2_tokenizer(path)
+        whole = _gpt2_tokenizer(path)
     elif path.exists():
         raise UsageError(
             f"tokenizer {source}",
@@ -113,8 +113,8 @@ def load_text_tokenizer(source: str) -> Tokenizer:
             remedy="name a tokenizer folder or file, or leave the tokenizer out to train one",
         )
     else:
-        tokenizer = _hub_tokenizer(source)
-    tokenizer = _without_added_tokens(tokenizer, {META_TOKEN, PAD_TOKEN})
+        whole = _hub_tokenizer(source)
+    tokenizer = _without_added_tokens(whole, {META_TOKEN, PAD_TOKEN})
     for token in (META_TOKEN, PAD_TOKEN):
         if tokenizer.token_to_id(token) is not None:
             raise UsageError(
@@ -124,6 +124,9 @@ def load_text_tokenizer(source: str) -> Tokenizer:
                 remedy="use a tokenizer without it",
             )
     end_of_text_token(tokenizer)
+    _require_equal_ids(source, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
+    if (path / "tokenizer_config.json").is_file():
+        _compare_with_transformers(path, tokenizer)
     return tokenizer
 
 
@@ -167,6 +170,8 @@ def text_vocab_size(tokenizer: Tokenizer) -> int:
 class TextEncoder:
     """Bulk encoder of text; strings that look like special tokens stay plain text.
 
+    Elsewhere its ids are those of the tokenizer: a text that holds no special token encodes to the same under both.
+
     Attributes:
         vocab_size: V, the text vocabulary with its end-of-text token.
         eos_token_id: The id that ends a document; text never encodes to it.
@@ -174,8 +179,8 @@ class TextEncoder:
         backend: Which library encodes.
 
     Raises:
-        UsageError: No end-of-text token, a byte-level BPE without some byte, or a vocabulary that spells a
-            special token with its own id even in plain text.
+        UsageError: No end-of-text token, a vocabulary that loses text (see `check_keeps_text`), one that spells a
+            special token with its own id even in plain text, or ids that are not the tokenizer's.
     """
 
     vocab_size: int
@@ -185,20 +190,19 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         canonical = tokenizer.to_str()
-        specification: _Specification = json.loads(canonical)
+        specification: Specification = json.loads(canonical)
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
         self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[end_of_text_token(tokenizer)]
-        self._plain = Tokenizer.from_str(json.dumps(specification | {"added_tokens": [], "post_processor": None}))
-        self._plain.no_padding()
-        self._plain.no_truncation()
+        check_keeps_text(specification)
+        self._plain = _blind_to_special_tokens(specification, self.eos_token_id)
         self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        encode = _tiktoken_encode(specification)
-        if encode is not None and np.array_equal(encode(_PROBE_TEXT), self._plain_encode(_PROBE_TEXT)):
-            self.backend, self._encode = "tiktoken", encode
-        else:
-            self.backend, self._encode = "tokenizers", self._plain_encode
+        self._fast = tiktoken_encode(specification)
+        if self._fast is not None and not np.array_equal(self._fast(_PROBE_TEXT), self._plain_encode(_PROBE_TEXT)):
+            self._fast = None
+        self.backend = "tokenizers" if self._fast is None else "tiktoken"
         self._check_special_tokens(specification)
+        _require_equal_ids("tokenizer", tokenizer, self._encode(_probe_text(tokenizer)).tolist(), "in bulk encoding")
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the ids of each text, without an end of text; each (length,) uint32 and read-only.
@@ -219,10 +223,17 @@ class TextEncoder:
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(self._encode, texts))
 
+    def _encode(self, text: str) -> TokenIds:
+        if self._fast is not None:
+            # its matcher gives up on a very long run of space, for which `tokenizers` takes longer and is right
+            with suppress(ValueError):
+                return self._fast(text)
+        return self._plain_encode(text)
+
     def _plain_encode(self, text: str) -> TokenIds:
         return _frozen(self._plain.encode(text, add_special_tokens=False).ids)
 
-    def _check_special_tokens(self, specification: _Specification) -> None:
+    def _check_special_tokens(self, specification: Specification) -> None:
         for token in specification["added_tokens"]:
             if token["special"] and token["id"] in self._encode(token["content"]):
                 raise UsageError(
@@ -238,6 +249,9 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
     Here the string `_PAUSE_` is the meta-token, and swallows the space before it. `save_pretrained` and
     `AutoTokenizer` keep `meta_token` and `meta_token_id`. The argument is not changed.
+
+    Raises:
+        UsageError: An id behind the text is taken, or text would encode to other ids than in the text tokenizer.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -254,7 +268,7 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
             found=f"{tokenizer.token_to_id(META_TOKEN)} and {tokenizer.token_to_id(PAD_TOKEN)}",
             remedy="load it with load_text_tokenizer",
         )
-    return PreTrainedTokenizerFast(
+    model_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=end_of_text,
         eos_token=end_of_text,
@@ -262,6 +276,9 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         extra_special_tokens={"meta_token": meta_token},
         clean_up_tokenization_spaces=False,
     )
+    found = model_tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False)
+    _require_equal_ids("tokenizer", text_tokenizer, found, "in the model tokenizer")
+    return model_tokenizer
 
 
 def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
@@ -274,6 +291,16 @@ def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
     for token_id, text in zip(ids, tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False), strict=True):
         table[token_id] = "\n" in text or text.strip().endswith(_CLAUSE_ENDS)
     return table
+
+
+def _with_short_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut within a piece that is so long that the training would not end."""
+    for text in texts:
+        start = 0
+        for piece in _LONG_PIECE.finditer(text):
+            yield text[start : piece.end()]
+            start = piece.end()
+        yield text[start:]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -301,7 +328,8 @@ def _hub_tokenizer(source: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        backend = getattr(AutoTokenizer.from_pretrained(source), "backend_tokenizer", None)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
     except (OSError, ValueError, ImportError) as error:
         found = f"neither ({type(error).__name__})"
         backend = None
@@ -318,68 +346,87 @@ def _hub_tokenizer(source: str) -> Tokenizer:
 
 
 def _without_added_tokens(tokenizer: Tokenizer, contents: set[str]) -> Tokenizer:
-    specification: _Specification = json.loads(tokenizer.to_str())
+    specification: Specification = json.loads(tokenizer.to_str())
     specification["added_tokens"] = [t for t in specification["added_tokens"] if t["content"] not in contents]
-    return Tokenizer.from_str(json.dumps(specification | {"post_processor": None, "padding": None, "truncation": None}))
-
-
-def _tiktoken_encode(specification: _Specification) -> Callable[[str], TokenIds] | None:
-    """Return tiktoken's encoder of the same vocabulary, or None where it is no byte-level BPE like GPT-2's."""
-    import tiktoken
-
-    model, split = specification["model"], specification["pre_tokenizer"] or {}
-    is_gpt2_like = (
-        model["type"] == "BPE"
-        and not any(
-            model.get(key)
-            for key in (
-                "dropout",
-                "unk_token",
-                "continuing_subword_prefix",
-                "end_of_word_suffix",
-                "byte_fallback",
-                "ignore_merges",
+    bare = Tokenizer.from_str(json.dumps(specification | {"post_processor": None, "padding": None, "truncation": None}))
+    # the library numbers added tokens anew, so that one behind a gap would move in silence
+    before = tokenizer.get_vocab(with_added_tokens=True)
+    for token, token_id in bare.get_vocab(with_added_tokens=True).items():
+        if before[token] != token_id:
+            raise UsageError(
+                "tokenizer",
+                expected=f"{' and '.join(sorted(contents))} behind the text vocabulary",
+                found=f"{token!r} with id {before[token]}, which would become {token_id}",
+                remedy="use a tokenizer without them",
             )
-        )
-        and specification["normalizer"] is None
-        and split.get("type") == "ByteLevel"
-        and not split["add_prefix_space"]
-        and split.get("use_regex", True)
-    )
-    if not is_gpt2_like:
-        return None
-    vocabulary = model["vocab"]
-    byte_of = _byte_alphabet()
-    missing = [byte for char, byte in byte_of.items() if char not in vocabulary]
-    if missing:
-        raise UsageError(
-            "tokenizer",
-            expected="a byte-level vocabulary with all 256 bytes",
-            found=f"{len(missing)} missing, the first {missing[0]:#04x}",
-            remedy="train it with the full byte alphabet",
-        )
-    merged = [left + right for left, right in model["merges"]]
-    ids = [vocabulary[token] for token in merged]
-    if any(a >= b for a, b in pairwise(ids)):
-        return None
-    ranks = {bytes(byte_of[char] for char in token): vocabulary[token] for token in [*byte_of, *merged]}
-    encoding = tiktoken.Encoding("text", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(text: str) -> TokenIds:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-
-    return encode
+    return bare
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte behind each character of GPT-2's byte-level alphabet.
+def _blind_to_special_tokens(specification: Specification, eos_token_id: int) -> Tokenizer:
+    """Return the tokenizer that takes special tokens, and the end of text in any case, for plain text."""
+    added = [
+        token | {"special": token["special"] or token["id"] == eos_token_id} for token in specification["added_tokens"]
+    ]
+    tokenizer = Tokenizer.from_str(json.dumps(specification | {"added_tokens": added, "post_processor": None}))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
-    Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on
-    (openai/gpt-2@master:src/encoder.py, bytes_to_unicode, MIT).
+
+def _probe_text(tokenizer: Tokenizer) -> str:
+    """Return text with every ordinary added token and without any special one."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    text = _PROBE_TEXT + " ".join(token.content for token in added)
+    special = {token.content for token in added if token.special} | {
+        META_TOKEN,
+        PAD_TOKEN,
+        end_of_text_token(tokenizer),
+    }
+    for content in sorted(special, key=len, reverse=True):
+        text = text.replace(content, "")
+    return text
+
+
+def _ids_of(tokenizer: Tokenizer, text_tokenizer: Tokenizer) -> list[int]:
+    """Return what a tokenizer makes of the probe text of another, whatever it pads, cuts or puts around."""
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    bare.no_padding()
+    bare.no_truncation()
+    ids: list[int] = bare.encode(_probe_text(text_tokenizer), add_special_tokens=False).ids
+    return ids
+
+
+def _compare_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a folder that transformers, which may build a tokenizer by the name of its class, reads otherwise."""
+    from transformers import AutoTokenizer
+
+    try:
+        other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        return  # transformers makes no tokenizer of the folder, so there is none to differ from
+    found = other.encode(_probe_text(tokenizer), add_special_tokens=False)
+    remedy = "set tokenizer_class to PreTrainedTokenizerFast there, or name the file tokenizer.json itself"
+    _require_equal_ids(str(folder), tokenizer, found, "in transformers' AutoTokenizer", remedy)
+
+
+def _require_equal_ids(
+    name: str, tokenizer: Tokenizer, found: list[int], where: str, remedy: str = "use another tokenizer"
+) -> None:
+    """Compare ids of the probe text with the tokenizer's.
+
+    Raises:
+        UsageError: They differ.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    expected = _ids_of(tokenizer, tokenizer)
+    if found != expected:
+        first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+        raise UsageError(
+            name if name == "tokenizer" else f"tokenizer {name}",
+            expected=f"the same ids of a probe text {where} ({len(expected)} ids)",
+            found=f"{len(found)} ids, another from id {first} on ({tokenizer.decode(expected[first : first + 4])!r})",
+            remedy=remedy,
+        )
 
 
 def _frozen(ids: list[int]) -> TokenIds:

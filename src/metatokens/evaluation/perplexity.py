@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import ExplicitInjection, Frozen, Injection, LossPolicy, NoInjection
+from metatokens.data.byte_level import TokenIds
 from metatokens.data.injection import (
     IGNORE_INDEX,
     BoolArray,
@@ -54,7 +55,7 @@ from metatokens.data.injection import (
     sample_meta_positions,
     warn_without_meta_tokens,
 )
-from metatokens.data.tokenizer import TextEncoder, TokenIds, ends_clause_table
+from metatokens.data.tokenizer import TextEncoder, ends_clause_table
 from metatokens.errors import DataError, NumericError, UsageError
 from metatokens.evaluation.interventions import Intervention, check_interventions, intervene
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio

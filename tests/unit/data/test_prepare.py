@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from metatokens.data.prepare import prepare, split_of
+from metatokens.data import prepare as prepare_module
+from metatokens.data.prepare import check, prepare, split_of
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import END_OF_TEXT, META_TOKEN, TextEncoder
@@ -134,9 +137,9 @@ def test_corpus_without_a_token_is_a_data_error(tmp_path, tokenizer_file, fails,
 
 
 def test_corpus_too_small_for_two_splits_is_a_data_error(tmp_path, tokenizer_file, fails):
-    (tmp_path / "a.txt").write_text("one document")
+    (tmp_path / "a.jsonl").write_text('{"text": "one document"}')
     with fails(3, "1 documents", "validation_fraction"):
-        run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file)
+        run(tmp_path / "a.jsonl", tmp_path / "tokens", tokenizer_file)
 
 
 @pytest.mark.parametrize("changes", [{"validation_fraction": 1.0}, {"shard_tokens": 0}])
@@ -190,6 +193,114 @@ def test_full_disk_is_a_resource_error_and_leaves_nothing_behind(corpus, tokeniz
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+LINES = "".join(f"line {n} of the one text\n" for n in range(400))
+
+
+def test_one_text_file_is_cut_at_a_line_end_into_training_and_validation(tmp_path, tokenizer_file):
+    (tmp_path / "a.txt").write_text(LINES)
+    said = []
+    manifest = run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file, say=said.append)
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        (train,), (validation,) = (documents_of(dataset, split) for split in ("train", "validation"))
+    assert train + validation == LINES
+    assert train.endswith("\n")
+    assert abs(len(validation) - 0.2 * len(LINES)) < 30  # a line
+    assert manifest.split_rule.startswith("one text file")
+    assert "its last 0.2 are the validation split" in said[0]
+
+
+def test_one_text_file_without_a_line_end_is_cut_within_its_line(tmp_path, tokenizer_file):
+    (tmp_path / "a.txt").write_text("ab" * 50)
+    run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file)
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        assert documents_of(dataset, "validation") == ["ab" * 10]
+
+
+def test_one_text_file_for_training_alone_stays_one_document(tmp_path, tokenizer_file):
+    (tmp_path / "a.txt").write_text(LINES)
+    run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file, validation_fraction=0)
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        assert documents_of(dataset, "train") == [LINES]
+
+
+def test_text_file_longer_than_a_document_may_be_is_cut_at_line_ends_and_loses_nothing(tmp_path, tokenizer_file):
+    (tmp_path / "a.txt").write_text(LINES)
+    run(tmp_path / "a.txt", tmp_path / "tokens", tokenizer_file, options=SourceOptions(max_document_bytes=1000))
+    with TokenDataset.open(tmp_path / "tokens") as dataset:
+        train, validation = (documents_of(dataset, split) for split in ("train", "validation"))
+    assert "".join(train + validation) == LINES
+    assert len(train) > 5
+    assert max(map(len, train)) <= 1000
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["of a folder", "of nothing yet"])
+def test_prepare_into_a_link_makes_the_folder_that_it_points_to(corpus, tokenizer_file, tmp_path, there):
+    if there:
+        (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    run(corpus, tmp_path / "out", tokenizer_file)
+    assert (tmp_path / "out").is_symlink()
+    with TokenDataset.open(tmp_path / "big") as dataset:
+        assert dataset.num_tokens("train") > 0
+
+
+def refusals(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return {tmp_path / "loop": "symbolic links", tmp_path / ("x" * 250): "too long", Path("/proc"): "mounted disk"}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_place_that_cannot_take_the_finished_folder_is_refused_by_a_dry_run_too(tmp_path, corpus, number, fails):
+    out, found = list(refusals(tmp_path).items())[number]
+    for begin in (check, partial(prepare, vocab_size=300)):
+        with fails(2, found):
+            begin(
+                str(corpus),
+                out,
+                tokenizer=None,
+                validation_fraction=0.2,
+                shard_tokens=1000,
+                options=SourceOptions(),
+            )
+
+
+def test_error_after_finished_shards_keeps_them_and_names_them(corpus, tokenizer_file, tmp_path, fails, encoded):
+    damaged = shutil.copytree(corpus, tmp_path / "corpus")
+    last = max(damaged.iterdir())
+    whole = last.read_bytes()
+    last.write_bytes(b"\xff")
+    (tmp_path / "out").mkdir()
+    out, partial_folder = tmp_path / "out" / "tokens", tmp_path / "out" / ".tokens.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_BATCH_BYTES", 500)
+        with fails(3, last.name, "finished shards are kept in", partial_folder):
+            run(damaged, out, tokenizer_file, shard_tokens=300)
+    assert list(partial_folder.glob("*.done"))
+    last.write_bytes(whole)
+    encoded.clear()
+    run(damaged, out, tokenizer_file, shard_tokens=300)
+    assert sum(encoded) < 30
+    run(corpus, tmp_path / "again" / "tokens", tokenizer_file, shard_tokens=300)
+    with TokenDataset.open(out) as one, TokenDataset.open(tmp_path / "again" / "tokens") as other:
+        assert one.content_id == other.content_id
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_tokenizer_that_loses_text_is_refused_before_anything_is_read(tmp_path, corpus, fails):
+    ascii_only = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, "a": 1}, merges=[]))
+    ascii_only.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ascii_only.save(str(tmp_path / "t.json"))
+    with fails(2, "243 bytes of UTF-8"):
+        check(
+            str(corpus),
+            tmp_path / "tokens",
+            tokenizer=str(tmp_path / "t.json"),
+            validation_fraction=0.2,
+            shard_tokens=1000,
+            options=SourceOptions(),
+        )
 
 
 def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails):

@@ -1,5 +1,8 @@
+import bz2
 import gzip
 import json
+import lzma
+import os
 import sys
 from itertools import islice
 
@@ -8,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from metatokens.data.source_files import survey_source
 from metatokens.data.sources import SourceCounts, SourceOptions, iterate_documents, source_files
+from metatokens.errors import DataError
 
 
 def read(path, **options):
@@ -26,26 +31,81 @@ def write_jsonl(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".GZ": gzip.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
 def test_text_file_is_one_document_in_any_compression(tmp_path, suffix):
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes(pack("  héllo\r\n\n".encode()))
+    path.write_bytes(PACK[suffix]("  héllo\r\n\n".encode()))
     (document,) = iterate_documents(str(path))
     assert document == ("  héllo\r\n\n", path.name)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_jsonl_line_is_one_document_named_by_its_row(tmp_path, suffix):
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(pack(b'{"text": "one"}\n\n{"text": "two", "id": 7}'))
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("kind", [".jsonl", ".JSONL", ".json"])
+def test_jsonl_line_is_one_document_named_by_its_row(tmp_path, kind, suffix):
+    path = tmp_path / f"a{kind}{suffix}"
+    path.write_bytes(PACK[suffix](b'{"text": "one"}\n\n{"text": "two", "id": 7}'))
     assert list(iterate_documents(str(path))) == [("one", f"{path.name}, row 1"), ("two", f"{path.name}, row 3")]
 
 
-def test_parquet_row_is_one_document_from_the_chosen_column(tmp_path):
-    pq.write_table(pa.table({"body": ["one", "two"], "id": [1, 2]}), tmp_path / "a.parquet")
-    assert texts_of(tmp_path / "a.parquet", text_field="body") == ["one", "two"]
+@pytest.mark.parametrize("content", ['[{"text": "one"}, {"text": "two"}]', '[\n {"text": "one"},\n {"text": "two"}\n]'])
+def test_json_array_is_one_document_an_element(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert list(iterate_documents(str(tmp_path))) == [("one", "a.json, row 1"), ("two", "a.json, row 2")]
+
+
+def test_json_object_over_several_lines_is_one_document(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one", "id": 1}, indent=1))
+    assert texts_of(tmp_path / "a.json") == ["one"]
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "3", '"text"', "", '[{"text": "x"}, 5]'])
+def test_json_that_holds_no_rows_is_a_data_error(tmp_path, fails, content):
+    (tmp_path / "a.json").write_text(content)
+    with fails(3, "a.json", "JSON"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_parquet_row_is_one_document_from_the_chosen_column_of_text_or_bytes(tmp_path, kind):
+    column = pa.array(["one", "zwö"]).cast(kind)
+    pq.write_table(pa.table({"body": column, "tags": [["a"], ["b", "c"]]}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet", text_field="body") == ["one", "zwö"]
+
+
+def test_a_parquet_column_of_lists_is_no_text_and_the_file_is_not_called_damaged(tmp_path, fails):
+    pq.write_table(pa.table({"text": [["a", "b"]]}), tmp_path / "a.parquet")
+    with fails(3, "a.parquet", "text in 'text'", "list<", "set text_field"):
+        read(tmp_path)
+
+
+def test_zstd_with_a_long_window_and_skippable_frames_is_read(tmp_path):
+    long = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    skippable = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"
+    (tmp_path / "a.txt.zst").write_bytes(skippable + packer.compress(b"text") + packer.flush() + skippable)
+    assert texts_of(tmp_path) == ["text"]
 
 
 def test_zstd_of_several_frames_is_read_to_its_end(tmp_path):
@@ -60,6 +120,58 @@ def test_folder_is_read_in_the_order_of_its_paths_without_hidden_or_other_files(
         (tmp_path / name).write_text(name)
     assert texts_of(tmp_path) == ["a/b.txt", "a/z.txt", "b.txt"]
     assert [document.source for document in read(tmp_path)[0]] == ["a/b.txt", "a/z.txt", "b.txt"]
+
+
+def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path):
+    for name in ("a.TXT", "notes.md", "x.jsonl.lz4", "about.json", ".hidden.txt", "in/b.txt"):
+        (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "corpus" / name).write_text("x")
+    for number in range(5):
+        (tmp_path / "corpus" / f"{number}.pdf").touch()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "corpus" / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    found = survey_source(str(tmp_path / "corpus"))
+    assert [path.name for path in found.files] == ["a.TXT", "b.txt"]
+    assert set(found.left_out) == {
+        "1 x .json file beside other text ('about.json')",
+        "1 x broken link or special file ('gone.txt')",
+        "7 x file of another kind ('0.pdf', '1.pdf', '2.pdf', ...)",
+        "1 x linked folder ('more')",
+    }
+    with pytest.warns(UserWarning, match="left out of .*corpus: .*linked folder"):
+        assert source_files(str(tmp_path / "corpus")) == list(found.files)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads anything; runs as any other user")
+def test_unreadable_folder_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "locked").mkdir(mode=0)
+    assert survey_source(str(tmp_path)).left_out == ("1 x unreadable folder ('locked')",)
+
+
+def test_json_files_alone_in_a_folder_are_its_text(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"}]')
+    assert texts_of(tmp_path) == ["one"]
+    assert survey_source(str(tmp_path)).left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "option"),
+    [
+        ("a.jsonl", b'{"body": "x"}', "text_field"),
+        ("a.jsonl", b'{"text": 3}', "text_field"),
+        ("a.txt", b"\xef\xbb\xbfx", "on_bad_text"),
+        ("a.txt.gz", gzip.compress(b" " * (65 << 20)), "max_document_bytes"),
+    ],
+)
+def test_a_remedy_names_an_option_only_to_a_caller_who_passes_options(tmp_path, name, content, option):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=option):
+        list(iterate_documents(str(tmp_path), SourceOptions()))
+    with pytest.raises(DataError) as caught:
+        list(iterate_documents(str(tmp_path)))
+    assert option not in str(caught.value)
 
 
 def test_empty_documents_are_counted_and_left_out_while_whitespace_stays(tmp_path):

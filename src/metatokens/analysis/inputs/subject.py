@@ -20,7 +20,7 @@ from metatokens.analysis.inputs.documents import Document
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import hash_key, inject_into_prompt
-from metatokens.data.sources import SourceOptions, iterate_documents
+from metatokens.data.sources import iterate_documents
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError
 from metatokens.evaluation.recall import make_test_instances
@@ -185,7 +185,7 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
     wanted = config.documents + config.calibration_documents
     found: list[tuple[str, list[int]]] = []
     num_seen = 0
-    for document in iterate_documents(subject.source, SourceOptions()):
+    for document in iterate_documents(subject.source):
         passage = _passage(document.text, subject.window * _CHARACTERS_PER_TOKEN, seed=config.seed, number=num_seen)
         ids = np.asarray(encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
         num_seen += 1

@@ -1,0 +1,134 @@
+"""Byte-level vocabularies: which bytes one lacks, and tiktoken's encoder where it gives the same ids.
+
+UTF-8 uses 243 of the 256 bytes. A vocabulary without one of these loses text in silence, whatever encodes: the byte
+is dropped, and what is left decodes to another text. A vocabulary without one of the other 13 loses nothing.
+
+tiktoken takes a byte-level BPE like GPT-2's and is several times faster than `tokenizers`. It is handed the merged
+tokens ranked by id, so a vocabulary whose ids do not follow the order of its merges stays with `tokenizers`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TokenIds: TypeAlias = npt.NDArray[np.uint32]
+Specification: TypeAlias = dict[str, Any]
+"""The parsed `tokenizer.json`."""
+
+# all bytes of UTF-8: ASCII, continuations, and the leads of two, three and four bytes (RFC 3629, section 4)
+_UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
+
+# GPT-2's split pattern as tiktoken states it (openai/tiktoken@main:tiktoken_ext/openai_public.py, MIT)
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# what of a BPE model tiktoken does not have
+_BEYOND_TIKTOKEN = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"),
+)
+
+
+def check_keeps_text(specification: Specification) -> None:
+    """Refuse a vocabulary that drops a part of some text without a trace.
+
+    A byte-level vocabulary, or one that falls back to bytes, needs a token for every byte of UTF-8; any other needs an
+    unknown token, which shows what it does not know.
+
+    Raises:
+        UsageError: One that has neither; the message says which bytes are missing.
+    """
+    model = specification["model"]
+    vocabulary = _words(model)
+    if _is_byte_level(specification):
+        names = {byte: char for char, byte in byte_alphabet().items()}
+    elif model.get("byte_fallback"):
+        names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+    elif model.get("unk_token") is not None or model.get("unk_id") is not None:
+        return
+    else:
+        raise UsageError(
+            "tokenizer",
+            expected="a token for every byte, or an unknown token",
+            found=f"neither in its {model['type']} vocabulary, so that text is lost",
+            remedy="use a byte-level tokenizer",
+        )
+    missing = [byte for byte in _UTF8_BYTES if names[byte] not in vocabulary]
+    if missing:
+        raise UsageError(
+            "tokenizer",
+            expected=f"a vocabulary with all {len(_UTF8_BYTES)} bytes of UTF-8",
+            found=f"{len(missing)} missing, the first {missing[0]:#04x}, so that text is lost",
+            remedy="train it with the full byte alphabet",
+        )
+
+
+def tiktoken_encode(specification: Specification) -> Callable[[str], TokenIds] | None:
+    """Return tiktoken's encoder of the same vocabulary, or None where it is no byte-level BPE like GPT-2's.
+
+    The encoder gives (length,) uint32, and raises ValueError for a text whose split overflows its pattern matcher,
+    such as a million spaces.
+    """
+    import tiktoken
+
+    model, split = specification["model"], specification["pre_tokenizer"] or {}
+    is_gpt2_like = (
+        model["type"] == "BPE"
+        and not any(model.get(key) for key in _BEYOND_TIKTOKEN)
+        and all(token["special"] for token in specification["added_tokens"])
+        and specification["normalizer"] is None
+        and split.get("type") == "ByteLevel"
+        and not split["add_prefix_space"]
+        and split.get("use_regex", True)
+    )
+    if not is_gpt2_like:
+        return None
+    vocabulary, byte_of = model["vocab"], byte_alphabet()
+    merged = [left + right for left, right in model["merges"]]
+    if any(a >= b for a, b in pairwise(vocabulary[token] for token in merged)):
+        return None
+    alphabet = [char for char in byte_of if char in vocabulary]
+    ranks = {bytes(byte_of[char] for char in token): vocabulary[token] for token in [*alphabet, *merged]}
+    encoding = tiktoken.Encoding("text", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text: str) -> TokenIds:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+
+    return encode
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte behind each character of GPT-2's byte-level alphabet.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on
+    (openai/gpt-2@master:src/encoder.py, bytes_to_unicode, MIT).
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _words(model: dict[str, Any]) -> set[str]:
+    vocabulary = model["vocab"]
+    return {word for word, _ in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+
+
+def _is_byte_level(specification: Specification) -> bool:
+    steps = (*_steps(specification["pre_tokenizer"]), *_steps(specification["normalizer"]))
+    return any(step["type"] == "ByteLevel" for step in steps)
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a pre-tokenizer or a normalizer, those of a sequence one by one."""
+    if step is not None and step["type"] == "Sequence":
+        for part in step.get("pretokenizers") or step.get("normalizers") or ():
+            yield from _steps(part)
+    elif step is not None:
+        yield step
