@@ -35,7 +35,7 @@ from metatokens.report.requirements import PAGE_PACKAGES, require
 from metatokens.tasks.base import PieceEncoder
 from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
+from metatokens.training.loading import analysis_config_of, model_folder, open_model, open_tokenizer
 from metatokens.training.pretraining import pretrain, vocabulary
 from metatokens.training.starting import model_sha256
 
@@ -64,7 +64,7 @@ ANALYSED_STATES = ("last meta-token", "token before it", "last token")
 
 
 @dataclass(frozen=True)
-class Care:
+class Effort:
     """How carefully the demonstration measures what it has trained."""
 
     speed_rounds: int
@@ -79,8 +79,8 @@ class Care:
     """At most, of a bottleneck or a probe of the report."""
 
 
-CARE = Care(speed_rounds=9, recall_instances=200, analysed_instances=24, fitted_instances=400, fitted_steps=300)
-LESS_CARE = Care(speed_rounds=1, recall_instances=50, analysed_instances=8, fitted_instances=100, fitted_steps=50)
+EFFORT = Effort(speed_rounds=9, recall_instances=200, analysed_instances=24, fitted_instances=400, fitted_steps=300)
+LESS_EFFORT = Effort(speed_rounds=1, recall_instances=50, analysed_instances=8, fitted_instances=100, fitted_steps=50)
 """Of a demonstration on less text or with fewer steps, which is a trial."""
 
 
@@ -170,7 +170,7 @@ def run_demo(
             shard_tokens=2**28,
             options=SourceOptions(),
         )
-    care = CARE if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_CARE
+    care = EFFORT if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_EFFORT
     configs = demo_configs(folder, text_tokens)
     for arm, config in configs.items():
         text = config.text_tokens_per_block
@@ -216,7 +216,7 @@ def run_demo(
     )
 
 
-def _report(folder: Path, care: Care, say: Callable[[str], None]) -> str:
+def _report(folder: Path, care: Effort, say: Callable[[str], None]) -> str:
     """Analyse the recall model with meta-attention, unless that is done, and return its page."""
     from metatokens.report.page import write_report
 
@@ -229,7 +229,7 @@ def _report(folder: Path, care: Care, say: Callable[[str], None]) -> str:
         *("--states", json.dumps(ANALYSED_STATES)),
         *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", steps, "--probe.max_steps", steps),
     )
-    config = analysis_of(run, None, options)
+    config = analysis_config_of(run, None, options)
     identity = Identity(
         name=f"{ANALYSED_ARM}, trained to copy",
         weights_sha256=model_sha256(model_folder(run)),
@@ -256,7 +256,7 @@ def _recall_folder(folder: Path, arm: str) -> Path:
 
 
 def _run_recall(
-    folder: Path, configs: dict[str, FinetuneConfig], care: Care, *, say: Callable[[str], None], show_progress: bool
+    folder: Path, configs: dict[str, FinetuneConfig], care: Effort, *, say: Callable[[str], None], show_progress: bool
 ) -> Iterator[RecallArm]:
     """Train every arm on the copying task and ask it at its training lengths and beyond."""
     for arm, config in configs.items():

@@ -18,7 +18,7 @@ from typing import Any
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
 
 LEAST_BYTES = 2**20
-"""Room that results need at least."""
+"""LengthRange that results need at least."""
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:

@@ -32,7 +32,7 @@ from metatokens.data.tokenizer import META_TOKEN, load_text_tokenizer, text_voca
 from metatokens.errors import DataError
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.sweep.planning import plan_sweep
-from metatokens.training.finetuning import finetune, outline, training_batches, word_tokenizer
+from metatokens.training.finetuning import build_on_meta_device, finetune, training_batches, word_tokenizer
 from metatokens.training.loading import open_model, open_tokenizer
 from metatokens.training.loop import count_batch_flops
 from metatokens.training.run_folder import RunFolder
@@ -131,7 +131,7 @@ def test_a_run_starts_from_the_model_as_it_came_and_trains_it(neo: Path, done: P
 
 
 def test_the_operations_of_a_run_are_those_of_its_batches(config: Config, neo: Path, done: Path):
-    model, tokenizer = outline(config(neo))
+    model, tokenizer = build_on_meta_device(config(neo))
     assert model.device.type == "meta"
     batches = training_batches(config(neo), model, tokenizer)
     flops = sum(count_batch_flops(model, batches.batch_at(step)) for step in range(12))

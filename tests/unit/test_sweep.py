@@ -10,7 +10,7 @@ import pytest
 from metatokens.cli import main
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset, to_yaml
-from metatokens.config.sweep import SweepConfig, expand, load_sweep, questions_for
+from metatokens.config.sweep import SweepConfig, evaluations_of, expand, load_sweep
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import bootstrap_paired_seeds_and_instances
 from metatokens.report.tables import to_markdown
@@ -92,8 +92,8 @@ def test_a_runs_config_is_a_preset_of_the_same_run(load: Any, tmp_path: Path):
 def test_evaluations_ask_the_models_that_they_are_for_all_with_one_seed(load: Any):
     sweep = load()
     meta, pause = expand(sweep, "sweep.yaml")[:2]
-    assert [evaluation.name for evaluation, _ in questions_for(sweep, pause, "")] == ["lengths"]
-    (_, lengths), (zeroed, _) = questions_for(sweep, meta, "")
+    assert [evaluation.name for evaluation, _ in evaluations_of(sweep, pause, "")] == ["lengths"]
+    (_, lengths), (zeroed, _) = evaluations_of(sweep, meta, "")
     assert lengths.task.questions == 2
     assert lengths.size == (2, 3)
     assert lengths.seed == 0

@@ -26,10 +26,10 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
     from metatokens.files import check_file, keep_elsewhere
-    from metatokens.training.loading import analysis_of, model_folder, open_model, open_tokenizer
+    from metatokens.training.loading import analysis_config_of, model_folder, open_model, open_tokenizer
     from metatokens.training.starting import model_sha256
 
-    config = analysis_of(options.checkpoint, options.text, options.overrides)
+    config = analysis_config_of(options.checkpoint, options.text, options.overrides)
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
     # sums of components and entropies need float32, whatever the weights are kept in

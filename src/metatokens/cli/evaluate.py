@@ -29,9 +29,9 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.files import check_file, keep_elsewhere, to_json, write_atomically
     from metatokens.tasks.base import PieceEncoder
     from metatokens.training.distributed import choose_device
-    from metatokens.training.loading import open_model, open_tokenizer, questions_to
+    from metatokens.training.loading import evaluation_config_of, open_model, open_tokenizer
 
-    config = questions_to(options.checkpoints[0], options.overrides)
+    config = evaluation_config_of(options.checkpoints[0], options.overrides)
     if options.out:
         check_file(options.out)
     interventions = tuple(parse_intervention(text) for text in options.intervention)

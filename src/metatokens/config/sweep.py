@@ -68,7 +68,7 @@ class SweepEvaluation(Frozen):
     """Axis, and a label or several of it: only these runs are asked; an axis that is not named does not matter."""
 
 
-class Cell(NamedTuple):
+class GridPoint(NamedTuple):
     """One combination of labels: the runs that differ in their seed alone."""
 
     labels: dict[str, str]
@@ -169,7 +169,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     return config
 
 
-def expand(sweep: SweepConfig, origin: str) -> list[Cell]:
+def expand(sweep: SweepConfig, origin: str) -> list[GridPoint]:
     """Return every combination of labels with its run's config, the last axis fastest.
 
     Raises:
@@ -183,11 +183,13 @@ def expand(sweep: SweepConfig, origin: str) -> list[Cell]:
         for axis, label in named.items():
             changes = _join(changes, sweep.axes[axis][label])
         where = ", ".join(f"{axis} {label}" for axis, label in named.items())
-        cells.append(Cell(named, override_fields(base, changes, f"{origin}, {where}" if where else origin)))
+        cells.append(GridPoint(named, override_fields(base, changes, f"{origin}, {where}" if where else origin)))
     return cells
 
 
-def questions_for(sweep: SweepConfig, cell: Cell, origin: str) -> Iterator[tuple[SweepEvaluation, EvaluateConfig]]:
+def evaluations_of(
+    sweep: SweepConfig, cell: GridPoint, origin: str
+) -> Iterator[tuple[SweepEvaluation, EvaluateConfig]]:
     """Yield the evaluations of a combination, each with all that is asked.
 
     Raises:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from metatokens.data.keyed_random import GOLDEN_GAMMA, Purpose, Uint64Array, hash_key, splitmix64
 from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,20 +32,9 @@ if TYPE_CHECKING:
 IntArray: TypeAlias = npt.NDArray[np.int64]
 TokenArray: TypeAlias = npt.NDArray[np.integer]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-Uint64Array: TypeAlias = npt.NDArray[np.uint64]
 
 IGNORE_INDEX = -100  # the target without a loss term; the default of torch's cross_entropy
-
-# SplitMix64: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", and Vigna's public-domain
-# splitmix64.c, whose constants (Stafford's variant 13) these are
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _TOP_BIT = np.uint64(1 << 63)
-
-# what a draw is for; part of its key, so that two draws of one sample are independent
-_FOR_POSITIONS, _FOR_CLAUSES = 0, 1
 
 
 class InjectedBatch(NamedTuple):
@@ -85,36 +75,6 @@ class InjectedBatch(NamedTuple):
         if self.meta_positions.shape[1]:
             arrays["meta_indices"] = self.meta_positions[rows]
         return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-
-
-def splitmix64(state: Uint64Array) -> Uint64Array:
-    """Return the SplitMix64 output that follows each state; a new array of the same shape.
-
-    `splitmix64(key + slot * gamma)` is output number `slot` of the generator seeded with `key`, without the
-    outputs before it. A bijection of 64-bit words. `state` must have at least one dimension.
-    """
-    word = state + _GOLDEN_GAMMA
-    word ^= word >> _SHIFTS[0]
-    word *= _FIRST_FACTOR
-    word ^= word >> _SHIFTS[1]
-    word *= _SECOND_FACTOR
-    word ^= word >> _SHIFTS[2]
-    return word
-
-
-def hash_key(*words: int | IntArray) -> Uint64Array:
-    """Chain integers, or arrays of them that broadcast, into 64-bit keys of shape (B,) or (1,).
-
-    Integers are taken modulo 2^64. The order of the words matters.
-    """
-    key: Uint64Array = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        if isinstance(word, int):
-            addend = np.array([word & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64)
-        else:
-            addend = np.atleast_1d(word).astype(np.uint64)
-        key = splitmix64(key ^ addend)
-    return key
 
 
 def sample_meta_positions(
@@ -159,7 +119,7 @@ def sample_meta_positions(
         return np.tile(np.array(injection.positions, dtype=np.int64), (num_rows, 1))
     if injection.kind == "periodic":
         return np.tile(np.arange(1, num_meta + 1) * block_size // num_meta - 1, (num_rows, 1))
-    position_keys = hash_key(seed, epoch, sample_ids, _FOR_POSITIONS)
+    position_keys = hash_key(seed, epoch, sample_ids, Purpose.POSITIONS)
     if injection.kind == "uniform":
         return np.sort(_slots(_lowest_hashes(position_keys, block_size, num_meta), block_size), axis=1)
     if text is None or ends_clause is None:
@@ -169,7 +129,7 @@ def sample_meta_positions(
             found="none",
             remedy="pass `text` and `ends_clause` (metatokens.data.tokenizer.ends_clause_table)",
         )
-    clause_keys = hash_key(seed, epoch, sample_ids, _FOR_CLAUSES)
+    clause_keys = hash_key(seed, epoch, sample_ids, Purpose.CLAUSES)
     candidates = ends_clause[text[:, : block_size - num_meta]]
     return _after_clauses(candidates, num_meta, clause_keys, position_keys)
 
@@ -305,7 +265,7 @@ def _lowest_hashes(keys: Uint64Array, num_slots: int, count: int, preferred: Boo
     slots and 1 for the others, so the others come in only where the preferred ones run out. Unsorted.
     """
     slots = np.arange(num_slots, dtype=np.uint64)
-    packed = splitmix64(keys[:, None] + slots * _GOLDEN_GAMMA)
+    packed = splitmix64(keys[:, None] + slots * GOLDEN_GAMMA)
     packed &= ~np.uint64(_slot_mask(num_slots))
     packed |= slots
     if preferred is not None:

@@ -23,13 +23,11 @@ from metatokens.data.injection import (
     BoolArray,
     InjectedBatch,
     IntArray,
-    Uint64Array,
-    hash_key,
     inject_meta_tokens,
     sample_meta_positions,
-    splitmix64,
     warn_without_meta_tokens,
 )
+from metatokens.data.keyed_random import Purpose, Uint64Array, hash_key, splitmix64
 from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from metatokens.data.shards import Split, TokenDataset
 
 _FEISTEL_ROUNDS = 6  # 4 already make a strong pseudorandom permutation (Luby, Rackoff 1988); 2 more for weak rounds
-_FOR_ORDER = 2  # what this draw is for; injection uses 0 and 1
 
 
 def permute(indices: IntArray, num_items: int, keys: Uint64Array) -> IntArray:
@@ -246,7 +243,7 @@ class BatchLoader(Batches):
         num_rows = self._batch_blocks // self._world_size
         first = step * self._batch_blocks + self._rank * num_rows
         epochs, positions = np.divmod(np.arange(first, first + num_rows), len(self.blocks))
-        return permute(positions, len(self.blocks), hash_key(self._seed, epochs, _FOR_ORDER)), epochs
+        return permute(positions, len(self.blocks), hash_key(self._seed, epochs, Purpose.SAMPLE_ORDER)), epochs
 
     def _check(self) -> None:
         if self._batch_blocks % self._world_size:

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
-from metatokens.data.injection import BoolArray, IntArray, hash_key
+from metatokens.data.injection import BoolArray, IntArray
+from metatokens.data.keyed_random import hash_key
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder
 from metatokens.errors import UsageError
 from metatokens.model.compatibility import BaseStreamer

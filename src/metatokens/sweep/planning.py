@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metatokens.config.loading import override_fields
-from metatokens.config.sweep import Cell, SweepConfig, expand, questions_for
+from metatokens.config.sweep import GridPoint, SweepConfig, evaluations_of, expand
 from metatokens.config.tasks import Difficulty, length_bin
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -18,7 +18,7 @@ from metatokens.evaluation.interventions import check_interventions, parse_inter
 from metatokens.generation.decoding import sequence_limit
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import make_instance
-from metatokens.training.finetuning import outline, training_batches
+from metatokens.training.finetuning import build_on_meta_device, training_batches
 from metatokens.training.loop import count_batch_flops
 from metatokens.training.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """One evaluation of a run."""
 
     name: str
@@ -79,7 +79,7 @@ class SweepRun:
     seed: int
     folder: RunFolder
     config: FinetuneConfig
-    asked: tuple[Asked, ...]
+    asked: tuple[EvaluationRequest, ...]
     parameters: int
     windows: Windows
     budget: Budget
@@ -94,8 +94,8 @@ class SweepRun:
 class _Arm:
     """A combination of labels with the costs of a step of each of its stages."""
 
-    cell: Cell
-    asked: tuple[Asked, ...]
+    cell: GridPoint
+    asked: tuple[EvaluationRequest, ...]
     parameters: int
     windows: Windows
     text_tokens: tuple[float, ...]
@@ -179,9 +179,9 @@ class _Measure:
         self._batches: dict[str, list[list[Batch]]] = {}
         self._fillable: set[tuple[str, str]] = set()
 
-    def arm(self, sweep: SweepConfig, cell: Cell, origin: str) -> _Arm:
+    def arm(self, sweep: SweepConfig, cell: GridPoint, origin: str) -> _Arm:
         """Return a combination with its costs, after the checks that need no training."""
-        model, tokenizer = outline(cell.config)
+        model, tokenizer = build_on_meta_device(cell.config)
         stages = self._sample(cell.config, model, tokenizer)
         limit = sequence_limit(model)
         longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)
@@ -193,8 +193,8 @@ class _Measure:
                 remedy="raise start.model.max_position_embeddings, or shorten the last stages",
             )
         asked = tuple(
-            Asked(evaluation.name, config, evaluation.interventions)
-            for evaluation, config in questions_for(sweep, cell, origin)
+            EvaluationRequest(evaluation.name, config, evaluation.interventions)
+            for evaluation, config in evaluations_of(sweep, cell, origin)
         )
         encoder = PieceEncoder(TextEncoder(tokenizer))
         for evaluation in asked:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from metatokens.sweep.planning import Asked, SweepRun
+    from metatokens.sweep.planning import EvaluationRequest, SweepRun
 
 _POLL_SECONDS = 0.1
 _FREE_KEYS = {"batch_size"}  # of an evaluation: how it is computed, not what
@@ -206,7 +206,7 @@ class _Scheduler:
             self._on_finished(self._failed)
             self._display.finish(run)
 
-    def _start(self, run: SweepRun, slot: Slot, asked: Asked | None) -> None:
+    def _start(self, run: SweepRun, slot: Slot, asked: EvaluationRequest | None) -> None:
         process = _Process(run, slot, asked)
         self._active.append(process)
         self._display.start(run, process.what)
@@ -233,7 +233,7 @@ class _Scheduler:
 class _Process:
     """A training or an evaluation under way."""
 
-    def __init__(self, run: SweepRun, slot: Slot, asked: Asked | None) -> None:
+    def __init__(self, run: SweepRun, slot: Slot, asked: EvaluationRequest | None) -> None:
         self.run, self.slot, self.asked = run, slot, asked
         folder = run.folder.path
         self.what = "training" if asked is None else f"evaluation {asked.name}"
@@ -287,7 +287,7 @@ def _training(folder: Path) -> list[str]:
     return ["finetune", str(folder / "preset.yaml"), "--out", str(folder), "--json"]
 
 
-def _evaluation(folder: Path, asked: Asked) -> list[str]:
+def _evaluation(folder: Path, asked: EvaluationRequest) -> list[str]:
     compact = (",", ":")  # argparse takes a word with a space for an argument of its own
     fields = [
         f"--{key}={json.dumps(value, separators=compact)}"
@@ -297,19 +297,19 @@ def _evaluation(folder: Path, asked: Asked) -> list[str]:
     return ["evaluate", str(folder), *fields, *interventions, "--json"]
 
 
-def _unanswered(run: SweepRun) -> list[Asked]:
+def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
     answers = read_answers(run)
     return [asked for asked in run.asked if asked.name not in answers]
 
 
-def _store_answer(run: SweepRun, asked: Asked, report: str) -> None:
+def _store_answer(run: SweepRun, asked: EvaluationRequest, report: str) -> None:
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     stored[asked.name] = {"interventions": list(asked.interventions), "report": json.loads(report)}
     write_atomically(path, json.dumps(stored) + "\n")
 
 
-def _same_question(stored: dict[str, Any], asked: Asked) -> bool:
+def _same_question(stored: dict[str, Any], asked: EvaluationRequest) -> bool:
     old, new = stored["report"]["config"], asked.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
     return same and stored["interventions"] == list(asked.interventions)

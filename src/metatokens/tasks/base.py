@@ -21,30 +21,22 @@ from collections import defaultdict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
-from metatokens.data.injection import splitmix64
 from metatokens.data.tokenizer import META_TOKEN
 from metatokens.errors import UsageError
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from metatokens.config.tasks import CopyingTask, ParityTask, SegmentCountingTask
+    from metatokens.data.keyed_random import KeyedRandom
     from metatokens.data.tokenizer import TextEncoder
 
 META = META_TOKEN
 Split: TypeAlias = Literal["train", "test"]
-_Choice = TypeVar("_Choice")
 _Place = TypeVar("_Place", bound=Hashable)
 
 _TEST_BUCKETS = 10  # one in ten, paper section 3: 90k training and 10k test instances
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # the step of SplitMix64, see data/injection.py
-_WORD_BITS = 64
-_DRAWS_AT_ONCE = 128
-_STEPS = np.arange(_DRAWS_AT_ONCE, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA)
-_STRIDE = np.uint64(_DRAWS_AT_ONCE * _GOLDEN_GAMMA % (1 << _WORD_BITS))
 
 
 class Instance(NamedTuple):
@@ -93,7 +85,7 @@ class Instance(NamedTuple):
         return "train" if int.from_bytes(digest, "little") % _TEST_BUCKETS else "test"
 
 
-class Room(NamedTuple):
+class LengthRange(NamedTuple):
     """Which lengths a prompt may have, in text tokens, and which of them it aims at."""
 
     lowest: int
@@ -104,8 +96,10 @@ class Room(NamedTuple):
 class Generate(Protocol):
     """The generator of a task."""
 
-    def __call__(self, task: Any, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
-        """Draw an instance of this size, or return None where this draw misses the room."""
+    def __call__(
+        self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    ) -> Instance | None:
+        """Draw an instance of this size, or return None where this draw misses the lengths."""
 
 
 class Solve(Protocol):
@@ -113,40 +107,6 @@ class Solve(Protocol):
 
     def __call__(self, prompt_text: str) -> list[str]:
         """Return the answer to each question, in order."""
-
-
-class Draws:
-    """A stream of draws that is a pure function of a 64-bit key: the outputs of SplitMix64, one after another.
-
-    Neither numpy's nor Python's generators promise the same choices in every release; this does.
-    """
-
-    def __init__(self, key: int) -> None:
-        self._state = _STEPS + np.uint64(key)
-        self._words: list[int] = []
-
-    def below(self, bound: int) -> int:
-        """Return an integer of [0, bound), uniform but for bound / 2^64."""
-        if not self._words:
-            self._words = splitmix64(self._state)[::-1].tolist()
-            self._state += _STRIDE
-        return self._words.pop() * bound >> _WORD_BITS
-
-    def between(self, lowest: int, highest: int) -> int:
-        """Return an integer of [lowest, highest]."""
-        return lowest + self.below(highest - lowest + 1)
-
-    def choose(self, choices: Sequence[_Choice]) -> _Choice:
-        """Return one of the choices."""
-        return choices[self.below(len(choices))]
-
-    def shuffle(self, choices: Sequence[_Choice]) -> Iterator[_Choice]:
-        """Yield the choices in a random order, each once, drawn one by one."""
-        rest = list(choices)
-        while rest:
-            chosen = self.below(len(rest))
-            rest[chosen], rest[-1] = rest[-1], rest[chosen]
-            yield rest.pop()
 
 
 class PieceEncoder:
@@ -215,45 +175,45 @@ class PieceEncoder:
 
 
 def fill_prompt(
-    room: Room,
+    length_range: LengthRange,
     used: int,
     draw_part: Callable[[], list[str]],
     *,
     encoder: PieceEncoder,
-    draws: Draws,
+    draws: KeyedRandom,
     num_parts: tuple[int, int],
 ) -> list[list[str]] | None:
-    """Draw parts until the prompt is as long as a length drawn uniformly from what the room leaves.
+    """Draw parts until the prompt is as long as a length drawn uniformly from what the range leaves.
 
     Args:
-        room: The bounds of the whole prompt.
+        length_range: The bounds of the whole prompt.
         used: Text tokens of the prompt without the parts.
-        draw_part: Draws the pieces of one more part.
+        draw_part: KeyedRandom the pieces of one more part.
         encoder: Measures them.
         draws: For the length.
         num_parts: Inclusive bounds of their number.
 
     Returns:
-        The parts, or None where they miss the room.
+        The parts, or None where they miss the lengths.
     """
     fewest, most = num_parts
     parts = [draw_part() for _ in range(fewest)]
     length = used + sum(encoder.count(part) for part in parts)
-    if length > room.highest:
+    if length > length_range.highest:
         return None
-    lowest = max(length, room.lowest)
-    if room.aim == "uniform":
-        goal = draws.between(lowest, room.highest)
+    lowest = max(length, length_range.lowest)
+    if length_range.aim == "uniform":
+        goal = draws.between(lowest, length_range.highest)
     else:
-        goal = lowest if room.aim == "lowest" else room.highest
+        goal = lowest if length_range.aim == "lowest" else length_range.highest
     while length < goal and len(parts) < most:
         part = draw_part()
         part_length = encoder.count(part)
-        if length + part_length > room.highest:
+        if length + part_length > length_range.highest:
             break
         parts.append(part)
         length += part_length
-    return parts if length >= room.lowest else None
+    return parts if length >= length_range.lowest else None
 
 
 def interleave(parts: Sequence[Sequence[str]], inserted: Mapping[int, Sequence[str]]) -> list[str]:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.tasks.base import (
-    Draws,
     Instance,
+    LengthRange,
     PieceEncoder,
     Question,
-    Room,
     assemble,
     count_question_tokens,
     fill_prompt,
@@ -38,19 +38,21 @@ if TYPE_CHECKING:
     from metatokens.config.tasks import CopyingTask
 
 
-def generate(task: CopyingTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
-    """Draw spans of `size` words and the words around them; None where they miss the room."""
+def generate(
+    task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+) -> Instance | None:
+    """Draw spans of `size` words and the words around them; None where they miss the lengths."""
     spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
     around = fill_prompt(
-        room,
+        length_range,
         encoder.count(("Text", ":", "."))
         + sum(encoder.count((" [", *span, " ]")) for span in spans)
         + count_question_tokens(questions, encoder),
         lambda: [f" {draws.choose(ITEMS)}"],
         encoder=encoder,
         draws=draws,
-        num_parts=(1, room.highest),
+        num_parts=(1, length_range.highest),
     )
     if around is None:
         return None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metatokens.data.injection import IntArray, hash_key
+from metatokens.data.injection import IntArray
+from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.loader import Batches, permute
 from metatokens.tasks.encoding import RecallBatch, encode_instance, pad
 from metatokens.tasks.registry import make_instance
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from metatokens.tasks.base import PieceEncoder
     from metatokens.tasks.encoding import EncodedInstance
 
-_FOR_ORDER, _FOR_BATCHES = 4, 5  # what a draw is for; others are in data/injection.py, data/loader.py, training/loop.py
 _GROUPS_KEPT = 2  # of one step, and of the steps that the prefetching thread works ahead
 _STAGE_STRIDE = 2**40  # between the indices of two stages: more instances than any stage has
 
@@ -101,7 +101,9 @@ class RecallBatches(Batches):
         places = np.arange(first_batch * batch_size, (first_batch + num_batches) * batch_size)
         encoded = [self._encode(stage, index) for index in self._instances(stage_index, places).tolist()]
         encoded.sort(key=lambda row: len(row.input_ids))
-        order = permute(np.arange(num_batches), num_batches, hash_key(config.seed, stage_index, group, _FOR_BATCHES))
+        order = permute(
+            np.arange(num_batches), num_batches, hash_key(config.seed, stage_index, group, Purpose.BATCH_ORDER)
+        )
         return [encoded[i * batch_size : (i + 1) * batch_size] for i in order.tolist()]
 
     def _encode(self, stage: Stage, index: int) -> EncodedInstance:
@@ -125,5 +127,5 @@ class RecallBatches(Batches):
         share = config.curriculum[stage_index].steps / config.total_steps
         num_instances = max(1, round(config.train_instances * share))
         epochs, positions = np.divmod(places, num_instances)
-        keys = hash_key(config.seed, epochs, stage_index, _FOR_ORDER)
+        keys = hash_key(config.seed, epochs, stage_index, Purpose.INSTANCE_ORDER)
         return offset + permute(positions, num_instances, keys)

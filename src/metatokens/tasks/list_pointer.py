@@ -27,14 +27,17 @@ from metatokens.tasks.words import ITEMS
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import ListPointerTask
-    from metatokens.tasks.base import Draws, Instance, PieceEncoder, Room
+    from metatokens.data.keyed_random import KeyedRandom
+    from metatokens.tasks.base import Instance, LengthRange, PieceEncoder
 
 _ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 
 
-def generate(task: ListPointerTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
-    """Draw lists of `size` items, the questions and their choices; None where they miss the room."""
-    instance = generate_recall(task, size, room, ask=_ask, encoder=encoder, draws=draws)
+def generate(
+    task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+) -> Instance | None:
+    """Draw lists of `size` items, the questions and their choices; None where they miss the lengths."""
+    instance = generate_recall(task, size, length_range, ask=_ask, encoder=encoder, draws=draws)
     if instance is None:
         return None
     body = instance.pieces[: instance.body_stop]

@@ -25,7 +25,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from metatokens.tasks.base import META, Draws, Instance, PieceEncoder, Question, Room, assemble, count_question_tokens
+from metatokens.data.keyed_random import KeyedRandom
+from metatokens.tasks.base import META, Instance, LengthRange, PieceEncoder, Question, assemble, count_question_tokens
 from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
 
 if TYPE_CHECKING:
@@ -34,19 +35,21 @@ if TYPE_CHECKING:
     from metatokens.config.tasks import ListPointerTask, ListRecallTask
 
 
-def generate(task: ListRecallTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
-    """Draw lists of `size` items and the questions; None where they miss the room."""
-    return generate_recall(task, size, room, ask=_ask, encoder=encoder, draws=draws)
+def generate(
+    task: ListRecallTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+) -> Instance | None:
+    """Draw lists of `size` items and the questions; None where they miss the lengths."""
+    return generate_recall(task, size, length_range, ask=_ask, encoder=encoder, draws=draws)
 
 
 def generate_recall(
     task: ListRecallTask | ListPointerTask,
     size: int,
-    room: Room,
+    length_range: LengthRange,
     *,
     ask: Callable[[int, str], list[str]],
     encoder: PieceEncoder,
-    draws: Draws,
+    draws: KeyedRandom,
 ) -> Instance | None:
     """Draw an instance whose questions are worded by `ask(number, name)`."""
     names = draw_names(task, draws)
@@ -60,7 +63,7 @@ def generate_recall(
         Question(ask(number, target.name), [f" {target.items[number - 1]}"]) for number in asked[: task.questions]
     ]
     used = count_question_tokens(questions, encoder)
-    drawn = draw_lists(task, target, draw_list, room, used=used, encoder=encoder, draws=draws)
+    drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
     if drawn is None:
         return None
     lists, target_index = drawn
@@ -74,7 +77,7 @@ def generate_recall(
 
 
 def _lists_before_a_meta(
-    task: ListRecallTask | ListPointerTask, num_lists: int, target_index: int, draws: Draws
+    task: ListRecallTask | ListPointerTask, num_lists: int, target_index: int, draws: KeyedRandom
 ) -> Sequence[int]:
     if task.meta_places.kind == "every":
         return range(num_lists)

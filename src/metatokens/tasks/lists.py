@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from metatokens.config.tasks import ListPointerTask, ListRecallTask, SegmentCountingTask
-    from metatokens.tasks.base import Draws, PieceEncoder, Room
+    from metatokens.data.keyed_random import KeyedRandom
+    from metatokens.tasks.base import LengthRange, PieceEncoder
 
 
 class NamedList(NamedTuple):
@@ -40,7 +41,7 @@ class NamedList(NamedTuple):
         return [" List", f" {self.name}", ":", *interleave(items, inserted)]
 
 
-def draw_items(count: int, draws: Draws, *, key: str) -> list[str]:
+def draw_items(count: int, draws: KeyedRandom, *, key: str) -> list[str]:
     """Return different items in a random order.
 
     Raises:
@@ -52,7 +53,7 @@ def draw_items(count: int, draws: Draws, *, key: str) -> list[str]:
     return [next(order) for _ in range(count)]
 
 
-def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, draws: Draws) -> Iterator[str]:
+def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, draws: KeyedRandom) -> Iterator[str]:
     """Return the names of the lists in a random order, each once.
 
     Raises:
@@ -72,19 +73,19 @@ def draw_lists(
     task: ListRecallTask | ListPointerTask | SegmentCountingTask,
     target: NamedList,
     draw_list: Callable[[], NamedList],
-    room: Room,
+    length_range: LengthRange,
     *,
     used: int,
     encoder: PieceEncoder,
-    draws: Draws,
+    draws: KeyedRandom,
 ) -> tuple[list[NamedList], int] | None:
     """Draw the other lists, and return all of them with the index of the target, which is anywhere among them.
 
     Args:
         task: For the number of lists and their form.
         target: The list that is asked about.
-        draw_list: Draws another list.
-        room: The bounds of the whole prompt.
+        draw_list: KeyedRandom another list.
+        length_range: The bounds of the whole prompt.
         used: Text tokens of the questions and of marks.
         encoder: Measures the lists.
         draws: For the length and the place.
@@ -99,7 +100,7 @@ def draw_lists(
     # the first list opens the text: there is no space before it
     first_word = encoder.count(("List",)) - encoder.count((" List",))
     parts = fill_prompt(
-        room,
+        length_range,
         used + encoder.count(target.pieces(numbered=task.numbered)) + first_word,
         draw_part,
         encoder=encoder,

@@ -21,13 +21,13 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.errors import UsageError
 from metatokens.tasks.base import (
-    Draws,
     Instance,
+    LengthRange,
     PieceEncoder,
     Question,
-    Room,
     assemble,
     count_question_tokens,
     fill_prompt,
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from metatokens.config.tasks import ParityTask
 
 
-def generate(task: ParityTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws) -> Instance | None:
-    """Draw `size` bits, the marks among them and the bits behind; None where they miss the room."""
+def generate(
+    task: ParityTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+) -> Instance | None:
+    """Draw `size` bits, the marks among them and the bits behind; None where they miss the lengths."""
     if task.questions > size:
         raise UsageError(
             "parity.questions",
@@ -55,13 +57,13 @@ def generate(task: ParityTask, size: int, room: Room, *, encoder: PieceEncoder, 
         for number, mark in enumerate(marks, start=1)
     ]
     behind = fill_prompt(
-        room,
+        length_range,
         encoder.count(("Bits", ":", *(f" {bit}" for bit in bits), *(" |" for _ in marks), "."))
         + count_question_tokens(questions, encoder),
         lambda: [f" {draws.below(2)}"],
         encoder=encoder,
         draws=draws,
-        num_parts=(1, room.highest),
+        num_parts=(1, length_range.highest),
     )
     if behind is None:
         return None

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from metatokens.config import tasks as config
-from metatokens.data.injection import hash_key
+from metatokens.data.keyed_random import KeyedRandom, hash_key
 from metatokens.errors import UsageError
 from metatokens.tasks import copying, list_pointer, list_recall, parity, segment_counting
-from metatokens.tasks.base import Draws, Generate, Instance, PieceEncoder, Room, Solve, Split
+from metatokens.tasks.base import Generate, Instance, LengthRange, PieceEncoder, Solve, Split
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import Difficulty, Task
@@ -35,7 +35,7 @@ class TaskParts(NamedTuple):
     config: type[Task]
     """The class of its configuration."""
     generate: Generate
-    """Draws instances."""
+    """KeyedRandom instances."""
     solve: Solve
     """Answers a prompt from its text alone."""
 
@@ -92,13 +92,13 @@ def make_instance(
     generate = TASKS[task.kind].generate
     # so that a size that the task cannot have is an error of every instance, not only of those that draw it
     _shortest_prompt(task, difficulty.size, encoder)
-    room = Room(*difficulty.prompt_tokens)
+    length_range = LengthRange(*difficulty.prompt_tokens)
     stream = _stream_key(task, difficulty, seed, split)
     num_fitting = 0
     for attempt in range(_MOST_MISSES * _MOST_FITTING):
         key = int(hash_key(stream, index, attempt)[0])
-        draws = Draws(key)
-        instance = generate(task, draws.between(*difficulty.size), room, encoder=encoder, draws=draws)
+        draws = KeyedRandom(key)
+        instance = generate(task, draws.between(*difficulty.size), length_range, encoder=encoder, draws=draws)
         if instance is not None and instance.split == split:
             return instance._replace(key=key)
         num_fitting += instance is not None
@@ -128,9 +128,9 @@ def _shortest_prompt(task: Task, size: tuple[int, int], encoder: PieceEncoder) -
     lengths = []
     for bound in size:
         for attempt in range(8):
-            room = Room(1, 1 << 62, "lowest")
-            instance = TASKS[task.kind].generate(task, bound, room, encoder=encoder, draws=Draws(attempt))
-            assert instance is not None, "there is room for any prompt"
+            length_range = LengthRange(1, 1 << 62, "lowest")
+            instance = TASKS[task.kind].generate(task, bound, length_range, encoder=encoder, draws=KeyedRandom(attempt))
+            assert instance is not None, "there is length_range for any prompt"
             lengths.append(prompt_length(instance, encoder))
     return min(lengths)
 
@@ -145,9 +145,9 @@ def _unreachable(task: Task, difficulty: Difficulty, encoder: PieceEncoder) -> U
     limit = 4 * max(shortest, difficulty.prompt_tokens[1])
     longest = shortest
     for attempt in range(8):
-        room = Room(1, limit, "highest")
-        draws = Draws(attempt)
-        instance = TASKS[task.kind].generate(task, difficulty.size[1], room, encoder=encoder, draws=draws)
+        length_range = LengthRange(1, limit, "highest")
+        draws = KeyedRandom(attempt)
+        instance = TASKS[task.kind].generate(task, difficulty.size[1], length_range, encoder=encoder, draws=draws)
         longest = max(longest, limit if instance is None else prompt_length(instance, encoder))
     names = [name for name, bounds in config.LENGTH_BINS.items() if bounds == difficulty.prompt_tokens]
     wanted = " ".join([*names, f"({_dash(difficulty.prompt_tokens)} tokens)"])

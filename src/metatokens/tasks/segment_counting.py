@@ -28,12 +28,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.tasks.base import (
-    Draws,
     Instance,
+    LengthRange,
     PieceEncoder,
     Question,
-    Room,
     assemble,
     count_question_tokens,
     mark_places,
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: SegmentCountingTask, size: int, room: Room, *, encoder: PieceEncoder, draws: Draws
+    task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items, the segment and the questions; None where they miss the room."""
+    """Draw lists of `size` items, the segment and the questions; None where they miss the lengths."""
     names = draw_names(task, draws)
     words = draw_items(task.num_items, draws, key="segment_counting.num_items")
 
@@ -62,7 +62,7 @@ def generate(
         Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in asked
     ]
     used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
-    drawn = draw_lists(task, target, draw_list, room, used=used, encoder=encoder, draws=draws)
+    drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
     if drawn is None:
         return None
     lists, target_index = drawn
@@ -83,7 +83,7 @@ def solve(prompt_text: str) -> list[str]:
     return [str(sum(word == asked for word in words)) for asked in re.findall(r"Count of (\w+) is", prompt_text)]
 
 
-def _draw_segment(size: int, draws: Draws) -> tuple[int, int]:
+def _draw_segment(size: int, draws: KeyedRandom) -> tuple[int, int]:
     """Return (start, stop) of a segment of at least one item, its length drawn before its place."""
     num_inside = draws.between(1, size)
     start = draws.below(size - num_inside + 1)

@@ -42,7 +42,7 @@ class Processes:
         return [float(value) for value in total]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Let every process do its part and wait for all; where a part fails, all end with the first one's error.
 
         Nothing inside may wait for another process.
@@ -73,7 +73,7 @@ class Processes:
         self.copies.append(copy)
         return copy
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Leave the others; no copy can be trained after that."""
         if self.world_size == 1:
             return
@@ -104,12 +104,12 @@ def join_processes(config: StepConfig) -> Iterator[Processes]:
         )
     processes = Processes(rank=rank, world_size=world_size, device=device)
     try:
-        with processes.together():
+        with processes.raise_together():
             _check_batch(config, world_size)
         yield processes
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-        processes.part()
+        processes.leave()
 
 
 def _check_batch(config: StepConfig, world_size: int) -> None:

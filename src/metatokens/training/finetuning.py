@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from metatokens.config.finetuning import FinetuneConfig, FreshStart, Stage
 from metatokens.config.tasks import Task
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.generation.decoding import sequence_limit
-from metatokens.tasks.base import Draws, PieceEncoder, Room
+from metatokens.tasks.base import LengthRange, PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.encoding import encode_instance
 from metatokens.tasks.registry import find_task
@@ -31,7 +32,7 @@ from metatokens.training.loading import (
     open_tokenizer,
     outline_arm,
 )
-from metatokens.training.loop import Job, TrainingResult, check_start, count_batch_flops, train
+from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 from metatokens.training.starting import model_sha256
 
@@ -104,7 +105,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
     return model, tokenizer, identity
 
 
-def outline(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
+def build_on_meta_device(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     """Return the model that a run starts from without its weights, on the meta device, and its text tokenizer."""
     start, tokenizer = config.start, _start_tokenizer(config)
     model: Any
@@ -151,10 +152,10 @@ def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> N
 
 def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_token_id: int) -> int:
     """Return the positions of the longest of some instances that are as long as the stage allows; 0 without one."""
-    generate, room = find_task(task.kind).generate, Room(*stage.prompt_tokens, "highest")
+    generate, room = find_task(task.kind).generate, LengthRange(*stage.prompt_tokens, "highest")
     longest = 0
     for size, key in product(stage.size, range(_LONG_INSTANCES)):
-        instance = generate(task, size, room, encoder=encoder, draws=Draws(key))
+        instance = generate(task, size, room, encoder=encoder, draws=KeyedRandom(key))
         if instance is not None:
             encoded = encode_instance(instance._replace(key=key), task, encoder=encoder, meta_token_id=meta_token_id)
             longest = max(longest, len(encoded.input_ids))
@@ -176,11 +177,11 @@ def training_batches(
     )
 
 
-def _make_job(config: FinetuneConfig, processes: Processes) -> Job:
+def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
     model, tokenizer, start_id = _start(config)
     model.to(processes.device)
     identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
-    return Job(
+    return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
         content_id=hashlib.sha256(identity.encode()).hexdigest() + start_id,
@@ -210,7 +211,7 @@ class _Validation:
 
     def measure(self) -> dict[str, float]:
         """Return token and sequence accuracy over all processes."""
-        with self._processes.together():
+        with self._processes.raise_together():
             counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
         sums = (counts.right_tokens, counts.tokens, counts.right_answers, counts.answers)
         right_tokens, tokens, right_answers, answers = self._processes.sum(*(float(count.sum()) for count in sums))

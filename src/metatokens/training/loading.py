@@ -174,7 +174,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return load_text_tokenizer(str(folder if folder.exists() else model_folder(path)))
 
 
-def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
+def evaluation_config_of(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
     """Return what a model is asked: the task, the size and the test of its run, changed by overrides.
 
     A model that no fine-tuning run left behind is asked the defaults.
@@ -186,7 +186,7 @@ def questions_to(path: Path, overrides: Sequence[str]) -> EvaluateConfig:
     return override(config, overrides, origin="evaluate")
 
 
-def analysis_of(path: Path, text: str | None, overrides: Sequence[str]) -> AnalysisConfig:
+def analysis_config_of(path: Path, text: str | None, overrides: Sequence[str]) -> AnalysisConfig:
     """Return what is analysed of a model: a text, or the last stage of its run's recall task; changed by overrides.
 
     Raises:

@@ -3,7 +3,7 @@
 One optimizer step: count the valid targets of the whole step over all micro-batches and processes, divide every
 micro-batch's summed loss by that count, and change nothing if the gradient is not finite. Learning rate and batches
 are functions of the step, so a run that was killed continues to the bit from its last checkpoint. What a run trains,
-on what, and how it is judged is a `Job`; `pretraining.py` and `finetuning.py` make them.
+on what, and how it is judged is a `TrainingSetup`; `pretraining.py` and `finetuning.py` make them.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.schema import RunConfig
-from metatokens.data.injection import hash_key
+from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
 from metatokens.files import to_json, write_atomically
@@ -52,11 +52,10 @@ from metatokens.training.signals import collect_stop_signals
 
 MAX_CONSECUTIVE_SKIPS = 3
 BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
-_FOR_DROPOUT = 3  # what this draw is for; injection and the loader use 0 to 2
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingSetup:
     """What a run trains, on what, and how it is judged."""
 
     model: Any
@@ -102,7 +101,7 @@ def train(
     config: RunConfig,
     folder: RunFolder,
     processes: Processes,
-    make_job: Callable[[], Job],
+    make_job: Callable[[], TrainingSetup],
     *,
     show_progress: bool = True,
     label: str = "",
@@ -117,18 +116,18 @@ def train(
         Preempted: after a signal, when the checkpoint is safe.
     """
     with contextlib.ExitStack() as stack:
-        with processes.together():
+        with processes.raise_together():
             if processes.is_main:
                 stack.enter_context(folder.locked())
                 folder.check_config(config)
                 remove_leftovers(folder.path)
                 remove_leftovers(folder.checkpoints_path)
-        with processes.together():
+        with processes.raise_together():
             run = _Run(config, make_job(), folder, processes)
         return run.train(show_progress=show_progress, label=label or folder.path.name)
 
 
-def check_start(config: RunConfig, folder: RunFolder, job: Job) -> None:
+def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> None:
     """Raise what `train` would before its first step, and write nothing; a lock does not count, as it may pass."""
     folder.check_writable()
     folder.check_config(config)
@@ -150,7 +149,7 @@ def count_batch_flops(model: Any, batch: Batch) -> int:
 class _Run:
     """A run in progress: everything that a step needs."""
 
-    def __init__(self, config: RunConfig, job: Job, folder: RunFolder, processes: Processes) -> None:
+    def __init__(self, config: RunConfig, job: TrainingSetup, folder: RunFolder, processes: Processes) -> None:
         self.config, self.job, self.folder, self.processes = config, job, folder, processes
         self.model = job.model
         if processes.is_main:
@@ -176,7 +175,7 @@ class _Run:
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(collect_stop_signals())
-            with self.processes.together():
+            with self.processes.raise_together():
                 if self.processes.is_main:
                     metrics = MetricsWriter(
                         self.folder.metrics_path, config.logging.trackers, config.model_dump(mode="json")
@@ -305,7 +304,7 @@ class _Run:
     def _seed_dropout(self, step: int) -> None:
         """Key the masks of dropout by step and process, so that a resumed run draws the same."""
         if self.has_dropout:
-            key = hash_key(self.config.seed, step, self.processes.rank, _FOR_DROPOUT)
+            key = hash_key(self.config.seed, step, self.processes.rank, Purpose.DROPOUT)
             torch.manual_seed(int(key[0] >> 1))
 
     def _settle_buckets(self, step: int) -> None:
@@ -332,7 +331,7 @@ class _Run:
         return figures
 
     def _save(self) -> None:
-        with self.processes.together():
+        with self.processes.raise_together():
             if self.processes.is_main:
                 save_checkpoint(
                     self.folder.checkpoints_path,
@@ -345,7 +344,7 @@ class _Run:
 
     def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""
-        with self.processes.together():
+        with self.processes.raise_together():
             if self.processes.is_main and not self.folder.result_path.exists():
                 write_atomically(self.folder.result_path, to_json(asdict(result)) + "\n")
             if self.processes.is_main and not self.folder.model_path.exists():
@@ -388,7 +387,7 @@ class _Run:
         )
 
 
-def _find_start(config: RunConfig, folder: RunFolder, job: Job) -> tuple[Path | None, TrainingState]:
+def _find_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> tuple[Path | None, TrainingState]:
     """Return the checkpoint that a run goes on from, None for its beginning, and the state there."""
     path = find_checkpoint(folder.checkpoints_path)
     if path is None:

@@ -17,8 +17,8 @@ from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
 from metatokens.training.loop import (
     BYTES_PER_PARAMETER_OF_CHECKPOINT,
-    Job,
     TrainingResult,
+    TrainingSetup,
     check_start,
     count_batch_flops,
     train,
@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
     """
     with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
-        with processes.together():
+        with processes.raise_together():
             dataset = stack.enter_context(open_dataset(config))
         return train(
             config,
@@ -93,10 +93,10 @@ def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaToke
     return model, f"{dataset.content_id}+{load_start(config.start_from, model, config.model)}"
 
 
-def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> Job:
+def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> TrainingSetup:
     model, content_id = _make_model(config, dataset)
     model.to(processes.device)
-    return Job(
+    return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
         content_id=content_id,

@@ -31,7 +31,7 @@ from metatokens.files import check_file, check_folder, not_writable, write_atomi
 from metatokens.training.checkpoint import MANIFEST
 
 # what may change when a run is picked up again; everything else would make it another run. What a run starts from
-# counts by its weights, which are part of Job.content_id, not by where they lie.
+# counts by its weights, which are part of TrainingSetup.content_id, not by where they lie.
 FREE_KEYS = {
     "start": {"path"},
     "data": {"path", "verify"},

@@ -13,13 +13,8 @@ from metatokens.config.schema import (
     PunctuationInjection,
     UniformInjection,
 )
-from metatokens.data.injection import (
-    hash_key,
-    inject_into_prompt,
-    inject_meta_tokens,
-    sample_meta_positions,
-    splitmix64,
-)
+from metatokens.data.injection import inject_into_prompt, inject_meta_tokens, sample_meta_positions
+from metatokens.data.keyed_random import hash_key, splitmix64
 
 META = 999
 POLICIES = [UniformInjection(ratio=0.3), PeriodicInjection(ratio=0.3), PunctuationInjection(ratio=0.3), NoInjection()]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from metatokens.config.schema import ExplicitInjection, NoInjection, PunctuationInjection, UniformInjection
-from metatokens.data.injection import hash_key
+from metatokens.data.keyed_random import hash_key
 from metatokens.data.loader import BatchLoader, TokenBlocks, permute
 from metatokens.data.tokenizer import ends_clause_table
 from metatokens.errors import DataError

@@ -14,8 +14,9 @@ from metatokens.config.tasks import (
     SegmentCountingTask,
     length_bin,
 )
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.errors import UsageError
-from metatokens.tasks.base import META, Draws
+from metatokens.tasks.base import META
 from metatokens.tasks.registry import find_task, prompt_length, task_names
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from task_drawing import DRAWN, byte_encoder, draw, drawn_instance, instance_of, word_encoder
@@ -236,14 +237,14 @@ def test_instances_do_not_change_between_releases():
 
 
 def test_draws_are_uniform_and_orders_complete():
-    draws = Draws(7)
+    draws = KeyedRandom(7)
     counts = Counter(draws.below(10) for _ in range(20_000))
     assert set(counts) == set(range(10))
     assert all(abs(count - 2_000) < 4 * (20_000 * 0.09) ** 0.5 for count in counts.values())
-    assert sorted(Draws(1).shuffle(range(50))) == list(range(50))
-    firsts = Counter(next(Draws(key).shuffle("abc")) for key in range(3_000))
+    assert sorted(KeyedRandom(1).shuffle(range(50))) == list(range(50))
+    firsts = Counter(next(KeyedRandom(key).shuffle("abc")) for key in range(3_000))
     assert all(abs(count - 1_000) < 4 * (3_000 * 2 / 9) ** 0.5 for count in firsts.values())
-    assert {Draws(key).between(3, 5) for key in range(50)} == {3, 4, 5}
+    assert {KeyedRandom(key).between(3, 5) for key in range(50)} == {3, 4, 5}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from transformers import Cache, DynamicLayer
 from metatokens.analysis.causal.policies import ALWAYS_KEPT, AlwaysKept, Policy, Prefix, choose_columns
 from metatokens.analysis.inputs.subject import Inputs, shared, stack
 from metatokens.analysis.measures import Lines, Row, Rows, measure
-from metatokens.data.injection import BoolArray, IntArray, hash_key
+from metatokens.data.injection import BoolArray, IntArray
+from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
 from metatokens.model.compatibility import CACHE_NAME
@@ -38,7 +39,6 @@ FloatArray = npt.NDArray[np.float64]
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 DEFAULT_POLICIES: tuple[Policy, ...] = ("window", "meta", "slots", "even", "random", "heavy_hitters")
-_FOR_EVICTION = 7  # what this draw is for; 6 is in analysis/minimal_pairs.py
 _QUERIES_AT_ONCE = 256  # bounds the memory of attention weights
 
 
@@ -147,7 +147,7 @@ def measure_eviction(
             meta_token_id=meta_token_id,
             with_attention="heavy_hitters" in policies,
             slots=None if slots is None else slots[number],
-            key=int(hash_key(seed, number, _FOR_EVICTION)[0]),
+            key=int(hash_key(seed, number, Purpose.EVICTION)[0]),
         )
         for condition, columns in _all_columns(prefix, policies, kept, always_kept):
             logits = continue_sequence(lens, cache, ids[:, prefix_length:], prefix_length, columns=columns)

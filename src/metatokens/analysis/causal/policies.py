@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from metatokens.data.injection import BoolArray, IntArray
+from metatokens.data.keyed_random import KeyedRandom
 from metatokens.errors import UsageError
-from metatokens.tasks.base import Draws
 
 FloatArray = npt.NDArray[np.float64]
 Policy = Literal["window", "meta", "slots", "even", "random", "heavy_hitters"]
@@ -102,7 +102,7 @@ def _evenly_spaced(prefix: Prefix, free: IntArray, count: int) -> IntArray:
 
 
 def _drawn(prefix: Prefix, free: IntArray, count: int) -> IntArray:
-    order = Draws(prefix.key).shuffle(free.tolist())
+    order = KeyedRandom(prefix.key).shuffle(free.tolist())
     return np.array([next(order) for _ in range(count)], dtype=np.int64)
 
 

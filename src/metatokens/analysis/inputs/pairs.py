@@ -27,9 +27,10 @@ import numpy as np
 
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.config.tasks import MarkedTask
-from metatokens.data.injection import IntArray, hash_key
+from metatokens.data.injection import IntArray
+from metatokens.data.keyed_random import KeyedRandom, Purpose, hash_key
 from metatokens.errors import UsageError
-from metatokens.tasks.base import META, Draws, PieceEncoder
+from metatokens.tasks.base import META, PieceEncoder
 from metatokens.tasks.encoding import encode_instance
 from metatokens.tasks.registry import TASKS, make_instance
 from metatokens.tasks.words import ITEMS
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from metatokens.config.tasks import Difficulty, Task
     from metatokens.tasks.base import Instance, Solve, Split
 
-_FOR_ITEM = 6  # what this draw is for; others are in data/injection.py, data/loader.py, tasks/curriculum.py
 _MOST_ATTEMPTS = 400
 _ATTEMPT_STRIDE = 2**40  # between the instances that one pair may try: no two pairs share one
 _ITEM_PIECES = tuple(f" {item}" for item in ITEMS)
@@ -110,7 +110,7 @@ def make_minimal_pair(
     for attempt in range(_MOST_ATTEMPTS):
         number = index + attempt * _ATTEMPT_STRIDE
         clean = make_instance(task, difficulty, encoder=encoder, seed=seed, split=split, index=number)
-        draws = Draws(int(hash_key(seed, number, _FOR_ITEM)[0]))
+        draws = KeyedRandom(int(hash_key(seed, number, Purpose.PAIR_ITEM)[0]))
         for place, corrupt in _twins(task.kind, clean, encoder, draws):
             if corrupt.split == split:
                 pair = _encode(clean, corrupt, place, task=task, encoder=encoder, meta_token_id=meta_token_id)
@@ -157,7 +157,7 @@ def replace_item(instance: Instance, place: int, piece: str, solve: Solve) -> In
     return instance._replace(pieces=tuple(pieces), choices=())
 
 
-def _twins(kind: str, clean: Instance, encoder: PieceEncoder, draws: Draws) -> Iterator[tuple[int, Instance]]:
+def _twins(kind: str, clean: Instance, encoder: PieceEncoder, draws: KeyedRandom) -> Iterator[tuple[int, Instance]]:
     """Yield, in a random order, the place of an item and the instance with another item there and other answers."""
     solve = TASKS[kind].solve
     assert tuple(solve(clean.prompt_text)) == clean.answers, "the solver and the generator disagree"

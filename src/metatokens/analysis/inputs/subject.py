@@ -19,7 +19,8 @@ from torch import Tensor
 from metatokens.analysis.inputs.documents import Document
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
-from metatokens.data.injection import hash_key, inject_into_prompt
+from metatokens.data.injection import inject_into_prompt
+from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.sources import iterate_documents
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError
@@ -30,8 +31,6 @@ from metatokens.tasks.encoding import EncodedInstance
 
 _Made = TypeVar("_Made")
 _CHARACTERS_PER_TOKEN = 16  # more than a window needs of any text
-_FOR_PASSAGE = 8  # what this draw is for; 7 is in analysis/eviction.py
-_FOR_INJECTION = 9
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
 
     def inject(number: int, draw: int) -> Document:
         name, ids = found[number]
-        seed = int(hash_key(config.seed, number, _FOR_INJECTION, draw)[0] >> np.uint64(1))
+        seed = int(hash_key(config.seed, number, Purpose.PASSAGE_INJECTION, draw)[0] >> np.uint64(1))
         row = inject_into_prompt(ids, injection, meta_token_id=meta_token_id, seed=seed)
         return _document(name, torch.tensor(row), meta_token_id)
 
@@ -225,7 +224,7 @@ def _passage(text: str, num_characters: int, *, seed: int, number: int) -> str:
     room = len(text) - num_characters
     if room <= 0:
         return text
-    start = int(hash_key(seed, number, _FOR_PASSAGE)[0]) % (room + 1)
+    start = int(hash_key(seed, number, Purpose.PASSAGE)[0]) % (room + 1)
     behind = text[start : start + num_characters]
     return behind if start == 0 else behind.partition(" ")[2] or behind
 
