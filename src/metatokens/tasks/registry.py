@@ -35,7 +35,7 @@ class TaskParts(NamedTuple):
     config: type[Task]
     """The class of its configuration."""
     generate: Generate
-    """KeyedRandom instances."""
+    """Draws instances."""
     solve: Solve
     """Answers a prompt from its text alone."""
 

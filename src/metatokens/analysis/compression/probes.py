@@ -48,7 +48,7 @@ from metatokens.evaluation.statistics import Interval
 FIRST_BLOCK_DOCUMENTS = 2
 """The fewest documents of the online code's first block: one to train on and one to stop on."""
 PAST_STATES: tuple[FittedState, ...] = (META_STATE, "token before it", "untrained")
-"""EvaluationRequest for what stands before them, too."""
+"""Asked for what stands before them, too."""
 ITSELF = ("token before it", "the token before")
 """State and target that are one token."""
 CODED_STATES: tuple[FittedState, ...] = (META_STATE, "token before it", "last token")
