@@ -210,3 +210,13 @@ def test_flex_attention_refuses_a_mask_of_pairs() -> None:
     model = tiny_model(attn_implementation="flex_attention")
     with pytest.raises(ValueError, match='"flex_attention" takes no mask of pairs'):
         model(tokens("xx_x"), attention_mask=torch.ones(1, 1, 4, 4).tril().bool())
+
+
+@pytest.mark.parametrize("way", ["positions", "cu_seq_lens"])
+@pytest.mark.parametrize("loss_policy", ["skip", "retarget"])
+@torch.no_grad()
+def test_no_document_predicts_into_the_next(loss_policy: str, way: str) -> None:
+    model, parts = tiny_model(loss_policy=loss_policy), documents()
+    apart = sum(model(part, labels=part, num_items_in_batch=1).loss for part in parts)
+    row = torch.cat(parts, dim=1)
+    assert_close(model(row, labels=row, num_items_in_batch=1, **told_by(way, parts)).loss, apart, TOLERANCE)

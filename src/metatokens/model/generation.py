@@ -26,6 +26,8 @@ class MetaTokenGenerationMixin(GenerationMixin):
 
     config: MetaTokenConfig
     generation_config: GenerationConfig
+    _fewest_padding: int = 0
+    """Padding of the row with the least of it, of the prompts at hand: it takes columns and no positions."""
 
     def _ids_never_sampled(self) -> list[int]:
         # no loss is paid for predicting the meta-token, so its logit means nothing. Rows of a padded vocabulary stay:
@@ -43,6 +45,10 @@ class MetaTokenGenerationMixin(GenerationMixin):
         of `inputs_embeds`.
         """
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        padding_mask = model_kwargs.get("attention_mask")
+        self._fewest_padding = 0
+        if padding_mask is not None and padding_mask.ndim == 2:
+            self._fewest_padding = int((padding_mask == 0).sum(-1).min())
         suppressed = {*(generation_config.suppress_tokens or ()), *self._ids_never_sampled()}
         if self.config.pad_token_id in _as_list(generation_config.eos_token_id):
             suppressed.discard(self.config.pad_token_id)
@@ -65,9 +71,9 @@ class MetaTokenGenerationMixin(GenerationMixin):
             ValueError: for a prompt longer than the model, or a minimum that cannot fit.
         """
         generation_config = super()._prepare_generated_length(*args, **kwargs)
-        # lengths count the ids alone, which may be fewer than the positions of `inputs_embeds`
-        uncounted = kwargs["inputs_tensor"].shape[1] - kwargs["input_ids_length"]
-        self.config.check_length(kwargs["inputs_tensor"].shape[1])
+        # lengths count the ids alone: positions of `inputs_embeds` may be more, and those of a padded batch are fewer
+        uncounted = kwargs["inputs_tensor"].shape[1] - kwargs["input_ids_length"] - self._fewest_padding
+        self.config.check_length(kwargs["input_ids_length"] + uncounted)
         self.config.check_length((generation_config.min_length or 0) + uncounted - 1)
         longest = self.config.max_sequence_length + 1 - uncounted
         if generation_config.max_length > longest:

@@ -21,29 +21,41 @@ IGNORE_INDEX = -100
 LOGITS_CHUNK_ELEMENTS = 2**23  # 32 MiB of float32 logits at a time
 
 
-def targets_of_labels(labels: Tensor, meta_token_mask: Tensor, loss_policy: str) -> Tensor:
+def targets_of_labels(
+    labels: Tensor, meta_token_mask: Tensor, loss_policy: str, documents: Tensor | None = None
+) -> Tensor:
     """Turn labels aligned with the inputs into the targets of each position.
 
     Args:
         labels: (B, T) int64, `labels[:, t]` the token at t or -100.
         meta_token_mask: (B, T) bool, True at meta-tokens; their labels are dropped.
         loss_policy: "skip" or "retarget".
+        documents: (B or 1, T) int64, the document of each token where rows hold several: none predicts into the next.
 
     Returns:
         (B, T) int64: what position t must predict, -100 where it predicts nothing.
     """
     labels = labels.masked_fill(meta_token_mask, IGNORE_INDEX)
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if loss_policy == "skip":
-        return shifted
-    # for each position the index of the next text token: a running minimum from the right
     num_tokens = labels.shape[1]
     positions = torch.arange(num_tokens, device=labels.device)
+    if loss_policy == "skip":
+        following = (positions + 1).expand(labels.shape)
+        return _labels_at(following, labels, documents)
+    # for each position the index of the next text token: a running minimum from the right
     text_positions = torch.where(meta_token_mask, num_tokens, positions)
     next_text = text_positions.flip(-1).cummin(-1).values.flip(-1)
     following = nn.functional.pad(next_text[:, 1:], (0, 1), value=num_tokens)
+    return _labels_at(following, labels, documents).masked_fill(meta_token_mask, IGNORE_INDEX)
+
+
+def _labels_at(following: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
+    """Return the label at the index that follows each position, (B, T); -100 past the end and in another document."""
     targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX).gather(1, following)
-    return targets.masked_fill(meta_token_mask, IGNORE_INDEX)
+    if documents is None:
+        return targets
+    documents = documents.expand(labels.shape)
+    its_document = nn.functional.pad(documents, (0, 1), value=-1).gather(1, following)
+    return targets.masked_fill(its_document != documents, IGNORE_INDEX)
 
 
 def loss_and_logits(

@@ -399,7 +399,11 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
                 is_meta = meta_token_mask.bool()
             labels = labels.masked_fill(is_meta, IGNORE_INDEX)
             if shift_labels is None:
-                shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
+                documents = None
+                if attention_mask is None and one_cache(past_key_values, cache) is None:
+                    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+                    documents = find_documents(self.config, position_ids, cu_seq_lens, labels.shape[1], None)
+                shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy, documents)
         loss, logits = self._predict(
             outputs.last_hidden_state, labels, shift_labels, logits_to_keep, num_items_in_batch
         )

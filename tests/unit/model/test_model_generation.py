@@ -269,6 +269,13 @@ def test_prompt_longer_than_the_model_is_refused_before_a_token_is_made() -> Non
         tiny_model().generate(tokens("x" * (MAX_LENGTH + 1)), max_new_tokens=3)
 
 
+def test_padding_takes_no_room_of_the_window() -> None:
+    prompt = tokens("x_xx" * 10)
+    padded = torch.nn.functional.pad(prompt, (MAX_LENGTH // 2, 0), value=PAD)
+    model = tiny_model()
+    assert torch.equal(generate(model, padded, do_sample=False), generate(model, prompt, do_sample=False))
+
+
 def test_each_row_of_a_left_padded_batch_generates_what_it_generates_alone() -> None:
     model = tiny_model(dtype=torch.float64)
     prompts = tokens("...x_xx", "x_xxx_x", "......_")
