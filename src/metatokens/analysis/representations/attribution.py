@@ -26,7 +26,7 @@ from metatokens.analysis.representations.logits import OutputHead, documents_at,
 from metatokens.config.analysis import TaskSubject
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import find_meta_tokens, residual_names
+from metatokens.lens.residuals import residual_names
 
 COMPLETE_TO = 1e-3  # of the residual's largest entry; float32 sums of some fifty components stay far below
 _BATCH = 16
@@ -120,7 +120,7 @@ def attribute_logits(
     wanted = [name for name in lens.names if name.endswith(branches)]
     names = residual_names(lens)
     with lens.capture([names[0], names[-1], *wanted], at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids, attention_mask=attention_mask)
     components = {"embed": captured[names[0]]}
     fired = set(captured)  # meta-attention is silent where there is no meta-token
     for name in wanted:
@@ -160,7 +160,7 @@ def measure_branch_strengths(
     num_layers = len(lens.layout.blocks)
     names = [name for name in lens.names if name.endswith((*taps, "hook_resid_mid"))]
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids, attention_mask=attention_mask)
     fired, rows = set(captured), documents_at(documents, at)
 
     def measure(tap: str) -> DocumentSums:
@@ -187,8 +187,8 @@ def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.
         "norm_bias" and, where the head has one, "head_bias"; and "logit", their sum. At the token itself and not where
         it is predicted; NaN at meta-tokens and at a token that nothing predicts. "logit" alone where nothing is.
     """
-    is_meta = find_meta_tokens(lens, input_ids)
-    before = predicting_positions(is_meta, getattr(lens.model.config, "loss_policy", "skip"))
+    is_meta = lens.is_meta(input_ids)
+    before = predicting_positions(is_meta, lens.loss_policy)
     is_predicted = before >= 0
     if not is_predicted.any():
         return {"logit": np.full(len(input_ids), np.nan, dtype=np.float32)}
