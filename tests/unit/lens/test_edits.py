@@ -360,7 +360,7 @@ def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, mode
         at = at & mask.bool()
     needs_branch = edit.startswith("meta")
     if needs_branch and "blocks.1.hook_meta_out" not in lens.names:
-        with pytest.raises(ValueError, match="no tap|edges can be cut"), lens.edit(EDITS[edit](at)):
+        with pytest.raises(ValueError, match=r"no tap|edges can be cut"), lens.edit(EDITS[edit](at)):
             pass
         return
     with lens.edit(EDITS[edit](at)):
