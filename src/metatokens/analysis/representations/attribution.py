@@ -235,8 +235,8 @@ def _shares_in_answers(inputs: Inputs) -> Sequence[Mapping[str, npt.NDArray[Any]
     """Return the shares in the answer's logit minus the foil's at the end of clean prompts, by component."""
     shares = []
     pairs = pairs_of(inputs)
-    for batch, rows in batches_of(inputs.lens, pairs, _BATCH):
-        last = batch.mask([np.array([len(pair.clean) - 1]) for pair in pairs[rows]])
+    for batch in batches_of(inputs.lens, pairs, _BATCH):
+        last = batch.mask(batch.last)
         found = attribute_logits(inputs.lens, batch.clean, at=last, token_ids=batch.answer, foil_ids=batch.foil)
         shares.append(dict(zip(found.names, found.values.T.numpy(force=True), strict=True)))
     return shares
