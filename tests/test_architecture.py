@@ -29,7 +29,15 @@ STAGES = (
     {"cli", "__main__"},
 )
 STAGE_OF = {part: stage for stage, parts in enumerate(STAGES) for part in parts}
-EVERYWHERE = {"errors", "registration", ""}  # "" is the package itself, which imports nothing at once
+EVERYWHERE = {"errors", "registration"}
+# inside of analysis, likewise; rooms of one stage never import each other
+ANALYSIS_STAGES = (
+    {"inputs", "results"},
+    {"measures"},
+    {"attention", "representations", "compression", "causal"},
+    {"claims", "token_view"},
+    {"run"},
+)
 MODEL_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"}
 
 
@@ -63,7 +71,7 @@ def imported_parts(path: Path) -> set[str]:
 
 
 def test_every_part_of_the_package_has_a_stage() -> None:
-    assert {part_of(path) for path in MODULES} <= STAGE_OF.keys() | EVERYWHERE
+    assert {part_of(path) for path in MODULES} - {""} <= STAGE_OF.keys() | EVERYWHERE
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)
@@ -73,15 +81,27 @@ def test_imports_point_one_way(path: Path) -> None:
     if part in {"errors", "registration"}:
         assert imported == set()
     elif part != "":
+        assert "" not in imported, "the package itself is for its users; the version is in importlib.metadata"
         assert {other for other in imported if STAGE_OF[other] > STAGE_OF[part]} == set()
 
 
 def test_parts_import_one_another_without_a_cycle() -> None:
     graph: dict[str, set[str]] = {}
     for path in MODULES:
-        if part_of(path) not in EVERYWHERE:
+        if part_of(path) not in EVERYWHERE | {""}:
             graph.setdefault(part_of(path), set()).update(imported_parts(path) - {part_of(path)} - EVERYWHERE)
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "analysis").rglob("*.py")), ids=module_of)
+def test_rooms_of_the_analysis_import_downwards_and_never_each_other(path: Path) -> None:
+    stage_of = {room: stage for stage, rooms in enumerate(ANALYSIS_STAGES) for room in rooms}
+    room = module_of(path).split(".")[2:3]
+    inside = {name.split(".")[2] for name in imported_modules(path) if name.startswith("metatokens.analysis.")}
+    if room:
+        assert {other for other in inside - {*room} if stage_of[other] >= stage_of[room[0]]} == set()
+    else:
+        assert inside == set()
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "model").glob("*.py")), ids=module_of)
