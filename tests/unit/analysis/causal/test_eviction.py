@@ -21,7 +21,7 @@ from metatokens.analysis.causal.policies import POLICIES, AlwaysKept, Prefix, ch
 from metatokens.baselines.masks import SparseAttentionConfig
 from metatokens.errors import UsageError
 from metatokens.lens import Lens, edits
-from tiny_models import META, VOCAB_SIZE, randomize, tiny_model, tokens
+from tiny_models import VOCAB_SIZE, randomize, tiny_model, tokens
 
 PREFIX, LENGTH = 24, 34
 ROW = "xxx_xxxxx_xx_xxxxxxx_xxxxxxx_xxxxx"
