@@ -6,11 +6,11 @@ those to the meta-tokens are cut with them: the interaction of the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from metatokens.analysis.inputs.pairs import pairs_of
-from metatokens.analysis.inputs.scores import BATCH_SIZE, PairBatch, Scores, batches_of, join_scores
+from metatokens.analysis.inputs.scores import BATCH_SIZE, FloatArray, PairBatch, Scores, batches_of, join_scores
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Dots, Row, Rows, measure
 from metatokens.lens import edits
@@ -73,6 +73,17 @@ def _cut(batch: PairBatch, path: Path) -> list[Edit | EdgeCut]:
     return [edits.cut_edges(None, query=batch.is_question, key=read)]
 
 
+def interaction_of(scores: Mapping[str, Scores]) -> FloatArray:
+    """Return (direct cut - both cut) - (full - meta cut), in logits, (pairs,).
+
+    It is 0 where one path does it all and where the two add up, and positive where either would do: implicit caching.
+    """
+    direct, both, full, meta = (
+        scores[condition].logit_difference for condition in ("direct cut", "both cut", "full", "meta cut")
+    )
+    return (direct - both) - (full - meta)
+
+
 @shared
 def blocking_of(inputs: Inputs) -> dict[str, Scores]:
     """Return the scores with paths cut."""
@@ -96,8 +107,7 @@ def pair_accuracy(inputs: Inputs) -> Rows:
 @measure("causal", "logits", test=True, subject="task")
 def interaction(inputs: Inputs) -> Rows:
     """By how much more a cut of the meta path costs once the direct path is cut; 0 where one path does it all."""
-    left = {condition: scores.logit_difference for condition, scores in blocking_of(inputs).items()}
-    yield Row({}, (left["direct cut"] - left["both cut"]) - (left["full"] - left["meta cut"]))
+    yield Row({}, interaction_of(blocking_of(inputs)))
 
 
 @measure("causal", "logits", test=True, subject="task")
