@@ -245,7 +245,7 @@ class _DenseAttention(_AttentionArrays):
 
 
 class _SparseAttention(_AttentionArrays):
-    """The largest weights of each row, of some heads and of the mean; no more than one head's matrix at a time."""
+    """The largest weights of each row, of some heads and of the mean; holds one head's matrix at a time."""
 
     def __init__(self, lens: Lens, is_meta: Tensor) -> None:
         super().__init__(lens, is_meta)

@@ -1,7 +1,7 @@
-"""The hooks of the lens: hung on the modules that the requests need, and on no other, until they are removed.
+"""The hooks of the lens: they hang on the modules that the requests need, and on no other, until they are removed.
 
-No module is patched and no attention implementation is changed. Queries and keys are seen as the scores use them
-through the `Rotary` that an attention of this package is handed; without rotation these are what was projected.
+No module is patched and no attention implementation is changed. An attention of this package is handed a `Rotary`;
+the lens wraps it and so sees queries and keys as the scores use them. Without rotation these are the projections.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ class Hooks:
         full = pack.add(empty, output[0])
         changed = self._edit(site.output_tap, full, columns)
         rows = output[0] if changed is full else pack.gather(changed)
-        # a token that takes no part gets nothing, whatever an edit says
+        # a token that takes no part gets nothing, even from an edit
         self._keep(site.output_tap, full if changed is full else pack.add(empty, rows), columns)
         return None if changed is full else (rows, *output[1:])
 

@@ -21,11 +21,12 @@ Taps of a block, in the order in which they fire, with their shapes:
     hook_resid_mid, hook_mlp_out, hook_resid_post        (B, T, C)
 
 and `embed.hook_embed` (what enters the first block), `ln_final.hook_normalized`, `unembed.hook_logits`. Block l has the
-prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention only where there are meta-tokens. GPT-Neo
-projects one after the other, so its rotated queries fire before its keys.
+prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention fire only where there are meta-tokens.
+GPT-Neo projects queries, keys and values one after the other, so its rotated queries fire before its keys.
 
-Hooks are hung on the modules that requested taps need, and gone with the context. With nothing changed the logits keep
-their bits. No attention backend is asked for its weights. Not under `torch.compile`, nor with a static cache.
+Hooks hang only on the modules that the requested taps need, and go with the context. With nothing changed the logits
+keep their bits. No attention backend is asked for its weights. A lens works neither under `torch.compile` nor with a
+static cache.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def at_columns(values: Tensor, columns: Tensor) -> Tensor:
     """Return (B or 1, T) values at columns (B, n); zero or False beyond the last column and at -1.
 
     Raises:
-        ValueError: Neither one row nor as many as the batch has.
+        ValueError: The number of rows is neither 1 nor that of the batch.
     """
     if values.shape[0] not in (1, len(columns)):
         raise ValueError(f"positions {tuple(values.shape)} are neither for all rows nor for each of {len(columns)}")

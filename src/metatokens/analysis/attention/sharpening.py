@@ -1,9 +1,8 @@
 """What the meta-tokens' embedding does to attention: the same documents with it and without, row by row.
 
-Each document is run twice, as it is and with the embedding zeroed as in the paper, at the same places.
-Differences are paired by layer, head and query, and averaged over the queries from the first meta-token on; the
-document is the unit of all that follows. The same two runs are held against the sharpening theorem
-(`metatokens.analysis.attention.theorem`).
+Each document is run twice: unchanged, and with the meta-tokens' embedding zeroed as in the paper. Differences are
+paired by layer, head and query, and averaged over the queries from the first meta-token on; the document is the unit
+of all that follows. The same two runs also test the sharpening theorem (`metatokens.analysis.attention.theorem`).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def attention_effects(lens: Lens, documents: Sequence[Document], *, queries: Str
         points    (n, 4)                  sampled edges: layer, margin x, boost, critical boost
 
     Raises:
-        UsageError: No document has such a meta-token, or attention is no softmax of its scores.
+        UsageError: No document has such a meta-token, or attention weights are not the softmax of the scores.
     """
     found: dict[int, list[dict[str, Array]]] = {}
     for number, document in enumerate(documents):
@@ -78,7 +77,7 @@ def rows_behind_a_meta_token(document: Document, queries: StratifiedQueries) -> 
 
 
 def _compare_runs(lens: Lens, document: Document, rows: Tensor, *, seed: int) -> list[dict[str, Array]]:
-    """Run a document without the embedding and as it is, and return what differs, layer by layer.
+    """Run a document without the embedding and unchanged, and return what differs, layer by layer.
 
     The queries and keys of the first run are kept until the second reaches their layer: 50 MB a layer at 8,192 tokens
     of width 768.

@@ -139,7 +139,7 @@ def continue_sequence(
 ) -> Tensor:
     """Return the logits (1, m, V) of a continuation (1, m) behind a prefix of which these columns stay; None: all.
 
-    The cache given is left as it is.
+    The given cache stays unchanged.
     """
     model = lens.model
     everything = np.arange(prefix_length)
@@ -254,7 +254,7 @@ def losses_of(inputs: Inputs) -> dict[Condition | None, FloatArray]:
 
 @measure("eviction", "nats/token", axes=("policy", "kept"), subject="text", plot=Lines("kept", by="policy"))
 def eviction_cost(inputs: Inputs) -> Rows:
-    """Loss of a continuation with a share of the prefix's cache kept, minus with all of it, by what is kept."""
+    """Loss of a continuation with a share of the prefix's cache kept, minus that with all of it."""
     losses = losses_of(inputs)
     for condition, loss in losses.items():
         if condition is not None:

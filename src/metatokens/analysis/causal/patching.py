@@ -51,7 +51,7 @@ class Patch(NamedTuple):
     """Which states of the residual stream are taken from the other prompt."""
 
     state: State
-    """meta: the meta-tokens behind the item. Controls: ordinary, as many text tokens as near to them as can be
+    """meta: the meta-tokens behind the item. Controls: ordinary, an equal number of text tokens next to them
     (`matched_positions`); item, its own tokens; last, the token whose output is scored."""
     direction: Direction
     window: int
@@ -139,10 +139,10 @@ def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) ->
 
 
 def matched_positions(pair: MinimalPair) -> IntArray:
-    """Return as many ordinary positions as there are meta-tokens behind the item, each as near to one as can be.
+    """Return for each meta-token behind the item the nearest free text position behind the item, rising.
 
-    They are text tokens behind the item, and not the last token. Of two equally near, the earlier is taken: its prefix
-    is the meta-token's own. A row with fewer text tokens than meta-tokens there has fewer.
+    The last token is never taken. Of two equally near ones the earlier is: its prefix is the meta-token's own. A row
+    with fewer text tokens than meta-tokens there has fewer positions.
     """
     columns = np.arange(pair.item_positions[-1] + 1, len(pair.clean) - 1)
     free = np.setdiff1d(columns, pair.meta_positions)

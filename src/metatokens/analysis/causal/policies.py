@@ -1,7 +1,7 @@
-"""Which columns of a key-value cache stay: a policy chooses, everything else is equal.
+"""Which columns of a key-value cache stay: the policies of an eviction.
 
-A budget is a number of columns. It goes first to the first few columns (attention sinks, Xiao et al. 2024) and to the
-newest few, then to what the policy prefers, then to the newest of what is left:
+A budget is a number of columns. Under every policy it goes first to the first few columns (attention sinks, Xiao et
+al. 2024) and to the newest few, then to the columns that the policy prefers, then to the newest of the rest:
 
     window         nothing: sinks and the newest (StreamingLLM)
     meta           meta-tokens, newest first

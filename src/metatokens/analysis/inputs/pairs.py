@@ -10,7 +10,7 @@ the same positions, and up to the answer nothing differs but the item:
 A row ends before the first token of the answers that differs; what both answers share stands in the row. Words of
 several tokens, copied spans and several questions are thus handled alike. What is replaced:
 
-    list_recall, list_pointer  the item asked for, by a word that is nowhere in the body, as it is itself elsewhere
+    list_recall, list_pointer  the item asked for, by another word; neither stands elsewhere in the body
     copying                    a word of a span, likewise
     segment_counting           a word of the segment, by another of the prompt's words: answers differ by one
     parity                     a bit before the last mark, by the other
@@ -48,7 +48,7 @@ _BITS = (" 0", " 1")
 
 
 class MinimalPair(NamedTuple):
-    """Two prompts as tokens, equal but for one item."""
+    """Two prompts as tokens that differ in one item."""
 
     clean: IntArray
     """(T,), text and meta-tokens up to the token that tells answer from foil."""
