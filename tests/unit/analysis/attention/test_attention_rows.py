@@ -288,3 +288,9 @@ def test_four_thousand_tokens_need_no_square_array() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True, env=environment)
     assert int(result.stdout) < 1.5e9  # one layer's weights alone would be 0.8 GB, twelve 9.7 GB
+
+
+def test_a_backend_whose_masks_cannot_be_read_is_refused() -> None:
+    query, key, is_meta = draw(4, 1.0)
+    with pytest.raises(UsageError, match="eager or sdpa, whose masks can be read, found object"):
+        statistics_of(query, key, is_meta, mask=object())  # type: ignore[arg-type]
