@@ -29,7 +29,7 @@ from metatokens.analysis.representations.places import places_of
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens
+from metatokens.lens.residuals import capture_residuals, real_tokens
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
@@ -310,7 +310,7 @@ def measure_logit_lens(
         maps: of `fit_affine_maps`, through which the states of all layers but the last go; None takes them as they are.
         attention_mask: (B, T), 0 at padding.
     """
-    text = real_tokens(input_ids, attention_mask) & ~find_meta_tokens(lens, input_ids)
+    text = real_tokens(input_ids, attention_mask) & ~lens.is_meta(input_ids)
     states = capture_residuals(lens, input_ids, attention_mask=attention_mask, at=at)
     if maps is not None:
         states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
@@ -331,11 +331,11 @@ def measure_outputs(
 
     Targets are those of the model's loss policy; a position whose target is dropped has no cross-entropy.
     """
-    is_meta, keep = find_meta_tokens(lens, input_ids), real_tokens(input_ids, attention_mask)
-    policy = getattr(lens.model.config, "loss_policy", "skip")
+    is_meta, keep = lens.is_meta(input_ids), real_tokens(input_ids, attention_mask)
+    policy = lens.loss_policy
     targets = targets_of_labels(input_ids.masked_fill(~keep, IGNORE_INDEX), is_meta, policy)
     with lens.capture(["ln_final.hook_normalized"], at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids, attention_mask=attention_mask)
     return output_statistics(captured["ln_final.hook_normalized"], OutputHead.of(lens), targets[at])
 
 

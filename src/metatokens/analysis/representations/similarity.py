@@ -39,7 +39,7 @@ from metatokens.analysis.inputs.subject import Inputs, shared, stack
 from metatokens.analysis.measures import Lines, Row, Rows, measure, rows_over
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens, real_tokens
+from metatokens.lens.residuals import capture_residuals, real_tokens
 
 Variant = Literal["raw", "centred", "z_scored", "centred_by_kind"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -254,7 +254,7 @@ def calibrate(lens: Lens, batches: Iterable[Mapping[str, Tensor]]) -> list[Calib
     for batch in batches:
         input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
         states = capture_residuals(lens, input_ids, attention_mask=attention_mask)
-        keep, is_meta = real_tokens(input_ids, attention_mask), find_meta_tokens(lens, input_ids)
+        keep, is_meta = real_tokens(input_ids, attention_mask), lens.is_meta(input_ids)
         calibrations = calibrations or [Calibration.empty(states[0].shape[-1]) for _ in states]
         calibrations = [
             calibration.add(layer[keep].cpu(), is_meta[keep].cpu())
@@ -290,7 +290,7 @@ def measure_cosines(
         variants: of the cosine.
         attention_mask: (B, T), 0 at padding.
     """
-    is_meta = find_meta_tokens(lens, input_ids)
+    is_meta = lens.is_meta(input_ids)
     own, shuffled = [], []
     for layer, raw in enumerate(capture_residuals(lens, input_ids, attention_mask=attention_mask)):
         for variant in variants:
@@ -335,7 +335,7 @@ def measure_excess_cosine(
     Raises:
         UsageError: the runs are not of the same texts, or one document has more than half of the rows.
     """
-    is_meta, is_control_meta = find_meta_tokens(lens, meta_run), find_meta_tokens(lens, control_run)
+    is_meta, is_control_meta = lens.is_meta(meta_run), lens.is_meta(control_run)
     same_shape = meta_run.shape == control_run.shape and torch.equal(is_meta.sum(1), is_control_meta.sum(1))
     if not same_shape or not torch.equal(meta_run[~is_meta], control_run[~is_control_meta]):
         raise UsageError(
