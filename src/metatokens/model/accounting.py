@@ -46,7 +46,7 @@ def forward_flops(
     """Count the operations of one forward pass over one sequence.
 
     Args:
-        config: the model; who takes part in its meta-attention and what its self-attention sees count as they are.
+        config: the model; meta-attention and self-attention are counted as it configures them.
         num_positions: T, text and meta-tokens.
         num_meta: M, meta-tokens among them.
         num_logits: positions whose logits are made; by default those of the text tokens.

@@ -119,7 +119,7 @@ class MetaTokenConfig(PreTrainedConfig):
         return int(self.max_position_embeddings * factor)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save config.json, beside the code that its `auto_map` names; a subclass names none and brings none."""
+        """Save config.json and the code that its `auto_map` names; a subclass names none and saves none."""
         if type(self) is MetaTokenConfig:
             # by hand: transformers' own helper would leave out all Auto classes but that of the model being saved
             self.auto_map = (getattr(self, "auto_map", None) or {}) | AUTO_MAP
