@@ -8,11 +8,11 @@ Input, and targets for the two kinds of loss:
     answer -    -     -     - -   -    -    -    - -    -     -     -    -    -    - fog hand gear -
     full   :    skirt -     [ fog hand gear -    ] head onion cape  .    Copy 1    : fog hand gear -
 
-The meta-tokens are what tells the span, so a bracket stands right behind each for models without them. `size` is
-the number of words of a span. Several questions are several spans, in the order of the text; they do not overlap.
-The words around them, the last of which ends the text, are what makes a prompt longer. Words may repeat. With
-`meta_places` decoy as many pairs of meta-tokens stand around as many words elsewhere, drawn independently of the
-spans, and the brackets stay; without `marks` there are no brackets.
+The meta-tokens mark the span, and a bracket stands right after each for models without them. `size` is the number of
+words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
+more words around the spans; one of these words ends the text. Words may repeat. With `meta_places` decoy, the same
+number of pairs of meta-tokens stands around stretches of the same length, drawn independently of the spans, and the
+brackets stay. Without `marks` there are no brackets.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ def generate(
 
 
 def solve(prompt_text: str) -> list[str]:
-    """Return the answer to each question of a prompt; of the text alone."""
+    """Return the answer to each question of a prompt, from the text alone."""
     return [span.strip() for span in re.findall(r"\[([^\]]*)\]", prompt_text)]

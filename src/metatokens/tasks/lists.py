@@ -1,6 +1,6 @@
 """Named lists, as in `List castle: 1 river, 2 stone.`, which three of the tasks are made of.
 
-The number of lists is what makes a prompt longer; all lists of a prompt have the same number of items.
+A longer prompt has more lists; all lists of a prompt have the same number of items.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NamedList(NamedTuple):
         """Return the list as text: its name, its items with their numbers, a full stop.
 
         Args:
-            inserted: Pieces to put before item `index` (from 0), or behind the full stop.
+            inserted: Pieces to put before item `index` (from 0), or after the full stop.
             numbered: Write its number before each item.
         """
         last = len(self.items)
@@ -45,7 +45,7 @@ def draw_items(count: int, draws: KeyedRandom, *, key: str) -> list[str]:
     """Return different items in a random order.
 
     Raises:
-        UsageError: There are not as many; the message names the key of the setting.
+        UsageError: There are fewer items than `count`; the message names `key`, the key of the setting.
     """
     if count > len(ITEMS):
         raise UsageError(key, expected=f"at most {len(ITEMS)} different items", found=str(count), remedy="lower it")
@@ -57,7 +57,7 @@ def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, dra
     """Return the names of the lists in a random order, each once.
 
     Raises:
-        UsageError: The task may need more of them than there are.
+        UsageError: The task may need more names than there are.
     """
     if task.num_lists[1] > len(NAMES):
         raise UsageError(
@@ -79,16 +79,16 @@ def draw_lists(
     encoder: PieceEncoder,
     draws: KeyedRandom,
 ) -> tuple[list[NamedList], int] | None:
-    """Draw the other lists, and return all of them with the index of the target, which is anywhere among them.
+    """Draw the other lists, and return all lists with the index of the target, which may be any.
 
     Args:
-        task: For the number of lists and their form.
-        target: The list that is asked about.
-        draw_list: KeyedRandom another list.
+        task: Gives the number of lists and their form.
+        target: The list of the questions.
+        draw_list: Draws another list.
         length_range: The bounds of the whole prompt.
-        used: Text tokens of the questions and of marks.
+        used: Text tokens of the questions and the marks.
         encoder: Measures the lists.
-        draws: For the length and the place.
+        draws: Draws the length and the target's place.
     """
     fewest, most = task.num_lists
     drawn: list[NamedList] = []

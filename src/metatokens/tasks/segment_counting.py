@@ -16,11 +16,10 @@ Input, and targets for the two kinds of loss:
     answer 0  -
     full   0  -
 
-The meta-tokens are what tells the segment, so a bracket stands right behind each for models without them. With
-`meta_places` every, a meta-token stands after each list, with decoy at the ends of another segment, drawn
-independently; the brackets stay. Without `marks` there are no brackets. The
-answer is a number in digits, 0 included. The items of a prompt are `num_items` different words, and several
-questions ask for several of them.
+The meta-tokens mark the segment, and a bracket stands right after each for models without them. With `meta_places`
+every, a meta-token stands after each list; with decoy, at the ends of another segment, drawn independently. The
+brackets stay in both cases; without `marks` there are none. The answer is a number in digits, 0 included. The items of
+a prompt are `num_items` different words, and each question asks for a different one.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ def generate(
     target = draw_list()
     start, stop = _draw_segment(size, draws)
     order = draws.shuffle(words)
-    asked = [next(order) for _ in range(task.questions)]
+    counted = [next(order) for _ in range(task.questions)]
     questions = [
-        Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in asked
+        Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in counted
     ]
     used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
     drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
@@ -77,10 +76,10 @@ def generate(
 
 
 def solve(prompt_text: str) -> list[str]:
-    """Return the answer to each question of a prompt; of the text alone."""
+    """Return the answer to each question of a prompt, from the text alone."""
     inside = prompt_text.partition("[")[2].partition("]")[0]
     words = re.findall(r"[a-z]+", inside)
-    return [str(sum(word == asked for word in words)) for asked in re.findall(r"Count of (\w+) is", prompt_text)]
+    return [str(words.count(item)) for item in re.findall(r"Count of (\w+) is", prompt_text)]
 
 
 def _draw_segment(size: int, draws: KeyedRandom) -> tuple[int, int]:
