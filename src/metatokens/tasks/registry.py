@@ -60,17 +60,13 @@ def find_task(name: str) -> TaskParts:
     """Return a task by its name.
 
     Raises:
-        UsageError: There is none; the message has the nearest name.
+        ValueError: There is none of this name; the message has the nearest name.
     """
     if name in TASKS:
         return TASKS[name]
     close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-    raise UsageError(
-        "task",
-        expected=", ".join(TASKS),
-        found=repr(name),
-        remedy=f"did you mean {close[0]!r}?" if close else "name one of them",
-    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, not {name!r}{hint}")
 
 
 def make_instance(
