@@ -42,7 +42,7 @@ _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished dec
 # Schedules ---------------------------------------------------------------------------------------------------
 
 
-class _Schedule(Frozen, ABC):
+class _ScheduleBase(Frozen, ABC):
     @property
     def is_empty(self) -> bool:
         """Tell whether no sequence, however long, gets a meta-token."""
@@ -62,7 +62,7 @@ class _Schedule(Frozen, ABC):
         """
 
 
-class NoSchedule(_Schedule):
+class NoSchedule(_ScheduleBase):
     """No meta-token at all."""
 
     kind: Literal["none"] = "none"
@@ -78,7 +78,7 @@ class NoSchedule(_Schedule):
         return np.zeros_like(after_meta)
 
 
-class PeriodicSchedule(_Schedule):
+class PeriodicSchedule(_ScheduleBase):
     """One meta-token after every `text_tokens` text tokens; prompt and continuation count as one sequence."""
 
     kind: Literal["periodic"] = "periodic"
@@ -92,7 +92,7 @@ class PeriodicSchedule(_Schedule):
         return due
 
 
-class UniformSchedule(_Schedule):
+class UniformSchedule(_ScheduleBase):
     """A meta-token at each position with the same probability, drawn for each position on its own."""
 
     kind: Literal["uniform"] = "uniform"

@@ -55,7 +55,7 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowSizes:
     """The numbers of positions that a model can take; None if its config states no bound."""
 
     own: int | None
@@ -63,7 +63,7 @@ class Windows:
     """The window before positions were scaled, by YaRN for example; equal to `own` if they were not."""
 
     @classmethod
-    def of(cls, model: Any) -> Windows:
+    def of(cls, model: Any) -> WindowSizes:
         """Read the windows of a model's config."""
         own = sequence_limit(model)
         rope = getattr(model.config, "rope_parameters", None) or {}
@@ -81,7 +81,7 @@ class SweepRun:
     config: FinetuneConfig
     evaluations: tuple[EvaluationRequest, ...]
     parameters: int
-    windows: Windows
+    windows: WindowSizes
     budget: Budget
 
     @property
@@ -97,7 +97,7 @@ class _Arm:
     point: GridPoint
     evaluations: tuple[EvaluationRequest, ...]
     parameters: int
-    windows: Windows
+    windows: WindowSizes
     text_tokens: tuple[float, ...]
     flops: tuple[float, ...]
 
@@ -122,9 +122,9 @@ def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
     Raises:
         UsageError: a run cannot be trained or evaluated, or arms cannot share a budget.
     """
-    measure = _Measure()
-    arms = [measure.arm(sweep, point, origin) for point in expand(sweep, origin)]
-    configs = [_matched(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
+    estimator = _CostEstimator()
+    arms = [estimator.arm(sweep, point, origin) for point in expand(sweep, origin)]
+    configs = [_match_budget(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
     return [
         SweepRun(
             labels=arm.point.labels,
@@ -172,7 +172,7 @@ def describe_plan(sweep: SweepConfig, runs: Sequence[SweepRun]) -> dict[str, Any
 # Costs -------------------------------------------------------------------------------------------------------
 
 
-class _Measure:
+class _CostEstimator:
     """Measures costs of combinations and checks them; work that several share is done once."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class _Measure:
             point=point,
             evaluations=evaluations,
             parameters=model.num_parameters(),
-            windows=Windows.of(model),
+            windows=WindowSizes.of(model),
             text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
             flops=tuple(_mean([count_batch_flops(model, b) for b in batches]) for batches in stages),
         )
@@ -265,7 +265,7 @@ def _reference_of(sweep: SweepConfig, arm: _Arm, arms: Sequence[_Arm]) -> _Arm |
     return next(other for other in arms if other.point.labels == labels)
 
 
-def _matched(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
+def _match_budget(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
     """Return the config of an arm, with steps that match its budget to the reference's."""
     config = arm.point.config
     if reference is None or reference is arm:

@@ -101,7 +101,7 @@ def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
     return {
         evaluation.name: stored[evaluation.name]["report"]
         for evaluation in run.evaluations
-        if evaluation.name in stored and _matches(stored[evaluation.name], evaluation)
+        if evaluation.name in stored and _answers(stored[evaluation.name], evaluation)
     }
 
 
@@ -309,7 +309,7 @@ def _store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> Non
     write_atomically(path, json.dumps(stored) + "\n")
 
 
-def _matches(stored: dict[str, Any], request: EvaluationRequest) -> bool:
+def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
     """Tell whether a stored answer is one to this request."""
     old, new = stored["report"]["config"], request.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.data.keyed_random import KeyedRandom
 from metatokens.tasks.base import META, Instance, LengthRange, PieceEncoder, Question, assemble, count_question_tokens
-from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
+from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, write_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def generate_recall(
         for number in numbers[: task.questions]
     ]
     used = count_question_tokens(questions, encoder)
-    drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
+    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
     if drawn is None:
         return None
     lists, target_index = drawn

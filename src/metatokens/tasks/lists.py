@@ -69,7 +69,7 @@ def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, dra
     return draws.shuffle(NAMES)
 
 
-def draw_lists(
+def draw_other_lists(
     task: ListRecallTask | ListPointerTask | SegmentCountingTask,
     target: NamedList,
     draw_list: Callable[[], NamedList],

@@ -37,7 +37,7 @@ from metatokens.tasks.base import (
     count_question_tokens,
     mark_places,
 )
-from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
+from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, write_lists
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import SegmentCountingTask
@@ -61,7 +61,7 @@ def generate(
         Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in counted
     ]
     used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
-    drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
+    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
     if drawn is None:
         return None
     lists, target_index = drawn
