@@ -73,7 +73,7 @@ class Landmarks(NamedTuple):
     slopes: Tensor | None
     """(H,) of ALiBi."""
     table: BlockTable | None
-    """Set where only the best blocks are read."""
+    """Set if only the best blocks are read."""
 
     @property
     def block_of_query(self) -> Tensor:
@@ -93,7 +93,7 @@ def landmark_weights(scores: Tensor, landmarks: Landmarks) -> Tensor:
     """
     block_of_key = landmarks.block_of_key[:, None, None].expand(scores.shape)
     text_scores = scores.masked_fill(~landmarks.visible, -math.inf)
-    # products with this matrix have a deterministic backward pass on every device; gather and scatter have not
+    # products with this matrix have a deterministic backward pass on every device, unlike gather and scatter
     is_in_block = nn.functional.one_hot(landmarks.block_of_key, landmarks.num_blocks)[:, None].to(scores.dtype)
     inside = _logsumexp_by_block(text_scores, block_of_key, is_in_block)
     # blocks without a landmark gather column 0, and are no earlier block of any query
@@ -128,7 +128,7 @@ class LandmarkAttention(SelfAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the projected output (B, T, C) and, where all blocks are read, the weights (B, H, T, K)."""
+        """Return the projected output (B, T, C) and, if all blocks are read, the weights (B, H, T, K)."""
         del kwargs
         landmarks: Landmarks = mask
         weights = None

@@ -56,25 +56,25 @@ class PretrainedCausalLM(nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Return what the wrapped model generates with."""
+        """Return the generation config of the wrapped model."""
         generation_config: GenerationConfig = self.wrapped.generation_config
         return generation_config
 
     @property
     def device(self) -> torch.device:
-        """Return where the weights are."""
+        """Return the device of the weights."""
         device: torch.device = self.wrapped.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of the weights."""
+        """Return the dtype of the weights."""
         dtype: torch.dtype = self.wrapped.dtype
         return dtype
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """Return which tensors are stored once."""
+        """Return the names of tied tensors, which are stored once."""
         tied: dict[str, str] = self.wrapped.all_tied_weights_keys
         return tied
 

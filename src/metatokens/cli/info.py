@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.model,
                 expected="a preset with a model of its own",
                 found=f"one that starts from {start.path}",
-                remedy="name that checkpoint",
+                remedy=f"write `metatokens info {start.path}`",
             )
         config = build_config(start.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
     else:

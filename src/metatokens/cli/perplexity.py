@@ -101,5 +101,7 @@ def _whole_window(model: Any) -> int:
 
     limit = sequence_limit(model)
     if limit is None:
-        raise UsageError("--window", expected="a length", found="none, for a model without a limit", remedy="set it")
+        raise UsageError(
+            "--window", expected="a length, as the model states none", found="nothing", remedy="write `--window 1024`"
+        )
     return limit

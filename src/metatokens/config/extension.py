@@ -36,7 +36,9 @@ def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> 
             remedy="extend a model with rope",
         )
     if not (math.isfinite(factor) and factor > 1):
-        raise UsageError("--factor", expected="more than 1", found=f"{factor:g}", remedy="the paper takes 4 and 8")
+        raise UsageError(
+            "--factor", expected="more than 1", found=f"{factor:g}", remedy="write `--factor 4` or, as the paper too, 8"
+        )
     before = model.rope_scaling
     if isinstance(before, NoScaling):
         scaling = {"kind": method, "factor": factor}

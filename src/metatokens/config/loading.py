@@ -222,7 +222,10 @@ def differences_from_paper(config: PretrainConfig) -> list[str]:
 def _load_tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if preset in seen:
         raise UsageError(
-            f"preset {preset}", expected="no circle", found=" -> ".join((*seen, preset)), remedy="change its `extends:`"
+            f"preset {preset}",
+            expected="no circle of `extends:`",
+            found=" -> ".join((*seen, preset)),
+            remedy="change its `extends:`",
         )
     try:
         tree = yaml.load(_read_preset(preset), _StrictLoader)

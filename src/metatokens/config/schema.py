@@ -165,11 +165,13 @@ class ModelConfig(Frozen):
         if isinstance(self.attention, SparseAttention):
             beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
             if beyond:
-                raise ValueError(f"model.attention.layers {beyond} beyond the {self.num_hidden_layers} layers")
+                raise ValueError(f"model.attention.layers {beyond} are beyond the {self.num_hidden_layers} layers")
         if isinstance(self.meta_attention_layers, tuple):
             outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
             if outside:
-                raise ValueError(f"model.meta_attention_layers {outside} beyond the {self.num_hidden_layers} layers")
+                raise ValueError(
+                    f"model.meta_attention_layers {outside} are beyond the {self.num_hidden_layers} layers"
+                )
         return self
 
     @property

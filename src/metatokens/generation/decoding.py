@@ -107,7 +107,7 @@ class UniformSchedule(_ScheduleBase):
         return self.ratio == 0
 
     def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Return True where the hash of (seed, position) falls under the ratio."""
+        """Return True where the hash of (seed, position) is below the ratio."""
         del after_meta
         # the upper 53 bits as a number in [0, 1)
         draws = (hash_key(self.seed, num_text + num_meta) >> np.uint64(11)) * 2.0**-53
@@ -167,7 +167,7 @@ class MetaTokenSchedule(LogitsProcessor):
         """
         if not input_ids.shape[1]:
             raise ValueError(
-                "the prompt has no ids, whose tokens a schedule counts: give generate input_ids beside inputs_embeds"
+                "the prompt has no ids, so a schedule cannot count it: give generate input_ids beside inputs_embeds"
             )
         is_meta = input_ids == self.meta_token_id
         is_text = ~is_meta
@@ -291,7 +291,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
 
 
 def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: TextEncoder) -> None:
-    """Raise UsageError unless the model can have been trained on what the encoder makes.
+    """Raise UsageError unless the model can have been trained with this tokenizer.
 
     The meta-token is the first id after the text vocabulary; a model without one must have a row for every id.
     """

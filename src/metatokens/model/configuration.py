@@ -69,13 +69,15 @@ class MetaTokenConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         if "attention_pattern" in kwargs:
             # transformers would keep the unknown field and build full attention in its place
-            raise ValueError("attention_pattern belongs to the configs of metatokens.baselines")
+            raise ValueError(
+                "MetaTokenConfig has no attention_pattern: use SparseAttentionConfig of metatokens.baselines"
+            )
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Standardize RoPE parameters where there are any; other position encodings have none."""
         if not self.has_rotation:
-            # kept for `validate_choices` to refuse
+            # kept so that `validate_choices` refuses it
             self.rope_parameters = self.rope_parameters or kwargs.pop("rope_scaling", None)
             return kwargs
         converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
@@ -162,7 +164,7 @@ class MetaTokenConfig(PreTrainedConfig):
             return
         outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
         if outside:
-            raise ValueError(f"meta_attention_layers {outside} outside 0..{self.num_hidden_layers - 1}")
+            raise ValueError(f"meta_attention_layers {outside} are outside 0..{self.num_hidden_layers - 1}")
 
     def validate_choices(self) -> None:
         """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""

@@ -135,8 +135,8 @@ def find_documents(
         return None
     if past_key_values is not None:
         raise ValueError(
-            "positions that start anew pack documents into a row, and a cache cannot keep them apart: leave "
-            "past_key_values out, or give attention_mask where these are no documents"
+            "position_ids start anew within a row, which packs documents, and a cache cannot keep them apart: leave "
+            "past_key_values out, or give attention_mask if the row is one document"
         )
     if "flash" in backend:
         raise ValueError(f'attn_implementation "{backend}" takes no packed documents here: use "sdpa" or "eager"')
@@ -144,7 +144,7 @@ def find_documents(
 
 
 def is_traced() -> bool:
-    """Tell whether a graph is being made, which must not depend on the values of tensors."""
+    """Tell whether a graph is being traced; it must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 

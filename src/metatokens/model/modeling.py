@@ -279,7 +279,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         past_key_values: Cache | None,
         cu_seq_lens: Tensor | None,
     ) -> TokenLayout:
-        """Gather what limits the attention of (B, T, C), after checking that the sequence fits the model."""
+        """Gather the limits on the attention of (B, T, C), after a check that the sequence fits the model."""
         num_tokens = hidden.shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         attention_mask = check_attention_mask(self.config, attention_mask, hidden.dtype)

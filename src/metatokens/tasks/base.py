@@ -47,9 +47,9 @@ class Instance(NamedTuple):
     answer_pieces: tuple[tuple[int, int], ...]
     """(start, stop) of each answer in `pieces`; the last one ends the instance."""
     body_stop: int
-    """Index in `pieces` of the first question; what stands before is the body."""
+    """Index in `pieces` of the first question; the pieces before it are the body."""
     choices: tuple[str, ...] = ()
-    """The pieces among which an answer is chosen; empty where the task has no choices."""
+    """The pieces that an answer is chosen from; empty if the task has no choices."""
     key: int = 0
     """The 64-bit key of its draws; its encoding draws from it too."""
 
@@ -86,7 +86,7 @@ class Instance(NamedTuple):
 
 
 class LengthRange(NamedTuple):
-    """Which lengths a prompt may have, in text tokens, and which of them it aims at."""
+    """The lengths that a prompt may have, in text tokens, and the one that it aims at."""
 
     lowest: int
     highest: int
@@ -99,7 +99,7 @@ class Generate(Protocol):
     def __call__(
         self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
     ) -> Instance | None:
-        """Draw an instance of this size, or return None where this draw misses the lengths."""
+        """Draw an instance of this size, or return None if the prompt misses the range."""
 
 
 class Solve(Protocol):

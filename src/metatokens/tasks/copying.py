@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def generate(
     task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw spans of `size` words and the words around them; None where they miss the lengths."""
+    """Draw spans of `size` words and the words around them; None if the prompt misses the range."""
     spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
     around = fill_prompt(

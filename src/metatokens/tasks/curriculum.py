@@ -38,7 +38,7 @@ class PlacedStep(NamedTuple):
     stage: int
     """Index of the stage."""
     step: int
-    """Steps of the stage before it."""
+    """Number of steps of the stage before this one."""
 
 
 def locate(curriculum: Sequence[Stage], step: int) -> PlacedStep:

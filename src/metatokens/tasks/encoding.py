@@ -38,7 +38,7 @@ class EncodedInstance(NamedTuple):
     prompt_length: int
     """Text tokens before the last answer."""
     choices: tuple[tuple[int, ...], ...]
-    """The tokens of each choice; empty where the task has none."""
+    """The tokens of each choice; empty if the task has no choices."""
 
 
 class RecallBatch(NamedTuple):

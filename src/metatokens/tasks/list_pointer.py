@@ -36,7 +36,7 @@ _ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 def generate(
     task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items, the questions and their choices; None where they miss the lengths."""
+    """Draw lists of `size` items, the questions and their choices; None if the prompt misses the range."""
     instance = generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, draws=draws)
     if instance is None:
         return None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def generate(
     task: ListRecallTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items and the questions; None where they miss the lengths."""
+    """Draw lists of `size` items and the questions; None if the prompt misses the range."""
     return generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, draws=draws)
 
 

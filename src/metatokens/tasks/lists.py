@@ -1,4 +1,4 @@
-"""Named lists, as in `List castle: 1 river, 2 stone.`, which three of the tasks are made of.
+"""Named lists, as in `List castle: 1 river, 2 stone.`, which make up the prompts of three tasks.
 
 A longer prompt has more lists; all lists of a prompt have the same number of items.
 """

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def generate(
     task: ParityTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw `size` bits, the marks among them and the bits after them; None where they miss the lengths."""
+    """Draw `size` bits, the marks among them and the bits after them; None if the prompt misses the range."""
     if task.questions > size:
         raise UsageError(
             "parity.questions",

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def generate(
     task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items, the segment and the questions; None where they miss the lengths."""
+    """Draw lists of `size` items, the segment and the questions; None if the prompt misses the range."""
     names = draw_names(task, draws)
     words = draw_items(task.num_items, draws, key="segment_counting.num_items")
 
