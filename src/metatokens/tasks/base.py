@@ -97,7 +97,7 @@ class Generate(Protocol):
     """The generator of a task."""
 
     def __call__(
-        self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+        self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
     ) -> Instance | None:
         """Draw an instance of this size, or return None if the prompt misses the range."""
 
@@ -180,7 +180,7 @@ def fill_prompt(
     draw_part: Callable[[], list[str]],
     *,
     encoder: PieceEncoder,
-    draws: KeyedRandom,
+    random: KeyedRandom,
     num_parts: tuple[int, int],
 ) -> list[list[str]] | None:
     """Draw parts until the prompt reaches its goal, by default a length drawn uniformly from the possible ones.
@@ -190,7 +190,7 @@ def fill_prompt(
         used: Text tokens that the prompt has without the parts.
         draw_part: Draws the pieces of one more part.
         encoder: Measures them.
-        draws: Draws the length.
+        random: Draws the length.
         num_parts: Inclusive bounds of the number of parts.
 
     Returns:
@@ -203,7 +203,7 @@ def fill_prompt(
         return None
     lowest = max(length, length_range.lowest)
     if length_range.aim == "uniform":
-        goal = draws.between(lowest, length_range.highest)
+        goal = random.between(lowest, length_range.highest)
     else:
         goal = lowest if length_range.aim == "lowest" else length_range.highest
     while length < goal and len(parts) < most:

@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw spans of `size` words and the words around them; None if the prompt misses the range."""
-    spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
+    spans = [[f" {random.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
     around = fill_prompt(
         length_range,
         encoder.count(("Text", ":", "."))
         + sum(encoder.count((" [", *span, " ]")) for span in spans)
         + count_question_tokens(questions, encoder),
-        lambda: [f" {draws.choose(ITEMS)}"],
+        lambda: [f" {random.choose(ITEMS)}"],
         encoder=encoder,
-        draws=draws,
+        random=random,
         num_parts=(1, length_range.highest),
     )
     if around is None:
         return None
-    places = sorted(draws.below(len(around)) for _ in spans)
+    places = sorted(random.below(len(around)) for _ in spans)
     words = list(around)
     ends: list[tuple[int, int]] = []
     for place, span in zip(places, spans, strict=True):
@@ -65,7 +65,7 @@ def generate(
         ends.append((start, start + size))
     decoys = None
     if task.meta_places.kind == "decoy":
-        starts = [draws.below(len(words) - size) for _ in spans]  # a span never ends the text
+        starts = [random.below(len(words) - size) for _ in spans]  # a span never ends the text
         decoys = [end for start in starts for end in (start, start + size)]
     marked = [(end, bracket) for span_ends in ends for end, bracket in zip(span_ends, (" [", " ]"), strict=True)]
     return assemble(["Text", ":", *interleave(words, mark_places(task, marked, decoys)), "."], questions)

@@ -34,10 +34,10 @@ _ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 
 
 def generate(
-    task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw lists of `size` items, the questions and their choices; None if the prompt misses the range."""
-    instance = generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, draws=draws)
+    instance = generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, random=random)
     if instance is None:
         return None
     body = instance.pieces[: instance.body_stop]

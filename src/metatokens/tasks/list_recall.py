@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: ListRecallTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: ListRecallTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw lists of `size` items and the questions; None if the prompt misses the range."""
-    return generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, draws=draws)
+    return generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, random=random)
 
 
 def generate_recall(
@@ -49,41 +49,41 @@ def generate_recall(
     *,
     word_question: Callable[[int, str], list[str]],
     encoder: PieceEncoder,
-    draws: KeyedRandom,
+    random: KeyedRandom,
 ) -> Instance | None:
     """Draw an instance whose questions are worded by `word_question(number, name)`."""
-    names = draw_names(task, draws)
+    names = draw_names(task, random)
 
     def draw_list() -> NamedList:
-        return NamedList(next(names), draw_items(size, draws, key="difficulty.size"))
+        return NamedList(next(names), draw_items(size, random, key="difficulty.size"))
 
     target = draw_list()
-    numbers = [number for _ in range(0, task.questions, size) for number in draws.shuffle(range(1, size + 1))]
+    numbers = [number for _ in range(0, task.questions, size) for number in random.shuffle(range(1, size + 1))]
     questions = [
         Question(word_question(number, target.name), [f" {target.items[number - 1]}"])
         for number in numbers[: task.questions]
     ]
     used = count_question_tokens(questions, encoder)
-    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
+    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, random=random)
     if drawn is None:
         return None
     lists, target_index = drawn
     meta = [META, " |"] if task.marks else [META]
     body = write_lists(
         lists,
-        {(index, size): meta for index in _lists_before_a_meta(task, len(lists), target_index, draws)},
+        {(index, size): meta for index in _lists_before_a_meta(task, len(lists), target_index, random)},
         numbered=task.numbered,
     )
     return assemble(body, [question._replace(pieces=[*meta, *question.pieces]) for question in questions])
 
 
 def _lists_before_a_meta(
-    task: ListRecallTask | ListPointerTask, num_lists: int, target_index: int, draws: KeyedRandom
+    task: ListRecallTask | ListPointerTask, num_lists: int, target_index: int, random: KeyedRandom
 ) -> Sequence[int]:
     if task.meta_places.kind == "every":
         return range(num_lists)
     if task.meta_places.kind == "decoy":
-        return (draws.below(num_lists),)
+        return (random.below(num_lists),)
     return (target_index,)
 
 

@@ -41,7 +41,7 @@ class NamedList(NamedTuple):
         return [" List", f" {self.name}", ":", *interleave(items, inserted)]
 
 
-def draw_items(count: int, draws: KeyedRandom, *, key: str) -> list[str]:
+def draw_items(count: int, random: KeyedRandom, *, key: str) -> list[str]:
     """Return different items in a random order.
 
     Raises:
@@ -49,11 +49,11 @@ def draw_items(count: int, draws: KeyedRandom, *, key: str) -> list[str]:
     """
     if count > len(ITEMS):
         raise UsageError(key, expected=f"at most {len(ITEMS)} different items", found=str(count), remedy="lower it")
-    order = draws.shuffle(ITEMS)
+    order = random.shuffle(ITEMS)
     return [next(order) for _ in range(count)]
 
 
-def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, draws: KeyedRandom) -> Iterator[str]:
+def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, random: KeyedRandom) -> Iterator[str]:
     """Return the names of the lists in a random order, each once.
 
     Raises:
@@ -66,7 +66,7 @@ def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, dra
             found=str(task.num_lists[1]),
             remedy="lower it and raise difficulty.size",
         )
-    return draws.shuffle(NAMES)
+    return random.shuffle(NAMES)
 
 
 def draw_other_lists(
@@ -77,7 +77,7 @@ def draw_other_lists(
     *,
     used: int,
     encoder: PieceEncoder,
-    draws: KeyedRandom,
+    random: KeyedRandom,
 ) -> tuple[list[NamedList], int] | None:
     """Draw the other lists, and return all lists with the index of the target, which may be any.
 
@@ -88,7 +88,7 @@ def draw_other_lists(
         length_range: The bounds of the whole prompt.
         used: Text tokens of the questions and the marks.
         encoder: Measures the lists.
-        draws: Draws the length and the target's place.
+        random: Draws the length and the target's place.
     """
     fewest, most = task.num_lists
     drawn: list[NamedList] = []
@@ -104,12 +104,12 @@ def draw_other_lists(
         used + encoder.count(target.pieces(numbered=task.numbered)) + first_word,
         draw_part,
         encoder=encoder,
-        draws=draws,
+        random=random,
         num_parts=(fewest - 1, most - 1),
     )
     if parts is None:
         return None
-    place = draws.below(len(parts) + 1)
+    place = random.below(len(parts) + 1)
     return [*drawn[:place], target, *drawn[place : len(parts)]], place
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: ParityTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: ParityTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw `size` bits, the marks among them and the bits after them; None if the prompt misses the range."""
     if task.questions > size:
@@ -50,8 +50,8 @@ def generate(
             found=str(task.questions),
             remedy="lower it, or raise the lower bound of difficulty.size",
         )
-    bits = [draws.below(2) for _ in range(size)]
-    marks = sorted((size, *islice(draws.shuffle(range(1, size)), task.questions - 1)))
+    bits = [random.below(2) for _ in range(size)]
+    marks = sorted((size, *islice(random.shuffle(range(1, size)), task.questions - 1)))
     questions = [
         Question([" Parity", f" {number}", " is"], [f" {sum(bits[:mark]) % 2}"])
         for number, mark in enumerate(marks, start=1)
@@ -60,9 +60,9 @@ def generate(
         length_range,
         encoder.count(("Bits", ":", *(f" {bit}" for bit in bits), *(" |" for _ in marks), "."))
         + count_question_tokens(questions, encoder),
-        lambda: [f" {draws.below(2)}"],
+        lambda: [f" {random.below(2)}"],
         encoder=encoder,
-        draws=draws,
+        random=random,
         num_parts=(1, length_range.highest),
     )
     if behind is None:
@@ -70,7 +70,7 @@ def generate(
     all_bits = [[f" {bit}"] for bit in bits] + behind
     decoys = None
     if task.meta_places.kind == "decoy":
-        decoys = list(islice(draws.shuffle(range(1, len(all_bits))), len(marks)))
+        decoys = list(islice(random.shuffle(range(1, len(all_bits))), len(marks)))
     inserted = mark_places(task, [(mark, " |") for mark in marks], decoys)
     return assemble(["Bits", ":", *interleave(all_bits, inserted), "."], questions)
 

@@ -93,8 +93,8 @@ def make_instance(
     num_fitting = 0
     for attempt in range(_MOST_MISSES * _MOST_FITTING):
         key = int(hash_key(stream, index, attempt)[0])
-        draws = KeyedRandom(key)
-        instance = generate(task, draws.between(*difficulty.size), length_range, encoder=encoder, draws=draws)
+        random = KeyedRandom(key)
+        instance = generate(task, random.between(*difficulty.size), length_range, encoder=encoder, random=random)
         if instance is not None and instance.split == split:
             return instance._replace(key=key)
         num_fitting += instance is not None
@@ -125,7 +125,9 @@ def _shortest_prompt(task: Task, size: tuple[int, int], encoder: PieceEncoder) -
     for bound in size:
         for attempt in range(8):
             length_range = LengthRange(1, 1 << 62, "lowest")
-            instance = TASKS[task.kind].generate(task, bound, length_range, encoder=encoder, draws=KeyedRandom(attempt))
+            instance = TASKS[task.kind].generate(
+                task, bound, length_range, encoder=encoder, random=KeyedRandom(attempt)
+            )
             assert instance is not None, "every prompt fits this range"
             lengths.append(prompt_length(instance, encoder))
     return min(lengths)
@@ -142,8 +144,8 @@ def _unreachable(task: Task, difficulty: Difficulty, encoder: PieceEncoder) -> U
     longest = shortest
     for attempt in range(8):
         length_range = LengthRange(1, limit, "highest")
-        draws = KeyedRandom(attempt)
-        instance = TASKS[task.kind].generate(task, difficulty.size[1], length_range, encoder=encoder, draws=draws)
+        random = KeyedRandom(attempt)
+        instance = TASKS[task.kind].generate(task, difficulty.size[1], length_range, encoder=encoder, random=random)
         longest = max(longest, limit if instance is None else prompt_length(instance, encoder))
     names = [name for name, bounds in config.LENGTH_BINS.items() if bounds == difficulty.prompt_tokens]
     wanted = " ".join([*names, f"({_dash(difficulty.prompt_tokens)} tokens)"])

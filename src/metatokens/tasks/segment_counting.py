@@ -44,24 +44,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw lists of `size` items, the segment and the questions; None if the prompt misses the range."""
-    names = draw_names(task, draws)
-    words = draw_items(task.num_items, draws, key="segment_counting.num_items")
+    names = draw_names(task, random)
+    words = draw_items(task.num_items, random, key="segment_counting.num_items")
 
     def draw_list() -> NamedList:
-        return NamedList(next(names), [draws.choose(words) for _ in range(size)])
+        return NamedList(next(names), [random.choose(words) for _ in range(size)])
 
     target = draw_list()
-    start, stop = _draw_segment(size, draws)
-    order = draws.shuffle(words)
+    start, stop = _draw_segment(size, random)
+    order = random.shuffle(words)
     counted = [next(order) for _ in range(task.questions)]
     questions = [
         Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in counted
     ]
     used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
-    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
+    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, random=random)
     if drawn is None:
         return None
     lists, target_index = drawn
@@ -69,8 +69,8 @@ def generate(
     if task.meta_places.kind == "every":
         decoys = [(index, size) for index in range(len(lists))]
     elif task.meta_places.kind == "decoy":
-        index = draws.below(len(lists))
-        decoys = [(index, end) for end in _draw_segment(size, draws)]
+        index = random.below(len(lists))
+        decoys = [(index, end) for end in _draw_segment(size, random)]
     inserted = mark_places(task, [((target_index, start), " ["), ((target_index, stop), " ]")], decoys)
     return assemble(write_lists(lists, inserted, numbered=task.numbered), questions)
 
@@ -82,8 +82,8 @@ def solve(prompt_text: str) -> list[str]:
     return [str(words.count(item)) for item in re.findall(r"Count of (\w+) is", prompt_text)]
 
 
-def _draw_segment(size: int, draws: KeyedRandom) -> tuple[int, int]:
+def _draw_segment(size: int, random: KeyedRandom) -> tuple[int, int]:
     """Return (start, stop) of a segment of at least one item, its length drawn before its place."""
-    num_inside = draws.between(1, size)
-    start = draws.below(size - num_inside + 1)
+    num_inside = random.between(1, size)
+    start = random.below(size - num_inside + 1)
     return start, start + num_inside
