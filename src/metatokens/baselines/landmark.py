@@ -96,7 +96,7 @@ def landmark_weights(scores: Tensor, landmarks: Landmarks) -> Tensor:
     # products with this matrix have a deterministic backward pass on every device, unlike gather and scatter
     is_in_block = nn.functional.one_hot(landmarks.block_of_key, landmarks.num_blocks)[:, None].to(scores.dtype)
     inside = _logsumexp_by_block(text_scores, block_of_key, is_in_block)
-    # blocks without a landmark gather column 0, and are no earlier block of any query
+    # a block without a landmark gathers column 0, which has no effect: it is not an earlier block of any query
     columns = torch.arange(scores.shape[-1], device=scores.device).expand_as(landmarks.is_landmark)
     spare = torch.where(landmarks.is_landmark, landmarks.block_of_key, landmarks.num_blocks)
     ends = spare.new_zeros((len(spare), landmarks.num_blocks + 1))

@@ -34,7 +34,7 @@ def tabulate_blocks(is_text: Tensor, is_landmark: Tensor, block_of_key: Tensor, 
     longest = max(1, int(sizes.max()))
     before = (sizes.cumsum(-1) - sizes).gather(1, block_of_key)
     place = block_of_key * longest + is_text.long().cumsum(-1) - 1 - before
-    spare = num_blocks * longest  # takes the columns that are no text tokens
+    spare = num_blocks * longest  # for the columns that are not text tokens
     table = torch.full((num_rows, spare + 1), -1, device=is_text.device)
     table = table.scatter(1, torch.where(is_text, place, spare), columns)[:, :spare]
     ends = torch.full((num_rows, num_blocks + 1), -1, device=is_text.device)

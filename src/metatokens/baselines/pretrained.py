@@ -265,7 +265,7 @@ def build_pretrained_on_meta_device(folder: Path, *, text_vocab_size: int) -> Pr
     """Return the model that `load_pretrained` would make from a folder's config, without weights, on the meta device.
 
     Raises:
-        ValueError: if the model has no row for some text token, or is no causal language model.
+        ValueError: if the model has no row for some text token, or is not a causal language model.
         OSError: if there is no such config.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,6 +1,6 @@
 """What the causal self-attention sees: everything, a sparse pattern, or blocks by their landmarks.
 
-The models behind all but the first are in `metatokens.baselines`.
+The models of all kinds but the first are in `metatokens.baselines`.
 """
 
 from collections.abc import Mapping

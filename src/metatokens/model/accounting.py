@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory of a model, counted from its config alone.
 
-A multiply and an add count as two operations. Attention counts only the keys that causality allows, so a utilisation
-computed from these figures is not flattered by work that nobody needs.
+A multiply and an add count as two operations. Attention counts only the pairs of query and key that causality and
+its pattern allow, so a utilisation computed from these figures does not count wasted work.
 """
 
 from dataclasses import dataclass

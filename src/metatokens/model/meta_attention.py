@@ -320,6 +320,6 @@ def _static_mask(layer: MetaStaticLayer, columns: Tensor) -> tuple[Tensor, Tenso
     """Return the bool mask (B, 1, M, capacity + 1) over the slots of a static cache, and the slots' columns."""
     slots = layer.meta_slots(columns)
     key_slots = torch.arange(layer.meta_capacity + 1, device=columns.device)
-    mask = key_slots <= slots[..., None]  # a row that is no meta-token sees every slot; its output is dropped
+    mask = key_slots <= slots[..., None]  # a row that is not a meta-token sees every slot; its output is dropped
     old = torch.zeros_like(key_slots).expand(len(columns), -1) if layer.meta_keys is None else layer.meta_columns
     return mask[:, None], old.scatter(1, slots, columns)

@@ -368,7 +368,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         """Run the model; the arguments of `MetaTokenModel.forward`, and these.
 
         Args:
-            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are no targets. Collators that count
+            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are not targets. Collators that count
                 targets must put -100 at meta-tokens themselves.
             shift_labels: (B, T) int64, what each position must predict; takes the place of `labels`.
             logits_to_keep: number of positions at the end whose logits are made (0 means all), or the indices of those

@@ -138,7 +138,7 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Return the H slopes of ALiBi (Press et al. 2022, section 3; the authors' code where H is no power of two)."""
+    """Return the H slopes of ALiBi (Press et al. 2022, section 3; the authors' code if H is not a power of two)."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-8 * (head + 1) / (2 * power)) for head in range(2 * power)]

@@ -5,7 +5,7 @@ P[b, i, j] = 0 if tokens i and j of row b are both meta-tokens, -inf otherwise (
 
     MetaAttention(Q, K, V) = softmax(Q K^T / sqrt(D) + M_causal + P) V
 
-A row that is no meta-token has no key at all: its output is zero and only the residual passes. Where
+A row that is not a meta-token has no key at all: its output is zero and only the residual passes. Where
 `meta_attention_over` is "all" or "random", "meta-token" stands for the tokens that take part. This builds the whole
 (B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. It has no cache
 and no other backend.

@@ -175,7 +175,7 @@ def _draw_places(places: UniformPlaces, text_ids: IntArray, spans: Sequence[tupl
     """Return the text token before which each meta-token stands, ascending; never inside or right after an answer.
 
     The positions are drawn over the text without its answers, so neither their number nor their places depend on
-    what the answers are. A meta-token between a question and the text behind its answer stands before the answer.
+    what the answers are. A meta-token between a question and the text after its answer stands before the answer.
     """
     is_prompt = np.ones(len(text_ids), dtype=np.bool_)
     for start, stop in spans:

@@ -56,7 +56,7 @@ def generate(
         Question([" Parity", f" {number}", " is"], [f" {sum(bits[:mark]) % 2}"])
         for number, mark in enumerate(marks, start=1)
     ]
-    behind = fill_prompt(
+    bits_after = fill_prompt(
         length_range,
         encoder.count(("Bits", ":", *(f" {bit}" for bit in bits), *(" |" for _ in marks), "."))
         + count_question_tokens(questions, encoder),
@@ -65,9 +65,9 @@ def generate(
         random=random,
         num_parts=(1, length_range.highest),
     )
-    if behind is None:
+    if bits_after is None:
         return None
-    all_bits = [[f" {bit}"] for bit in bits] + behind
+    all_bits = [[f" {bit}"] for bit in bits] + bits_after
     decoys = None
     if task.meta_places.kind == "decoy":
         decoys = list(islice(random.shuffle(range(1, len(all_bits))), len(marks)))
