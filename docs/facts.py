@@ -1,11 +1,11 @@
 """Check every number that README, docs and experiments quote against the committed JSON that it comes from.
 
-Behind a number stands where it comes from, a Python expression over the functions of measured.py:
+A comment after a number names its source, a Python expression over the functions of measured.py:
 
     Perplexity is 215.7<!-- = perplexity("meta/uniform/text") --> with meta-tokens.
 
-The text before the comment must end with the value of the expression. A number of the paper's, or a setting, is named
-once in its paragraph, `<!-- given: 1.40 -->`. Whole tables are made here: what stands between `<!-- table: NAME -->`
+The text before the comment must end with the value of the expression. A number of the paper or of a setting is named
+once in its paragraph, `<!-- given: 1.40 -->`. Whole tables are made here: the text between `<!-- table: NAME -->`
 and `<!-- /table -->` must be `TABLES[NAME]()`. In the parts of `MEASURED` a percentage or a decimal number with none
 of the three is an error.
 
@@ -37,7 +37,7 @@ _NO_PROSE = re.compile(r"```.*?```|^ {4}.*$|`[^`\n]*`|\]\([^)]*\)", re.DOTALL | 
 
 
 def check(text: str, *, everything: bool) -> Iterator[str]:
-    """Yield an error for each quoted number that is not what its source says.
+    """Yield an error for each quoted number that differs from its source.
 
     Args:
         text: of a Markdown file.
@@ -77,7 +77,7 @@ def _line(text: str, position: int) -> int:
 
 
 def part(text: str, heading: str) -> str:
-    """Return what stands under a heading, up to the next of its rank; all where there is none."""
+    """Return the text under a heading, up to the next one of its rank; all text if there is no heading."""
     if not heading:
         return text
     start = text.index(heading)

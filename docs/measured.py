@@ -74,7 +74,7 @@ def cell(task: str, arm: str) -> Any:
 
 
 def recall(task: str, arm: str, length: str = "L", evaluation: str = "length") -> Any:
-    """Return the mean accuracy over seeds; None where it was not asked or the model cannot represent the length."""
+    """Return the mean accuracy over seeds; None if it was not measured or the model cannot represent the length."""
     for one in cell(task, arm)["evaluations"]:
         for row in one["rows"]:
             if one["name"] == evaluation and row["length"] == LENGTHS[length] and row["sequence_accuracy"]:
@@ -117,7 +117,7 @@ def hint(key: str) -> float:
 
 
 def extended(window: str, length: int) -> Any:
-    """Return the accuracy of an extended model at prompts of up to so many L."""
+    """Return the accuracy of an extended model at prompts of up to this multiple of L."""
     cells = load(f"{RECALL}/extension-results.json")["cells"]
     (found,) = [c for c in cells if c["labels"]["window"] == window]
     rows = {row["prompt_tokens"][1] // 64: row["sequence_accuracy"] for row in found["evaluations"][0]["rows"]}
@@ -166,13 +166,13 @@ def _values(folder: str, section: str, metric: str, at: dict[str, Any]) -> list[
 
 
 def verdict(folder: str, claim: str) -> Any:
-    """Return the verdict whose claim begins so."""
+    """Return the verdict whose claim begins with these words."""
     verdicts = load(f"{INSIDE}/{folder}/results.json")["verdicts"]
     return next(one for one in verdicts if one["claim"].startswith(claim))
 
 
 def entropy_falls() -> tuple[int, int]:
-    """Return of how many models, and of how many in all, the interval of the entropy drop lies above 0."""
+    """Return the number of models whose entropy drop has an interval above 0, and the number of all models."""
     lows = [record(folder, "attention", "entropy_drop")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
     return sum(low > 0 for low in lows), len(lows)
 

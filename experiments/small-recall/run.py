@@ -3,8 +3,8 @@
 Pre-trains four arms on Project Gutenberg books, fine-tunes each on list recall, zeroes position and embedding at the
 meta-tokens (the layout of the paper's Table 2), extends the meta-token model by 4 and by 8 with YaRN and fine-tunes it
 to longer lists (the layout of Table 1). Every step is a command of the package; the JSON holds them all. The numbers of
-steps come from the time that there is: each kind of training is tried for some steps first, and what was planned is
-kept, so that a run that was cut off goes on where it was.
+steps follow from the time: each kind of training is first tried for some steps. The plan is kept, so that a run that
+was cut off continues where it stopped.
 
     python experiments/small-recall/run.py --books BOOKS --tokenizer GPT2 --work WORK \
         --out experiments/small-recall/results.json
@@ -31,7 +31,7 @@ from metatokens.config.loading import load_preset
 ARMS = ("meta", "meta-learned", "pause", "plain")
 ZEROED = ("meta", "meta-learned")  # the arms of Table 2: meta-attention with RoPE and with learned positions
 FACTORS = (4, 8)
-# shares of the time, over all runs of a kind; the rest is for trying, evaluating and saving
+# share of the time for all runs of a kind; the rest is for trials, evaluation and saving
 SHARES = {"pretrain": 0.3, "recall": 0.2, "extend": 0.08, "long": 0.2}
 TRIED_STEPS = 8
 TRAINING_KEYS = ("num_parameters", "steps", "text_tokens", "meta_tokens", "training_flops", "final_loss", "validation")
@@ -44,7 +44,7 @@ class Scale:
     window: int
     recall: str
     long: dict[int, str]
-    """By the multiple of the window that a model is fine-tuned to."""
+    """Keys are the multiples of the window that a model is fine-tuned to."""
 
 
 SCALES = {
@@ -56,7 +56,7 @@ LONG_RUNS = ((4, 2), (4, 4), (8, 4), (8, 8))
 
 
 class Commands:
-    """Runs commands of the package in this process and keeps them as a reader would type them."""
+    """Runs commands of the package in this process, and keeps each as a reader would type it."""
 
     def __init__(self, places: dict[str, Path]) -> None:
         self.said: list[dict[str, Any]] = []
@@ -127,7 +127,7 @@ class Experiment:
         return ("--evaluation.blocks", self.options.batch_blocks) if self.options.batch_blocks else ()
 
     def evaluate(self, run: str, name: str, *more: Any) -> list[dict[str, Any]]:
-        """Return accuracies by length; what was measured before is read."""
+        """Return accuracies by length; earlier measurements are read, not repeated."""
         path = self.options.work / "evaluations" / f"{name}.json"
         if not path.exists():
             instances = ("--instances", self.options.instances) if self.options.instances else ()
@@ -144,7 +144,7 @@ class Experiment:
             self.commands.run("prepare", "WORK/books", "--out", "WORK/tokens", "--tokenizer", "GPT2")
 
     def make_plan(self) -> None:
-        """Read the plan, or try each kind of training for some steps and lay out what fits into the time."""
+        """Read the plan, or try each kind of training for some steps and plan what fits into the time."""
         path = self.options.work / "plan.json"
         names = ("scale", "minutes", "arms", "batch_blocks", "instances", "max_books")
         settings = {name: getattr(self.options, name) for name in names}
@@ -171,7 +171,7 @@ class Experiment:
         path.write_text(json.dumps(self.plan, indent=1) + "\n")
 
     def lay_out(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Return the steps of each kind of run, or the share of its preset's steps, that fit; none above its preset."""
+        """Return the steps of each kind of run, or the share of its preset's steps, that fit; at most its preset's."""
         options, arms = self.options, self.options.arms
         num_recall = len(arms) + len([arm for arm in ZEROED if arm in arms])
 
@@ -335,14 +335,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True, help="folder with manifest.json and the packed books")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the GPT-2 BPE")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made on the way")
+    parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
     parser.add_argument("--out", type=Path, required=True, help="file for the result as JSON")
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
-    parser.add_argument("--minutes", type=float, default=30, help="time to plan for, preparing the books left out")
+    parser.add_argument("--minutes", type=float, default=30, help="time to plan for, without preparing the books")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--batch-blocks", type=int, help="rows of each batch, for small tries (default: the presets')")
+    parser.add_argument("--batch-blocks", type=int, help="rows of each batch, for small trials (default: the presets')")
     parser.add_argument("--instances", type=int, help="test instances of each row (default: the presets')")
-    parser.add_argument("--max-books", type=int, help="train on so many books (default: all)")
+    parser.add_argument("--max-books", type=int, help="train on at most this many books (default: all)")
     options = parser.parse_args()
 
     report = Experiment(options).run()

@@ -1,10 +1,10 @@
 """Every pre-named contrast of the sweep, from results.json, with Holm's correction for their number.
 
-This results.json has no accuracy of single seeds, so a p-value can only be approximated, from the interval: a normal
-estimate with a standard error of the interval's width over 2 x 1.96 (Altman and Bland 2011). The intervals are those of
-a bootstrap over three seeds and 200 instances and hold the truth in 75% of the cases where the seeds decide, so these
-p-values are too small; the verdict is by the number of seeds. A sweep that runs today stores the seeds, and its table
-has the exact tests (`metatokens.report.contrasts`).
+This results.json has no accuracy of single seeds, so a p-value can only be approximated from the interval: a normal
+estimate whose standard error is the interval's width over 2 x 1.96 (Altman and Bland 2011). The intervals come from a
+bootstrap over three seeds and 200 instances and hold the truth in 75% of the cases where the seeds decide. So these
+p-values are too small, and the verdict depends on the number of seeds alone. A sweep that runs today stores the seeds,
+and its table has the exact tests (`metatokens.report.contrasts`).
 
     python experiments/tiny-recall/contrasts.py --out experiments/tiny-recall/contrasts.json
 """

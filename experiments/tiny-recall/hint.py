@@ -1,11 +1,11 @@
-"""What does the paper's placement tell in list recall? Three solvers that read less than the question.
+"""What does the paper's placement give away in list recall? Three solvers that read less than the question.
 
-The meta-token stands right after the list that is asked for; an arm without meta-tokens has no mark there. On test
-prompts of the sweep's settings, how often is the answer right
+The meta-token stands right after the list that holds the answer; an arm without meta-tokens has no mark there. How
+often, on test prompts of the sweep's settings, is each of these solvers right?
 
-    by_place          of one that never reads a list's name: the list that ends at the first meta-token, and the number
-    in_marked_list    of a guess among the items of that list, which reads no number either
-    in_whole_prompt   of a guess among all items of the prompt, which is what is left without meta-tokens
+    by_place          takes the item by its number from the list that ends at the first meta-token, and reads no name
+    in_marked_list    guesses among the items of that list, and reads no number either
+    in_whole_prompt   guesses among all items of the prompt, all that is left without meta-tokens
 
 The guesses are expected values, not draws.
 
@@ -39,7 +39,7 @@ def answers_by_place(instance: Instance) -> list[str | None]:
     end = instance.pieces.index(META)
     start = max(index for index, piece in enumerate(instance.pieces[:end]) if piece.strip() == "List")
     items = read_items(instance.pieces[start:end])
-    # without the word behind "of"
+    # without the word after "of"
     return [items.get(number) for number in re.findall(r"Item (\d+) of \w+ is", instance.prompt_text)]
 
 

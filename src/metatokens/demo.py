@@ -1,8 +1,9 @@
 """The demonstration: from the text that comes with every Python to a table, a sample, a checkpoint and a recall task.
 
-Trains a tokenizer and two tiny models, one plain and one with meta-tokens, on the same text tokens from the same seed.
-Then trains three models from scratch to copy a marked span of words: with meta-attention, with the same meta-tokens but
-no meta-attention, and a plain one with about as many parameters. Last it takes the first of these apart, in a report.
+The demonstration trains a tokenizer and two tiny models, one plain and one with meta-tokens, on the same text tokens
+from the same seed. Then it trains three models from scratch to copy a marked span of words: with meta-attention, with
+the same meta-tokens but no meta-attention, and a plain one with about as many parameters. Last it analyses the first of
+these three in a report.
 """
 
 import json
@@ -68,20 +69,20 @@ class Effort:
     """How carefully the demonstration measures what it has trained."""
 
     speed_rounds: int
-    """In each, one training step of each model is timed."""
+    """Rounds of timing; each times one training step of each model."""
     recall_instances: int
-    """Questions of each length."""
+    """Instances of each length."""
     analysed_instances: int
-    """Instances, and minimal pairs, that the report is about."""
+    """Instances, and as many minimal pairs, that the report analyses."""
     fitted_instances: int
-    """Further ones, whose states bottlenecks and probes are fitted to."""
+    """Further instances, to whose states bottlenecks and probes are fitted."""
     fitted_steps: int
-    """At most, of a bottleneck or a probe of the report."""
+    """Most training steps of a bottleneck or a probe of the report."""
 
 
 EFFORT = Effort(speed_rounds=9, recall_instances=200, analysed_instances=24, fitted_instances=400, fitted_steps=300)
 LESS_EFFORT = Effort(speed_rounds=1, recall_instances=50, analysed_instances=8, fitted_instances=100, fitted_steps=50)
-"""Of a demonstration on less text or with fewer steps, which is a trial."""
+"""For a trial: a demonstration on less text or with fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class ArmResult:
     parameters: int
     text_tokens: int
     text_tokens_per_second: float
-    """Of a training step, the two models in turns."""
+    """Median over training steps; the two models were timed in turns."""
     perplexity: Interval
-    """Per text token of the validation documents, injected as in training."""
+    """Per text token of the validation documents, with meta-tokens as in training."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,18 @@ class DemoResult:
     sample: str
     recall: tuple[RecallArm, ...]
     report: str | None
-    """The page that takes a recall model apart; None without the packages of the extra `report`."""
+    """Path of the page on a recall model; None without the packages of the extra `report`."""
 
 
 def demo_configs(folder: Path, text_tokens: int) -> dict[str, PretrainConfig]:
-    """Return the two runs: equal but for the meta-tokens and their attention."""
+    """Return the configs of the two runs, which differ only in the meta-tokens and their attention."""
     overrides = ["--data.path", str(folder / "tokens"), "--training.duration.tokens", str(text_tokens)]
     overrides += ["--evaluation.interval_steps", "50"]
     return {arm: load_preset(preset, overrides) for arm, preset in ARMS.items()}
 
 
 def recall_configs(steps: int) -> dict[str, FinetuneConfig]:
-    """Return the runs of the copying task: `steps` steps of the first stage of the preset's curriculum."""
+    """Return the configs of the copying runs: `steps` steps of the first stage of the preset's curriculum."""
     configs = {arm: load_preset(RECALL_PRESET, changes, schema=FinetuneConfig) for arm, changes in RECALL_ARMS.items()}
     return {
         arm: config.model_copy(update={"curriculum": (config.curriculum[0].model_copy(update={"steps": steps}),)})
@@ -151,7 +152,7 @@ def run_demo(
     say: Callable[[str], None],
     show_progress: bool = True,
 ) -> DemoResult:
-    """Run the demonstration in `folder`; what is there already is taken up again."""
+    """Run the demonstration in `folder`; finished parts are reused, and unfinished training goes on."""
     try:
         require("the report at the end", PAGE_PACKAGES)
         can_report = True
@@ -170,7 +171,7 @@ def run_demo(
             shard_tokens=2**28,
             options=SourceOptions(),
         )
-    care = EFFORT if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_EFFORT
+    effort = EFFORT if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_EFFORT
     configs = demo_configs(folder, text_tokens)
     for arm, config in configs.items():
         text = config.text_tokens_per_block
@@ -179,7 +180,7 @@ def run_demo(
         pretrain(config, folder / arm, show_progress=show_progress, label=arm)
     say("Timing training steps in turns, measuring perplexity, generating ...")
     with TokenDataset.open(tokens) as dataset:
-        seconds = _time_steps(configs, dataset, care.speed_rounds)
+        seconds = _time_steps(configs, dataset, effort.speed_rounds)
         documents = list(_validation_documents())
         arms = {}
         for arm, config in configs.items():
@@ -211,21 +212,22 @@ def run_demo(
         meta_attention_cost=median_ratio(seconds, "meta", "pause"),
         cost_per_text_token=median_ratio(seconds, "meta", "plain"),
         sample=SAMPLE_PROMPT + sample.text,
-        recall=tuple(_run_recall(folder, recall_configs(recall_steps), care, say=say, show_progress=show_progress)),
-        report=_report(folder, care, say) if can_report else None,
+        recall=tuple(_run_recall(folder, recall_configs(recall_steps), effort, say=say, show_progress=show_progress)),
+        report=_report(folder, effort, say) if can_report else None,
     )
 
 
-def _report(folder: Path, care: Effort, say: Callable[[str], None]) -> str:
-    """Analyse the recall model with meta-attention, unless that is done, and return its page."""
+def _report(folder: Path, effort: Effort, say: Callable[[str], None]) -> str:
+    """Analyse the recall model with meta-attention, unless that is done, and return the path of its page."""
     from metatokens.report.page import write_report
 
     run, out = _recall_folder(folder, ANALYSED_ARM), folder / "report"
-    instances, steps = str(care.analysed_instances), str(care.fitted_steps)
+    instances, steps = str(effort.analysed_instances), str(effort.fitted_steps)
     options = (
         *("--documents", instances, "--subject.pairs", instances),
         # a few small bottlenecks: seconds in place of minutes
-        *("--subject.fitted_instances", str(care.fitted_instances), "--rate_distortion.betas", "[0.03, 0.1, 0.3, 1.0]"),
+        *("--subject.fitted_instances", str(effort.fitted_instances)),
+        *("--rate_distortion.betas", "[0.03, 0.1, 0.3, 1.0]"),
         *("--states", json.dumps(ANALYSED_STATES)),
         *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", steps, "--probe.max_steps", steps),
     )
@@ -236,19 +238,19 @@ def _report(folder: Path, care: Effort, say: Callable[[str], None]) -> str:
         command=" ".join(["metatokens analyze", str(run), "--out", str(out), *map(shlex.quote, options)]),
     )
     if not _is_analysed(out, config, identity):
-        say("Taking the model with meta-attention apart ...")
+        say("Analysing the model with meta-attention ...")
         write_results(out, *analyze(open_model(run), open_tokenizer(run), config, identity=identity))
     return str(write_report(out))
 
 
 def _is_analysed(folder: Path, config: AnalysisConfig, identity: Identity) -> bool:
-    """Tell whether a folder holds the results of these questions to this model."""
+    """Tell whether a folder holds the results of this analysis of this model."""
     try:
         results, _ = read_results(folder)
-    except DataError:  # none yet, or of another version
+    except DataError:  # there are none, or they are of another version
         return False
-    asked = (identity.weights_sha256, identity.command, config.model_dump(mode="json"))
-    return (results.checkpoint["sha256"], results.command, results.config) == asked
+    wanted = (identity.weights_sha256, identity.command, config.model_dump(mode="json"))
+    return (results.checkpoint["sha256"], results.command, results.config) == wanted
 
 
 def _recall_folder(folder: Path, arm: str) -> Path:
@@ -256,18 +258,18 @@ def _recall_folder(folder: Path, arm: str) -> Path:
 
 
 def _run_recall(
-    folder: Path, configs: dict[str, FinetuneConfig], care: Effort, *, say: Callable[[str], None], show_progress: bool
+    folder: Path, configs: dict[str, FinetuneConfig], effort: Effort, *, say: Callable[[str], None], show_progress: bool
 ) -> Iterator[RecallArm]:
-    """Train every arm on the copying task and ask it at its training lengths and beyond."""
+    """Train every arm on the copying task and evaluate it at its training lengths and beyond."""
     for arm, config in configs.items():
         say(f"Training to copy a marked span, {arm}: {config.total_steps} steps of {config.training.batch_blocks} ...")
         out = _recall_folder(folder, arm)
         result = finetune(config, out, show_progress=show_progress, label=arm)
-        asked = EvaluateConfig(
+        evaluation = EvaluateConfig(
             task=config.task,
             size=config.curriculum[-1].size,
             lengths=RECALL_LENGTHS,
-            instances=care.recall_instances,
+            instances=effort.recall_instances,
             batch_size=config.training.micro_batch_blocks,
         )
         encoder = PieceEncoder(TextEncoder(open_tokenizer(out)))
@@ -276,12 +278,12 @@ def _run_recall(
             model=result.model,
             parameters=result.num_parameters,
             training_flops=result.training_flops,
-            rows=evaluate_recall([open_model(out)], asked, encoder),
+            rows=evaluate_recall([open_model(out)], evaluation, encoder),
         )
 
 
 def _validation_documents() -> Iterator[tuple[str, str]]:
-    """Yield what `prepare` kept out of training."""
+    """Yield (source, text) of each document that `prepare` kept out of training."""
     for document in iterate_documents(PYTHON_DOCS):
         if split_of(document.text, VALIDATION_FRACTION) == "validation":
             yield document.source, document.text

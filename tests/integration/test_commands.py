@@ -477,7 +477,7 @@ def test_the_demonstration_runs_at_a_small_size_and_again(tmp_path):
     command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "10000", "--recall-steps", "3")
     shown = metatokens(*command)
     assert "from_pretrained(" in shown.stdout
-    assert "Taking the model with meta-attention apart" in shown.stderr
+    assert "Analysing the model with meta-attention" in shown.stderr
     made = {path: path.read_bytes() for path in (tmp_path / "demo/report").rglob("*") if path.is_file()}
     assert {"results.json", "arrays.npz", "report.html"} <= {path.name for path in made}
     again = metatokens(*command, "--json")

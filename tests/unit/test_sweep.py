@@ -244,7 +244,7 @@ def finish(run: SweepRun, outcomes: dict[str, list[float] | None], seed: int = 0
     lines = [{"step": step, "loss": 1.0, "sequence_accuracy": step / 100} for step in (30, 60)]
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     stored = {}
-    for asked in run.asked:
+    for evaluation in run.evaluations:
         rows = [
             {
                 **{"length": length, "prompt_tokens": [1, 32], "size": [2, 3], "instances": 6},
@@ -253,8 +253,11 @@ def finish(run: SweepRun, outcomes: dict[str, list[float] | None], seed: int = 0
             }
             for length, right in outcomes.items()
         ]
-        config = {**asked.config.model_dump(mode="json"), "seed": seed}
-        stored[asked.name] = {"interventions": list(asked.interventions), "report": {"config": config, "rows": rows}}
+        config = {**evaluation.config.model_dump(mode="json"), "seed": seed}
+        stored[evaluation.name] = {
+            "interventions": list(evaluation.interventions),
+            "report": {"config": config, "rows": rows},
+        }
     (folder.path / "evaluation.json").write_text(json.dumps(stored))
 
 

@@ -1,7 +1,7 @@
-"""What meta-tokens are compared with, where it is more than a config: other attentions, and models from elsewhere.
+"""Baselines that need more than a config: other attentions, and models that were trained elsewhere.
 
 Each kind of attention has its own config class and `model_type`, registered with transformers' Auto classes like the
-model itself, so a saved one loads after `import metatokens`. Unlike the model's, its code does not travel with it.
+model itself, so a saved one loads after `import metatokens`. Unlike the model's, its code is not saved with it.
 """
 
 # the modules and not the package metatokens.model: transformers' auto classes may be imported in the middle of that

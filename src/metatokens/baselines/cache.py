@@ -1,8 +1,8 @@
 """A cache layer that also remembers which tokens are meta-tokens.
 
 Landmark attention cuts blocks at them and Longformer's pattern may make them global, so a later token must know where
-they stand. The first block's layer keeps the marks for all. They grow with the sequence; a static cache has no place
-for them.
+they stand. The first layer of the cache keeps the marks for all layers. They grow with the sequence; a static cache has
+no place for them.
 """
 
 import torch
@@ -57,7 +57,7 @@ class MarkedDynamicLayer(MetaDynamicLayer):
 
 
 def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tensor:
-    """Return which of all columns, those in the cache first, are meta-tokens: (B, K) bool.
+    """Tell which of all columns, those in the cache first, are meta-tokens: (B, K) bool.
 
     Raises:
         ValueError: for a cache without a place for the marks, such as a static one.
@@ -74,13 +74,13 @@ def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tenso
 
 
 def real_tokens(layout: TokenLayout, is_meta_BK: Tensor) -> Tensor:
-    """Return which of all columns are no padding, (B, K) bool.
+    """Tell which of all columns are not padding: (B, K) bool.
 
     Raises:
         ValueError: for packed documents, or a mask that is not (B, K).
     """
     if layout.documents is not None:
-        raise ValueError("this attention takes one document a row: give no position_ids that start anew")
+        raise ValueError("this attention takes one document a row: leave out position_ids that start anew")
     if layout.attention_mask is None:
         return torch.ones_like(is_meta_BK)
     if layout.attention_mask.ndim != 2:

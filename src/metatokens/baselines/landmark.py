@@ -1,8 +1,8 @@
 """Landmark attention (Mohtashami and Jaggi 2023), with the model's meta-tokens as landmarks.
 
-A landmark ends a block of text tokens. Its key stands for the block: how much attention an earlier block gets is up to
-its landmark, how that is shared out inside to its tokens. `landmark_reference.py` has the definition as a softmax of
-groups; here it is one softmax over scores with a gate,
+A landmark ends a block of text tokens, and its key stands for the block. The landmark decides how much attention an
+earlier block gets; the tokens of the block decide how that attention is shared among them. `landmark_reference.py` has
+the definition as a softmax of groups; here it is one softmax over scores with a gate,
 
     a_ij = s_ij + [b(j) < own(i)] (s_i,l_b - logsumexp_{j' in B_b} s_ij'),    -inf at landmarks and at the future,
 
@@ -36,7 +36,7 @@ class LandmarkConfig(MetaTokenConfig):
 
     meta_attention_layers: str | list[int] = "none"
     landmark_every: int = 50
-    """Text tokens before each landmark in training; a note for whoever injects, the model takes any layout."""
+    """Text tokens before each landmark in training. It is recorded for injection; the model takes any layout."""
     num_best_blocks: int | None = None
     """k: earlier blocks that each token and head reads outside training; None means all."""
 
@@ -56,7 +56,7 @@ class LandmarkConfig(MetaTokenConfig):
 class Landmarks(NamedTuple):
     """Blocks of a batch, made once per forward pass for all layers; it takes the place of the attention mask.
 
-    A tuple, like the `MetaPack`.
+    A tuple, so that whatever moves a layer's inputs to its device finds the tensors in it.
     """
 
     visible: Tensor
@@ -73,7 +73,7 @@ class Landmarks(NamedTuple):
     slopes: Tensor | None
     """(H,) of ALiBi."""
     table: BlockTable | None
-    """Set where only the best blocks are read."""
+    """Set if only the best blocks are read."""
 
     @property
     def block_of_query(self) -> Tensor:
@@ -93,10 +93,10 @@ def landmark_weights(scores: Tensor, landmarks: Landmarks) -> Tensor:
     """
     block_of_key = landmarks.block_of_key[:, None, None].expand(scores.shape)
     text_scores = scores.masked_fill(~landmarks.visible, -math.inf)
-    # products with it have a deterministic backward pass on every device, unlike gather and scatter over all keys
+    # products with this matrix have a deterministic backward pass on every device, unlike gather and scatter
     is_in_block = nn.functional.one_hot(landmarks.block_of_key, landmarks.num_blocks)[:, None].to(scores.dtype)
     inside = _logsumexp_by_block(text_scores, block_of_key, is_in_block)
-    # blocks without a landmark gather column 0, and are no earlier block of any query
+    # a block without a landmark gathers column 0, which has no effect: it is not an earlier block of any query
     columns = torch.arange(scores.shape[-1], device=scores.device).expand_as(landmarks.is_landmark)
     spare = torch.where(landmarks.is_landmark, landmarks.block_of_key, landmarks.num_blocks)
     ends = spare.new_zeros((len(spare), landmarks.num_blocks + 1))
@@ -128,11 +128,11 @@ class LandmarkAttention(SelfAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the projected output (B, T, C) and, where all blocks are read, the weights (B, H, T, K)."""
+        """Return the projected output (B, T, C) and, if all blocks are read, the weights (B, H, T, K)."""
         del kwargs
         landmarks: Landmarks = mask
         weights = None
-        # autocast would take the scores back to half precision
+        # autocast would cast the scores back to half precision
         with torch.autocast(query.device.type, enabled=False):
             if landmarks.table is not None:
                 output = attend_to_best_blocks(

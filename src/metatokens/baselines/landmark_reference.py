@@ -8,7 +8,7 @@ and group b the tokens of the earlier block b. With p_g the softmax inside group
     w_j = p_0(l_b) p_b(j)   for a token j of an earlier block b with landmark l_b,
 
 and no landmark has a weight of its own. The landmark of the own block is masked, even for itself. A landmark whose
-block holds no token takes no part: it would have nothing to give its mass to.
+block holds no token takes no part: its block could not receive the mass.
 """
 
 import torch

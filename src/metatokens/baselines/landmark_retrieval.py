@@ -1,10 +1,11 @@
-"""Landmark attention's block inference: score the landmarks of earlier blocks, read the best k of them and one's own.
+"""Landmark attention's block inference: a query reads the best k earlier blocks by landmark score, and its own block.
 
 Mohtashami and Jaggi 2023, section 3.2, with the blocks chosen for each token and head. The cache is the ordinary one:
-every key stays where it is, rotated at its true position, and a query touches k blocks, its own and one key a block.
-Deviation: the "stingy" positions of Landmark's official code are not implemented. It squeezes the chosen blocks next to
-the query so that positions stay below the trained length; here a block keeps its true positions, so a model with RoPE
-meets distances it was not trained on unless its RoPE is scaled.
+every key stays where it is, rotated at its true position. A query touches k blocks, its own, and one key of each other
+block.
+Deviation: the "stingy" positions of Landmark's official code are not implemented. They squeeze the chosen blocks next
+to the query, so that positions stay below the trained length. Here a block keeps its true positions, so a model with
+RoPE meets distances it was not trained on unless its RoPE is scaled.
 """
 
 import math
@@ -17,23 +18,23 @@ QUERY_CHUNK = 128  # queries at a time: the gathered blocks take H x 128 x (k + 
 
 
 class BlockTable(NamedTuple):
-    """Which columns make up each block; blocks with fewer tokens than the longest are filled up with -1."""
+    """The columns of each block; blocks with fewer tokens than the longest are filled up with -1."""
 
     columns: Tensor
     """(B, blocks, L) int64: the columns of each block's text tokens."""
     landmarks: Tensor
-    """(B, blocks) int64: the column of the landmark that ends the block, -1 where none does or it holds no token."""
+    """(B, blocks) int64: the column of the landmark that ends the block; -1 if there is none, or no token."""
 
 
 def tabulate_blocks(is_text: Tensor, is_landmark: Tensor, block_of_key: Tensor, num_blocks: int) -> BlockTable:
-    """Lay out the blocks of (B, K) columns; all arguments are (B, K), the last the block of each column."""
+    """Tabulate the blocks of (B, K) columns; the tensors are (B, K), and `block_of_key` is the block of each column."""
     num_rows, num_keys = is_text.shape
     columns = torch.arange(num_keys, device=is_text.device).expand(num_rows, -1)
     sizes = is_text.new_zeros((num_rows, num_blocks), dtype=torch.long).scatter_add(1, block_of_key, is_text.long())
     longest = max(1, int(sizes.max()))
     before = (sizes.cumsum(-1) - sizes).gather(1, block_of_key)
     place = block_of_key * longest + is_text.long().cumsum(-1) - 1 - before
-    spare = num_blocks * longest  # takes what is no text token
+    spare = num_blocks * longest  # for the columns that are not text tokens
     table = torch.full((num_rows, spare + 1), -1, device=is_text.device)
     table = table.scatter(1, torch.where(is_text, place, spare), columns)[:, :spare]
     ends = torch.full((num_rows, num_blocks + 1), -1, device=is_text.device)
@@ -54,7 +55,7 @@ def attend_to_best_blocks(
     positions: Tensor,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attend with each query and head to the `num_best` earlier blocks of highest landmark score and to the own block.
+    """Let each query and head attend to its own block and the `num_best` earlier blocks of highest landmark score.
 
     Equal to the full form when `num_best` reaches the number of blocks.
 
@@ -64,10 +65,10 @@ def attend_to_best_blocks(
         value: (B, H, K, D).
         blocks: the table of all K columns.
         block_of_query: (B, T) int64.
-        query_columns: (T,) int64, rising.
+        query_columns: (T,) int64, ascending.
         num_best: k.
         scaling: factor on the scores.
-        positions: (B, K) int64, the distances of ALiBi.
+        positions: (B, K) int64, for the distances of ALiBi.
         slopes: (H,) of ALiBi, or None.
 
     Returns:

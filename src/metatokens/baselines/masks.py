@@ -1,10 +1,9 @@
 """Sparse patterns of the causal self-attention: sliding window, Longformer, BigBird, and GPT-Neo's local layers.
 
-A pattern tells of a query and a key, by their columns, whether the one sees the other; causality and padding come on
-top. Positions count a row's real tokens, so padding shifts nothing, from the start of the sequence, so a cache shifts
-nothing. Every query sees itself. The keys of all tokens stay in the cache, and the kernels
-of eager and sdpa still visit every pair: what these models show is what the pattern costs in quality. Under flex
-attention the blocks that no query of theirs sees are skipped.
+A pattern decides by columns whether a query sees a key; causality and padding apply on top. Positions count the real
+tokens of a row from the start of the sequence, so neither padding nor a cache shifts them. Every query sees itself. The
+keys of all tokens stay in the cache, and the kernels of eager and sdpa still visit every pair: these models show what a
+pattern costs in quality, not what it saves in time. Flex attention skips the blocks in which no query sees a key.
 
 Sources: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird), transformers' GPT-Neo (`window_size`).
 """
@@ -29,7 +28,7 @@ from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
 
 @dataclass(frozen=True)
 class Columns:
-    """What a pattern may ask of the columns of a batch."""
+    """What a pattern knows about the columns of a batch."""
 
     positions: Tensor
     """(B, K) int64: how many real tokens come before each column; -1 at padding before the first."""
@@ -82,7 +81,7 @@ class SlidingWindow(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class Longformer(SlidingWindow):
-    """A sliding window, and tokens that every later query sees and that see everything before them."""
+    """A sliding window, and global tokens: every later query sees them, and they see everything before them."""
 
     kind: ClassVar[str] = "longformer"
     num_global_tokens: int
@@ -104,10 +103,10 @@ class Longformer(SlidingWindow):
 
 @dataclass(frozen=True, kw_only=True)
 class BigBird(Pattern):
-    """Blocks of tokens: a window of them, the first ones for all, and for each a few of the past drawn at random.
+    """Attention by blocks: a block sees a window of blocks, the first blocks, and a few past blocks drawn at random.
 
     The random blocks of a query's block are drawn without replacement among the past blocks that it would not see
-    otherwise; they depend on the seed, the layer and the block alone, so they are the same in training and evaluation,
+    otherwise. They depend on the seed, the layer and the block alone, so they are the same in training and evaluation,
     and a longer sequence only adds to them.
     """
 
@@ -190,7 +189,7 @@ class SparseAttentionConfig(MetaTokenConfig):
         return types
 
     def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
-        """Count the pairs that the pattern allows; global meta-tokens are taken to stand at even distances."""
+        """Count the pairs that the pattern allows; global meta-tokens count as if they were evenly spaced."""
         if not self.pattern.applies_to(layer_index):
             return super().count_attention_pairs(layer_index, num_positions, num_meta)
         is_meta = torch.zeros(1, num_positions, dtype=torch.bool)

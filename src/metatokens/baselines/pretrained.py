@@ -1,9 +1,9 @@
 """Any causal language model of transformers as an arm: GPT-Neo-125M from the hub, or a folder.
 
-The adapter gives it the meta-token and padding, each a new row of its embedding, and the call of
-`MetaTokenForCausalLM`, so that the same training and evaluation take it. Inside is the model as it came; what it saves
-is an ordinary transformers checkpoint. It has no meta-attention: meta-tokens are pause tokens to it. Its weights are
-read from safetensors alone, and code that comes with a model is not run.
+The adapter adds a meta-token and a padding token, each with a new row of the embedding, and offers the call of
+`MetaTokenForCausalLM`, so that the same training and evaluation can use it. The wrapped model stays as it came and is
+saved as an ordinary transformers checkpoint. It has no meta-attention, so meta-tokens are pause tokens to it. Its
+weights are read from safetensors alone, and code that comes with a model is not run.
 """
 
 import inspect
@@ -40,8 +40,8 @@ class PretrainedCausalLM(nn.Module):
         """Wrap a model whose config and embedding have the meta-token already.
 
         Raises:
-            ValueError: if it does more between its last hidden state and its logits than a linear head; the loss would
-                be another one than its own. A model without weights, on the meta device, is not asked.
+            ValueError: if it does more between its last hidden state and its logits than a linear head, since the loss
+                here would not be its own. A model on the meta device has no weights and is not checked.
         """
         super().__init__()
         self.wrapped = wrapped
@@ -56,25 +56,25 @@ class PretrainedCausalLM(nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Return what the wrapped model generates with."""
+        """Return the generation config of the wrapped model."""
         generation_config: GenerationConfig = self.wrapped.generation_config
         return generation_config
 
     @property
     def device(self) -> torch.device:
-        """Return where the weights are."""
+        """Return the device of the weights."""
         device: torch.device = self.wrapped.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of the weights."""
+        """Return the dtype of the weights."""
         dtype: torch.dtype = self.wrapped.dtype
         return dtype
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """Return which tensors are stored once."""
+        """Return the names of tied tensors, which are stored once."""
         tied: dict[str, str] = self.wrapped.all_tied_weights_keys
         return tied
 
@@ -92,7 +92,7 @@ class PretrainedCausalLM(nn.Module):
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
     ) -> MetaTokenCausalLMOutput:
-        """Run the model; the arguments and result of `MetaTokenForCausalLM.forward`, `meta_indices` without effect."""
+        """Run the model, with arguments and result of `MetaTokenForCausalLM.forward`; `meta_indices` has no effect."""
         outputs = self._decode(
             input_ids,
             attention_mask,
@@ -173,12 +173,12 @@ class PretrainedCausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def training_flops(self, *, num_positions: int, num_meta: int = 0, num_logits: int | None = None) -> int:
-        """Count the operations of forward and backward pass over one sequence: 6 N a position, and the attention.
+        """Count the operations of a forward and backward pass over one sequence: 6 N a position, and the attention.
 
-        N are the weights of matrices, embeddings and head left out: each is multiplied once a position, in the forward
-        pass and twice in the backward. The head counts where logits are made. Attention counts scores and weighted sum
-        over all pairs that causality allows, in every layer, also where a layer sees a window of them alone. For a
-        GPT-2 that is what `metatokens.model.accounting` counts; experts that a token does not visit count too.
+        N is the number of weights in matrices, without embeddings and head: each is multiplied once a position in the
+        forward pass and twice in the backward pass. The head counts where logits are made. Attention counts scores and
+        weighted sum over all pairs that causality allows, even in layers that see only a window. For a GPT-2 that is
+        what `metatokens.model.accounting` counts; experts that a token does not visit count too.
 
         Args:
             num_positions: T, text and meta-tokens.
@@ -209,7 +209,7 @@ class PretrainedCausalLM(nn.Module):
         if not torch.equal(own, ours):
             raise ValueError(
                 f"{type(self.wrapped).__name__} does more between its last hidden state and its logits than a linear "
-                "head; such a model cannot be an arm"
+                "head, so its loss cannot be computed here: use another model"
             )
 
 
@@ -219,19 +219,19 @@ def load_pretrained(
     """Load a causal language model of transformers and give it a meta-token and padding.
 
     The meta-token is the first id after the text vocabulary and padding the next one, as in the package's own models;
-    the embedding grows to a multiple of 64 rows. New rows, and rows beyond the text vocabulary that the model had
-    without a use, are drawn from N(0, initializer_range). A model saved by the adapter comes back as it was.
+    the embedding grows to a multiple of 64 rows. New rows, and unused rows beyond the text vocabulary, are drawn from
+    N(0, initializer_range). A model that was saved by the adapter comes back as it was.
 
     Args:
         source: an id on the hub (`EleutherAI/gpt-neo-125m`) or a folder.
         text_vocab_size: number of tokens of its text tokenizer.
-        loss_policy: "skip" or "retarget"; None is that of a model saved by the adapter, else "skip".
-        seed: of the new rows; the global generator is left alone.
+        loss_policy: "skip" or "retarget"; None keeps that of a model saved by the adapter, and is "skip" for others.
+        seed: seed of the new rows; the global generator keeps its state.
         **options: passed to `from_pretrained`; `dtype` is float32 unless it is among them.
 
     Raises:
-        ValueError: if the weights lack some that its config describes or have another shape, or the model has no row
-            for some text token, or a head that is not linear.
+        ValueError: if weights that its config describes are missing or have another shape, if the model has no row for
+            some text token, or if its head is not linear.
         OSError: if there is no such model, or none in safetensors.
     """
     wrapped, loaded = AutoModelForCausalLM.from_pretrained(
@@ -242,11 +242,11 @@ def load_pretrained(
         trust_remote_code=False,
         **{"dtype": torch.float32, **options},
     )
-    # left over is what other heads had, or masks that older versions of transformers stored
+    # unexpected weights do no harm: they are of other heads, or masks that older versions of transformers stored
     wrong = [f"no {name}" for name in sorted(loaded["missing_keys"])]
     wrong += [f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])]
     if wrong:
-        raise ValueError(f"{source} has not the weights that its config describes: {wrong[0]}")
+        raise ValueError(f"the weights of {source} are not those that its config describes: {wrong[0]}")
     config = wrapped.config
     rows = _check_rows(config, wrapped.get_input_embeddings().weight.shape[0], source, text_vocab_size)
     if getattr(config, "meta_token_id", None) != text_vocab_size:
@@ -255,17 +255,17 @@ def load_pretrained(
             wrapped.resize_token_embeddings(rows, mean_resizing=False)
             _draw_new_rows(wrapped, text_vocab_size)
     _set_tokens(config, text_vocab_size, loss_policy)
-    # nothing is paid for predicting the meta-token, so its logit means nothing
+    # the meta-token is never a target, so its logit means nothing
     wrapped.generation_config.suppress_tokens = [config.meta_token_id, config.pad_token_id]
     wrapped.generation_config.pad_token_id = config.pad_token_id
     return PretrainedCausalLM(wrapped)
 
 
-def outline_pretrained(folder: Path, *, text_vocab_size: int) -> PretrainedCausalLM:
-    """Return what `load_pretrained` would of the config in a folder, without its weights, on the meta device.
+def build_pretrained_on_meta_device(folder: Path, *, text_vocab_size: int) -> PretrainedCausalLM:
+    """Return the model that `load_pretrained` would make from a folder's config, without weights, on the meta device.
 
     Raises:
-        ValueError: if the model has no row for some text token, or is no causal language model.
+        ValueError: if the model has no row for some text token, or is not a causal language model.
         OSError: if there is no such config.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,8 +1,8 @@
-"""The command line: parse, dispatch, exit code, error text. A file a verb; what it does lives elsewhere.
+"""The command line: parse, dispatch, exit code, error text. Each verb has a file; the work is done elsewhere.
 
-Every verb takes `--json` (the result alone on standard output); those that work long take `--dry-run`. Anything wrong
-is one line on standard error and the exit code of `metatokens.errors`; `--debug` shows the traceback. A verb's file
-imports what is heavy when it is run, so that `metatokens --help` imports no torch.
+Every verb takes `--json` (the result alone on standard output); verbs that work long take `--dry-run`. Every error is
+one line on standard error and the exit code of `metatokens.errors`; `--debug` shows the traceback. A verb's file
+imports heavy packages only when the verb runs, so `metatokens --help` does not import torch.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("metatokens: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # the top level: whatever it is, it ends in one line
+    except Exception as error:  # the top level turns every error into one line
         if debug:
             raise
         if isinstance(error, OSError) and (error.filename or error.errno in FULL_DISK):
@@ -81,7 +81,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _end_of_path(error: OSError) -> int:
-    """Say in one line which path could not be used, where nothing has looked at it closer; returns the exit code."""
+    """Say in one line which path could not be used, if no check has said more, and return the exit code."""
     kind = ResourceError if error.errno in FULL_DISK else UsageError
     what, found = error.filename or "a file", error.strerror or str(error)
     line = kind(str(what), expected="a path that can be used", found=found, remedy="--debug shows where")

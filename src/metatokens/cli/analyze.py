@@ -1,4 +1,4 @@
-"""`metatokens analyze`: take a model apart."""
+"""`metatokens analyze`: look inside a model."""
 
 import argparse
 import shlex
@@ -12,10 +12,10 @@ from metatokens.report.console import show_table, show_verdicts
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "take a model apart: attention, cause, compression, with intervals and a verdict on each claim of the paper"
+    text = "look inside a model: attention, cause, compression, with intervals and a verdict on each claim of the paper"
     parser = add_verb(verbs, "analyze", _run, text, long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
-    parser.add_argument("--text", help="a source as for `prepare`; without it the instances of the run's recall task")
+    parser.add_argument("--text", help="a source, as for `prepare` (default: instances of the run's recall task)")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json and arrays.npz")
     add_overrides(parser, "metatokens.config.analysis:AnalysisConfig")
 
@@ -32,7 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     config = analysis_config_of(options.checkpoint, options.text, options.overrides)
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
-    # sums of components and entropies need float32, whatever the weights are kept in
+    # sums of components and entropies need float32, whatever the dtype of the weights
     model, tokenizer = open_model(options.checkpoint).float(), open_tokenizer(options.checkpoint)
     check_model(model)
     if options.text is not None:

@@ -1,6 +1,6 @@
-"""What the parsers of the verbs have in common: flags, kinds of numbers, overrides of config fields.
+"""What the parsers of all verbs share: flags, types of numbers, overrides of config fields.
 
-A number is checked here, before anything is loaded. Config classes are imported only when their help is asked for.
+Numbers are checked here, before anything is loaded. Config classes are imported only to show their help.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from metatokens.errors import UsageError
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
 
-_SAME_FLAG = 0.85  # similarity of --dryrun and --dry-run is 0.94; no field of a config is as near to a flag
+_SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, whose paths may begin with ~, and whose numbers are finite."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Read every argument of type Path and float in our own way."""
+        """Let arguments of type Path and float be read by `path` and `finite_number`."""
         super().__init__(*args, **kwargs)
         self.register("type", Path, path)
         self.register("type", float, finite_number)
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
-    """Add a verb and return its parser, with the flags that every verb has; one that works `long` has a dry run."""
+    """Add a verb with the flags that every verb has, and return its parser; a `long` verb has a dry run."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -47,7 +47,7 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
     parser.add_argument("--json", action="store_true", help="write the result as JSON, alone on standard output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if long:
-        parser.add_argument("--dry-run", action="store_true", help="check everything and say what would happen")
+        parser.add_argument("--dry-run", action="store_true", help="check everything and show what would be done")
     return parser
 
 
@@ -67,7 +67,7 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
     own_arguments = parser.parse_known_args
 
     def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
-        # an override has a value, which argparse would take for an argument of the verb
+        # argparse would take the value of an override for an argument of the verb
         rest, overrides = _split_overrides(list(arguments), parser._option_string_actions)
         options, unknown = own_arguments(rest, namespace)
         return options, [*unknown, *overrides]
@@ -79,10 +79,10 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
 
 
 def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
-    """Take the overrides, each with its value, out of the arguments of a verb, wherever they stand.
+    """Split the arguments of a verb into its own and the overrides with their values, wherever they stand.
 
     Raises:
-        UsageError: a flag that is spelt almost right, which would take the next argument for its value.
+        UsageError: a flag is almost spelt right; as an override it would take the next argument for its value.
     """
     rest, overrides = [], []
     remaining = iter(arguments)
@@ -100,14 +100,14 @@ def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list
 
 
 def add_run(parser: argparse.ArgumentParser, schema: str) -> None:
-    """Add what a verb that trains a preset takes."""
+    """Add the arguments of a verb that trains a preset."""
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, for a file runs/ and its name)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, or for a file runs/ and its name)")
     add_overrides(parser, schema)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
-    """Return where a verb that trains a preset does so: presets of one name, as tiny/meta and small/meta, apart."""
+    """Return the run folder of a verb that trains a preset; tiny/meta and small/meta have different ones."""
     from metatokens.config.loading import YAML_SUFFIXES
 
     preset = Path(options.preset)
@@ -116,27 +116,27 @@ def run_folder(options: argparse.Namespace) -> Path:
 
 
 def add_interventions(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names interventions at the meta-tokens."""
+    """Add the flag for interventions at the meta-tokens."""
     parser.add_argument(
         "--intervention",
         action="append",
         metavar="KIND",
         default=[],
-        help="what is changed at the meta-tokens, several times to combine: zero_embedding, mean_embedding, "
+        help="a change at the meta-tokens; repeat the flag to combine several: zero_embedding, mean_embedding, "
         "token_embedding=ID, zero_position, no_position_edges, no_meta_attention[=LAYER,LAYER...]",
     )
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return the type of an argument that is a whole number in a range, as 1000 or 1e3."""
+    """Return the type of an argument that is a whole number, such as 1000 or 1e3, of at least `least`."""
 
     def whole_number(text: str) -> int:
         try:
             number = Decimal(text)
         except InvalidOperation:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not (number.is_finite() and least <= number < 2**63 and number == int(number)):
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least} and less than 2^63")
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least} and less than 2^63")
         return int(number)
 
     return whole_number
@@ -158,8 +158,8 @@ def finite_number(text: str) -> float:
 
 
 def path(text: str) -> Path:
-    """Read an argument that is a path; a shell leaves the ~ in --out=~/run as it is."""
+    """Read an argument that is a path; a shell does not expand the ~ in --out=~/run."""
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # a user that there is not
+    except RuntimeError as error:  # there is no such user
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None

@@ -15,10 +15,10 @@ def add(verbs: Any) -> None:
     text = "accuracy on a recall task by length of the prompt and intervention, with intervals"
     parser = add_verb(verbs, "evaluate", _run, text, long=True)
     parser.add_argument(
-        "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several are one arm, a seed each"
+        "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several count as seeds of one arm"
     )
     add_interventions(parser)
-    parser.add_argument("--out", type=Path, help="file for the result as JSON, whatever is shown")
+    parser.add_argument("--out", type=Path, help="file that also gets the result as JSON")
     add_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
 
 
@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     device = choose_device(config.device)
     if options.dry_run:
         plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
-        return emit(options, plan, lambda: show_table("evaluate would ask", plan))
+        return emit(options, plan, lambda: show_table("evaluate would measure", plan))
     rows = evaluate_recall(
         (open_model(path).to(device) for path in options.checkpoints),
         config,

@@ -12,7 +12,7 @@ from metatokens.report.console import show_table
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "give a model a longer window: scale its RoPE, then train shortly on long blocks; picks up where it was"
+    text = "give a model a longer window: scale its RoPE, then train shortly on long blocks; continues where it stopped"
     parser = add_verb(verbs, "extend", _run, text, long=True)
     parser.add_argument("checkpoint", type=Path, help="run, model or checkpoint folder of the trained model")
     parser.add_argument(
@@ -20,7 +20,9 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--factor", type=float, default=4.0, help="new window / present window (default: 4)")
     parser.add_argument("--out", type=Path, required=True, help="run folder; with --no-training, a new model folder")
-    parser.add_argument("--preset", default="paper/extend", help="of the training: paper/extend, small/extend ...")
+    parser.add_argument(
+        "--preset", default="paper/extend", help="preset of the training: paper/extend, small/extend ..."
+    )
     parser.add_argument("--no-training", action="store_true", help="only write the model with its RoPE scaled")
     add_overrides(parser, "metatokens.config.schema:PretrainConfig")
 

@@ -11,7 +11,7 @@ from metatokens.report.console import show_table
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "train on a recall task under a curriculum; picks up where it was; under torchrun on several devices"
+    text = "train on a recall task under a curriculum; continues where it stopped; torchrun trains on several devices"
     add_run(add_verb(verbs, "finetune", _run, text, long=True), "metatokens.config.finetuning:FinetuneConfig")
 
 

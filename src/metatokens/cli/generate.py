@@ -15,16 +15,18 @@ def add(verbs: Any) -> None:
     parser = add_verb(verbs, "generate", _run, "continue a prompt, with meta-tokens on a schedule")
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
-    parser.add_argument("--max-text-tokens", type=at_least(1), default=100, help="text tokens to write")
+    parser.add_argument("--max-text-tokens", type=at_least(1), default=100, help="most text tokens to write")
     parser.add_argument(
-        "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens go"
+        "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens stand"
     )
     parser.add_argument("--every", type=at_least(1), default=9, help="periodic: text tokens between meta-tokens")
-    parser.add_argument("--ratio", type=share, default=0.1, help="uniform: chance of a meta-token")
+    parser.add_argument(
+        "--ratio", type=share, default=0.1, help="uniform: probability of a meta-token at each position"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of sampling and of the uniform schedule")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of sampling and of the uniform schedule")
     parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
 
 
@@ -39,10 +41,10 @@ def _run(options: argparse.Namespace) -> int:
         "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
     }
     if options.prompt == "-" and sys.stdin.isatty():
-        say("reading the prompt from standard input; Ctrl-D on a line of its own ends it")
+        say("reading the prompt from standard input; press Ctrl-D on an empty line to end it")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    unseen = iter([prompt])  # shown with the first piece, when nothing refuses it any more
-    stream = None if options.json else lambda text: print(next(unseen, "") + text, end="", flush=True)
+    unshown = iter([prompt])  # shown with the first piece, when all checks have passed
+    stream = None if options.json else lambda text: print(next(unshown, "") + text, end="", flush=True)
     result = generate_text(
         model,
         tokenizer,
@@ -56,4 +58,4 @@ def _run(options: argparse.Namespace) -> int:
         stream=stream,
         show_meta=options.show_meta,
     )
-    return emit(options, result, lambda: print(next(unseen, "")))
+    return emit(options, result, lambda: print(next(unshown, "")))

@@ -15,7 +15,9 @@ def add(verbs: Any) -> None:
     text = "parameters, operations per token, memory, and what differs from the paper"
     parser = add_verb(verbs, "info", _run, text)
     parser.add_argument("model", nargs="?", help="preset, YAML file, or model, checkpoint or run folder")
-    parser.add_argument("--text-vocab-size", type=at_least(1), default=50_257, help="tokens of the text, for a preset")
+    parser.add_argument(
+        "--text-vocab-size", type=at_least(1), default=50_257, help="size of the text vocabulary, for a preset"
+    )
     parser.add_argument("--presets", action="store_true", help="list the presets")
 
 
@@ -49,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.model,
                 expected="a preset with a model of its own",
                 found=f"one that starts from {start.path}",
-                remedy="ask for that checkpoint",
+                remedy=f"write `metatokens info {start.path}`",
             )
         config = build_config(start.model, text_vocab_size=vocab_size, eos_token_id=vocab_size - 1)
     else:

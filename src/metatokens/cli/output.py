@@ -1,4 +1,4 @@
-"""What a verb prints: its result on standard output, what it says meanwhile on standard error."""
+"""What a verb prints: its result on standard output, its messages on standard error."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from metatokens.files import to_json
 
 
 def emit(options: argparse.Namespace, result: Any, show: Callable[[], None]) -> int:
-    """Write the result as JSON, in which a number that is not finite is null, or show it to a person."""
+    """Print the result as JSON, with null for numbers that are not finite, or show it to a person."""
     if options.json:
         tree = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
         print(to_json(tree))
@@ -20,5 +20,5 @@ def emit(options: argparse.Namespace, result: Any, show: Callable[[], None]) -> 
 
 
 def say(line: str) -> None:
-    """Say on standard error what is going on."""
+    """Print a message on standard error."""
     print(line, file=sys.stderr, flush=True)

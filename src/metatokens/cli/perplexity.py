@@ -16,7 +16,7 @@ def add(verbs: Any) -> None:
     """Add the verb to the parser."""
     parser = add_verb(verbs, "perplexity", _run, "windowed perplexity of a model on text", long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
-    parser.add_argument("text", help="a source as for `prepare`; every document is scored on its own")
+    parser.add_argument("text", help="a source, as for `prepare`; each document is scored on its own")
     parser.add_argument("--window", type=at_least(1), help="length of a window (default: all positions of the model)")
     parser.add_argument(
         "--window-unit", choices=("text", "positions"), default="text", help="whether meta-tokens count in the window"
@@ -24,16 +24,18 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--stride",
         type=at_least(1),
-        help="text tokens that a sliding window moves by (default: 256, at most half a window)",
+        help="text tokens by which a sliding window moves (default: 256, at most half a window)",
     )
     parser.add_argument(
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
     )
     parser.add_argument("--ratio", type=share, default=0.1, help="share of positions that are meta-tokens")
     add_interventions(parser)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the uniform injection")
-    parser.add_argument("--max-tokens", type=at_least(1), help="score the first so many text tokens of each document")
-    parser.add_argument("--batch-size", type=at_least(1), default=16, help="windows of one forward pass")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the uniform injection")
+    parser.add_argument(
+        "--max-tokens", type=at_least(1), help="score only this many text tokens at the start of each document"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="windows in one forward pass")
     add_source_options(parser)
 
 
@@ -57,11 +59,11 @@ def _run(options: argparse.Namespace) -> int:
         max_tokens_per_document=options.max_tokens,
         batch_size=options.batch_size,
     )
-    source_files(options.text)  # says what is left out
+    source_files(options.text)  # warns of files that are left out
     progress = Progress()
     documents = _documents(iterate_documents(options.text, source_options(options)), progress)
     if options.dry_run:
-        TokenScorer(model, tokenizer, measured)  # its checks are those of the measurement
+        TokenScorer(model, tokenizer, measured)  # makes the checks of the measurement
         names = [name for name, _ in documents]
         rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
@@ -80,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _documents(documents: Iterable[Any], progress: Progress) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of documents, and show how many there were."""
+    """Yield (name, text) of documents, and show how many have been read."""
     for number, document in enumerate(documents, start=1):
         progress.show(f"encoding document {number:,}, {document.source}")
         yield document.source, document.text
@@ -99,5 +101,7 @@ def _whole_window(model: Any) -> int:
 
     limit = sequence_limit(model)
     if limit is None:
-        raise UsageError("--window", expected="a length", found="none, and a model without a limit", remedy="set it")
+        raise UsageError(
+            "--window", expected="a length, as the model states none", found="nothing", remedy="write `--window 1024`"
+        )
     return limit

@@ -1,4 +1,4 @@
-"""`metatokens prepare`: text into verified shards."""
+"""`metatokens prepare`: turn text into verified shards."""
 
 import argparse
 from pathlib import Path
@@ -15,12 +15,16 @@ def add(verbs: Any) -> None:
     parser = add_verb(verbs, "prepare", _run, "tokenise text into verified shards", long=True)
     parser.add_argument("source", nargs="?", default="python-docs", help=SOURCE_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id; without it one is trained on the source")
-    parser.add_argument("--vocab-size", type=at_least(257), default=4096, help="of a tokenizer trained here")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id (default: train one on the source)")
+    parser.add_argument(
+        "--vocab-size", type=at_least(257), default=4096, help="tokens of a tokenizer that is trained on the source"
+    )
     parser.add_argument(
         "--validation-fraction", type=share, default=0.02, help="share of documents kept out of training"
     )
-    parser.add_argument("--shard-tokens", type=at_least(1), default=2**28, help="tokens of a shard, about")
+    parser.add_argument(
+        "--shard-tokens", type=at_least(1), default=2**28, help="approximate number of tokens in a shard"
+    )
     add_source_options(parser)
 
 

@@ -11,7 +11,7 @@ from metatokens.report.console import show_table
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "pre-train a preset; picks up where it was; under torchrun on several devices"
+    text = "pre-train a preset; continues where it stopped; torchrun trains on several devices"
     add_run(add_verb(verbs, "pretrain", _run, text, long=True), "metatokens.config.schema:PretrainConfig")
 
 

@@ -1,4 +1,4 @@
-"""What verbs that read text have in common: how the text is read, and how far they have come."""
+"""What verbs that read text share: the flags for reading it, and their progress."""
 
 import argparse
 import sys
@@ -20,11 +20,11 @@ _PIPE_SECONDS = 30.0
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a source is read, one for each field of `SourceOptions`."""
+    """Add the flags for reading a source, one for each field of `SourceOptions`."""
     parser.add_argument("--text-field", default="text", help="column of json, parquet and datasets that holds the text")
     parser.add_argument("--config-name", help="configuration of a Hugging Face dataset, such as en")
     parser.add_argument("--split", default="train", help="split of a Hugging Face dataset")
-    parser.add_argument("--max-documents", type=at_least(1), help="stop after so many documents")
+    parser.add_argument("--max-documents", type=at_least(1), help="read at most this many documents")
     parser.add_argument(
         "--on-bad-text",
         choices=("error", "replace", "skip"),
@@ -37,7 +37,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def source_options(options: argparse.Namespace) -> "SourceOptions":
-    """Return what the flags of `add_source_options` say."""
+    """Return the options that the flags of `add_source_options` set."""
     from dataclasses import fields
 
     from metatokens.data.sources import SourceOptions
@@ -46,9 +46,9 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
 
 
 class Progress:
-    """Shows on standard error how far some work has come: in place on a terminal, else a line now and then.
+    """Shows progress on standard error: in place on a terminal, elsewhere as a line now and then.
 
-    Work that is done within the first interval says nothing.
+    Work that ends within the first interval shows nothing.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Progress:
         self._is_line_open = False
 
     def show(self, text: str) -> None:
-        """Show where the work is, unless that was shown a moment ago."""
+        """Show the progress, unless it was shown a moment ago."""
         if time.monotonic() - self._last < self._interval:
             return
         self._last = time.monotonic()
@@ -69,12 +69,12 @@ class Progress:
             say(text)
 
     def close(self) -> None:
-        """End the line that is open."""
+        """End an open line."""
         if self._is_line_open:
             print(file=sys.stderr, flush=True)
             self._is_line_open = False
 
     def say(self, text: str) -> None:
-        """Say what begins now, on a line of its own."""
+        """Print a message on a line of its own."""
         self.close()
         say(text)

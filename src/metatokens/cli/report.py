@@ -10,9 +10,11 @@ from metatokens.cli.output import emit
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    parser = add_verb(verbs, "report", _run, "render an analysis as one HTML page, and as figures for papers")
+    parser = add_verb(verbs, "report", _run, "render an analysis as an HTML page and as figures for papers")
     parser.add_argument("results", type=Path, help="folder that `analyze` wrote")
-    parser.add_argument("--out", type=Path, help="folder of the page and the figures (default: that folder)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the page and the figures (default: the folder of the results)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

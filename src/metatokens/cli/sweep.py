@@ -11,15 +11,15 @@ from metatokens.report.console import show_rows
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "fine-tune and evaluate a grid of runs; skips what is done and picks up where it was"
+    text = "fine-tune and evaluate a grid of runs; skips runs that are done and continues where it stopped"
     parser = add_verb(verbs, "sweep", _run, text, long=True)
     parser.add_argument("file", type=Path, help="YAML file of the sweep")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
     places = parser.add_mutually_exclusive_group()
     places.add_argument(
-        "--jobs", type=at_least(1), default=1, help="runs at a time, which share the cores of this machine"
+        "--jobs", type=at_least(1), default=1, help="number of runs at a time; they share the cores of this machine"
     )
-    places.add_argument("--gpus", help="indices as 0,1,2: a run at a time on each")
+    places.add_argument("--gpus", help="indices such as 0,1,2; each GPU runs one run at a time")
     parser.add_argument("--figures", action="store_true", help="draw OUT/figures/*.png from the results")
     add_overrides(parser, "metatokens.config.sweep:SweepConfig")
 

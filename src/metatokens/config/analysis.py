@@ -1,4 +1,4 @@
-"""The configuration of an analysis: what is looked at, which numbers decide, and the heads fitted to states."""
+"""The configuration of an analysis: its subject, the numbers that decide, and the heads fitted to states."""
 
 from typing import Annotated, Literal, Self, get_args
 
@@ -9,10 +9,10 @@ from metatokens.config.schema import DEFAULT_META_RATIO
 from metatokens.config.tasks import Difficulty, Task
 
 MINIMUM_DOCUMENTS = 8
-"""The fewest documents of which more than 2,000 different resamples with replacement exist: 6,435 of 8, 1,716 of 7."""
+"""The fewest documents with more than 2,000 different resamples (with replacement): 8 have 6,435, 7 only 1,716."""
 
 LONGEST_VIEW = 2_048
-"""Tokens of a token view, at most: one (T, T) matrix of float32, which is computed a head at a time, is then 17 MB."""
+"""The most tokens of a token view: one (T, T) matrix of float32, computed a head at a time, is then 17 MB."""
 
 # 13 points from 1e-4 to 2, evenly spaced in their logarithm
 _BETAS = (1e-4, 2.3e-4, 5.2e-4, 1.2e-3, 2.7e-3, 6.2e-3, 0.0141, 0.0323, 0.0737, 0.168, 0.384, 0.876, 2.0)
@@ -24,25 +24,25 @@ class HeadTraining(Frozen):
     """How small heads on fixed states are trained: by Adam, stopped on validation documents."""
 
     num_seeds: int = Field(5, ge=1)
-    """Heads of one kind; they differ in their first weights, batches and noise, and share the split."""
+    """Number of heads of each kind; they share the split and differ in initial weights, batches and noise."""
     train_share: Share = 0.7
-    """Of the documents."""
+    """Share of the documents to train on."""
     validation_share: Share = 0.15
-    """Of the documents; the rest is the test part."""
+    """Share of the documents that decide when to stop; the rest is the test part."""
     minimum_documents: int = Field(MINIMUM_DOCUMENTS, ge=2)
-    """Of the test part, since intervals are over its documents."""
+    """The fewest documents of the test part, over which intervals are taken."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Of Adam."""
+    """Learning rate of Adam."""
     batch_size: int = Field(128, ge=1)
     """States in a step, drawn with replacement."""
     max_steps: int = Field(3_000, ge=1)
     """A head that is not done by then is flagged as not converged."""
     evaluation_interval_steps: int = Field(10, ge=1)
-    """Steps between two looks at the validation part."""
+    """Steps between evaluations on the validation part."""
     patience_evaluations: int = Field(10, ge=1)
-    """A head is done when so many evaluations in a row brought no change above `min_change`."""
+    """Patience: training ends after this many evaluations in a row without a change above `min_change`."""
     min_change: float = Field(1e-3, ge=0)
-    """Nats of the validation loss."""
+    """The smallest change of the validation loss that counts, in nats."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -71,21 +71,22 @@ class RateDistortionConfig(HeadTraining):
     """The variational information bottleneck on a state: an encoder, a prior of its code and a linear decoder."""
 
     betas: tuple[Annotated[float, Field(gt=0)], ...] = Field(_BETAS, min_length=1)
-    """Nats of distortion that a nat of rate is worth, rising. Trained from the largest down, each from the head of the
-    one above it: upwards, heads drag along what they memorised at a small beta."""
+    """Rate weights, ascending: the loss is distortion + beta * rate. Training starts from the largest, and each smaller
+    beta starts from the head of the one above it. In the other direction, heads keep what they memorised at a small
+    beta."""
     collapsed_rate: float = Field(0.1, ge=0)
-    """Nats: a head of a lower rate says nothing and is a saddle of the next beta, which then starts from first
+    """In nats: below this rate a head has collapsed and is a saddle of the next beta, which then starts from fresh
     weights."""
     hidden_size: int = Field(256, ge=1)
     """Width of the encoder's one hidden layer."""
     code_size: int = Field(32, ge=1)
     """Dimensions of the code z."""
     prior: Annotated[GaussianPrior | MixturePrior, Field(discriminator="kind")] = GaussianPrior()
-    """r(z); the mixture tells how much of a rate is due to the simple prior."""
+    """r(z), the prior of the code; the mixture shows how much of a rate is due to the simple Gaussian."""
     num_code_samples: int = Field(16, ge=1)
-    """Codes drawn for a state of the test part; the distortion is the mean over them."""
+    """Codes drawn for each state of the test part; the distortion is their mean."""
     max_information_states: int = Field(4096, ge=2)
-    """K: states of the test part, at most, for the bounds of I(Z;X); the lower one cannot exceed ln K."""
+    """K: the most states of the test part in the bounds of I(Z;X); the lower bound cannot exceed ln K."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> Self:
@@ -109,10 +110,10 @@ class MlpProbe(Frozen):
 
 
 class ProbeConfig(HeadTraining):
-    """A probe, and the online code that it makes of the labels."""
+    """A probe, and the online code for the labels that it makes."""
 
     probe: Annotated[LinearProbe | MlpProbe, Field(discriminator="kind")] = LinearProbe()
-    """The family of predictors; what it cannot use counts as absent."""
+    """The family of predictors; information that it cannot use counts as absent."""
     code_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0), min_length=1
     )
@@ -129,14 +130,14 @@ Part = Literal[
     "attention", "causal", "rate_distortion", "probes", "similarity", "decodability", "output", "eviction", "knockout",
     "token_view",
 ]  # fmt: skip
-"""attention: entropy, boost and the theorem's audit; decodability and output: what can be read from states, and what
-the parts of the model add to its output; causal, rate_distortion and probes: for a task; similarity, eviction and
-knockout: for text."""
+"""attention: entropy, boost and the theorem's audit. decodability and output: what can be read from states, and what
+each part of the model adds to its output. causal, rate_distortion and probes need a task; similarity, eviction and
+knockout need text."""
 FittedState = Literal[
     "last meta-token", "last meta-token, halfway", "ordinary token instead", "token before it", "last token",
     "untrained", "mean embedding",
 ]  # fmt: skip
-"""What bottlenecks and probes are fitted to; `metatokens.analysis.inputs.labelled_states` says what each is."""
+"""The states that bottlenecks and probes are fitted to; `metatokens.analysis.inputs.labelled_states` defines them."""
 Endpoint = Literal[
     "entropy_drop",
     "max_score_boost",
@@ -155,66 +156,66 @@ Endpoint = Literal[
 
 
 class TaskSubject(Frozen):
-    """Instances of a recall task are the documents."""
+    """The documents are instances of a recall task."""
 
     kind: Literal["task"] = "task"
     task: Task
     difficulty: Difficulty
     pairs: int = Field(64, ge=1)
-    """Minimal pairs of the causal part."""
+    """Number of minimal pairs of the causal part."""
     fitted_instances: int = Field(2_000, ge=54)
-    """Further instances whose states the heads of rate and distortion, and probes, are fitted to and tested on."""
+    """Number of further instances, on whose states bottlenecks and probes are trained and tested."""
 
 
 class TextSubject(Frozen):
-    """Passages of texts are the documents, one a text."""
+    """The documents are passages, one from each text."""
 
     kind: Literal["text"] = "text"
     source: str
-    """As for `metatokens prepare`."""
+    """A source, as for `metatokens prepare`."""
     window: int = Field(256, ge=16)
-    """Positions of a document, its meta-tokens among them; texts that are shorter are left out."""
+    """Positions of a document, meta-tokens included; shorter texts are left out."""
     ratio: float = Field(DEFAULT_META_RATIO, gt=0, lt=1)
     """k: the share of positions that are meta-tokens, drawn uniformly."""
     prefix_share: float = Field(0.75, gt=0, lt=1)
-    """Of the window, for eviction: what comes before the cache is cut."""
+    """Share of the window that is read before eviction cuts the cache."""
 
 
 class AnalysisConfig(Frozen):
-    """What is measured inside of one model."""
+    """What an analysis measures inside one model."""
 
     subject: Annotated[TaskSubject | TextSubject, Field(discriminator="kind")]
     documents: int = Field(64, ge=MINIMUM_DOCUMENTS)
-    """Documents or instances: the unit of every interval."""
+    """Number of documents or instances, which are the unit of every interval."""
     calibration_documents: int = Field(16, ge=1)
-    """Further documents, for the mean states that cosines are centred on."""
+    """Number of further documents, whose mean states centre the cosines."""
     queries: int = Field(512, ge=1)
-    """Attention rows of a document, one from each of so many stretches."""
+    """Number of attention rows of a document, spread over it: one from each of as many equal stretches."""
     distances: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
-    """Positions back, rising, of the cosines."""
+    """Distances of the cosines, in positions back, ascending."""
     newest_kept: int = Field(8, ge=0)
-    """The latest columns, which every policy of eviction keeps, beside four sinks."""
+    """Number of latest columns that every eviction policy keeps, beside four sinks."""
     budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.15, 0.2, 0.3, 0.5), min_length=1)
-    """Shares of the cache that stay."""
+    """Shares of the cache that eviction keeps."""
     token_views: int = Field(2, ge=0)
-    """Documents that are shown token by token."""
+    """Number of documents that the report shows token by token."""
     view_tokens: int = Field(256, ge=16, le=LONGEST_VIEW)
-    """Tokens of a token view, from the start of a document; above 256 not all of its attention is kept."""
+    """Tokens of a token view, from the start of a document; above 256 it keeps only a part of the attention."""
     states: tuple[FittedState, ...] = Field(get_args(FittedState), min_length=1)
-    """Which states bottlenecks and probes are fitted to."""
+    """The states that bottlenecks and probes are fitted to."""
     parts: tuple[Part, ...] = get_args(Part)
-    """What is run, where the subject allows it."""
+    """The parts to run, as far as the subject allows them."""
     endpoints: tuple[Endpoint, ...] = (
         "entropy_drop", "max_score_boost", "log_odds_boost", "theorem", "excess_cosine", "fading_cosine", "area",
         "prefix_area", "interaction", "meta_path", "eviction", "zero_position", "zero_embedding",
     )  # fmt: skip
-    """Which numbers decide about a claim; what is left out is not tested. Corrected together (Holm)."""
+    """The numbers that decide the claims, corrected together (Holm); claims left out are not tested."""
     rate_distortion: RateDistortionConfig = RateDistortionConfig(num_seeds=3)
-    """The bottleneck's heads."""
+    """The heads of the bottleneck."""
     probe: ProbeConfig = ProbeConfig(num_seeds=3)
     """The probes."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of instances, injection, samples and resamples."""
+    """Seed of the instances, the injection, samples and resamples."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

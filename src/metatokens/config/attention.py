@@ -1,6 +1,6 @@
 """What the causal self-attention sees: everything, a sparse pattern, or blocks by their landmarks.
 
-The models behind all but the first are in `metatokens.baselines`.
+The models of all kinds but the first are in `metatokens.baselines`.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class SparseAttention(Frozen):
 
 
 class SlidingWindowAttention(SparseAttention):
-    """The last tokens only; with layers odd and the default window the masks of GPT-Neo."""
+    """The last tokens only; with layers odd and the default window, these are the masks of GPT-Neo."""
 
     kind: Literal["sliding_window"] = "sliding_window"
     window: int = Field(256, ge=1)
@@ -41,7 +41,7 @@ class SlidingWindowAttention(SparseAttention):
 
 
 class LongformerAttention(SparseAttention):
-    """A sliding window, and global tokens that all later ones see and that see all before them."""
+    """A sliding window, and global tokens: all later tokens see them, and they see all earlier ones."""
 
     kind: Literal["longformer"] = "longformer"
     window: int = Field(256, ge=1)
@@ -63,7 +63,7 @@ class BigBirdAttention(SparseAttention):
     num_global_blocks: int = Field(2, ge=0)
     """Blocks at the start that every token sees."""
     num_random_blocks: int = Field(3, ge=0)
-    """Past blocks that each block sees besides, drawn once a layer."""
+    """Further past blocks that each block sees, drawn once for each layer."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the random blocks; the same in training and evaluation."""
 
@@ -73,7 +73,8 @@ class LandmarkAttention(Frozen):
 
     kind: Literal["landmark"] = "landmark"
     every: int = Field(50, ge=1)
-    """Text tokens before each landmark; agrees with a periodic injection, any other injection sets its own blocks."""
+    """Text tokens before each landmark. It must agree with a periodic injection; any other injection sets its own
+    blocks."""
 
     def to_hf(self) -> dict[str, Any]:
         """Return the fields of the Hugging Face config."""
@@ -87,7 +88,7 @@ Attention = Annotated[
 
 
 def attention_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attention, as plain values, whose `to_hf` is in `fields`."""
+    """Return the attention, as plain values, that `to_hf` turned into `fields`."""
     if "landmark_every" in fields:
         return {"kind": "landmark", "every": fields["landmark_every"]}
     return dict(fields.get("attention_pattern") or {"kind": "full"})

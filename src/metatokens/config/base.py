@@ -10,12 +10,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 def _expand_home(path: Path) -> Path:
     try:
         return path.expanduser()
-    except RuntimeError as error:  # a user that there is not
+    except RuntimeError as error:  # there is no such user
         raise ValueError(f"{path}: {error}") from None
 
 
 UserPath: TypeAlias = Annotated[Path, AfterValidator(_expand_home)]
-"""A path that may begin with ~, which a shell leaves as it is in --data.path=~/tokens."""
+"""A path that may begin with ~, since a shell does not expand it in --data.path=~/tokens."""
 
 
 class Frozen(BaseModel):

@@ -1,7 +1,7 @@
-"""The longer window of a trained model: from its shape and a factor to the configuration of the training that follows.
+"""A longer window for a trained model: the extended shape, and the configuration of the training that follows.
 
-Only RoPE has frequencies to scale. A model that was extended before is extended further by the same method: the factors
-multiply, and the trained window stays what it was at first.
+Only RoPE has frequencies to scale. A model that was extended before can be extended further by the same method: the
+factors multiply, and the trained window stays the first one.
 """
 
 import math
@@ -15,18 +15,18 @@ from metatokens.errors import UsageError
 
 ExtensionMethod = Literal["yarn", "linear", "dynamic"]
 EXTENDABLE = "rope (by yarn, linear or dynamic); alibi and none need no scaling, learned positions have no more rows"
-"""Which position encodings can be extended, for messages."""
+"""The position encodings that can be extended, for messages."""
 
 
 def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> ModelConfig:
     """Return the shape of a model whose window is `factor` times as long.
 
-    YaRN's trained window is `max_position_embeddings` of a model that was not extended before. Dynamic scaling leaves
-    that number alone, since transformers takes it for the trained window; `max_sequence_length` tells the new one.
+    For YaRN, the trained window is the `max_position_embeddings` of the model before any extension. Dynamic scaling
+    keeps that number, since transformers takes it for the trained window; `max_sequence_length` gives the new window.
 
     Raises:
         UsageError: a position encoding without frequencies, a factor that extends nothing, or another method on top of
-            the one that the model was extended by.
+            the one that extended the model before.
     """
     if model.position_encoding != "rope":
         raise UsageError(
@@ -36,7 +36,9 @@ def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> 
             remedy="extend a model with rope",
         )
     if not (math.isfinite(factor) and factor > 1):
-        raise UsageError("--factor", expected="more than 1", found=f"{factor:g}", remedy="the paper takes 4 and 8")
+        raise UsageError(
+            "--factor", expected="more than 1", found=f"{factor:g}", remedy="write `--factor 4` or, as the paper too, 8"
+        )
     before = model.rope_scaling
     if isinstance(before, NoScaling):
         scaling = {"kind": method, "factor": factor}
@@ -47,7 +49,7 @@ def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> 
     else:
         raise UsageError(
             f"--method {method}",
-            expected=f"{before.kind}, by which the model was extended before",
+            expected=f"{before.kind}, which extended the model before",
             found=method,
             remedy=f"extend it further by {before.kind}, or start from the model that was not extended",
         )
@@ -67,11 +69,11 @@ def extension_config(
     """Return the continued training of an extended model on blocks of its whole window.
 
     Args:
-        preset: gives the optimizer, the schedule and the number of steps; its model is left aside.
+        preset: gives the optimizer, the schedule and the number of steps; its model is not used.
         start_from: folder of the trained weights.
-        model: the extended shape, as of `extend_model`.
+        model: the extended shape, from `extend_model`.
         injection: how the model was pre-trained; None takes the preset's.
-        overrides: come last, as in `load_preset`.
+        overrides: as in `load_preset`, applied last.
 
     Raises:
         UsageError: for an unknown preset or key, or settings that do not agree.

@@ -19,7 +19,7 @@ class FreshStart(Frozen):
     kind: Literal["fresh"] = "fresh"
     model: ModelConfig = ModelConfig()
     tokenizer: UserPath | None = None
-    """Folder or file of a tokenizer; off means one trained on the words of the tasks."""
+    """Folder or file of a tokenizer; off means a tokenizer trained on the words of the tasks."""
 
 
 class CheckpointStart(Frozen):
@@ -41,7 +41,7 @@ class Stage(Difficulty):
 
     @property
     def difficulty(self) -> Difficulty:
-        """The difficulty alone: how long a stage takes does not change its instances."""
+        """The difficulty alone, since the number of steps does not change the instances."""
         return Difficulty(size=self.size, prompt_tokens=self.prompt_tokens)
 
 
@@ -55,15 +55,15 @@ class RecallEvaluationConfig(Frozen):
 
 
 class TestConfig(Frozen):
-    """At which lengths a trained model is tested, on how many instances."""
+    """The lengths and the number of instances that a trained model is tested on."""
 
     lengths: tuple[Annotated[str, AfterValidator(check_bin)], ...] = Field(("easy", "medium", "hard"), min_length=1)
     """Length bins by name (easy, medium, hard, extra-hard, long) or ranges of prompt tokens as 2049-4096."""
     instances: int = Field(500, ge=1)
     """Test instances of each row."""
     extrapolate: bool = False
-    """Ask lengths beyond the model's window where its positions go on for ever (rope but for dynamic scaling, xpos,
-    alibi, none); without it, and elsewhere, such a row reads n/a."""
+    """Test lengths beyond the model's window too, if its positions have no end (rope without dynamic scaling, xpos,
+    alibi, none). Otherwise the row of such a length reads n/a."""
 
 
 class FinetuneConfig(RunConfig):
@@ -83,19 +83,20 @@ class FinetuneConfig(RunConfig):
     )
     """The stages, in order (paper section 3: five phases of growing lists and prompts; the numbers are ours)."""
     train_instances: int | None = Field(90_000, ge=1)
-    """Different training instances, shared out over the stages by their steps (paper section 3); off means that no
-    instance comes twice."""
+    """Number of different training instances, divided among the stages by their steps (paper section 3); off means that
+    no instance comes twice."""
     bucket_batches: int = Field(8, ge=1)
-    """So many batches are drawn together and cut by length, so that rows of a batch are about equally long."""
+    """Number of batches that are drawn together and then cut by length, so that the rows of a batch are about equally
+    long."""
     evaluation: RecallEvaluationConfig = RecallEvaluationConfig()
     test: TestConfig = TestConfig()
-    """What `metatokens evaluate` asks of the trained model unless told otherwise; the training does not use it."""
+    """Defaults of `metatokens evaluate` for the trained model; the training does not use them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_schedule(self.schedule, self.total_steps, "curriculum")
         if self.train_instances is not None and self.train_instances < len(self.curriculum):
-            raise ValueError(f"train_instances {self.train_instances} are fewer than the stages of curriculum")
+            raise ValueError(f"train_instances {self.train_instances} is less than the number of stages of curriculum")
         return self
 
     @property
@@ -105,14 +106,14 @@ class FinetuneConfig(RunConfig):
 
 
 class EvaluateConfig(TestConfig):
-    """What a model is asked, at which lengths, and how its meta-tokens are treated."""
+    """An evaluation of a model: the task, its size and its lengths."""
 
     task: Task = CopyingTask()
     size: Range = (4, 4)
-    """Bounds of the task's own size, as in a stage of the curriculum."""
+    """Bounds of the task's own size, as in a stage of a curriculum."""
     batch_size: int = Field(32, ge=1)
     """Instances of one forward pass."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the test instances and of the bootstrap."""
+    """Seed of the test instances and of the bootstrap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto takes a GPU if there is one."""

@@ -1,7 +1,7 @@
-"""Presets: find, extend, override, validate; and write a resolved config back in the same format.
+"""Presets: find, extend, override and validate them, and write a resolved config in the same format.
 
-A preset is YAML with the differences from what its `extends:` line names. An override is `--section.key value`, the
-value read as YAML. Everything wrong is one line: an unknown preset or key comes with the nearest name.
+A preset is YAML that holds only its differences from the preset that `extends:` names. An override is `--section.key
+value`; the value is read as YAML. Every error is one line; for an unknown preset or key it gives the nearest name.
 """
 
 import difflib
@@ -41,12 +41,13 @@ NOT_SCIENCE = {
 class _StrictLoader(yaml.SafeLoader):
     """A safe loader that refuses duplicate keys and aliases, and reads numbers as people do.
 
-    In YAML 1.1, 010 is eight, 1:30 is ninety and 1e6 or 1.5e3 a string; here they are ten, an error and numbers.
+    In YAML 1.1, 010 is eight, 1:30 is ninety, and 1e6 and 1.5e3 are strings. Here 010 is ten, 1:30 is an error, and 1e6
+    and 1.5e3 are numbers.
     """
 
     def construct_yaml_int(self, node: Any) -> Any:
         text = str(self.construct_scalar(node))
-        # left to the schema, whose numbers are decimal
+        # the schema reads the text as a decimal number
         return text if NOT_DECIMAL.fullmatch(text) else super().construct_yaml_int(node)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -70,7 +71,7 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-# what pydantic asks for, by its type of error, as a writer of YAML would say it
+# the expected value for each error type of pydantic, in the words of YAML
 _EXPECTED = {
     "tuple_type": "a list, as [2, 4]",
     "list_type": "a list, as [2, 4]",
@@ -91,7 +92,7 @@ _EXPECTED = {
     "path_type": "a path",
 }
 
-# what the loader raises: its own errors, bytes or values that are none (UTF-8, dates), brackets without end
+# what the loader raises: its own errors, errors of bytes or values (UTF-8, dates), and endless nesting
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -120,7 +121,7 @@ def load_preset(
     Args:
         preset: a name from `preset_names()` or the path of a YAML file, such as a run folder's config.yaml.
         overrides: alternating `--section.key` and value, or `--section.key=value`.
-        schema: the config class of the run; its defaults are what the preset differs from.
+        schema: the config class of the run; it gives the values that the preset leaves out.
 
     Raises:
         UsageError: for an unknown preset or key (with the nearest name), or a value that does not fit.
@@ -130,7 +131,7 @@ def load_preset(
 
 
 def is_finetuning(preset: str | Path) -> bool:
-    """Tell whether a preset describes fine-tuning on a recall task, and not pre-training."""
+    """Tell whether a preset describes fine-tuning on a recall task rather than pre-training."""
     return not _load_tree(str(preset), seen=()).keys().isdisjoint({"task", "curriculum", "start"})
 
 
@@ -144,7 +145,7 @@ def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
 
 
 def override_fields(config: Config, changes: Mapping[str, Any], origin: str) -> Config:
-    """Return a config with a nested mapping of changes applied, as those of a preset to what it extends.
+    """Return a config with a nested mapping of changes applied, as a preset changes the one it extends.
 
     Raises:
         UsageError: as `override`; the message begins with `origin`.
@@ -153,7 +154,7 @@ def override_fields(config: Config, changes: Mapping[str, Any], origin: str) -> 
 
 
 def _override_tree(tree: dict[str, Any], overrides: Sequence[str], origin: str, schema: type[Config]) -> Config:
-    # kinds first: they reset what belongs to the variant, wherever they stand
+    # kinds first, wherever they stand: a kind resets the fields of its variant
     for path, value in sorted(parse_overrides(overrides), key=lambda pair: pair[0][-1] != "kind"):
         _set(tree, path, value)
     return validate(tree, origin=origin, schema=schema)
@@ -183,7 +184,11 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any
 
 
 def validate(tree: dict[str, Any], origin: str, schema: type[Config]) -> Config:
-    """Validate a tree of plain values; the first problem becomes the error's line."""
+    """Validate a tree of plain values.
+
+    Raises:
+        UsageError: the first problem, in one line that begins with `origin`.
+    """
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -201,7 +206,7 @@ def digest(config: BaseModel) -> str:
 
 
 def differences_from_paper(config: PretrainConfig) -> list[str]:
-    """Say, a line each, where a run departs from the paper's own with the same position encoding."""
+    """Return a line for each setting that differs from the paper's run with the same position encoding."""
     learned = config.model.position_encoding == "learned"
     paper = load_preset("paper/meta-learned-152m" if learned else "paper/meta-rope-152m").model_dump(mode="json")
     own = config.model_dump(mode="json")
@@ -217,24 +222,30 @@ def differences_from_paper(config: PretrainConfig) -> list[str]:
 def _load_tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if preset in seen:
         raise UsageError(
-            f"preset {preset}", expected="no circle", found=" -> ".join((*seen, preset)), remedy="mend its `extends:`"
+            f"preset {preset}",
+            expected="no circle of `extends:`",
+            found=" -> ".join((*seen, preset)),
+            remedy="change its `extends:`",
         )
     try:
         tree = yaml.load(_read_preset(preset), _StrictLoader)
     except (OSError, *_NOT_YAML) as error:
-        raise UsageError(f"preset {preset}", expected="YAML", found=str(error), remedy="mend the file") from None
+        raise UsageError(f"preset {preset}", expected="YAML", found=str(error), remedy="correct the file") from None
     if not isinstance(tree, dict | None):
-        raise UsageError(f"preset {preset}", expected="a mapping", found=type(tree).__name__, remedy="mend the file")
+        raise UsageError(f"preset {preset}", expected="a mapping", found=type(tree).__name__, remedy="correct the file")
     tree = tree or {}
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
         raise UsageError(
-            f"preset {preset}: extends", expected="a preset's name or path", found=repr(parent), remedy="mend the file"
+            f"preset {preset}: extends",
+            expected="a preset's name or path",
+            found=repr(parent),
+            remedy="correct the file",
         )
     if parent.endswith(YAML_SUFFIXES):
-        parent = str(Path(preset).parent / parent)  # beside the file that names it
+        parent = str(Path(preset).parent / parent)  # relative to the file that names it
     return _merge(_load_tree(parent, (*seen, preset)), tree)
 
 
@@ -312,7 +323,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
 
 
 def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
-    """Suggest a key for an unknown one: of another variant, of another section, or one that is spelt alike."""
+    """Suggest a key in place of an unknown one: in another variant, in another section, or spelt alike."""
     known = [key for key, _, _ in describe_fields(schema) if not key.endswith(".")]
     section, _, name = path.rpartition(".")
     if is_dotted:
@@ -324,7 +335,7 @@ def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
             return f"did you mean {key!r}?"
     depth = path.count(".") + 1
     siblings = {".".join(key.split(".")[:depth]) for key in known if f".{key}".startswith(f".{section}")}
-    # by the last name alone: what two keys of a section share says nothing
+    # compares last names alone, because all keys of a section share the rest
     for keys in (sorted(siblings), known):
         names = {key.rpartition(".")[2]: key for key in reversed(keys)}
         short = {"".join(word[0] for word in other.split("_")): other for other in names}
@@ -336,10 +347,10 @@ def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
 
 
 def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:
-    """Return the keys of an error's location without what pydantic adds, such as the tag of a union's variant."""
+    """Return the keys of an error's location without pydantic's additions, such as the tag of a variant."""
     if not location:
         return []
-    if isinstance(location[0], int):  # one of several of the same kind
+    if isinstance(location[0], int):  # an index into a list
         return _keys_of(model, location[1:])
     name = location[0]
     if name not in model.model_fields:
@@ -361,7 +372,7 @@ def _suggestion(name: str, candidates: list[str]) -> str:
 
 
 def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (path, default, documentation) of every field of a config class, variants of a union one after another."""
+    """Yield (path, default, documentation) of every field of a config class, including all variants of a union."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         variants = [variant for variant in _variants(field.annotation) if issubclass(variant, BaseModel)]

@@ -54,7 +54,7 @@ class YarnScaling(Frozen):
     beta_slow: float = 1
     """Rotations over the trained window below which a frequency is divided by `factor`."""
     attention_factor: float | None = None
-    """Factor on cos and sin; off means 0.1 ln(factor) + 1, what the paper and YaRN's code call attention factor 1."""
+    """Factor on cos and sin; off means 0.1 ln(factor) + 1, which the paper and YaRN's code call attention factor 1."""
 
     def to_hf(self) -> dict[str, Any]:
         """Return the entries of transformers' `rope_parameters`."""

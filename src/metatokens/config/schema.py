@@ -20,7 +20,7 @@ from metatokens.config.attention import (
     SparseAttention,
     attention_from_hf,
 )
-from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - the schema is one module to its users
+from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - users import the whole schema from here
 from metatokens.config.base import UserPath
 from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
 from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
@@ -68,22 +68,22 @@ class PeriodicInjection(_RatioInjection):
 
 
 class PunctuationInjection(_RatioInjection):
-    """Right after tokens that end a clause; a surplus or a lack is drawn uniformly to keep the count fixed."""
+    """Right after tokens that end a clause; uniform draws drop or add positions to keep the count fixed."""
 
     kind: Literal["punctuation"] = "punctuation"
 
 
 class ExplicitInjection(Frozen):
-    """The given positions of every block."""
+    """The same given positions in every block."""
 
     kind: Literal["explicit"] = "explicit"
     positions: tuple[Annotated[int, Field(ge=0)], ...]
-    """Indices in the block, meta-tokens included in the count; strictly rising."""
+    """Indices in the block, meta-tokens included in the count; strictly ascending."""
 
     @model_validator(mode="after")
     def _rise(self) -> Self:
         if any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
-            raise ValueError("injection.positions must rise strictly, for example [0, 8, 16]")
+            raise ValueError("injection.positions must ascend strictly, for example [0, 8, 16]")
         return self
 
     def num_meta(self, block_size: int) -> int:
@@ -103,7 +103,7 @@ LossPolicy = Literal["skip", "retarget"]
 
 
 class ModelConfig(Frozen):
-    """Shape of the model; every field has the name that transformers gives it where it has one."""
+    """Shape of the model; fields have the names that transformers gives them, if it has them."""
 
     hidden_size: int = Field(768, ge=1)
     """C: width of the residual stream."""
@@ -124,7 +124,7 @@ class ModelConfig(Frozen):
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention weights."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the embedding and on what each sub-layer adds to the residual stream."""
+    """Dropout on the embedding and on the output of each sub-layer."""
     position_encoding: Literal["rope", "xpos", "learned", "alibi", "none"] = "rope"
     """How positions enter both attentions; xpos: RoPE with scores that decay with the distance."""
     rope_theta: float = Field(10_000.0, gt=0)
@@ -136,10 +136,10 @@ class ModelConfig(Frozen):
     meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have meta-attention: "all", "none" or a list of indices."""
     meta_attention_over: Literal["meta", "all", "random"] = "meta"
-    """Who takes part in meta-attention: meta: the meta-tokens; all: every token, at full cost (double attention);
-    random: pseudo-random text tokens in place of the meta-tokens."""
+    """The members of meta-attention. meta: the meta-tokens; all: every token, at full cost (double attention); random:
+    pseudo-random text tokens in place of the meta-tokens."""
     random_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of the text tokens that take part where meta_attention_over is random."""
+    """Share of the text tokens that are members if meta_attention_over is random."""
     loss_policy: LossPolicy = "skip"
     """skip: drop the loss term whose target is a meta-token; retarget: predict the next text token from the
     last text token and use no output at a meta-token."""
@@ -165,11 +165,13 @@ class ModelConfig(Frozen):
         if isinstance(self.attention, SparseAttention):
             beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
             if beyond:
-                raise ValueError(f"model.attention.layers {beyond} beyond the {self.num_hidden_layers} layers")
+                raise ValueError(f"model.attention.layers {beyond} are beyond the {self.num_hidden_layers} layers")
         if isinstance(self.meta_attention_layers, tuple):
             outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
             if outside:
-                raise ValueError(f"model.meta_attention_layers {outside} beyond the {self.num_hidden_layers} layers")
+                raise ValueError(
+                    f"model.meta_attention_layers {outside} are beyond the {self.num_hidden_layers} layers"
+                )
         return self
 
     @property
@@ -179,16 +181,16 @@ class ModelConfig(Frozen):
 
     @property
     def max_sequence_length(self) -> int:
-        """The longest sequence; dynamic scaling goes beyond max_position_embeddings, the others say it there."""
+        """The longest sequence: max_position_embeddings, which only dynamic scaling multiplies by its factor."""
         factor = self.rope_scaling.factor if isinstance(self.rope_scaling, DynamicScaling) else 1
         return int(self.max_position_embeddings * factor)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the config that `to_hf` makes `fields` of, which may hold more than this class has fields for.
+        """Return the config that `to_hf` turned into `fields`; fields that this class does not have are ignored.
 
         Raises:
-            ValidationError: where there is no such config, as for a RoPE scaling that is not offered here.
+            ValidationError: there is no such config, for example for a RoPE scaling that this class lacks.
         """
         tree = {name: fields[name] for name in cls.model_fields if name in fields}
         tree["attention"] = attention_from_hf(fields)
@@ -203,7 +205,7 @@ class ModelConfig(Frozen):
     def to_hf(self, text_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
         """Return the keyword arguments of the config class, `MetaTokenConfig` for full attention.
 
-        `metatokens.baselines.building.build_config` knows the class of each kind of attention.
+        `metatokens.baselines.building.build_config` chooses the class by the kind of attention.
 
         The meta-token is the first id after the text vocabulary and padding the next one, so text can never
         hold either; the embedding is padded to a multiple of 64 rows.
@@ -261,7 +263,7 @@ class CosineSchedule(Frozen):
     warmup_steps: int = Field(2_000, ge=0)
     """Optimizer steps of linear warm-up."""
     horizon_steps: int | None = Field(None, ge=1)
-    """Step at which the floor is reached; off means the last step (the paper laid 600,000 for 200,000)."""
+    """Step that reaches the floor; off means the last step (the paper planned 600,000 and ran 200,000)."""
     floor: float = Field(0.1, ge=0, le=1)
     """Lowest learning rate, as a share of the peak."""
 
@@ -290,7 +292,7 @@ Schedule = Annotated[CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
 def check_schedule(schedule: CosineSchedule | WsdSchedule, total_steps: int, length_key: str) -> None:
-    """Raise ValueError where the phases of a schedule do not fit into the run, whose length `length_key` sets."""
+    """Raise ValueError if the phases of a schedule do not fit into the run, whose length `length_key` sets."""
     if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > total_steps:
         raise ValueError(
             f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} exceed "
@@ -307,7 +309,7 @@ class StepsDuration(Frozen):
 
 
 class TextTokensDuration(Frozen):
-    """Enough optimizer steps to see a number of text tokens."""
+    """As many optimizer steps as a number of text tokens needs."""
 
     kind: Literal["text_tokens"] = "text_tokens"
     tokens: int = Field(ge=1)
@@ -331,9 +333,9 @@ class StepConfig(Frozen):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     deterministic: bool = True
-    """Use deterministic kernels only, so that a resumed run repeats to the bit."""
+    """Use deterministic kernels only, so that a resumed run gives the same bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto takes a GPU if there is one."""
     distributed_timeout_seconds: int = Field(600, ge=1)
     """How long a process waits for the others before it gives up."""
 
@@ -360,20 +362,20 @@ class EvaluationConfig(Frozen):
     interval_steps: int | None = Field(1_000, ge=1)
     """Optimizer steps between evaluations; off means never."""
     blocks: int = Field(200, ge=1)
-    """Validation blocks of one evaluation, the first ones of the split; all of them where there are fewer."""
+    """Validation blocks of one evaluation, the first ones of the split; all of them if there are fewer."""
 
 
 class CheckpointConfig(Frozen):
-    """What is kept on disk."""
+    """The checkpoints that a run keeps on disk."""
 
     interval_steps: int | None = Field(1_000, ge=1)
     """Optimizer steps between checkpoints; off means only the last step."""
     keep: int = Field(2, ge=1)
-    """Number of newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
 
 
 class LoggingConfig(Frozen):
-    """What is written while the run goes on."""
+    """The logs that a run writes."""
 
     interval_steps: int = Field(10, ge=1)
     """Optimizer steps between lines of metrics.jsonl."""
@@ -382,7 +384,7 @@ class LoggingConfig(Frozen):
 
 
 class RunConfig(Frozen, ABC):
-    """What the training loop needs to know of any run."""
+    """The settings that the training loop needs for any run."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = CosineSchedule()
@@ -390,7 +392,7 @@ class RunConfig(Frozen, ABC):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the weights, the samples and where their meta-tokens stand."""
+    """Seed of the weights, the samples and the places of their meta-tokens."""
 
     @property
     @abstractmethod

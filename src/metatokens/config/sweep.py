@@ -15,8 +15,8 @@
       - {name: lengths, ask: {lengths: [33-64, 65-128], task.questions: 1}}
       - {name: zeroed, ask: {lengths: [33-64]}, interventions: [zero_embedding], where: {arm: meta}}
 
-That is 2 x 2 x 3 runs, each with the first evaluation, those of the arm `meta` with the second too. A file may extend
-another as a preset does.
+That is 2 x 2 x 3 runs. Each has the first evaluation, and those of the arm `meta` have the second one too. A file may
+extend another as a preset does.
 """
 
 import difflib
@@ -39,7 +39,7 @@ def _read_label(value: Any) -> Any:
 
 
 def _read_changes(value: Any) -> Any:
-    """Read nothing as no change, and dotted keys as the nested mapping that they stand for."""
+    """Read an empty value as no change, and dotted keys as the nested mapping that they stand for."""
     return _nest(value) if isinstance(value, dict) else {} if value is None else value
 
 
@@ -50,22 +50,23 @@ def _read_one_or_more(value: Any) -> Any:
 Label = Annotated[str, BeforeValidator(_read_label), Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*$")]
 """A name that is also the name of a folder."""
 Changes = Annotated[dict[str, Any], BeforeValidator(_read_changes)]
-"""What differs, as in a preset; keys may be dotted."""
+"""Changes to a config, as in a preset; keys may be dotted."""
 Match = Literal["steps", "text_tokens", "flops"]
 
 
 class SweepEvaluation(Frozen):
-    """What trained models are asked."""
+    """An evaluation of the trained models."""
 
     name: Label
-    """Of its rows in the results."""
+    """Name of its rows in the results."""
     ask: Changes = Field(default_factory=dict)
-    """Fields of `metatokens evaluate`; the others are the task and the last size that the run was trained on, and seed
-    0, so that all models of a task are asked the same."""
+    """Fields of `metatokens evaluate`. The others are the task and the last size that the run was trained on, and seed
+    0, so that all models of a task get the same questions."""
     interventions: tuple[str, ...] = ()
-    """What is changed at the meta-tokens, as `metatokens evaluate --intervention` has it."""
+    """Changes at the meta-tokens, as in `metatokens evaluate --intervention`."""
     where: dict[Label, Annotated[tuple[Label, ...], BeforeValidator(_read_one_or_more)]] = Field(default_factory=dict)
-    """Axis, and a label or several of it: only these runs are asked; an axis that is not named does not matter."""
+    """Axis, and one or more of its labels: only these runs get the evaluation. An axis that is not named does not
+    matter."""
 
 
 class GridPoint(NamedTuple):
@@ -74,34 +75,34 @@ class GridPoint(NamedTuple):
     labels: dict[str, str]
     """A label for each axis, in the order of the axes."""
     config: FinetuneConfig
-    """With the first seed."""
+    """The config of the run with the first seed."""
 
     @property
     def name(self) -> str:
-        """The labels as one."""
+        """The labels joined by slashes."""
         return "/".join(self.labels.values()) or "run"
 
 
 class SweepConfig(Frozen):
-    """A grid of fine-tuning runs, how their budgets are matched, and what the trained models are asked."""
+    """A grid of fine-tuning runs, how their budgets are matched, and the evaluations of the trained models."""
 
     preset: str = "tiny/recall"
-    """What every run differs from: the name of a preset, or a YAML file beside this one."""
+    """The preset that every run changes: its name, or a YAML file beside this one."""
     axes: dict[Label, Annotated[dict[Label, Changes], Field(min_length=1)]] = Field(default_factory=dict)
-    """Axis, label, and what differs under it; there is a run for each combination of a label of every axis."""
+    """Axis, label, and its changes to the preset; each combination of one label from every axis is a run."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
-    """Seeds of the trainings of each combination."""
+    """Seeds; each combination is trained once with each."""
     match: Match = "steps"
-    """What every arm has as much of as the reference, under the same labels of the other axes. steps: all have the
-    steps of their curriculum, which must agree; text_tokens, flops: the steps of each stage are scaled until the text
-    tokens, or the operations of training, agree. The learning-rate schedule keeps its own numbers."""
+    """The budget that all arms share with the reference, under the same labels of the other axes. steps: each arm keeps
+    the steps of its curriculum, which must agree. text_tokens, flops: the steps of each stage are scaled until the text
+    tokens, or the operations of training, agree; the numbers of the learning-rate schedule stay."""
     reference: Label | None = None
-    """Label of the arm whose budget counts, and that the others are compared with; off means neither."""
+    """Label of the arm that sets the budget and that the others are compared with; off means no reference."""
     tolerance: float = Field(0.05, ge=0, lt=1)
-    """How far an arm's matched budget, and with match steps its text tokens, may be from the reference's, as a share
-    of it."""
+    """Largest allowed difference between an arm's matched budget and the reference's, as a share of the latter; with
+    match steps it bounds the text tokens."""
     evaluations: tuple[SweepEvaluation, ...] = Field((SweepEvaluation(name="trained"),), min_length=1)
-    """What each trained model is asked."""
+    """The evaluations of each trained model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -142,7 +143,7 @@ class SweepConfig(Frozen):
 
     @property
     def arm_axis(self) -> str | None:
-        """The axis whose labels are compared: that of the reference, or else the last one; None without any."""
+        """The axis whose labels are compared: the reference's axis, or else the last one; None without axes."""
         holding = [axis for axis, labels in self.axes.items() if self.reference in labels]
         return holding[0] if holding else next(reversed(self.axes), None)
 
@@ -151,11 +152,11 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """Load a sweep by the path of its YAML file; a preset that is a file lies beside it.
 
     Args:
-        path: of the file.
-        overrides: as for a preset, but not of axes, whose labels are names and not keys.
+        path: path of the file.
+        overrides: as for a preset, but not of axes, because labels are names and not keys.
 
     Raises:
-        UsageError: an unknown key or label (with the nearest name), or settings that do not agree.
+        UsageError: a key or label is unknown (with the nearest name), or settings do not agree.
     """
     overrides = list(overrides)
     inside = [flag for flag in overrides if flag.startswith("--axes")]
@@ -170,35 +171,35 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
 
 
 def expand(sweep: SweepConfig, origin: str) -> list[GridPoint]:
-    """Return every combination of labels with its run's config, the last axis fastest.
+    """Return every combination of labels with its run's config; the last axis varies fastest.
 
     Raises:
-        UsageError: a preset or a change that makes no valid run; the message names the labels.
+        UsageError: a preset or a change gives no valid run; the message names the labels.
     """
     base = load_preset(sweep.preset, schema=FinetuneConfig)
-    cells = []
+    points = []
     for labels in product(*sweep.axes.values()):
         named = dict(zip(sweep.axes, labels, strict=True))
         changes: dict[str, Any] = {"seed": sweep.seeds[0]}
         for axis, label in named.items():
             changes = _join(changes, sweep.axes[axis][label])
         where = ", ".join(f"{axis} {label}" for axis, label in named.items())
-        cells.append(GridPoint(named, override_fields(base, changes, f"{origin}, {where}" if where else origin)))
-    return cells
+        points.append(GridPoint(named, override_fields(base, changes, f"{origin}, {where}" if where else origin)))
+    return points
 
 
 def evaluations_of(
-    sweep: SweepConfig, cell: GridPoint, origin: str
+    sweep: SweepConfig, point: GridPoint, origin: str
 ) -> Iterator[tuple[SweepEvaluation, EvaluateConfig]]:
-    """Yield the evaluations of a combination, each with all that is asked.
+    """Yield the evaluations of a combination, each with its resolved config.
 
     Raises:
-        UsageError: a field of `ask` that does not exist or fit.
+        UsageError: a field of `ask` does not exist, or its value does not fit.
     """
-    base = EvaluateConfig(task=cell.config.task, size=cell.config.curriculum[-1].size)
+    base = EvaluateConfig(task=point.config.task, size=point.config.curriculum[-1].size)
     for evaluation in sweep.evaluations:
-        if all(cell.labels[axis] in labels for axis, labels in evaluation.where.items()):
-            where = f"{origin}, {cell.name}: evaluations {evaluation.name}: ask"
+        if all(point.labels[axis] in labels for axis, labels in evaluation.where.items()):
+            where = f"{origin}, {point.name}: evaluations {evaluation.name}: ask"
             yield evaluation, override_fields(base, evaluation.ask, where)
 
 
@@ -207,14 +208,14 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
-        raise ValueError(f"{what} is no name of axes; {hint}")
+        raise ValueError(f"{what} is not in axes; {hint}")
 
 
 def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Turn dotted keys into nested mappings.
 
     Raises:
-        ValueError: a key set twice.
+        ValueError: a key is set twice.
     """
     nested: dict[str, Any] = {}
     for key, value in changes.items():
@@ -226,7 +227,11 @@ def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _join(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return two nested mappings as one; a leaf is in one of them only."""
+    """Join two nested mappings.
+
+    Raises:
+        ValueError: a leaf is in both.
+    """
     joined = dict(first)
     for key, value in second.items():
         if key in joined and not (isinstance(joined[key], dict) and isinstance(value, dict)):

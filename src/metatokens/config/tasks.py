@@ -1,6 +1,6 @@
-"""The configuration of a recall task (paper section 3): what is asked, how hard, and where meta-tokens stand.
+"""The configuration of a recall task (paper section 3): the question, its difficulty, and the meta-tokens' places.
 
-A `Task` says what an instance is, a `Difficulty` how large; together with a seed, a split and an index they
+A `Task` says what an instance is and a `Difficulty` how large it is; together with a seed, a split and an index they
 determine it (`metatokens.tasks.registry.make_instance`). Both are independent of the model and of its tokenizer.
 """
 
@@ -30,7 +30,7 @@ def length_bin(name: str) -> tuple[int, int]:
     """Return the inclusive bounds of a bin by its name, or of any range by "lo-hi", for example "2049-4096".
 
     Raises:
-        UsageError: Neither a name nor a range.
+        UsageError: The text is neither a name nor a range.
     """
     if name in LENGTH_BINS:
         return LENGTH_BINS[name]
@@ -53,7 +53,7 @@ def _check_rise(bounds: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_bin(name: str) -> str:
-    """Return the name of a bin, or a range, as it is; a ValueError where it is neither, as pydantic wants it."""
+    """Return the name of a bin or a range unchanged; raise ValueError, for pydantic, if it is neither."""
     _read_bin(name)
     return name
 
@@ -79,7 +79,7 @@ class Difficulty(Frozen):
     """Bounds of the task's own size: items per list (list_recall, list_pointer, segment_counting), words of a span
     (copying), bits before the last meta-token (parity)."""
     prompt_tokens: Annotated[Range, BeforeValidator(_read_bin)]
-    """Bounds of the prompt's length in text tokens: all that stand before the last answer. Also the name of a
+    """Bounds of the prompt's length: the number of text tokens before the last answer. Also the name of a
     bin (easy, medium, hard, extra-hard, long) or a range as "2049-4096"."""
 
 
@@ -89,21 +89,21 @@ class Difficulty(Frozen):
 class TaskPlaces(Frozen):
     """The places that the task gives a meaning (the paper's policy).
 
-    For list_recall and list_pointer that is right after the list that is asked for: the place alone tells which list
-    holds the answer, so a model that sees it never has to read a name.
+    For list_recall and list_pointer, a meta-token stands right after the list in question. The place alone tells which
+    list holds the answer, so a model that sees it never has to read a name.
     """
 
     kind: Literal["task"] = "task"
 
 
 class EveryPlaces(Frozen):
-    """After each list, whichever is asked for: a meta-token tells nothing about the question."""
+    """A meta-token after each list, so that none tells anything about the question."""
 
     kind: Literal["every"] = "every"
 
 
 class DecoyPlaces(Frozen):
-    """As many as at the task's places, of the same form, but drawn independently of the question."""
+    """As many meta-tokens as at the task's places, in the same form, but drawn independently of the question."""
 
     kind: Literal["decoy"] = "decoy"
 
@@ -124,7 +124,7 @@ class NoPlaces(Frozen):
 
 MetaPlaces = Annotated[TaskPlaces | EveryPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
 UnlistedPlaces = Annotated[TaskPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
-"""Of a text without lists."""
+"""The places in a text without lists."""
 
 # Tasks -------------------------------------------------------------------------------------------------------
 
@@ -133,9 +133,9 @@ class _Task(Frozen):
     questions: int = Field(1, ge=1)
     """Questions about one prompt, each followed by its answer; several make the training signal denser."""
     meta_places: MetaPlaces = TaskPlaces()
-    """Where meta-tokens stand; the text is the same for every choice, but for the marks."""
+    """Where meta-tokens stand; the choice changes nothing in the text but the marks."""
     loss: Literal["answer", "full"] = "answer"
-    """answer: a loss term for each token of the answers; full: for each text token but the first."""
+    """answer: a loss term for each token of the answers; full: one for each text token but the first."""
 
 
 class MarkedTask(_Task):
@@ -143,39 +143,41 @@ class MarkedTask(_Task):
 
     marks: bool = True
     """Visible marks (brackets, bars) at the task's places, wherever the meta-tokens stand, so that the text alone tells
-    the answer; without them only meta-tokens at those places tell it, as in the paper."""
+    the answer. Without marks only meta-tokens at those places tell it, as in the paper."""
 
     @model_validator(mode="after")
     def _check_marks(self) -> Self:
         if not self.marks and self.meta_places.kind != "task":
             raise ValueError(
-                f"marks false with meta_places {self.meta_places.kind}: nothing would tell which part is asked about; "
-                "keep the marks, or meta_places task"
+                f"marks false with meta_places {self.meta_places.kind}: nothing would tell which part the question "
+                "means; keep the marks, or meta_places task"
             )
         return self
 
 
 class _UnlistedTask(MarkedTask):
     meta_places: UnlistedPlaces = TaskPlaces()
-    """Where meta-tokens stand; the text is the same for every choice, but for the marks."""
+    """Where meta-tokens stand; the choice changes nothing in the text but the marks."""
 
 
 class _ListTask(_Task):
     numbered: bool = True
     """Write its number before each item of a list."""
     num_lists: Range = (2, 200)
-    """Bounds of the number of lists; within them, the length of the prompt decides."""
+    """Bounds of the number of lists; within them, the prompt's length decides."""
 
 
 class _RecallTask(_ListTask):
     marks: bool = False
-    """A bar right behind the place of each meta-token: a model without meta-tokens is told as much as one with them.
-    Bars do not count towards difficulty.prompt_tokens, so that the text is the same with and without them."""
+    """A bar right after the place of each meta-token, so that a model without meta-tokens is told as much as one with
+    them. Bars do not count towards difficulty.prompt_tokens, so the text is the same with and without them."""
 
     @model_validator(mode="after")
     def _check_marks(self) -> Self:
         if self.marks and self.meta_places.kind == "uniform":
-            raise ValueError("marks true with meta_places uniform: those places are of the tokens, not of the text")
+            raise ValueError(
+                "marks true with meta_places uniform: uniform places are between tokens, where text cannot have marks"
+            )
         return self
 
 
@@ -196,7 +198,7 @@ class SegmentCountingTask(_ListTask, MarkedTask):
 
     kind: Literal["segment_counting"] = "segment_counting"
     num_items: int = Field(4, ge=1)
-    """Different items in a prompt: the fewer, the higher the counts."""
+    """Number of different items in a prompt; fewer items give higher counts."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,10 +1,10 @@
 """Cached decoding with meta-tokens on a schedule.
 
-A model never samples its meta-token (no loss was paid for predicting it); a schedule says where one stands, as the
-injection does in training (paper section 3). A schedule is a pure function of what stands before a position, so the
-prompt and its continuation join without a seam, and beams, padded batches and continued sequences get the layout that
-each would get alone. `MetaTokenSchedule` enforces one under `model.generate`; `generate_text` is the whole way from a
-prompt to text. Generation with many returned sequences or other strategies goes through `model.generate`.
+A model never samples its meta-token, which was no target in training. Instead a schedule says where meta-tokens stand,
+as the injection does in training (paper section 3). A schedule is a pure function of the tokens before a position. So
+the prompt and its continuation join without a seam, and beams, padded batches and continued sequences get the layout
+that each would get alone. `MetaTokenSchedule` enforces a schedule under `model.generate`; `generate_text` is the whole
+way from a prompt to text. To return several sequences or use other strategies, call `model.generate`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished dec
 # Schedules ---------------------------------------------------------------------------------------------------
 
 
-class _Schedule(Frozen, ABC):
+class _ScheduleBase(Frozen, ABC):
     @property
     def is_empty(self) -> bool:
         """Tell whether no sequence, however long, gets a meta-token."""
@@ -62,7 +62,7 @@ class _Schedule(Frozen, ABC):
         """
 
 
-class NoSchedule(_Schedule):
+class NoSchedule(_ScheduleBase):
     """No meta-token at all."""
 
     kind: Literal["none"] = "none"
@@ -78,8 +78,8 @@ class NoSchedule(_Schedule):
         return np.zeros_like(after_meta)
 
 
-class PeriodicSchedule(_Schedule):
-    """One meta-token after every so many text tokens of the sequence, prompt and continuation counted as one."""
+class PeriodicSchedule(_ScheduleBase):
+    """One meta-token after every `text_tokens` text tokens; prompt and continuation count as one sequence."""
 
     kind: Literal["periodic"] = "periodic"
     text_tokens: int = Field(9, ge=1)
@@ -92,14 +92,14 @@ class PeriodicSchedule(_Schedule):
         return due
 
 
-class UniformSchedule(_Schedule):
-    """At every position with the same probability; each position of the sequence has a draw of its own."""
+class UniformSchedule(_ScheduleBase):
+    """A meta-token at each position with the same probability, drawn for each position on its own."""
 
     kind: Literal["uniform"] = "uniform"
     ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
     """k: the probability that a position holds a meta-token."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Key of the draws, with the position."""
+    """Seed of the draws, which also depend on the position."""
 
     @property
     def is_empty(self) -> bool:
@@ -107,7 +107,7 @@ class UniformSchedule(_Schedule):
         return self.ratio == 0
 
     def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Return True where the hash of (seed, position) falls under the ratio."""
+        """Return True where the hash of (seed, position) is below the ratio."""
         del after_meta
         # the upper 53 bits as a number in [0, 1)
         draws = (hash_key(self.seed, num_text + num_meta) >> np.uint64(11)) * 2.0**-53
@@ -124,7 +124,7 @@ def schedule_meta_tokens(
     *,
     meta_token_id: int,
 ) -> list[int]:
-    """Return a prompt with its scheduled meta-tokens; one due after the last text token is left to generation."""
+    """Return a prompt with its scheduled meta-tokens; generation adds one that is due after the last text token."""
     result: list[int] = []
     num_meta = 0
     for num_text, token in enumerate(text_ids):
@@ -140,10 +140,10 @@ class MetaTokenSchedule(LogitsProcessor):
 
         model.generate(**inputs, logits_processor=LogitsProcessorList([MetaTokenSchedule(...)]))
 
-    It runs after the processors that `generate` makes itself, so `suppress_tokens` may hold the meta-token (ours does)
-    and it is still forced; its score is then 0, so a beam pays nothing for it. Meta-tokens count as new tokens in
-    `max_new_tokens`. A prompt should come with its meta-tokens (`schedule_meta_tokens`); one without them gets none
-    in hindsight. Beside `inputs_embeds` give `generate` the prompt's `input_ids` too, or the schedule cannot count it.
+    It runs after the processors that `generate` makes itself, so the meta-token is forced even if `suppress_tokens`
+    holds it, as that of our models does. Its score is then 0, so it costs a beam nothing. Meta-tokens count as new
+    tokens in `max_new_tokens`. A prompt should come with its meta-tokens (`schedule_meta_tokens`), since none are added
+    to it here. Beside `inputs_embeds`, give `generate` the prompt's `input_ids` too, or the schedule cannot count it.
     Beam search that samples needs more than one candidate a beam and does not work with a forced token.
     """
 
@@ -153,7 +153,7 @@ class MetaTokenSchedule(LogitsProcessor):
         Args:
             schedule: Where meta-tokens go.
             meta_token_id: The id to force.
-            pad_token_id: Left out of the count wherever it stands; it must be no text token.
+            pad_token_id: Not counted, wherever it stands; it must not be a text token.
         """
         self.schedule = schedule
         self.meta_token_id = meta_token_id
@@ -166,7 +166,9 @@ class MetaTokenSchedule(LogitsProcessor):
             ValueError: for a prompt of embeddings without its ids.
         """
         if not input_ids.shape[1]:
-            raise ValueError("a schedule counts the prompt's tokens: give generate its input_ids beside inputs_embeds")
+            raise ValueError(
+                "the prompt has no ids, so a schedule cannot count it: give generate input_ids beside inputs_embeds"
+            )
         is_meta = input_ids == self.meta_token_id
         is_text = ~is_meta
         if self.pad_token_id is not None:
@@ -196,7 +198,7 @@ class GeneratedText:
     stopped_by: Literal["length", "end_of_text"]
 
 
-def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
+def generate_text(  # noqa: PLR0913 every option of sampling
     model: PreTrainedModel | MetaTokenForCausalLM,
     tokenizer: Tokenizer,
     prompt: str,
@@ -212,8 +214,8 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
 ) -> GeneratedText:
     """Continue a prompt; the same arguments give the same text.
 
-    The prompt is plain text, whatever it spells, and gets the meta-tokens of the same schedule; an empty one is an end
-    of text. The global random state is left as it was, and the model in its mode.
+    The prompt is read as plain text, even if it spells a special token, and gets meta-tokens by the same schedule. An
+    empty prompt becomes an end of text. The global random state and the model's mode are left as they were.
 
     Args:
         model: A `MetaTokenForCausalLM`, or with `NoSchedule` any causal language model of transformers.
@@ -221,16 +223,16 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
         prompt: What to continue.
         schedule: Where meta-tokens go.
         max_text_tokens: Text tokens to generate at most; meta-tokens do not count.
-        temperature: Divides the logits; 0 takes the likeliest token always.
-        top_k: Sample from the k likeliest tokens; off means from all.
-        top_p: Sample from the likeliest tokens that hold this probability; off means from all.
-        seed: Of the sampling.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_k: Sample from the k likeliest tokens; None means from all.
+        top_p: Sample from the likeliest tokens that hold this probability; None means from all.
+        seed: Seed of the sampling.
         stream: Called with each new piece of text as soon as its characters are complete; the pieces add up to `text`.
         show_meta: Show generated meta-tokens.
 
     Raises:
-        UsageError: A number out of range, a schedule for a model without a meta-token, a tokenizer that is not the
-            model's, or a prompt and continuation that do not fit the model.
+        UsageError: A number is out of range, a schedule is given to a model without a meta-token, the tokenizer is not
+            the model's, or the prompt and its continuation do not fit the model.
     """
     _check_sampling(max_text_tokens, temperature, top_k, top_p)
     encoder = TextEncoder(tokenizer)
@@ -257,7 +259,7 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
 
     pad_token_id: int | None = getattr(model.config, "pad_token_id", None)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": num_new}
-    # rows that pad the vocabulary: no token of this tokenizer owns them
+    # rows that pad the vocabulary belong to no token of this tokenizer
     unowned = range(encoder.vocab_size, model.config.vocab_size)
     settings["suppress_tokens"] = sorted({*(model.generation_config.suppress_tokens or ()), *unowned}) or None
     if temperature > 0:
@@ -289,7 +291,7 @@ def generate_text(  # noqa: PLR0913 what a user may want to say about sampling
 
 
 def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: TextEncoder) -> None:
-    """Raise UsageError unless the model can have been trained on what the encoder makes.
+    """Raise UsageError unless the model can have been trained with this tokenizer.
 
     The meta-token is the first id after the text vocabulary; a model without one must have a row for every id.
     """
@@ -310,13 +312,13 @@ def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: Text
 
 
 def sequence_limit(model: PreTrainedModel | MetaTokenForCausalLM) -> int | None:
-    """Return the positions of the longest sequence, None where the config states none."""
+    """Return the number of positions of the longest sequence, or None if the config states none."""
     limit: int | None = getattr(model.config, "max_sequence_length", None)
     return getattr(model.config, "max_position_embeddings", None) if limit is None else limit
 
 
 class _TextWriter(BaseStreamer):
-    """Turns generated ids into pieces of text; a piece ends where a character does."""
+    """Turns generated ids into pieces of text; a piece ends with a complete character."""
 
     def __init__(
         self,
@@ -337,8 +339,8 @@ class _TextWriter(BaseStreamer):
         self._stream = stream
         self._show_meta = show_meta
         self._is_prompt = True
-        # ids from `_context` on are decoded, those before `_written` have been shown; a tokenizer that drops the
-        # space at the start of a text keeps it after other ids, be they the prompt's
+        # ids from `_context` on are decoded again, and those before `_written` have been shown. The context matters: a
+        # tokenizer that drops the space at the start of a text keeps it after other ids, such as the prompt's
         self._text_ids = [*prompt_ids]
         self._context, self._written = 0, len(prompt_ids)
 
@@ -360,7 +362,7 @@ class _TextWriter(BaseStreamer):
                 self._write_new_text()
 
     def end(self) -> None:
-        """Write what never became a complete character."""
+        """Write the rest, even if its last character is incomplete."""
         self._write_new_text(is_last=True)
 
     def _write_new_text(self, is_last: bool = False) -> None:
@@ -395,7 +397,7 @@ def _check_sampling(max_text_tokens: int, temperature: float, top_k: int | None,
 def _num_new_tokens(
     prompt_ids: list[int], num_text: int, schedule: MetaSchedule, max_text_tokens: int, limit: int | None
 ) -> int:
-    """Return how many positions the text tokens take with their meta-tokens; the schedule knows before any is drawn."""
+    """Return how many positions the new text tokens take with their meta-tokens, which the schedule alone decides."""
     num_meta = len(prompt_ids) - num_text
     last_text = num_text + max_text_tokens
     after_meta = False

@@ -1,7 +1,7 @@
 """Parameters, floating-point operations and memory of a model, counted from its config alone.
 
-A multiply and an add count as two operations. Attention counts only the keys that causality allows, so a utilisation
-computed from these figures is not flattered by work that nobody needs.
+A multiply and an add count as two operations. Attention counts only the pairs of query and key that causality and
+its pattern allow, so a utilisation computed from these figures does not count wasted work.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def forward_flops(
     """Count the operations of one forward pass over one sequence.
 
     Args:
-        config: the model; who takes part in its meta-attention and what its self-attention sees count as they are.
+        config: the model; meta-attention and self-attention are counted as it configures them.
         num_positions: T, text and meta-tokens.
         num_meta: M, meta-tokens among them.
         num_logits: positions whose logits are made; by default those of the text tokens.

@@ -37,7 +37,7 @@ def eager_attention(
 
 
 class Attention(nn.Module):
-    """Projections, rotation and the attention function; what may attend to what is in the mask."""
+    """Projections, rotation and the attention function; the mask says which token may attend to which."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size)
 
     def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys with their positions, and values, each (B, H, T, D), of hidden states (B, T, C)."""
+        """Project hidden states (B, T, C) to queries and keys with their positions, and values, each (B, H, T, D)."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the projected output (B, T, C) and, where the backend has them, the weights (B, H, T, K)."""
+        """Return the projected output (B, T, C) and, if the backend returns them, the weights (B, H, T, K)."""
         if key.shape[-1] > query.shape[-1]:
             key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

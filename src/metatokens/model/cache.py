@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicLayer, StaticLayer
 
-# meta columns between two looks for gaps, each of which waits for the device
-COLUMNS_BETWEEN_LOOKS = 16
+# meta columns appended between two searches for gaps; each search waits for the device
+COLUMNS_BETWEEN_SEARCHES = 16
 
 
 class MetaDynamicLayer(DynamicLayer):
@@ -21,8 +21,8 @@ class MetaDynamicLayer(DynamicLayer):
 
     `meta_columns` (B, M) holds the token column of each cached meta-token, or -1 where a row has none; it gives the
     validity mask, the positions and an exact `crop`. Rows that get their meta-tokens at different steps leave gaps in
-    one another's columns; these are closed now and then, so that there are hardly more columns than the row with the
-    most meta-tokens needs.
+    one another's columns. The gaps are closed from time to time, so the cache holds hardly more columns than the row
+    with the most meta-tokens needs.
     """
 
     _layer_type = "meta_attention"
@@ -47,10 +47,10 @@ class MetaDynamicLayer(DynamicLayer):
             values_BHMD = torch.cat([self.meta_values, values_BHMD], dim=-2)
             columns_BM = torch.cat([self.meta_columns, columns_BM], dim=-1)
         self.meta_keys, self.meta_values, self.meta_columns = keys_BHMD, values_BHMD, columns_BM
-        looks = num_old // COLUMNS_BETWEEN_LOOKS < self.num_meta // COLUMNS_BETWEEN_LOOKS
-        if looks and not torch.compiler.is_compiling():
+        is_due = num_old // COLUMNS_BETWEEN_SEARCHES < self.num_meta // COLUMNS_BETWEEN_SEARCHES
+        if is_due and not torch.compiler.is_compiling():
             self._close_gaps()
-        # this step's mask is of the columns as they were
+        # the mask of this step was made for the columns before any gap was closed
         return keys_BHMD, values_BHMD
 
     def _close_gaps(self) -> None:
@@ -118,9 +118,9 @@ class MetaDynamicLayer(DynamicLayer):
 
 
 class MetaStaticLayer(StaticLayer):
-    """Fixed addresses, for torch.compile: every row has its own write pointer and one slot that swallows non-meta rows.
+    """Fixed addresses, for torch.compile: each row has a write pointer and a spare slot for tokens that are not meta.
 
-    The meta part has room for a sequence of meta-tokens only, the worst case.
+    The meta part has room for the worst case, a sequence of nothing but meta-tokens.
     """
 
     _layer_type = "meta_attention"
@@ -145,7 +145,7 @@ class MetaStaticLayer(StaticLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def meta_slots(self, columns_BM: Tensor) -> Tensor:
-        """Return the slots (B, M) that new meta-tokens will take; the swallowing slot where the column is -1."""
+        """Return the slots (B, M) that new meta-tokens will take; the spare slot where the column is -1."""
         count_B = torch.zeros_like(columns_BM[:, 0]) if self.meta_keys is None else self.meta_count
         slots = count_B[:, None] + torch.arange(columns_BM.shape[1], device=columns_BM.device)
         return torch.where(columns_BM >= 0, slots, self.meta_capacity)
@@ -169,7 +169,7 @@ class MetaStaticLayer(StaticLayer):
                 tensor.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens and the meta-tokens among them; before transformers 5.24 no static layer can."""
+        """Remove the newest tokens and the meta-tokens among them; static layers need transformers 5.24 for it."""
         super().crop(tokens_to_remove)
         if self.meta_keys is not None:
             is_used = torch.arange(self.meta_capacity + 1, device=self.device) < self.meta_count[:, None]

@@ -1,10 +1,10 @@
-"""What the package takes from inside of transformers, and what releases of transformers name differently.
+"""Imports from transformers' internals, and what its releases name differently.
 
-Names that `import transformers` does not offer come from here, and only from here, so that a release that moves or
-renames one is met in one file. CONTRIBUTING.md tells how to check a new release.
+Every name that `import transformers` does not offer is imported here and nowhere else, so a release that moves or
+renames one changes this file alone. CONTRIBUTING.md tells how to check a new release.
 
-From 5.24 on transformers says `cache` where it said `past_key_values`: in the arguments of a model, of its masks and
-of `generate`, and in the fields of every output. This package says `past_key_values`, and takes and gives both.
+From 5.24 on transformers says `cache` where it said `past_key_values`: in the arguments of a model, of its masks and of
+`generate`, and in the fields of every output. This package says `past_key_values`, and accepts and returns both names.
 """
 
 from collections.abc import Mapping
@@ -54,15 +54,15 @@ __all__ = [
     "one_cache",
 ]
 
-# a checkpoint's own copy of this code has no installer that would see to it; 5.17's caches are wrong after `reset`
+# the copy of this code in a checkpoint has no installer to check the version; 5.17's caches are wrong after `reset`
 require_version("transformers>=5.18", "pip install --upgrade transformers")
 
 OutputClass = TypeVar("OutputClass", bound=type)
 
 CACHE_NAMES = ("past_key_values", "cache")
-"""Under what names a cache is given and returned."""
+"""The names under which a cache is given and returned."""
 CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
-"""That of the installed transformers."""
+"""The name that the installed transformers uses."""
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -82,7 +82,7 @@ def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def has_both_cache_names(output_class: OutputClass) -> OutputClass:
-    """Let the outputs of a class, a subclass of transformers' own, be read by the name of its cache that they lack."""
+    """Make the cache in the outputs of a class readable under both names; the class extends one of transformers."""
     for name in CACHE_NAMES:
         if not hasattr(output_class, name):
             setattr(output_class, name, property(lambda output: getattr(output, CACHE_NAME)))
@@ -90,5 +90,5 @@ def has_both_cache_names(output_class: OutputClass) -> OutputClass:
 
 
 def create_causal_mask(*, past_key_values: Any, **arguments: Any) -> Any:
-    """Return the mask of what is causal and no padding, in the format of the attention function."""
+    """Return the mask that hides the future and padding, in the format of the attention function."""
     return _masking_utils.create_causal_mask(**arguments, **{CACHE_NAME: past_key_values})

@@ -69,13 +69,15 @@ class MetaTokenConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         if "attention_pattern" in kwargs:
             # transformers would keep the unknown field and build full attention in its place
-            raise ValueError("attention_pattern belongs to the configs of metatokens.baselines")
+            raise ValueError(
+                "MetaTokenConfig has no attention_pattern: use SparseAttentionConfig of metatokens.baselines"
+            )
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Standardize RoPE parameters where there are any; other position encodings have none."""
         if not self.has_rotation:
-            # kept for `validate_choices` to refuse
+            # kept so that `validate_choices` refuses it
             self.rope_parameters = self.rope_parameters or kwargs.pop("rope_scaling", None)
             return kwargs
         converted: dict[str, Any] = super().convert_rope_params_to_dict(**kwargs)
@@ -119,7 +121,7 @@ class MetaTokenConfig(PreTrainedConfig):
         return int(self.max_position_embeddings * factor)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save config.json, beside the code that its `auto_map` names; a subclass names none and brings none."""
+        """Save config.json and the code that its `auto_map` names; a subclass names none and saves none."""
         if type(self) is MetaTokenConfig:
             # by hand: transformers' own helper would leave out all Auto classes but that of the model being saved
             self.auto_map = (getattr(self, "auto_map", None) or {}) | AUTO_MAP
@@ -162,7 +164,7 @@ class MetaTokenConfig(PreTrainedConfig):
             return
         outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
         if outside:
-            raise ValueError(f"meta_attention_layers {outside} outside 0..{self.num_hidden_layers - 1}")
+            raise ValueError(f"meta_attention_layers {outside} are outside 0..{self.num_hidden_layers - 1}")
 
     def validate_choices(self) -> None:
         """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""

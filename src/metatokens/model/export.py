@@ -1,7 +1,7 @@
 """Write a model so that it loads anywhere: with this package, or as remote code where it is not installed.
 
-Whatever saves a model saves its config, so the config brings the code that it names: `save_pretrained` and
-`push_to_hub`, a Trainer's checkpoints, a merged adapter, and a model that was itself loaded as remote code.
+Everything that saves a model also saves its config, so the config writes the code too: under `save_pretrained`,
+`push_to_hub`, a Trainer's checkpoints and a merged adapter, and for a model that was itself loaded as remote code.
 """
 
 import shutil
@@ -55,7 +55,7 @@ def save_model(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None)
     of `metatokens.baselines` are saved without code and need the import. The tokenizer learns the model's window.
     """
     bar_was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would tear the training's own
+    logging.disable_progress_bar()  # it would break up the training's own
     try:
         model.save_pretrained(path)
     finally:

@@ -17,8 +17,8 @@ from transformers import (
 from .compatibility import create_causal_mask, find_cache, one_cache
 from .configuration import MetaTokenConfig
 
-# a collator's columns for the loss; no step of `generate` has one
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+# columns that a collator adds for the loss; `generate` computes none
+_LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class MetaTokenGenerationMixin(GenerationMixin):
@@ -30,19 +30,19 @@ class MetaTokenGenerationMixin(GenerationMixin):
     """Padding of the row with the least of it, of the prompts at hand: it takes columns and no positions."""
 
     def _ids_never_sampled(self) -> list[int]:
-        # no loss is paid for predicting the meta-token, so its logit means nothing. Rows of a padded vocabulary stay:
-        # the model does not know which of them a token of the user's own has taken, and training has made the others
-        # unlikely, for each was in every softmax and never a target
+        # the meta-token is never a target, so its logit means nothing. Rows that pad the vocabulary may be sampled: a
+        # user may have added tokens that own some, and training has made the rest unlikely, since each was in every
+        # softmax and never a target
         meta, padding = self.config.meta_token_id, self.config.pad_token_id
         if padding in _as_list(self.config.eos_token_id):
             padding = None
         return sorted(token for token in (meta, padding) if token is not None)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Add the ids that are never sampled to the caller's own `suppress_tokens`, and drop what would go stale.
+        """Add the ids that are never sampled to the caller's `suppress_tokens`, and drop arguments that go stale.
 
-        `meta_indices` describe the prompt alone: they are found again from the ids, or become the `meta_token_mask`
-        of `inputs_embeds`.
+        `meta_indices` describe the prompt alone. Each step finds its meta-tokens by their ids instead, or for a prompt
+        of `inputs_embeds` by the `meta_token_mask` that the indices become.
         """
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         padding_mask = model_kwargs.get("attention_mask")
@@ -53,7 +53,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
         if self.config.pad_token_id in _as_list(generation_config.eos_token_id):
             suppressed.discard(self.config.pad_token_id)
         generation_config.suppress_tokens = sorted(suppressed) or None
-        for name in _OF_THE_LOSS:
+        for name in _LOSS_INPUTS:
             model_kwargs.pop(name, None)
         meta_indices, embeds = model_kwargs.pop("meta_indices", None), model_kwargs.get("inputs_embeds")
         if meta_indices is not None and embeds is not None and model_kwargs.get("meta_token_mask") is None:
@@ -62,10 +62,10 @@ class MetaTokenGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
-        """Hold the lengths against the model's window before a token is made.
+        """Check the lengths against the model's window before the first token is made.
 
-        More tokens than fit are no error, for the end of the text may come first: generation stops at the window,
-        after a warning. The last new token is not read, so it may stand one position behind the window.
+        Asking for more tokens than fit is no error, because the text may end earlier: generation warns and stops at the
+        window. The last new token is never read, so it may stand one position past the window.
 
         Raises:
             ValueError: for a prompt longer than the model, or a minimum that cannot fit.
@@ -77,9 +77,11 @@ class MetaTokenGenerationMixin(GenerationMixin):
         self.config.check_length((generation_config.min_length or 0) + uncounted - 1)
         longest = self.config.max_sequence_length + 1 - uncounted
         if generation_config.max_length > longest:
-            asked, fitting = (length - kwargs["input_ids_length"] for length in (generation_config.max_length, longest))
+            wanted, fitting = (
+                length - kwargs["input_ids_length"] for length in (generation_config.max_length, longest)
+            )
             warnings.warn(
-                f"generation stops after {fitting} of at most {asked} new tokens, at the end of the model's "
+                f"generation stops after {fitting} of at most {wanted} new tokens, at the end of the model's "
                 f"{self.config.max_sequence_length} positions (max_position_embeddings)",
                 stacklevel=4,
             )
@@ -87,7 +89,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
         return generation_config
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        """Let stop strings be found in the text between meta-tokens."""
+        """Find stop strings even where meta-tokens interrupt them."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         meta_token_id = self.config.meta_token_id
         if meta_token_id is None:
@@ -106,7 +108,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Cut `meta_token_mask`, which describes the prompt, to each step's tokens.
 
-        Later meta-tokens show by their id.
+        Meta-tokens after the prompt are found by their id.
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if meta_token_mask is None:
@@ -132,7 +134,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Make the mask of `generate` with a static cache; the library's own knows only its own layer types."""
+        """Make the mask of `generate` with a static cache; transformers' own knows only its own layer types."""
         del position_ids, kwargs
         return create_causal_mask(
             config=config,
@@ -147,7 +149,7 @@ def _as_list(ids: int | list[int] | None) -> list[int | None]:
 
 
 class _InTheText(StoppingCriteria):
-    """A criterion that sees the text alone, the meta-tokens moved out of its way to the front of their rows."""
+    """A criterion that reads the text without interruption: meta-tokens are moved to the front of their rows."""
 
     def __init__(self, criterion: StoppingCriteria, meta_token_id: int) -> None:
         self.criterion = criterion
@@ -157,5 +159,5 @@ class _InTheText(StoppingCriteria):
         is_text = input_ids != self.meta_token_id
         text = input_ids.gather(1, is_text.long().argsort(dim=1, stable=True))
         stops: Tensor = self.criterion(text, scores, **kwargs)
-        # a meta-token adds no text; what ends a prompt stops nothing
+        # a meta-token adds no text: right after it, a stop string that ends the prompt must not stop the row
         return stops & is_text[:, -1]

@@ -1,8 +1,7 @@
 """The decoder under transformers' heads for sequence classification, token classification and question answering.
 
-Their rows hold meta-tokens like any others. A sequence is read at its last token that is no padding, a meta-token if
-one stands there; labels of tokens and positions of answers count meta-tokens, and at a meta-token a label should be
--100.
+Their rows hold meta-tokens like any others. Sequence classification reads the last token that is not padding, which may
+be a meta-token. Labels of tokens and positions of answers count meta-tokens; the label of a meta-token should be -100.
 """
 
 from typing import Any
@@ -18,12 +17,12 @@ from .modeling import MetaTokenModel, MetaTokenPreTrainedModel
 
 
 class _FindsItsDecoder:
-    """Lets a generic class make its decoder, which it does through `AutoModel`.
+    """Registers the decoder with `AutoModel`, through which the generic classes make it.
 
-    As remote code the class of a config is one of several copies of it, of which `AutoModel` knows none.
+    Remote code is loaded as a copy with a config class of its own, which `AutoModel` does not know yet.
     """
 
-    accepts_loss_kwargs = False  # the losses are means whatever Trainer counts; it then divides accumulated ones itself
+    accepts_loss_kwargs = False  # the losses are means over a batch, so Trainer must divide the accumulated ones
 
     def __init__(self, config: Any) -> None:
         if type(config) not in MODEL_MAPPING:

@@ -1,12 +1,12 @@
 """Next-token loss: the targets of both policies, and cross-entropy without a full matrix of logits.
 
-No loss is paid for predicting a meta-token (paper, section 3). `skip` drops the term whose target is a meta-token, so
-the text token after it is predicted from the meta-token; `retarget` predicts it from the last text token instead and
-uses no output at a meta-token (Mohtashami and Jaggi 2023). Either way each text token is predicted once.
+A meta-token is never a target (paper, section 3). `skip` drops the term whose target is a meta-token, so the text token
+after it is predicted from the meta-token; `retarget` predicts it from the last text token instead and uses no output at
+a meta-token (Mohtashami and Jaggi 2023). Either way each text token is predicted once.
 
-The loss is always that of the logits that the head gives when it is called. Where the head is a linear layer and no
-more, loss and gradients come from its weight without a call; whatever sits on it (LoRA, hooks, offloading,
-quantisation, tensor parallelism) is called.
+The loss is always that of the logits that a call of the head returns. For a plain linear layer, loss and gradients are
+computed from its weight without a call. A head with anything else on it (LoRA, hooks, offloading, quantisation, tensor
+parallelism) is called.
 """
 
 from collections.abc import Callable
@@ -75,13 +75,13 @@ def loss_and_logits(
         hidden: (B, T, C) final hidden states.
         targets: (B, T) int64, what each position must predict, -100 where nothing; None for no loss.
         vocab_size: V, for the size of a chunk.
-        wants_logits: whether logits are asked for beside the loss; without targets they always are.
+        wants_logits: return the logits beside the loss; without targets they are always returned.
         logits_to_keep: see `kept_positions`.
-        num_items_in_batch: what the summed loss is divided by; by default the number of valid targets.
+        num_items_in_batch: divisor of the summed loss; by default the number of valid targets.
 
     Returns:
         The loss in nats, a scalar of float32 (float64 for float64 logits), or None without targets; and the logits
-        (B, T, V), or None if they are not asked for.
+        (B, T, V), or None if they are not wanted.
     """
     kept = kept_positions(logits_to_keep)
     if targets is None:
@@ -99,15 +99,15 @@ def loss_and_logits(
 
 
 def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """Return the index into T of the positions whose logits are made: that many last ones (0: all), or these."""
+    """Return the index into T of the positions whose logits are made: the last n (0: all), or the indices given."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Tell whether calling a head is a product with its weight, plus its bias, and nothing else.
+    """Tell whether calling a head multiplies by its weight, adds its bias and does nothing else.
 
-    It is not for a subclass (LoRA, a quantised or parametrised layer), under a hook of its own or of every module, with
-    another forward put in place of its own (offloading), or with a weight of another kind than torch's own (a shard).
+    False for a subclass (LoRA, a quantised or parametrised layer), with a hook on it or on every module, with a
+    replaced `forward` (offloading), or with a weight that is not torch's own kind (a shard).
     """
     if type(head) is not nn.Linear or "forward" in vars(head) or _has_any_global_hook():
         return False
@@ -132,9 +132,10 @@ def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sum_in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum the cross-entropy of any head over (..., T, C) states, with few logits at a time.
+    """Sum the cross-entropy of any head over (..., T, C) states, a chunk of logits at a time.
 
-    One call where all logits are few. Otherwise a call for each stretch of T, repeated in the backward pass.
+    If one chunk holds all logits, the head is called once. Otherwise it is called for each stretch of T, and again in
+    the backward pass.
     """
     size = max(1, LOGITS_CHUNK_ELEMENTS // (vocab_size * hidden.shape[:-2].numel()))
     if hidden.shape[-2] <= size:
@@ -175,7 +176,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if not torch.is_grad_enabled():
-        # a function of our own is asked for the gradient of a parameter even then
+        # autograd would ask a custom function for the gradient of a parameter even then
         hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, keep)  # type: ignore[no-untyped-call]
     return loss
@@ -218,7 +219,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, targets, keep, hidden_grad, weight_grad = ctx.saved_tensors
-        # compiled code is differentiated once, and says so otherwise
+        # compiled code has first derivatives only, and raises an error of its own for others
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             targets = targets if keep is None else targets.masked_fill(~keep, IGNORE_INDEX)
             hidden_grad, weight_grad = _differentiable_gradients(
@@ -237,7 +238,7 @@ def _differentiable_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, grad_loss: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of `hidden` (rows, C) and `weight` that are needed, each a function of both."""
-    # aliases: a tied weight is also where the hidden states come from, and that path is none of this function's
+    # aliases: a tied weight also produced the hidden states, and the gradient of that path is not computed here
     hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
     total = _sum_in_chunks(lambda rows: rows @ weight.T, hidden, targets, weight.shape[0])
     inputs = [tensor for tensor, is_needed in zip((hidden, weight), needed, strict=False) if is_needed]

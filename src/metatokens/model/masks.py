@@ -1,7 +1,7 @@
 """Which tokens see each other: padding, packed documents, masks of the caller's own and the ALiBi bias.
 
-A `TokenLayout` says it once for a forward pass, by token; both attentions make their masks from it, so that what binds
-the one binds the other. Meta-attention takes the entries of its members out of it (`take_pairs`).
+A `TokenLayout` holds this once per forward pass, for each token. Both attentions make their masks from it, so the same
+limits bind both; meta-attention takes only the entries of its members (`take_pairs`).
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from .configuration import MetaTokenConfig
 from .positions import add_alibi
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Tells of (batch, head, query column, key column), each an index, whether the query sees the key."""
+"""Takes indices (batch, head, query column, key column) and tells whether the query sees the key."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the T tokens of a forward pass stand, and what they may see of the K columns, the cache's first."""
+    """Where the T tokens of a forward pass stand, and which of the K columns (the cache's first) they may see."""
 
     position_ids: Tensor
     """(B or 1, T) int64."""
@@ -35,13 +35,13 @@ class TokenLayout:
 
     @property
     def has_pairs(self) -> bool:
-        """Tell whether the caller's mask is one of pairs, which replaces the causal one."""
+        """Tell whether the caller's mask is over pairs of query and key; it then replaces the causal mask."""
         return self.attention_mask is not None and self.attention_mask.ndim == 4
 
     def find_real_tokens(self, columns: Tensor) -> Tensor | None:
-        """Tell which of the T tokens, whose columns (T,) are given, are no padding: (B or 1, T) bool, or None if all.
+        """Tell which of the T tokens, at `columns` (T,), are not padding: (B or 1, T) bool, or None if all are real.
 
-        In a mask of pairs a token sees itself and padding does not.
+        In a mask of pairs, a real token sees itself and padding does not.
         """
         if self.attention_mask is None:
             return None
@@ -54,8 +54,8 @@ class TokenLayout:
     def key_positions(self, num_columns: int, seen: int | Tensor) -> Tensor:
         """Return the positions (B or 1, K) of all columns.
 
-        Those of the cache are counted back from the newest token, padding left out; with a mask of pairs, among the
-        columns that the newest token sees.
+        Positions in the cache are counted back from the newest token without padding. With a mask of pairs, they count
+        only the columns that the newest token sees.
         """
         position_ids, mask = self.position_ids, self.attention_mask
         columns = torch.arange(position_ids.shape[1], device=position_ids.device) + seen
@@ -73,10 +73,10 @@ class TokenLayout:
 
 
 def check_attention_mask(config: MetaTokenConfig, attention_mask: Any, dtype: torch.dtype) -> Any:
-    """Return the caller's mask as the attention of `config` takes it; one of pairs in bool, or additive in `dtype`.
+    """Return the caller's mask as the attention of `config` takes it: a mask of pairs is bool, or additive in `dtype`.
 
     Raises:
-        ValueError: for a mask of pairs that the attention cannot take, or one that is neither (B, K) nor of pairs.
+        ValueError: for a mask of pairs that the attention cannot take, or a mask of another shape.
     """
     backend = config._attn_implementation
     if attention_mask is None or backend.startswith("paged|"):  # transformers' own, made for its paged cache
@@ -102,8 +102,8 @@ def find_documents(
 ) -> Tensor | None:
     """Number the documents that are packed into rows, as `DataCollatorWithFlattening` packs them.
 
-    A document opens where a position does not exceed the one before it. Positions that also leap ahead somewhere in
-    their row only place its tokens, as in an ablation of positions.
+    A document opens where a position does not exceed the one before it. A row whose positions also leap ahead somewhere
+    is taken as one document with unusual positions, as in an ablation of positions.
 
     Args:
         config: the model's configuration.
@@ -113,8 +113,8 @@ def find_documents(
         past_key_values: an empty cache, or None.
 
     Returns:
-        (B or 1, T) int64, or None if each row is one document. While a graph is traced nobody can look: it takes any
-        positions for packed ones without a cache, and none with a cache.
+        (B or 1, T) int64, or None if each row is one document. While a graph is traced the positions cannot be read:
+        without a cache any positions then count as packed, and with a cache none do.
 
     Raises:
         ValueError: for packed documents with a cache, or with flash attention.
@@ -135,8 +135,8 @@ def find_documents(
         return None
     if past_key_values is not None:
         raise ValueError(
-            "positions that start anew pack documents into a row, and a cache cannot keep them apart: leave "
-            "past_key_values out, or give attention_mask where these are no documents"
+            "position_ids start anew within a row, which packs documents, and a cache cannot keep them apart: leave "
+            "past_key_values out, or give attention_mask if the row is one document"
         )
     if "flash" in backend:
         raise ValueError(f'attn_implementation "{backend}" takes no packed documents here: use "sdpa" or "eager"')
@@ -144,12 +144,12 @@ def find_documents(
 
 
 def is_traced() -> bool:
-    """Tell whether a graph is being made, which must not depend on the values of tensors."""
+    """Tell whether a graph is being traced; it must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
 def same_document(documents: Tensor, num_rows: int) -> MaskFunction:
-    """Return the pattern of pairs within a document, by the documents (B or 1, T) of the columns."""
+    """Return the pattern that keeps queries within their document, given the documents (B or 1, T) of the columns."""
     documents = documents.expand(num_rows, -1)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -166,13 +166,13 @@ def make_causal_mask(
     past_key_values: Cache | None,
     pattern: MaskFunction | None = None,
 ) -> Any:
-    """Return the mask of self-attention, in the backend's format: causal, no padding, in one document, in the pattern.
+    """Return the self-attention mask in the backend's format: causal, without padding, within documents and pattern.
 
     A mask of pairs takes the place of all of these.
     """
     if layout.documents is not None:
         if pattern is not None:
-            raise ValueError("packed documents need full attention: give this model one document a row")
+            raise ValueError("this model's attention takes no packed documents: give it one document a row")
         pattern = same_document(layout.documents, len(hidden))
     # position_ids stay out of this call: transformers would take any that do not rise by one for packed documents
     mask = create_causal_mask(
@@ -199,7 +199,7 @@ def take_pairs(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def combine_masks(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mask of what both allow, bool if both are bool, else additive."""
+    """Return the mask of the pairs that both allow, bool if both are bool, else additive."""
     if first.dtype == second.dtype == torch.bool:
         return first & second
     dtype = first.dtype if second.dtype == torch.bool else second.dtype
@@ -212,7 +212,7 @@ def is_kept(mask: Tensor) -> Tensor:
 
 
 def to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bool mask as one to be added to scores, the lowest finite number where it is False; others unchanged."""
+    """Return a bool mask as an additive one, with the lowest finite number where it is False; others unchanged."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -6,8 +6,8 @@ them with their original positions, attend causally, add the result back to thos
 of a batch hold fewer meta-tokens than others, the packed rows are padded on the right and causality alone keeps the
 padding out of sight. `reference.py` is the dense definition; tests hold the two equal.
 
-Two controls ask what the gain is due to, with the same parameters (`meta_attention_over`): "all" is a second attention
-among all tokens at full cost, "random" packs pseudo-random text tokens in place of the meta-tokens.
+Two controls with the same parameters separate possible causes of a gain (`meta_attention_over`): "all" is a second
+attention among all tokens at full cost, "random" packs pseudo-random text tokens in place of the meta-tokens.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .positions import Rotary, add_alibi
 HASH_BITS = 32
 HASH_MASK = 2**HASH_BITS - 1
 HASH_MULTIPLIER = 0x45D9F3B  # Thomas Mueller's integer hash: small enough that a product of 32 bits fits into 63
-HASH_INCREMENT = 0x1E3779B9  # apart from zero, which the rounds above map to itself
+HASH_INCREMENT = 0x1E3779B9  # the rounds alone would map zero to itself
 
 
 class MetaPack(NamedTuple):
@@ -80,22 +80,22 @@ class MetaAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend among the meta rows (B, M, C) and, with a cache, over earlier meta-tokens.
 
-        Nothing of the token stream (position_ids, cu_seq_lens) reaches the attention function from here: flash
-        attention would take it for the packed stream's.
+        Arguments that describe the token stream (position_ids, cu_seq_lens) are not passed on: flash attention would
+        apply them to the packed stream.
         """
         query, key, value = self.project(packed, pack.rotary)
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
             key, value = layer.update_meta(key, value, pack.columns)
             if pack.index is None and layer.is_compileable:
-                # slots are columns, as in the mask; nothing was swallowed
+                # every token took a slot, so slots are columns, as in the mask, and the spare slot is unused
                 key, value = key[:, :, : layer.meta_capacity], value[:, :, : layer.meta_capacity]
         return self.attend(query, key, value, pack.mask)
 
 
 @dataclass(frozen=True)
 class _PackedPast:
-    """What `create_causal_mask` asks of a cache, answered for the packed stream."""
+    """The part of a cache that `create_causal_mask` reads, for the packed stream."""
 
     length: int
     is_compileable = False
@@ -116,7 +116,7 @@ class _PackedPast:
 def check_cache(config: MetaTokenConfig, cache: Any) -> None:
     """Raise ValueError for a cache without a place for the layers and meta-tokens of `config`."""
     layers: Any = getattr(cache, "layers", None)
-    # without meta-attention a plain DynamicCache() will do, which makes its layers as they come
+    # without meta-attention a plain DynamicCache() will do, which starts empty and adds layers as needed
     fits = layers is not None and len(layers) in (0, config.num_hidden_layers)
     for layer_index in range(config.num_hidden_layers):
         if fits and config.has_meta_attention(layer_index):
@@ -131,20 +131,20 @@ def check_cache(config: MetaTokenConfig, cache: Any) -> None:
 def refuse_paged_cache(config: MetaTokenConfig) -> None:
     """Raise ValueError under transformers' continuous batching."""
     if config._attn_implementation.startswith("paged|"):
-        raise ValueError("generate_batch keeps no meta-tokens in its paged cache: use generate")
+        raise ValueError("the paged cache of generate_batch has no place for meta-tokens: use generate")
 
 
 def check_meta_indices(meta_indices: Tensor, meta_token_mask: Tensor, *, must_look: bool) -> None:
     """Raise ValueError unless every row has as many meta-tokens as `meta_indices` (B, M).
 
-    On an accelerator the look would wait for the device, so it is taken only where `must_look` is set.
+    On an accelerator the check would wait for the device, so it runs there only if `must_look` is set.
     """
     if is_traced() or not (must_look or meta_token_mask.device.type == "cpu"):
         return
     counts = meta_token_mask.sum(-1)
     if (counts != meta_indices.shape[1]).any():
         raise ValueError(
-            f"meta_indices tell of {meta_indices.shape[1]} meta-tokens a row, and the inputs hold {counts.tolist()}: "
+            f"meta_indices give {meta_indices.shape[1]} meta-tokens a row, but the inputs hold {counts.tolist()}: "
             "leave meta_indices out, or give meta_token_mask with inputs_embeds of your own"
         )
 
@@ -159,8 +159,8 @@ def choose_members(
 ) -> Tensor:
     """Tell which tokens take part in meta-attention, (B, T) bool; padding never does.
 
-    A text token of "random" is chosen by a hash of its position and id, so that it is the same one whatever the batch,
-    the padding and the cache.
+    "random" chooses text tokens by a hash of their position and id, so the choice does not depend on the batch, the
+    padding or the cache.
 
     Raises:
         ValueError: for "random" without ids.
@@ -215,7 +215,7 @@ def pack_meta_tokens(
         meta_token_mask: (B, T) bool, True at meta-tokens.
         meta_indices: (B, M) int64 from a collator: every row has M meta-tokens; spares a host synchronisation.
         rotary: the positions of all T tokens, or None.
-        layout: what else limits the attention of the T tokens; the packed stream is bound by it alike.
+        layout: the other limits on the attention of the T tokens, which also bind the packed stream.
         past_key_values: the cache, or None.
         always: return a pack with one idle column rather than None when there is no meta-token; in training every
             process must touch the same parameters, or a distributed backward pass waits for ever.
@@ -230,7 +230,7 @@ def pack_meta_tokens(
     if past_key_values is not None:
         first = next(i for i in range(config.num_hidden_layers) if config.has_meta_attention(i))
         layer = past_key_values.layers[first]
-    # its attribute and not its class: of two copies of this code in a process, either may have made the layer
+    # an attribute and not the class: a process may hold two copies of this code, and either may have made the layer
     is_static = layer is not None and layer.is_compileable
     found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=is_static, always=always)
     if found is None:
@@ -266,7 +266,7 @@ def _find_meta_tokens(
     """Return indices (B, M) of the meta-tokens in order, and which of them are real."""
     num_tokens = meta_token_mask.shape[1]
     columns = torch.arange(num_tokens, device=meta_token_mask.device)
-    # distinct numbers, since no exporter knows a stable sort
+    # distinct numbers, since exporters lack a stable sort
     order = torch.argsort(torch.where(meta_token_mask, columns, columns + num_tokens), dim=-1)
     if meta_indices is not None:
         index = order[:, : meta_indices.shape[1]]
@@ -320,6 +320,6 @@ def _static_mask(layer: MetaStaticLayer, columns: Tensor) -> tuple[Tensor, Tenso
     """Return the bool mask (B, 1, M, capacity + 1) over the slots of a static cache, and the slots' columns."""
     slots = layer.meta_slots(columns)
     key_slots = torch.arange(layer.meta_capacity + 1, device=columns.device)
-    mask = key_slots <= slots[..., None]  # a row that is no meta-token sees every slot; its output is dropped
+    mask = key_slots <= slots[..., None]  # a row that is not a meta-token sees every slot; its output is dropped
     old = torch.zeros_like(key_slots).expand(len(columns), -1) if layer.meta_keys is None else layer.meta_columns
     return mask[:, None], old.scatter(1, slots, columns)

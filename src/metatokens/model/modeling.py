@@ -178,18 +178,18 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             input_ids: (B, T) int64.
             attention_mask: (B, past + T), 1 = a token, 0 = padding on either side; or (B or 1, H or 1, T, past + T),
                 bool with True = keep or additive, which binds both attentions in place of the causal mask.
-            position_ids: (B, T) int64; by default tokens are counted from 0 in each row, padding left out. Where they
-                start anew, with neither a mask nor a cache, a document starts that sees none of the others, as with
-                transformers' `DataCollatorWithFlattening`; so it is with `cu_seq_lens_q` among the other arguments.
+            position_ids: (B, T) int64; by default they count the tokens of each row from 0, without padding. With
+                neither a mask nor a cache, a position that starts anew opens a document that sees none of the others,
+                as with transformers' `DataCollatorWithFlattening`; so does `cu_seq_lens_q` among the other arguments.
             past_key_values: a cache made from this model's config.
             inputs_embeds: (B, T, C) in place of `input_ids`.
-            use_cache: return a cache; there is none of packed documents.
+            use_cache: return a cache; packed documents have none.
             meta_token_mask: (B, T) bool, True at meta-tokens; by default those with the meta-token's id or, in
                 `inputs_embeds`, with its embedding.
-            meta_indices: (B, M) int64, the collator's: every row has M meta-tokens. Only M is read, which spares a host
-                synchronisation; where they stand is known from the inputs, whatever was put before them since.
+            meta_indices: (B, M) int64, from a collator: every row has M meta-tokens. Only M is read, which spares a
+                host synchronisation. The places are found in the inputs, so tokens may have been put in front since.
                 Ignored unless meta-attention is over meta-tokens.
-            cache: another name of `past_key_values`.
+            cache: another name for `past_key_values`.
             **kwargs: passed to the attention function.
 
         Raises:
@@ -279,7 +279,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         past_key_values: Cache | None,
         cu_seq_lens: Tensor | None,
     ) -> TokenLayout:
-        """Gather what limits the attention of (B, T, C), after checking that the sequence fits the model."""
+        """Gather the limits on the attention of (B, T, C), after a check that the sequence fits the model."""
         num_tokens = hidden.shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         attention_mask = check_attention_mask(self.config, attention_mask, hidden.dtype)
@@ -292,7 +292,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             else:
                 position_ids = (torch.arange(num_tokens, device=hidden.device) + seen)[None]
         # columns exceed the window where documents are packed or padding is long; only then are positions read. A
-        # static cache counts on the device; `prepare_inputs_for_generation` checks then
+        # static cache counts on the device; generation checks its length beforehand
         if isinstance(seen, int) and seen + num_tokens > self.config.max_sequence_length and not is_traced():
             self.config.check_length(int(position_ids.max()) + 1)
         return TokenLayout(position_ids, attention_mask, documents, self._alibi_slopes(hidden))
@@ -336,8 +336,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     makes_logits_in_training: bool = False
-    """Set it where a loss of your own needs the logits of a training step with labels beside the loss; otherwise that
-    step makes none, which saves most of its memory."""
+    """Set it to get logits from training steps with labels too, for a loss of your own. By default such a step makes
+    none, which saves most of its memory."""
 
     def __init__(self, config: MetaTokenConfig) -> None:
         """Create the model that `config` describes."""
@@ -345,7 +345,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        # saved with the model, for what generates without this class
+        # saved with the model, for programs that generate without this class
         self.generation_config.suppress_tokens = self._ids_never_sampled() or None
 
     @can_return_tuple
@@ -368,18 +368,19 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         """Run the model; the arguments of `MetaTokenModel.forward`, and these.
 
         Args:
-            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are no targets. Collators that count
+            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are not targets. Collators that count
                 targets must put -100 at meta-tokens themselves.
             shift_labels: (B, T) int64, what each position must predict; takes the place of `labels`.
-            logits_to_keep: make the logits of the last so many positions, or of these indices; 0 means all.
-            num_items_in_batch: what the summed loss is divided by; by default the number of valid targets.
+            logits_to_keep: number of positions at the end whose logits are made (0 means all), or the indices of those
+                positions.
+            num_items_in_batch: divisor of the summed loss; by default the number of valid targets.
 
         Returns:
             The loss in nats, and logits (B, T, V) unless the model is training with labels and
             `makes_logits_in_training` is not set. A `loss_function` of the user's own is called as in transformers,
             with all logits, labels and shift_labels.
         """
-        # not in the signature: Trainer takes every argument with "label" in its name for one that a batch must have
+        # not in the signature: Trainer requires a batch to have every argument with "label" in its name
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -446,5 +447,5 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         return loss, logits[:, kept_positions(logits_to_keep)]
 
 
-# Trainer smooths the labels of these classes against the shifted logits, those of all others against the unshifted
+# Trainer's label smoother shifts logits and labels for the classes in this mapping, and for no others
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaTokenConfig.model_type] = MetaTokenForCausalLM.__name__

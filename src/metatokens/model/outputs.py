@@ -21,6 +21,6 @@ class MetaTokenModelOutput(BaseModelOutputWithPast):
 @has_both_cache_names
 @dataclass
 class MetaTokenCausalLMOutput(CausalLMOutputWithPast):
-    """What `MetaTokenForCausalLM` returns; `logits` is None in training with labels, where none are made."""
+    """What `MetaTokenForCausalLM` returns; `logits` is None in training with labels, which makes none by default."""
 
     meta_attentions: tuple[Tensor, ...] | None = None

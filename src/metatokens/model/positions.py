@@ -24,7 +24,7 @@ class Rotary(Protocol):
     def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys, (B, H, T, any width), whose products are the scores.
 
-        Keys may be wider than queries, for the sake of later queries: the surplus is cached and not attended to.
+        Keys may be wider than queries: the surplus is cached for later queries and not attended to.
         """
 
     def at(self, index_BM: Tensor) -> Self:
@@ -50,7 +50,7 @@ class RotaryTables(NamedTuple):
 
 
 class XposTables(NamedTuple):
-    """RoPE with a score that decays with the distance, by a rate of its own for each pair of dimensions."""
+    """RoPE with scores that decay with the distance, at a rate of its own for each pair of dimensions."""
 
     rotation: RotaryTables
     scale: Tensor
@@ -85,7 +85,7 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
     original_max_seq_len: int
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow to another device but stay exact: in bfloat16, far positions would turn by whole radians too much."""
+        """Move to another device but stay exact: bfloat16 would turn far positions by whole radians too much."""
         exact = self.inv_freq, self.original_inv_freq
         super()._apply(fn, recurse)
         if not exact[0].is_meta:
@@ -103,12 +103,12 @@ class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
 class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
     """xPos (Sun et al. 2022): RoPE whose pair d of a score decays as zeta_d^(distance / 512).
 
-    zeta_d = (2 d / D + 0.4) / 1.4. Each side has its part, the query zeta^(t / 512) and the key zeta^(-t / 512), with t
+    zeta_d = (2 d / D + 0.4) / 1.4. The query carries the factor zeta^(t / 512) and the key zeta^(-t / 512). t is
     counted from the middle of the window, which keeps both within range. torchscale counts from the middle of each
-    call; here the middle is fixed, so that keys of a cache stay right. Scores do not depend on it.
+    call; here the middle is fixed, so cached keys stay right. Scores do not depend on it.
 
-    At the ends of the window the two parts are far from one, and must not leave the range of the number format: float16
-    has room for 3,966 positions, bfloat16 and float32 for 35,694.
+    At the ends of the window the two factors are far from one, and must stay within the range of the number format:
+    float16 has room for 3,966 positions, bfloat16 and float32 for 35,694.
     """
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> XposTables:  # type: ignore[override] # another table
@@ -127,7 +127,7 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
         dtype, device = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        # each side reaches (1 / zeta_0)^(window / 2 / 512), and masked products hold that of both
+        # each side reaches (1 / zeta_0)^(window / 2 / 512), and masked scores, too, are products of both
         base = (1 + XPOS_GAMMA) / XPOS_GAMMA
         longest = int(-math.log(torch.finfo(dtype).tiny) / math.log(base) * XPOS_SCALE_BASE)
         if self.original_max_seq_len > longest:
@@ -138,7 +138,7 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Return the H slopes of ALiBi (Press et al. 2022, section 3; the authors' code where H is no power of two)."""
+    """Return the H slopes of ALiBi (Press et al. 2022, section 3; the authors' code if H is not a power of two)."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-8 * (head + 1) / (2 * power)) for head in range(2 * power)]

@@ -1,13 +1,14 @@
-"""The paper's dense meta-attention, kept for ever as the oracle of the packed one.
+"""The paper's dense meta-attention, kept as the oracle that tests hold the packed one to.
 
 For queries Q, keys K and values V of the meta-attention's own projections, with the causal mask M_causal and
 P[b, i, j] = 0 if tokens i and j of row b are both meta-tokens, -inf otherwise (paper, section 3):
 
     MetaAttention(Q, K, V) = softmax(Q K^T / sqrt(D) + M_causal + P) V
 
-A row that is no meta-token has no key at all: its output is zero and only the residual passes. Where
+A row that is not a meta-token has no key at all: its output is zero and only the residual passes. Where
 `meta_attention_over` is "all" or "random", "meta-token" stands for the tokens that take part. This builds the whole
-(B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. No cache, no other backend.
+(B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. It has no cache
+and no other backend.
 """
 
 import math
@@ -26,7 +27,7 @@ from .positions import Rotary
 
 @dataclass(frozen=True)
 class DensePack:
-    """Which tokens are meta-tokens, and what else limits the attention of all."""
+    """Which tokens are meta-tokens, and the other limits on attention."""
 
     is_meta: Tensor
     """(B, T) bool: the tokens that take part."""

@@ -1,7 +1,7 @@
-"""`python -m metatokens.sweep.child VERB ...`: a command of `metatokens` that does not outlive what started it.
+"""`python -m metatokens.sweep.child VERB ...`: a `metatokens` command that ends with its parent process.
 
-It is the command line itself, with a thread that looks for the parent. Once that is gone, however it ended, this
-process gets SIGTERM, on which a training saves a checkpoint and ends: no run goes on that nobody waits for.
+It is the command line itself, with a thread that watches the parent. When the parent has ended, in whatever way, this
+process gets SIGTERM, on which a training saves a checkpoint and ends. So no run goes on when nobody waits for it.
 """
 
 import os
@@ -11,19 +11,19 @@ import sys
 import threading
 import time
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 def follow_parent() -> None:
     """Send this process SIGTERM when its parent has ended."""
     parent = os.getppid()
 
-    def look() -> None:
+    def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=look, name="parent", daemon=True).start()
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From run folders to the results of a sweep: accuracies over seeds and instances, and differences from the reference.
 
-Every arm answers the same test instances, so a difference is paired by seed and by instance. With one seed finished the
-interval is that of this training.
+Every arm answers the same test instances, so a difference is paired by seed and by instance. With one seed finished,
+the interval is about that training alone.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Outcomes = tuple[tuple[float, ...], ...]
-"""For each seed, for each instance, the share of what is right."""
+"""For each seed and each instance, the share of the answers that is right."""
 Labels = tuple[str, ...]
 
 
 def collect(sweep: SweepConfig, runs: Sequence[SweepRun], out: Path, failed: Sequence[FailedRun] = ()) -> SweepResults:
-    """Return what the finished runs of a sweep have shown so far."""
-    cells: dict[Labels, list[SweepRun]] = {}
+    """Return the results of the runs that are finished so far."""
+    finished: dict[Labels, list[SweepRun]] = {}
     done = [run for run in runs if is_done(run)]
     for run in runs:
-        cells.setdefault(tuple(run.labels.values()), [])
+        finished.setdefault(tuple(run.labels.values()), [])
     for run in done:
-        cells[tuple(run.labels.values())].append(run)
+        finished[tuple(run.labels.values())].append(run)
     answers = {run.name: read_answers(run) for run in done}
     results = [
-        _cell(sweep, finished, cells.get(_reference_labels(sweep, finished[0]), []), answers, out)
-        for finished in cells.values()
-        if finished
+        _combination(sweep, own, finished.get(_reference_labels(sweep, own[0]), []), answers, out)
+        for own in finished.values()
+        if own
     ]
     return SweepResults(
         format=RESULTS_FORMAT,
@@ -73,7 +73,7 @@ def collect(sweep: SweepConfig, runs: Sequence[SweepRun], out: Path, failed: Seq
 
 
 def _reference_labels(sweep: SweepConfig, run: SweepRun) -> Labels:
-    """Return the labels of the cell that a run's cell is compared with; none where it is that cell itself."""
+    """Return the labels of the reference of a run's combination; no labels if it is the reference itself."""
     axis = sweep.arm_axis
     if sweep.reference is None or axis is None or run.labels[axis] == sweep.reference:
         return ("",)
@@ -83,7 +83,7 @@ def _reference_labels(sweep: SweepConfig, run: SweepRun) -> Labels:
 Answers = Mapping[str, Mapping[str, dict[str, Any]]]
 
 
-def _cell(
+def _combination(
     sweep: SweepConfig, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers, out: Path
 ) -> CellResult:
     first = runs[0]
@@ -109,12 +109,12 @@ def _cell(
         curve=tuple(_curve(runs, mean("training_flops"))),
         evaluations=tuple(
             EvaluationResult(
-                name=asked.name,
-                meta_places=asked.config.task.meta_places.kind,
-                interventions=asked.interventions,
-                rows=tuple(_rows(asked.name, runs, references, answers)),
+                name=evaluation.name,
+                meta_places=evaluation.config.task.meta_places.kind,
+                interventions=evaluation.interventions,
+                rows=tuple(_rows(evaluation.name, runs, references, answers)),
             )
-            for asked in first.asked
+            for evaluation in first.evaluations
         ),
     )
 
@@ -143,7 +143,7 @@ def _rows(
 
 
 def _pooled(rows: Sequence[dict[str, Any]], kind: str) -> Interval:
-    """Return the accuracy of several models, or that of one as its own report has it."""
+    """Return the accuracy over several models; for a single one, the accuracy in its report."""
     if len(rows) == 1:
         return Interval(**rows[0][f"{kind}_accuracy"])
     return _accuracy(_outcomes(rows, kind), seed=0)
@@ -160,7 +160,7 @@ def _means(outcomes: Outcomes) -> tuple[float, ...]:
 def _difference(
     reports: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], length: str
 ) -> tuple[Interval | None, tuple[float, ...]]:
-    """Return the sequence accuracy minus the reference's over the seeds that both have, and of each."""
+    """Return the sequence accuracy minus the reference's: over the seeds that both have, and for each seed."""
     own, theirs = [], []
     for seed in sorted(reports.keys() & others.keys()):
         pair = _row_of(reports[seed], length), _row_of(others[seed], length)
@@ -176,22 +176,22 @@ def _difference(
 
 
 def _row_of(report: dict[str, Any], length: str) -> dict[str, Any] | None:
-    """Return the row of a length; None where there is none or it reads n/a."""
+    """Return the row of a length; None if there is none or it reads n/a."""
     rows = [row for row in report["rows"] if row["length"] == length and row["sequence_accuracy"] is not None]
     return rows[0] if rows else None
 
 
 def _same_instances(report: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two models were asked about the same texts: where meta-tokens stand in them does not matter."""
+    """Tell whether two models answered questions on the same texts, wherever meta-tokens stood in them."""
 
-    def question(config: dict[str, Any]) -> Any:
+    def texts(config: dict[str, Any]) -> Any:
         task = {key: value for key, value in config["task"].items() if key not in {"meta_places", "marks", "loss"}}
         return task, config["size"], config["seed"], config["instances"]
 
-    return bool(question(report["config"]) == question(other["config"]))
+    return bool(texts(report["config"]) == texts(other["config"]))
 
 
-# a finished cell's intervals do not change while the others run
+# the intervals of finished runs do not change while others run
 @cache
 def _accuracy(outcomes: Outcomes, seed: int) -> Interval:
     return accuracy_interval(outcomes, seed=seed)
@@ -203,7 +203,7 @@ def _bootstrap_paired(outcomes: Outcomes, other: Outcomes, seed: int) -> Interva
 
 
 def _curve(runs: Sequence[SweepRun], total_flops: float) -> Iterator[CurvePoint]:
-    """Yield the accuracies that the trainings logged at the steps that all of them have."""
+    """Yield the accuracies that the trainings logged, at the steps that all of them logged."""
     curves = [_logged(run) for run in runs]
     estimated = runs[0].budget.training_flops
     for step in sorted(set.intersection(*(set(curve) for curve in curves))):
@@ -218,7 +218,7 @@ def _curve(runs: Sequence[SweepRun], total_flops: float) -> Iterator[CurvePoint]
 
 
 def _logged(run: SweepRun) -> dict[int, float]:
-    """Return the sequence accuracy of the evaluations during training by step."""
+    """Return the sequence accuracy of the evaluations during training, by step."""
     if not run.folder.metrics_path.is_file():
         return {}
     lines = (json.loads(line) for line in run.folder.metrics_path.read_text(encoding="utf-8").splitlines())

@@ -1,7 +1,7 @@
-"""What a sweep will run: each run's config, folder and questions, and its budget, matched to the reference's.
+"""The plan of a sweep: each run's config, folder and evaluations, and its budget, matched to the reference's.
 
-A budget is estimated from the first batches of each stage, some hundreds of instances: the text tokens and the counted
-operations (`metatokens.model.accounting`) of a step. It is a pure function of the config.
+A budget is estimated from the first batches of each stage, some hundreds of instances: the text tokens of a step, and
+its operations as `metatokens.model.accounting` counts them. It is a pure function of the config.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig, Stage
     from metatokens.data.loader import Batch
 
-_SAMPLED_INSTANCES = 512  # at least, of each stage that has so many
+_SAMPLED_INSTANCES = 512  # the fewest instances of each stage, or all of a shorter one
 _MEASURED_BY = {"steps": "text_tokens", "text_tokens": "text_tokens", "flops": "training_flops"}
 _UNITS = {"text_tokens": "text tokens", "training_flops": "training FLOPs"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run spends, as estimated before it starts."""
+    """The cost of a run, estimated before it starts."""
 
     steps: int
     text_tokens: float
@@ -55,15 +55,15 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The positions that a model can take; None where its config states no bound."""
+class WindowSizes:
+    """The numbers of positions that a model can take; None if its config states no bound."""
 
     own: int | None
     original: int | None
-    """Before its positions were scaled, as YaRN and others do; `own` where they were not."""
+    """The window before positions were scaled, by YaRN for example; equal to `own` if they were not."""
 
     @classmethod
-    def of(cls, model: Any) -> Windows:
+    def of(cls, model: Any) -> WindowSizes:
         """Read the windows of a model's config."""
         own = sequence_limit(model)
         rope = getattr(model.config, "rope_parameters", None) or {}
@@ -79,25 +79,25 @@ class SweepRun:
     seed: int
     folder: RunFolder
     config: FinetuneConfig
-    asked: tuple[EvaluationRequest, ...]
+    evaluations: tuple[EvaluationRequest, ...]
     parameters: int
-    windows: Windows
+    windows: WindowSizes
     budget: Budget
 
     @property
     def name(self) -> str:
-        """Labels and seed as one."""
+        """The labels and the seed, joined by slashes."""
         return "/".join((*self.labels.values(), f"seed-{self.seed}"))
 
 
 @dataclass(frozen=True)
 class _Arm:
-    """A combination of labels with the costs of a step of each of its stages."""
+    """A combination of labels with the costs of a step in each of its stages."""
 
-    cell: GridPoint
-    asked: tuple[EvaluationRequest, ...]
+    point: GridPoint
+    evaluations: tuple[EvaluationRequest, ...]
     parameters: int
-    windows: Windows
+    windows: WindowSizes
     text_tokens: tuple[float, ...]
     flops: tuple[float, ...]
 
@@ -112,26 +112,26 @@ class _Arm:
 
 
 def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
-    """Return the runs in their order, seeds outermost, so that a grid cut short has whole seeds.
+    """Return the runs in order, with seeds outermost, so that a grid cut short has whole seeds.
 
     Args:
-        sweep: what is varied.
+        sweep: its config.
         out: folder of the sweep; nothing is written.
         origin: name of the sweep's file, for messages.
 
     Raises:
-        UsageError: a run that cannot be trained or asked, or arms that cannot share a budget.
+        UsageError: a run cannot be trained or evaluated, or arms cannot share a budget.
     """
-    measure = _Measure()
-    arms = [measure.arm(sweep, cell, origin) for cell in expand(sweep, origin)]
-    configs = [_matched(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
+    estimator = _CostEstimator()
+    arms = [estimator.arm(sweep, point, origin) for point in expand(sweep, origin)]
+    configs = [_match_budget(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
     return [
         SweepRun(
-            labels=arm.cell.labels,
+            labels=arm.point.labels,
             seed=seed,
-            folder=RunFolder(out.joinpath("runs", *arm.cell.labels.values(), f"seed-{seed}")),
+            folder=RunFolder(out.joinpath("runs", *arm.point.labels.values(), f"seed-{seed}")),
             config=config.model_copy(update={"seed": seed}),
-            asked=arm.asked,
+            evaluations=arm.evaluations,
             parameters=arm.parameters,
             windows=arm.windows,
             budget=arm.budget(config.curriculum),
@@ -142,7 +142,7 @@ def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
 
 
 def matching_text(sweep: SweepConfig) -> str:
-    """Say what the arms have in common."""
+    """Return what the arms have in common, in words."""
     shared = {"steps": "the same steps", "text_tokens": "equal text tokens", "flops": "equal training FLOPs"}
     if sweep.reference is None:
         return "each arm its own steps"
@@ -161,7 +161,7 @@ def describe_plan(sweep: SweepConfig, runs: Sequence[SweepRun]) -> dict[str, Any
                 "steps": run.budget.steps,
                 "text_tokens": round(run.budget.text_tokens),
                 "training_flops": run.budget.training_flops,
-                "evaluations": ", ".join(asked.name for asked in run.asked),
+                "evaluations": ", ".join(evaluation.name for evaluation in run.evaluations),
                 "state": "trained" if run.folder.is_finished(run.config) else "to do",
             }
             for run in runs
@@ -172,53 +172,53 @@ def describe_plan(sweep: SweepConfig, runs: Sequence[SweepRun]) -> dict[str, Any
 # Costs -------------------------------------------------------------------------------------------------------
 
 
-class _Measure:
-    """Costs and checks of combinations; what several share is made once."""
+class _CostEstimator:
+    """Measures costs of combinations and checks them; work that several share is done once."""
 
     def __init__(self) -> None:
         self._batches: dict[str, list[list[Batch]]] = {}
         self._fillable: set[tuple[str, str]] = set()
 
-    def arm(self, sweep: SweepConfig, cell: GridPoint, origin: str) -> _Arm:
-        """Return a combination with its costs, after the checks that need no training."""
-        model, tokenizer = build_on_meta_device(cell.config)
-        stages = self._sample(cell.config, model, tokenizer)
+    def arm(self, sweep: SweepConfig, point: GridPoint, origin: str) -> _Arm:
+        """Return a combination with its costs, after all checks that need no training."""
+        model, tokenizer = build_on_meta_device(point.config)
+        stages = self._sample(point.config, model, tokenizer)
         limit = sequence_limit(model)
         longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)
         if limit is not None and longest > limit:
             raise UsageError(
-                f"{origin}, {cell.name}: curriculum",
+                f"{origin}, {point.name}: curriculum",
                 expected=f"batches of at most the {limit} positions of the model",
                 found=f"one of {longest}, answers and meta-tokens included",
                 remedy="raise start.model.max_position_embeddings, or shorten the last stages",
             )
-        asked = tuple(
+        evaluations = tuple(
             EvaluationRequest(evaluation.name, config, evaluation.interventions)
-            for evaluation, config in evaluations_of(sweep, cell, origin)
+            for evaluation, config in evaluations_of(sweep, point, origin)
         )
         encoder = PieceEncoder(TextEncoder(tokenizer))
-        for evaluation in asked:
+        for evaluation in evaluations:
             try:
                 check_interventions(model, [parse_intervention(text) for text in evaluation.interventions])
                 self._check_fillable(evaluation.config, encoder)
             except UsageError as error:
                 raise UsageError(
-                    f"{origin}, {cell.name}: evaluations {evaluation.name}",
-                    expected="what its models can be asked",
+                    f"{origin}, {point.name}: evaluations {evaluation.name}",
+                    expected="an evaluation that its models can answer",
                     found=str(error),
-                    remedy="or ask others with where",
+                    remedy="choose other runs with where",
                 ) from None
         return _Arm(
-            cell=cell,
-            asked=asked,
+            point=point,
+            evaluations=evaluations,
             parameters=model.num_parameters(),
-            windows=Windows.of(model),
+            windows=WindowSizes.of(model),
             text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
             flops=tuple(_mean([count_batch_flops(model, b) for b in batches]) for batches in stages),
         )
 
     def _sample(self, config: FinetuneConfig, model: Any, tokenizer: Any) -> list[list[Batch]]:
-        """Return the first groups of batches of each stage; equal for arms that read the same."""
+        """Return the first groups of batches of each stage; arms that read the same share them."""
         encoder = TextEncoder(tokenizer)
         key = repr(
             (
@@ -240,7 +240,7 @@ class _Measure:
         return self._batches[key]
 
     def _check_fillable(self, config: EvaluateConfig, encoder: PieceEncoder) -> None:
-        """Raise what the evaluation would if no instance has one of the lengths."""
+        """Raise the error of the evaluation if no instance has one of the lengths."""
         for length in config.lengths:
             key = (encoder.text_encoder.sha256, config.model_dump_json(include={"task", "size", "seed"}) + length)
             if key not in self._fillable:
@@ -257,21 +257,21 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _reference_of(sweep: SweepConfig, arm: _Arm, arms: Sequence[_Arm]) -> _Arm | None:
-    """Return the arm that counts for another: the reference under the same labels of the other axes."""
+    """Return the reference of an arm: the arm with the reference's label and the same labels of the other axes."""
     axis = sweep.arm_axis
     if sweep.reference is None or axis is None:
         return None
-    labels = {**arm.cell.labels, axis: sweep.reference}
-    return next(other for other in arms if other.cell.labels == labels)
+    labels = {**arm.point.labels, axis: sweep.reference}
+    return next(other for other in arms if other.point.labels == labels)
 
 
-def _matched(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
-    """Return the config of an arm with the steps that match its budget to the reference's."""
-    config = arm.cell.config
+def _match_budget(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
+    """Return the config of an arm, with steps that match its budget to the reference's."""
+    config = arm.point.config
     if reference is None or reference is arm:
         return config
     measured = _MEASURED_BY[sweep.match]
-    theirs = reference.budget(reference.cell.config.curriculum)
+    theirs = reference.budget(reference.point.config.curriculum)
     own = arm.budget(config.curriculum)
     if sweep.match == "steps":
         if own.steps != theirs.steps:
@@ -284,7 +284,7 @@ def _matched(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str)
         if steps is None:
             found = f"{own.steps * target / spent:.1f} steps for {len(config.curriculum)} stages"
             raise _unmatched(origin, arm, reference, "a step for each stage", found, "lengthen the reference")
-        config = _with_steps(config, steps, f"{origin}, {arm.cell.name}, matched to {reference.cell.name}")
+        config = _with_steps(config, steps, f"{origin}, {arm.point.name}, matched to {reference.point.name}")
         own = arm.budget(config.curriculum)
     ratio = getattr(own, measured) / getattr(theirs, measured)
     if abs(ratio - 1) > sweep.tolerance:
@@ -300,9 +300,9 @@ def _matched(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str)
 
 
 def scale_steps(steps: Sequence[int], factor: float) -> list[int] | None:
-    """Return the steps of stages times a factor, at least 1 each, their sum rounded; None where it is too small.
+    """Scale the steps of stages by a factor, to at least 1 each and a rounded sum; None if that is too small.
 
-    What rounding leaves goes to the stages with the largest remainders.
+    Steps that rounding leaves over go to the stages with the largest remainders.
     """
     ideal = [count * factor for count in steps]
     total = round(sum(ideal))
@@ -312,7 +312,7 @@ def scale_steps(steps: Sequence[int], factor: float) -> list[int] | None:
     by_remainder = sorted(range(len(steps)), key=lambda i: scaled[i] - ideal[i])
     for index in by_remainder[: max(0, total - sum(scaled))]:
         scaled[index] += 1
-    while sum(scaled) > total:  # stages that were raised to their one step
+    while sum(scaled) > total:  # some stages were raised to one step
         scaled[max(range(len(steps)), key=lambda i: scaled[i] - ideal[i] if scaled[i] > 1 else float("-inf"))] -= 1
     return scaled
 
@@ -326,5 +326,8 @@ def _with_steps(config: FinetuneConfig, steps: Sequence[int], origin: str) -> Fi
 
 def _unmatched(origin: str, arm: _Arm, reference: _Arm, expected: str, found: str, remedy: str) -> UsageError:
     return UsageError(
-        f"{origin}: budgets of {arm.cell.name} and {reference.cell.name}", expected=expected, found=found, remedy=remedy
+        f"{origin}: budgets of {arm.point.name} and {reference.point.name}",
+        expected=expected,
+        found=found,
+        remedy=remedy,
     )

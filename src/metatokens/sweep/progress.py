@@ -1,4 +1,4 @@
-"""What a sweep says while it goes on, on standard error: a line for each running process, what is done, time left."""
+"""Progress of a sweep on standard error: a line for each running process, the runs that are done, the time left."""
 
 import json
 import os
@@ -19,9 +19,9 @@ _TAIL_BYTES = 4_096  # of metrics.jsonl: more than its last line
 
 
 class SweepDisplay:
-    """Bars on a terminal, a line for each run elsewhere, nothing if not shown.
+    """Shows bars on a terminal, lines elsewhere, and nothing if `shown` is False.
 
-    Work is counted in training FLOPs, so that the time left knows of expensive arms to come.
+    Work is counted in training FLOPs, so that the time left accounts for expensive arms to come.
     """
 
     def __init__(self, runs: Sequence[SweepRun], *, shown: bool) -> None:
@@ -53,26 +53,26 @@ class SweepDisplay:
         self._bars.stop()
 
     def skip(self, run: SweepRun) -> None:
-        """Count a run that was done before."""
+        """Count a run that was done before the sweep started."""
         self._num_done += 1
         self._work[run.name] = run.budget.training_flops
 
-    def start(self, run: SweepRun, what: str) -> None:
+    def start(self, run: SweepRun, activity: str) -> None:
         """Show that a process of a run has started."""
         if self._began_with is None:
-            for other in self._runs:  # what killed runs had done before is no speed of ours
+            for other in self._runs:  # work that earlier processes did must not count as speed
                 self._note_work(other)
             self._began_with, self._began = sum(self._work.values()), time.monotonic()
             if self._num_done:
                 self.say(f"{self._num_done} of {self._num_runs} runs are done already")
         if run.name not in self._tasks:
             self._tasks[run.name] = self._bars.add_task(run.name, total=run.budget.steps, text="")
-        self._bars.update(self._tasks[run.name], text=what)
+        self._bars.update(self._tasks[run.name], text=activity)
         if self._bars.disable:
-            self.say(f"{run.name} {what}")
+            self.say(f"{run.name} {activity}")
 
     def update(self, run: SweepRun) -> None:
-        """Show how far a run is."""
+        """Show how far a run has come."""
         line = self._note_work(run)
         if self._bars.disable:
             return
@@ -99,7 +99,7 @@ class SweepDisplay:
         self.say(f"{run.name} failed: {error}")
 
     def drop(self, run: SweepRun) -> None:
-        """Take away the bar of a run."""
+        """Remove the bar of a run."""
         self._bars.remove_task(self._tasks.pop(run.name))
         self._update_overall()
 
@@ -115,7 +115,7 @@ class SweepDisplay:
             self.say(line)
 
     def _note_work(self, run: SweepRun) -> dict[str, float]:
-        """Count what a run has done so far; returns its last metrics."""
+        """Count the work of a run so far, and return its last metrics."""
         line = last_metrics(run.folder.metrics_path)
         self._work[run.name] = flops_after(run, int(line.get("step", 0)))
         return line

@@ -1,14 +1,14 @@
 """Run a sweep: each training and each evaluation is a process of its own, several at a time.
 
-What is done is found in the run folders: a training by its result, an evaluation by its entry in RUN/evaluation.json
-with the same questions. So a sweep that was killed goes on by the same command, and so does each run from its last
-checkpoint. A run that fails costs the others nothing.
+The run folders show what is done: a training by its result, an evaluation by its entry in RUN/evaluation.json with the
+same request. So the same command continues a sweep that was killed, and each run continues from its last checkpoint. A
+run that fails does not stop the others.
 
 OUT/
-  results.json, table.md     written again after every finished run
+  results.json, table.md     rewritten after every finished run
   runs/LABEL/.../seed-N/
-    preset.yaml              the resolved config; `metatokens finetune` of it is the run
-    evaluation.json          what the model answered, by evaluation
+    preset.yaml              the resolved config, for `metatokens finetune`
+    evaluation.json          the model's answers, by evaluation
     log.txt                  standard error of the run's processes
   lock
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from metatokens.sweep.planning import EvaluationRequest, SweepRun
 
 _POLL_SECONDS = 0.1
-_FREE_KEYS = {"batch_size"}  # of an evaluation: how it is computed, not what
+_FREE_KEYS = {"batch_size"}  # fields of an evaluation that do not change its result
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Slot:
 
 
 def parse_gpus(text: str | None) -> list[str]:
-    """Read GPUs as written on the command line: indices or UUIDs with commas.
+    """Read GPUs as written on the command line: indices or UUIDs, separated by commas.
 
     Raises:
-        UsageError: one that is empty or named twice.
+        UsageError: a GPU is empty or named twice.
     """
     if text is None:
         return []
@@ -76,13 +76,13 @@ def parse_gpus(text: str | None) -> list[str]:
 
 
 def make_slots(jobs: int, gpus: Sequence[str]) -> list[Slot]:
-    """Return a slot for each GPU, or else so many that share the cores.
+    """Return a slot for each GPU, or without GPUs `jobs` slots that share the cores.
 
     Raises:
-        UsageError: no job.
+        ValueError: `jobs` is less than 1.
     """
     if jobs < 1:
-        raise UsageError("--jobs", expected="at least 1", found=str(jobs), remedy="leave it out for one at a time")
+        raise ValueError(f"jobs must be at least 1, not {jobs}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     number = len(gpus) or jobs
     threads = max(1, cores // number)
@@ -90,18 +90,18 @@ def make_slots(jobs: int, gpus: Sequence[str]) -> list[Slot]:
 
 
 def is_done(run: SweepRun) -> bool:
-    """Tell whether a run is trained and has answered everything."""
+    """Tell whether a run is trained and has answered every evaluation."""
     return run.folder.is_finished(run.config) and not _unanswered(run)
 
 
 def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
-    """Return the report of each evaluation of a run that was asked as the sweep asks it."""
+    """Return the stored reports of a run's evaluations, by name, that match what the sweep requests."""
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
-        asked.name: stored[asked.name]["report"]
-        for asked in run.asked
-        if asked.name in stored and _same_question(stored[asked.name], asked)
+        evaluation.name: stored[evaluation.name]["report"]
+        for evaluation in run.evaluations
+        if evaluation.name in stored and _answers(stored[evaluation.name], evaluation)
     }
 
 
@@ -113,23 +113,23 @@ def run_sweep(
     show_progress: bool = True,
     on_finished: Callable[[Sequence[FailedRun]], None],
 ) -> list[FailedRun]:
-    """Run what is not done yet, in order.
+    """Run the runs that are not done yet, in order.
 
-    Signals: the first one that would end the sweep is passed on as SIGTERM, so that each training saves a checkpoint
-    and ends.
+    The first signal that would end the sweep is passed on as SIGTERM, so that each training saves a checkpoint and
+        ends.
 
     Args:
         runs: from `plan_sweep`.
         out: folder of the sweep.
-        slots: where processes run.
-        show_progress: on standard error.
-        on_finished: called after every run, with those that have failed so far.
+        slots: the places for processes; each runs one at a time.
+        show_progress: whether to show progress on standard error.
+        on_finished: called after every run, with the runs that have failed so far.
 
     Returns:
         The runs that failed.
 
     Raises:
-        UsageError: another process runs this sweep.
+        UsageError: another process is running this sweep.
         Preempted: after a signal, when every process has ended.
     """
     with _locked(out), collect_stop_signals() as stop, SweepDisplay(runs, shown=show_progress) as display:
@@ -175,14 +175,14 @@ class _Scheduler:
                         self._end(process, code, stopping=bool(stop))
                 time.sleep(_POLL_SECONDS)
         finally:
-            for process in self._active:  # an error here: nothing may go on alone
+            for process in self._active:  # after an error here, no process may go on alone
                 process.send_signal(signal.SIGTERM)
         if stop:
             raise Preempted("stopped by a signal; the same command continues from there")
         return self._failed
 
     def _start_waiting(self) -> None:
-        """Fill the free slots; a run that another process still holds is left for later."""
+        """Fill the free slots; a run that another process still holds has to wait."""
         for run in list(self._waiting):
             if not self._free:
                 return
@@ -206,18 +206,18 @@ class _Scheduler:
             self._on_finished(self._failed)
             self._display.finish(run)
 
-    def _start(self, run: SweepRun, slot: Slot, asked: EvaluationRequest | None) -> None:
-        process = _Process(run, slot, asked)
+    def _start(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
+        process = _Process(run, slot, evaluation)
         self._active.append(process)
-        self._display.start(run, process.what)
+        self._display.start(run, process.activity)
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
         error, output = process.error(code), process.take_output()
-        if error is None and process.asked is not None:
-            _store_answer(run, process.asked, output)
+        if error is None and process.evaluation is not None:
+            _store_answer(run, process.evaluation, output)
         if error is None and not process.has_left_its_result():
-            error = f"{process.what} ended without its result; see {run.folder.path / 'log.txt'}"
+            error = f"{process.activity} ended without its result; see {run.folder.path / 'log.txt'}"
         if error is None and not (stopping and not is_done(run)):
             self._go_on(run, slot)
             return
@@ -233,13 +233,13 @@ class _Scheduler:
 class _Process:
     """A training or an evaluation under way."""
 
-    def __init__(self, run: SweepRun, slot: Slot, asked: EvaluationRequest | None) -> None:
-        self.run, self.slot, self.asked = run, slot, asked
+    def __init__(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
+        self.run, self.slot, self.evaluation = run, slot, evaluation
         folder = run.folder.path
-        self.what = "training" if asked is None else f"evaluation {asked.name}"
+        self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
-        arguments = _training(folder) if asked is None else _evaluation(folder, asked)
+        arguments = _training(folder) if evaluation is None else _evaluation(folder, evaluation)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._popen = subprocess.Popen(
@@ -248,7 +248,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches it once, by the sweep
+                start_new_session=True,  # Ctrl-C reaches it only once, through the sweep
             )
 
     def poll(self) -> int | None:
@@ -260,18 +260,18 @@ class _Process:
     def has_left_its_result(self) -> bool:
         return (
             self.run.folder.is_finished(self.run.config)
-            if self.asked is None
-            else self.asked not in _unanswered(self.run)
+            if self.evaluation is None
+            else self.evaluation not in _unanswered(self.run)
         )
 
     def take_output(self) -> str:
-        """Return what it wrote on standard output, once."""
+        """Return the standard output and close it; to be called once."""
         with self._output:
             self._output.seek(0)
             return self._output.read().decode()
 
     def error(self, code: int) -> str | None:
-        """Return what went wrong in one line."""
+        """Return in one line what went wrong, or None if nothing did."""
         if code == 0:
             return None
         if code < 0:
@@ -287,32 +287,33 @@ def _training(folder: Path) -> list[str]:
     return ["finetune", str(folder / "preset.yaml"), "--out", str(folder), "--json"]
 
 
-def _evaluation(folder: Path, asked: EvaluationRequest) -> list[str]:
+def _evaluation(folder: Path, request: EvaluationRequest) -> list[str]:
     compact = (",", ":")  # argparse takes a word with a space for an argument of its own
     fields = [
         f"--{key}={json.dumps(value, separators=compact)}"
-        for key, value in asked.config.model_dump(mode="json").items()
+        for key, value in request.config.model_dump(mode="json").items()
     ]
-    interventions = [f"--intervention={intervention}" for intervention in asked.interventions]
+    interventions = [f"--intervention={intervention}" for intervention in request.interventions]
     return ["evaluate", str(folder), *fields, *interventions, "--json"]
 
 
 def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
     answers = read_answers(run)
-    return [asked for asked in run.asked if asked.name not in answers]
+    return [evaluation for evaluation in run.evaluations if evaluation.name not in answers]
 
 
-def _store_answer(run: SweepRun, asked: EvaluationRequest, report: str) -> None:
+def _store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stored[asked.name] = {"interventions": list(asked.interventions), "report": json.loads(report)}
+    stored[request.name] = {"interventions": list(request.interventions), "report": json.loads(report)}
     write_atomically(path, json.dumps(stored) + "\n")
 
 
-def _same_question(stored: dict[str, Any], asked: EvaluationRequest) -> bool:
-    old, new = stored["report"]["config"], asked.config.model_dump(mode="json")
+def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
+    """Tell whether a stored answer is one to this request."""
+    old, new = stored["report"]["config"], request.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
-    return same and stored["interventions"] == list(asked.interventions)
+    return same and stored["interventions"] == list(request.interventions)
 
 
 @contextmanager

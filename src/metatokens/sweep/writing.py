@@ -1,4 +1,4 @@
-"""A sweep from its runs to what it leaves: results.json, table.md and figures, up to date after every run."""
+"""Run a sweep and write what it leaves: results.json and table.md after every run, and figures at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_and_write(
     show_progress: bool = True,
     figures: bool = False,
 ) -> SweepResults:
-    """Run what is not done yet and return the results, written to `out` after every run.
+    """Finish the runs that are not done, and return the results, which are written to `out` after every run.
 
     Raises:
         UsageError, Preempted: see `metatokens.sweep.running.run_sweep`.

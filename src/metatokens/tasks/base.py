@@ -1,14 +1,14 @@
-"""What the recall tasks share: an instance, the draws that make it, and the growth to a wanted length.
+"""What the recall tasks share: an instance, the draws that make it, and how it grows to a wanted length.
 
 An instance is a row of pieces of text. A piece is a word or a number with the space before it, or a mark of
 punctuation, and GPT-2's split pattern always cuts between two of them, so a text's ids are the ids of its pieces
 and its length is known while it grows. `META` in the row is a place that the task gives to a meta-token.
 
-Where a question is about a marked place (the ends of a segment or a span, the end of the bits), the text carries
-a visible mark there, a bracket or a bar: a model without meta-tokens is told as much as one with them. The lists of
-list recall and list pointer carry bars only on request (`marks`). Without them the paper's places are a hint that a
-model without meta-tokens does not get: the meta-token stands after the list that holds the answer.
-The paper's instances are not published; these marks and the sentences are ours.
+Where a question is about a marked place (the ends of a segment or a span, the end of the bits), the text carries a
+visible mark there, a bracket or a bar. So a model without meta-tokens is told as much as one with them. The lists of
+list recall and list pointer carry bars only on request (`marks`). Without bars the paper's places are a hint that only
+a model with meta-tokens gets: the meta-token stands after the list that holds the answer. The paper's instances are not
+published; these marks and the sentences are ours.
 
 The docstring of each task draws an instance: `_` is a meta-token, `-` in the rows of targets no loss term, and a
 target stands under the position that must predict it.
@@ -47,11 +47,11 @@ class Instance(NamedTuple):
     answer_pieces: tuple[tuple[int, int], ...]
     """(start, stop) of each answer in `pieces`; the last one ends the instance."""
     body_stop: int
-    """Index in `pieces` of the first question; what stands before is the body."""
+    """Index in `pieces` of the first question; the pieces before it are the body."""
     choices: tuple[str, ...] = ()
-    """The pieces among which an answer is chosen; empty where the task has no choices."""
+    """The pieces that an answer is chosen from; empty if the task has no choices."""
     key: int = 0
-    """The 64-bit key of the draws, for what is drawn when it is encoded."""
+    """The 64-bit key of its draws; its encoding draws from it too."""
 
     @property
     def text(self) -> str:
@@ -60,7 +60,7 @@ class Instance(NamedTuple):
 
     @property
     def prompt_text(self) -> str:
-        """The text without meta-tokens and with every answer left out: all that a solver may read."""
+        """The text without meta-tokens and answers, which is all that a solver may read."""
         prompt: list[str] = []
         start = 0
         for answer_start, answer_stop in self.answer_pieces:
@@ -75,10 +75,10 @@ class Instance(NamedTuple):
 
     @property
     def split(self) -> Split:
-        """The side that the instance is on, a function of its content: the words and numbers of its body.
+        """The side of the split, a function of the instance's content: the words and numbers of its body.
 
-        Two instances of one content are on one side whatever their questions, marks, meta-tokens, seeds and
-        settings are, so training and test are disjoint without a list of what was drawn.
+        Two instances of one content are on one side, whatever their questions, marks, meta-tokens, seeds and
+        settings, so training and test are disjoint without a list of what was drawn.
         """
         content = "".join(piece for piece in self.pieces[: self.body_stop] if piece[-1].isalnum()).lower()
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
@@ -86,7 +86,7 @@ class Instance(NamedTuple):
 
 
 class LengthRange(NamedTuple):
-    """Which lengths a prompt may have, in text tokens, and which of them it aims at."""
+    """The lengths that a prompt may have, in text tokens, and the one that it aims at."""
 
     lowest: int
     highest: int
@@ -97,9 +97,9 @@ class Generate(Protocol):
     """The generator of a task."""
 
     def __call__(
-        self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+        self, task: Any, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
     ) -> Instance | None:
-        """Draw an instance of this size, or return None where this draw misses the lengths."""
+        """Draw an instance of this size, or return None if the prompt misses the range."""
 
 
 class Solve(Protocol):
@@ -117,7 +117,7 @@ class PieceEncoder:
         vocab_size: V, the text vocabulary; V is the id of the meta-token.
 
     Raises:
-        UsageError: The tokenizer joins text across pieces, as one without a split at words does.
+        UsageError: The tokenizer joins text across pieces, as it does without a split at words.
     """
 
     text_encoder: TextEncoder
@@ -142,7 +142,7 @@ class PieceEncoder:
         return sum([len(self.ids(piece)) for piece in pieces])
 
     def check_answer(self, before: str, answer: str) -> None:
-        """Check that the tokens of an answer are the same behind its prompt as alone.
+        """Check that an answer has the same tokens after its prompt as alone.
 
         Args:
             before: The last piece of text before the answer.
@@ -155,7 +155,7 @@ class PieceEncoder:
             return
         together, apart = self._encode(before + answer), self._encode(before) + self._encode(answer)
         if together != apart:
-            raise _tokenizer_error(f"the answer {answer.strip()!r} behind {before.strip()!r}", together, apart)
+            raise _tokenizer_error(f"the answer {answer.strip()!r} after {before.strip()!r}", together, apart)
         self._seams.add((before, answer))
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -180,21 +180,21 @@ def fill_prompt(
     draw_part: Callable[[], list[str]],
     *,
     encoder: PieceEncoder,
-    draws: KeyedRandom,
+    random: KeyedRandom,
     num_parts: tuple[int, int],
 ) -> list[list[str]] | None:
-    """Draw parts until the prompt is as long as a length drawn uniformly from what the range leaves.
+    """Draw parts until the prompt reaches its goal, by default a length drawn uniformly from the possible ones.
 
     Args:
         length_range: The bounds of the whole prompt.
-        used: Text tokens of the prompt without the parts.
-        draw_part: KeyedRandom the pieces of one more part.
+        used: Text tokens that the prompt has without the parts.
+        draw_part: Draws the pieces of one more part.
         encoder: Measures them.
-        draws: For the length.
-        num_parts: Inclusive bounds of their number.
+        random: Draws the length.
+        num_parts: Inclusive bounds of the number of parts.
 
     Returns:
-        The parts, or None where they miss the lengths.
+        The parts, or None if the prompt misses the range.
     """
     fewest, most = num_parts
     parts = [draw_part() for _ in range(fewest)]
@@ -203,7 +203,7 @@ def fill_prompt(
         return None
     lowest = max(length, length_range.lowest)
     if length_range.aim == "uniform":
-        goal = draws.between(lowest, length_range.highest)
+        goal = random.between(lowest, length_range.highest)
     else:
         goal = lowest if length_range.aim == "lowest" else length_range.highest
     while length < goal and len(parts) < most:
@@ -217,7 +217,7 @@ def fill_prompt(
 
 
 def interleave(parts: Sequence[Sequence[str]], inserted: Mapping[int, Sequence[str]]) -> list[str]:
-    """Return the pieces of all parts, with what is inserted before part `index`, or behind the last one."""
+    """Return the pieces of all parts, with `inserted[index]` before part `index`, or after the last one."""
     pieces: list[str] = []
     for index in range(len(parts) + 1):
         pieces += inserted.get(index, ())
@@ -235,7 +235,7 @@ def mark_places(
     Args:
         task: For `marks`.
         marked: The places that the question is about, each with its mark, in the order of the text.
-        decoys: Where meta-tokens stand in their place; None: right before each mark.
+        decoys: Other places for the meta-tokens; None puts one right before each mark.
     """
     inserted: dict[_Place, list[str]] = defaultdict(list)
     for place in decoys or ():
@@ -253,13 +253,13 @@ class Question(NamedTuple):
 
 
 def count_question_tokens(questions: Sequence[Question], encoder: PieceEncoder) -> int:
-    """Return the text tokens of the questions up to the last answer, the answers before it included."""
+    """Return the number of text tokens of the questions and their answers, without the last answer."""
     pieces = assemble([], questions).pieces
     return encoder.count(pieces[: len(pieces) - len(questions[-1].answer)])
 
 
 def assemble(body: list[str], questions: Sequence[Question], choices: tuple[str, ...] = ()) -> Instance:
-    """Put the questions behind the body, each with its answer and a full stop between them."""
+    """Put the questions after the body, each with its answer, and a full stop between them."""
     pieces = list(body)
     answer_pieces = []
     for number, question in enumerate(questions):
@@ -275,7 +275,7 @@ def _tokenizer_error(where: str, together: tuple[int, ...], apart: tuple[int, ..
     return UsageError(
         f"tokenizer: {where}",
         expected=f"the same {len(apart)} tokens as piece by piece",
-        found=f"{len(together)}, or others",
+        found=f"{len(together)} other tokens",
         remedy="use a tokenizer that splits text at words and punctuation, as GPT-2's does",
     )
 

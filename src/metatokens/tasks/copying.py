@@ -8,11 +8,11 @@ Input, and targets for the two kinds of loss:
     answer -    -     -     - -   -    -    -    - -    -     -     -    -    -    - fog hand gear -
     full   :    skirt -     [ fog hand gear -    ] head onion cape  .    Copy 1    : fog hand gear -
 
-The meta-tokens are what tells the span, so a bracket stands right behind each for models without them. `size` is
-the number of words of a span. Several questions are several spans, in the order of the text; they do not overlap.
-The words around them, the last of which ends the text, are what makes a prompt longer. Words may repeat. With
-`meta_places` decoy as many pairs of meta-tokens stand around as many words elsewhere, drawn independently of the
-spans, and the brackets stay; without `marks` there are no brackets.
+The meta-tokens mark the span, and a bracket stands right after each for models without them. `size` is the number of
+words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
+more words around the spans; one of these words ends the text. Words may repeat. With `meta_places` decoy, the same
+number of pairs of meta-tokens stands around stretches of the same length, drawn independently of the spans, and the
+brackets stay. Without `marks` there are no brackets.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
-    """Draw spans of `size` words and the words around them; None where they miss the lengths."""
-    spans = [[f" {draws.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
+    """Draw spans of `size` words and the words around them; None if the prompt misses the range."""
+    spans = [[f" {random.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
     around = fill_prompt(
         length_range,
         encoder.count(("Text", ":", "."))
         + sum(encoder.count((" [", *span, " ]")) for span in spans)
         + count_question_tokens(questions, encoder),
-        lambda: [f" {draws.choose(ITEMS)}"],
+        lambda: [f" {random.choose(ITEMS)}"],
         encoder=encoder,
-        draws=draws,
+        random=random,
         num_parts=(1, length_range.highest),
     )
     if around is None:
         return None
-    places = sorted(draws.below(len(around)) for _ in spans)
+    places = sorted(random.below(len(around)) for _ in spans)
     words = list(around)
     ends: list[tuple[int, int]] = []
     for place, span in zip(places, spans, strict=True):
@@ -65,12 +65,12 @@ def generate(
         ends.append((start, start + size))
     decoys = None
     if task.meta_places.kind == "decoy":
-        starts = [draws.below(len(words) - size) for _ in spans]  # a span never ends the text
+        starts = [random.below(len(words) - size) for _ in spans]  # a span never ends the text
         decoys = [end for start in starts for end in (start, start + size)]
     marked = [(end, bracket) for span_ends in ends for end, bracket in zip(span_ends, (" [", " ]"), strict=True)]
     return assemble(["Text", ":", *interleave(words, mark_places(task, marked, decoys)), "."], questions)
 
 
 def solve(prompt_text: str) -> list[str]:
-    """Return the answer to each question of a prompt; of the text alone."""
+    """Return the answer to each question of a prompt, from the text alone."""
     return [span.strip() for span in re.findall(r"\[([^\]]*)\]", prompt_text)]

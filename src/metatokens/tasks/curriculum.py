@@ -1,9 +1,10 @@
 """Training batches of a recall task under a curriculum.
 
-The curriculum is data and its lookup pure: step s lies in one stage. Inside of a stage, batches come in groups of
-`bucket_batches`: the group's instances are ordered by length and cut into batches, which come in random order, so
-that rows of a batch are about equally long and padding is rare. A batch is a pure function of the step: instances are
-(seed, index), their order of an epoch is a keyed permutation, and every rank makes the whole group and takes its rows.
+The curriculum is data, and `locate` finds the stage of a step without state. Within a stage, batches come in groups of
+`bucket_batches`: the instances of a group are ordered by length and cut into batches, which come in random order. So
+the rows of a batch are about equally long and padding is rare. A batch is a pure function of the step: instances are
+(seed, index), a keyed permutation orders them in each epoch, and every rank makes the whole group and takes its own
+rows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from metatokens.tasks.base import PieceEncoder
     from metatokens.tasks.encoding import EncodedInstance
 
-_GROUPS_KEPT = 2  # of one step, and of the steps that the prefetching thread works ahead
+_GROUPS_KEPT = 2  # the group of this step, and that of the steps that are prefetched
 _STAGE_STRIDE = 2**40  # between the indices of two stages: more instances than any stage has
 
 
@@ -37,7 +38,7 @@ class PlacedStep(NamedTuple):
     stage: int
     """Index of the stage."""
     step: int
-    """Steps of the stage before it."""
+    """Number of steps of the stage before this one."""
 
 
 def locate(curriculum: Sequence[Stage], step: int) -> PlacedStep:
@@ -62,7 +63,7 @@ class RecallBatches(Batches):
         encoder: The tokenizer of the model.
         meta_token_id: The id of the meta-token.
         pad_token_id: The id of padding.
-        loss_policy: Which position pays for which token.
+        loss_policy: Which position predicts which token; see `encode_instance`.
         rank: This process.
         world_size: W, the number of processes; divides the batch.
     """

@@ -38,13 +38,13 @@ class EncodedInstance(NamedTuple):
     prompt_length: int
     """Text tokens before the last answer."""
     choices: tuple[tuple[int, ...], ...]
-    """The tokens of each choice; empty where the task has none."""
+    """The tokens of each choice; empty if the task has no choices."""
 
 
 class RecallBatch(NamedTuple):
     """Encoded instances, padded on the right.
 
-    No attention mask goes with it: causality keeps what stands on the right out of sight.
+    It needs no attention mask: causality hides the padding.
     """
 
     input_ids: IntArray
@@ -95,14 +95,14 @@ def encode_instance(
 
     Args:
         instance: Of this task.
-        task: For `meta_places` and `loss`.
+        task: Gives `meta_places` and `loss`.
         encoder: Gives the ids.
         meta_token_id: The id to put at meta-tokens.
         loss_policy: skip: a token is predicted from the position right before it, which may be a meta-token;
             retarget: from the last text token before it.
 
     Raises:
-        UsageError: The tokens of an answer are others behind its prompt than alone.
+        UsageError: An answer has other tokens after its prompt than alone.
     """
     text_ids, is_target, spans, meta_places = _lay_out(instance, encoder)
     prompt_length = spans[-1][0]
@@ -113,7 +113,7 @@ def encode_instance(
     if task.loss == "full":
         is_target = np.ones(len(text_ids), dtype=np.bool_)
         is_target[0] = False
-    # positions of the text once a meta-token stands before text token p for every p of meta_places
+    # positions of the text tokens, once a meta-token stands before text token p for each p in meta_places
     text_positions = np.arange(len(text_ids)) + np.searchsorted(meta_places, np.arange(len(text_ids)), side="right")
     input_ids = np.full(len(text_ids) + len(meta_places), meta_token_id, dtype=np.int64)
     input_ids[text_positions] = text_ids
@@ -151,7 +151,7 @@ def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id:
 
 
 def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolArray, list[tuple[int, int]], list[int]]:
-    """Return the text's ids, where they are answers, the answers' spans, and the task's places (before which token)."""
+    """Return the text's ids, which of them are answers, the answers' spans, and the token after each META."""
     ids: list[int] = []
     offsets: list[int] = []
     meta_places: list[int] = []
@@ -172,16 +172,16 @@ def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolA
 
 
 def _draw_places(places: UniformPlaces, text_ids: IntArray, spans: Sequence[tuple[int, int]], key: int) -> list[int]:
-    """Return before which text token each meta-token stands, rising; never inside or behind an answer.
+    """Return the text token before which each meta-token stands, ascending; never inside or right after an answer.
 
     The positions are drawn over the text without its answers, so neither their number nor their places depend on
-    what the answers are. A meta-token between a question and the text behind its answer stands before the answer.
+    what the answers are. A meta-token between a question and the text after its answer stands before the answer.
     """
     is_prompt = np.ones(len(text_ids), dtype=np.bool_)
     for start, stop in spans:
         is_prompt[start:stop] = False
     prompt = np.flatnonzero(is_prompt)
-    # the row numbers its tokens, and -1 is no token's number
+    # the row holds the numbers of its tokens, so -1 is free to stand for a meta-token
     row = inject_into_prompt(prompt.tolist(), UniformInjection(ratio=places.meta_ratio), meta_token_id=-1, seed=key)
     meta_places, place = [], 0
     for token in row:

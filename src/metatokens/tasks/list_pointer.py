@@ -2,7 +2,7 @@
 
 The lists, the meta-tokens and the answer are those of list recall; the question is worded as a pointer, and an
 answer is scored as a single choice over `Instance.choices`: every item of the prompt once, in the order in which
-they first occur. The paper does not tell how its pointer question reads; this is our reading.
+they first occur. The paper does not give the wording of its pointer question; this one is ours.
 
 Input, and targets for the two kinds of loss:
 
@@ -34,10 +34,10 @@ _ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 
 
 def generate(
-    task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: ListPointerTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items, the questions and their choices; None where they miss the lengths."""
-    instance = generate_recall(task, size, length_range, ask=_ask, encoder=encoder, draws=draws)
+    """Draw lists of `size` items, the questions and their choices; None if the prompt misses the range."""
+    instance = generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, random=random)
     if instance is None:
         return None
     body = instance.pieces[: instance.body_stop]
@@ -45,10 +45,10 @@ def generate(
 
 
 def solve(prompt_text: str) -> list[str]:
-    """Return the answer to each question of a prompt; of the text alone."""
+    """Return the answer to each question of a prompt, from the text alone."""
     lists = read_lists(prompt_text)
     return [lists[name][int(number)] for number, name in re.findall(r"Point to item (\d+) of (\w+):", prompt_text)]
 
 
-def _ask(number: int, name: str) -> list[str]:
+def _word_question(number: int, name: str) -> list[str]:
     return [" Point", " to", " item", f" {number}", " of", f" {name}", ":"]

@@ -1,6 +1,6 @@
-"""Named lists, as in `List castle: 1 river, 2 stone.`, which three of the tasks are made of.
+"""Named lists, as in `List castle: 1 river, 2 stone.`, which make up the prompts of three tasks.
 
-The number of lists is what makes a prompt longer; all lists of a prompt have the same number of items.
+A longer prompt has more lists; all lists of a prompt have the same number of items.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NamedList(NamedTuple):
         """Return the list as text: its name, its items with their numbers, a full stop.
 
         Args:
-            inserted: Pieces to put before item `index` (from 0), or behind the full stop.
+            inserted: Pieces to put before item `index` (from 0), or after the full stop.
             numbered: Write its number before each item.
         """
         last = len(self.items)
@@ -41,23 +41,23 @@ class NamedList(NamedTuple):
         return [" List", f" {self.name}", ":", *interleave(items, inserted)]
 
 
-def draw_items(count: int, draws: KeyedRandom, *, key: str) -> list[str]:
+def draw_items(count: int, random: KeyedRandom, *, key: str) -> list[str]:
     """Return different items in a random order.
 
     Raises:
-        UsageError: There are not as many; the message names the key of the setting.
+        UsageError: There are fewer items than `count`; the message names `key`, the key of the setting.
     """
     if count > len(ITEMS):
         raise UsageError(key, expected=f"at most {len(ITEMS)} different items", found=str(count), remedy="lower it")
-    order = draws.shuffle(ITEMS)
+    order = random.shuffle(ITEMS)
     return [next(order) for _ in range(count)]
 
 
-def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, draws: KeyedRandom) -> Iterator[str]:
+def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, random: KeyedRandom) -> Iterator[str]:
     """Return the names of the lists in a random order, each once.
 
     Raises:
-        UsageError: The task may need more of them than there are.
+        UsageError: The task may need more names than there are.
     """
     if task.num_lists[1] > len(NAMES):
         raise UsageError(
@@ -66,10 +66,10 @@ def draw_names(task: ListRecallTask | ListPointerTask | SegmentCountingTask, dra
             found=str(task.num_lists[1]),
             remedy="lower it and raise difficulty.size",
         )
-    return draws.shuffle(NAMES)
+    return random.shuffle(NAMES)
 
 
-def draw_lists(
+def draw_other_lists(
     task: ListRecallTask | ListPointerTask | SegmentCountingTask,
     target: NamedList,
     draw_list: Callable[[], NamedList],
@@ -77,18 +77,18 @@ def draw_lists(
     *,
     used: int,
     encoder: PieceEncoder,
-    draws: KeyedRandom,
+    random: KeyedRandom,
 ) -> tuple[list[NamedList], int] | None:
-    """Draw the other lists, and return all of them with the index of the target, which is anywhere among them.
+    """Draw the other lists, and return all lists with the index of the target, which may be any.
 
     Args:
-        task: For the number of lists and their form.
-        target: The list that is asked about.
-        draw_list: KeyedRandom another list.
+        task: Gives the number of lists and their form.
+        target: The list of the questions.
+        draw_list: Draws another list.
         length_range: The bounds of the whole prompt.
-        used: Text tokens of the questions and of marks.
+        used: Text tokens of the questions and the marks.
         encoder: Measures the lists.
-        draws: For the length and the place.
+        random: Draws the length and the target's place.
     """
     fewest, most = task.num_lists
     drawn: list[NamedList] = []
@@ -104,12 +104,12 @@ def draw_lists(
         used + encoder.count(target.pieces(numbered=task.numbered)) + first_word,
         draw_part,
         encoder=encoder,
-        draws=draws,
+        random=random,
         num_parts=(fewest - 1, most - 1),
     )
     if parts is None:
         return None
-    place = draws.below(len(parts) + 1)
+    place = random.below(len(parts) + 1)
     return [*drawn[:place], target, *drawn[place : len(parts)]], place
 
 

@@ -1,9 +1,9 @@
 """The tasks by name, and the one way to an instance.
 
 Instance i is a pure function of (task, difficulty, tokenizer, seed, split, i): no rank, worker, batch or resume
-changes it. Draws that miss the wanted length or fall on the other split are dropped and counted on, from a key
-that holds the number of the attempt. Where meta-tokens and marks stand and the loss are not part of the key,
-so arms that differ in these see the same texts.
+changes it. A draw that misses the wanted length or falls on the other split is dropped, and the next attempt has a key
+with its own number. The places of meta-tokens, the marks and the loss are not part of the key, so arms that differ in
+these see the same texts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from metatokens.tasks.base import Generate, Instance, LengthRange, PieceEncoder,
 if TYPE_CHECKING:
     from metatokens.config.tasks import Difficulty, Task
 
-# a draw in ten is of the test split: 400 that fit and are all of the other one come by chance once in 10^18
+# one draw in ten is of the test split, so 400 fitting draws are all of the other one once in 10^18
 _MOST_FITTING = 400
-# draws for one that fits: a narrow range of lengths is hit rarely
+# draws for each one that fits: they rarely hit a narrow range of lengths
 _MOST_MISSES = 1_000
 
 
@@ -60,17 +60,13 @@ def find_task(name: str) -> TaskParts:
     """Return a task by its name.
 
     Raises:
-        UsageError: There is none; the message has the nearest name.
+        ValueError: There is none of this name; the message has the nearest name.
     """
     if name in TASKS:
         return TASKS[name]
     close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-    raise UsageError(
-        "task",
-        expected=", ".join(TASKS),
-        found=repr(name),
-        remedy=f"did you mean {close[0]!r}?" if close else "name one of them",
-    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, not {name!r}{hint}")
 
 
 def make_instance(
@@ -79,26 +75,26 @@ def make_instance(
     """Return instance `index` of a split.
 
     Args:
-        task: What is asked.
+        task: The task with its settings.
         difficulty: Its size, and the length of the prompt in text tokens.
         encoder: Measures the prompt; `PieceEncoder(TextEncoder(tokenizer))`.
         seed: Part of the key of the draws.
-        split: Which side; no prompt of one side has the body of a prompt of the other, for any seeds and settings.
+        split: Which side; the two sides share no body, for any seeds and settings.
         index: The instance, any integer from 0 on.
 
     Raises:
-        UsageError: No prompt of this task and size has such a length, or none of them is of this split.
+        UsageError: No prompt of this task and size has such a length, or none of those that do is of this split.
     """
     generate = TASKS[task.kind].generate
-    # so that a size that the task cannot have is an error of every instance, not only of those that draw it
+    # raises for a size that the task cannot have, even where this instance would draw another one
     _shortest_prompt(task, difficulty.size, encoder)
     length_range = LengthRange(*difficulty.prompt_tokens)
     stream = _stream_key(task, difficulty, seed, split)
     num_fitting = 0
     for attempt in range(_MOST_MISSES * _MOST_FITTING):
         key = int(hash_key(stream, index, attempt)[0])
-        draws = KeyedRandom(key)
-        instance = generate(task, draws.between(*difficulty.size), length_range, encoder=encoder, draws=draws)
+        random = KeyedRandom(key)
+        instance = generate(task, random.between(*difficulty.size), length_range, encoder=encoder, random=random)
         if instance is not None and instance.split == split:
             return instance._replace(key=key)
         num_fitting += instance is not None
@@ -124,13 +120,15 @@ def _stream_key(task: Task, difficulty: Difficulty, seed: int, split: Split) -> 
 
 @lru_cache(maxsize=256)
 def _shortest_prompt(task: Task, size: tuple[int, int], encoder: PieceEncoder) -> int:
-    """Return the length of a short prompt, and raise for either bound of the size what its instances would."""
+    """Return the length of a short prompt; raise the errors that instances of either bound of the size raise."""
     lengths = []
     for bound in size:
         for attempt in range(8):
             length_range = LengthRange(1, 1 << 62, "lowest")
-            instance = TASKS[task.kind].generate(task, bound, length_range, encoder=encoder, draws=KeyedRandom(attempt))
-            assert instance is not None, "there is length_range for any prompt"
+            instance = TASKS[task.kind].generate(
+                task, bound, length_range, encoder=encoder, random=KeyedRandom(attempt)
+            )
+            assert instance is not None, "every prompt fits this range"
             lengths.append(prompt_length(instance, encoder))
     return min(lengths)
 
@@ -146,8 +144,8 @@ def _unreachable(task: Task, difficulty: Difficulty, encoder: PieceEncoder) -> U
     longest = shortest
     for attempt in range(8):
         length_range = LengthRange(1, limit, "highest")
-        draws = KeyedRandom(attempt)
-        instance = TASKS[task.kind].generate(task, difficulty.size[1], length_range, encoder=encoder, draws=draws)
+        random = KeyedRandom(attempt)
+        instance = TASKS[task.kind].generate(task, difficulty.size[1], length_range, encoder=encoder, random=random)
         longest = max(longest, limit if instance is None else prompt_length(instance, encoder))
     names = [name for name, bounds in config.LENGTH_BINS.items() if bounds == difficulty.prompt_tokens]
     wanted = " ".join([*names, f"({_dash(difficulty.prompt_tokens)} tokens)"])

@@ -16,11 +16,10 @@ Input, and targets for the two kinds of loss:
     answer 0  -
     full   0  -
 
-The meta-tokens are what tells the segment, so a bracket stands right behind each for models without them. With
-`meta_places` every, a meta-token stands after each list, with decoy at the ends of another segment, drawn
-independently; the brackets stay. Without `marks` there are no brackets. The
-answer is a number in digits, 0 included. The items of a prompt are `num_items` different words, and several
-questions ask for several of them.
+The meta-tokens mark the segment, and a bracket stands right after each for models without them. With `meta_places`
+every, a meta-token stands after each list; with decoy, at the ends of another segment, drawn independently. The
+brackets stay in both cases; without `marks` there are none. The answer is a number in digits, 0 included. The items of
+a prompt are `num_items` different words, and each question asks for a different one.
 """
 
 from __future__ import annotations
@@ -38,31 +37,31 @@ from metatokens.tasks.base import (
     count_question_tokens,
     mark_places,
 )
-from metatokens.tasks.lists import NamedList, draw_items, draw_lists, draw_names, write_lists
+from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, write_lists
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import SegmentCountingTask
 
 
 def generate(
-    task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, draws: KeyedRandom
+    task: SegmentCountingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
-    """Draw lists of `size` items, the segment and the questions; None where they miss the lengths."""
-    names = draw_names(task, draws)
-    words = draw_items(task.num_items, draws, key="segment_counting.num_items")
+    """Draw lists of `size` items, the segment and the questions; None if the prompt misses the range."""
+    names = draw_names(task, random)
+    words = draw_items(task.num_items, random, key="segment_counting.num_items")
 
     def draw_list() -> NamedList:
-        return NamedList(next(names), [draws.choose(words) for _ in range(size)])
+        return NamedList(next(names), [random.choose(words) for _ in range(size)])
 
     target = draw_list()
-    start, stop = _draw_segment(size, draws)
-    order = draws.shuffle(words)
-    asked = [next(order) for _ in range(task.questions)]
+    start, stop = _draw_segment(size, random)
+    order = random.shuffle(words)
+    counted = [next(order) for _ in range(task.questions)]
     questions = [
-        Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in asked
+        Question([" Count", " of", f" {word}", " is"], [f" {target.items[start:stop].count(word)}"]) for word in counted
     ]
     used = count_question_tokens(questions, encoder) + encoder.count((" [", " ]"))
-    drawn = draw_lists(task, target, draw_list, length_range, used=used, encoder=encoder, draws=draws)
+    drawn = draw_other_lists(task, target, draw_list, length_range, used=used, encoder=encoder, random=random)
     if drawn is None:
         return None
     lists, target_index = drawn
@@ -70,21 +69,21 @@ def generate(
     if task.meta_places.kind == "every":
         decoys = [(index, size) for index in range(len(lists))]
     elif task.meta_places.kind == "decoy":
-        index = draws.below(len(lists))
-        decoys = [(index, end) for end in _draw_segment(size, draws)]
+        index = random.below(len(lists))
+        decoys = [(index, end) for end in _draw_segment(size, random)]
     inserted = mark_places(task, [((target_index, start), " ["), ((target_index, stop), " ]")], decoys)
     return assemble(write_lists(lists, inserted, numbered=task.numbered), questions)
 
 
 def solve(prompt_text: str) -> list[str]:
-    """Return the answer to each question of a prompt; of the text alone."""
+    """Return the answer to each question of a prompt, from the text alone."""
     inside = prompt_text.partition("[")[2].partition("]")[0]
     words = re.findall(r"[a-z]+", inside)
-    return [str(sum(word == asked for word in words)) for asked in re.findall(r"Count of (\w+) is", prompt_text)]
+    return [str(words.count(item)) for item in re.findall(r"Count of (\w+) is", prompt_text)]
 
 
-def _draw_segment(size: int, draws: KeyedRandom) -> tuple[int, int]:
+def _draw_segment(size: int, random: KeyedRandom) -> tuple[int, int]:
     """Return (start, stop) of a segment of at least one item, its length drawn before its place."""
-    num_inside = draws.between(1, size)
-    start = draws.below(size - num_inside + 1)
+    num_inside = random.between(1, size)
+    start = random.below(size - num_inside + 1)
     return start, start + num_inside

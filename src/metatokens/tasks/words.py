@@ -1,8 +1,8 @@
 """The words of the recall tasks: short, ordinary, lower-case English nouns, chosen here; nothing is downloaded.
 
 No word has two roles: items and names share none, and neither holds a word of the sentences around them
-(`SENTENCE_WORDS`), so a word alone tells what it stands for. The order matters: it is what a draw indexes, so a
-change of these lists changes every instance.
+(`SENTENCE_WORDS`), so a word alone tells what it stands for. The order matters: draws are indices into these lists, so
+a change of the lists changes every instance.
 """
 
 SENTENCE_WORDS = ("list", "item", "of", "is", "point", "to", "count", "bits", "parity", "text", "copy")

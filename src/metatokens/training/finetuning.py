@@ -155,7 +155,7 @@ def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_toke
     generate, room = find_task(task.kind).generate, LengthRange(*stage.prompt_tokens, "highest")
     longest = 0
     for size, key in product(stage.size, range(_LONG_INSTANCES)):
-        instance = generate(task, size, room, encoder=encoder, draws=KeyedRandom(key))
+        instance = generate(task, size, room, encoder=encoder, random=KeyedRandom(key))
         if instance is not None:
             encoded = encode_instance(instance._replace(key=key), task, encoder=encoder, meta_token_id=meta_token_id)
             longest = max(longest, len(encoded.input_ids))

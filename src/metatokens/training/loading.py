@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
-from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
+from metatokens.baselines.pretrained import PretrainedCausalLM, build_pretrained_on_meta_device, load_pretrained
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset, override
@@ -107,7 +107,7 @@ def outline_arm(path: Path) -> PretrainedCausalLM:
     folder = model_folder(path)
     vocab_size = text_vocab_size(open_tokenizer(folder))
     with _one_line_errors(folder, "a causal language model in safetensors"):
-        return outline_pretrained(folder, text_vocab_size=vocab_size)
+        return build_pretrained_on_meta_device(folder, text_vocab_size=vocab_size)
 
 
 def is_ours(path: Path) -> bool:

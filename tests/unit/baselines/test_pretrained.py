@@ -20,7 +20,7 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from metatokens.baselines.pretrained import PretrainedCausalLM, load_pretrained, outline_pretrained
+from metatokens.baselines.pretrained import PretrainedCausalLM, build_pretrained_on_meta_device, load_pretrained
 from metatokens.config.schema import ExplicitInjection
 from metatokens.data.injection import inject_meta_tokens
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
@@ -226,7 +226,7 @@ def test_the_operations_of_a_gpt2_are_those_that_our_plain_model_counts(tmp_path
 
 
 def test_an_outline_counts_what_the_loaded_model_does(folder: Path) -> None:
-    model, outline = load(folder), outline_pretrained(folder, text_vocab_size=TEXT_VOCAB_SIZE)
+    model, outline = load(folder), build_pretrained_on_meta_device(folder, text_vocab_size=TEXT_VOCAB_SIZE)
     assert outline.device.type == "meta"
     assert outline.num_parameters() == model.num_parameters()
     assert outline.training_flops(num_positions=20) == model.training_flops(num_positions=20)

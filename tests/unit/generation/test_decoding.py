@@ -243,7 +243,7 @@ def test_schedule_goes_on_after_embeddings_that_come_with_their_ids(model, meta)
     row = model.generate(prompt, **embeds, **options, do_sample=False)[0]
     assert row.tolist() == generate(model, prompt.tolist(), schedule, max_new_tokens=12)[0].tolist()
     assert where(row, meta) == layout(schedule, len(row))
-    with pytest.raises(ValueError, match="give generate its input_ids beside inputs_embeds"):
+    with pytest.raises(ValueError, match="give generate input_ids beside inputs_embeds"):
         model.generate(**embeds, **options, do_sample=False)
 
 

@@ -69,7 +69,7 @@ def test_indices_of_another_number_of_meta_tokens_are_refused(kind: str) -> None
     model = tiny_model()
     # embeddings between those of tokens, as along the path of integrated gradients, are those of no token
     inputs = {"input_ids": IDS} if kind == "ids" else {"inputs_embeds": 0.5 * model.get_input_embeddings()(IDS)}
-    with pytest.raises(ValueError, match="meta_indices tell of 2 meta-tokens a row, and the inputs hold"):
+    with pytest.raises(ValueError, match="meta_indices give 2 meta-tokens a row, but the inputs hold"):
         model(**inputs, meta_indices=torch.tensor([[1, 4], [4, 5]]))
 
 

@@ -85,7 +85,7 @@ def test_questions_beyond_the_items_of_a_segment_name_both_keys():
         ({"kind": "parity", "meta_places": {"kind": "every"}}, "every"),
         ({"kind": "copying", "marks": False, "meta_places": {"kind": "none"}}, "nothing would tell"),
         ({"kind": "segment_counting", "marks": False, "meta_places": {"kind": "decoy"}}, "nothing would tell"),
-        ({"kind": "list_recall", "marks": True, "meta_places": {"kind": "uniform"}}, "of the tokens"),
+        ({"kind": "list_recall", "marks": True, "meta_places": {"kind": "uniform"}}, "between tokens"),
     ],
 )
 def test_places_and_marks_that_make_no_task_are_refused(fields, reason):
@@ -97,7 +97,7 @@ def test_places_and_marks_that_make_no_task_are_refused(fields, reason):
     ("name", "nearest"), [("list_recal", "list_recall"), ("segment", "segment_counting"), ("Copying", "copying")]
 )
 def test_unknown_task_comes_with_the_nearest_name(name, nearest):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ValueError, match="task must be one of") as caught:
         find_task(name)
     assert f"did you mean {nearest!r}?" in str(caught.value)
     assert "\n" not in str(caught.value)

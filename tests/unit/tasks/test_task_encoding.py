@@ -207,7 +207,7 @@ def test_answer_that_the_tokenizer_joins_to_its_prompt_is_a_usage_error():
     instances = [instance_of(task, (2, 4), (1, 90), encoder=encoder, index=index) for index in range(20)]
     zero, one = (next(i for i in instances if i.answers == (bit,)) for bit in "01")
     assert encode(one, task, encoder).answer_spans
-    with pytest.raises(UsageError, match=r"answer '0' behind 'is'.*expected.*found.*use a tokenizer") as caught:
+    with pytest.raises(UsageError, match=r"answer '0' after 'is'.*expected.*found.*use a tokenizer") as caught:
         encode(zero, task, encoder)
     assert "\n" not in str(caught.value)
 

@@ -87,7 +87,7 @@ def test_weights_that_lack_a_tensor_or_have_one_more_are_refused_by_name(
         ({"meta_attention_layers": ["a"]}, "meta_attention_layers"),
         ({"dtype": "float9"}, "float9"),
         ({"id2label": 3}, "int"),
-        ({"model_type": "gpt2"}, "has not the weights that its config describes: no lm_head.weight"),
+        ({"model_type": "gpt2"}, "are not those that its config describes: no lm_head.weight"),
     ],
 )
 def test_a_wrong_value_in_the_config_is_named(
