@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-import metatokens.analysis.run  # noqa: F401  # registers the measures
-from metatokens.analysis.measures import MEASURES
 from metatokens.analysis.results import Record, Results, TokenView, Verdict
+from metatokens.analysis.run import MEASURES  # which imports every measure
 
 NUM_LAYERS, NUM_HEADS, NUM_DOCUMENTS = 4, 3, 24
 HOSTILE = "</script><b id='injected'>x"
@@ -173,15 +172,15 @@ def attention_of_documents() -> dict[str, np.ndarray]:
     """Numbers of documents whose means are the records of the heat maps; two documents have none."""
     generator = np.random.Generator(np.random.PCG64(3))
     arrays = {}
-    for measure in ("entropy_drop", "log_odds_boost", "meta_mass"):
+    for name in ("entropy_drop", "log_odds_boost", "meta_mass"):
         means = np.zeros((NUM_LAYERS, NUM_HEADS))
         for one in attention_records():
-            if one.measure == measure:
+            if one.measure == name:
                 means[int(one.at["layer"]), int(one.at["head"])] = one.value
         noise = generator.normal(0, 0.08, (NUM_DOCUMENTS, NUM_LAYERS, NUM_HEADS))
         values = np.full((NUM_DOCUMENTS + 2, NUM_LAYERS, NUM_HEADS), np.nan, dtype=np.float32)
         values[[row for row in range(NUM_DOCUMENTS + 2) if row not in (4, 9)]] = means + noise - noise.mean(0)
-        arrays[measure] = values
+        arrays[name] = values
     return arrays
 
 
@@ -262,7 +261,7 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
         seed=0,
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
         command="metatokens analyze runs/synthetic --out analysis",
-        not_run=("E5 to E7: not part of this run",),
+        not_run=("probes: not part of this run",),
         records=[
             *attention_records(),
             *similarity_records(),

@@ -119,6 +119,7 @@ def test_an_array_is_packed_small_and_comes_back(dtype: str) -> None:
 
 def test_documents_behind_the_maps_are_embedded_with_none_for_what_one_does_not_have() -> None:
     results, arrays = build_results()
+    results = of_measures(results, ["entropy_drop", "log_odds_boost", "meta_mass"])
     text = render_page(results, arrays)
     (embedded,) = re.findall(r'id="documents">(.*?)</script>', text)
     behind = json.loads(embedded)
@@ -141,6 +142,7 @@ def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_whole_page_counts_and_not_its_views_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     results, arrays = build_results()
+    results = of_measures(results, FEW[:1])
     whole = len(render_page(results, arrays).encode())
     for room, num_views in ((whole - 10, 1), (whole + 10_000, 2)):
         monkeypatch.setattr(page_module, "LARGEST_PAGE_BYTES", room)
