@@ -122,6 +122,9 @@ def test_marks_are_as_many_as_records(open_page: Any) -> None:
         assert marks.count() == len(RESULTS.find(measure))
 
 
+ORDER = """svg => [...svg.querySelectorAll("path, use")].map((mark) => (
+  mark.classList.contains("chosen") ? "chosen" : mark.dataset.layer ? "cell" : mark.tagName
+))"""
 CELLS = "#figure-attention-maps .chart [data-layer]"
 MEASURES = ("entropy_drop", "log_odds_boost", "meta_mass")
 
@@ -192,6 +195,9 @@ def test_a_click_on_a_cell_shows_the_documents_behind_it(open_page: Any, width: 
     assert page.locator(".cell .charts > div").count() == 0
     cell_at(page, 2, 1).click()
     check_documents_of(page, 2, 1)
+    order = page.locator("#figure-attention-maps svg").first.evaluate(ORDER)
+    assert "cell" not in order[order.index("chosen") :]
+    assert "use" in order[order.index("chosen") :]  # its dot
     assert page.locator("#cell-layer").input_value() == "2"
     page.set_viewport_size({"width": width + 20, "height": 900})
     check_documents_of(page, 2, 1)

@@ -272,6 +272,11 @@ def _name(key: str, value: Any) -> str:
     return words(value) if isinstance(value, str) else f"{words(key)} {value:g}"
 
 
+def write_coordinate(value: str | float) -> str:
+    """Return a coordinate as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _with_unit(name: str, unit: str) -> str:
     return ", ".join(part for part in (name, "" if unit == "1" else unit) if part)
 
@@ -281,7 +286,7 @@ def _tip(record: Record) -> str:
     number = _with_unit(format_span(record), "").rstrip()
     lines = [
         words(record.measure),
-        *(f"{words(key)}: {format_number(at) if isinstance(at, float) else at}" for key, at in record.at.items()),
+        *(f"{words(key)}: {write_coordinate(at)}" for key, at in record.at.items()),
         number if record.unit == "1" else f"{number} {record.unit}",
         *([] if record.adjusted_p is None else [f"adjusted p {format_p(record.adjusted_p)}"]),
         f"n = {record.num_documents}",

@@ -411,8 +411,13 @@ def _dress(root: ET.Element, panel: Panel, label: str) -> None:
     for element in root.iter():
         if element.tag == f"{{{_SVG}}}g" and not element.get("id", "").startswith("mark"):
             element.attrib.pop("id", None)
+        for name in {"d", "x", "y"} & element.attrib.keys():
+            element.set(name, re.sub(r"(\.\d\d)\d+", r"\1", " ".join(element.attrib[name].split())))
+        element.tail = None
+        element.text = (element.text or "").strip()
         style = element.get("style")
         if style:
+            style = re.sub(r"font-family: [^;]+; ?", "", style)
             style = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;]+", r"font-size: \1", style)
             element.set("style", re.sub(r"#[0-9a-f]{6}", lambda colour: _VARIABLES.get(colour[0], colour[0]), style))
         if element.tag == f"{{{_SVG}}}text" and "fill" not in element.get("style", ""):

@@ -26,7 +26,14 @@ from markupsafe import Markup
 from metatokens.analysis.measures import MEASURES, HeadMaps
 from metatokens.analysis.results import VERDICTS, Record, Results, TokenView, read_results
 from metatokens.config.analysis import Part
-from metatokens.report.analysis_figures import FIGURES, AnalysisFigure, figure_files, file_names, words
+from metatokens.report.analysis_figures import (
+    FIGURES,
+    AnalysisFigure,
+    figure_files,
+    file_names,
+    words,
+    write_coordinate,
+)
 from metatokens.report.charts import Chart, MapPanel, to_svg
 from metatokens.report.numbers import format_estimate, format_p
 
@@ -231,7 +238,7 @@ def _table(records: Sequence[Record]) -> dict[str, Any]:
     rows = [
         [
             words(record.measure),
-            *(_cell(record.at.get(key, "all")) for key in keys),
+            *(write_coordinate(record.at.get(key, "all")) for key in keys),
             format_estimate(record),
             str(record.num_documents),
             "" if record.adjusted_p is None else format_p(record.adjusted_p).removeprefix("= "),
@@ -240,10 +247,6 @@ def _table(records: Sequence[Record]) -> dict[str, Any]:
         for record in records
     ]
     return {"columns": ["measure", *keys, "value (95% interval)", "n", "adjusted p", "note"], "rows": rows}
-
-
-def _cell(value: str | float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_PackedView], list[_PackedView]]:

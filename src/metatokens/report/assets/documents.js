@@ -71,7 +71,8 @@ function showDocuments() {
     for (const cell of cells) {
       const isChosen = Number(cell.dataset.layer) === layer && Number(cell.dataset.head) === head;
       cell.classList.toggle("chosen", isChosen && place !== null);
-      if (isChosen && place !== null) cell.closest("g").parentNode.append(cell.closest("g")); // above its neighbours
+      // above its neighbours and below the dot that lies on it
+      if (isChosen && place !== null) [...cell.ownerSVGElement.querySelectorAll("[data-layer]")].at(-1).closest("g").after(cell.closest("g"));
     }
     charts.replaceChildren(); link.replaceChildren();
     if (place === null) return;

@@ -7,7 +7,7 @@ function showTips() {
   let near = null;
 
   function nearest(svg, event) {
-    if (event.target.dataset.tip) return event.target;
+    if (event.target.dataset.layer) return event.target;
     let best = null, least = REACH;
     for (const mark of svg.querySelectorAll("use[data-tip], circle[data-tip]")) {
       const box = mark.getBoundingClientRect();
