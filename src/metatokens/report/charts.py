@@ -36,13 +36,15 @@ _PAPER_COLUMNS = 3
 _NO_TITLE = 0.08  # inches above axes
 _DOTS_PER_INCH = 200
 _INK = "#000000"
+# a fill of pure black is left out of an SVG, and would stay black in the dark
+_COLOURS = tuple("#020202" if colour == _INK else colour.lower() for colour in COLOURS)
 _DOT, _RIM = "#010101", "#fefefe"  # on a heat map, whose cells are the same in light and in dark
 _VARIABLES = (
-    {colour.lower(): f"var(--c{number})" for number, colour in enumerate(COLOURS)}
+    {colour: f"var(--c{number})" for number, colour in enumerate(_COLOURS)}
     | {colour: f"var(--o{number})" for number, colour in enumerate(_ORDERED)}
     | {"#8b949e": "var(--soft)", _INK: "currentColor"}
 )
-"""What the page says for a colour; black of a series is among them, as it would be lost in the dark."""
+"""What the page says for a colour."""
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -66,7 +68,7 @@ class Style:
     @property
     def colour(self) -> str:
         """The colour on paper."""
-        return (_ORDERED if self.of_order else COLOURS)[self.number % NUM_ORDERED]
+        return (_ORDERED if self.of_order else _COLOURS)[self.number % NUM_ORDERED]
 
     @property
     def css(self) -> str:

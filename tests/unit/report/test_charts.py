@@ -102,9 +102,15 @@ def test_a_heat_map_has_a_cell_for_every_head_of_every_layer() -> None:
 
 
 def test_colours_of_a_panel_are_those_of_the_page() -> None:
-    text = to_svg(LinePanel("p", [LINE, Series("b", Style(3, of_order=True), LINE.marks)], "layer", "y"), "label")
-    assert {"var(--c0)", "var(--o3)", "currentColor"} <= set(re.findall(r"var\(--\w+\)|currentColor", text))
+    black = Series("c", Style(6), LINE.marks)
+    text = to_svg(
+        LinePanel("p", [LINE, Series("b", Style(3, of_order=True), LINE.marks), black], "layer", "y"), "label"
+    )
+    assert {"var(--c0)", "var(--o3)", "var(--c6)", "currentColor"} <= set(
+        re.findall(r"var\(--\w+\)|currentColor", text)
+    )
     assert not re.search(r"#[0-9a-f]{6}", text)
+    assert len(re.findall(r"fill: var\(--c6\)", text)) == len(re.findall(r"fill: var\(--c0\)", text))
 
 
 def test_ids_of_two_panels_are_different() -> None:
