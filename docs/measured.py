@@ -132,36 +132,33 @@ def tried(name: str) -> float:
 # tiny-analysis -----------------------------------------------------------------------------------------------
 
 
-def record(folder: str, section: str, metric: str, **at: Any) -> Any:
+def record(folder: str, measure: str, **at: Any) -> Any:
     """Return a record of an analysis; `folder` is one of the three, or a run of seeds.json."""
     source = load(f"{INSIDE}/seeds.json")
     records = source[folder]["records"] if folder in source else load(f"{INSIDE}/{folder}/results.json")["records"]
-    found = [r for r in records if (r.get("section"), r["metric"]) == (section, metric) and r["at"] == at]
-    assert len(found) == 1, f"{len(found)} records of {folder} {section} {metric} {at}"
+    found = [r for r in records if r["measure"] == measure and r["at"] == at]
+    assert len(found) == 1, f"{len(found)} records of {folder} {measure} {at}"
     return found[0]
 
 
-def value(folder: str, section: str, metric: str, **at: Any) -> float:
-    return float(record(folder, section, metric, **at)["value"])
+def value(folder: str, measure: str, **at: Any) -> float:
+    return float(record(folder, measure, **at)["value"])
 
 
-def largest(folder: str, section: str, metric: str, **at: Any) -> float:
-    return max(_values(folder, section, metric, at))
+def largest(folder: str, measure: str, **at: Any) -> float:
+    return max(_values(folder, measure, at))
 
 
-def smallest(folder: str, section: str, metric: str, **at: Any) -> float:
-    return min(_values(folder, section, metric, at))
+def smallest(folder: str, measure: str, **at: Any) -> float:
+    return min(_values(folder, measure, at))
 
 
-def _values(folder: str, section: str, metric: str, at: dict[str, Any]) -> list[float]:
+def _values(folder: str, measure: str, at: dict[str, Any]) -> list[float]:
     records = load(f"{INSIDE}/{folder}/results.json")["records"]
     return [
         r["value"]
         for r in records
-        if (r["section"], r["metric"]) == (section, metric)
-        and r["value"] is not None
-        and "layer" in r["at"]
-        and at.items() <= r["at"].items()
+        if r["measure"] == measure and r["value"] is not None and "layer" in r["at"] and at.items() <= r["at"].items()
     ]
 
 
@@ -173,7 +170,7 @@ def verdict(folder: str, claim: str) -> Any:
 
 def entropy_falls() -> tuple[int, int]:
     """Return the number of models whose entropy drop has an interval above 0, and the number of all models."""
-    lows = [record(folder, "attention", "entropy_drop")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
+    lows = [record(folder, "entropy_drop")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
     return sum(low > 0 for low in lows), len(lows)
 
 
@@ -287,10 +284,10 @@ def inside_seeds() -> str:
     conditions = ("full", "direct cut", "meta cut", "both cut")
     rows = []
     for task, name, folder in models:
-        cut = [f"{value(folder, 'causal', 'logit_difference', condition=one):.1f}" for one in conditions]
-        cut.append(f"{value(folder, 'causal', 'logit_difference', condition='meta-attention off'):.1f}")
-        right = percent(value(folder, "causal", "accuracy", intervention="none"))
-        drop = span(record(folder, "attention", "entropy_drop"), ".2f")
+        cut = [f"{value(folder, 'logit_difference', condition=one):.1f}" for one in conditions]
+        cut.append(f"{value(folder, 'logit_difference', condition='meta-attention off'):.1f}")
+        right = percent(value(folder, "accuracy", intervention="none"))
+        drop = span(record(folder, "entropy_drop"), ".2f")
         rows.append([f"{task}, {name}", right, *cut, drop])
     header = ["model", "right of 64", "whole", *conditions[1:], "meta-attention off", "entropy drop, nats"]
     return _table(header, rows)

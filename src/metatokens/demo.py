@@ -32,7 +32,7 @@ from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.speed import median_ratio, time_in_turns
 from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
-from metatokens.report.requirements import PAGE_PACKAGES, require
+from metatokens.report import require_packages
 from metatokens.tasks.base import PieceEncoder
 from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
@@ -154,7 +154,7 @@ def run_demo(
 ) -> DemoResult:
     """Run the demonstration in `folder`; finished parts are reused, and unfinished training goes on."""
     try:
-        require("the report at the end", PAGE_PACKAGES)
+        require_packages("the report at the end")
         can_report = True
     except UsageError as error:
         say(f"{error}; going on without it")

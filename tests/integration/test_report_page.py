@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metatokens.analysis.results import TokenView, write_results
+from metatokens.analysis.results import Results, TokenView
 from metatokens.report.analysis_figures import FIGURES
-from metatokens.report.page import LARGEST_PAGE_BYTES, write_report
+from metatokens.report.page import LARGEST_PAGE_BYTES, render_page
 from synthetic_results import (
     META_PLACES,
     NUM_DOCUMENTS,
@@ -50,6 +50,11 @@ def contrast(one: Sequence[float], other: Sequence[float]) -> float:
     return (bright + 0.05) / (dim + 0.05)
 
 
+def write_page(folder: Path, results: Results, arrays: dict[str, np.ndarray]) -> Path:
+    (folder / "report.html").write_text(render_page(results, arrays), encoding="utf-8")
+    return folder / "report.html"
+
+
 @pytest.fixture(scope="module", name="browser")
 def fixture_browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
@@ -62,9 +67,7 @@ def fixture_browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", name="page_path")
 def fixture_page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    write_results(folder, RESULTS, ARRAYS)
-    return write_report(folder)
+    return write_page(tmp_path_factory.mktemp("report"), RESULTS, ARRAYS)
 
 
 @pytest.fixture(name="open_page")
@@ -99,85 +102,127 @@ def test_page_loads_alone_without_errors_or_sideways_scroll(open_page: Any, widt
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = [figure for figure in FIGURES if figure.draw(RESULTS, ARRAYS)]
     figures = page.locator("figure[data-figure]")
-    assert figures.count() == len(FIGURES)
+    assert figures.count() == len(drawn)
     for figure in figures.all():
         assert figure.get_attribute("aria-label")
-        assert figure.locator(".chart svg").count() > 0
+        for svg in figure.locator(".chart svg").all():
+            assert svg.get_attribute("aria-label")
+            assert svg.locator("desc").text_content()
+            assert svg.bounding_box()["width"] <= width
 
 
-def test_marks_are_as_many_as_records_and_tips_show_their_numbers(open_page: Any) -> None:
+def test_marks_are_as_many_as_records(open_page: Any) -> None:
     page = open_page()
-    maps = page.locator("#figure-attention-maps .chart")
-    assert maps.locator("g[aria-label=cell] rect").count() == 3 * NUM_LAYERS * NUM_HEADS
-    assert page.locator("#figure-theorem g[aria-label=dot] circle").count() == 300
-    assert page.locator("#figure-two-by-two g[aria-label=bar] rect").count() == 4
-    cell = maps.locator("svg:has(g[aria-label=cell])").first.locator("g[aria-label=cell] rect").first
-    cell.hover(force=True)  # a dot lies on it
-    record = RESULTS.find("attention", "entropy_drop", layer=0, head=0)[0]
-    tip = maps.locator("g[aria-label=tip]").first.text_content()
-    assert record.value is not None
-    assert f"{record.value:.3f}" in tip
+    assert page.locator(CELLS).count() == 3 * NUM_LAYERS * NUM_HEADS
+    assert page.locator("#figure-theorem use[data-tip]").count() == 300
+    for measure in ("logit_difference", "eviction_cost", "cosine", "capacity"):
+        marks = page.locator(f"#figure-{measure.replace('_', '-')} use[data-tip]")
+        assert marks.count() == len(RESULTS.find(measure))
 
 
-CELLS = "#figure-attention-maps svg:has(g[aria-label=cell]) g[aria-label=cell] rect"
-METRICS = ("entropy_drop", "log_odds_boost", "meta_mass")
+ORDER = """svg => [...svg.querySelectorAll("path, use")].map((mark) => (
+  mark.classList.contains("chosen") ? "chosen" : mark.dataset.layer ? "cell" : mark.tagName
+))"""
+CELLS = "#figure-attention-maps .chart [data-layer]"
+MEASURES = ("entropy_drop", "log_odds_boost", "meta_mass")
+
+
+def cell_at(page: Any, layer: int, head: int) -> Any:
+    return page.locator(f"{CELLS}[data-layer='{layer}'][data-head='{head}']").first
+
+
+def test_the_pointer_on_a_cell_shows_its_number(open_page: Any) -> None:
+    page = open_page()
+    assert not page.locator("#hover").is_visible()
+    cell_at(page, 0, 0).hover()  # the dot on it lets the pointer through
+    record = RESULTS.find("entropy_drop", layer=0, head=0)[0]
+    tip = page.locator("#hover").text_content()
+    assert f"{record.value:.3f} ({record.low:.3f} to {record.high:.3f}) nats" in tip
+    assert "layer: 0" in tip
+    assert f"n = {NUM_DOCUMENTS}" in tip
+    page.locator("h1").hover()
+    assert not page.locator("#hover").is_visible()
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_pointer_near_a_mark_shows_its_number_within_the_window(open_page: Any, width: int) -> None:
+    page = open_page(width=width)
+    for measure in ("eviction_cost", "logit_difference", "knockout"):
+        marks = page.locator(f"#figure-{measure.replace('_', '-')} use[data-tip]")
+        mark = marks.nth(marks.count() - 1)
+        mark.scroll_into_view_if_needed()
+        box = mark.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2 + 1, box["y"] + box["height"] / 2 + 1)
+        assert page.locator("#hover").text_content() == mark.get_attribute("data-tip")
+        shown = page.locator("#hover").bounding_box()
+        assert shown["x"] >= 0
+        assert shown["x"] + shown["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_lines_of_charts_have_contrast(open_page: Any, scheme: str) -> None:
+    page = open_page(scheme=scheme)
+    panel = parse_colour(page.locator("figure").first.evaluate("node => getComputedStyle(node).backgroundColor"))
+    for text in page.locator("#figure-eviction-cost svg text, #figure-attention-maps svg text").all():
+        colour = parse_colour(text.evaluate("node => getComputedStyle(node).fill"))
+        assert contrast(colour[:3], panel[:3]) >= 4.5
+    lines = page.locator("#figure-eviction-cost use[data-tip], #figure-cosine use[data-tip]").all()
+    for colour in {line.evaluate("node => getComputedStyle(node).fill") for line in lines}:
+        assert contrast(parse_colour(colour)[:3], panel[:3]) >= 3, (scheme, colour)
 
 
 def check_documents_of(page: Any, layer: int, head: int) -> None:
     """Look whether the chosen cell's documents, means and frames are those of the results."""
     charts = page.locator(".cell .charts > div")
-    assert charts.count() == len(METRICS)
-    for chart, metric in zip(charts.all(), METRICS, strict=True):
-        (record,) = RESULTS.find("attention", metric, layer=layer, head=head)
-        behind = ARRAYS[f"attention.{metric}"][:, layer, head]
-        assert chart.locator("g[aria-label=dot] circle").count() == np.isfinite(behind).sum() == NUM_DOCUMENTS
+    assert charts.count() == len(MEASURES)
+    for chart, measure in zip(charts.all(), MEASURES, strict=True):
+        (record,) = RESULTS.find(measure, layer=layer, head=head)
+        behind = ARRAYS[measure][:, layer, head]
+        assert chart.locator("circle").count() == np.isfinite(behind).sum() == NUM_DOCUMENTS
         shown = re.search(r": (\S+) \((\S+) to (\S+)\)", chart.locator("p").text_content())
         found = [float(number) for number in shown.groups()]
         assert found == pytest.approx([record.value, record.low, record.high], abs=6e-4)
         assert f"layer {layer}, head {head}" in chart.locator("svg").get_attribute("aria-label")
-    assert page.locator("#figure-attention-maps g.chosen").count() == len(METRICS)
-    assert page.locator(CELLS).count() == 3 * NUM_LAYERS * NUM_HEADS
+    assert page.locator("#figure-attention-maps .chosen").count() == len(MEASURES)
 
 
 @pytest.mark.parametrize("width", [360, 1400])
 def test_a_click_on_a_cell_shows_the_documents_behind_it(open_page: Any, width: int) -> None:
     page = open_page(width=width, scheme="dark" if width == 360 else "light")
     assert page.locator(".cell .charts > div").count() == 0
-    cells = page.locator(CELLS)
-    number = next(
-        i for i in range(cells.count()) if cells.nth(i).evaluate("c => c.cell.layer === 2 && c.cell.head === 1")
-    )
-    cells.nth(number).click()
+    cell_at(page, 2, 1).click()
     check_documents_of(page, 2, 1)
+    order = page.locator("#figure-attention-maps svg").first.evaluate(ORDER)
+    assert "cell" not in order[order.index("chosen") :]
+    assert "use" in order[order.index("chosen") :]  # its dot
     assert page.locator("#cell-layer").input_value() == "2"
-    frame = page.locator("g.chosen rect").first.bounding_box()
-    cell = cells.nth(number).bounding_box()
-    assert [frame["x"], frame["y"]] == pytest.approx([cell["x"], cell["y"]], abs=6)
-    page.evaluate("dispatchEvent(new Event('resize'))")
     page.set_viewport_size({"width": width + 20, "height": 900})
-    page.wait_for_timeout(200)
-    check_documents_of(page, 2, 1)  # a chart that is drawn anew keeps the choice
+    check_documents_of(page, 2, 1)
     page.locator("#cell-head").select_option("0")
     check_documents_of(page, 2, 0)
     page.locator("#cell-head").select_option("")
-    assert page.locator("g.chosen").count() == 0
+    assert page.locator(".chosen").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width + 20
     assert page.problems == []
 
 
-def test_a_dot_names_its_document_and_its_number(open_page: Any) -> None:
+def test_a_dot_stands_at_its_document_and_its_number(open_page: Any) -> None:
     page = open_page()
     for key in ("layer", "head"):
         page.locator(f"#cell-{key}").select_option("1")
-    chart = page.locator(".cell .charts > div").first
-    dot = chart.locator("g[aria-label=dot] circle").nth(4)
-    dot.hover(force=True)
-    text = chart.locator("g[aria-label=tip]").text_content()
-    behind = ARRAYS["attention.entropy_drop"][:, 1, 1]
-    named = int(re.search(r"document (\d+)", text).group(1))
-    shown = float(re.search(r"(-?[\d.e-]+) nats", text.removeprefix(f"document {named}")).group(1))
-    assert shown == pytest.approx(behind[named], rel=0.05, abs=6e-4)
+    dots = page.locator(".cell .charts > div").first.locator("circle")
+    behind = ARRAYS["entropy_drop"][:, 1, 1]
+    places = []
+    for dot in (dots.nth(4), dots.nth(0), dots.nth(20)):
+        dot.hover(force=True)
+        named, shown = re.fullmatch(r"document (\d+)\n(\S+) nats", page.locator("#hover").text_content()).groups()
+        assert float(shown) == pytest.approx(behind[int(named)], rel=1e-3, abs=1e-5)
+        places.append((float(shown), float(dot.get_attribute("cx"))))
+    (a, at_a), (b, at_b), (c, at_c) = places
+    assert (at_b - at_a) / (at_c - at_a) == pytest.approx((b - a) / (c - a), rel=0.01)
 
 
 def test_a_cell_leads_to_the_tokens_of_its_head(open_page: Any) -> None:
@@ -194,9 +239,8 @@ def test_a_cell_leads_to_the_tokens_of_its_head(open_page: Any) -> None:
 
 def test_results_without_numbers_of_documents_have_a_page_as_before(browser: Any, tmp_path: Path) -> None:
     older = {name: array for name, array in ARRAYS.items() if name not in attention_of_documents()}
-    write_results(tmp_path, RESULTS, older)
     page = browser.new_page()
-    page.goto(write_report(tmp_path).as_uri())
+    page.goto(write_page(tmp_path, RESULTS, older).as_uri())
     page.wait_for_selector("body[data-ready='1']")
     assert page.locator(CELLS).count() == 3 * NUM_LAYERS * NUM_HEADS
     assert page.locator(".cell").count() == 0
@@ -352,11 +396,12 @@ def test_no_quantity_of_a_text_is_wider_than_the_window(open_page: Any, text: in
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-def test_bars_are_as_long_as_their_numbers(open_page: Any) -> None:
-    bars = open_page().locator("#figure-two-by-two g[aria-label=bar] rect")
-    lengths = [float(bar.get_attribute("width")) for bar in bars.all()]
-    values = [record.value for record in RESULTS.find("causal", "logit_difference")]
-    assert [length / lengths[0] for length in lengths] == pytest.approx([value / values[0] for value in values])
+def test_dots_stand_at_their_numbers(open_page: Any) -> None:
+    dots = open_page().locator("#figure-logit-difference use[data-tip]")
+    places = [float(dot.get_attribute("x")) for dot in dots.all()]
+    values = [record.value for record in RESULTS.find("logit_difference")]
+    steps = [(place - places[0]) / (value - values[0]) for place, value in zip(places[1:], values[1:], strict=True)]
+    assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-3)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -469,8 +514,8 @@ def test_the_largest_view_is_ready_in_time(browser: Any, tmp_path: Path) -> None
     attention_steps = np.tril(generator.integers(0, 40, shape, dtype=np.uint8))
     tokens, is_meta = tuple(f" w{i}" for i in range(count)), tuple(i % 10 == 9 for i in range(count))
     view = TokenView(title="long", tokens=tokens, is_meta=is_meta, arrays={"attention": "long"})
-    write_results(tmp_path, RESULTS.model_copy(update={"token_views": (view,)}), ARRAYS | {"long": attention_steps})
-    path = write_report(tmp_path)
+    results = RESULTS.model_copy(update={"token_views": (view,)})
+    path = write_page(tmp_path, results, ARRAYS | {"long": attention_steps})
     assert path.stat().st_size < LARGEST_PAGE_BYTES
     page = browser.new_page()
     page.goto(path.as_uri())
@@ -495,11 +540,11 @@ def test_markup_in_a_text_is_shown_and_not_obeyed(open_page: Any) -> None:
     assert "</script><b id='injected'>x" in page.locator("#strip").text_content()
 
 
-def test_without_javascript_images_and_tables_tell_the_same(open_page: Any) -> None:
+def test_without_javascript_charts_and_tables_are_there(open_page: Any) -> None:
     page = open_page(script=False)
-    images = page.locator("figure noscript img")
-    assert images.count() == len(FIGURES)
-    assert all(image.is_visible() for image in images.all())
+    charts = page.locator("figure .chart")
+    assert charts.count() == sum(figure.draw(RESULTS, ARRAYS) is not None for figure in FIGURES)
+    assert all(chart.locator("svg").first.is_visible() for chart in charts.all())
     assert page.locator("table.verdicts").is_visible()
     assert not page.locator("#token-view").is_visible()
 

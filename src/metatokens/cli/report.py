@@ -18,9 +18,9 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.report.requirements import PAGE_PACKAGES, require
+    from metatokens.report import require_packages
 
-    require("report", PAGE_PACKAGES)
+    require_packages("report")
     from metatokens.files import check_file
     from metatokens.report.page import PAGE_NAME, write_report
 

@@ -29,7 +29,7 @@ def _run(options: argparse.Namespace) -> int:
 
     sweep = load_sweep(options.file, options.overrides)
     from metatokens.files import check_folder
-    from metatokens.report.requirements import FIGURE_PACKAGES, require
+    from metatokens.report import require_packages
     from metatokens.report.tables import to_rich
     from metatokens.sweep.planning import describe_plan, plan_sweep
     from metatokens.sweep.running import make_slots, parse_gpus
@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
 
     slots = make_slots(options.jobs, parse_gpus(options.gpus))
     if options.figures:
-        require("--figures", FIGURE_PACKAGES)
+        require_packages("--figures")
         check_folder(options.out / "figures")
     check_folder(options.out / "runs")
     runs = plan_sweep(sweep, options.out, str(options.file))

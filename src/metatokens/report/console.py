@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
+from metatokens.report.numbers import format_estimate
 
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
@@ -115,21 +116,12 @@ def show_verdicts(results: Any) -> None:
         table.add_column(column)
     for verdict in results.verdicts:
         note = f" ({verdict.note})" if verdict.note else ""
-        table.add_row(verdict.claim, verdict.paper, _effect(verdict), f"{verdict.verdict}{note}")
+        effect = ", ".join(filter(None, (format_estimate(verdict), verdict.beside_paper)))
+        table.add_row(verdict.claim, verdict.paper, effect, f"{verdict.verdict}{note}")
     console = Console()
     console.print(table)
     for line in results.not_run:
         console.print(f"not run: {line}", highlight=False, markup=False)
-
-
-def _effect(verdict: Any) -> str:
-    """Write the number of a verdict with its interval, and beside the paper's."""
-    if verdict.value is None:
-        return ""
-    span = "" if verdict.low is None else f" ({verdict.low:.3g} to {verdict.high:.3g})"
-    unit = "" if verdict.unit in ("", "1") else f" {verdict.unit}"
-    beside = f", {verdict.beside_paper}" if verdict.beside_paper else ""
-    return f"{verdict.value:.3g}{span}{unit}{beside}"
 
 
 def _of_models(interval: Any, outcomes: Sequence[Sequence[float]]) -> str:

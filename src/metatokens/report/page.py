@@ -1,8 +1,9 @@
 """One self-contained HTML page of an analysis: charts, tables, verdicts and the token view, with nothing to fetch.
 
-The page renders what `metatokens.analysis.results` holds and computes nothing. Its charts are drawn in the browser by
-Observable Plot and d3, which are vendored with their licences; without JavaScript the same figures are there as images
-and every number as a table. Equal results give an equal page, byte for byte.
+The page renders what `metatokens.analysis.results` holds and computes nothing. Its sections are the parts of the
+analysis, its charts are SVG from `metatokens.report.charts`, which scripts only add to: values under the pointer, the
+documents behind a heat map's cell, and the token view. Without JavaScript the charts and every number as a table are
+there. Equal results give an equal page, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,17 +23,27 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from metatokens.analysis.results import VERDICTS, Record, Results, Section, TokenView, Verdict, read_results
-from metatokens.report.analysis_figures import FIGURE_KINDS, FIGURES, draw_figure, figure_files
+from metatokens.analysis.measures import MEASURES, HeadMaps
+from metatokens.analysis.results import VERDICTS, Record, Results, TokenView, read_results
+from metatokens.config.analysis import Part
+from metatokens.report.analysis_figures import (
+    FIGURES,
+    AnalysisFigure,
+    figure_files,
+    file_names,
+    words,
+    write_coordinate,
+)
+from metatokens.report.charts import Chart, MapPanel, to_svg
+from metatokens.report.numbers import format_estimate, format_p
 
 PAGE_NAME = "report.html"
 META_MARK = "\N{BLACK DIAMOND}"
 LARGEST_PAGE_BYTES = 15_000_000
 """A token view with which the page would be larger is left out, and the page says so."""
 
-_OF_DOCUMENTS = "attention."  # what the keys of arrays begin with that lie behind the heat maps
 _PACKED = frozenset({"uint8", "int8", "uint16", "int16", "float32"})  # the typed arrays of token_view.js
-_SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js", "token_view.js", "page.js")
+_SCRIPTS = ("figures.js", "documents.js", "token_view.js", "page.js")
 _SHOWN_DIGITS = 16  # of a SHA-256; results.json has them all
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -44,79 +55,51 @@ class _PackedView:
     json: Markup
 
 
-@dataclass(frozen=True)
-class _Section:
-    id: str
-    title: str
-    text: str
-    figures: tuple[str, ...]
-    sections: tuple[Section, ...]
-    """Of the records; those that no figure takes are in one more table."""
-
-
-_SECTIONS = (
-    _Section(
-        "attention",
-        "Entropy and boost",
-        "The same documents are run twice, with the meta-tokens' embedding and with it zeroed. A dot marks a head "
-        "whose difference survives the correction for all heads (false discovery rate 5%).",
-        ("attention-maps", "distances"),
-        ("attention",),
+_SECTIONS: dict[Part, tuple[str, str]] = {
+    "attention": (
+        "Attention and the sharpening theorem",
+        "The same documents are run twice, with the meta-tokens' embedding and with it zeroed, and rows of attention "
+        "are compared one by one.",
     ),
-    _Section(
-        "theory",
-        "The sharpening theorem, audited",
-        "A boost of a key lowers the entropy of its row from the start only where its margin x is at least 0; below, "
-        "the entropy rises first, and falls below its start only beyond a critical boost between |x| (dashed) and "
-        "2|x| (dotted). A point is an edge from a query to a meta key.",
-        ("theorem", "mechanism"),
-        ("theory",),
-    ),
-    _Section(
-        "similarity",
+    "similarity": (
         "What residuals have in common",
         "Cosine between the state of a token and that of an earlier one, after subtracting the mean state of other "
         "documents: raw cosines are near 1 in any such model. The control is ordinary tokens at the same places.",
-        ("similarity",),
-        ("similarity",),
     ),
-    _Section(
-        "readouts",
-        "What can be read, and what is added",
-        "A linear map, and the model's own output head, read the text before a state; controls are the token "
-        "right before the meta-token, which has read the same text (not for the head, which would find that token in "
-        "itself), and on text ordinary tokens at the same places. Then what each "
-        "part of the model adds to the output.",
-        ("decodability", "logit-lens", "attribution", "branch-strength"),
-        ("readouts",),
+    "decodability": (
+        "What a linear map reads",
+        "A linear map reads the text before a state. Controls are the token right before the meta-token, which has "
+        "read the same text, and on text ordinary tokens at the same places.",
     ),
-    _Section(
-        "compression",
-        "Compression: rate, distortion and probes",
+    "output": (
+        "What the output head reads, and what is added",
+        "The model's own head reads the text before a state, as it is or through an affine map to the final state that "
+        "other documents were fitted by. Then what each part of the model adds to the output.",
+    ),
+    "rate_distortion": (
+        "Compression: rate and distortion",
         "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Its "
-        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no layer made. "
-        "Probes ask the same states for more; what they find counts as used only where its erasure costs the "
-        "answer.",
-        ("rate-distortion", "probes", "erasure"),
-        ("rate_distortion", "probes"),
+        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no layer made.",
     ),
-    _Section(
-        "causal",
+    "probes": (
+        "Probes and erasure",
+        "Probes ask the same states for more; what they find counts as used only where its erasure costs the answer "
+        "more than the erasure of shuffled labels.",
+    ),
+    "causal": (
         "Cause",
         "Pairs of prompts that differ in one item. Edges are cut, states exchanged and meta-attention removed, to see "
-        "which path the answer takes.",
-        ("zeroing", "two-by-two", "interchange", "knockout", "capacity"),
-        ("causal", "language_model"),
+        "which path the answer takes. Clean into corrupt (denoise) asks whether states suffice, corrupt into clean "
+        "(noise) whether they are needed.",
     ),
-    _Section(
-        "eviction",
+    "eviction": (
         "Meta-tokens as a cache",
         "Most of the key-value cache is dropped after a prefix; the cost is what the continuation loses. If "
         "meta-tokens do not beat evenly spaced columns at equal budget, they do not compress.",
-        ("eviction",),
-        ("eviction",),
     ),
-)
+    "knockout": ("Text without meta-attention", "Meta-attention is removed, in one layer or in all together."),
+}
+"""Title and introduction of a part's section, in the order of the page."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -132,7 +115,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     for name, data in files.items():
         figures.mkdir(exist_ok=True)
         (figures / name).write_bytes(data)
-    for name in {f"{figure}.{kind}" for figure in FIGURES for kind in FIGURE_KINDS} - files.keys():
+    for name in file_names() - files.keys():
         (figures / name).unlink(missing_ok=True)  # of an earlier analysis in the same folder
     page = target / PAGE_NAME
     page.write_text(render_page(results, arrays), encoding="utf-8")
@@ -142,50 +125,30 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def render_page(results: Results, arrays: Arrays) -> str:
     """Return the page as one string."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"estimate": format_estimate, "p_value": _format_p}
+    environment.filters |= {"estimate": format_estimate, "p_value": format_p}
     template = environment.from_string(_asset("page.html"))
     whole = {
         "lead": _lead(results),
         "facts": _facts(results),
-        "sections": [_render_section(section, results, arrays) for section in _SECTIONS],
+        "sections": _render_sections(results, arrays),
         "meta_mark": META_MARK,
         "css": Markup(_asset("page.css")),
         "scripts": [Markup(_asset(name)) for name in _SCRIPTS],
-        "points_json": _embed(_rounded(arrays["theory_points"]) if "theory_points" in arrays else []),
-        "documents_json": _embed(_documents_behind_cells(arrays)),
+        "documents_json": _embed(_documents_behind_cells(results, arrays)),
     }
 
     def render(views: Sequence[_PackedView], left_out: Sequence[_PackedView]) -> str:
         lines = [f"token view of {view.title}: the page would be too large, see arrays.npz" for view in left_out]
         said = results.model_copy(update={"not_run": (*results.not_run, *lines)})
-        return template.render(**whole, results=said, results_json=_embed(said.model_dump(mode="json")), views=views)
+        return template.render(
+            **whole, results=said, results_json=_embed(_compress(_to_json(said.model_dump(mode="json")))), views=views
+        )
 
     packed = [_PackedView(view.title, _pack_view(view, arrays)) for view in results.token_views]
     # with the frame of each view and the line of each that is left out, of which a page has one: no page has more
     frame = render([_PackedView(view.title, Markup("")) for view in packed], packed)
     views, left_out = _choose_views(packed, LARGEST_PAGE_BYTES - len(frame.encode()))
     return render(views, left_out)
-
-
-def format_estimate(number: Record | Verdict) -> str:
-    """Return a number with its interval and unit, for people."""
-    if number.value is None:
-        return "n/a"
-    interval = "" if number.low is None else f" ({_format(number.low)} to {_format(number.high)})"
-    unit = "" if number.unit in ("", "1") else f" {number.unit}"
-    return f"{_format(number.value)}{interval}{unit}"
-
-
-def _format(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "n/a"
-    if value == 0 or 0.001 <= abs(value) < 1000:
-        return f"{value:.3f}"
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:,.0f}"
-
-
-def _format_p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def _lead(results: Results) -> str:
@@ -216,56 +179,74 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return [*checkpoint.items(), *data.items(), *identity.items()]
 
 
-def _render_section(section: _Section, results: Results, arrays: Arrays) -> dict[str, Any]:
-    figures = []
-    for figure_id in section.figures:
-        figure = FIGURES[figure_id]
-        records = [record for record in results.records if (record.section, record.metric) in figure.metrics]
-        if not any(record.value is not None for record in records):
-            continue
-        columns, rows = _table(records)
-        figures.append(
-            {
-                "id": figure_id,
-                "title": figure.title,
-                "caption": figure.caption(records),
-                "columns": columns,
-                "rows": rows,
-                "png": _draw_png(figure_id, results, arrays),
-            }
+def _render_sections(results: Results, arrays: Arrays) -> list[dict[str, Any]]:
+    """Return what the template needs of each part, and of records whose measure is not known here."""
+    sections = [_render_section(part, results, arrays) for part in _SECTIONS]
+    unknown = [record for record in results.records if record.measure not in MEASURES]
+    if unknown:
+        text = "These measures are not those of this version of the package."
+        sections.append(
+            {"id": "other", "title": "Other measures", "text": text, "figures": [], "others": _table(unknown)}
         )
-    taken = {metric for figure_id in section.figures for metric in FIGURES[figure_id].metrics}
-    columns, rows = _table(
-        [r for r in results.records if r.section in section.sections and (r.section, r.metric) not in taken]
-    )
-    others = {"columns": columns, "rows": rows}
-    return {"id": section.id, "title": section.title, "text": section.text, "figures": figures, "others": others}
+    return sections
 
 
-def _draw_png(figure_id: str, results: Results, arrays: Arrays) -> str | None:
-    if not FIGURES[figure_id].is_drawable(results, arrays):
-        return None
-    return base64.b64encode(draw_figure(figure_id, results, arrays)).decode()
+def _render_section(part: Part, results: Results, arrays: Arrays) -> dict[str, Any]:
+    title, text = _SECTIONS[part]
+    records = [r for r in results.records if r.measure in MEASURES and MEASURES[r.measure].part == part]
+    figures, shown = [], set()
+    for figure in FIGURES:
+        own = [record for record in records if record.measure in figure.measures]
+        chart = figure.draw(results, arrays) if figure.part == part else None
+        if chart is not None:
+            shown |= set(figure.measures)
+            figures.append(_render_figure(figure, chart, own))
+    others = _table([record for record in records if record.measure not in shown])
+    return {"id": part.replace("_", "-"), "title": title, "text": text, "figures": figures, "others": others}
 
 
-def _table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
+    labels = [f"{figure.title}{': ' if panel.title else ''}{panel.title}" for panel in chart.panels]
+    return {
+        "id": figure.id,
+        "title": figure.title,
+        "text": figure.text,
+        "definitions": [
+            (words(name), MEASURES[name].definition)
+            for name in figure.measures
+            if any(record.measure == name for record in records)
+        ],
+        "count": _count(records),
+        "legend": [(style.css, style.glyph, name) for name, style in chart.legend.items()],
+        "is_map": all(isinstance(panel, MapPanel) for panel in chart.panels),
+        "panels": [Markup(to_svg(panel, label)) for panel, label in zip(chart.panels, labels, strict=True)],
+        "table": _table(records),
+    }
+
+
+def _count(records: Sequence[Record]) -> str:
+    """Say how many documents numbers are of; nothing where there are none."""
+    counts = sorted({record.num_documents for record in records if record.value is not None})
+    if not counts:
+        return ""
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"n = {span} documents; 95% intervals."
+
+
+def _table(records: Sequence[Record]) -> dict[str, Any]:
     keys = sorted({key for record in records for key in record.at})
     rows = [
         [
-            record.metric,
-            *(_cell(record.at.get(key, "all")) for key in keys),
+            words(record.measure),
+            *(write_coordinate(record.at.get(key, "all")) for key in keys),
             format_estimate(record),
             str(record.num_documents),
-            "" if record.adjusted_p is None else _format_p(record.adjusted_p).removeprefix("= "),
+            "" if record.adjusted_p is None else format_p(record.adjusted_p).removeprefix("= "),
             record.note or "",
         ]
         for record in records
     ]
-    return ["metric", *keys, "value (95% interval)", "n", "adjusted p", "note"], rows
-
-
-def _cell(value: str | float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return {"columns": ["measure", *keys, "value (95% interval)", "n", "adjusted p", "note"], "rows": rows}
 
 
 def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_PackedView], list[_PackedView]]:
@@ -280,12 +261,21 @@ def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_Packed
     return chosen, left_out
 
 
-def _documents_behind_cells(arrays: Arrays) -> dict[str, Any]:
-    """Return the numbers of documents behind each heat map, [document][layer][head] with null where it has none."""
+def _documents_behind_cells(results: Results, arrays: Arrays) -> dict[str, Any]:
+    """Return what lies behind each heat map: its documents, [document][layer][head], null where one has no number."""
     return {
-        name.removeprefix(_OF_DOCUMENTS): _rounded(array)
-        for name, array in sorted(arrays.items())
-        if name.startswith(_OF_DOCUMENTS)
+        measure.name: {
+            "name": words(measure.name),
+            "unit": "" if measure.unit == "1" else measure.unit,
+            "documents": _rounded(arrays[measure.name]),
+            "cells": [
+                [record.at["layer"], record.at["head"], record.value, record.low, record.high, format_estimate(record)]
+                for record in results.find(measure.name)
+                if record.value is not None and "head" in record.at
+            ],
+        }
+        for measure in MEASURES.values()
+        if measure.keep and isinstance(measure.plot, HeadMaps) and measure.name in arrays
     }
 
 
@@ -299,8 +289,12 @@ def _pack_array(array: npt.NDArray[Any]) -> dict[str, Any]:
     kind = "float32" if array.dtype.kind == "f" else array.dtype.name
     assert kind in _PACKED, f"the page reads no {kind}"
     little = np.ascontiguousarray(array, dtype=np.dtype(kind).newbyteorder("<"))
-    data = gzip.compress(little.tobytes(), mtime=0)
-    return {"shape": list(array.shape), "dtype": kind, "gzip": base64.b64encode(data).decode()}
+    return {"shape": list(array.shape), "dtype": kind, "gzip": _compress(little.tobytes())}
+
+
+def _compress(data: bytes) -> str:
+    """Return base64 of gzip of bytes."""
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
 
 
 def _rounded(array: npt.NDArray[Any]) -> Any:
@@ -314,8 +308,12 @@ def _rounded(array: npt.NDArray[Any]) -> Any:
 
 def _embed(document: Any) -> Markup:
     """Return JSON that no text in it can end the script element of."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    text = _to_json(document).decode()
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _to_json(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _asset(name: str) -> str:

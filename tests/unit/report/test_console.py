@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
+from metatokens.report import require_packages
 from metatokens.report.console import show_recall, show_verdicts
 from synthetic_results import build_results
 
@@ -26,7 +28,7 @@ def recall(*models: tuple[float, ...]) -> SimpleNamespace:
 def test_a_verdict_stands_beside_the_number_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     show_verdicts(build_results()[0])
     text = capsys.readouterr().out
-    assert "0.2 (0.1 to 0.3) nats, 14% of the paper's" in text
+    assert "0.200 (0.100 to 0.300) nats, 14% of the paper's" in text
     assert "inconclusive" in text
 
 
@@ -41,3 +43,10 @@ def test_two_models_are_listed_one_by_one(capsys: pytest.CaptureFixture[str]) ->
 def test_one_model_and_five_have_an_interval(capsys: pytest.CaptureFixture[str], number: int) -> None:
     show_recall(recall(*[(1, 0)] * number))
     assert "50.0% (25.0% to 85.0%)" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_packages("report")
+    monkeypatch.setattr("metatokens.report._PACKAGES", ("nowhere",))
+    with pytest.raises(UsageError, match=r"the package nowhere.*pip install 'metatokens\[report\]'"):
+        require_packages("report")

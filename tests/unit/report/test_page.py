@@ -2,42 +2,39 @@
 
 import base64
 import gzip
-import hashlib
 import json
 import re
-from importlib import resources
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from metatokens.analysis.results import Record, write_results
+from metatokens.analysis.results import Record, Results, write_results
 from metatokens.errors import DataError
 from metatokens.report import page as page_module
 from metatokens.report.analysis_figures import FIGURES, figure_files
+from metatokens.report.numbers import format_estimate
 from metatokens.report.page import render_page, write_report
 from synthetic_results import HOSTILE, build_results
 
-ASSETS = resources.files("metatokens.report") / "assets"
+FEW = ("entropy_drop", "mass_by_distance", "logit_difference", "rate", "distortion")
+"""Measures that are drawn in all ways."""
 
 
-def test_vendored_files_are_those_of_their_release() -> None:
-    listed = json.loads((ASSETS / "vendor" / "vendor.json").read_text())
-    for name, entry in listed.items():
-        data = (ASSETS / "vendor" / name).read_bytes()
-        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-        assert b"</script" not in data
-        stem = "plot" if "plot" in name else "d3"
-        assert "Permission to use, copy, modify" in (ASSETS / "vendor" / f"{stem}.LICENSE").read_text()
+def of_measures(results: Results, names: Iterable[str]) -> Results:
+    records = tuple(record for record in results.records if record.measure in set(names))
+    return results.model_copy(update={"records": records})
 
 
 def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results, arrays = build_results()
-    write_results(tmp_path / "results", results, arrays)
+    write_results(tmp_path / "results", of_measures(results, FEW), arrays)
     first = write_report(tmp_path / "results", tmp_path / "one").read_bytes()
     assert write_report(tmp_path / "results", tmp_path / "two").read_bytes() == first
     figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
-    assert figures == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png"))
+    drawn = {figure.id for figure in FIGURES if set(FEW) & set(figure.measures)} | {"theorem"}
+    assert figures == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "png"))
     for name in figures:
         one, two = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("one", "two"))
         assert one == two
@@ -47,9 +44,9 @@ def test_figures_of_an_earlier_analysis_do_not_stay_behind(tmp_path: Path) -> No
     results, _ = build_results()
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "own.png").write_bytes(b"")
-    for metric, figure in (("cost", "eviction"), ("v_information", "probes")):
-        records = tuple(record for record in results.records if record.metric == metric)
-        write_results(tmp_path, results.model_copy(update={"records": records, "token_views": ()}), {})
+    for measure, figure in (("eviction_cost", "eviction-cost"), ("usable_information", "usable-information")):
+        alone = of_measures(results, [measure])
+        write_results(tmp_path, alone.model_copy(update={"token_views": ()}), {})
         write_report(tmp_path)
         assert {path.stem for path in (tmp_path / "figures").iterdir()} == {figure, "own"}
 
@@ -67,7 +64,7 @@ def test_every_number_stands_in_a_table() -> None:
     text = render_page(results, arrays)
     for record in results.records:
         if record.value is not None:
-            assert page_module.format_estimate(record) in text
+            assert format_estimate(record) in text
     assert "no pair of documents" in text
     for verdict in results.verdicts:
         assert verdict.claim in text
@@ -77,34 +74,36 @@ def test_every_number_stands_in_a_table() -> None:
 
 def test_what_was_not_run_is_said_and_has_no_figure() -> None:
     results, arrays = build_results()
-    without = results.model_copy(update={"records": tuple(r for r in results.records if r.section != "eviction")})
-    text = render_page(without, arrays)
-    assert 'id="figure-eviction"' not in text
+    text = render_page(of_measures(results, {r.measure for r in results.records} - {"eviction_cost"}), arrays)
+    assert 'id="figure-eviction-cost"' not in text
     assert text.count('<p class="absent">Not run.</p>') == 1
-    assert "eviction.png" not in figure_files(without, arrays)
 
 
-@pytest.mark.parametrize("metric", sorted({(r.section, r.metric) for r in build_results()[0].records}))
-def test_records_of_one_metric_alone_make_a_page_with_all_of_them(metric: tuple[str, str]) -> None:
+def test_each_record_of_measures_that_come_alone_is_on_the_page() -> None:
     results, _ = build_results()
-    records = tuple(record for record in results.records if (record.section, record.metric) == metric)
-    text = render_page(results.model_copy(update={"records": records, "token_views": ()}), {})
-    for record in records:
-        assert page_module.format_estimate(record) in text
+    for measure in {record.measure for record in results.records}:
+        alone = of_measures(results, [measure])
+        text = render_page(alone.model_copy(update={"token_views": ()}), {})
+        assert all(format_estimate(record) in text for record in alone.records)
 
 
-def test_figures_are_of_what_they_draw_and_not_of_what_their_table_holds() -> None:
+def test_records_without_the_coordinates_of_their_plot_are_in_tables_alone() -> None:
     results, _ = build_results()
-    names = {("similarity", "excess_cosine"), ("attention", "meta_lift"), ("rate_distortion", "area")}
-    records = [
-        Record(section=section, metric=metric, unit="1", method="A0", value=0.5, num_documents=3)
-        for section, metric in names
-    ]
-    alone = results.model_copy(update={"records": tuple(records), "token_views": ()})
+    names = ("excess_cosine", "meta_lift", "area")
+    records = tuple(Record(measure=name, unit="1", value=0.5, num_documents=3) for name in names)
+    alone = results.model_copy(update={"records": records, "token_views": ()})
     assert figure_files(alone, {}) == {}
     text = render_page(alone, {})
-    assert text.count("No chart: the records that it draws are not there.") == len(names)
-    assert '<div class="chart">' not in text
+    assert text.count("<summary>Other numbers</summary>") == len(names)
+    assert "<svg" not in text
+
+
+def test_a_measure_of_another_version_is_shown_and_not_drawn() -> None:
+    results, _ = build_results()
+    record = Record(measure="of_another_version", unit="nats", value=0.123, num_documents=3)
+    text = render_page(results.model_copy(update={"records": (record,), "token_views": ()}), {})
+    assert 'id="other"' in text
+    assert "<td>of another version</td><td>0.123 nats</td>" in text
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "int16", "float32"])
@@ -120,15 +119,17 @@ def test_an_array_is_packed_small_and_comes_back(dtype: str) -> None:
 
 def test_documents_behind_the_maps_are_embedded_with_none_for_what_one_does_not_have() -> None:
     results, arrays = build_results()
+    results = of_measures(results, ["entropy_drop", "log_odds_boost", "meta_mass"])
     text = render_page(results, arrays)
     (embedded,) = re.findall(r'id="documents">(.*?)</script>', text)
-    documents = json.loads(embedded)
-    assert sorted(documents) == ["entropy_drop", "log_odds_boost", "meta_mass"]
-    for metric, values in documents.items():
-        found = np.array(values, dtype=float)
-        np.testing.assert_allclose(found, arrays[f"attention.{metric}"], atol=1e-5)
+    behind = json.loads(embedded)
+    assert sorted(behind) == ["entropy_drop", "log_odds_boost", "meta_mass"]
+    for measure, one in behind.items():
+        found = np.array(one["documents"], dtype=float)
+        np.testing.assert_allclose(found, arrays[measure], atol=1e-5)
         assert np.isnan(found).any()
-    older = {name: array for name, array in arrays.items() if not name.startswith("attention.")}
+        assert len(one["cells"]) == len(results.find(measure))
+    older = {name: array for name, array in arrays.items() if name not in behind}
     assert 'id="documents">{}</script>' in render_page(results, older)
 
 
@@ -141,6 +142,7 @@ def test_a_view_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_whole_page_counts_and_not_its_views_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     results, arrays = build_results()
+    results = of_measures(results, FEW[:1])
     whole = len(render_page(results, arrays).encode())
     for room, num_views in ((whole - 10, 1), (whole + 10_000, 2)):
         monkeypatch.setattr(page_module, "LARGEST_PAGE_BYTES", room)

@@ -1,18 +1,17 @@
 "use strict";
-/* Draws all, and again when the window or the colours change. */
+/* Starts what the scripts add to the page. */
 async function main() {
-  drawAll();
-  let drawnAt = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== drawnAt) { drawnAt = innerWidth; drawAll(); } });
+  showTips();
+  showDocuments();
   const views = [...document.querySelectorAll("script.view-data")].map((node) => JSON.parse(node.textContent));
-  let view = null;
-  if (views.length) { view = new TokenView(document.getElementById("token-view"), views); await view.start(); }
-  dark.addEventListener("change", () => { drawAll(); if (view) { view.painted = null; view.thumbnails(); view.render(); } });
+  const view = views.length ? new TokenView(document.getElementById("token-view"), views) : null;
+  if (view) await view.start();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (view) { view.painted = null; view.thumbnails(); view.render(); } });
   const download = document.getElementById("download");
   download.hidden = false;
-  download.addEventListener("click", () => {
+  download.addEventListener("click", async () => {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([document.getElementById("results").textContent], { type: "application/json" }));
+    link.href = URL.createObjectURL(await decompress(JSON.parse(document.getElementById("results").textContent)).blob());
     link.download = "results.json";
     link.click();
   });

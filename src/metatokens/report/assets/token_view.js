@@ -3,6 +3,8 @@
 const META_MARK = "\u25c6";
 const DARKEST = 0.55; /* of a shade, so that the text on it keeps a contrast of 4.5 */
 const whole = (text, end) => (text !== null && /^\d+$/.test(String(text)) && Number(text) < end ? Number(text) : null);
+const range = (end) => Array.from({ length: end }, (_, i) => i);
+const mean = (values, of) => values.reduce((sum, value) => sum + of(value), 0) / values.length;
 const known = (x) => (Number.isNaN(x) ? null : x);
 const TYPED = { uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array, float32: Float32Array };
 const MOST_PLANES = 6; /* kept: 4 MB each at 2,048 tokens */
@@ -22,10 +24,13 @@ const QUANTITIES = {
   patch_effect: { name: "patch effect", needs: ["patch_effect"], layers: true, note: "The prompt with another item is run with the state of one token taken from this prompt: the share of the logit difference that comes back, 1 for all of it. The state is the one before the chosen layer." },
 };
 
-async function unpack({ shape, dtype, gzip }) {
+function decompress(gzip) {
   const bytes = Uint8Array.from(atob(gzip), (c) => c.charCodeAt(0));
-  const buffer = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-  return { shape, data: new TYPED[dtype](buffer) };
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+async function unpack({ shape, dtype, gzip }) {
+  return { shape, data: new TYPED[dtype](await decompress(gzip).arrayBuffer()) };
 }
 
 /* The largest byte of each block, (size, size), so that a weight alone in its block is seen. */
@@ -87,13 +92,13 @@ class TokenView {
     this.state.meta = whole(this.state.meta, 2) ?? 1;
     this.query = Math.min(this.query, this.count - 1);
     if (this.pinned !== null && this.pinned >= this.count) this.pinned = null;
-    this.fill("view-layer", d3.range(numLayers).map((i) => [i, sites && i === this.numLayers ? "after the last" : i]), Boolean(shown.layers));
+    this.fill("view-layer", range(numLayers).map((i) => [i, sites && i === this.numLayers ? "after the last" : i]), Boolean(shown.layers));
     this.fill("view-head", [["mean", "mean"], ...heads.map((i) => [i, i])], Boolean(shown.heads));
   }
 
   /* Of a long text, attention is there for some heads only. */
   headsOf(layer, quantity = this.state.quantity) {
-    if (this.arrays.attention || quantity === "received" || quantity === "meta_attention") return d3.range(this.numHeads);
+    if (this.arrays.attention || quantity === "received" || quantity === "meta_attention") return range(this.numHeads);
     const { shape: [, kept], data } = this.arrays.attention_heads, row = Math.min(layer, this.numLayers - 1);
     return [...data.subarray(row * kept, (row + 1) * kept)];
   }
@@ -176,7 +181,7 @@ class TokenView {
   thumbnails() {
     const box = this.get("heads"), size = Math.min(32, this.count);
     box.style.gridTemplateColumns = `repeat(${this.headsOf(0, "attention").length}, 34px)`;
-    box.replaceChildren(...d3.range(this.numLayers).flatMap((layer) => this.headsOf(layer, "attention").map((head) => {
+    box.replaceChildren(...range(this.numLayers).flatMap((layer) => this.headsOf(layer, "attention").map((head) => {
       const button = document.createElement("button");
       button.type = "button"; button.dataset.layer = layer; button.dataset.head = head;
       button.setAttribute("aria-label", `layer ${layer}, head ${head}`); button.title = `layer ${layer}, head ${head}`;
@@ -223,7 +228,7 @@ class TokenView {
 
   /* What every token has for a query; null where there is nothing. */
   values(query) {
-    const { quantity, layer, head } = this.state, tokens = d3.range(this.count);
+    const { quantity, layer, head } = this.state, tokens = range(this.count);
     const weight = (byte) => (byte || this.arrays.attention ? (byte / 255) ** 2 : null); /* 0 of a long text: not kept */
     switch (quantity) {
       case "attention": {
@@ -238,8 +243,8 @@ class TokenView {
         });
       }
       case "received": {
-        const heads = head === "mean" ? d3.range(this.numHeads) : [Number(head)], { data } = this.arrays.received_attention;
-        return tokens.map((k) => d3.mean(heads, (h) => data[(layer * this.numHeads + h) * this.count + k]));
+        const heads = head === "mean" ? range(this.numHeads) : [Number(head)], { data } = this.arrays.received_attention;
+        return tokens.map((k) => mean(heads, (h) => data[(layer * this.numHeads + h) * this.count + k]));
       }
       case "cosine_raw":
       case "cosine_centred": {
@@ -302,7 +307,7 @@ class TokenView {
 
   shade() {
     const values = this.values(this.query);
-    const most = d3.max(values, (v) => (v === null ? 0 : Math.abs(v))) || 1;
+    const most = Math.max(...values.map((v) => (v === null ? 0 : Math.abs(v)))) || 1;
     const mark = getComputedStyle(document.documentElement).getPropertyValue("--mark");
     [...this.get("strip").children].forEach((span, k) => {
       const value = values[k];
@@ -327,7 +332,7 @@ class TokenView {
   name(k) { return this.view.is_meta[k] ? `meta-token ${this.metaIndex.indexOf(k) + 1}` : JSON.stringify(this.view.tokens[k]); }
 
   tip(values) {
-    const best = d3.range(this.count).filter((k) => values[k] !== null).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b).slice(0, 4);
+    const best = range(this.count).filter((k) => values[k] !== null).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b).slice(0, 4);
     const parts = best.map((k) => `${this.name(k)} at ${k}: ${values[k].toFixed(this.decimals)}`).join(", ");
     const about = QUANTITIES[this.state.quantity].query ? `${parts || "Nothing to show here."}${this.compared(values, best)}` : `${this.own(values)} Largest: ${parts || "none"}.`;
     this.get("tip").textContent = `${this.name(this.query)} at ${this.query}. ${about}`;
