@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from metatokens.analysis.results import Record, Results, TokenView, Verdict
+from metatokens.analysis.run import MEASURES  # which imports every measure
 
 NUM_LAYERS, NUM_HEADS, NUM_DOCUMENTS = 4, 3, 24
 HOSTILE = "</script><b id='injected'>x"
@@ -14,14 +15,12 @@ TOKENS = tuple(HOSTILE if word == "HOSTILE" else word for word in TEXT.split())
 META_PLACES = (3, 8, 12)
 
 
-def record(section: Any, metric: str, unit: str, value: float | None, **at: Any) -> Record:
+def record(measure: str, value: float | None, **at: Any) -> Record:
     band = 0.05 + 0.1 * abs(value or 0)
     known = value is not None
     return Record(
-        section=section,
-        metric=metric,
-        unit=unit,
-        method="A0",
+        measure=measure,
+        unit=MEASURES[measure].unit,
         at=at,
         value=value,
         low=value - band if known else None,
@@ -39,25 +38,25 @@ def attention_records() -> list[Record]:
         for head in range(NUM_HEADS):
             wave = math.sin(1 + layer * 1.3 + head)
             rows += [
-                record("attention", "entropy_drop", "nats", 0.3 * wave, layer=layer, head=head),
-                record("attention", "log_odds_boost", "nats", 0.8 * wave - 0.1, layer=layer, head=head),
-                record("attention", "meta_mass", "1", 0.2 + 0.15 * wave, layer=layer, head=head),
+                record("entropy_drop", 0.3 * wave, layer=layer, head=head),
+                record("log_odds_boost", 0.8 * wave - 0.1, layer=layer, head=head),
+                record("meta_mass", 0.2 + 0.15 * wave, layer=layer, head=head),
             ]
         for number, to in enumerate(("text", "meta-tokens")):
             for distance in (0, 1, 2, 4, 8):
                 share = (0.2 - 0.1 * number) / (1 + distance)
-                rows.append(record("attention", "mass_by_distance", "1", share, layer=layer, to=to, distance=distance))
+                rows.append(record("mass_by_distance", share, layer=layer, to=to, distance=distance))
         rows += [
-            record("theory", "mechanism", "nats", -0.05 * layer, layer=layer),
-            record("theory", "change", "nats", 0.04 - 0.06 * layer, layer=layer),
-            record("theory", "share_above", "1", 0.3, layer=layer),
+            record("entropy_change_by_meta_logits", -0.05 * layer, layer=layer),
+            record("entropy_change", 0.04 - 0.06 * layer, layer=layer),
+            record("share_above", 0.3, layer=layer),
         ]
     return rows
 
 
 def similarity_records() -> list[Record]:
     return [
-        record("similarity", "cosine", "1", level / (1 + i), layer=layer, distance=2**i, kind=kind, form="centred")
+        record("cosine", level / (1 + i), layer=layer, distance=2**i, kind=kind, form="centred")
         for layer in range(NUM_LAYERS + 1)
         for i in range(6)
         for kind, level in (("meta", 0.4), ("ordinary", 0.2))
@@ -65,20 +64,20 @@ def similarity_records() -> list[Record]:
 
 
 def compression_records() -> list[Record]:
-    rows = [record("rate_distortion", "label_entropy", "nats", 2.0)]
+    rows = [record("answer_entropy", 2.0)]
     for state, factor in (("meta", 0.9), ("last token", 1.1)):
         for beta in (0.01, 0.1, 0.5, 1.0):
             rate = 3 * math.exp(-2 * beta)
             rows += [
-                record("rate_distortion", "rate", "nats", rate, state=state, beta=beta),
-                record("rate_distortion", "distortion", "nats", 2 * factor * math.exp(-rate), state=state, beta=beta),
+                record("rate", rate, state=state, beta=beta),
+                record("distortion", 2 * factor * math.exp(-rate), state=state, beta=beta),
             ]
         for target, share in (("answer", 1.0), ("the token before", 0.6)):
-            rows.append(record("probes", "v_information", "nats", share * factor, state=state, target=target))
-        rows.append(record("probes", "remaining_entropy", "nats", 2.0 - factor, state=state, target="answer"))
+            rows.append(record("usable_information", share * factor, state=state, target=target))
+        rows.append(record("remaining_entropy", 2.0 - factor, state=state, target="answer"))
     for layer in range(NUM_LAYERS - 1):
         for erased, rise in (("answer", 0.9 - 0.2 * layer), ("shuffled", 0.1)):
-            rows.append(record("probes", "erasure_loss", "nats", rise, layer=layer, erased=erased))
+            rows.append(record("erasure_loss", rise, layer=layer, erased=erased))
     return rows
 
 
@@ -88,49 +87,45 @@ def readout_records() -> list[Record]:
         for number, state in enumerate(("meta-token", "token before it", "ordinary token")):
             for window in (1, 4, 16):
                 level = (0.8 - 0.2 * number) / (1 + 0.3 * layer) / window**0.5
-                rows.append(record("readouts", "decodability", "1", level, state=state, layer=layer, window=window))
+                rows.append(record("decodability", level, state=state, layer=layer, window=window))
         for state in ("meta-token", "ordinary token"):
             for read, gain in (("state", 0.1), ("mapped state", 0.2)):
                 at = {"state": state, "read": read, "layer": layer}
-                rows.append(record("readouts", "divergence", "nats", 3 - layer / 2, **at))
+                rows.append(record("divergence", 3 - layer / 2, **at))
                 for distance in (1, 4, 16, 64):
                     rank = gain * (1 + layer) / (2 + distance)
-                    rows.append(record("readouts", "reciprocal_rank", "1", rank, **at, distance=distance))
+                    rows.append(record("reciprocal_rank", rank, **at, distance=distance))
     for layer in range(NUM_LAYERS):
         for number, component in enumerate(("attention", "meta-attention", "feed-forward")):
             share = 0.7 * layer - number
-            rows.append(record("readouts", "attribution", "logits", share, component=component, layer=layer))
-            rows.append(
-                record("readouts", "branch_strength", "ratio", 0.3 + 0.1 * number, branch=component, layer=layer)
-            )
-    rows.append(record("readouts", "loss_drop", "nats", 0.031, place="text behind"))
+            rows.append(record("attribution", share, component=component, layer=layer))
+            rows.append(record("branch_strength", 0.3 + 0.1 * number, branch=component, layer=layer))
+    rows.append(record("loss_drop", 0.031, place="text behind"))
     return rows
 
 
 def causal_records() -> list[Record]:
     conditions = {"full": 3.0, "direct cut": 2.5, "meta cut": 2.8, "both cut": 0.1}
-    rows = [record("causal", "logit_difference", "nats", v, condition=k) for k, v in conditions.items()]
-    rows.append(record("causal", "interaction", "nats", 1.9))
+    rows = [record("logit_difference", v, condition=k) for k, v in conditions.items()]
+    rows.append(record("interaction", 1.9))
     for intervention, accuracy in (("none", 0.9), ("zero_embedding", 0.31), ("zero_position", 0.88)):
-        rows.append(record("causal", "accuracy", "1", accuracy, intervention=intervention))
-    rows.append(record("causal", "knockout", "nats", 1.234, mode="zero"))
-    rows.append(record("language_model", "loss_change", "nats/token", 0.0417, layer=1))
+        rows.append(record("accuracy", accuracy, intervention=intervention))
+    rows.append(record("knockout", 1.234, mode="zero"))
+    rows.append(record("loss_change", 0.0417, layer=1))
     for layer in range(NUM_LAYERS):
         rows += [
             *(
-                record(
-                    "causal", "interchange", "1", share, layer=layer, where=where, direction=direction, window=window
-                )
+                record("interchange_effect", share, layer=layer, where=where, direction=direction, window=window)
                 for where, share in (("meta-tokens", 1 - layer / 4), ("last token", layer / 6))
                 for direction in ("denoise", "noise")
                 for window in (1, 3)
             ),
-            record("causal", "knockout", "nats", 0.2 * layer, layer=layer, mode="zero"),
+            record("knockout", 0.2 * layer, layer=layer, mode="zero"),
         ]
-    rows += [record("causal", "capacity", "1", 1 - 0.08 * size, size=size) for size in (2, 4, 6, 8)]
+    rows += [record("capacity", 1 - 0.08 * size, size=size) for size in (2, 4, 6, 8)]
     for policy, slope in (("meta", 0.5), ("even", 0.8), ("sinks and window", 0.6)):
         for kept in (0.05, 0.1, 0.25, 0.5):
-            rows.append(record("eviction", "cost", "nats/token", slope * (1 - kept), policy=policy, kept=kept))
+            rows.append(record("eviction_cost", slope * (1 - kept), policy=policy, kept=kept))
     return rows
 
 
@@ -177,15 +172,15 @@ def attention_of_documents() -> dict[str, np.ndarray]:
     """Numbers of documents whose means are the records of the heat maps; two documents have none."""
     generator = np.random.Generator(np.random.PCG64(3))
     arrays = {}
-    for metric in ("entropy_drop", "log_odds_boost", "meta_mass"):
+    for name in ("entropy_drop", "log_odds_boost", "meta_mass"):
         means = np.zeros((NUM_LAYERS, NUM_HEADS))
         for one in attention_records():
-            if one.metric == metric:
+            if one.measure == name:
                 means[int(one.at["layer"]), int(one.at["head"])] = one.value
         noise = generator.normal(0, 0.08, (NUM_DOCUMENTS, NUM_LAYERS, NUM_HEADS))
         values = np.full((NUM_DOCUMENTS + 2, NUM_LAYERS, NUM_HEADS), np.nan, dtype=np.float32)
         values[[row for row in range(NUM_DOCUMENTS + 2) if row not in (4, 9)]] = means + noise - noise.mean(0)
-        arrays[f"attention.{metric}"] = values
+        arrays[name] = values
     return arrays
 
 
@@ -266,14 +261,14 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
         seed=0,
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
         command="metatokens analyze runs/synthetic --out analysis",
-        not_run=("E5 to E7: not part of this run",),
+        not_run=("probes: not part of this run",),
         records=[
             *attention_records(),
             *similarity_records(),
             *readout_records(),
             *compression_records(),
             *causal_records(),
-            record("similarity", "excess_cosine", "1", None, layer=0, distance=512),
+            record("excess_cosine", None, layer=0, distance=512),
         ],
         verdicts=verdicts,
         token_views=[view, longer],
