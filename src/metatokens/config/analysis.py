@@ -40,7 +40,7 @@ class HeadTraining(Frozen):
     evaluation_interval_steps: int = Field(10, ge=1)
     """Steps between two looks at the validation part."""
     patience_evaluations: int = Field(10, ge=1)
-    """A head is done when so many evaluations in a row brought no change above `min_change`."""
+    """Early-stopping patience: evaluations in a row without a change above `min_change`."""
     min_change: float = Field(1e-3, ge=0)
     """Nats of the validation loss."""
 
@@ -71,8 +71,8 @@ class RateDistortionConfig(HeadTraining):
     """The variational information bottleneck on a state: an encoder, a prior of its code and a linear decoder."""
 
     betas: tuple[Annotated[float, Field(gt=0)], ...] = Field(_BETAS, min_length=1)
-    """Nats of distortion that a nat of rate is worth, rising. Trained from the largest down, each from the head of the
-    one above it: upwards, heads drag along what they memorised at a small beta."""
+    """Rate weights, ascending: the loss is distortion + beta * rate. Trained from the largest down, each from the head
+    of the one above it: upwards, heads drag along what they memorised at a small beta."""
     collapsed_rate: float = Field(0.1, ge=0)
     """Nats: a head of a lower rate says nothing and is a saddle of the next beta, which then starts from first
     weights."""
@@ -84,8 +84,6 @@ class RateDistortionConfig(HeadTraining):
     """r(z); the mixture tells how much of a rate is due to the simple prior."""
     num_code_samples: int = Field(16, ge=1)
     """Codes drawn for a state of the test part; the distortion is the mean over them."""
-    max_information_states: int = Field(4096, ge=2)
-    """K: states of the test part, at most, for the bounds of I(Z;X); the lower one cannot exceed ln K."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> Self:
@@ -189,7 +187,7 @@ class AnalysisConfig(Frozen):
     calibration_documents: int = Field(16, ge=1)
     """Further documents, for the mean states that cosines are centred on."""
     queries: int = Field(512, ge=1)
-    """Attention rows of a document, one from each of so many stretches."""
+    """Attention rows measured in a document: it is cut into this many stretches, and each gives one."""
     distances: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Positions back, rising, of the cosines."""
     newest_kept: int = Field(8, ge=0)

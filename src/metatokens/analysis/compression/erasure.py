@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metatokens.analysis.compression.heads import LabelledStates
 from metatokens.analysis.compression.probes import v_information
-from metatokens.analysis.inputs.documents import DocumentSums
+from metatokens.analysis.inputs.documents import sum_by_document
 from metatokens.analysis.inputs.labelled_states import BATCH_SIZE, Sample, padded_prompts, samples_of
 from metatokens.analysis.inputs.scores import Scores
 from metatokens.analysis.inputs.subject import Inputs, shared
@@ -188,8 +188,9 @@ def _probe_meta_tokens(
     except UsageError as error:
         inputs.skip(f"probe of the erased states: {error}")
         return
-    sums = DocumentSums.of_values(found.document_ids, found.pointwise.mean(axis=0))
-    yield Row({"layer": layer, "erased": erased}, sums.means)
+    documents, gained = found.document_ids, found.pointwise.mean(axis=0)
+    means = sum_by_document(documents, gained) / sum_by_document(documents, np.ones(len(documents)))
+    yield Row({"layer": layer, "erased": erased}, means)
 
 
 def fit_erasers(lens: Lens, samples: Sequence[Sample], labels: npt.NDArray[np.int64], layers: list[int]) -> Erasers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metatokens.analysis.inputs.subject import Inputs
 from metatokens.config.analysis import HeadTraining
 from metatokens.errors import NumericError
 from metatokens.evaluation.significance import check_documents
@@ -31,8 +33,7 @@ Loss = Callable[[Parameters], Tensor]
 """Maps the parameters of a stack to one loss a head, (G,)."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Indices of the states of each part; no document is in two of them."""
 
     train: Indices
@@ -40,13 +41,10 @@ class Split:
     test: Indices
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """What the training of a stack ends with, each head at its lowest validation loss."""
 
     parameters: Parameters
-    validation_losses: Array
-    """(G,)"""
     steps: Indices
     """(G,): when a head was done, or the most that there are."""
     converged: npt.NDArray[np.bool_]
@@ -162,7 +160,13 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
             found=str(lowest.tolist()),
             remedy="lower learning_rate, or look at the states",
         )
-    return Fit(best, lowest.double().numpy(), steps.numpy(), (~active).numpy())
+    return Fit(best, steps.numpy(), (~active).numpy())
+
+
+def note_unfinished(inputs: Inputs, part: str, heads: str, converged: npt.NDArray[np.bool_]) -> None:
+    """Say how many of these heads ran out of steps, if any did."""
+    if not converged.all():
+        inputs.skip(f"{part}: {int((~converged).sum())} of {converged.size} {heads} ran out of steps")
 
 
 def select_heads(choose_first: npt.NDArray[np.bool_], first: Parameters, other: Parameters) -> Parameters:
