@@ -184,7 +184,8 @@ def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.
 @measure("output", "logits", axes=("component", "layer"), plot=Lines("layer", by="component"))
 def attribution(inputs: Inputs) -> Rows:
     """What a component adds to the answer's logit over its foil's or, of a text, to a token's logit over the mean."""
-    shares = _shares_in_answers(inputs) if isinstance(inputs.config.subject, TaskSubject) else _shares_in_text(inputs)
+    is_task = isinstance(inputs.config.subject, TaskSubject)
+    shares = _shares_in_answers(inputs) if is_task else _shares_in_text(inputs)
     for name in shares[0] if shares else ():
         layer, component = _component(name)
         at: dict[str, str | int] = {"component": component} | ({} if layer is None else {"layer": layer})
