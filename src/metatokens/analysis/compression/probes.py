@@ -279,7 +279,7 @@ def usable_information(inputs: Inputs) -> Rows:
 
 @measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
 def selectivity(inputs: Inputs) -> Rows:
-    """That information minus what a probe of shuffled labels finds."""
+    """Usable information minus what a probe of shuffled labels finds."""
     for (state, target), found in probes_of(inputs).items():
         gained = found.pointwise.mean(axis=0) - found.shuffled_pointwise.mean(axis=0)
         yield Row({"state": state, "target": target}, gained)
@@ -287,7 +287,7 @@ def selectivity(inputs: Inputs) -> Rows:
 
 @measure("probes", "nats", axes=("state", "target"), subject="task")
 def remaining_entropy(inputs: Inputs) -> Rows:
-    """Cross-entropy of the answer once the probe has spoken."""
+    """Cross-entropy of the answer under the probe's prediction."""
     for (state, target), found in probes_of(inputs).items():
         if target == ANSWER:
             yield Row({"state": state, "target": target}, found.codes.mean(axis=0))
@@ -326,7 +326,7 @@ def compression_of_prior(inputs: Inputs) -> Rows:
 
 @measure("probes", "ratio", axes=("state",), statistic="given", subject="task")
 def compression_of_shuffled(inputs: Inputs) -> Rows:
-    """The compression with shuffled answers."""
+    """Length n ln K of all answers over that of the online code where they were shuffled."""
     yield from _code_rows(inputs, lambda code: code.uniform_length / code.shuffled_lengths.mean())
 
 

@@ -307,6 +307,6 @@ def area(inputs: Inputs) -> Rows:
 
 @measure("rate_distortion", "nats", axes=("against",), statistic="given", subject="task")
 def mean_gap(inputs: Inputs) -> Rows:
-    """That area over the width of the common range of rates."""
+    """Area between the two hulls over the width of their common range of rates."""
     for name, compared in comparisons_of(inputs).items():
         yield Row({"against": name}, compared.mean_gap, compared.num_documents)

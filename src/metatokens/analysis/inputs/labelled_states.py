@@ -10,8 +10,8 @@ The states after the last block, but for the second:
     untrained                  the last meta-token in a model of the same shape with its first weights
     mean embedding             no state at all: the mean embedding of the text tokens before the last meta-token
 
-The labels: the first token of the last answer, the text token so many back from the last meta-token, and how many
-meta-tokens stand before it. The comparison with equal prefix is the fair one; the last token is trained to give the
+The labels: the first token of the last answer, the text tokens 1, 4 and 16 back from the last meta-token, and the
+number of meta-tokens before it. The comparison with equal prefix is the fair one: the last token is trained to give the
 answer and has read more.
 """
 
