@@ -45,8 +45,6 @@ class Fit(NamedTuple):
     """What the training of a stack ends with, each head at its lowest validation loss."""
 
     parameters: Parameters
-    steps: Indices
-    """(G,): when a head was done, or the most that there are."""
     converged: npt.NDArray[np.bool_]
     """(G,): False where the steps ran out first."""
 
@@ -131,8 +129,7 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
     optimizer = torch.optim.Adam(current.values(), lr=training.learning_rate)
     best = {name: value.detach().clone() for name, value in current.items()}
     lowest, reference = torch.full((num_heads,), math.inf), torch.full((num_heads,), math.inf)
-    stale, steps = torch.zeros(num_heads, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
-    active = torch.ones(num_heads, dtype=torch.bool)
+    stale, active = torch.zeros(num_heads, dtype=torch.long), torch.ones(num_heads, dtype=torch.bool)
     for step in range(training.max_steps + 1):
         if step:
             optimizer.zero_grad()
@@ -142,7 +139,6 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
             continue
         with torch.no_grad():
             losses = validation_loss_fn(current)
-        steps[active] = step
         improved = active & (losses < lowest)
         lowest = torch.where(improved, losses, lowest)
         for name, value in current.items():
@@ -160,7 +156,7 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
             found=str(lowest.tolist()),
             remedy="lower learning_rate, or look at the states",
         )
-    return Fit(best, steps.numpy(), (~active).numpy())
+    return Fit(best, (~active).numpy())
 
 
 def note_unfinished(inputs: Inputs, part: str, heads: str, converged: npt.NDArray[np.bool_]) -> None:
