@@ -3,9 +3,8 @@
 The ways, each in a process of its own, so that its peak memory is its own, and all in turns, round by round:
 
     forward    the model alone, without logits and cache: what every other way contains
-    fused      `attention_statistics` of all rows, through the fused kernel
-    sampled    the same of 512 sampled queries
-    blocks     the same of all rows without the fused kernel, as masks and ALiBi need it
+    sampled    `row_statistics` of 512 sampled queries, and of all in meta-attention
+    blocks     the same of all queries
     two_runs   `attention_effects` of 512 sampled queries: with the embedding and without, and the theorem's audit
     stored     all attention weights kept (`output_attentions`), then entropy and meta mass, where memory allows
 
@@ -32,27 +31,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from metatokens.analysis.attention.rows import (
-    RowStatistics,
-    StratifiedQueries,
-    attention_statistics,
-    mask_of,
-    members_of,
-    observe_attention,
-    row_statistics,
-)
+from metatokens.analysis.attention.rows import StratifiedQueries, row_statistics
 from metatokens.analysis.attention.sharpening import attention_effects
 from metatokens.analysis.inputs.documents import Document
 from metatokens.config.schema import ModelConfig, UniformInjection
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
-from metatokens.evaluation.interventions import ZeroEmbedding
 from metatokens.lens import Lens
+from metatokens.lens.lens import AttentionCall
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 TEXT_VOCABULARY = 50_257
 META_RATIO = 0.1
 QUERIES = StratifiedQueries(512)
-WAYS = ("forward", "fused", "sampled", "blocks", "two_runs", "stored")
+WAYS = ("forward", "sampled", "blocks", "two_runs", "stored")
 FLOAT_BYTES = 4
 ROOM = 1.3  # measured at 4,096 tokens: 1.21 times the weights, model and all
 WEIGHTS_SCALE = 3.0  # makes rows of freshly drawn weights as sharp as a trained model's: a few nats
@@ -83,36 +74,34 @@ def make_ids(length: int) -> Tensor:
 
 
 def run_forward(lens: Lens, ids: Tensor, _: Tensor) -> None:
-    lens(ids, use_cache=False, logits_to_keep=1)
-
-
-def run_fused(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
-    return mean_entropy(attention_statistics(lens, ids, is_meta=is_meta))
+    lens.run(ids)
 
 
 def run_sampled(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
-    return mean_entropy(attention_statistics(lens, ids, is_meta=is_meta, queries=QUERIES))
+    return mean_entropy(lens, ids, is_meta, QUERIES.draw(ids.shape[1]))
 
 
 def run_blocks(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
-    found = {}
+    return mean_entropy(lens, ids, is_meta)
 
-    def look(call: Any) -> None:
-        found[call.layer, call.branch] = row_statistics(
-            call.query_BHTD,
-            call.key_BHTD,
-            scaling=call.scaling,
-            is_meta=members_of(call, is_meta),
-            mask=mask_of(call),
-        )
 
-    observe_attention(lens, look, ("attn", "meta_attn"), ids, {})
-    return mean_entropy(found)
+def mean_entropy(lens: Lens, ids: Tensor, is_meta: Tensor, rows: Tensor | None = None) -> float:
+    entropies = []
+
+    def look(call: AttentionCall) -> None:
+        if call.branch == "attn":
+            entropies.append(row_statistics(call, is_meta=is_meta, rows=rows).entropy)
+        else:  # whose keys are all meta-tokens
+            row_statistics(call, is_meta=call.columns >= 0)
+
+    with lens.observe(look):
+        lens.run(ids)
+    return float(torch.stack(entropies).mean())
 
 
 def run_two_runs(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
     document = Document("random tokens", ids, is_meta)
-    return float(attention_effects(lens, [document], ablation=ZeroEmbedding(), queries=QUERIES).entropy.mean())
+    return float(attention_effects(lens, [document], queries=QUERIES)["entropy"].mean())
 
 
 def run_stored(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
@@ -124,10 +113,6 @@ def run_stored(lens: Lens, ids: Tensor, is_meta: Tensor) -> float:
     for weights in output.meta_attentions:
         torch.special.entr(weights).sum(-1)
     return float(torch.stack(entropies).mean())
-
-
-def mean_entropy(found: dict[Any, RowStatistics]) -> float:
-    return float(torch.stack([rows.entropy for (_, branch), rows in found.items() if branch == "attn"]).mean())
 
 
 RUNS: dict[str, Callable[[Lens, Tensor, Tensor], float | None]] = {way: globals()[f"run_{way}"] for way in WAYS}

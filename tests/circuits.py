@@ -1,4 +1,4 @@
-"""Models whose weights are written by hand, so that what causes their answer is known exactly.
+"""Models written by hand, so that what causes their answer is known exactly; and minimal pairs for random ones.
 
 A row is `BOS _ item x _ x _ ?` with three meta-tokens. The embedding holds the item's identity and the place says who
 reads whom, so each attention is one edge a query: scores are so large that a softmax is one key, and a query without
@@ -10,13 +10,18 @@ its edge reads BOS or the first meta-token, which hold nothing.
     branch    layer 0: as meta, then meta-attention hands it to the third meta-token; layer 1: the question reads that
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from metatokens.analysis.inputs.pairs import MinimalPair
+from metatokens.analysis.inputs.pairs import MinimalPair, make_minimal_pairs
+from metatokens.config.tasks import Difficulty, ListRecallTask
+from metatokens.lens import Lens
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from task_drawing import word_encoder
+from tiny_models import META as TINY_META
+from tiny_models import tiny_model, tokens
 
 Circuit = Literal["meta", "direct", "either", "branch"]
 
@@ -93,3 +98,35 @@ def _wire(attention, asker: int, asked: tuple[int, ...], copies: list[tuple[rang
         for source, target in zip(sources, targets, strict=True):
             attention.v_proj.weight[source, source] = 1.0
             _set(attention.o_proj.weight[:, source], target)
+
+
+def random_lens(**changes: Any) -> Lens:
+    """Return a lens on a model of random weights."""
+    return Lens(tiny_model(**changes))
+
+
+def random_pair(picture: str, item: int, question: int, seed: int = 0) -> MinimalPair:
+    (ids,) = tokens(picture, seed=seed).numpy()
+    corrupt = ids.copy()
+    corrupt[item] = (ids[item] + 1) % 19
+    return MinimalPair(ids, corrupt, 3, 5, np.array([item]), np.flatnonzero(ids == TINY_META), question)
+
+
+RAGGED = [
+    random_pair("xxx_xxx_xx_xxx", 1, 11, seed=1),
+    random_pair("_xxxx_xx", 2, 6, seed=2),
+    random_pair("xxxxx_xxxxx_xxxx__xx", 4, 18, seed=3),
+]
+"""Rows of unequal lengths, with different numbers of meta-tokens."""
+
+
+def task_lens() -> Lens:
+    """Return a lens on a model of random weights that reads `task_pairs`."""
+    encoder = word_encoder()
+    return random_lens(vocab_size=encoder.vocab_size + 2, meta_token_id=encoder.vocab_size, pad_token_id=None)
+
+
+def task_pairs() -> list[MinimalPair]:
+    encoder, difficulty = word_encoder(), Difficulty(size=(2, 4), prompt_tokens=(10, 60))
+    special = {"encoder": encoder, "meta_token_id": encoder.vocab_size, "seed": 0}
+    return make_minimal_pairs(ListRecallTask(), difficulty, pairs=6, **special)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
+from metatokens.lens.activations import AttentionCall
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 VOCABULARY, META = 50, 48
@@ -90,6 +91,12 @@ MODELS = {name: (lambda changes=changes: build(**changes)) for name, changes in 
     "gpt2": gpt2,
     "gpt-neo": gpt_neo,
 }
+
+
+def attention_call(query: Tensor, key: Tensor, *, scaling: float = 1.0, mask: Tensor | None = None) -> AttentionCall:
+    """Return what a self-attention with these queries and keys, (B, H, T, D), is about to compute."""
+    columns = torch.arange(query.shape[2]).expand(len(query), -1)
+    return AttentionCall(0, "attn", query, key, mask, scaling, columns)
 
 
 def assert_untouched(model: nn.Module) -> None:

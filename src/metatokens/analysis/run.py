@@ -51,7 +51,8 @@ def analyze(
     """Measure what the config asks for and return the results with their arrays.
 
     Raises:
-        UsageError: a model in training mode or without meta-tokens, too few or too short documents.
+        UsageError: A model without meta-tokens, too few or too short documents.
+        ValueError: A model in training mode.
     """
     inputs = Inputs(model, tokenizer, config)
     found: dict[str, list[Row]] = {}

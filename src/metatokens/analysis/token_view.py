@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention.rows import check_plain_softmax, mask_of, row_statistics
+from metatokens.analysis.attention.rows import check_plain_softmax, row_statistics
 from metatokens.analysis.causal.patching import patch_map
 from metatokens.analysis.inputs.pairs import MinimalPair, pairs_of
 from metatokens.analysis.inputs.subject import Inputs
@@ -53,7 +52,7 @@ from metatokens.analysis.results import TokenView
 from metatokens.config.analysis import LONGEST_VIEW, TaskSubject
 from metatokens.errors import UsageError
 from metatokens.lens.lens import AttentionCall, Captured, Lens
-from metatokens.lens.residuals import find_meta_tokens, residual_names
+from metatokens.lens.residuals import residual_names
 
 DENSE_VIEW = 256
 """Tokens up to which every weight is kept; the attention of 12 layers of 12 heads is then 9.4 MB before compression."""
@@ -63,43 +62,29 @@ _ATTENTION_STEPS, _COSINE_STEPS = 255, 127
 _ROWS_AT_A_TIME = 256  # of logits: 51 MB of float32 at GPT-2's vocabulary
 
 
-@dataclass(frozen=True)
-class MeasuredView:
-    """A text, its tokens as text, and the arrays of the module's table."""
-
-    tokens: tuple[str, ...]
-    is_meta: tuple[bool, ...]
-    arrays: dict[str, npt.NDArray[Any]]
-
-    def named(self, title: str, key: str) -> tuple[TokenView, dict[str, npt.NDArray[Any]]]:
-        """Return the view as results declare it, and its arrays under keys of their own, `KEY.NAME`."""
-        keys = {name: f"{key}.{name}" for name in self.arrays}
-        view = TokenView(title=title, tokens=self.tokens, is_meta=self.is_meta, arrays=keys)
-        return view, {keys[name]: array for name, array in self.arrays.items()}
-
-
 def measure_token_view(
     lens: Lens,
     input_ids: Tensor,
-    decode: Callable[[list[int]], str],
     *,
     calibrations: Sequence[Calibration] | None = None,
     patch_effect: npt.NDArray[Any] | None = None,
-) -> MeasuredView:
+) -> dict[str, npt.NDArray[Any]]:
     """Measure one text in three forward passes: with its meta-tokens, once more to share out its logits, and without.
 
     Args:
-        lens: on the model.
+        lens: On the model.
         input_ids: (T,) with meta-tokens, without padding, at most 2,048.
-        decode: makes text of a list of ids, such as a tokenizer's own.
-        calibrations: of the L + 1 layers, see `similarity.calibrate`; without them there is no `cosine_centred`.
+        calibrations: Of the L + 1 layers, see `similarity.calibrate`; without them there is no `cosine_centred`.
         patch_effect: (L + 1, T), where the text is a prompt of a minimal pair.
 
+    Returns:
+        The arrays of the module's table.
+
     Raises:
-        UsageError: more than 2,048 tokens, no text, an effect of another shape, or a model whose attention is no
-            softmax of its scores.
+        UsageError: More than 2,048 tokens, no text, or a model whose attention is no softmax of its scores.
+        ValueError: An effect of another shape.
     """
-    is_meta = find_meta_tokens(lens, input_ids)
+    is_meta = lens.is_meta(input_ids)
     if input_ids.ndim != 1 or not 0 < len(input_ids) <= LONGEST_VIEW or bool(is_meta.all()):
         raise UsageError(
             "token view",
@@ -113,25 +98,45 @@ def measure_token_view(
     names = residual_names(lens) if is_dense else []
     with lens.observe(attention.add), lens.capture(names, dtype=torch.float32) as captured:
         logits = lens(input_ids[None], use_cache=False).logits[0]
-    policy = getattr(lens.model.config, "loss_policy", "skip")
-    arrays = attention.arrays | {"loss_with": token_losses(logits, input_ids, is_meta, policy)}
+    arrays = attention.arrays | {"loss_with": token_losses(logits, input_ids, is_meta, lens.loss_policy)}
     del logits  # 0.4 GB of 2,048 tokens at GPT-2's vocabulary
     without = np.full(len(input_ids), np.nan, dtype=np.float32)
     text_ids = input_ids[~is_meta]
     text_logits = lens(text_ids[None], use_cache=False).logits[0]
     no_meta = torch.zeros_like(text_ids, dtype=torch.bool)
-    without[(~is_meta).numpy(force=True)] = token_losses(text_logits, text_ids, no_meta, policy)
+    without[(~is_meta).numpy(force=True)] = token_losses(text_logits, text_ids, no_meta, lens.loss_policy)
     arrays |= {"loss_without": without, **_logits_by_layer(attribute_tokens(lens, input_ids), len(lens.layout.blocks))}
     if is_dense:
         arrays |= _cosines(captured, names, calibrations)
     if patch_effect is not None:
-        arrays["patch_effect"] = _check_effect(patch_effect, (len(lens.layout.blocks) + 1, len(input_ids)))
-    tokens = tuple(decode([token_id]) for token_id in input_ids.tolist())
-    return MeasuredView(tokens, tuple(is_meta.tolist()), arrays)
+        shape = len(lens.layout.blocks) + 1, len(input_ids)
+        if patch_effect.shape != shape:
+            raise ValueError(f"the patch effect of this text is an array {shape}, not {patch_effect.shape}")
+        arrays["patch_effect"] = patch_effect.astype(np.float32)
+    return arrays
+
+
+def declare_view(
+    lens: Lens,
+    input_ids: Tensor,
+    arrays: dict[str, npt.NDArray[Any]],
+    decode: Callable[[list[int]], str],
+    *,
+    title: str,
+    key: str,
+) -> tuple[TokenView, dict[str, npt.NDArray[Any]]]:
+    """Return the view of a text as results declare it, and its arrays under keys of their own, `KEY.NAME`."""
+    view = TokenView(
+        title=title,
+        tokens=tuple(decode([token_id]) for token_id in input_ids.tolist()),
+        is_meta=tuple(lens.is_meta(input_ids).tolist()),
+        arrays={name: f"{key}.{name}" for name in arrays},
+    )
+    return view, {f"{key}.{name}": array for name, array in arrays.items()}
 
 
 def _logits_by_layer(columns: dict[str, npt.NDArray[np.float32]], num_layers: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of the module's table; the embedding and the biases are not among them."""
+    """Return the arrays of logits; those of the embedding and of the biases are left out."""
     arrays = {"logit": columns["logit"]}
     absent = np.where(np.isnan(columns["logit"]), np.float32(np.nan), np.float32(0))
     for name, branch in (("attention", "attn_out"), ("meta_attention", "meta_out"), ("mlp", "mlp_out")):
@@ -152,35 +157,6 @@ def _cosines(
         ]
         arrays["cosine_centred"] = np.stack([quantize_cosines(states) for states in centred])
     return arrays
-
-
-def _check_effect(patch_effect: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    if patch_effect.shape != shape:
-        raise UsageError(
-            "patch effect",
-            expected=f"an array {shape}, of each site and token",
-            found=str(patch_effect.shape),
-            remedy="take patch_map of the pair whose prompt is shown",
-        )
-    return patch_effect.astype(np.float32)
-
-
-def attention_weights(query_HTD: Tensor, key_HTD: Tensor, *, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Return causal attention weights (H, T, T), float32, row = query; a row that sees no key is 0.
-
-    Args:
-        query_HTD: (H, T, D) as the scores use them.
-        key_HTD: (H, T, D).
-        scaling: what products are multiplied by.
-        mask: None, or (1 or H, T, T), bool (True = keep) or additive.
-    """
-    scores = query_HTD.float() @ key_HTD.float().transpose(-1, -2) * scaling
-    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().expand_as(scores)
-    if mask is not None and mask.dtype == torch.bool:
-        keep = keep & mask
-    elif mask is not None:
-        scores, keep = scores + mask, keep & (mask > torch.finfo(mask.dtype).min / 2)
-    return scores.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num(0)
 
 
 def quantize_weights(weights: Tensor) -> npt.NDArray[np.uint8]:
@@ -269,7 +245,7 @@ class _DenseAttention(_AttentionArrays):
 
 
 class _SparseAttention(_AttentionArrays):
-    """The largest weights of each row, of some heads and of the mean; no more than one head's matrix at a time."""
+    """The largest weights of each row, of some heads and of the mean; holds one head's matrix at a time."""
 
     def __init__(self, lens: Lens, is_meta: Tensor) -> None:
         super().__init__(lens, is_meta)
@@ -303,15 +279,8 @@ class _SparseAttention(_AttentionArrays):
         num_shown = min(SPARSE_HEADS, self.num_heads)
         if num_shown == self.num_heads or not self.is_meta.any():
             return list(range(num_shown))
-        found = row_statistics(
-            call.query_BHTD,
-            call.key_BHTD,
-            scaling=call.scaling,
-            is_meta=self.is_meta[None],
-            mask=mask_of(call),
-            rows=torch.arange(int(self.is_meta.nonzero()[0]), self.num_tokens, device=self.is_meta.device),
-        )
-        log_odds = found.meta_log_odds[0]
+        rows = torch.arange(int(self.is_meta.nonzero()[0]), self.num_tokens)
+        log_odds = row_statistics(call, is_meta=self.is_meta[None], rows=rows).meta_log_odds[0]
         # a row that sees meta keys alone has no log-odds
         means = torch.nanmean(torch.where(log_odds.isfinite(), log_odds, torch.nan).double(), dim=-1)
         order = means.abs().nan_to_num(-1).argsort(descending=True, stable=True)
@@ -319,11 +288,10 @@ class _SparseAttention(_AttentionArrays):
 
 
 def _weights_of(call: AttentionCall, heads: slice) -> Tensor:
-    """Return the weights (n, T, T) of some heads of the one text of a call."""
-    mask = mask_of(call)
-    if mask is not None:
-        mask = mask[0] if mask.shape[1] == 1 else mask[0, heads]
-    return attention_weights(call.query_BHTD[0, heads], call.key_BHTD[0, heads], scaling=call.scaling, mask=mask)
+    """Return the weights (n, T, T) of some heads of the one text of a call, float32; a row that sees no key is 0."""
+    _, num_heads, num_tokens, _ = call.query_BHTD.shape
+    ((scores, visible, _),) = call.score_blocks(heads=heads, block_scores=num_heads * num_tokens**2)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)[0]
 
 
 # Which texts are shown --------------------------------------------------------------------------------------------
@@ -332,17 +300,17 @@ def _weights_of(call: AttentionCall, heads: slice) -> Tensor:
 def views_of(inputs: Inputs) -> list[TokenView]:
     """Show some documents token by token, and of a task one prompt of a minimal pair with its patch effects."""
     lens, config, calibrations = inputs.lens, inputs.config, calibrations_of(inputs)
-    decode = inputs.tokenizer.decode
     views: list[TokenView] = []
 
-    def keep(title: str, measured: MeasuredView) -> None:
-        view, arrays = measured.named(title, f"view{len(views)}")
+    def keep(title: str, input_ids: Tensor, patch_effect: npt.NDArray[Any] | None = None) -> None:
+        measured = measure_token_view(lens, input_ids, calibrations=calibrations, patch_effect=patch_effect)
+        key, decode = f"view{len(views)}", inputs.tokenizer.decode
+        view, arrays = declare_view(lens, input_ids, measured, decode, title=title, key=key)
         views.append(view)
         inputs.arrays.update(arrays)
 
     for document in inputs.subject.documents[: config.token_views]:
-        ids = document.input_ids[0, : config.view_tokens]
-        keep(document.name, measure_token_view(lens, ids, decode, calibrations=calibrations))
+        keep(document.name, document.input_ids[0, : config.view_tokens])
     if not isinstance(config.subject, TaskSubject):
         return views
     found = _first_pair(inputs)
@@ -352,14 +320,8 @@ def views_of(inputs: Inputs) -> list[TokenView]:
         )
         return views
     number, pair = found
-    measured = measure_token_view(
-        lens,
-        torch.from_numpy(pair.clean).to(lens.model.device),
-        decode,
-        calibrations=calibrations,
-        patch_effect=patch_map(lens, pair),
-    )
-    keep(f"minimal pair {number}: clean prompt", measured)
+    clean = torch.from_numpy(pair.clean).to(lens.model.device)
+    keep(f"minimal pair {number}: clean prompt", clean, patch_map(lens, pair))
     return views
 
 

@@ -9,9 +9,9 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-import metatokens
 from metatokens.cli import (
     analyze,
     demo,
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="metatokens", description="Language models with learned meta-tokens.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"metatokens {metatokens.__version__}")
+    parser.add_argument("--version", action="version", version=f"metatokens {version('metatokens')}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in VERBS:
         verb.add(verbs)

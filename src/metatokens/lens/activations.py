@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatokens.errors import UsageError
 from metatokens.lens.layout import Branch
+from metatokens.lens.positions import at_columns
+
+BLOCK_SCORES = 2**22
+"""Scores at a time, at most, except for a single row: 16 MB."""
+
+
+class ScoreBlock(NamedTuple):
+    """Scores of some queries over the keys up to the last of them."""
+
+    scores: Tensor
+    """(B, H, r, K) float32 or better."""
+    visible: Tensor
+    """(1 or B, 1 or H, r, K) bool."""
+    rows: Tensor
+    """(r,) indices of the queries."""
 
 
 @dataclass(frozen=True)
@@ -28,56 +43,83 @@ class AttentionCall:
     columns: Tensor
     """(B, T) int64: the column in the sequence of each token; -1 where a row of packed meta-tokens has none."""
 
+    def score_blocks(
+        self, *, rows: Tensor | None = None, heads: slice = slice(None), block_scores: int = BLOCK_SCORES
+    ) -> Iterator[ScoreBlock]:
+        """Yield the causal scores, block of queries by block of queries, so that no square array is stored.
+
+        Args:
+            rows: (Q,) rising indices of the queries; None takes all.
+            heads: which heads.
+            block_scores: Scores at a time, at most, except for a single row.
+
+        Raises:
+            UsageError: An attention backend whose mask is no tensor.
+        """
+        mask = self._tensor_mask(heads)
+        precise = torch.promote_types(self.query_BHTD.dtype, torch.float32)
+        query, key = self.query_BHTD[:, heads].to(precise), self.key_BHTD[:, heads].to(precise)
+        everything = torch.arange(query.shape[-2], device=query.device)
+        rows_at_a_time = max(1, block_scores // key[..., 0].numel())
+        for chosen in (everything if rows is None else rows.to(query.device)).split(rows_at_a_time):
+            num_keys = int(chosen.max()) + 1
+            scores = query[:, :, chosen] @ key[:, :, :num_keys].transpose(-1, -2) * self.scaling
+            visible = (everything[:num_keys] <= chosen[:, None])[None, None]
+            if mask is not None and mask.dtype == torch.bool:
+                visible = visible & mask[:, :, chosen, :num_keys]
+            elif mask is not None:
+                bias = mask[:, :, chosen, :num_keys]
+                visible = visible & (bias > torch.finfo(mask.dtype).min / 2)
+                scores = scores + bias
+            yield ScoreBlock(scores, visible, chosen)
+
+    def _tensor_mask(self, heads: slice) -> Tensor | None:
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, Tensor):
+            return self.mask if self.mask.shape[1] == 1 else self.mask[:, heads]
+        raise UsageError(
+            "attention implementation",
+            expected="eager or sdpa, whose masks can be read",
+            found=type(self.mask).__name__,
+            remedy='call model.set_attn_implementation("sdpa")',
+        )
+
 
 class Captured(Mapping[str, Tensor]):
     """Activations that one forward pass left, by the names of their taps.
 
-    With `at`, each is packed to the selected tokens, (n, ...), in the order of `index`; else as it is, (B, T, ...).
+    Without `at` they are as the model made them, (B, T, ...); with it they are packed to the selected tokens, (n, ...),
+    row by row. A tap that did not fire has no key: those of meta-attention are silent without meta-tokens.
     """
 
-    def __init__(self, names: frozenset[str], at: Tensor | None, dtype: torch.dtype | None, device: str | None) -> None:
+    def __init__(self, names: frozenset[str], at: Tensor | None, dtype: torch.dtype | None) -> None:
         """Wait for the taps of these names."""
-        self.names, self.at, self.dtype, self.device = names, at, dtype, device
+        self.names, self.at, self.dtype = names, at, dtype
         self.meta_columns: Tensor | None = None
         """(B, M) int64, the column of each packed meta-token, -1 for padding; None without a tap of meta-attention."""
         self._values: dict[str, Tensor] = {}
         self._indices: dict[str, Tensor] = {}
-        self._selections: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    @property
-    def index(self) -> Tensor:
-        """(n, 2) int64, row and column of each selected token, where all taps have the same.
-
-        Raises:
-            UsageError: Nothing was selected or captured, or `at` holds tokens that only some of the taps have.
-        """
-        indices = list(self._indices.values())
-        if indices and all(index is indices[0] or torch.equal(index, indices[0]) for index in indices):
-            return indices[0]
-        raise UsageError(
-            "index of a capture",
-            expected="packed taps of the same tokens",
-            found="taps that hold different ones" if indices else "none",
-            remedy="ask index_of(name)" if indices else "run the lens under capture(..., at=mask)",
-        )
 
     def index_of(self, name: str) -> Tensor:
         """Return (n, 2) int64, row and column of each selected token of a tap.
 
         Those of meta-attention leave out tokens that take no part in it.
+
+        Raises:
+            ValueError: A capture without `at`, which selects nothing.
         """
         self[name]
-        return self._indices[name] if self.at is not None else self.index
+        if self.at is None:
+            raise ValueError("a capture without `at` keeps all tokens as they are and has no index")
+        return self._indices[name]
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._values:
             return self._values[name]
-        raise UsageError(
-            f"capture of {name}",
-            expected="a tap that was asked for and fired",
-            found="no forward pass with meta-tokens" if name in self.names else "one that was not asked for",
-            remedy="run the lens within the context" if name in self.names else "add it to the names",
-        )
+        if name in self.names:
+            raise KeyError(f"{name} has not fired: no forward pass yet, or one without meta-tokens")
+        raise KeyError(f"{name} is not among the captured names")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -85,39 +127,15 @@ class Captured(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def store(self, name: str, value: Tensor, columns: Tensor, finish: Callable[[Tensor], Tensor] | None) -> None:
-        """Keep a copy of the selected tokens; `finish` is applied to these alone."""
+    def store(self, name: str, value: Tensor, columns: Tensor) -> None:
+        """Keep a copy of the selected tokens of an activation (B, T, ...) whose columns are (B, T)."""
         if name in self._values:
-            raise UsageError(
-                "capture", expected="one forward pass", found="a second", remedy="open a new capture for each"
-            )
+            raise ValueError("a capture keeps one forward pass; open a new one for each")
         value = value.detach()
         if self.at is not None:
-            chosen, self._indices[name] = self._select(self.at, columns)
-            value = value[chosen]
-        if finish is not None:
-            value = finish(value).detach()
-        is_copy = self.at is not None or finish is not None
-        self._values[name] = value.to(device=self.device, dtype=self.dtype or value.dtype, copy=not is_copy)
+            rows, places = at_columns(self.at, columns).nonzero(as_tuple=True)
+            self._indices[name] = torch.stack([rows, columns[rows, places]], dim=1)
+            value = value[rows, places]
+        self._values[name] = value.to(self.dtype or value.dtype, copy=self.at is None)
         if ".meta_attn." in name:
             self.meta_columns = columns
-
-    def _select(self, at: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which tokens are selected, (B, T) bool, and their (n, 2) rows and columns."""
-        for known, chosen, index in self._selections:
-            if known is columns:
-                return chosen, index
-        if at.shape[0] not in (1, len(columns)):
-            raise UsageError(
-                "at",
-                expected=f"(1 or {len(columns)}, T), rows of the batch",
-                found=f"{tuple(at.shape)}",
-                remedy="give one mask for all rows or one for each",
-            )
-        inside = (columns >= 0) & (columns < at.shape[1])
-        at = at.to(columns.device).expand(len(columns), -1)
-        chosen = inside & at.gather(1, columns.clamp(0, at.shape[1] - 1))
-        rows, places = chosen.nonzero(as_tuple=True)
-        index = torch.stack([rows, columns[rows, places]], dim=1).to(self.device)
-        self._selections.append((columns, chosen, index))
-        return chosen, index

@@ -1,7 +1,7 @@
-"""The hooks of the lens: hung on the modules that the requests need, and on no other, until they are removed.
+"""The hooks of the lens: they hang on the modules that the requests need, and on no other, until they are removed.
 
-No module is patched and no attention implementation is changed. Queries and keys are seen as the scores use them
-through the `Rotary` that an attention of this package is handed; without rotation these are what was projected.
+No module is patched and no attention implementation is changed. An attention of this package is handed a `Rotary`;
+the lens wraps it and so sees queries and keys as the scores use them. Without rotation these are the projections.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Observer = Callable[[AttentionCall], None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Requests:
-    """What one context asks of a model; each is itself alone, whatever another asks."""
+    """What one context asks of a model. Compared by identity: two contexts may ask for the same."""
 
     edits: Sequence[Edit] = ()
     cuts: Sequence[EdgeCut] = ()
@@ -40,7 +40,7 @@ class Requests:
 
 
 def match_names(names: Iterable[str], pattern: str) -> list[str]:
-    """Return the names of taps that a pattern means; `*` stands for any text."""
+    """Return the names of taps that match a pattern; `*` stands for any text."""
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -117,12 +117,7 @@ class Hooks:
     @property
     def _forward(self) -> _Forward:
         if self._current is None:
-            raise UsageError(
-                "forward pass under a lens",
-                expected="one of the whole model",
-                found="one of a part of it",
-                remedy="call lens(...) or model(...)",
-            )
+            raise ValueError("the lens needs a forward pass of the whole model; call lens(...)")
         return self._current
 
     def _fire(self, name: str, value: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -137,11 +132,9 @@ class Hooks:
             value = edit.change(value, columns)
         return value
 
-    def _keep(
-        self, name: str, value: Tensor, columns: Tensor, finish: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def _keep(self, name: str, value: Tensor, columns: Tensor) -> None:
         for captured in self._captures.get(name, ()):
-            captured.store(name, value, columns, finish)
+            captured.store(name, value, columns)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
@@ -153,9 +146,7 @@ class Hooks:
         seen = 0 if past is None else past.get_seq_length()
         implementation = self._model.config._attn_implementation
         if not isinstance(seen, int):
-            raise UsageError(
-                "past_key_values", expected="a growing cache", found=type(past).__name__, remedy="use a DynamicCache"
-            )
+            raise ValueError(f"the lens needs a cache that grows, such as a DynamicCache, not {type(past).__name__}")
         if self._cuts and implementation not in _MASKS_ARE_TENSORS:
             raise UsageError(
                 "attention implementation of a model with cut edges",
@@ -209,7 +200,7 @@ class Hooks:
         ]
         shows_scores = bool(self._observers) or self._wants(*(f"{site.prefix}.{tap}" for tap in ROTATED_TAPS.values()))
         shows_projections = self._wants(*(f"{site.prefix}.{tap}" for tap in PROJECTION_TAPS))
-        shows_heads = self._wants(f"{site.prefix}.hook_z", f"{site.prefix}.hook_result")
+        shows_heads = self._wants(f"{site.prefix}.hook_z")
         shows_output = self._wants(site.output_tap)
         if not (cuts or shows_scores or shows_projections or shows_heads or shows_output):
             return
@@ -297,7 +288,7 @@ class Hooks:
             cache = arguments.get(site.cache_argument)
             cached = None if cache is None else cache.layers[site.layer].meta_columns
             key_columns = columns if cached is None else torch.cat([cached, columns], dim=1)
-        return cut_mask(mask, cuts, columns, key_columns, num_heads=site.num_heads)
+        return cut_mask(mask, cuts, columns, key_columns)
 
     def _leave_attention(self, site: AttentionSite, _: nn.Module, __: Any, output: tuple[Any, ...]) -> Any:
         if site.branch == "attn":
@@ -308,7 +299,7 @@ class Hooks:
         full = pack.add(empty, output[0])
         changed = self._edit(site.output_tap, full, columns)
         rows = output[0] if changed is full else pack.gather(changed)
-        # a token that takes no part gets nothing, whatever an edit says
+        # a token that takes no part gets nothing, even from an edit
         self._keep(site.output_tap, full if changed is full else pack.add(empty, rows), columns)
         return None if changed is full else (rows, *output[1:])
 
@@ -349,11 +340,8 @@ class Hooks:
 
     def _observe(self, site: AttentionSite, query: Tensor, key: Tensor) -> None:
         if self._forward.num_seen:
-            raise UsageError(
-                "observed forward pass",
-                expected="no cached tokens",
-                found=str(self._forward.num_seen),
-                remedy="run it whole",
+            raise ValueError(
+                f"an observed forward pass starts without a cache, not behind {self._forward.num_seen} tokens"
             )
         columns, mask = self._columns_of(site), self._forward.masks[site.branch]
         if site.window is not None:
@@ -366,11 +354,6 @@ class Hooks:
         columns = self._columns_of(site)
         heads = args[0].unflatten(-1, (site.num_heads, site.head_dim))
         changed = self._fire(f"{site.prefix}.hook_z", heads, columns)
-        weight: Tensor = site.output.weight  # type: ignore[assignment]
-        weight = (weight if site.is_output_transposed else weight.T).unflatten(0, (site.num_heads, site.head_dim))
-        self._keep(
-            f"{site.prefix}.hook_result", changed, columns, lambda z: torch.einsum("...hd,hdc->...hc", z, weight)
-        )
         return None if changed is heads else ((changed.flatten(-2), *args[1:]), kwargs)
 
 

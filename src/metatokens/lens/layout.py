@@ -21,7 +21,7 @@ Branch = Literal["attn", "meta_attn"]
 
 PROJECTION_TAPS = ("hook_q", "hook_k", "hook_v")
 ROTATED_TAPS = {"hook_q": "hook_rot_q", "hook_k": "hook_rot_k"}
-ATTENTION_TAPS = (*PROJECTION_TAPS, *ROTATED_TAPS.values(), "hook_z", "hook_result")
+ATTENTION_TAPS = (*PROJECTION_TAPS, *ROTATED_TAPS.values(), "hook_z")
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ class AttentionSite:
     """Place and name of the cache."""
     rotary_argument: tuple[int, str] | None = None
     """Place and name of the `Rotary`, or of the pack that holds it; None where queries and keys stay as projected."""
-    is_output_transposed: bool = False
-    """Whether the output projection holds (H D, C), as GPT-2's does, and not (C, H D)."""
     window: int | None = None
-    """A query sees the last so many keys, itself included, which its mask does not say; None means all."""
+    """Sliding-window size, for layers that apply it outside of the mask; None means no window."""
 
     @property
     def prefix(self) -> str:
@@ -81,6 +79,11 @@ class Layout:
     final_norm: nn.Module
     head: nn.Module
     """Gives the logits."""
+
+    @property
+    def meta_layers(self) -> list[int]:
+        """The layers that have meta-attention."""
+        return [site.layer for block in self.blocks for site in block.attentions if site.branch == "meta_attn"]
 
     @property
     def tap_names(self) -> tuple[str, ...]:
@@ -156,7 +159,6 @@ def _of_gpt2(model: Any) -> Layout:
             scaling=module.scaling,
             mask_argument=(2, "attention_mask"),
             cache_argument=(1, CACHE_NAME),
-            is_output_transposed=True,
         )
         blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))
     return Layout(tuple(blocks), model.transformer.ln_f, model.lm_head)

@@ -1,9 +1,8 @@
 """The lens: read and change what a model computes, by name and by position, without touching its weights.
 
     lens = Lens(model.eval())
-    meta = model.config.meta_token_id
-    input_ids = torch.tensor([[5, 9, meta, 7, 12]])
-    is_meta, is_answer = input_ids == meta, input_ids == 12
+    input_ids = torch.tensor([[5, 9, lens.meta_token_id, 7, 12]])
+    is_meta, is_answer = lens.is_meta(input_ids), input_ids == 12
     with lens.capture(["blocks.*.hook_resid_post"], at=is_meta) as captured:
         lens(input_ids)
     captured["blocks.3.hook_resid_post"]                        # (number of meta-tokens, C)
@@ -16,18 +15,18 @@ Taps of a block, in the order in which they fire, with their shapes:
     attn.hook_q, .hook_k, .hook_v         (B, T, H, D)   before rotation
     attn.hook_rot_q, .hook_rot_k          (B, T, H, D)   as the scores use them
     attn.hook_z                           (B, T, H, D)   weighted values
-    attn.hook_result                      (B, T, H, C)   what each head adds, without the projection's bias; read only
     hook_attn_out                         (B, T, C)
-    meta_attn.hook_q ... hook_result      (B, M, H, ...) of the packed meta-tokens
+    meta_attn.hook_q ... hook_z           (B, M, H, D)   of the packed meta-tokens
     hook_meta_out                         (B, T, C)      zero at every other token
     hook_resid_mid, hook_mlp_out, hook_resid_post        (B, T, C)
 
 and `embed.hook_embed` (what enters the first block), `ln_final.hook_normalized`, `unembed.hook_logits`. Block l has the
-prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention only where there are meta-tokens. GPT-Neo
-projects one after the other, so its rotated queries fire before its keys.
+prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention fire only where there are meta-tokens.
+GPT-Neo projects queries, keys and values one after the other, so its rotated queries fire before its keys.
 
-Hooks are hung on the modules that requested taps need, and gone with the context. With nothing changed the logits keep
-their bits. No attention backend is asked for its weights. Not under `torch.compile`, nor with a static cache.
+Hooks hang only on the modules that the requested taps need, and go with the context. With nothing changed the logits
+keep their bits. No attention backend is asked for its weights. A lens works neither under `torch.compile` nor with a
+static cache.
 """
 
 from __future__ import annotations
@@ -41,11 +40,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metatokens.errors import UsageError
+from metatokens.config.schema import LossPolicy
 from metatokens.lens.activations import AttentionCall, Captured
 from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.hooks import Hooks, Requests, match_names
 from metatokens.lens.layout import describe_layout
+from metatokens.lens.positions import check_positions
 
 __all__ = ["AttentionCall", "Captured", "Lens"]
 
@@ -57,7 +57,8 @@ class Lens:
         """Look at a model of this package, GPT-2 or GPT-Neo, in evaluation mode.
 
         Raises:
-            UsageError: A model in training mode or of another class.
+            UsageError: A model of another class.
+            ValueError: A model in training mode.
         """
         self.model = model
         self._check_mode()
@@ -70,40 +71,50 @@ class Lens:
         """Every tap, in the order of firing."""
         return self.layout.tap_names
 
+    @property
+    def meta_token_id(self) -> int | None:
+        """The id of the model's meta-token; None for a model without one."""
+        meta_token_id: int | None = getattr(self.model.config, "meta_token_id", None)
+        return meta_token_id
+
+    @property
+    def loss_policy(self) -> LossPolicy:
+        """What predicts a token behind meta-tokens; a model that does not say predicts from the position before."""
+        policy: LossPolicy = getattr(self.model.config, "loss_policy", "skip")
+        return policy
+
+    def is_meta(self, input_ids: Tensor) -> Tensor:
+        """Tell which ids are the model's meta-token, bool in the shape of the ids."""
+        if self.meta_token_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.meta_token_id
+
     def __call__(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
         """Run the model without gradients; the arguments are its own."""
         self._check_mode()
         with torch.no_grad():
             return self.model(input_ids, **inputs)
 
+    def run(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """Run the model for what the contexts see of it: without a cache, and with logits of the last token alone."""
+        return self(input_ids, **{"use_cache": False, "logits_to_keep": 1, **inputs})
+
     @contextmanager
     def capture(
-        self,
-        names: Sequence[str],
-        *,
-        at: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
+        self, names: Sequence[str], *, at: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[Captured]:
         """Keep the activations of one forward pass within the context, as they are after all edits.
 
         Args:
-            names: of taps, or patterns as `blocks.*.hook_resid_post`.
+            names: Of taps, or patterns such as `blocks.*.hook_resid_post`.
             at: (B or 1, T) bool, True at the tokens to keep, in columns of the whole sequence; None keeps all.
-            dtype: to convert to; None keeps it.
-            device: to copy to; None keeps it.
+            dtype: To convert to; None keeps it.
 
         Raises:
-            UsageError: A name that no tap has, or an `at` that is no such mask.
+            ValueError: A name that no tap has, or an `at` that is no such mask.
         """
-        if at is not None and (at.dtype != torch.bool or at.ndim != 2):
-            raise UsageError(
-                "at",
-                expected="a mask (B or 1, T) of bool",
-                found=f"{tuple(at.shape)} of {str(at.dtype).removeprefix('torch.')}",
-                remedy="write it as input_ids == id, or mask[None]",
-            )
-        captured = Captured(frozenset(name for pattern in names for name in self._match(pattern)), at, dtype, device)
+        check_positions(at)
+        captured = Captured(frozenset(name for pattern in names for name in self._match(pattern)), at, dtype)
         with self._active(Requests(captures=[captured])):
             yield captured
 
@@ -112,20 +123,14 @@ class Lens:
         """Change every forward pass within the context, in the order given; contexts nest, and end in any order.
 
         Raises:
-            UsageError: A name that no tap has, a tap that can only be read, or edges that the model does not have.
+            ValueError: A name that no tap has, or edges that the model does not have.
         """
         changes = [edit for edit in edits if isinstance(edit, Edit)]
         cuts = [edit for edit in edits if isinstance(edit, EdgeCut)]
         for change in changes:
-            if any(name.endswith("hook_result") for name in self._match(change.name)):
-                raise UsageError(
-                    f"edit of {change.name}",
-                    expected="a tap that can be changed",
-                    found="hook_result, which is only read",
-                    remedy="change hook_z of the same attention",
-                )
+            self._match(change.name)
         for cut in cuts:
-            self._check_edges(cut)
+            self._check_layers(cut)
         with self._active(Requests(edits=changes, cuts=cuts)):
             yield
 
@@ -150,41 +155,21 @@ class Lens:
         self._hooks = Hooks(self.model, self.layout, self._requests)
 
     def _check_mode(self) -> None:
-        # a part in training mode would drop activations
         if any(module.training for module in self.model.modules()):
-            raise UsageError(
-                "model", expected="evaluation mode", found="training mode", remedy="call model.eval() before"
+            raise ValueError(
+                "the model is in training mode, where dropout changes activations; call model.eval() first"
             )
 
     def _match(self, pattern: str) -> list[str]:
-        names = self.names
-        matched = match_names(names, pattern)
+        matched = match_names(self.names, pattern)
         if not matched:
-            nearest = difflib.get_close_matches(pattern, names, n=1)
-            raise UsageError(
-                "tap",
-                expected="a name in Lens.names or a pattern of some",
-                found=repr(pattern),
-                remedy=f"did you mean {nearest[0]!r}?" if nearest else "print(lens.names) shows them",
-            )
+            nearest = difflib.get_close_matches(pattern, self.names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "lens.names lists all"
+            raise ValueError(f"no tap is named {pattern!r}; {hint}")
         return matched
 
-    def _check_edges(self, cut: EdgeCut) -> None:
-        sites = [site for block in self.layout.blocks for site in block.attentions if site.branch == cut.branch]
-        layers = {site.layer for site in sites}
-        missing = sorted((cut.layers or set()) - layers)
+    def _check_layers(self, cut: EdgeCut) -> None:
+        layers = self.layout.meta_layers if cut.branch == "meta_attn" else list(range(len(self.layout.blocks)))
+        missing = sorted((cut.layers or set()) - set(layers))
         if missing or not layers:
-            raise UsageError(
-                f"layers of cut {cut.branch} edges",
-                expected=f"some of {sorted(layers)}",
-                found=str(missing or "a model without that attention"),
-                remedy="name layers that have it",
-            )
-        missing = sorted((cut.heads or set()) - set(range(sites[0].num_heads)))
-        if missing:
-            raise UsageError(
-                f"heads of cut {cut.branch} edges",
-                expected=f"some of 0..{sites[0].num_heads - 1}",
-                found=str(missing),
-                remedy="name heads of the model",
-            )
+            raise ValueError(f"{cut.branch} edges can be cut in the layers {layers}, not in {missing or 'all'}")

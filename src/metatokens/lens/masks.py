@@ -12,17 +12,14 @@ from metatokens.errors import UsageError
 from metatokens.lens.edits import EdgeCut
 
 
-def cut_mask(
-    mask: Any, cuts: Sequence[EdgeCut], query_columns: Tensor, key_columns: Tensor, *, num_heads: int
-) -> Tensor:
+def cut_mask(mask: Any, cuts: Sequence[EdgeCut], query_columns: Tensor, key_columns: Tensor) -> Tensor:
     """Return an attention mask without the cut edges; a token's edge to itself stays, so that no row is emptied.
 
     Args:
         mask: None for plain causal attention, or (B or 1, 1 or H, Q, K), bool (True = keep) or additive.
-        cuts: of this attention.
+        cuts: Of this attention.
         query_columns: (B, Q) int64.
         key_columns: (B, K) int64; -1 at padding.
-        num_heads: H.
 
     Returns:
         (B, 1 or H, Q, K), of the dtype of the mask; bool where there was none.
@@ -30,15 +27,17 @@ def cut_mask(
     Raises:
         UsageError: A mask that is no tensor.
     """
-    _check_mask(mask)
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        raise UsageError(
+            "attention mask of a model with cut edges",
+            expected="a tensor of queries by keys",
+            found=type(mask).__name__,
+            remedy='call model.set_attn_implementation("sdpa"); landmark attention has no such mask',
+        )
     queries, keys = query_columns[:, None, :, None], key_columns[:, None, None, :]
     keep = torch.ones_like(queries == keys)
     for cut in cuts:
-        edges = cut.pattern(query_columns, key_columns)[:, None]
-        if cut.heads is not None:
-            has_cut = torch.tensor([head in cut.heads for head in range(num_heads)], device=edges.device)
-            edges = edges & has_cut[:, None, None]
-        keep = keep & ~edges
+        keep = keep & ~cut.pattern(query_columns, key_columns)[:, None]
     keep |= queries == keys
     if mask is None:
         return keep & (keys <= queries) & (keys >= 0)
@@ -56,14 +55,3 @@ def _narrow(mask: Tensor, keep: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & keep
     return torch.where(keep, mask, torch.finfo(mask.dtype).min)
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):
-        return
-    raise UsageError(
-        "attention mask of a model with cut edges",
-        expected="a tensor of queries by keys",
-        found=type(mask).__name__,
-        remedy='call model.set_attn_implementation("sdpa"); landmark attention has no such mask',
-    )

@@ -1,4 +1,4 @@
-"""The residual stream of a forward pass, and which of its tokens are meta-tokens, text or padding.
+"""The residual stream of a forward pass.
 
 Layers count from 0, the state before the first block, to L, the state after the last, before the final norm.
 """
@@ -8,17 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
-
-
-def find_meta_tokens(lens: Lens, input_ids: Tensor) -> Tensor:
-    """Tell which ids are the model's meta-token, in the shape of the ids; none for a model without one."""
-    meta_token_id = getattr(lens.model.config, "meta_token_id", None)
-    if meta_token_id is None:
-        return torch.zeros_like(input_ids, dtype=torch.bool)
-    is_meta: Tensor = input_ids == meta_token_id
-    return is_meta
 
 
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -37,14 +27,14 @@ def capture_residuals(
     """Return the L + 1 states of one forward pass, float32: (B, T, C), or (n, C) of the tokens in `at`, row by row.
 
     Args:
-        lens: on the model.
+        lens: On the model.
         input_ids: (B, T).
         attention_mask: (B, T), 0 at padding.
         at: (B, T) bool; None keeps all.
     """
     names = residual_names(lens)
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids, attention_mask=attention_mask)
     return [captured[name] for name in names]
 
 
@@ -54,14 +44,14 @@ def mean_of_last(embeddings_BTC: Tensor, text_BT: Tensor, window: int) -> tuple[
     Args:
         embeddings_BTC: (B, T, C).
         text_BT: (B, T) bool, True at text tokens; neither meta-tokens nor padding.
-        window: how many, at least 1.
+        window: How many, at least 1.
 
     Returns:
-        Means (B, T, C) float64, and (B, T) bool that tells where so many text tokens stand before the position;
-        elsewhere the mean is of what there is, or 0.
+        Means (B, T, C) float64, and (B, T) bool, True where a whole window stands before the position; elsewhere the
+        mean is over the tokens that are there, or 0 without any.
     """
     if window < 1:
-        raise UsageError("window", expected="at least 1 token", found=str(window), remedy="average over some tokens")
+        raise ValueError(f"a mean needs a window of at least 1 token, not {window}")
     num_rows, num_positions, width = embeddings_BTC.shape
     ordinals = text_BT.long().cumsum(1)
     before = ordinals - text_BT.long()  # text tokens strictly before each position

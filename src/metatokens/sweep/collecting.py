@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-import metatokens
 from metatokens.config.sweep import SweepConfig
 from metatokens.evaluation.statistics import (
     Interval,
@@ -64,7 +64,7 @@ def collect(sweep: SweepConfig, runs: Sequence[SweepRun], out: Path, failed: Seq
         done=len(done),
         failed=tuple(failed),
         versions={
-            "metatokens": metatokens.__version__,
+            "metatokens": version("metatokens"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 import transformers
 from pydantic import BaseModel
 
-import metatokens
 from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
 from metatokens.errors import FULL_DISK, ResourceError, UsageError
 from metatokens.files import check_file, check_folder, not_writable, write_atomically
@@ -151,7 +151,7 @@ class RunFolder:
         """Make the folder that of a run: call when nothing can refuse the start any more."""
         write_atomically(self.config_path, to_yaml(config))
         versions = {
-            "metatokens": metatokens.__version__,
+            "metatokens": version("metatokens"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from metatokens.analysis.attention.rows import attention_statistics
+from metatokens.analysis.attention.rows import observe_attention, row_statistics
 from metatokens.analysis.representations.similarity import Calibration, calibrate
 from metatokens.analysis.results import Results, read_results, write_results
 from metatokens.analysis.token_view import (
@@ -17,8 +17,8 @@ from metatokens.analysis.token_view import (
     LONGEST_VIEW,
     SPARSE_HEADS,
     SPARSE_KEYS,
-    attention_weights,
     attribute_tokens,
+    declare_view,
     measure_token_view,
     quantize_weights,
     token_losses,
@@ -49,58 +49,60 @@ def weights_of(steps: np.ndarray) -> np.ndarray:
 def test_attention_is_the_models_own(encoding: str, implementation: str) -> None:
     model = tiny_model(position_encoding=encoding, attn_implementation=implementation)
     ids = picture()
-    view = measure_token_view(Lens(model), ids, decode)
+    view = measure_token_view(Lens(model), ids)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(ids[None], output_attentions=True, output_meta_attentions=True)
     for layer in range(2):
         attention = output.attentions[layer][0].numpy()
-        np.testing.assert_allclose(weights_of(view.arrays["attention"][layer]), attention, atol=PRECISION)
+        np.testing.assert_allclose(weights_of(view["attention"][layer]), attention, atol=PRECISION)
         meta_attention = output.meta_attentions[layer][0].numpy()
-        np.testing.assert_allclose(weights_of(view.arrays["meta_attention"][layer]), meta_attention, atol=PRECISION)
+        np.testing.assert_allclose(weights_of(view["meta_attention"][layer]), meta_attention, atol=PRECISION)
         for key in range(len(ids)):
             expected = attention[:, key:, key].mean(1)
-            np.testing.assert_allclose(view.arrays["received_attention"][layer][:, key], expected, atol=1e-5)
-    assert view.arrays["attention"].shape == (2, 4, 14, 14)
-    assert view.arrays["meta_attention_tokens"].tolist() == [2, 6, 11]
-    assert (np.triu(view.arrays["attention"], 1) == 0).all()
+            np.testing.assert_allclose(view["received_attention"][layer][:, key], expected, atol=1e-5)
+    assert view["attention"].shape == (2, 4, 14, 14)
+    assert view["meta_attention_tokens"].tolist() == [2, 6, 11]
+    assert (np.triu(view["attention"], 1) == 0).all()
 
 
 def test_tokens_are_decoded_one_by_one_and_meta_tokens_named() -> None:
     ids = picture()
-    view = measure_token_view(Lens(tiny_model()), ids, decode)
+    view, arrays = declare_view(Lens(tiny_model()), ids, {"logit": np.zeros(14)}, decode, title="A text", key="view3")
     assert view.is_meta == tuple(character == "_" for character in PICTURE)
     assert view.tokens[2] == "_"
     assert view.tokens[0] == f" t{int(ids[0])}"
+    assert view.arrays == {"logit": "view3.logit"}
+    assert arrays.keys() == {"view3.logit"}
 
 
 def test_losses_are_those_of_the_text_with_and_without_its_meta_tokens() -> None:
     model = tiny_model()
     ids = picture("_xx_xxx_xx")
-    view = measure_token_view(Lens(model), ids, decode)
+    view = measure_token_view(Lens(model), ids)
     with torch.no_grad():
         log_p = model(ids[None]).logits[0].log_softmax(-1)
         text_log_p = model(ids[ids != META][None]).logits[0].log_softmax(-1)
     text = [position for position in range(10) if ids[position] != META]
     for ordinal, position in enumerate(text):
-        loss, without = view.arrays["loss_with"][position], view.arrays["loss_without"][position]
+        loss, without = view["loss_with"][position], view["loss_without"][position]
         assert loss == pytest.approx(-float(log_p[position - 1, ids[position]]), abs=1e-5)
         if ordinal:
             assert without == pytest.approx(-float(text_log_p[ordinal - 1, ids[position]]), abs=1e-5)
     meta = (ids == META).numpy()
-    assert np.isnan(view.arrays["loss_with"][meta]).all()
-    assert np.isnan(view.arrays["loss_without"][meta]).all()
-    assert np.isnan(view.arrays["loss_without"][1])  # no token stands before the first
+    assert np.isnan(view["loss_with"][meta]).all()
+    assert np.isnan(view["loss_without"][meta]).all()
+    assert np.isnan(view["loss_without"][1])  # no token stands before the first
 
 
 @pytest.mark.parametrize("policy", ["skip", "retarget"])
 def test_mean_of_the_losses_is_the_models_loss(policy: str) -> None:
     model = tiny_model(loss_policy=policy)
     ids = picture("_x_xx__xxx_x")
-    view = measure_token_view(Lens(model), ids, decode)
+    view = measure_token_view(Lens(model), ids)
     with torch.no_grad():
         loss = float(model(ids[None], labels=ids[None]).loss)
-    assert np.nanmean(view.arrays["loss_with"]) == pytest.approx(loss, abs=1e-5)
+    assert np.nanmean(view["loss_with"]) == pytest.approx(loss, abs=1e-5)
 
 
 def test_retargeted_loss_is_read_at_the_last_text_token() -> None:
@@ -116,15 +118,15 @@ def test_cosines_are_those_of_the_states_after_each_block() -> None:
     lens = Lens(tiny_model())
     ids = picture()
     calibrations = calibrate(lens, [tokens("xx_xxx_x", seed=4)])
-    view = measure_token_view(lens, ids, decode, calibrations=calibrations)
+    view = measure_token_view(lens, ids, calibrations=calibrations)
     states = capture_residuals(lens, ids[None])
     for layer in range(2):
         after = states[layer + 1][0]
         for name, moved in (("cosine_raw", after), ("cosine_centred", after - calibrations[layer + 1].mean.float())):
             expected = torch.cosine_similarity(moved[:, None], moved[None], dim=-1).tril()
-            np.testing.assert_allclose(view.arrays[name][layer] / 127, expected.numpy(), atol=PRECISION)
-    assert np.abs(view.arrays["cosine_raw"].astype(int) - view.arrays["cosine_centred"]).max() > 5
-    assert "cosine_centred" not in measure_token_view(lens, ids, decode).arrays
+            np.testing.assert_allclose(view[name][layer] / 127, expected.numpy(), atol=PRECISION)
+    assert np.abs(view["cosine_raw"].astype(int) - view["cosine_centred"]).max() > 5
+    assert "cosine_centred" not in measure_token_view(lens, ids)
     assert isinstance(calibrations[0], Calibration)
 
 
@@ -134,40 +136,29 @@ def test_rounding_keeps_weights_within_the_stated_precision() -> None:
     assert 0.003 < errors.max() < PRECISION
 
 
-def test_weights_of_masked_keys_and_of_rows_without_keys_are_zero() -> None:
-    states = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
-    keep = torch.tensor([False, True, True, True]).expand(1, 4, 4)
-    weights = attention_weights(states, states, scaling=1.0, mask=keep)
-    assert (weights[..., 0] == 0).all()
-    assert (weights[:, 0] == 0).all()
-    torch.testing.assert_close(weights[:, 1:].sum(-1), torch.ones(1, 3))
-    additive = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
-    torch.testing.assert_close(attention_weights(states, states, scaling=1.0, mask=additive), weights)
-
-
 def test_layer_without_meta_attention_is_zero() -> None:
-    view = measure_token_view(Lens(tiny_model(meta_attention_layers=[1])), picture(), decode)
-    assert (view.arrays["meta_attention"][0] == 0).all()
-    assert (view.arrays["meta_attention"][1].max(-1) > 0).all()
+    view = measure_token_view(Lens(tiny_model(meta_attention_layers=[1])), picture())
+    assert (view["meta_attention"][0] == 0).all()
+    assert (view["meta_attention"][1].max(-1) > 0).all()
 
 
 def test_text_without_meta_tokens_has_no_meta_attention_and_one_loss() -> None:
     config = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     models: list[Any] = [tiny_model(), randomize(GPT2LMHeadModel(config)).eval()]
     for model in models:
-        view = measure_token_view(Lens(model), picture("xxxxxx"), decode)
-        assert not {"meta_attention", "meta_attention_tokens"} & view.arrays.keys()
-        np.testing.assert_array_equal(view.arrays["loss_with"], view.arrays["loss_without"])
-        np.testing.assert_allclose(weights_of(view.arrays["attention"]).sum(-1), 1, atol=0.02)
+        view = measure_token_view(Lens(model), picture("xxxxxx"))
+        assert not {"meta_attention", "meta_attention_tokens"} & view.keys()
+        np.testing.assert_array_equal(view["loss_with"], view["loss_without"])
+        np.testing.assert_allclose(weights_of(view["attention"]).sum(-1), 1, atol=0.02)
 
 
 def test_what_is_no_window_of_text_is_refused() -> None:
     lens = Lens(tiny_model())
     for ids in (torch.zeros(LONGEST_VIEW + 1, dtype=torch.long), picture()[None], picture("____"), picture()[:0]):
         with pytest.raises(UsageError, match="at most 2048"):
-            measure_token_view(lens, ids, decode)
-    with pytest.raises(UsageError, match=r"patch effect: expected an array \(3, 14\)"):
-        measure_token_view(lens, picture(), decode, patch_effect=np.zeros((2, 14)))
+            measure_token_view(lens, ids)
+    with pytest.raises(ValueError, match=r"an array \(3, 14\), not \(2, 14\)"):
+        measure_token_view(lens, picture(), patch_effect=np.zeros((2, 14)))
 
 
 # direct attribution ----------------------------------------------------------------------------------------------
@@ -197,28 +188,28 @@ def test_parts_of_a_logit_add_up_to_it_over_the_mean_of_the_vocabulary(policy: s
         assert parts["logit"][position] == pytest.approx(expected, abs=1e-4)
         total = sum(float(column[position]) for name, column in parts.items() if name != "logit")
         assert total == pytest.approx(expected, abs=1e-4)
-    view = measure_token_view(lens, ids, decode)
+    view = measure_token_view(lens, ids)
     for name, branch in (("attention", "attn_out"), ("meta_attention", "meta_out"), ("mlp", "mlp_out")):
-        assert view.arrays[f"logit_{name}"].shape == (2, 12)
+        assert view[f"logit_{name}"].shape == (2, 12)
         for layer in range(2):
-            np.testing.assert_array_equal(view.arrays[f"logit_{name}"][layer], parts[f"blocks.{layer}.{branch}"])
-    np.testing.assert_array_equal(view.arrays["logit"], parts["logit"])
-    np.testing.assert_array_equal(np.isnan(view.arrays["logit"]), np.isnan(view.arrays["loss_with"]))
+            np.testing.assert_array_equal(view[f"logit_{name}"][layer], parts[f"blocks.{layer}.{branch}"])
+    np.testing.assert_array_equal(view["logit"], parts["logit"])
+    np.testing.assert_array_equal(np.isnan(view["logit"]), np.isnan(view["loss_with"]))
 
 
 def test_layer_without_meta_attention_adds_nothing_and_a_text_without_meta_tokens_has_no_such_array() -> None:
     lens = Lens(tiny_model(meta_attention_layers=[1]))
-    arrays = measure_token_view(lens, picture(), decode).arrays
+    arrays = measure_token_view(lens, picture())
     known = ~np.isnan(arrays["logit"])
     assert (arrays["logit_meta_attention"][0, known] == 0).all()
     assert (arrays["logit_meta_attention"][1, known] != 0).any()
-    assert "logit_meta_attention" not in measure_token_view(lens, picture("xxxxxx"), decode).arrays
-    assert np.isnan(measure_token_view(lens, picture("x"), decode).arrays["logit"]).all()
+    assert "logit_meta_attention" not in measure_token_view(lens, picture("xxxxxx"))
+    assert np.isnan(measure_token_view(lens, picture("x"))["logit"]).all()
 
 
 def test_patch_effect_is_kept_as_it_is() -> None:
     effect = np.linspace(-0.5, 1, 42).reshape(3, 14)
-    arrays = measure_token_view(Lens(tiny_model()), picture(), decode, patch_effect=effect).arrays
+    arrays = measure_token_view(Lens(tiny_model()), picture(), patch_effect=effect)
     np.testing.assert_allclose(arrays["patch_effect"], effect, atol=1e-7)
     assert arrays["patch_effect"].dtype == np.float32
 
@@ -235,17 +226,20 @@ def long_text(num_tokens: int, meta_every: int) -> Tensor:
 def test_long_text_keeps_the_largest_weights_of_the_heads_that_care_most_for_meta_tokens() -> None:
     model = tiny_model(max_position_embeddings=300, num_attention_heads=16, hidden_size=64)
     lens, ids = Lens(model), long_text(DENSE_VIEW + 24, 10)
-    arrays = measure_token_view(lens, ids, decode).arrays
+    arrays = measure_token_view(lens, ids)
     assert not {"attention", "cosine_raw", "cosine_centred"} & arrays.keys()
     assert arrays["meta_attention"].shape == (2, 16, 28, 28)
     assert arrays["attention_keys"].shape == (2, 1 + SPARSE_HEADS, len(ids), SPARSE_KEYS)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(ids[None], output_attentions=True).attentions
-    statistics = attention_statistics(lens, ids[None], is_meta=(ids == META)[None])
+    statistics = []
+    observe_attention(
+        lens, ids[None], lambda call: statistics.append(row_statistics(call, is_meta=(ids == META)[None]))
+    )
     for layer in range(2):
         attention = attentions[layer][0]
-        log_odds = statistics[layer, "attn"].meta_log_odds[0, :, 9:]
+        log_odds = statistics[layer].meta_log_odds[0, :, 9:]
         mean = torch.where(log_odds.isfinite(), log_odds, torch.nan).nanmean(-1).abs()
         heads = arrays["attention_heads"][layer].tolist()
         assert heads == sorted(mean.argsort(descending=True)[:SPARSE_HEADS].tolist())
@@ -269,18 +263,19 @@ def test_long_text_with_many_meta_tokens_has_no_meta_attention_and_one_without_t
     encoding: str,
 ) -> None:
     lens = Lens(tiny_model(max_position_embeddings=600, position_encoding=encoding))
-    arrays = measure_token_view(lens, long_text(2 * (DENSE_VIEW + 2), 2), decode).arrays
+    arrays = measure_token_view(lens, long_text(2 * (DENSE_VIEW + 2), 2))
     assert not {"meta_attention", "meta_attention_tokens"} & arrays.keys()
     assert arrays["attention_heads"].tolist() == [[0, 1, 2, 3]] * 2
     total = weights_of(arrays["attention_weights"][:, :, :SPARSE_KEYS]).sum(-1)
     np.testing.assert_allclose(total, 1, atol=0.05)
-    plain = measure_token_view(lens, long_text(DENSE_VIEW + 1, 999), decode).arrays
+    plain = measure_token_view(lens, long_text(DENSE_VIEW + 1, 999))
     assert plain["attention_heads"].tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_view_goes_through_the_files_of_the_results(tmp_path: Path) -> None:
-    measured = measure_token_view(Lens(tiny_model()), picture(), decode)
-    view, arrays = measured.named("A text", "view0")
+    lens = Lens(tiny_model())
+    measured = measure_token_view(lens, picture())
+    view, arrays = declare_view(lens, picture(), measured, decode, title="A text", key="view0")
     results = Results(
         title="t",
         checkpoint={},
@@ -296,6 +291,6 @@ def test_view_goes_through_the_files_of_the_results(tmp_path: Path) -> None:
     )
     write_results(tmp_path, results, arrays)
     read, read_arrays = read_results(tmp_path)
-    assert read.token_views[0].tokens == measured.tokens
+    assert read.token_views[0].tokens == view.tokens
     for name, key in read.token_views[0].arrays.items():
-        np.testing.assert_array_equal(read_arrays[key], measured.arrays[name])
+        np.testing.assert_array_equal(read_arrays[key], measured[name])

@@ -11,16 +11,19 @@ the entropy is a function of x and N alone, whatever the logits:
     H(x) = ln(e^x + N) - x e^x / (e^x + N),      dH/dx = -p (1 - p) x.
 
 So a boost lowers H from the start if x >= 0; if x < 0, H first rises, up to ln(1 + N) at x = 0, and is lower than
-before only once the boost exceeds a critical one between |x| and 2 |x|. All functions work on tensors of any shape,
-float64 for exactness; entropies in nats.
+before only once the boost exceeds a critical one between |x| and 2 |x|. Functions of margins work on tensors of any
+shape, float64 for exactness; entropies are in nats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from metatokens.analysis.attention.rows import binary_entropy
 
 BISECTIONS = 60
 """Halvings of the bracket of the critical boost: to the last bit of float64."""
@@ -31,17 +34,6 @@ def margin_entropy(margin: Tensor, competitors: Tensor) -> Tensor:
     log_competitors = competitors.log()
     log_norm = torch.logaddexp(margin, log_competitors)
     return log_norm - margin * (margin - log_norm).exp()
-
-
-def entropy_slope(margin: Tensor, competitors: Tensor) -> Tensor:
-    """Return dH/dx = -p (1 - p) x with p = 1 / (1 + N e^{-x})."""
-    share = torch.sigmoid(margin - competitors.log())
-    return -share * (1 - share) * margin
-
-
-def largest_entropy(competitors: Tensor) -> Tensor:
-    """Return the maximum of H over all boosts, ln(1 + N), which is reached at x = 0."""
-    return torch.log1p(competitors)
 
 
 def critical_boost(margin: Tensor, competitors: Tensor) -> Tensor:
@@ -59,61 +51,8 @@ def critical_boost(margin: Tensor, competitors: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KeyMargin:
-    """How one key of a row stands to the others."""
-
-    margin: Tensor
-    """x, nats."""
-    competitors: Tensor
-    """N = e^{H_q}."""
-    share: Tensor
-    """p."""
-
-
-def key_margin(score: Tensor, *, entropy: Tensor, log_sum_exp: Tensor, mean_score: Tensor) -> KeyMargin:
-    """Return the margin of a key from its score and three statistics of its row, all broadcast together.
-
-    NaN where the key has all the weight to within rounding, so that nothing is known of the others.
-    """
-    share = (score - log_sum_exp).exp()
-    rest = 1 - share
-    others_mean = (mean_score - share * score) / rest
-    binary = torch.special.entr(share) + torch.special.entr(rest)
-    others_entropy = ((entropy - binary) / rest).clamp(min=0)
-    known = rest > torch.finfo(share.dtype).eps ** 0.5
-    return KeyMargin(
-        torch.where(known, score - others_mean, torch.nan), torch.where(known, others_entropy.exp(), torch.nan), share
-    )
-
-
-# a set of keys boosted alike ------------------------------------------------------------------------------------
-
-
-def set_entropy(log_odds: Tensor, meta_entropy: Tensor, text_entropy: Tensor) -> Tensor:
-    """Return H = h(P) + P H_S + (1 - P) H_C by the log-odds of the set S (the chain rule)."""
-    share = torch.sigmoid(log_odds)
-    binary: Tensor = torch.special.entr(share) + torch.special.entr(1 - share)
-    return binary + share * meta_entropy + (1 - share) * text_entropy
-
-
-def set_entropy_slope(log_odds: Tensor, meta_entropy: Tensor, text_entropy: Tensor) -> Tensor:
-    """Return dH/dD for a boost D of every key of S alike: -P (1 - P) (ln(P / (1 - P)) - (H_S - H_C))."""
-    share = torch.sigmoid(log_odds)
-    return -share * (1 - share) * (log_odds - (meta_entropy - text_entropy))
-
-
-def largest_set_entropy(meta_entropy: Tensor, text_entropy: Tensor) -> Tensor:
-    """Return the maximum over all boosts of S, ln(e^{H_S} + e^{H_C}); the limit of a large boost is H_S, not 0."""
-    largest: Tensor = torch.logaddexp(meta_entropy, text_entropy)
-    return largest
-
-
-# the audit ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class KeyBoosts:
-    """How the meta keys of rows fare between two runs; (B, H, Q, M) each, NaN where nothing is known."""
+    """Margins and boosts of the meta keys of rows, between two runs; (B, H, Q, M) each, NaN where unknown."""
 
     margin: Tensor
     """x in the ablated run."""
@@ -129,43 +68,30 @@ class KeyBoosts:
 
     @property
     def is_beyond(self) -> Tensor:
-        """True at boosts beyond the critical one, which need not be known for it: H is lower for the boost alone."""
+        """True at boosts beyond the critical one: the boost alone lowers H, which shows without that number."""
         before = margin_entropy(self.margin, self.competitors)
         is_lower = margin_entropy(self.margin + self.boost, self.competitors) < before
         return (self.boost > 0) & ((self.margin >= 0) | is_lower)
 
 
-@dataclass(frozen=True)
-class RowAudit:
-    """The theorem held against rows of one attention, with the meta-tokens' embedding and without; (B, H, Q) each."""
+class RowAudit(NamedTuple):
+    """Rows of one attention with the meta-tokens' embedding and without; entropies in nats, (B, H, Q) each."""
 
     entropy_without: Tensor
-    """H of the ablated run, nats."""
+    """H of the ablated run."""
     entropy_with: Tensor
-    entropy_mechanism: Tensor
-    """What the changed logits of the meta keys alone do to H, averaged over doing it first and last."""
-    num_edges: Tensor
-    """Edges to meta keys with a known margin."""
-    num_above: Tensor
-    """Of these, with x >= 0 in the ablated run: the premise of the theorem."""
-    num_boosted: Tensor
-    """With a boost D > 0."""
-    num_beyond: Tensor
-    """With a boost beyond the critical one: H is lower for it alone."""
+    mechanism: Tensor
+    """What the changed logits of the meta keys alone do to H, averaged over changing them first and last."""
     boosts: KeyBoosts
     """Of each edge to a meta key."""
-
-    @property
-    def drop(self) -> Tensor:
-        """H without minus H with, nats; the paper's claim is that it is positive."""
-        return self.entropy_without - self.entropy_with
 
 
 def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, keys: Tensor) -> KeyBoosts:
     """Return the margin of some keys in the ablated run, and their boosts.
 
-    The boost is how much a score rises more than those of its competitors, weighted as they are in the ablated run:
-    softmax knows no common shift.
+    The boost is the rise of a key's score minus the mean rise of its competitors, weighted as in the ablated run:
+    a common shift of all scores changes no weight. NaN where a key has all the weight to within rounding, so that
+    nothing is known of the others.
 
     Args:
         scores_without: (B, H, Q, K) scores of the ablated run.
@@ -182,11 +108,14 @@ def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
 
     index = keys.clamp(min=0)[:, None, None, :].expand(*before.shape[:3], -1)
     before, after, sees = before.gather(-1, index), after.gather(-1, index), visible.gather(-1, index)
-    key = key_margin(before, entropy=entropy, log_sum_exp=log_norm, mean_score=mean_before)
-    others_rise = (mean_after - mean_before - key.share * (after - before)) / (1 - key.share)
-    is_none = ~sees | (keys < 0)[:, None, None, :]
-    found = (key.margin, key.competitors, after - before - others_rise)
-    return KeyBoosts(*(values.masked_fill(is_none, torch.nan) for values in found))
+    share = (before - log_norm).exp()
+    rest = 1 - share
+    others_mean = (mean_before - share * before) / rest
+    others_entropy = ((entropy - binary_entropy(share, rest)) / rest).clamp(min=0)
+    others_rise = (mean_after - mean_before - share * (after - before)) / rest
+    is_known = sees & (keys >= 0)[:, None, None, :] & (rest > torch.finfo(rest.dtype).eps ** 0.5)
+    found = (before - others_mean, others_entropy.exp(), after - before - others_rise)
+    return KeyBoosts(*(torch.where(is_known, values, torch.nan) for values in found))
 
 
 def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, is_meta: Tensor) -> RowAudit:
@@ -206,17 +135,11 @@ def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
     meta = visible & is_meta[:, None, None, :]
     mixed = torch.where(meta, after, before), torch.where(meta, before, after)
     entropies = [_row_entropy(scores, visible) for scores in (before, after, *mixed)]
-    boosts = key_boosts(before, after, visible=visible, keys=_indices_of(is_meta))
-    known = boosts.is_known
     return RowAudit(
-        entropy_without=entropies[0],
-        entropy_with=entropies[1],
-        entropy_mechanism=((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2,
-        num_edges=known.sum(-1),
-        num_above=(known & (boosts.margin >= 0)).sum(-1),
-        num_boosted=(known & (boosts.boost > 0)).sum(-1),
-        num_beyond=(known & boosts.is_beyond).sum(-1),
-        boosts=boosts,
+        entropies[0],
+        entropies[1],
+        ((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2,
+        key_boosts(before, after, visible=visible, keys=_indices_of(is_meta)),
     )
 
 

@@ -1,24 +1,31 @@
 """States exchanged between the two prompts of a pair: which of them the answer depends on.
 
 Denoising, clean into corrupt, asks whether a state suffices for the answer; noising, corrupt into clean, whether it is
-needed. Only meta-tokens behind the item matter: the others are the same in both prompts. `patch_map` goes position by
-position in one pair.
+needed. Only meta-tokens behind the item matter: the others are the same in both prompts. `patch_map` patches one pair,
+position by position.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
 
 from metatokens.analysis.inputs.pairs import pairs_of
-from metatokens.analysis.inputs.scores import FloatArray, PairBatch, Ratio, Scores, batches_of, join_scores, stack_pairs
+from metatokens.analysis.inputs.scores import (
+    BATCH_SIZE,
+    FloatArray,
+    PairBatch,
+    Scores,
+    batches_of,
+    join_scores,
+    stack_pairs,
+)
 from metatokens.analysis.inputs.subject import Inputs
 from metatokens.analysis.measures import Lines, Row, Rows, measure
-from metatokens.errors import UsageError
 from metatokens.lens import edits
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ Direction = Literal["denoise", "noise"]
 
 STATES: tuple[State, ...] = get_args(State)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-BATCH_SIZE = 16
+WINDOWS = (1, 3)
 _NAMES: dict[State, str] = {
     "meta": "meta-tokens",
     "ordinary": "ordinary tokens",
@@ -44,7 +51,7 @@ class Patch(NamedTuple):
     """Which states of the residual stream are taken from the other prompt."""
 
     state: State
-    """meta: the meta-tokens behind the item. Controls: ordinary, as many text tokens as near to them as can be
+    """meta: the meta-tokens behind the item. Controls: ordinary, an equal number of text tokens next to them
     (`matched_positions`); item, its own tokens; last, the token whose output is scored."""
     direction: Direction
     window: int
@@ -53,79 +60,59 @@ class Patch(NamedTuple):
     """0 what enters the first block, l what leaves block l - 1."""
 
 
-@dataclass(frozen=True)
-class Interchange:
-    """Scores of the answer of the clean prompt, in every run."""
-
-    clean: Scores
-    corrupt: Scores
-    """Below 0 where the model is right: this prompt's answer is the foil."""
-    patched: dict[Patch, Scores]
-
-    def effect(self, patch: Patch) -> Ratio:
-        """Return which part of the way to the source's logit difference the patch goes: 0 none, 1 all.
-
-        For denoising that is the share of the answer restored, for noising the share of it destroyed.
-        """
-        of_clean, of_corrupt = self.clean.logit_difference, self.corrupt.logit_difference
-        base, source = (of_corrupt, of_clean) if patch.direction == "denoise" else (of_clean, of_corrupt)
-        return Ratio(self.patched[patch].logit_difference - base, source - base)
-
-
-def interchange(
-    lens: Lens,
-    pairs: Sequence[MinimalPair],
-    *,
-    states: Sequence[State] = STATES,
-    directions: Sequence[Direction] = DIRECTIONS,
-    windows: Sequence[int] = (1, 3),
-    batch_size: int = BATCH_SIZE,
-) -> Interchange:
+def interchange(lens: Lens, pairs: Sequence[MinimalPair], *, batch_size: int = BATCH_SIZE) -> dict[Patch, FloatArray]:
     """Patch states between the two prompts of each pair, at every site.
 
     Runs (sites) x (states) x (directions) x (windows) forward passes a batch, and holds the residual stream of two.
 
     Args:
-        lens: around the model.
-        pairs: minimal pairs in its tokens.
-        states: which tokens' states.
-        directions: denoise, clean into corrupt, or noise, the reverse.
-        windows: numbers of neighbouring sites patched together, odd.
-        batch_size: pairs of one forward pass.
+        lens: On the model.
+        pairs: Minimal pairs in its tokens.
+        batch_size: Pairs of one forward pass.
+
+    Returns:
+        (pairs, 2) for each patch: by how much it moves the logit difference of the clean prompt's answer, and how far
+        that of the source is. Their ratio is 0 for a patch without effect and 1 for one that goes all the way: the
+        share of the answer that denoising restores, or that noising destroys.
 
     Raises:
-        UsageError: see `batches_of`.
+        ValueError: See `batches_of`.
     """
     names = _site_names(lens)
-    parts: list[dict[Patch | str, Scores]] = []
-    for batch, rows in batches_of(lens, pairs, batch_size):
+
+    def score(batch: PairBatch) -> Iterator[tuple[Patch | str, Scores]]:
         with lens.capture(names) as of_clean:
-            scores: dict[Patch | str, Scores] = {"clean": batch.score(lens, batch.clean)}
+            yield "clean", batch.score(lens, batch.clean)
         with lens.capture(names) as of_corrupt:
-            scores["corrupt"] = batch.score(lens, batch.corrupt)
-        masks = _state_masks(batch, pairs[rows])
-        for patch in _patches(states, directions, windows, len(names)):
+            yield "corrupt", batch.score(lens, batch.corrupt)
+        masks = _state_masks(batch)
+        for patch in _patches(len(names)):
             base, source = (batch.corrupt, of_clean) if patch.direction == "denoise" else (batch.clean, of_corrupt)
             reach = patch.window // 2
             nearby = names[max(0, patch.site - reach) : patch.site + reach + 1]
             with lens.edit(*(edits.replace(name, source[name], at=masks[patch.state]) for name in nearby)):
-                scores[patch] = batch.score(lens, base)
-        parts.append(scores)
-    joined = join_scores(parts)
-    patched = {key: value for key, value in joined.items() if isinstance(key, Patch)}
-    return Interchange(joined["clean"], joined["corrupt"], patched)
+                yield patch, batch.score(lens, base)
+
+    scores = join_scores(dict(score(batch)) for batch in batches_of(lens, pairs, batch_size))
+    clean, corrupt = (scores.pop(prompt).logit_difference for prompt in ("clean", "corrupt"))
+    effects = {}
+    for patch, patched in scores.items():
+        assert isinstance(patch, Patch)
+        base, source = (corrupt, clean) if patch.direction == "denoise" else (clean, corrupt)
+        effects[patch] = np.stack([patched.logit_difference - base, source - base], axis=1)
+    return effects
 
 
 def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) -> FloatArray:
     """Patch the state of one position at one site from the clean run into the corrupt one, for each of them.
 
-    It is denoising by a window of 1, of a single position. Each row of a batch is the corrupt prompt with another
+    This is denoising with a window of 1, of a single position. Each row of a batch is the corrupt prompt with another
     position patched: (sites) x (positions from the item on) / (batch size) forward passes.
 
     Args:
-        lens: around the model.
-        pair: a minimal pair in its tokens.
-        batch_size: positions of one forward pass.
+        lens: On the model.
+        pair: A minimal pair in its tokens.
+        batch_size: Positions of one forward pass.
 
     Returns:
         (L + 1, T), the share of the logit difference restored: 0 none, 1 all; site 0 is what enters the first block, l
@@ -143,7 +130,7 @@ def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) ->
     for start in range(int(pair.item_positions[0]), num_tokens, batch_size):
         positions = np.arange(start, min(start + batch_size, num_tokens))
         batch = stack_pairs([pair] * len(positions), device)
-        at = batch.mask(list(positions[:, None]))
+        at = batch.mask(positions[:, None])
         for site, name in enumerate(names):
             with lens.edit(edits.replace(name, of_clean[name], at=at)):
                 scores = batch.score(lens, batch.corrupt)
@@ -152,10 +139,10 @@ def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) ->
 
 
 def matched_positions(pair: MinimalPair) -> IntArray:
-    """Return as many ordinary positions as there are meta-tokens behind the item, each as near to one as can be.
+    """Return for each meta-token behind the item the nearest free text position behind the item, rising.
 
-    They are text tokens behind the item, and not the last token. Of two equally near, the earlier is taken: its prefix
-    is the meta-token's own. A row with fewer text tokens than meta-tokens there has fewer.
+    The last token is never taken. Of two equally near ones the earlier is: its prefix is the meta-token's own. A row
+    with fewer text tokens than meta-tokens there has fewer positions.
     """
     columns = np.arange(pair.item_positions[-1] + 1, len(pair.clean) - 1)
     free = np.setdiff1d(columns, pair.meta_positions)
@@ -172,26 +159,19 @@ def _site_names(lens: Lens) -> list[str]:
     return ["embed.hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(len(lens.layout.blocks)))]
 
 
-def _state_masks(batch: PairBatch, pairs: Sequence[MinimalPair]) -> dict[State, Tensor]:
+def _state_masks(batch: PairBatch) -> dict[State, Tensor]:
     return {
         "meta": batch.is_later_meta,
-        "ordinary": batch.mask([matched_positions(pair) for pair in pairs]),
+        "ordinary": batch.mask(matched_positions(pair) for pair in batch.pairs),
         "item": batch.is_item,
-        "last": batch.mask([np.array([len(pair.clean) - 1]) for pair in pairs]),
+        "last": batch.mask(batch.last),
     }
 
 
-def _patches(
-    states: Sequence[State], directions: Sequence[Direction], windows: Sequence[int], num_sites: int
-) -> Iterator[Patch]:
-    for window in windows:
-        if window < 1 or window % 2 == 0:
-            raise UsageError("window of sites", expected="an odd number", found=str(window), remedy="give 1 or 3")
-    for state in states:
-        for direction in directions:
-            for window in windows:
-                for site in range(num_sites):
-                    yield Patch(state, direction, window, site)
+def _patches(num_sites: int) -> Iterator[Patch]:
+    for state, direction, window in itertools.product(STATES, DIRECTIONS, WINDOWS):
+        for site in range(num_sites):
+            yield Patch(state, direction, window, site)
 
 
 @measure(
@@ -207,13 +187,11 @@ def interchange_effect(inputs: Inputs) -> Rows:
 
     At one site or three neighbouring ones; clean into corrupt (denoise) and the reverse (noise).
     """
-    exchanged = interchange(inputs.lens, pairs_of(inputs))
-    for patch in exchanged.patched:
-        effect = exchanged.effect(patch)
+    for patch, effect in interchange(inputs.lens, pairs_of(inputs)).items():
         at: dict[str, str | int] = {
             "layer": patch.site,
             "where": _NAMES[patch.state],
             "direction": patch.direction,
             "window": patch.window,
         }
-        yield Row(at, np.stack([effect.numerators, effect.denominators], axis=1))
+        yield Row(at, effect)

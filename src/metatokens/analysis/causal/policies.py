@@ -1,12 +1,11 @@
-"""Which columns of a key-value cache stay: a policy chooses, everything else is equal.
+"""Which columns of a key-value cache stay: the policies of an eviction.
 
-A budget is a number of columns. It goes first to the first few columns (attention sinks, Xiao et al. 2024) and to the
-newest few, then to what the policy prefers, then to the newest of what is left:
+A budget is a number of columns. Under every policy it goes first to the first few columns (attention sinks, Xiao et
+al. 2024) and to the newest few, then to the columns that the policy prefers, then to the newest of the rest:
 
     window         nothing: sinks and the newest (StreamingLLM)
     meta           meta-tokens, newest first
-    slots          the ordinary token before each meta-token, or those at given places, newest first: what a place is
-                   worth without a meta-token on it
+    slots          the ordinary token before each meta-token, newest first: what a place is worth without a meta-token
     even           evenly spaced
     random         drawn from (seed, document)
     heavy_hitters  for each layer and head those with the most attention so far (Zhang et al. 2023, H2O)
@@ -23,7 +22,6 @@ import numpy.typing as npt
 
 from metatokens.data.injection import BoolArray, IntArray
 from metatokens.data.keyed_random import KeyedRandom
-from metatokens.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 Policy = Literal["window", "meta", "slots", "even", "random", "heavy_hitters"]
@@ -49,12 +47,16 @@ class Prefix:
 
     is_meta: BoolArray
     """(n,)."""
-    is_slot: BoolArray
-    """(n,)."""
-    received: FloatArray | None = None
-    """(layers, heads, n), the attention that each column has received; for heavy_hitters."""
+    received: FloatArray
+    """(layers, heads, n), the attention that each column has received."""
     key: int = 0
     """Of the draws."""
+
+    @property
+    def is_slot(self) -> BoolArray:
+        """(n,), the ordinary token before each meta-token."""
+        slots: BoolArray = np.append(self.is_meta[1:], False) & ~self.is_meta
+        return slots
 
     def __len__(self) -> int:
         """Return n."""
@@ -62,11 +64,7 @@ class Prefix:
 
 
 def choose_columns(policy: Policy, prefix: Prefix, num_kept: int, always_kept: AlwaysKept = ALWAYS_KEPT) -> IntArray:
-    """Return the columns that stay, rising: (num_kept,), or (layers, heads, num_kept) for heavy_hitters.
-
-    Raises:
-        UsageError: heavy_hitters without the attention received.
-    """
+    """Return the columns that stay, rising: (num_kept,), or (layers, heads, num_kept) for heavy_hitters."""
     columns = np.arange(len(prefix))
     num_first = min(always_kept.sinks, num_kept)
     num_newest = min(always_kept.newest, num_kept - num_first, len(prefix) - num_first)
@@ -107,13 +105,6 @@ def _drawn(prefix: Prefix, free: IntArray, count: int) -> IntArray:
 
 
 def _most_attended(prefix: Prefix, free: IntArray, count: int) -> IntArray:
-    if prefix.received is None:
-        raise UsageError(
-            "policy heavy_hitters",
-            expected="the attention that each column received",
-            found="none",
-            remedy="read the prefix with with_attention=True",
-        )
     # of equal ones the newest: argsort of the reversed order is stable
     order = np.argsort(-prefix.received[..., free[::-1]], axis=-1, kind="stable")[..., :count]
     return free[::-1][order]

@@ -211,7 +211,7 @@ def meta_states(
     for start in range(0, len(samples), BATCH_SIZE):
         ids, is_meta = _padded(lens, samples[start : start + BATCH_SIZE])
         with lens.edit(*_edits(erasers, is_meta)), lens.capture([name], at=is_meta) as captured:
-            lens(ids, use_cache=False, logits_to_keep=1)
+            lens.run(ids)
         states.append(captured[name].double().numpy(force=True))
         rows.append(start + is_meta.nonzero()[:, 0].numpy(force=True))
     return np.concatenate(states), np.concatenate(rows)
@@ -226,7 +226,7 @@ def _ask(lens: Lens, samples: Sequence[Sample], erasers: Erasers) -> tuple[Array
         last, label = (torch.tensor([getattr(s, key) for s in batch], device=ids.device) for key in ("last", "label"))
         positions, place = last.unique(return_inverse=True)
         with lens.edit(*_edits(erasers, is_meta)):
-            logits = lens(ids, use_cache=False, logits_to_keep=positions).logits
+            logits = lens.run(ids, logits_to_keep=positions).logits
         of_last = logits[torch.arange(len(batch), device=ids.device), place]
         scores = Scores.of_logits(of_last, label, label, int(lens.model.config.meta_token_id))
         losses.append(scores.cross_entropy)

@@ -7,15 +7,15 @@ the same positions, and up to the answer nothing differs but the item:
     clean    List child : 1 corn , 2 jar . _ List student : 1 canoe , 2 feather . _ Item 1 of child is     -> corn
     corrupt  List child : 1 lamp , 2 jar . _ List student : 1 canoe , 2 feather . _ Item 1 of child is     -> lamp
 
-A row ends before the first token of the answers that differs, so a word of several tokens, a copied span and several
-questions are handled alike: what both share of the answers stands in the row. What is replaced:
+A row ends before the first token of the answers that differs; what both answers share stands in the row. Words of
+several tokens, copied spans and several questions are thus handled alike. What is replaced:
 
-    list_recall, list_pointer  the item asked for, by a word that is nowhere in the body, as it is itself elsewhere
+    list_recall, list_pointer  the item asked for, by another word; neither stands elsewhere in the body
     copying                    a word of a span, likewise
     segment_counting           a word of the segment, by another of the prompt's words: answers differ by one
     parity                     a bit before the last mark, by the other
 
-Pair i is a pure function of (task, difficulty, tokenizer, seed, split, i), and both of its instances are of the split.
+Pair i is a pure function of (task, difficulty, tokenizer, seed, i), and both of its instances are of the test split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from metatokens.config.tasks import Difficulty, Task
-    from metatokens.tasks.base import Instance, Solve, Split
+    from metatokens.tasks.base import Instance, Solve
 
 _MOST_ATTEMPTS = 400
 _ATTEMPT_STRIDE = 2**40  # between the instances that one pair may try: no two pairs share one
@@ -48,7 +48,7 @@ _BITS = (" 0", " 1")
 
 
 class MinimalPair(NamedTuple):
-    """Two prompts as tokens, equal but for one item."""
+    """Two prompts as tokens that differ in one item."""
 
     clean: IntArray
     """(T,), text and meta-tokens up to the token that tells answer from foil."""
@@ -70,11 +70,6 @@ class MinimalPair(NamedTuple):
         later: IntArray = self.meta_positions[self.meta_positions > self.item_positions[-1]]
         return later
 
-    @property
-    def distance(self) -> int:
-        """Positions from the item to the end of the row."""
-        return len(self.clean) - 1 - int(self.item_positions[-1])
-
 
 def make_minimal_pair(
     task: Task,
@@ -84,7 +79,6 @@ def make_minimal_pair(
     meta_token_id: int,
     seed: int,
     index: int,
-    split: Split = "test",
 ) -> MinimalPair:
     """Return minimal pair `index`.
 
@@ -95,7 +89,6 @@ def make_minimal_pair(
         meta_token_id: The id of the meta-token.
         seed: Of the instances, as for `make_instance`.
         index: Number of the pair.
-        split: That both instances are of.
 
     Raises:
         UsageError: A task or a tokenizer of which no pair is found.
@@ -109,10 +102,10 @@ def make_minimal_pair(
         )
     for attempt in range(_MOST_ATTEMPTS):
         number = index + attempt * _ATTEMPT_STRIDE
-        clean = make_instance(task, difficulty, encoder=encoder, seed=seed, split=split, index=number)
+        clean = make_instance(task, difficulty, encoder=encoder, seed=seed, split="test", index=number)
         draws = KeyedRandom(int(hash_key(seed, number, Purpose.PAIR_ITEM)[0]))
         for place, corrupt in _twins(task.kind, clean, encoder, draws):
-            if corrupt.split == split:
+            if corrupt.split == clean.split:
                 pair = _encode(clean, corrupt, place, task=task, encoder=encoder, meta_token_id=meta_token_id)
                 if pair is not None:
                     return pair

@@ -6,16 +6,14 @@ Nanda 2023); cross-entropy and accuracy come with it. Every score is one number 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
     from metatokens.analysis.inputs.pairs import MinimalPair
@@ -23,11 +21,11 @@ if TYPE_CHECKING:
     from metatokens.lens.lens import Lens
 
 FloatArray = npt.NDArray[np.float64]
+BATCH_SIZE = 16
 _Key = TypeVar("_Key")
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Scores of pairs under one condition; arrays of shape (pairs,)."""
 
     logit_difference: FloatArray
@@ -45,34 +43,12 @@ class Scores:
         scores = (of_answer - of_foil, logits.logsumexp(-1) - of_answer, logits[:, :meta_token_id].argmax(-1) == answer)
         return cls(*(score.cpu().numpy().astype(np.float64) for score in scores))
 
-    def mean_with(self, other: Scores) -> Scores:
-        """Return the mean of two scores of each pair, of its two prompts for instance."""
-        return Scores(*((own + its) / 2 for own, its in zip(self._arrays, other._arrays, strict=True)))
-
-    @property
-    def _arrays(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        return self.logit_difference, self.cross_entropy, self.accuracy
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of means over pairs, as the numbers that an interval needs."""
-
-    numerators: FloatArray
-    """(pairs,)."""
-    denominators: FloatArray
-    """(pairs,); of either sign."""
-
-    @property
-    def estimate(self) -> float:
-        """The ratio of the means, not the mean of the ratios."""
-        return float(self.numerators.sum() / self.denominators.sum())
-
 
 @dataclass(frozen=True)
 class PairBatch:
     """Pairs as rows of one batch, padded on the right, where causality keeps padding out of sight."""
 
+    pairs: Sequence[MinimalPair]
     clean: Tensor
     """(B, T) int64."""
     corrupt: Tensor
@@ -94,97 +70,64 @@ class PairBatch:
     is_between: Tensor
     """(B, T) bool: text tokens between the item and the question."""
 
-    def mask(self, columns: Sequence[IntArray]) -> Tensor:
+    def mask(self, columns: Iterable[IntArray | Tensor]) -> Tensor:
         """Return (B, T) bool, True at the columns of each row."""
         mask = torch.zeros_like(self.is_item)
         for row, chosen in enumerate(columns):
-            mask[row, torch.from_numpy(chosen).to(mask.device)] = True
+            mask[row, torch.as_tensor(chosen, device=mask.device)] = True
         return mask
 
     def score(self, lens: Lens, ids: Tensor, *, towards_foil: bool = False) -> Scores:
         """Run prompts (B, T) under the edits of the lens and score the answer, or the foil in its place."""
         positions, place = self.last.unique(return_inverse=True)
-        logits = lens(ids, use_cache=False, logits_to_keep=positions).logits
+        logits = lens.run(ids, logits_to_keep=positions).logits
         logits = logits[torch.arange(len(place), device=place.device), place]
         right, wrong = (self.foil, self.answer) if towards_foil else (self.answer, self.foil)
-        return Scores.of_logits(logits, right, wrong, getattr(lens.model.config, "meta_token_id", None))
+        return Scores.of_logits(logits, right, wrong, lens.meta_token_id)
 
     def score_both(self, lens: Lens) -> Scores:
         """Return the mean over the two prompts of a pair, each scored towards its own answer; at chance exactly 0."""
-        of_clean = self.score(lens, self.clean)
-        return of_clean.mean_with(self.score(lens, self.corrupt, towards_foil=True))
+        both = self.score(lens, self.clean), self.score(lens, self.corrupt, towards_foil=True)
+        return Scores(*((of_clean + of_corrupt) / 2 for of_clean, of_corrupt in zip(*both, strict=True)))
 
 
 def stack_pairs(pairs: Sequence[MinimalPair], device: Any = "cpu") -> PairBatch:
     """Put pairs into one batch."""
-    num_columns = max(len(pair.clean) for pair in pairs)
-    ids = torch.zeros((2, len(pairs), num_columns), dtype=torch.int64)
-    masks = torch.zeros((5, len(pairs), num_columns), dtype=torch.bool)
+    shape = len(pairs), max(len(pair.clean) for pair in pairs)
+    ids = torch.zeros((2, *shape), dtype=torch.int64)
+    masks = torch.zeros((5, *shape), dtype=torch.bool)
     for row, pair in enumerate(pairs):
-        length = len(pair.clean)
-        ids[:, row] = pair.answer  # padding: any text token
-        ids[:, row, :length] = torch.from_numpy(np.stack([pair.clean, pair.corrupt]))
-        columns = np.arange(length)
+        columns = np.arange(len(pair.clean))
+        is_item = np.isin(columns, pair.item_positions)
         is_meta = np.isin(columns, pair.meta_positions)
         is_behind = columns > pair.item_positions[-1]
-        is_question = columns >= pair.question_start
-        masks[:, row, :length] = torch.from_numpy(
-            np.stack(
-                [
-                    np.isin(columns, pair.item_positions),
-                    is_meta,
-                    is_meta & is_behind,
-                    ~is_meta & is_question,
-                    ~is_meta & is_behind & ~is_question,
-                ]
-            )
+        is_question = ~is_meta & (columns >= pair.question_start)
+        is_between = ~is_meta & is_behind & ~is_question
+        ids[:, row] = pair.answer  # padding: any text token
+        ids[:, row, columns] = torch.from_numpy(np.stack([pair.clean, pair.corrupt]))
+        masks[:, row, columns] = torch.from_numpy(
+            np.stack([is_item, is_meta, is_meta & is_behind, is_question, is_between])
         )
-    answer, foil, last = (
-        torch.tensor(values, device=device)
-        for values in zip(*((pair.answer, pair.foil, len(pair.clean) - 1) for pair in pairs), strict=True)
-    )
-    clean, corrupt = ids.to(device)
-    is_item, is_meta, is_later_meta, is_question, is_between = masks.to(device)
-    return PairBatch(
-        clean=clean,
-        corrupt=corrupt,
-        answer=answer,
-        foil=foil,
-        last=last,
-        is_item=is_item,
-        is_meta=is_meta,
-        is_later_meta=is_later_meta,
-        is_question=is_question,
-        is_between=is_between,
-    )
+    ends = torch.tensor([(pair.answer, pair.foil, len(pair.clean) - 1) for pair in pairs], device=device)
+    return PairBatch(pairs, *ids.to(device), *ends.T, *masks.to(device))
 
 
-def batches_of(lens: Lens, pairs: Sequence[MinimalPair], batch_size: int) -> Iterator[tuple[PairBatch, slice]]:
-    """Yield the pairs in batches on the device of the model, each with its place among them.
+def batches_of(lens: Lens, pairs: Sequence[MinimalPair], batch_size: int = BATCH_SIZE) -> Iterator[PairBatch]:
+    """Yield the pairs in batches on the device of the model.
 
     Raises:
-        UsageError: No pair, or none with a meta-token behind its item.
+        ValueError: No pair has a meta-token behind its item.
     """
     if not any(len(pair.later_meta_positions) for pair in pairs):
-        raise UsageError(
-            "minimal pairs",
-            expected="some with a meta-token behind the item",
-            found=f"none of {len(pairs)}",
-            remedy="make pairs of a task whose meta_places put meta-tokens there",
-        )
+        raise ValueError(f"none of {len(pairs)} minimal pairs has a meta-token behind its item")
     for start in range(0, len(pairs), batch_size):
-        rows = slice(start, start + batch_size)
-        yield stack_pairs(pairs[rows], lens.model.device), rows
+        yield stack_pairs(pairs[start : start + batch_size], lens.model.device)
 
 
-def join_scores(parts: Sequence[Mapping[_Key, Scores]]) -> dict[_Key, Scores]:
+def join_scores(parts: Iterable[Mapping[_Key, Scores]]) -> dict[_Key, Scores]:
     """Put the scores of batches behind each other, for each condition."""
+    first, *others = parts
     return {
-        key: Scores(*(np.concatenate(arrays) for arrays in zip(*(part[key]._arrays for part in parts), strict=True)))
-        for key in parts[0]
+        key: Scores(*map(np.concatenate, zip(scores, *(part[key] for part in others), strict=True)))
+        for key, scores in first.items()
     }
-
-
-def meta_layers(lens: Lens) -> list[int]:
-    """Return the layers that have meta-attention."""
-    return [site.layer for block in lens.layout.blocks for site in block.attentions if site.branch == "meta_attn"]

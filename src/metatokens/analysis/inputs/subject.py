@@ -66,7 +66,8 @@ class Inputs:
         """Draw the documents that the config asks for, unless a subject of one's own is given.
 
         Raises:
-            UsageError: A model in training mode or without meta-tokens, too few or too short documents.
+            UsageError: A model without meta-tokens, too few or too short documents.
+            ValueError: A model in training mode.
         """
         self.lens = Lens(getattr(model, "wrapped", model))
         self.config = config

@@ -24,7 +24,7 @@ from metatokens.analysis.representations.logits import OutputHead, predicting_po
 from metatokens.config.analysis import TaskSubject
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import find_meta_tokens, residual_names
+from metatokens.lens.residuals import residual_names
 
 COMPLETE_TO = 1e-3  # of the residual's largest entry; float32 sums of some fifty components stay far below
 _BATCH = 16
@@ -114,7 +114,7 @@ def attribute_logits(
     wanted = [name for name in lens.names if name.endswith(_TAPS)]
     names = residual_names(lens)
     with lens.capture([names[0], names[-1], *wanted], at=at, dtype=torch.float32) as captured:
-        lens(input_ids, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids)
     components = {"embed": captured[names[0]]}
     fired = set(captured)  # meta-attention is silent where there is no meta-token
     for name in wanted:
@@ -137,7 +137,7 @@ def measure_branch_strengths(lens: Lens, input_ids: Tensor, *, at: Tensor) -> di
     """
     names = [name for name in lens.names if name.endswith((*_TAPS, "hook_resid_mid"))]
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens(input_ids, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids)
     fired = set(captured)
 
     def strength(layer: int, tap: str) -> float:
@@ -162,8 +162,8 @@ def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.
         "norm_bias" and, where the head has one, "head_bias"; and "logit", their sum. At the token itself and not where
         it is predicted; NaN at meta-tokens and at a token that nothing predicts. "logit" alone where nothing is.
     """
-    is_meta = find_meta_tokens(lens, input_ids)
-    before = predicting_positions(is_meta, getattr(lens.model.config, "loss_policy", "skip"))
+    is_meta = lens.is_meta(input_ids)
+    before = predicting_positions(is_meta, lens.loss_policy)
     is_predicted = before >= 0
     if not is_predicted.any():
         return {"logit": np.full(len(input_ids), np.nan, dtype=np.float32)}
@@ -211,8 +211,8 @@ def _shares_in_answers(inputs: Inputs) -> Sequence[Mapping[str, npt.NDArray[Any]
     """Return the shares in the answer's logit minus the foil's at the end of clean prompts, by component."""
     shares = []
     pairs = pairs_of(inputs)
-    for batch, rows in batches_of(inputs.lens, pairs, _BATCH):
-        last = batch.mask([np.array([len(pair.clean) - 1]) for pair in pairs[rows]])
+    for batch in batches_of(inputs.lens, pairs, _BATCH):
+        last = batch.mask(batch.last)
         found = attribute_logits(inputs.lens, batch.clean, at=last, token_ids=batch.answer, foil_ids=batch.foil)
         shares.append(dict(zip(found.names, found.values.T.numpy(force=True), strict=True)))
     return shares

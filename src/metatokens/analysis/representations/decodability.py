@@ -27,7 +27,7 @@ from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens, mean_of_last
+from metatokens.lens.residuals import capture_residuals, mean_of_last
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
 WINDOWS = (1, 4, 16, 64)
@@ -235,7 +235,7 @@ def collect_prefix_states(lens: Lens, places: Places, windows: Sequence[int] = W
     """
     states, prefixes, documents = [], [], []
     for number, input_ids, ends in places.by_document():
-        text = ~find_meta_tokens(lens, input_ids)
+        text = ~lens.is_meta(input_ids)
         embeddings = lens.model.get_input_embeddings()(input_ids).detach().float()
         _, enough = mean_of_last(embeddings, text, max(windows))
         kept = ends & enough

@@ -28,7 +28,7 @@ from metatokens.analysis.representations.places import places_of
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens
+from metatokens.lens.residuals import capture_residuals
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
@@ -272,7 +272,7 @@ def measure_logit_lens(
     states = capture_residuals(lens, input_ids, at=at)
     if maps is not None:
         states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
-    text = preceding_text(input_ids, ~find_meta_tokens(lens, input_ids), distances)
+    text = preceding_text(input_ids, ~lens.is_meta(input_ids), distances)
     return logit_lens(states, OutputHead.of(lens), text[at])
 
 
@@ -281,10 +281,10 @@ def measure_outputs(lens: Lens, input_ids: Tensor, *, at: Tensor) -> dict[str, T
 
     Targets are those of the model's loss policy; a position whose target is dropped has no cross-entropy.
     """
-    policy = getattr(lens.model.config, "loss_policy", "skip")
-    targets = targets_of_labels(input_ids, find_meta_tokens(lens, input_ids), policy)
+    policy = lens.loss_policy
+    targets = targets_of_labels(input_ids, lens.is_meta(input_ids), policy)
     with lens.capture(["ln_final.hook_normalized"], at=at, dtype=torch.float32) as captured:
-        lens(input_ids, use_cache=False, logits_to_keep=1)
+        lens.run(input_ids)
     return output_statistics(captured["ln_final.hook_normalized"], OutputHead.of(lens), targets[at])
 
 

@@ -36,7 +36,7 @@ from metatokens.analysis.inputs.subject import Inputs, shared, stack
 from metatokens.analysis.measures import Lines, Row, Rows, measure, rows_over
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, find_meta_tokens
+from metatokens.lens.residuals import capture_residuals
 
 Form = Literal["raw", "centred", "z_scored"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -191,7 +191,7 @@ def compare_cosines(
     Raises:
         ValueError: the runs are not of the same texts, or a single row.
     """
-    is_meta, is_control_meta = find_meta_tokens(lens, meta_run), find_meta_tokens(lens, control_run)
+    is_meta, is_control_meta = lens.is_meta(meta_run), lens.is_meta(control_run)
     same_shape = meta_run.shape == control_run.shape and torch.equal(is_meta.sum(1), is_control_meta.sum(1))
     if not same_shape or not torch.equal(meta_run[~is_meta], control_run[~is_control_meta]):
         raise ValueError("the control run must hold the same texts, each with as many meta-tokens at other places")

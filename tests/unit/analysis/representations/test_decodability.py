@@ -47,7 +47,7 @@ def test_mean_of_last_equals_the_definition(window: int) -> None:
 
 
 def test_window_of_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least 1 token"):
+    with pytest.raises(ValueError, match="at least 1 token"):
         mean_of_last(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), 0)
 
 

@@ -11,6 +11,7 @@ from metatokens.analysis.causal.eviction import (
     Condition,
     check_model,
     continue_sequence,
+    count_kept,
     evict,
     measure_eviction,
     read_prefix,
@@ -20,7 +21,7 @@ from metatokens.analysis.causal.policies import POLICIES, AlwaysKept, Prefix, ch
 from metatokens.baselines.masks import SparseAttentionConfig
 from metatokens.errors import UsageError
 from metatokens.lens import Lens, edits
-from tiny_models import META, VOCAB_SIZE, randomize, tiny_model, tokens
+from tiny_models import VOCAB_SIZE, randomize, tiny_model, tokens
 
 PREFIX, LENGTH = 24, 34
 ROW = "xxx_xxxxx_xx_xxxxxxx_xxxxxxx_xxxxx"
@@ -77,32 +78,30 @@ def test_what_follows_sees_the_kept_columns_as_if_the_edges_to_the_others_were_c
 
 
 def test_the_whole_budget_costs_exactly_nothing(lens):
-    rows = tokens(ROW, ROW, seed=3).numpy()
-    table = np.arange(VOCAB_SIZE) % 3 == 0
-    costs = measure_eviction(
-        lens, rows, PREFIX, meta_token_id=META, policies=POLICIES, budgets=(1.0, 0.4), punctuation=table
-    )
-    assert set(costs.costs) == {Condition(policy, budget) for policy in POLICIES for budget in (1.0, 0.4)}
+    losses = measure_eviction(lens, tokens(ROW, ROW, seed=3).split(1), PREFIX, budgets=(1.0, 0.4))
+    assert losses.keys() == {None, *(Condition(policy, budget) for policy in POLICIES for budget in (1.0, 0.4))}
     for policy in POLICIES:
-        assert (costs.costs[Condition(policy, 1.0)] == 0).all()
-        assert (costs.costs[Condition(policy, 0.4)] != 0).all()
-    assert costs.num_kept == {1.0: PREFIX, 0.4: 10}
+        assert (losses[Condition(policy, 1.0)] == losses[None]).all()
+        assert (losses[Condition(policy, 0.4)] != losses[None]).all()
+
+
+def test_a_budget_is_a_share_of_the_prefix():
+    assert [count_kept(budget, PREFIX) for budget in (1.0, 0.4, 0.001)] == [PREFIX, 10, 1]
 
 
 def test_full_loss_is_that_of_the_whole_sequence(lens):
     rows = tokens(ROW, seed=4)
-    costs = measure_eviction(lens, rows.numpy(), PREFIX, meta_token_id=META, policies=("window",), budgets=(0.5,))
+    losses = measure_eviction(lens, [rows], PREFIX, policies=("window",), budgets=(0.5,))
     logits = lens(rows).logits[0].double().log_softmax(-1)
-    nats, is_meta = [], rows[0] == META
+    nats, is_meta = [], lens.is_meta(rows)[0]
     for position in range(PREFIX + 1, LENGTH):
         if is_meta[position]:
             continue
         source = position - 1
-        while getattr(lens.model.config, "loss_policy", "skip") == "retarget" and is_meta[source]:
+        while lens.loss_policy == "retarget" and is_meta[source]:
             source -= 1
         nats.append(-float(logits[source, rows[0, position]]))
-    assert costs.num_targets.tolist() == [len(nats)]
-    assert costs.full[0] == pytest.approx(np.mean(nats), abs=1e-4)
+    assert losses[None][0] == pytest.approx(np.mean(nats), abs=1e-4)
 
 
 def test_rows_with_unequal_metas_lose_columns_as_they_would_alone():
@@ -166,10 +165,9 @@ def test_columns_may_differ_by_layer_and_head():
             assert torch.equal(kept.layers[number].values[0, head], expected)
 
 
-def prefix_of(picture: str, **fields: Any) -> Prefix:
+def prefix_of(picture: str, *, received: np.ndarray | None = None, key: int = 0) -> Prefix:
     is_meta = np.array([c == "_" for c in picture])
-    is_slot = np.append(is_meta[1:], False) & ~is_meta
-    return Prefix(is_meta, is_slot, np.array([c == "." for c in picture]), **fields)
+    return Prefix(is_meta, np.zeros((1, 1, len(picture))) if received is None else received, key)
 
 
 def chosen(policy: str, picture: str, count: int, **fields: Any) -> str:
@@ -184,7 +182,6 @@ CHOICES = {
     ("meta", 7):        "kk       k    k        kkk",
     ("meta", 10):       "kk  k    k    k      kkkkk",  # three metas, then the newest
     ("slots", 7):       "kk      k    k         kkk",
-    ("punctuation", 6): "kk               k     kkk",
     ("even", 12):       "kk k  k  k  k  k  k  k kkk",
     ("window", 1):      "k                         ",
     ("meta", 3):        "kk                       k",
@@ -236,8 +233,7 @@ def test_attention_received_is_the_sum_of_the_models_weights(name):
     weights = lens(ids, output_attentions=True).attentions
     for own, expected in zip(received, weights, strict=True):
         torch.testing.assert_close(own.double(), expected.double().sum(-2), rtol=1e-4, atol=1e-5)
-    prefix, _ = read_prefix(lens, ids, meta_token_id=META, with_attention=True)
-    assert prefix.received is not None
+    prefix, _ = read_prefix(lens, ids)
     assert prefix.received.sum(-1) == pytest.approx(np.full((2, 4), LENGTH), abs=1e-3)
 
 
@@ -251,19 +247,14 @@ def test_models_whose_attention_counts_columns_are_refused():
             check_model(model)
 
 
-def test_a_mistake_is_one_line():
-    lens, rows = Lens(tiny_model()), tokens(ROW).numpy()
-
-    def measure(**changes: Any) -> None:
-        measure_eviction(lens, **{"input_ids": rows, "prefix_length": PREFIX, "meta_token_id": META} | changes)
-
-    with pytest.raises(UsageError, match=r"share in \(0, 1\], found 1.5"):
-        measure(budgets=(1.5,))
+def test_a_continuation_without_a_target_is_refused():
     with pytest.raises(UsageError, match="at least two text tokens behind the prefix, found 1"):
-        measure(prefix_length=LENGTH - 1)
-    with pytest.raises(UsageError, match="policy punctuation: expected the ids"):
-        measure(policies=("punctuation",))
-    with pytest.raises(UsageError, match="policy heavy_hitters"):
-        choose_columns("heavy_hitters", prefix_of(PICTURE), 8, ALWAYS)
-    with pytest.raises(UsageError, match="expected one that grows and has been filled"):
+        measure_eviction(Lens(tiny_model()), [tokens(ROW)], LENGTH - 1, budgets=(0.5,))
+
+
+def test_a_misused_eviction_says_in_one_sentence_what_is_wrong():
+    lens = Lens(tiny_model())
+    with pytest.raises(ValueError, match=r"share of the prefix in \(0, 1\], not 1.5"):
+        measure_eviction(lens, [tokens(ROW)], PREFIX, budgets=(1.5,))
+    with pytest.raises(ValueError, match="a cache that grows and has been filled"):
         evict(DynamicCache(config=lens.model.config), torch.tensor([[0]]))

@@ -55,7 +55,7 @@ def test_an_edit_at_some_tokens_reaches_what_follows(name: str, model: Any) -> N
 
 def test_edits_apply_in_the_order_given() -> None:
     lens, ids, name = Lens(build()), sample_ids(), "blocks.1.hook_resid_post"
-    one, double = edits.add(name, torch.ones(WIDTH)), edits.scale(name, 2.0)
+    one, double = edits.transform(name, lambda old: old + 1), edits.scale(name, 2.0)
     with lens.capture([name]) as plain:
         lens(ids)
     with lens.edit(one, double), lens.capture([name]) as first:
@@ -70,7 +70,7 @@ def test_edits_apply_in_the_order_given() -> None:
 def test_contexts_may_end_in_any_order_and_each_takes_its_own_away(order: tuple[int, ...]) -> None:
     lens, ids, fresh = Lens(build()), sample_ids(), Lens(build())
     twice = edits.scale("blocks.0.hook_mlp_out", 0.5)
-    changes = [twice, edits.add("blocks.0.hook_mlp_out", torch.ones(WIDTH)), twice]
+    changes = [twice, edits.transform("blocks.0.hook_mlp_out", lambda old: old + 1), twice]
     contexts = [lens.edit(change) for change in changes]
     for context in contexts:
         context.__enter__()
@@ -206,24 +206,6 @@ def test_the_edge_of_a_token_to_itself_is_never_cut(model: Any) -> None:
     torch.testing.assert_close(captured[taps[1]], captured[taps[0]], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rope", "alibi", "eager", "gpt2", "gpt-neo"])
-def test_edges_are_cut_in_the_heads_named(name: str) -> None:
-    lens, ids = Lens(MODELS[name]()), sample_ids()
-    text, tap = ids != META, ["blocks.1.attn.hook_z"]
-    with lens.capture(tap) as plain:
-        lens(ids)
-    with lens.edit(edits.cut_edges([1], query=text, key=~text)), lens.capture(tap) as both:
-        lens(ids)
-    with lens.edit(edits.cut_edges([1], query=text, key=~text, heads=[1])), lens.capture(tap) as one:
-        lens(ids)
-    torch.testing.assert_close(one[tap[0]][:, :, 0], plain[tap[0]][:, :, 0])
-    torch.testing.assert_close(one[tap[0]][:, :, 1], both[tap[0]][:, :, 1])
-    assert not torch.allclose(both[tap[0]], plain[tap[0]], atol=1e-2)
-    cut = edits.cut_edges([1], query=text, key=text, heads=[0, 2])
-    with pytest.raises(UsageError, match=r"expected some of 0\.\.1, found \[2\]"), lens.edit(cut):
-        pass
-
-
 @pytest.mark.parametrize("tap", ["hook_resid_post", "attn.hook_z", "meta_attn.hook_k", "hook_meta_out"])
 def test_packed_states_of_one_text_are_put_into_another(tap: str) -> None:
     """Interchange: as many tokens, at places of their own in each text."""
@@ -289,7 +271,6 @@ def test_an_edit_of_the_meta_branch_stays_at_the_meta_tokens() -> None:
 
 OPS = {
     "replace": lambda at: edits.replace("x", torch.ones(4), at=at),
-    "add": lambda at: edits.add("x", torch.ones(4), at=at),
     "scale": lambda at: edits.scale("x", 0.5, at=at),
     "transform": lambda at: edits.transform("x", torch.tanh, at=at),
 }
@@ -319,18 +300,18 @@ def test_values_that_fit_nowhere_are_refused() -> None:
         (edits.replace(tap, torch.zeros(4, WIDTH), at=at), "expected 5 values, one for each token that `at` selects"),
         (edits.replace(tap, torch.zeros(12, WIDTH)), r"expected a value for all tokens, \(16,\)"),
         (edits.replace(tap, torch.zeros(2, 8, WIDTH), at=at), "a value for each column"),
-        (edits.scale(tap, 0.0, at=at.repeat(2, 1)), r"expected \(1 or 2, T\)"),
-        (edits.cut_edges(None, query=at.repeat(2, 1), key=at), r"expected \(1 or 2, T\)"),
+        (edits.scale(tap, 0.0, at=at.repeat(2, 1)), "nor for each of 2"),
+        (edits.cut_edges(None, query=at.repeat(2, 1), key=at), "nor for each of 2"),
     ]
     for edit, message in wrong:
-        with pytest.raises(UsageError, match=message), lens.edit(edit):
+        with pytest.raises(ValueError, match=message), lens.edit(edit):
             lens(ids)
     for build_edit in (
         lambda: edits.scale(tap, 0.0, at=ids),
         lambda: edits.cut_edges(None, query=at[0], key=at),
         lambda: edits.cut_older_edges(None, is_meta=ids, num_kept=1),
     ):
-        with pytest.raises(UsageError, match="expected a mask"):
+        with pytest.raises(ValueError, match="positions are a mask"):
             build_edit()
     landmark = Lens(baseline_model("landmark"))
     cut = edits.cut_edges(None, query=at, key=at)
@@ -359,7 +340,9 @@ EVEN = torch.arange(12)[None] % 2 == 0
 EDITS = {
     "replace": lambda at: edits.replace("blocks.1.hook_resid_post", torch.ones(WIDTH), at=at),
     "packed": lambda at: edits.replace("blocks.1.hook_mlp_out", torch.eye(WIDTH)[: int(at.sum())] * 5, at=at),
-    "middle": lambda at: edits.add("blocks.1.hook_resid_mid", torch.linspace(-3, 3, WIDTH), at=at),
+    "middle": lambda at: edits.transform(
+        "blocks.1.hook_resid_mid", lambda old: old + torch.linspace(-3, 3, WIDTH), at=at
+    ),
     "keys": lambda at: edits.scale("blocks.0.attn.hook_rot_k", 0.0, at=at),
     "edges": lambda at: edits.cut_edges([0, 1], query=torch.ones(1, 12, dtype=torch.bool), key=at),
     "meta branch": lambda _: edits.scale("blocks.*.hook_meta_out", 0.0),
@@ -377,7 +360,7 @@ def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, mode
         at = at & mask.bool()
     needs_branch = edit.startswith("meta")
     if needs_branch and "blocks.1.hook_meta_out" not in lens.names:
-        with pytest.raises(UsageError), lens.edit(EDITS[edit](at)):
+        with pytest.raises(ValueError, match=r"no tap|edges can be cut"), lens.edit(EDITS[edit](at)):
             pass
         return
     with lens.edit(EDITS[edit](at)):
@@ -400,8 +383,8 @@ def test_generation_under_edits_needs_no_cache_to_say_the_same() -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     plain = model.generate(ids, **options)
     # prefill makes the logits of the last token alone, so an edit of them must find its column
-    last = edits.add("unembed.hook_logits", torch.eye(50)[7] * 1000, at=torch.arange(12)[None] == 11)
-    steer = edits.add("blocks.2.hook_resid_post", torch.linspace(-9, 9, WIDTH))
+    last = edits.replace("unembed.hook_logits", torch.eye(50)[7] * 1000, at=torch.arange(12)[None] == 11)
+    steer = edits.transform("blocks.2.hook_resid_post", lambda old: old + torch.linspace(-9, 9, WIDTH))
     with lens.edit(last, steer, edits.cut_edges(None, query=torch.ones(1, 20, dtype=torch.bool), key=at)):
         cached = model.generate(ids, use_cache=True, **options)
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))

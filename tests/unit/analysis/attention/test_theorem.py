@@ -8,18 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metatokens.analysis.attention.theorem import (
-    KeyBoosts,
-    audit_rows,
-    critical_boost,
-    entropy_slope,
-    key_margin,
-    largest_entropy,
-    largest_set_entropy,
-    margin_entropy,
-    set_entropy,
-    set_entropy_slope,
-)
+from metatokens.analysis.attention.theorem import KeyBoosts, audit_rows, critical_boost, margin_entropy
 
 
 def draw_logits(seed: int, keys: int, scale: float) -> Tensor:
@@ -51,12 +40,13 @@ def test_entropy_is_a_function_of_margin_and_competitors_alone(row: tuple[int, i
 
 @settings(max_examples=60, deadline=None)
 @given(row=rows)
-def test_slope_is_the_derivative(row: tuple[int, int, float]) -> None:
+def test_the_slope_of_the_entropy_has_the_sign_of_minus_the_margin(row: tuple[int, int, float]) -> None:
     logits = draw_logits(*row).requires_grad_()
     entropy_of(logits).backward()
-    margin, competitors = margin_of(logits.detach(), 0)
+    margin, _ = margin_of(logits.detach(), 0)
+    share = logits.detach().softmax(-1)[0]
     assert logits.grad is not None
-    assert float(entropy_slope(margin, competitors)) == pytest.approx(float(logits.grad[0]), abs=1e-9)
+    assert float(logits.grad[0]) == pytest.approx(float(-share * (1 - share) * margin), abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,8 +55,9 @@ def test_a_key_below_its_share_raises_entropy_until_the_critical_boost(row: tupl
     margin, competitors = margin_of(draw_logits(*row), 0)
     start = margin_entropy(margin, competitors)
     boosts = torch.linspace(0.01, 1.0, 50, dtype=torch.float64)
-    critical = critical_boost(margin, competitors)
-    assert bool((margin_entropy(margin + boosts, competitors) <= largest_entropy(competitors) + 1e-12).all())
+    critical, largest = critical_boost(margin, competitors), torch.log1p(competitors)
+    assert float(margin_entropy(torch.zeros_like(margin), competitors)) == pytest.approx(float(largest), abs=1e-12)
+    assert bool((margin_entropy(margin + boosts, competitors) <= largest + 1e-12).all())
     if margin >= 0:
         assert critical == 0
         assert bool((margin_entropy(margin + boosts, competitors) < start + 1e-12).all())
@@ -75,8 +66,7 @@ def test_a_key_below_its_share_raises_entropy_until_the_critical_boost(row: tupl
         inside, outside = critical * boosts * 0.99, critical * (1.01 + boosts)
         assert bool((margin_entropy(margin + inside, competitors) >= start - 1e-12).all())
         assert bool((margin_entropy(margin + outside, competitors) <= start + 1e-12).all())
-        rise = largest_entropy(competitors) - start
-        assert rise <= torch.log1p(1 / competitors) + 1e-12
+        assert largest - start <= torch.log1p(1 / competitors) + 1e-12
 
 
 def test_one_competitor_makes_the_critical_boost_twice_the_margin() -> None:
@@ -114,30 +104,27 @@ def test_set_version_is_the_chain_rule_and_its_derivative(row: tuple[int, int, f
     amount = torch.tensor(boost, dtype=torch.float64, requires_grad=True)
     entropy = entropy_of(logits + amount * members)
     entropy.backward()
-    of_set, of_rest = logits[members], logits[~members]
-    odds = of_set.logsumexp(-1) - of_rest.logsumexp(-1) + boost
-    parts = entropy_of(of_set), entropy_of(of_rest)
-    assert float(set_entropy(odds, *parts)) == pytest.approx(float(entropy.detach()), abs=1e-12)
+    of_set, of_rest = entropy_of(logits[members]), entropy_of(logits[~members])
+    odds = logits[members].logsumexp(-1) - logits[~members].logsumexp(-1) + boost
+    share = torch.sigmoid(odds)
+    binary = torch.special.entr(share) + torch.special.entr(1 - share)
+    assert float(binary + share * of_set + (1 - share) * of_rest) == pytest.approx(float(entropy.detach()), abs=1e-12)
     assert amount.grad is not None
-    assert float(set_entropy_slope(odds, *parts)) == pytest.approx(float(amount.grad), abs=1e-9)
-    assert entropy.detach() <= largest_set_entropy(*parts) + 1e-12
-    peak = parts[0] - parts[1]
-    assert float(set_entropy(peak, *parts)) == pytest.approx(float(largest_set_entropy(*parts)), abs=1e-12)
+    slope = -share * (1 - share) * (odds - (of_set - of_rest))
+    assert float(slope) == pytest.approx(float(amount.grad), abs=1e-9)
+    largest = torch.logaddexp(of_set, of_rest)
+    assert entropy.detach() <= largest + 1e-12
+    peak = boost + (of_set - of_rest) - odds
+    assert float(entropy_of(logits + peak * members)) == pytest.approx(float(largest), abs=1e-12)
 
 
-def test_margins_follow_from_three_statistics_of_a_row() -> None:
-    logits = draw_logits(3, 12, 2.0)
-    weights = logits.softmax(-1)
-    found = key_margin(
-        logits, entropy=entropy_of(logits), log_sum_exp=logits.logsumexp(-1), mean_score=(weights * logits).sum()
+def test_a_key_with_all_the_weight_has_no_known_margin() -> None:
+    scores = torch.tensor([[[[60.0, 0.0]]]], dtype=torch.float64)
+    found = audit_rows(
+        scores, scores + 1, visible=torch.ones(2, dtype=torch.bool), is_meta=torch.tensor([[True, False]])
     )
-    expected = [margin_of(logits, key) for key in range(12)]
-    torch.testing.assert_close(found.margin, torch.stack([margin for margin, _ in expected]))
-    torch.testing.assert_close(found.competitors, torch.stack([count for _, count in expected]))
-    alone = key_margin(
-        *(torch.zeros(1),), entropy=torch.zeros(1), log_sum_exp=torch.zeros(1), mean_score=torch.zeros(1)
-    )
-    assert alone.margin.isnan().all()
+    assert found.boosts.margin.isnan().all()
+    assert not found.boosts.is_known.any()
 
 
 def test_audit_finds_a_pure_boost_exactly() -> None:
@@ -152,11 +139,11 @@ def test_audit_finds_a_pure_boost_exactly() -> None:
     found = audit_rows(before, after, visible=visible, is_meta=is_meta & one_key)
     torch.testing.assert_close(found.entropy_without, entropy_of(before.masked_fill(~visible, -torch.inf)))
     pure = audit_rows(before, before + 1.5 * one_key, visible=visible, is_meta=is_meta & one_key)
-    torch.testing.assert_close(pure.entropy_mechanism, pure.entropy_with - pure.entropy_without)
+    torch.testing.assert_close(pure.mechanism, pure.entropy_with - pure.entropy_without)
     torch.testing.assert_close(found.entropy_with, pure.entropy_with)
-    assert torch.equal(found.num_boosted, torch.ones_like(found.num_boosted))
-    assert torch.equal(found.num_beyond > 0, found.drop > 0)
-    assert 0 < int(found.num_above.sum()) < found.num_above.numel()
+    assert (found.boosts.boost > 0).all()
+    assert torch.equal(found.boosts.is_beyond[..., 0], found.entropy_with < found.entropy_without)
+    assert 0 < int((found.boosts.margin >= 0).sum()) < found.boosts.margin.numel()
 
 
 def test_boosts_are_those_of_the_definition_in_rows_with_unequal_numbers_of_meta_keys() -> None:
@@ -183,7 +170,7 @@ def test_boosts_are_those_of_the_definition_in_rows_with_unequal_numbers_of_meta
         rise = (row[others].softmax(-1) * (new - row)[others]).sum()
         expected = [margin, competitors, (new - row)[keys[number]] - rise]
         torch.testing.assert_close(torch.stack(values), torch.stack(expected))
-    assert torch.equal(found.num_edges[:, 0], num_edges)
+    assert torch.equal(found.boosts.is_known.sum(-1)[:, 0], num_edges)
 
 
 @settings(max_examples=60, deadline=None)
