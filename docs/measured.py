@@ -1,14 +1,19 @@
 """Where the numbers of README, docs and experiments come from: committed JSON, and nothing else; see facts.py.
 
-A function returns a number or text of one file; an expression in a document puts them together. Tables are made whole.
+A function returns a number or text of one file; an expression in a document puts them together. Tables are made whole;
+that of the measures of an analysis comes from their registry.
 """
 
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from metatokens.analysis.run import MEASURES  # with every measure registered
+from metatokens.config.analysis import Part
+
+PARTS = get_args(Part)
 ROOT = Path(__file__).parents[1]
 BOOKS, COST, PIPELINE, ROWS = (
     f"benchmarks/results/{name}.json"
@@ -293,6 +298,24 @@ def inside_seeds() -> str:
     return _table(header, rows)
 
 
+def measures() -> str:
+    header = ["measure", "part", "on", "unit", "by", "statistic", "definition"]
+    subjects = {None: "both", "task": "tasks", "text": "text"}
+    rows = [
+        [
+            f"`{one.name}`",
+            one.part,
+            subjects[one.subject],
+            one.unit,
+            ", ".join(one.axes),
+            one.statistic,
+            one.definition,
+        ]
+        for one in sorted(MEASURES.values(), key=lambda one: PARTS.index(one.part))
+    ]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "recall-accuracy": recall_accuracy,
@@ -301,6 +324,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-extension": recall_extension,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
+    "measures": measures,
 }
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),

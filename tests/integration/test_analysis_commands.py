@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metatokens.analysis.results import read_results
+from metatokens.analysis.run import MEASURES
 from metatokens.cli import main
 
 pytestmark = pytest.mark.slow
@@ -72,26 +73,26 @@ def test_a_recall_run_is_analysed_on_its_task(
     printed = run_json(capsys, *arguments, "--out", str(tmp_path / "one"))
     results, arrays = read_results(tmp_path / "one")
     assert printed == results.model_dump(mode="json")
-    sections = {record.section for record in results.records}
-    assert {"attention", "theory", "causal", "readouts", "rate_distortion", "probes"} <= sections
-    assert len(results.find("attention", "entropy_drop", layer=1)) == 2
-    assert {record.at["intervention"] for record in results.find("causal", "accuracy")} == {
+    parts = {MEASURES[record.measure].part for record in results.records}
+    assert parts == {"attention", "causal", "decodability", "output", "rate_distortion", "probes"}
+    assert len(results.find("entropy_drop", layer=1)) == 2
+    assert {record.at["intervention"] for record in results.find("accuracy")} == {
         "none",
         "zero_embedding",
         "zero_position",
         "no_position_edges",
     }
-    assert results.find("causal", "interaction")[0].num_documents > 0
-    assert {record.at["state"] for record in results.find("probes", "v_information", target="answer")} == set(FITTED)
-    assert results.find("probes", "erasure_loss", layer=0, erased="answer")
-    assert results.find("readouts", "attribution", component="attention", layer=0)
-    assert results.find("causal", "capacity", size=6)
+    assert results.find("interaction")[0].num_documents > 0
+    assert {record.at["state"] for record in results.find("usable_information", target="answer")} == set(FITTED)
+    assert results.find("erasure_loss", layer=0, erased="answer")
+    assert results.find("attribution", component="attention", layer=0)
+    assert results.find("capacity", size=6)
     tested = {verdict.claim for verdict in results.verdicts if verdict.verdict != "not tested"}
     assert "The meta-tokens' embedding lowers the entropy of attention" in tested
     assert "theory_points" in arrays
-    for record in results.find("attention", "entropy_drop"):
+    for record in results.find("entropy_drop"):
         if record.at:
-            behind = arrays["attention.entropy_drop"][:, record.at["layer"], record.at["head"]]
+            behind = arrays["entropy_drop"][:, record.at["layer"], record.at["head"]]
             assert behind.shape == (8,)
             assert np.nanmean(behind) == pytest.approx(record.value, abs=1e-5)
     view, pair_view = results.token_views
@@ -115,24 +116,24 @@ def test_a_model_is_analysed_on_text(
     arguments = ["analyze", str(recall_run), "--text", str(texts), *SMALL, "--subject.window", "64"]
     run_json(capsys, *arguments, "--out", str(tmp_path))
     results, _ = read_results(tmp_path)
-    sections = {record.section for record in results.records}
-    assert {"attention", "theory", "similarity", "eviction", "language_model"} <= sections
-    assert len(results.find("eviction", "cost", policy="meta")) == 4
+    parts = {MEASURES[record.measure].part for record in results.records}
+    assert parts == {"attention", "decodability", "output", "similarity", "eviction", "knockout"}
+    assert len(results.find("eviction_cost", policy="meta")) == 4
     assert results.data["documents"] == 8
     assert results.not_run == (
-        "similarity at distances from 32, half a document",
-        "verdict on eviction: at budget 0.15 7 of 48 columns stay, 12 of them under every policy",
         "causal: not for a text",
         "rate_distortion: not for a text",
         "probes: not for a text",
+        "similarity at distances from 32, half a document",
+        "worth of meta-columns: at budget 0.15 7 of 48 columns stay, 12 of them under every policy",
     )
-    assert {record.at["state"] for record in results.find("readouts", "decodability")} == {
+    assert {record.at["state"] for record in results.find("decodability")} == {
         "meta-token",
         "token before it",
         "ordinary token",
     }
-    assert results.find("readouts", "attribution", component="meta-attention", layer=1)
-    for record in results.find("language_model", "loss_change"):
+    assert results.find("attribution", component="meta-attention", layer=1)
+    for record in results.find("loss_change"):
         assert record.value is not None
         assert abs(record.value) < 0.5  # an untrained model loses next to nothing with its meta-attention
 

@@ -15,12 +15,10 @@ Of an area between hulls there is an interval alone, and no p-value to correct.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from metatokens.analysis.measures import Coordinates, Row
 from metatokens.analysis.results import Verdict
@@ -28,19 +26,22 @@ from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
 from metatokens.evaluation.significance import bca_interval, holm, least_units, sign_flip_test
 from metatokens.evaluation.statistics import Interval
 
-Array = npt.NDArray[np.float64]
 LEVEL = 0.05
 """Of the corrected p-values."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says, and the number that decides."""
+class Claim(NamedTuple):
+    """What the paper says, and the number that decides: that of one measure at some coordinates."""
 
     text: str
     paper: str
     endpoint: str
+    """The number in words."""
     unit: str
+    measure: str
+    at: Coordinates = MappingProxyType({})
+    sign: int = 1
+    """What the number is multiplied by, so that above the threshold means that the claim holds."""
     threshold: float = 0.0
     """What the interval must lie above."""
     paper_value: float | None = None
@@ -55,6 +56,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "+1.40 nats",
         "entropy without minus with the meta-tokens' embedding, mean over layers, heads and queries",
         "nats",
+        "entropy_drop",
         paper_value=1.40,
     ),
     "max_score_boost": Claim(
@@ -62,6 +64,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "+1.26",
         "largest attention score with minus without the embedding; not free of a common shift",
         "logits",
+        "max_score_boost",
         paper_value=1.26,
     ),
     "log_odds_boost": Claim(
@@ -69,12 +72,14 @@ CLAIMS: dict[Endpoint, Claim] = {
         "implied by the boost",
         "log-odds of the mass on meta keys, with minus without the embedding; free of a common shift",
         "nats",
+        "log_odds_boost",
     ),
     "theorem": Claim(
         "A boost of a meta key lowers the entropy of its row, for every row (Theorem 4.1)",
         "for every row",
         "share of boosted edges whose boost alone lowers the entropy, mean over documents, above 0.99",
         "1",
+        "share_beyond",
         threshold=0.99,
         opposite="not for every row",
     ),
@@ -83,24 +88,30 @@ CLAIMS: dict[Endpoint, Claim] = {
         "spikes on near context",
         "centred cosine at distance 1 minus that of ordinary tokens at the same places, mean over layers",
         "1",
+        "near_excess_cosine",
     ),
     "fading_cosine": Claim(
         "That resemblance fades with distance",
         "fades with distance",
         "centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers",
         "1",
+        "fading_cosine",
     ),
     "area": Claim(
         "A meta-token's state holds the answer at a lower distortion for equal rate than the last token's",
         "lower distortion at equal rate",
         "area between the rate-distortion hulls, last token minus last meta-token: the paper's comparison",
         "nats^2",
+        "area",
+        at={"against": "last token"},
     ),
     "prefix_area": Claim(
         "It does so against the token right before it, which has read the same prefix",
         "not compared",
         "area between the rate-distortion hulls, token right before it minus last meta-token",
         "nats^2",
+        "area",
+        at={"against": "token before it"},
     ),
     "interaction": Claim(
         "Meta-tokens hold a second copy of what stands before them",
@@ -108,6 +119,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "by how much more cutting the meta path costs once the direct path is cut (path blocking, from layer 0); 0 "
         "where one path does it all",
         "logits",
+        "interaction",
         opposite="both paths are needed together, or one cut alone leaves nothing",
     ),
     "meta_path": Claim(
@@ -115,12 +127,14 @@ CLAIMS: dict[Endpoint, Claim] = {
         "implicit caching",
         "logit difference with the direct path cut minus that with the meta path cut as well",
         "logits",
+        "meta_path",
     ),
     "eviction": Claim(
         "Meta-tokens are worth keeping in the key-value cache, more than evenly spaced tokens",
         "compression",
         "cost of keeping evenly spaced columns minus that of keeping meta-tokens, smallest budget",
         "nats/token",
+        "worth_of_meta_columns",
         opposite="evenly spaced columns are better",
     ),
     "zero_position": Claim(
@@ -128,37 +142,31 @@ CLAIMS: dict[Endpoint, Claim] = {
         "0.0-44.4 -> 22.2-66.7% with RoPE",
         "accuracy with the position zeroed minus in full",
         "1",
+        "accuracy_change",
+        at={"intervention": "zero_position"},
     ),
     "zero_embedding": Claim(
         "Zeroing the embedding of meta-tokens hurts recall",
         "falls on almost every task",
         "accuracy in full minus with the embedding zeroed",
         "1",
+        "accuracy_change",
+        at={"intervention": "zero_embedding"},
+        sign=-1,
     ),
 }
 
 
-def judge(
-    endpoints: Mapping[str, Array],
-    chosen: Sequence[Endpoint],
-    *,
-    seed: int,
-    intervals: Mapping[str, tuple[Interval, int]] = MappingProxyType({}),
-) -> list[Verdict]:
-    """Return a verdict on every claim; p-values are corrected together (Holm).
+def judge(found: Mapping[str, Sequence[Row]], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
+    """Return a verdict on every claim from the rows of all measures; p-values are corrected together (Holm).
 
     Args:
-        endpoints: one number a document, by endpoint; what is not finite is left out.
+        found: the rows of each measure, by its name. What is not finite is left out, a ratio decides by its mean over
+            documents, each with its own ratio, and an area between hulls by its interval, without a p-value.
         chosen: the endpoints that were named before the run.
         seed: of the resamples.
-        intervals: endpoints that are no mean over documents, with the number of documents; without a p-value.
     """
-    measured = []
-    for name, claim in CLAIMS.items():
-        if name in chosen and name in intervals:
-            measured.append(_measured(claim, *intervals[name]))
-        else:
-            measured.append(_measure_documents(claim, endpoints.get(name) if name in chosen else None, seed))
+    measured = [_measure(claim, found if name in chosen else {}, seed) for name, claim in CLAIMS.items()]
     tested = [index for index, one in enumerate(measured) if one.p_value is not None]
     adjusted = holm([measured[index].p_value or 0.0 for index in tested])
     for index, p_value in zip(tested, adjusted.tolist(), strict=True):
@@ -194,17 +202,24 @@ def _decide(claim: Claim, measured: Verdict, least_documents: int) -> Verdict:
     return measured.model_copy(update={"verdict": verdict, "note": note, "share_of_paper": share})
 
 
-def _measure_documents(claim: Claim, documents: Array | None, seed: int) -> Verdict:
-    values = np.asarray([] if documents is None else documents, dtype=np.float64)
-    values = values[np.isfinite(values)]
+def _measure(claim: Claim, found: Mapping[str, Sequence[Row]], seed: int) -> Verdict:
+    """Return the number that decides, without a verdict."""
+    row = next((row for row in found.get(claim.measure, ()) if dict(row.at) == dict(claim.at)), Row({}, ()))
+    if isinstance(row.values, Interval):
+        return _measured(claim, row.values, row.num_documents or 0)
+    values = np.asarray(row.values, dtype=np.float64)
+    if values.ndim > 1:
+        above, below = values.T
+        values = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    values = claim.sign * values[np.isfinite(values)]
     if len(values) < MINIMUM_DOCUMENTS:
         estimate = float(values.mean()) if len(values) else None
         return _measured(claim, Interval(estimate, None, None) if estimate is not None else None, len(values))
-    found = _measured(claim, bca_interval(values, seed=seed), len(values))
-    return found.model_copy(update={"p_value": sign_flip_test(values - claim.threshold, seed=seed)})
+    p_value = sign_flip_test(values - claim.threshold, seed=seed)
+    return _measured(claim, bca_interval(values, seed=seed), len(values), p_value)
 
 
-def _measured(claim: Claim, interval: Interval | None, num_documents: int) -> Verdict:
+def _measured(claim: Claim, interval: Interval | None, num_documents: int, p_value: float | None = None) -> Verdict:
     return Verdict(
         claim=claim.text,
         paper=claim.paper,
@@ -215,54 +230,5 @@ def _measured(claim: Claim, interval: Interval | None, num_documents: int) -> Ve
         low=None if interval is None else interval.low,
         high=None if interval is None else interval.high,
         num_documents=num_documents,
+        p_value=p_value,
     )
-
-
-# What decides ----------------------------------------------------------------------------------------------------
-
-
-class Decider(NamedTuple):
-    """Where the number that decides a claim stands among the rows of a measure."""
-
-    measure: str
-    at: Coordinates = MappingProxyType({})
-    sign: int = 1
-
-
-DECIDERS: dict[Endpoint, Decider] = {
-    "entropy_drop": Decider("entropy_drop"),
-    "max_score_boost": Decider("max_score_boost"),
-    "log_odds_boost": Decider("log_odds_boost"),
-    "theorem": Decider("share_beyond"),
-    "excess_cosine": Decider("near_excess_cosine"),
-    "fading_cosine": Decider("fading_cosine"),
-    "area": Decider("area", {"against": "last token"}),
-    "prefix_area": Decider("area", {"against": "token before it"}),
-    "interaction": Decider("interaction"),
-    "meta_path": Decider("meta_path"),
-    "eviction": Decider("worth_of_meta_columns"),
-    "zero_position": Decider("accuracy_change", {"intervention": "zero_position"}),
-    "zero_embedding": Decider("accuracy_change", {"intervention": "zero_embedding"}, sign=-1),
-}
-
-
-def judge_rows(found: Mapping[str, Sequence[Row]], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
-    """Return a verdict on every claim from the rows of all measures; see `judge`.
-
-    A ratio decides by its mean over documents, each with its own ratio.
-    """
-    endpoints: dict[str, Array] = {}
-    intervals: dict[str, tuple[Interval, int]] = {}
-    for name, decider in DECIDERS.items():
-        for row in found.get(decider.measure, ()):
-            if dict(row.at) != dict(decider.at):
-                continue
-            if isinstance(row.values, Interval):
-                intervals[name] = row.values, row.num_documents or 0
-                continue
-            values = np.asarray(row.values, dtype=np.float64)
-            if values.ndim > 1:
-                above, below = values.T
-                values = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
-            endpoints[name] = decider.sign * values
-    return judge(endpoints, chosen, seed=seed, intervals=intervals)

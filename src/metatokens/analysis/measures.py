@@ -54,7 +54,7 @@ class Row(NamedTuple):
     """(documents,) or (documents, columns), NaN at documents that have none; an `Interval` where the statistic is
     given."""
     num_documents: int | None = None
-    """Of a given interval."""
+    """That a given interval is over."""
     note: str | None = None
 
 
@@ -148,14 +148,19 @@ def measure(
 
 
 def run_measure(chosen: Measure, inputs: Inputs) -> list[Row]:
-    """Return what a measure found; nothing, with the reason noted, where it could not run."""
+    """Return what a measure found; nothing, with the reason noted, where it could not run.
+
+    Raises:
+        ValueError: rows with coordinates that are not among the measure's axes.
+    """
     try:
         rows = list(chosen.rows(inputs))
     except (UsageError, NumericError) as error:
         inputs.skip(f"{chosen.part}: {error}")
         return []
     unknown = {axis for row in rows for axis in row.at} - set(chosen.axes)
-    assert not unknown, f"measure {chosen.name} has rows with {unknown}, which its axes do not name"
+    if unknown:
+        raise ValueError(f"measure {chosen.name} has rows by {', '.join(sorted(unknown))}, which its axes do not name")
     if chosen.keep:
         inputs.keep(chosen.name, _by_axes(rows, chosen.axes))
     return rows
@@ -166,8 +171,7 @@ def record_of(chosen: Measure, row: Row, *, seed: int) -> Record:
     p_value: float | None = None
     interval: Interval | None
     if isinstance(row.values, Interval):
-        assert row.num_documents is not None
-        interval, count, note = row.values, row.num_documents, row.note
+        interval, count, note = row.values, row.num_documents or 0, row.note
     else:
         values = np.asarray(row.values, dtype=np.float64)
         values = values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]

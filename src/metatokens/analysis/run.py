@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from metatokens.analysis.claims import judge_rows
+from metatokens.analysis.claims import judge
 from metatokens.analysis.inputs.subject import Inputs
 from metatokens.analysis.measures import MEASURES, Measure, Row, correct, record_of, run_measure
 from metatokens.analysis.results import Results, TokenView
@@ -85,7 +85,7 @@ def analyze(
         command=identity.command,
         not_run=tuple(inputs.skipped),
         records=tuple(correct(records)),
-        verdicts=tuple(judge_rows(found, config.endpoints, seed=config.seed)),
+        verdicts=tuple(judge(found, config.endpoints, seed=config.seed)),
         token_views=tuple(views),
     )
     return results, inputs.arrays

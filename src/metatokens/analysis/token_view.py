@@ -107,7 +107,7 @@ def measure_token_view(
     without[(~is_meta).numpy(force=True)] = token_losses(text_logits, text_ids, no_meta, lens.loss_policy)
     arrays |= {"loss_without": without, **_logits_by_layer(attribute_tokens(lens, input_ids), len(lens.layout.blocks))}
     if is_dense:
-        arrays |= _cosines(captured, names, is_meta, calibrations)
+        arrays |= _cosines(captured, names, calibrations)
     if patch_effect is not None:
         shape = len(lens.layout.blocks) + 1, len(input_ids)
         if patch_effect.shape != shape:
@@ -147,12 +147,12 @@ def _logits_by_layer(columns: dict[str, npt.NDArray[np.float32]], num_layers: in
 
 
 def _cosines(
-    captured: Captured, names: Sequence[str], is_meta: Tensor, calibrations: Sequence[Calibration] | None
+    captured: Captured, names: Sequence[str], calibrations: Sequence[Calibration] | None
 ) -> dict[str, npt.NDArray[Any]]:
     arrays = {"cosine_raw": np.stack([quantize_cosines(captured[name][0]) for name in names[1:]])}
     if calibrations is not None:
         centred = [
-            standardize(captured[name], is_meta[None], calibration, "centred")[0]
+            standardize(captured[name], calibration, "centred")[0]
             for name, calibration in zip(names[1:], calibrations[1:], strict=True)
         ]
         arrays["cosine_centred"] = np.stack([quantize_cosines(states) for states in centred])

@@ -84,9 +84,7 @@ class RateDistortionConfig(HeadTraining):
     prior: Annotated[GaussianPrior | MixturePrior, Field(discriminator="kind")] = GaussianPrior()
     """r(z), the prior of the code; the mixture shows how much of a rate is due to the simple Gaussian."""
     num_code_samples: int = Field(16, ge=1)
-    """Codes drawn for each state of the test part; the distortion is their mean."""
-    max_information_states: int = Field(4096, ge=2)
-    """K: the most states of the test part in the bounds of I(Z;X); the lower bound cannot exceed ln K."""
+    """Codes drawn for a state of the test part; the distortion is the mean over them."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> Self:
@@ -190,7 +188,7 @@ class AnalysisConfig(Frozen):
     calibration_documents: int = Field(16, ge=1)
     """Number of further documents, whose mean states centre the cosines."""
     queries: int = Field(512, ge=1)
-    """Number of attention rows of a document, spread over it: one from each of as many equal stretches."""
+    """Attention rows measured in a document: it is cut into this many stretches, and each gives one."""
     distances: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Distances of the cosines, in positions back, ascending."""
     newest_kept: int = Field(8, ge=0)

@@ -11,30 +11,22 @@ from torch import Tensor
 from metatokens.lens.lens import Lens
 
 
-def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Tell which tokens are no padding, (B, T) bool."""
-    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-
-
 def residual_names(lens: Lens) -> list[str]:
     """Return the taps of the L + 1 states, in their order."""
     return ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(len(lens.layout.blocks)))]
 
 
-def capture_residuals(
-    lens: Lens, input_ids: Tensor, *, attention_mask: Tensor | None = None, at: Tensor | None = None
-) -> list[Tensor]:
+def capture_residuals(lens: Lens, input_ids: Tensor, *, at: Tensor | None = None) -> list[Tensor]:
     """Return the L + 1 states of one forward pass, float32: (B, T, C), or (n, C) of the tokens in `at`, row by row.
 
     Args:
         lens: On the model.
         input_ids: (B, T).
-        attention_mask: (B, T), 0 at padding.
         at: (B, T) bool; None keeps all.
     """
     names = residual_names(lens)
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens.run(input_ids, attention_mask=attention_mask)
+        lens.run(input_ids)
     return [captured[name] for name in names]
 
 

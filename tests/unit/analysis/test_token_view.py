@@ -117,13 +117,12 @@ def test_retargeted_loss_is_read_at_the_last_text_token() -> None:
 def test_cosines_are_those_of_the_states_after_each_block() -> None:
     lens = Lens(tiny_model())
     ids = picture()
-    calibrations = calibrate(lens, [{"input_ids": tokens("xx_xxx_x", seed=4)}])
+    calibrations = calibrate(lens, [tokens("xx_xxx_x", seed=4)])
     view = measure_token_view(lens, ids, calibrations=calibrations)
     states = capture_residuals(lens, ids[None])
     for layer in range(2):
         after = states[layer + 1][0]
-        together = calibrations[layer + 1].text.merge(calibrations[layer + 1].meta)
-        for name, moved in (("cosine_raw", after), ("cosine_centred", after - together.mean.float())):
+        for name, moved in (("cosine_raw", after), ("cosine_centred", after - calibrations[layer + 1].mean.float())):
             expected = torch.cosine_similarity(moved[:, None], moved[None], dim=-1).tril()
             np.testing.assert_allclose(view[name][layer] / 127, expected.numpy(), atol=PRECISION)
     assert np.abs(view["cosine_raw"].astype(int) - view["cosine_centred"]).max() > 5

@@ -1,4 +1,4 @@
-"""The variational information bottleneck as a stack of heads, one a seed: encoder, prior, decoder, and their measures.
+"""The variational information bottleneck as a stack of heads, one a seed: encoder, prior and decoder.
 
 Paper section 5. Deviation: the encoder is a network with one hidden layer; the paper does not describe its own. It
 gives the mean and deviation of a diagonal Gaussian q(z|x), softplus keeps the deviation positive, the decoder is
@@ -9,7 +9,7 @@ the paper has N(0, I).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,26 +35,16 @@ MINIMUM_SCALE = 1e-4
 """Added to the deviation of a code, so that no rate is infinite."""
 VALIDATION_CODES = 2
 """Codes drawn for a state of the validation part."""
-_ROWS_AT_A_TIME = 512  # bounds the memory of the bounds of I(Z;X)
 
 
-@dataclass(frozen=True)
-class Measures:
+class Reached(NamedTuple):
     """What a stack of heads reaches, in nats; G heads, n test states."""
 
     rates: Array
     """(G, n)"""
     distortions: Array
     """(G, n)"""
-    marginal_cross_entropies: Array
-    """(G, n)"""
     train_rates: Array
-    """(G,)"""
-    train_distortions: Array
-    """(G,)"""
-    information_low: Array
-    """(G,)"""
-    information_high: Array
     """(G,)"""
 
 
@@ -126,45 +116,25 @@ class BottleneckStack:
         return fit_stack(parameters, batch_loss, validation_loss, config)
 
     @torch.no_grad()
-    def measure(self, parameters: Parameters) -> Measures:
+    def measure(self, parameters: Parameters) -> Reached:
         """Return what the heads reach on the test part, with the same noise for every beta."""
         generators = self._generators("test")
-        mean, scale = encode(parameters, self._test[0])
-        rates, distortions, codes = self._sample(parameters, mean, scale, self._test[1], generators)
-        train_mean, train_scale = encode(parameters, self._train[0])
-        train_rates, train_distortions, _ = self._sample(
-            parameters, train_mean, train_scale, self._train[1], generators
-        )
-        limit = self._config.max_information_states
-        bounds = [information_bounds(*(one[:limit] for one in head)) for head in zip(mean, scale, codes, strict=True)]
-        marginal = math.log(len(distortions)) - (-distortions).logsumexp(0)
-        low, high = torch.tensor(bounds, dtype=torch.float64).unbind(1)
-        return Measures(
-            *(
-                value.double().numpy()
-                for value in (
-                    rates.mean(0),
-                    distortions.mean(0),
-                    marginal,
-                    train_rates.mean((0, 2)),
-                    train_distortions.mean((0, 2)),
-                    low,
-                    high,
-                )
-            )
-        )
+        rates, distortions = self._sample(parameters, *self._test, generators)
+        train_rates, _ = self._sample(parameters, *self._train, generators)
+        reached = rates.mean(0), distortions.mean(0), train_rates.mean((0, 2))
+        return Reached(*(value.double().numpy() for value in reached))
 
     def _sample(
-        self, parameters: Parameters, mean: Tensor, scale: Tensor, classes: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rates and distortions, (samples, G, n) each, and the last codes (G, n, k)."""
-        rates, distortions, codes = [], [], mean
+        self, parameters: Parameters, states: Tensor, classes: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rates of states and the distortions of their sampled codes, (samples, G, n) each."""
+        mean, scale = encode(parameters, states)
+        drawn = []
         for _ in range(self._config.num_code_samples):
             codes = mean + scale * draw_normal(generators, *mean.shape[1:])
-            rate, distortion = rate_and_distortion(parameters, mean, scale, codes, classes)
-            rates.append(rate)
-            distortions.append(distortion)
-        return torch.stack(rates), torch.stack(distortions), codes
+            drawn.append(rate_and_distortion(parameters, mean, scale, codes, classes))
+        rates, distortions = zip(*drawn, strict=True)
+        return torch.stack(rates), torch.stack(distortions)
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return stack_generators(self._config.num_seeds, seed=self._seed, purpose=purpose)
@@ -205,37 +175,3 @@ def gaussian_kl(mean: Tensor, scale: Tensor, prior_mean: Tensor, prior_scale: Te
 def log_density(values: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """Return the log density of a diagonal Gaussian, summed over the last dimension."""
     return -(((values - mean) / scale).square() / 2 + scale.log() + math.log(2 * math.pi) / 2).sum(-1)
-
-
-def information_bounds(mean: Tensor, scale: Tensor, codes: Tensor) -> tuple[float, float]:
-    """Return a lower and an upper bound of I(Z;X) of a Gaussian encoder, in nats (Poole et al. 2019).
-
-    With K states and one code of each, the mean of ln q(z_i|x_i) - ln m_i, where m_i is the mean of q(z_i|x_j) over all
-    j (lower, at most ln K) or over all j but i (upper, leave-one-out). Both are means over samples, each off by its
-    sampling error.
-
-    Args:
-        mean: (K, k) of q(z|x).
-        scale: (K, k) of q(z|x).
-        codes: (K, k), row i drawn from q(z|x_i).
-
-    Raises:
-        ValueError: fewer than 2 states.
-    """
-    num_states = len(mean)
-    if num_states < 2:
-        raise ValueError(f"bounds of information need at least 2 states, not {num_states}")
-    # in float64, as the squares of narrow codes cancel
-    mean, scale, codes = mean.double(), scale.double(), codes.double()
-    precision = scale.pow(-2)
-    constants = (mean.square() * precision).sum(-1) / 2 + scale.log().sum(-1)
-    low, high = [], []
-    for rows in torch.arange(num_states).split(_ROWS_AT_A_TIME):
-        z, diagonal = codes[rows], (torch.arange(len(rows)), rows)
-        # the density without its factor 2 pi, which is the same for all
-        log_q = z @ (mean * precision).T - z.square() @ precision.T / 2 - constants
-        own = log_q[diagonal]
-        low.append(own - log_q.logsumexp(-1) + math.log(num_states))
-        log_q[diagonal] = -math.inf
-        high.append(own - log_q.logsumexp(-1) + math.log(num_states - 1))
-    return float(torch.cat(low).mean()), float(torch.cat(high).mean())

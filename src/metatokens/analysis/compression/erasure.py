@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metatokens.analysis.compression.heads import LabelledStates
 from metatokens.analysis.compression.probes import v_information
-from metatokens.analysis.inputs.documents import DocumentSums
+from metatokens.analysis.inputs.documents import sum_by_document
 from metatokens.analysis.inputs.labelled_states import BATCH_SIZE, Sample, padded_prompts, samples_of
 from metatokens.analysis.inputs.scores import Scores
 from metatokens.analysis.inputs.subject import Inputs, shared
@@ -188,8 +188,9 @@ def _probe_meta_tokens(
     except UsageError as error:
         inputs.skip(f"probe of the erased states: {error}")
         return
-    sums = DocumentSums.of_values(found.document_ids, found.pointwise.mean(axis=0))
-    yield Row({"layer": layer, "erased": erased}, sums.means)
+    documents, gained = found.document_ids, found.pointwise.mean(axis=0)
+    means = sum_by_document(documents, gained) / sum_by_document(documents, np.ones(len(documents)))
+    yield Row({"layer": layer, "erased": erased}, means)
 
 
 def fit_erasers(lens: Lens, samples: Sequence[Sample], labels: npt.NDArray[np.int64], layers: list[int]) -> Erasers:
@@ -210,7 +211,7 @@ def meta_states(
     for start in range(0, len(samples), BATCH_SIZE):
         ids, is_meta = _padded(lens, samples[start : start + BATCH_SIZE])
         with lens.edit(*_edits(erasers, is_meta)), lens.capture([name], at=is_meta) as captured:
-            lens(ids, use_cache=False, logits_to_keep=1)
+            lens.run(ids)
         states.append(captured[name].double().numpy(force=True))
         rows.append(start + is_meta.nonzero()[:, 0].numpy(force=True))
     return np.concatenate(states), np.concatenate(rows)
@@ -225,7 +226,7 @@ def _ask(lens: Lens, samples: Sequence[Sample], erasers: Erasers) -> tuple[Array
         last, label = (torch.tensor([getattr(s, key) for s in batch], device=ids.device) for key in ("last", "label"))
         positions, place = last.unique(return_inverse=True)
         with lens.edit(*_edits(erasers, is_meta)):
-            logits = lens(ids, use_cache=False, logits_to_keep=positions).logits
+            logits = lens.run(ids, logits_to_keep=positions).logits
         of_last = logits[torch.arange(len(batch), device=ids.device), place]
         scores = Scores.of_logits(of_last, label, label, int(lens.model.config.meta_token_id))
         losses.append(scores.cross_entropy)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from metatokens.analysis.inputs.subject import Inputs
 from metatokens.config.analysis import HeadTraining
 from metatokens.errors import NumericError
 from metatokens.evaluation.significance import check_documents
@@ -31,8 +33,7 @@ Loss = Callable[[Parameters], Tensor]
 """Maps the parameters of a stack to one loss a head, (G,)."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Indices of the states of each part; no document is in two of them."""
 
     train: Indices
@@ -40,15 +41,10 @@ class Split:
     test: Indices
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """What the training of a stack ends with, each head at its lowest validation loss."""
 
     parameters: Parameters
-    validation_losses: Array
-    """(G,)"""
-    steps: Indices
-    """(G,): when a head was done, or the most that there are."""
     converged: npt.NDArray[np.bool_]
     """(G,): False where the steps ran out first."""
 
@@ -133,8 +129,7 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
     optimizer = torch.optim.Adam(current.values(), lr=training.learning_rate)
     best = {name: value.detach().clone() for name, value in current.items()}
     lowest, reference = torch.full((num_heads,), math.inf), torch.full((num_heads,), math.inf)
-    stale, steps = torch.zeros(num_heads, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
-    active = torch.ones(num_heads, dtype=torch.bool)
+    stale, active = torch.zeros(num_heads, dtype=torch.long), torch.ones(num_heads, dtype=torch.bool)
     for step in range(training.max_steps + 1):
         if step:
             optimizer.zero_grad()
@@ -144,7 +139,6 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
             continue
         with torch.no_grad():
             losses = validation_loss_fn(current)
-        steps[active] = step
         improved = active & (losses < lowest)
         lowest = torch.where(improved, losses, lowest)
         for name, value in current.items():
@@ -162,7 +156,13 @@ def fit_stack(parameters: Parameters, loss_fn: Loss, validation_loss_fn: Loss, t
             found=str(lowest.tolist()),
             remedy="lower learning_rate, or look at the states",
         )
-    return Fit(best, lowest.double().numpy(), steps.numpy(), (~active).numpy())
+    return Fit(best, (~active).numpy())
+
+
+def note_unfinished(inputs: Inputs, part: str, heads: str, converged: npt.NDArray[np.bool_]) -> None:
+    """Say how many of these heads ran out of steps, if any did."""
+    if not converged.all():
+        inputs.skip(f"{part}: {int((~converged).sum())} of {converged.size} {heads} ran out of steps")
 
 
 def select_heads(choose_first: npt.NDArray[np.bool_], first: Parameters, other: Parameters) -> Parameters:

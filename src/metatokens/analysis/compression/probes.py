@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from metatokens.analysis.compression.heads import (
     frequency_code,
     init_linear,
     linear,
+    note_unfinished,
     random_generator,
     split_documents,
     stack_generators,
@@ -55,38 +56,22 @@ CODED_STATES: tuple[FittedState, ...] = (META_STATE, "token before it", "last to
 """Of which an online code is made: ten probes each."""
 
 
-@dataclass(frozen=True)
-class VInformation:
+class VInformation(NamedTuple):
     """What the probes of one state gain on the test documents, in nats; G seeds, n test states."""
 
     pointwise: Array
-    """(G, n): PVI, ln p(y|x) - ln p(y)."""
+    """(G, n): PVI, ln p(y|x) - ln p(y); its mean is I_V, negative where the probe learned what does not hold."""
     shuffled_pointwise: Array
     """(G, n): the same where labels were shuffled over all states before training; about 0 or below."""
     codes: Array
     """(G, n): -ln p(y|x), what the probe leaves of each label; its mean is H_V(Y|X)."""
-    null_entropy: float
-    """H_V(Y|nothing): cross-entropy of the frequencies trained on."""
-    accuracies: Array
-    """(G,): share of test states whose label has the highest probability."""
     converged: npt.NDArray[np.bool_]
     """(G,)"""
     document_ids: Indices
     """(n,) of the test states."""
 
-    @property
-    def information(self) -> float:
-        """I_V, mean over seeds and test states; negative where the probe learned what does not hold."""
-        return float(self.pointwise.mean())
 
-    @property
-    def selectivity(self) -> float:
-        """I_V minus that of shuffled labels."""
-        return float(self.pointwise.mean() - self.shuffled_pointwise.mean())
-
-
-@dataclass(frozen=True)
-class OnlineCode:
+class OnlineCode(NamedTuple):
     """The length in nats of all labels of one state, sent block by block; G seeds."""
 
     lengths: Array
@@ -101,16 +86,6 @@ class OnlineCode:
     """Number of states up to the end of each block."""
     converged: npt.NDArray[np.bool_]
     """(G,): of the probes of all blocks."""
-
-    @property
-    def compression(self) -> float:
-        """The uniform length over the mean length; 1 is nothing learned."""
-        return self.uniform_length / float(self.lengths.mean())
-
-    @property
-    def compression_of_prior(self) -> float:
-        """The length by frequencies over the mean length; above 1, the state tells more than it costs to learn."""
-        return self.prior_length / float(self.lengths.mean())
 
 
 def v_information(
@@ -139,18 +114,14 @@ def v_information(
     classes = _with_shuffled(labelled, config.num_seeds, seed)
     fit = _fit_probes(labelled, scaled, classes, split.train, split.validation, config, seed)
     test_classes = classes[:, split.test]
-    logits = _logits(fit.parameters, scaled[split.test])
-    codes = cross_entropies(logits, test_classes).double().numpy()
+    codes = cross_entropies(_logits(fit.parameters, scaled[split.test]), test_classes).double().numpy()
     pairs = zip(test_classes.numpy(), classes[:, split.train].numpy(), strict=True)
     null = np.stack([frequency_code(test, train, labelled.num_classes) for test, train in pairs])
-    right = (logits.argmax(-1) == test_classes).double().mean(1).numpy()
     num_seeds = config.num_seeds
     return VInformation(
         pointwise=(null - codes)[:num_seeds],
         shuffled_pointwise=(null - codes)[num_seeds:],
         codes=codes[:num_seeds],
-        null_entropy=float(null[0].mean()),
-        accuracies=right[:num_seeds],
         converged=fit.converged[:num_seeds],
         document_ids=labelled.document_ids[split.test],
     )
@@ -275,13 +246,13 @@ def probes_of(inputs: Inputs) -> dict[tuple[str, str], VInformation]:
     for name, states in collected.states.items():
         for target, labels in collected.labels.items():
             if target == ANSWER or (name in PAST_STATES and (name, target) != ITSELF):
-                probe = _probe(inputs, states, target, labels)
+                probe = _probe(inputs, name, states, target, labels)
                 if probe is not None:
                     found[name, target] = probe
     return found
 
 
-def _probe(inputs: Inputs, states: States, target: str, labels: IntArray) -> VInformation | None:
+def _probe(inputs: Inputs, name: str, states: States, target: str, labels: IntArray) -> VInformation | None:
     """Fit a probe of a label; where too few instances have one, or all the same, say so."""
     exists = labels >= 0
     if len(np.unique(labels[exists])) < 2:
@@ -289,12 +260,14 @@ def _probe(inputs: Inputs, states: States, target: str, labels: IntArray) -> VIn
         return None
     config = inputs.config
     try:
-        return v_information(
+        found = v_information(
             states[exists], labels[exists], np.flatnonzero(exists), config=config.probe, seed=config.seed
         )
     except UsageError as error:
         inputs.skip(f"probe of {target} in {int(exists.sum())} instances that have it: {error}")
         return None
+    note_unfinished(inputs, "probes", f"heads of {name} for {target}", found.converged)
+    return found
 
 
 @measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
@@ -306,7 +279,7 @@ def usable_information(inputs: Inputs) -> Rows:
 
 @measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
 def selectivity(inputs: Inputs) -> Rows:
-    """That information minus what a probe of shuffled labels finds."""
+    """Usable information minus what a probe of shuffled labels finds."""
     for (state, target), found in probes_of(inputs).items():
         gained = found.pointwise.mean(axis=0) - found.shuffled_pointwise.mean(axis=0)
         yield Row({"state": state, "target": target}, gained)
@@ -314,7 +287,7 @@ def selectivity(inputs: Inputs) -> Rows:
 
 @measure("probes", "nats", axes=("state", "target"), subject="task")
 def remaining_entropy(inputs: Inputs) -> Rows:
-    """Cross-entropy of the answer once the probe has spoken."""
+    """Cross-entropy of the answer under the probe's prediction."""
     for (state, target), found in probes_of(inputs).items():
         if target == ANSWER:
             yield Row({"state": state, "target": target}, found.codes.mean(axis=0))
@@ -328,33 +301,37 @@ def codes_of(inputs: Inputs) -> dict[str, OnlineCode]:
     if len(np.unique(answers)) < 2:
         return {}
     config, numbers = inputs.config, np.arange(len(answers))
-    return {
-        name: online_code(states, answers, numbers, config=config.probe, seed=config.seed)
-        for name, states in collected.states.items()
-        if name in CODED_STATES
-    }
+    codes: dict[str, OnlineCode] = {}
+    for name, states in collected.states.items():
+        if name in CODED_STATES:
+            codes[name] = online_code(states, answers, numbers, config=config.probe, seed=config.seed)
+            note_unfinished(inputs, "probes", f"heads of {name} for the online code", codes[name].converged)
+    return codes
 
 
 @measure("probes", "ratio", axes=("state",), statistic="given", subject="task", plot=Dots("state"))
 def compression(inputs: Inputs) -> Rows:
     """Length n ln K of all answers over that of the probe's online code."""
-    yield from _code_rows(inputs, lambda code: code.compression)
+    yield from _code_rows(inputs, lambda code: code.uniform_length / code.lengths.mean())
 
 
 @measure("probes", "ratio", axes=("state",), statistic="given", subject="task")
 def compression_of_prior(inputs: Inputs) -> Rows:
-    """Length n ln K of all answers over that of the code by their frequencies."""
-    yield from _code_rows(inputs, lambda code: code.compression_of_prior)
+    """Length of all answers coded by their frequencies over that of the probe's online code.
+
+    Above 1, the state tells more than it costs to learn.
+    """
+    yield from _code_rows(inputs, lambda code: code.prior_length / code.lengths.mean())
 
 
 @measure("probes", "ratio", axes=("state",), statistic="given", subject="task")
 def compression_of_shuffled(inputs: Inputs) -> Rows:
-    """The compression with shuffled answers."""
-    yield from _code_rows(inputs, lambda code: code.uniform_length / float(code.shuffled_lengths.mean()))
+    """Length n ln K of all answers over that of the online code where they were shuffled."""
+    yield from _code_rows(inputs, lambda code: code.uniform_length / code.shuffled_lengths.mean())
 
 
 def _code_rows(inputs: Inputs, ratio: Callable[[OnlineCode], float]) -> Iterator[Row]:
     num_labels = len(states_of(inputs).labels[ANSWER])
     for name, code in codes_of(inputs).items():
         note = "one code of all instances: no interval"
-        yield Row({"state": name}, Interval(ratio(code), None, None), num_labels, note)
+        yield Row({"state": name}, Interval(float(ratio(code)), None, None), num_labels, note)

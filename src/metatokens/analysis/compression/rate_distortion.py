@@ -8,9 +8,8 @@ documents,
     D = mean over z ~ q of -ln p(y|z)  >= H(Y|Z) >= H(Y|X)       so  R + D >= H(Y)  and  I(Z;Y) >= H(Y) - D.
 
 The rate is a bound on what z holds of the state, at small beta a loose one (several times the truth): curves are to be
-compared at equal rate, on their lower convex hulls, never point by point. -ln of the mean prediction over z is lower
-than D and another quantity, so it is reported apart. Deviation: the grid of beta goes from 1e-4 to 2; the paper's goes
-from 0.01 to 1, and the curves here reach rates on both sides of it.
+compared at equal rate, on their lower convex hulls, never point by point. Deviation: the grid of beta goes from 1e-4 to
+2; the paper's goes from 0.01 to 1, and the curves here reach rates on both sides of it.
 
 All states are asked for the first token of the last answer. The paper's claim is judged by its own comparison, against
 the last token, which has read the question too. Deviation: the meta-token's state is compared with six more states, of
@@ -20,6 +19,7 @@ which the token right before it has read the same prefix and is judged as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +31,17 @@ from metatokens.analysis.compression.heads import (
     LabelledStates,
     corrected_entropy,
     frequency_code,
-    label_entropy,
+    note_unfinished,
     select_heads,
     split_documents,
 )
 from metatokens.analysis.inputs.labelled_states import ANSWER, META_STATE, states_of
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Dots, Row, Rows, measure
-from metatokens.config.analysis import MINIMUM_DOCUMENTS, RateDistortionConfig
+from metatokens.config.analysis import RateDistortionConfig
 from metatokens.errors import UsageError
 from metatokens.evaluation.significance import bca_from_draws, check_documents
-from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval
+from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, Interval
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,10 @@ class RateDistortionCurve:
     """(betas, seeds, n): R of each test state."""
     distortions: Array
     """(betas, seeds, n): D of each test state."""
-    marginal_cross_entropies: Array
-    """(betas, seeds, n): -ln of the prediction averaged over codes; lower than D and not comparable with it."""
-    train_rates: Array
-    """(betas, seeds): R of the states trained on."""
-    train_distortions: Array
-    """(betas, seeds): D of the states trained on; far below the test's, or below H(Y|X), is memorisation."""
-    information_low: Array
-    """(betas, seeds): lower bound of I(Z;X), at most ln `num_information_states`."""
-    information_high: Array
-    """(betas, seeds): upper bound of I(Z;X) from the same codes."""
-    num_information_states: int
-    """K of these bounds."""
     converged: npt.NDArray[np.bool_]
     """(betas, seeds): False where the steps ran out before the validation loss stood still."""
-    steps: Indices
-    """(betas, seeds)"""
     zero_rate_distortions: Array
     """(n,): D at rate 0, of a decoder that knows the frequencies of the training labels."""
-    label_entropy: float
-    """H(Y) of the test labels' own frequencies."""
     document_ids: Indices
     """(n,) of the test states."""
 
@@ -82,29 +66,20 @@ class RateDistortionCurve:
         """(betas, 2): rate and distortion, means over seeds and test states."""
         return np.stack([self.rates.mean(axis=(1, 2)), self.distortions.mean(axis=(1, 2))], axis=1)
 
-    @property
-    def label_information(self) -> Array:
-        """(betas, seeds): H(Y) - D, a lower bound of I(Z;Y)."""
-        information: Array = self.label_entropy - self.distortions.mean(axis=2)
-        return information
-
     def hull(self) -> Array:
         """Return the lower hull of the points and of rate 0, (vertices, 2); see `lower_hull`."""
         return lower_hull(np.vstack([[0, self.zero_rate_distortions.mean()], self.points]))
 
 
-@dataclass(frozen=True)
-class HullComparison:
+class HullComparison(NamedTuple):
     """The first state's curve against the other's at equal rate; positive means lower distortion for the first."""
 
     area: Interval
-    """Nats squared: the integral of the other's hull minus the first's over the common range of rates."""
+    """Nats squared: the integral of the other's hull minus the first's, from rate 0 to the smaller of the two largest
+    measured rates."""
     mean_gap: Interval
     """Nats: the area over the width of that range."""
-    common_rate: float
-    """Nats: the range ends here, at the smaller of the two largest measured rates, and starts at 0."""
     num_documents: int
-    num_seeds: int
 
 
 def rate_distortion_curve(
@@ -139,39 +114,19 @@ def rate_distortion_curve(
     at_betas = []
     for beta in reversed(config.betas):
         fit = heads.fit(parameters, beta)
-        measures = heads.measure(fit.parameters)
-        at_betas.append(vars(measures) | {"converged": fit.converged, "steps": fit.steps})
-        parameters = select_heads(measures.train_rates < config.collapsed_rate, first, fit.parameters)
+        reached = heads.measure(fit.parameters)
+        at_betas.append((reached.rates, reached.distortions, fit.converged))
+        parameters = select_heads(reached.train_rates < config.collapsed_rate, first, fit.parameters)
     test_classes, train_classes = labelled.classes[split.test], labelled.classes[split.train]
+    rates, distortions, converged = (np.stack(values) for values in zip(*reversed(at_betas), strict=True))
     return RateDistortionCurve(
         betas=np.array(config.betas),
-        num_information_states=min(len(split.test), config.max_information_states),
+        rates=rates,
+        distortions=distortions,
+        converged=converged,
         zero_rate_distortions=frequency_code(test_classes, train_classes, labelled.num_classes),
-        label_entropy=label_entropy(test_classes),
         document_ids=labelled.document_ids[split.test],
-        **{name: np.stack([at_beta[name] for at_beta in reversed(at_betas)]) for name in at_betas[0]},
     )
-
-
-def rate_plus_distortion_slack(curve: RateDistortionCurve) -> Array:
-    """Return R + D - H(Y), (betas, seeds) in nats, which is never negative.
-
-    It holds for the test states as they are and not only on average, because H(Y) is that of their own labels: what is
-    below 0 by more than the noise of the sampled codes is a fault of the measurement.
-    """
-    slack: Array = curve.rates.mean(axis=2) + curve.distortions.mean(axis=2) - curve.label_entropy
-    return slack
-
-
-def distortion_slack(curve: RateDistortionCurve, conditional_entropy: float) -> Array:
-    """Return D - H(Y|X), (betas, seeds) in nats; what is below 0 by more than sampling noise is a leak or a fault.
-
-    Args:
-        curve: of the state X.
-        conditional_entropy: H(Y|X) in nats where it is known, as for a generated task.
-    """
-    slack: Array = curve.distortions.mean(axis=2) - conditional_entropy
-    return slack
 
 
 def lower_hull(points: npt.ArrayLike) -> Array:
@@ -207,8 +162,6 @@ def compare_hulls(
     *,
     seed: int,
     resamples: int = BOOTSTRAP_RESAMPLES,
-    level: float = CONFIDENCE_LEVEL,
-    minimum_documents: int = MINIMUM_DOCUMENTS,
 ) -> HullComparison:
     """Return the area between two hulls with BCa intervals, resampling documents and seeds, the same for both.
 
@@ -219,11 +172,9 @@ def compare_hulls(
         other: of the same test states, labels and seeds.
         seed: of the generator, PCG64.
         resamples: number of draws.
-        level: share of intervals that hold the true value.
-        minimum_documents: fewer test documents are an error.
 
     Raises:
-        UsageError: fewer test documents than `minimum_documents`.
+        UsageError: fewer than `MINIMUM_DOCUMENTS` test documents.
         ValueError: curves that are not paired.
     """
     if (
@@ -233,7 +184,7 @@ def compare_hulls(
     ):
         raise ValueError("curves are compared on the same test states, labels and number of seeds")
     num_documents, num_seeds = len(np.unique(first.document_ids)), first.rates.shape[1]
-    check_documents(num_documents, minimum_documents)
+    check_documents(num_documents)
     sums = _DocumentSums(first), _DocumentSums(other)
     generator = np.random.Generator(np.random.PCG64(seed))
     draws = np.array(
@@ -245,10 +196,10 @@ def compare_hulls(
         left_out.append(np.array([_gap(sums, ones[0], ones[1] - unit) for unit in np.eye(num_seeds)]))
     estimate = _gap(sums, *ones)
     area, mean_gap = (
-        bca_from_draws(estimate[column], draws[:, column], [values[:, column] for values in left_out], level=level)
+        bca_from_draws(estimate[column], draws[:, column], [values[:, column] for values in left_out])
         for column in (0, 1)
     )
-    return HullComparison(area, mean_gap, estimate[2], num_documents, num_seeds)
+    return HullComparison(area, mean_gap, num_documents)
 
 
 class _DocumentSums:
@@ -278,12 +229,12 @@ def _draw(generator: np.random.Generator, num_units: int) -> Array:
     return np.bincount(generator.integers(num_units, size=num_units), minlength=num_units).astype(np.float64)
 
 
-def _gap(sums: tuple[_DocumentSums, _DocumentSums], documents: Array, seeds: Array) -> tuple[float, float, float]:
-    """Return the area between the hulls, the mean gap and the common range of rates."""
+def _gap(sums: tuple[_DocumentSums, _DocumentSums], documents: Array, seeds: Array) -> tuple[float, float]:
+    """Return the area between the hulls and the mean gap."""
     first, other = (one.points(documents, seeds) for one in sums)
     until = float(min(first[:, 0].max(), other[:, 0].max()))
     area = hull_area(lower_hull(other), until) - hull_area(lower_hull(first), until)
-    return area, area / until if until > 0 else 0.0, until
+    return area, area / until if until > 0 else 0.0
 
 
 # Measures --------------------------------------------------------------------------------------------------------
@@ -308,9 +259,7 @@ def curves_of(inputs: Inputs) -> dict[str, RateDistortionCurve]:
         curve = rate_distortion_curve(
             states, labels, np.arange(len(labels)), config=config.rate_distortion, seed=config.seed
         )
-        if not curve.converged.all():
-            stopped = int((~curve.converged).sum())
-            inputs.skip(f"rate_distortion: {stopped} of {curve.converged.size} heads of {name} ran out of steps")
+        note_unfinished(inputs, "rate_distortion", f"heads of {name}", curve.converged)
         curves[name] = curve
     return curves
 
@@ -358,6 +307,6 @@ def area(inputs: Inputs) -> Rows:
 
 @measure("rate_distortion", "nats", axes=("against",), statistic="given", subject="task")
 def mean_gap(inputs: Inputs) -> Rows:
-    """That area over the width of the common range of rates."""
+    """Area between the two hulls over the width of their common range of rates."""
     for name, compared in comparisons_of(inputs).items():
         yield Row({"against": name}, compared.mean_gap, compared.num_documents)

@@ -10,8 +10,8 @@ The states after the last block, but for the second:
     untrained                  the last meta-token in a model of the same shape with its first weights
     mean embedding             no state at all: the mean embedding of the text tokens before the last meta-token
 
-The labels: the first token of the last answer, the text token so many back from the last meta-token, and how many
-meta-tokens stand before it. The comparison with equal prefix is the fair one; the last token is trained to give the
+The labels: the first token of the last answer, the text tokens 1, 4 and 16 back from the last meta-token, and the
+number of meta-tokens before it. The comparison with equal prefix is the fair one: the last token is trained to give the
 answer and has read more.
 """
 
@@ -172,17 +172,17 @@ def _states_of(
     means, _ = mean_of_last(embeddings, ~is_meta & (columns < last_meta[:, None].to(ids.device)), ids.shape[1])
     found: dict[FittedState, torch.Tensor] = {"mean embedding": means[row, last_meta]}
     with lens.capture([middle, final]) as captured:
-        lens(ids, use_cache=False, logits_to_keep=1)
+        lens.run(ids)
     found["last meta-token"] = captured[final][row, last_meta]
     found["last meta-token, halfway"] = captured[middle][row, last_meta]
     found["token before it"] = captured[final][row, before]
     found["last token"] = captured[final][row, last]
     with lens.capture([final]) as captured:
-        lens(torch.where(is_meta, full_stop, ids), use_cache=False, logits_to_keep=1)
+        lens.run(torch.where(is_meta, full_stop, ids))
     found["ordinary token instead"] = captured[final][row, last_meta]
     if untrained is not None:
         with untrained.capture([final]) as captured:
-            untrained(ids, use_cache=False, logits_to_keep=1)
+            untrained.run(ids)
         found["untrained"] = captured[final][row, last_meta]
     return found
 

@@ -60,8 +60,10 @@ class Inputs:
         arrays: What is too large for rows, by name.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, config: AnalysisConfig) -> None:
-        """Draw the documents.
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, config: AnalysisConfig, subject: Subject | None = None
+    ) -> None:
+        """Draw the documents that the config asks for, unless a subject of one's own is given.
 
         Raises:
             UsageError: A model without meta-tokens, too few or too short documents.
@@ -75,11 +77,11 @@ class Inputs:
         self.skipped: list[str] = []
         self.arrays: dict[str, npt.NDArray[Any]] = {}
         self._shared: dict[Callable[[Inputs], Any], Any] = {}
-        self.subject: Subject
-        if isinstance(config.subject, TaskSubject):
-            self.subject = task_subject(self.lens.model, self.encoder, config, config.subject)
-        else:
-            self.subject = text_subject(self.lens.model, self.encoder, config, config.subject)
+        if subject is None and isinstance(config.subject, TaskSubject):
+            subject = task_subject(self.lens.model, self.encoder, config, config.subject)
+        elif subject is None:
+            subject = text_subject(self.lens.model, self.encoder, config, self.text)
+        self.subject = subject
 
     @property
     def task(self) -> TaskSubject:
@@ -98,6 +100,10 @@ class Inputs:
         if reason not in self.skipped:
             self.skipped.append(reason)
 
+    def provide(self, function: Callable[[Inputs], _Made], made: _Made) -> None:
+        """Let a `shared` function return this and not run, such as minimal pairs or labelled states of one's own."""
+        self._shared[function] = made
+
     def keep(self, name: str, array: npt.NDArray[Any]) -> None:
         """Leave an array beside the rows."""
         self.arrays[name] = array
@@ -108,12 +114,12 @@ def shared(function: Callable[[Inputs], _Made]) -> Callable[[Inputs], _Made]:
 
     @wraps(function)
     def once(inputs: Inputs) -> _Made:
-        if function not in inputs._shared:
+        if once not in inputs._shared:
             try:
-                inputs._shared[function] = function(inputs)
+                inputs._shared[once] = function(inputs)
             except (UsageError, NumericError) as error:
-                inputs._shared[function] = error
-        made = inputs._shared[function]
+                inputs._shared[once] = error
+        made = inputs._shared[once]
         if isinstance(made, UsageError | NumericError):
             raise made
         return cast("_Made", made)
@@ -162,7 +168,7 @@ def task_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
 
 
 def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TextSubject) -> Subject:
-    """Return passages of `window` positions, one of each text that is long enough, as many as are asked for.
+    """Return passages of `window` positions, one of each text that is long enough, up to the number in the config.
 
     Raises:
         UsageError: a window longer than the model, or too few texts that fill it.
@@ -221,7 +227,7 @@ def stack(documents: Sequence[Document]) -> Tensor:
 
 
 def _passage(text: str, num_characters: int, *, seed: int, number: int) -> str:
-    """Return so many characters of a text from a drawn place on, at the beginning of a word; or all of a short text."""
+    """Return a passage of this many characters, from a word at a drawn place on; all of a shorter text."""
     room = len(text) - num_characters
     if room <= 0:
         return text

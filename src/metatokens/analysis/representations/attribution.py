@@ -9,20 +9,18 @@ Shapes: n positions, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.inputs.documents import DocumentSums, merge_documents
 from metatokens.analysis.inputs.pairs import pairs_of
 from metatokens.analysis.inputs.scores import batches_of
 from metatokens.analysis.inputs.subject import Inputs
 from metatokens.analysis.measures import Lines, Row, Rows, measure
-from metatokens.analysis.representations.logits import OutputHead, documents_at, predicting_positions
+from metatokens.analysis.representations.logits import OutputHead, predicting_positions
 from metatokens.config.analysis import TaskSubject
 from metatokens.errors import UsageError
 from metatokens.lens.lens import Lens
@@ -30,12 +28,11 @@ from metatokens.lens.residuals import residual_names
 
 COMPLETE_TO = 1e-3  # of the residual's largest entry; float32 sums of some fifty components stay far below
 _BATCH = 16
-_BRANCHES = {"attention": "attention", "meta_attention": "meta-attention", "mlp": "feed-forward"}
-_COMPONENTS = {"attn_out": "attention", "meta_out": "meta-attention", "mlp_out": "feed-forward"}
+_BRANCHES = {"attn_out": "attention", "meta_out": "meta-attention", "mlp_out": "feed-forward"}
+_TAPS = tuple(f"hook_{branch}" for branch in _BRANCHES)
 
 
-@dataclass(frozen=True)
-class Attribution:
+class Attribution(NamedTuple):
     """The logit of one token at each position, as a sum over components."""
 
     names: tuple[str, ...]
@@ -103,7 +100,6 @@ def attribute_logits(
     token_ids: Tensor,
     foil_ids: Tensor | None = None,
     head: OutputHead | None = None,
-    attention_mask: Tensor | None = None,
 ) -> Attribution:
     """Share logits in one forward pass among embedding, both attentions and feed-forward of each layer, and biases.
 
@@ -114,13 +110,11 @@ def attribute_logits(
         token_ids: (n,) int64, in the order of the positions, row by row.
         foil_ids: (n,) int64; with it, the difference of the two logits.
         head: by default the model's; its `centred` form gives logits over their mean.
-        attention_mask: (B, T), 0 at padding.
     """
-    branches = ("hook_attn_out", "hook_meta_out", "hook_mlp_out")
-    wanted = [name for name in lens.names if name.endswith(branches)]
+    wanted = [name for name in lens.names if name.endswith(_TAPS)]
     names = residual_names(lens)
     with lens.capture([names[0], names[-1], *wanted], at=at, dtype=torch.float32) as captured:
-        lens.run(input_ids, attention_mask=attention_mask)
+        lens.run(input_ids)
     components = {"embed": captured[names[0]]}
     fired = set(captured)  # meta-attention is silent where there is no meta-token
     for name in wanted:
@@ -130,49 +124,30 @@ def attribute_logits(
     return direct_logit_attribution(components, captured[names[-1]], head, token_ids, foil_ids)
 
 
-@dataclass(frozen=True)
-class BranchStrengths:
-    """By layer, document by document: (num_documents, L) each, NaN means where a layer lacks the branch."""
-
-    attention: DocumentSums
-    meta_attention: DocumentSums
-    mlp: DocumentSums
-
-
-def measure_branch_strengths(
-    lens: Lens,
-    input_ids: Tensor,
-    *,
-    at: Tensor,
-    documents: npt.ArrayLike,
-    attention_mask: Tensor | None = None,
-) -> BranchStrengths:
+def measure_branch_strengths(lens: Lens, input_ids: Tensor, *, at: Tensor) -> dict[str, npt.NDArray[np.float64]]:
     """Measure how large what each branch adds at some positions is beside `hook_resid_mid`, in one forward pass.
 
     Args:
         lens: on the model.
         input_ids: (B, T).
         at: (B, T) bool, such as the meta-tokens.
-        documents: (B,) integers, the document of each row.
-        attention_mask: (B, T), 0 at padding.
+
+    Returns:
+        Means over the positions by branch, (L,) each, NaN where a layer lacks the branch.
     """
-    taps = ("hook_attn_out", "hook_meta_out", "hook_mlp_out")
-    num_layers = len(lens.layout.blocks)
-    names = [name for name in lens.names if name.endswith((*taps, "hook_resid_mid"))]
+    names = [name for name in lens.names if name.endswith((*_TAPS, "hook_resid_mid"))]
     with lens.capture(names, at=at, dtype=torch.float32) as captured:
-        lens.run(input_ids, attention_mask=attention_mask)
-    fired, rows = set(captured), documents_at(documents, at)
+        lens.run(input_ids)
+    fired = set(captured)
 
-    def measure(tap: str) -> DocumentSums:
-        def of_layer(layer: int) -> Tensor:
-            stream = captured[f"blocks.{layer}.hook_resid_mid"]
-            name = f"blocks.{layer}.{tap}"
-            missing = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-            return relative_length(captured[name], stream).cpu() if name in fired else missing
+    def strength(layer: int, tap: str) -> float:
+        name = f"blocks.{layer}.hook_{tap}"
+        if name not in fired:
+            return np.nan
+        return float(relative_length(captured[name], captured[f"blocks.{layer}.hook_resid_mid"]).nanmean())
 
-        return DocumentSums.of_values(rows, torch.stack([of_layer(layer) for layer in range(num_layers)], dim=-1))
-
-    return BranchStrengths(*(measure(tap) for tap in taps))
+    layers = range(len(lens.layout.blocks))
+    return {branch: np.array([strength(layer, tap) for layer in layers]) for tap, branch in _BRANCHES.items()}
 
 
 def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.float32]]:
@@ -209,7 +184,8 @@ def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.
 @measure("output", "logits", axes=("component", "layer"), plot=Lines("layer", by="component"))
 def attribution(inputs: Inputs) -> Rows:
     """What a component adds to the answer's logit over its foil's or, of a text, to a token's logit over the mean."""
-    shares = _shares_in_answers(inputs) if isinstance(inputs.config.subject, TaskSubject) else _shares_in_text(inputs)
+    is_task = isinstance(inputs.config.subject, TaskSubject)
+    shares = _shares_in_answers(inputs) if is_task else _shares_in_text(inputs)
     for name in shares[0] if shares else ():
         layer, component = _component(name)
         at: dict[str, str | int] = {"component": component} | ({} if layer is None else {"layer": layer})
@@ -220,12 +196,12 @@ def attribution(inputs: Inputs) -> Rows:
 def branch_strength(inputs: Inputs) -> Rows:
     """Length of what a branch adds at meta-tokens over that of the residual stream there."""
     parts = [
-        measure_branch_strengths(inputs.lens, document.input_ids, at=document.is_meta, documents=[number])
-        for number, document in enumerate(inputs.subject.documents)
+        measure_branch_strengths(inputs.lens, document.input_ids, at=document.is_meta)
+        for document in inputs.subject.documents
         if document.is_meta.any()
     ]
-    for field, branch in _BRANCHES.items():
-        means = merge_documents([getattr(part, field) for part in parts]).means
+    for branch in _BRANCHES.values():
+        means = np.stack([part[branch] for part in parts])
         for layer in range(means.shape[1]):
             if np.isfinite(means[:, layer]).any():
                 yield Row({"branch": branch, "layer": layer}, means[:, layer])
@@ -259,4 +235,4 @@ def _component(name: str) -> tuple[int | None, str]:
     if not name.startswith("blocks."):
         return None, {"embed": "embedding", "norm_bias": "biases", "head_bias": "head's bias"}[name]
     _, layer, part = name.split(".")
-    return int(layer), _COMPONENTS[part]
+    return int(layer), _BRANCHES[part]

@@ -2,7 +2,7 @@
 
 What is to be read is the mean of the token embeddings of the last w text tokens before the position, without position
 encodings and without meta-tokens, whose embedding is always the same. Two numbers, both on documents that had no part
-in the fit: R2 of a ridge regression, and the mean reciprocal rank at which its prediction finds the own prefix
+in the fit: R^2 of a ridge regression, and the mean reciprocal rank at which its prediction finds the own prefix
 among the prefixes of other documents. Prefixes of the same document are no candidates: they overlap with the own one.
 
 Shapes: n states, C hidden size, K size of the target; B rows, T positions.
@@ -10,16 +10,16 @@ Shapes: n states, C hidden size, K size of the target; B rows, T positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.inputs.documents import DocumentSums, FloatArray, IntArray
+from metatokens.analysis.inputs.documents import FloatArray, IntArray, sum_by_document
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Lines, Row, Rows, measure
 from metatokens.analysis.representations.places import Places, places_of
@@ -27,7 +27,7 @@ from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, mean_of_last, real_tokens
+from metatokens.lens.residuals import capture_residuals, mean_of_last
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
 WINDOWS = (1, 4, 16, 64)
@@ -41,25 +41,17 @@ _NORMAL_95 = 1.96
 _CANDIDATES_AT_A_TIME = 2**24  # bounds the memory of the similarities
 
 
-@dataclass(frozen=True)
-class Decodability:
-    """What a ridge regression reads, document by document, each held out of its fit."""
+class Decodability(NamedTuple):
+    """What a ridge regression reads, document by document, each held out of its fit; (num_documents,) each."""
 
-    residual_squares: DocumentSums
-    """(num_documents,) sum of |y - prediction|^2 over the states of a document."""
-    total_squares: DocumentSums
-    """(num_documents,) sum of |y - mean of the fit's documents|^2."""
-    reciprocal_rank: DocumentSums
-    """(num_documents,) 1 / rank of the own prefix."""
-    chance: DocumentSums
-    """(num_documents,) the mean reciprocal rank of a random order of as many candidates."""
-    penalties: tuple[float, ...]
-    """The one chosen in each fold; at an end of the list it may be too short."""
-
-    @property
-    def r_squared(self) -> float:
-        """1 - residual / total over all documents; below 0 where the mean predicts better."""
-        return float(1 - self.residual_squares.sums.sum() / self.total_squares.sums.sum())
+    residual_squares: FloatArray
+    """Sum of |y - prediction|^2 over the states of a document."""
+    total_squares: FloatArray
+    """Sum of |y - mean of the fit's documents|^2."""
+    reciprocal_rank: FloatArray
+    """Mean of 1 / rank of the own prefix."""
+    chance: FloatArray
+    """The mean reciprocal rank of a random order of as many candidates."""
 
 
 def held_out_ridge(
@@ -85,40 +77,39 @@ def held_out_ridge(
         folds: at least 3.
 
     Raises:
-        UsageError: fewer documents than folds, fewer than 3 folds, or penalties that are not above 0.
+        UsageError: fewer documents than folds.
+        ValueError: fewer than 3 folds, or penalties that are not above 0.
     """
-    ids, group = np.unique(np.asarray(documents, dtype=np.int64), return_inverse=True)
-    if folds < MINIMUM_FOLDS or len(ids) < folds or min(penalties, default=0) <= 0:
+    if folds < MINIMUM_FOLDS or min(penalties, default=0) <= 0:
+        raise ValueError(f"a held-out ridge needs penalties above 0, not {penalties}, and 3 folds or more, not {folds}")
+    _, group, sizes = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
+    if len(sizes) < folds:
         raise UsageError(
             "held-out ridge",
-            expected=f"penalties above 0 and at least {MINIMUM_FOLDS} folds with a document each",
-            found=f"{len(ids)} documents, {folds} folds and penalties {tuple(penalties)}",
+            expected=f"at least {folds} documents",
+            found=str(len(sizes)),
             remedy="measure more documents",
         )
     states, targets = states_NC.double().cpu(), targets_NK.double().cpu()
-    fold_of_document = np.random.Generator(np.random.PCG64(seed)).permutation(len(ids)) % folds
+    fold_of_document = np.random.Generator(np.random.PCG64(seed)).permutation(len(sizes)) % folds
     fold = torch.from_numpy(fold_of_document[group])
     residual, total, ranks = (torch.zeros(len(states), dtype=torch.float64) for _ in range(3))
-    chosen = []
     for tested in range(folds):
         choosing = fold == (tested + 1) % folds
         test = fold == tested
         fit = RidgePath(states[~test & ~choosing], targets[~test & ~choosing])
         errors = [float((fit.predict(states[choosing], p) - targets[choosing]).square().sum()) for p in penalties]
-        chosen.append(float(penalties[int(np.argmin(errors))]))
-        predicted = fit.predict(states[test], chosen[-1])
+        predicted = fit.predict(states[test], penalties[int(np.argmin(errors))])
         residual[test] = (predicted - targets[test]).square().sum(-1)
         total[test] = (targets[test] - fit.target_mean).square().sum(-1)
         ranks[test] = reciprocal_ranks(
             predicted - fit.target_mean, targets - fit.target_mean, own=test.nonzero()[:, 0], documents=group
         )
-    num_candidates = len(group) - np.bincount(group)[group] + 1
     return Decodability(
-        DocumentSums.of_values(ids[group], residual),
-        DocumentSums.of_values(ids[group], total),
-        DocumentSums.of_values(ids[group], ranks),
-        DocumentSums.of_values(ids[group], [chance_reciprocal_rank(n) for n in num_candidates.tolist()]),
-        tuple(chosen),
+        residual_squares=sum_by_document(group, residual),
+        total_squares=sum_by_document(group, total),
+        reciprocal_rank=sum_by_document(group, ranks) / sizes,
+        chance=np.array([chance_reciprocal_rank(len(group) - size + 1) for size in sizes.tolist()]),
     )
 
 
@@ -184,29 +175,22 @@ def debiased_linear_cka(first_NC: Tensor, second_NK: Tensor) -> float:
 
     1 for the same states up to rotation, scale and offset; about 0 for independent ones, whatever the sizes, which the
     biased estimate is not (Kornblith et al. 2019; Song et al. 2012, eq. 5; Nguyen et al. 2021). Costs n C K: the n x n
-    kernels are never made.
+    kernels are never made. NaN where it is undefined: of fewer than 4 pairs, or of a set without any variance.
 
     Args:
-        first_NC: (n, C), n >= 4.
+        first_NC: (n, C).
         second_NK: (n, K), the paired states.
 
     Raises:
-        UsageError: fewer than 4 pairs, sets of unequal size, or one without any variance.
+        ValueError: sets of unequal size.
     """
+    if len(first_NC) != len(second_NK):
+        raise ValueError(f"CKA is of paired states, not of {len(first_NC)} and {len(second_NK)}")
+    if len(first_NC) < MINIMUM_CKA_PAIRS:
+        return math.nan
     first, second = (states.double() - states.double().mean(0) for states in (first_NC, second_NK))
-    if not len(first) == len(second) >= MINIMUM_CKA_PAIRS:
-        raise UsageError(
-            "CKA",
-            expected=f"at least {MINIMUM_CKA_PAIRS} pairs of states",
-            found=f"{len(first)} and {len(second)} states",
-            remedy="measure more positions",
-        )
     spread = _unbiased_hsic(first, first) * _unbiased_hsic(second, second)
-    if not spread > 0:
-        raise UsageError(
-            "CKA", expected="states that differ", found="states without variance", remedy="look at another layer"
-        )
-    return float(_unbiased_hsic(first, second) / spread**0.5)
+    return float(_unbiased_hsic(first, second) / spread**0.5) if spread > 0 else math.nan
 
 
 def cka_without_each_document(first_NC: Tensor, second_NK: Tensor, documents: npt.ArrayLike) -> FloatArray:
@@ -227,8 +211,7 @@ def _unbiased_hsic(first: Tensor, second: Tensor) -> float:
     return float((trace + totals - 2 / (num - 2) * (first_rows @ second_rows)) / (num * (num - 3)))
 
 
-@dataclass(frozen=True)
-class PrefixStates:
+class PrefixStates(NamedTuple):
     """States of all layers beside what is to be read from them; `held_out_ridge` and CKA take one layer and window."""
 
     states: Tensor
@@ -238,62 +221,41 @@ class PrefixStates:
     documents: IntArray
     """(n,)."""
 
-    @classmethod
-    def merge(cls, parts: Sequence[PrefixStates]) -> Self:
-        """Put together what was collected in several batches."""
-        return cls(
-            torch.cat([part.states for part in parts], dim=1),
-            torch.cat([part.prefixes for part in parts], dim=1),
-            np.concatenate([part.documents for part in parts]),
-        )
 
-
-def collect_prefix_states(
-    lens: Lens,
-    input_ids: Tensor,
-    *,
-    at: Tensor,
-    documents: npt.ArrayLike,
-    windows: Sequence[int] = WINDOWS,
-    steps_back: int = 0,
-    attention_mask: Tensor | None = None,
-) -> PrefixStates:
-    """Collect states and the text right before them in one forward pass; positions with too little text are left out.
-
-    Three sets answer what a meta-token adds: its own states; those of ordinary tokens at the same positions in a run
-    with other meta-tokens; and, with `steps_back=1` and the same `at`, those of the tokens right before the
-    meta-tokens, which have seen the same text (leave out of `at` what follows another meta-token).
+def collect_prefix_states(lens: Lens, places: Places, windows: Sequence[int] = WINDOWS) -> PrefixStates:
+    """Collect the states of some places and the text right before them; places with too little text are left out.
 
     Args:
         lens: on the model.
-        input_ids: (B, T).
-        at: (B, T) bool, the positions before which the text ends.
-        documents: (B,) integers, the document of each row.
+        places: of one kind.
         windows: numbers of text tokens.
-        steps_back: the state is taken so many positions earlier.
-        attention_mask: (B, T), 0 at padding.
+
+    Raises:
+        UsageError: no document has such a place.
     """
-    text = real_tokens(input_ids, attention_mask) & ~lens.is_meta(input_ids)
-    embeddings = lens.model.get_input_embeddings()(input_ids).detach().float()
-    _, enough = mean_of_last(embeddings, text, max(windows))
-    ends = at & enough
-    ends[:, :steps_back] = False
-    read = torch.roll(ends, -steps_back, dims=1)
-    states = capture_residuals(lens, input_ids, attention_mask=attention_mask, at=read)
-    prefixes = [mean_of_last(embeddings, text, window)[0][ends].float() for window in windows]
-    rows = np.asarray(documents, dtype=np.int64)[ends.nonzero()[:, 0].numpy(force=True)]
-    return PrefixStates(torch.stack(states).cpu(), torch.stack(prefixes).cpu(), rows)
+    states, prefixes, documents = [], [], []
+    for number, input_ids, ends in places.by_document():
+        text = ~lens.is_meta(input_ids)
+        embeddings = lens.model.get_input_embeddings()(input_ids).detach().float()
+        _, enough = mean_of_last(embeddings, text, max(windows))
+        kept = ends & enough
+        kept[:, : places.steps_back] = False
+        read = torch.roll(kept, -places.steps_back, dims=1)
+        states.append(torch.stack(capture_residuals(lens, input_ids, at=read)).cpu())
+        means = [mean_of_last(embeddings, text, window)[0][kept].float() for window in windows]
+        prefixes.append(torch.stack(means).cpu())
+        documents.append(np.full(int(kept.sum()), number))
+    return PrefixStates(torch.cat(states, dim=1), torch.cat(prefixes, dim=1), np.concatenate(documents))
 
 
 # Measures --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """What was read from the states of one kind of place."""
 
-    places: Places
-    states: PrefixStates
+    state: str
+    collected: PrefixStates
     windows: Sequence[int]
     by_window: Sequence[Sequence[Decodability]]
     """For each window, of each layer."""
@@ -302,7 +264,7 @@ class _Read:
         """Yield the coordinates of each window and layer with what was read there."""
         for window, layers in zip(self.windows, self.by_window, strict=True):
             for layer, read in enumerate(layers):
-                yield {"state": self.places.name, "layer": layer, "window": window}, read
+                yield {"state": self.state, "layer": layer, "window": window}, read
 
 
 @shared
@@ -328,9 +290,9 @@ def readings_of(inputs: Inputs) -> list[_Read]:
 
     readings = []
     for places in places_of(inputs):
-        collected = _collect(inputs.lens, places, windows)
-        of_windows = [read(collected, targets) for targets in collected.prefixes]
-        readings.append(_Read(places, collected, windows, of_windows))
+        collected = collect_prefix_states(inputs.lens, places, windows)
+        by_window = [read(collected, targets) for targets in collected.prefixes]
+        readings.append(_Read(places.name, collected, windows, by_window))
     return readings
 
 
@@ -345,7 +307,7 @@ def decodability(inputs: Inputs) -> Rows:
     """Held-out R^2 of a ridge regression from a state to the mean embedding of the last text tokens before it."""
     for reading in readings_of(inputs):
         for at, read in reading.rows():
-            yield Row(at, np.stack([read.residual_squares.sums, read.total_squares.sums], axis=1))
+            yield Row(at, np.stack([read.residual_squares, read.total_squares], axis=1))
 
 
 @measure("decodability", "1", axes=("state", "layer", "window"), plot=Lines("layer", by="state", panels="window"))
@@ -353,7 +315,7 @@ def prefix_rank(inputs: Inputs) -> Rows:
     """Mean reciprocal rank at which the regression finds the own prefix among those of other documents."""
     for reading in readings_of(inputs):
         for at, read in reading.rows():
-            yield Row(at, read.reciprocal_rank.means)
+            yield Row(at, read.reciprocal_rank)
 
 
 @measure("decodability", "1", axes=("state", "window"))
@@ -361,7 +323,7 @@ def prefix_rank_chance(inputs: Inputs) -> Rows:
     """Mean reciprocal rank of a random order of as many prefixes."""
     for reading in readings_of(inputs):
         for window, layers in zip(reading.windows, reading.by_window, strict=True):
-            yield Row({"state": reading.places.name, "window": window}, layers[-1].chance.means)
+            yield Row({"state": reading.state, "window": window}, layers[-1].chance)
 
 
 @measure("decodability", "1", axes=("state", "layer", "window"), statistic="given", plot=Lines("layer", by="state"))
@@ -369,20 +331,19 @@ def cka(inputs: Inputs) -> Rows:
     """Debiased linear CKA of states and the mean embeddings of the last tokens, with a jackknife interval."""
     for reading in readings_of(inputs):
         window = min(CKA_WINDOW, reading.windows[-1])
-        targets = reading.states.prefixes[reading.windows.index(window)]
-        for layer, states in enumerate(reading.states.states):
-            at: dict[str, str | int] = {"state": reading.places.name, "layer": layer, "window": window}
-            yield from _cka_row(at, states, targets, reading.states.documents)
+        targets = reading.collected.prefixes[reading.windows.index(window)]
+        for layer, states in enumerate(reading.collected.states):
+            at: dict[str, str | int] = {"state": reading.state, "layer": layer, "window": window}
+            yield from _cka_row(at, states, targets, reading.collected.documents)
 
 
 def _cka_row(at: dict[str, str | int], states: Tensor, targets: Tensor, documents: IntArray) -> Iterator[Row]:
     """Yield the CKA with a jackknife interval: in a bootstrap, a document drawn twice would resemble itself."""
-    num_documents = len(np.unique(documents))
-    try:
-        estimate = debiased_linear_cka(states, targets)
-        without = cka_without_each_document(states, targets, documents)
-    except UsageError:  # before the first block all meta-tokens are the same
+    estimate = debiased_linear_cka(states, targets)
+    without = cka_without_each_document(states, targets, documents)
+    if not np.isfinite([estimate, *without]).all():  # before the first block all meta-tokens are the same
         return
+    num_documents = len(without)
     variance = (num_documents - 1) / num_documents * ((without - without.mean()) ** 2).sum()
     reach = _NORMAL_95 * float(np.sqrt(variance))
     enough = num_documents >= MINIMUM_DOCUMENTS
@@ -391,18 +352,3 @@ def _cka_row(at: dict[str, str | int], states: Tensor, targets: Tensor, document
     if len(states) < CKA_PAIRS:
         notes.append(f"{len(states)} pairs, of which {CKA_PAIRS} are wanted")
     yield Row(at, interval, num_documents, "; ".join(notes) or None)
-
-
-def _collect(lens: Lens, places: Places, windows: Sequence[int]) -> PrefixStates:
-    parts = [
-        collect_prefix_states(
-            lens, document.input_ids, at=ends, documents=[number], windows=windows, steps_back=places.steps_back
-        )
-        for number, (document, ends) in enumerate(zip(places.documents, places.ends, strict=True))
-        if ends.any()
-    ]
-    if not parts:
-        raise UsageError(
-            "decodability", expected="a meta-token", found="none", remedy="choose documents that have meta-tokens"
-        )
-    return PrefixStates.merge(parts)

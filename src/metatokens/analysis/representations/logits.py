@@ -1,4 +1,4 @@
-"""What the output head makes of a state, of a run, .
+"""What the model's own output head makes of a state, and what meta-tokens change in the output.
 
     logit lens          the head applied to the states of earlier layers (nostalgebraist 2020), as they are or put
                         through the affine map to the final state that a regression finds (Din et al. 2023)
@@ -7,21 +7,20 @@
 All logs are natural. The softmax runs over the whole vocabulary, as in training; no loss ever asked for the meta-token,
 so its own probability means nothing. No (B, T, V) tensor is made.
 
-Shapes: n positions, C hidden size, V vocabulary, L + 1 layers as in `states`.
+Shapes: n positions, C hidden size, V vocabulary; states of L + 1 layers: before the first block and after each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.inputs.documents import DocumentSums, FloatArray, merge_documents
+from metatokens.analysis.inputs.documents import FloatArray
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Dots, Lines, Row, Rows, measure, over_layers, rows_over
 from metatokens.analysis.representations.decodability import PENALTIES, RidgePath
@@ -29,7 +28,7 @@ from metatokens.analysis.representations.places import places_of
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.lens.lens import Lens
-from metatokens.lens.residuals import capture_residuals, real_tokens
+from metatokens.lens.residuals import capture_residuals
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
@@ -102,8 +101,7 @@ def preceding_text(input_ids: Tensor, text_BT: Tensor, distances: Sequence[int])
     return torch.stack(ids, dim=-1)
 
 
-@dataclass(frozen=True)
-class LogitLens:
+class LogitLens(NamedTuple):
     """What each layer would predict, had it been the last."""
 
     rank: Tensor
@@ -140,8 +138,7 @@ def logit_lens(states: Sequence[Tensor], head: OutputHead, token_ids: Tensor) ->
     return LogitLens(rank, log_probability, divergence)
 
 
-@dataclass(frozen=True)
-class AffineMap:
+class AffineMap(NamedTuple):
     """From the state of a layer to what a regression expects of the final state."""
 
     weight: Tensor
@@ -205,54 +202,33 @@ def _rank(values_NV: Tensor, own_N: Tensor) -> Tensor:
 # output statistics -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OutputStatistics:
-    """The distribution over the next token at n positions; none of these depends on a shift of the logits."""
-
-    max_over_mean: Tensor
-    """(n,) float64, largest logit minus the mean logit."""
-    max_log_probability: Tensor
-    """(n,) float64, nats."""
-    entropy: Tensor
-    """(n,) float64, nats."""
-    cross_entropy: Tensor
-    """(n,) float64, nats; NaN at positions without a target."""
-
-    def at(self, positions: Tensor) -> OutputStatistics:
-        """Return those of some positions, (n,) bool."""
-        return OutputStatistics(
-            *(getattr(self, field.name)[positions.to(self.entropy.device)] for field in fields(self))
-        )
-
-    def minus(self, other: OutputStatistics, documents: npt.ArrayLike) -> dict[str, DocumentSums]:
-        """Return by name the differences to another run at the same positions (n,), document by document."""
-        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        return {name: DocumentSums.of_values(documents, a.cpu() - b.cpu()) for name, (a, b) in pairs.items()}
-
-
-def output_statistics(normalized_NC: Tensor, head: OutputHead, targets_N: Tensor) -> OutputStatistics:
-    """Describe the output of a run.
+def output_statistics(normalized_NC: Tensor, head: OutputHead, targets_N: Tensor) -> dict[str, Tensor]:
+    """Describe the distribution over the next token at n positions, in numbers that no shift of the logits moves.
 
     Args:
         normalized_NC: (n, C) states after the final norm.
         head: of the model.
         targets_N: (n,) int64, what the position must predict, -100 for nothing.
+
+    Returns:
+        (n,) float64 each: "max_over_mean", the largest logit minus the mean one; "max_log_probability" and "entropy",
+        nats; "cross_entropy", nats, NaN at positions without a target.
     """
-    columns: list[list[Tensor]] = [[], [], [], []]
+    columns: dict[str, list[Tensor]] = {}
     for rows in _row_chunks(len(targets_N), len(head.weight)):
         logits = head.project(normalized_NC[rows])
         log_p = logits.log_softmax(-1)
         targets = targets_N[rows]
         picked = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        chunk = (
-            logits.max(-1).values - logits.mean(-1),
-            log_p.max(-1).values,
-            torch.special.entr(log_p.exp()).sum(-1),
-            torch.where(targets == IGNORE_INDEX, torch.nan, -picked),
-        )
-        for column, values in zip(columns, chunk, strict=True):
-            column.append(values.double())
-    return OutputStatistics(*(torch.cat(c) if c else torch.zeros(0, dtype=torch.float64) for c in columns))
+        chunk = {
+            "max_over_mean": logits.max(-1).values - logits.mean(-1),
+            "max_log_probability": log_p.max(-1).values,
+            "entropy": torch.special.entr(log_p.exp()).sum(-1),
+            "cross_entropy": torch.where(targets == IGNORE_INDEX, torch.nan, -picked),
+        }
+        for name, values in chunk.items():
+            columns.setdefault(name, []).append(values.double())
+    return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
 def predicting_positions(is_meta: Tensor, loss_policy: str) -> Tensor:
@@ -276,73 +252,40 @@ def _row_chunks(num_rows: int, vocab_size: int) -> list[slice]:
 # on a model ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LogitLensCurves:
-    """L1 by layer and distance, document by document."""
-
-    distances: tuple[int, ...]
-    reciprocal_rank: DocumentSums
-    """(num_documents, L + 1, num_distances), 1 / rank."""
-    log_probability: DocumentSums
-    """(num_documents, L + 1, num_distances), nats."""
-    divergence: DocumentSums
-    """(num_documents, L + 1), nats."""
-
-
 def measure_logit_lens(
     lens: Lens,
     input_ids: Tensor,
     *,
     at: Tensor,
-    documents: npt.ArrayLike,
     distances: Sequence[int] = DISTANCES,
     maps: Sequence[AffineMap] | None = None,
-    attention_mask: Tensor | None = None,
-) -> LogitLensCurves:
-    """Measure how well the text before a position can be read from it through the model's own head.
+) -> LogitLens:
+    """Measure how well the text before some positions can be read from them through the model's own head.
 
     Args:
         lens: on the model.
         input_ids: (B, T).
-        at: (B, T) bool, such as the meta-tokens, or ordinary tokens to compare with.
-        documents: (B,) integers, the document of each row.
+        at: (B, T) bool, n positions, such as the meta-tokens, or ordinary tokens to compare with.
         distances: in text tokens; 1 is the last one before the position.
         maps: of `fit_affine_maps`, through which the states of all layers but the last go; None takes them as they are.
-        attention_mask: (B, T), 0 at padding.
     """
-    text = real_tokens(input_ids, attention_mask) & ~lens.is_meta(input_ids)
-    states = capture_residuals(lens, input_ids, attention_mask=attention_mask, at=at)
+    states = capture_residuals(lens, input_ids, at=at)
     if maps is not None:
         states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
-    read = logit_lens(states, OutputHead.of(lens), preceding_text(input_ids, text, distances)[at])
-    rows = documents_at(documents, at)
-    return LogitLensCurves(
-        tuple(distances),
-        DocumentSums.of_values(rows, (1 / read.rank).movedim(0, 1)),
-        DocumentSums.of_values(rows, read.log_probability.movedim(0, 1)),
-        DocumentSums.of_values(rows, read.divergence.movedim(0, 1)),
-    )
+    text = preceding_text(input_ids, ~lens.is_meta(input_ids), distances)
+    return logit_lens(states, OutputHead.of(lens), text[at])
 
 
-def measure_outputs(
-    lens: Lens, input_ids: Tensor, *, at: Tensor, attention_mask: Tensor | None = None
-) -> OutputStatistics:
-    """Describe the output at some positions; run it once within an edit and once without, and take `minus`.
+def measure_outputs(lens: Lens, input_ids: Tensor, *, at: Tensor) -> dict[str, Tensor]:
+    """Return the `output_statistics` of some positions; run once within an edit and once without, and take differences.
 
     Targets are those of the model's loss policy; a position whose target is dropped has no cross-entropy.
     """
-    is_meta, keep = lens.is_meta(input_ids), real_tokens(input_ids, attention_mask)
     policy = lens.loss_policy
-    targets = targets_of_labels(input_ids.masked_fill(~keep, IGNORE_INDEX), is_meta, policy)
+    targets = targets_of_labels(input_ids, lens.is_meta(input_ids), policy)
     with lens.capture(["ln_final.hook_normalized"], at=at, dtype=torch.float32) as captured:
-        lens.run(input_ids, attention_mask=attention_mask)
+        lens.run(input_ids)
     return output_statistics(captured["ln_final.hook_normalized"], OutputHead.of(lens), targets[at])
-
-
-def documents_at(documents: npt.ArrayLike, at: Tensor) -> npt.NDArray[np.int64]:
-    """Return the document of each selected token, (n,), of rows that belong to `documents` (B,)."""
-    rows: npt.NDArray[np.int64] = np.asarray(documents, dtype=np.int64)[at.nonzero()[:, 0].numpy(force=True)]
-    return rows
 
 
 # Measures --------------------------------------------------------------------------------------------------------
@@ -363,14 +306,11 @@ def curves_of(inputs: Inputs) -> dict[tuple[str, str], dict[str, FloatArray]]:
         if places.steps_back:
             continue  # its own token would stand where the others have the last one before them
         for reading, through in readings:
-            curves = [
-                measure_logit_lens(lens, document.input_ids, at=ends, documents=[number], maps=through)
-                for number, (document, ends) in enumerate(zip(places.documents, places.ends, strict=True))
-                if ends.any()
-            ]
+            lenses = [measure_logit_lens(lens, ids, at=ends, maps=through) for _, ids, ends in places.by_document()]
             found[places.name, reading] = {
-                name: merge_documents([getattr(curve, name) for curve in curves]).means
-                for name in ("reciprocal_rank", "log_probability", "divergence")
+                "reciprocal_rank": np.stack([(1 / one.rank).nanmean(1).numpy() for one in lenses]),
+                "log_probability": np.stack([one.log_probability.nanmean(1).numpy() for one in lenses]),
+                "divergence": np.stack([one.divergence.mean(1).numpy() for one in lenses]),
             }
     return found
 
@@ -418,8 +358,8 @@ def _lens_rows(inputs: Inputs, name: str) -> Iterator[Row]:
 @shared
 def output_changes_of(inputs: Inputs) -> dict[tuple[str, str], FloatArray]:
     """Return what the meta-tokens' embedding changes in the output, (documents,) by (statistic, place)."""
-    changes: dict[tuple[str, str], list[DocumentSums]] = {}
-    for number, document in enumerate(inputs.subject.documents):
+    changes: dict[tuple[str, str], list[float]] = {}
+    for document in inputs.subject.documents:
         at = document.is_meta.long().cumsum(1) > 0
         if not at.any():
             continue
@@ -428,10 +368,9 @@ def output_changes_of(inputs: Inputs) -> dict[tuple[str, str], FloatArray]:
             without = measure_outputs(inputs.lens, document.input_ids, at=at)
         is_meta = document.is_meta[at]
         for place, chosen in (("meta-tokens", is_meta), ("text behind", ~is_meta)):
-            of_document = np.full(int(chosen.sum()), number)
-            for statistic, sums in full.at(chosen).minus(without.at(chosen), of_document).items():
-                changes.setdefault((statistic, place), []).append(sums)
-    return {key: merge_documents(parts).means for key, parts in changes.items()}
+            for name, values in full.items():
+                changes.setdefault((name, place), []).append(float((values - without[name])[chosen].nanmean()))
+    return {key: np.array(values) for key, values in changes.items()}
 
 
 @measure("output", "logits", axes=("place",), test=True, plot=Dots("place"))

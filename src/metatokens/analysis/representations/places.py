@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metatokens.analysis.inputs.documents import Document
 from metatokens.analysis.inputs.subject import Inputs
+from metatokens.errors import UsageError
 
 
 class Places(NamedTuple):
@@ -21,6 +22,26 @@ class Places(NamedTuple):
     """(1, T) bool for each document: the positions before which the text ends."""
     steps_back: int = 0
     """How many positions before the end of the prefix the state is read."""
+
+    def by_document(self) -> list[tuple[int, Tensor, Tensor]]:
+        """Return number, ids and ends of each document that has such a place.
+
+        Raises:
+            UsageError: none has.
+        """
+        found = [
+            (number, document.input_ids, ends)
+            for number, (document, ends) in enumerate(zip(self.documents, self.ends, strict=True))
+            if ends.any()
+        ]
+        if not found:
+            raise UsageError(
+                f"states of a {self.name}",
+                expected="a document that has one",
+                found="none",
+                remedy="choose documents that have meta-tokens",
+            )
+        return found
 
 
 def places_of(inputs: Inputs) -> list[Places]:

@@ -1,10 +1,14 @@
+"""Usable information and online codes against known entropies, and what is recorded of them."""
+
 import math
 
 import numpy as np
 import pytest
 
+from analysis_inputs import records_of, task_inputs, value_of
 from metatokens.analysis.compression.heads import frequency_code, label_entropy
-from metatokens.analysis.compression.probes import fit_eraser, online_code, v_information
+from metatokens.analysis.compression.probes import online_code, v_information
+from metatokens.analysis.inputs.labelled_states import Samples, states_of
 from metatokens.config.analysis import MlpProbe, ProbeConfig
 from metatokens.errors import UsageError
 
@@ -23,10 +27,10 @@ def classes_and_states(num_states, seed=0):
 def test_states_that_tell_the_label_have_all_of_its_entropy(config):
     labels, states = classes_and_states(1_200)
     result = v_information(states, labels, np.arange(1_200), config=config, seed=0)
-    assert result.information == pytest.approx(result.null_entropy, abs=0.03)
-    assert result.null_entropy == pytest.approx(label_entropy(labels), abs=0.06)
-    assert result.accuracies.tolist() == [1, 1]
-    assert result.selectivity > 0.9 * result.null_entropy
+    entropy = label_entropy(labels)
+    assert result.pointwise.mean() == pytest.approx(entropy, abs=0.07)
+    assert result.codes.mean() < 0.03
+    assert result.pointwise.mean() - result.shuffled_pointwise.mean() > 0.9 * entropy
     assert result.pointwise.shape == (2, 180)
 
 
@@ -35,8 +39,8 @@ def test_states_that_do_not_depend_on_the_label_have_no_information(config):
     labels, _ = classes_and_states(1_200)
     states = np.random.default_rng(1).normal(size=(1_200, 6))
     result = v_information(states, labels, np.arange(1_200), config=config, seed=0)
-    assert -0.1 < result.information < 0.02
-    assert abs(result.selectivity) < 0.05
+    assert -0.1 < result.pointwise.mean() < 0.02
+    assert abs(result.pointwise.mean() - result.shuffled_pointwise.mean()) < 0.05
 
 
 def test_shuffled_labels_of_telling_states_have_no_information():
@@ -50,7 +54,8 @@ def test_a_linear_probe_cannot_use_what_a_hidden_layer_can():
     states = rng.choice([-1.0, 1.0], (1_200, 2)) + 0.1 * rng.normal(size=(1_200, 2))
     labels = states[:, 0] * states[:, 1] > 0
     linear, mlp = (
-        v_information(states, labels, np.arange(1_200), config=config, seed=0).information for config in (LINEAR, MLP)
+        v_information(states, labels, np.arange(1_200), config=config, seed=0).pointwise.mean()
+        for config in (LINEAR, MLP)
     )
     assert linear < 0.03
     assert mlp == pytest.approx(math.log(2), abs=0.05)
@@ -66,7 +71,7 @@ def test_information_of_a_noisy_state_is_the_known_one():
     truth = math.log(2) - float((density * np.log1p(np.exp(-2 * grid))).sum() * (grid[1] - grid[0]))
     result = v_information(states, labels, np.arange(6_000), config=LINEAR, seed=0)
     standard_error = result.pointwise[0].std() / math.sqrt(900)
-    assert result.information == pytest.approx(truth, abs=3 * standard_error)
+    assert result.pointwise.mean() == pytest.approx(truth, abs=3 * standard_error)
     assert truth == pytest.approx(0.3369, abs=1e-3)
     assert result.pointwise.min() < 0 < result.pointwise.max() < math.log(2) + 0.05
 
@@ -77,7 +82,6 @@ def test_pointwise_information_adds_up_from_the_probe_and_the_frequencies():
     result = v_information(states, labels, documents, config=LINEAR, seed=3)
     again = v_information(states, labels, documents, config=LINEAR, seed=3)
     np.testing.assert_array_equal(result.pointwise, again.pointwise)
-    assert result.information == result.pointwise.mean()
     _, counts = np.unique(result.document_ids, return_counts=True)
     assert (counts == 4).all()
     # other states of the same documents are tested on the same ones
@@ -107,7 +111,7 @@ def test_the_code_of_a_single_block_is_exactly_the_uniform_one():
     result = online_code(states, labels, np.arange(60), config=config, seed=0)
     assert result.lengths.tolist() == [60 * math.log(4)] * 2
     assert result.uniform_length == result.prior_length == 60 * math.log(4)
-    assert (result.compression, result.compression_of_prior, result.block_ends) == (1, 1, (60,))
+    assert result.block_ends == (60,)
 
 
 def test_the_first_block_is_uniform_and_the_rest_nearly_free_where_states_tell_the_label():
@@ -116,7 +120,7 @@ def test_the_first_block_is_uniform_and_the_rest_nearly_free_where_states_tell_t
     result = online_code(states, labels, np.arange(1_000), config=config, seed=0)
     assert result.block_ends == (100, 400, 1_000)
     assert 100 * math.log(4) < result.lengths[0] < 100 * math.log(4) + 40
-    assert result.compression > 5
+    assert result.uniform_length / result.lengths[0] > 5
     assert result.shuffled_lengths[0] > 0.98 * result.prior_length
 
 
@@ -124,9 +128,9 @@ def test_states_that_do_not_depend_on_the_label_cost_no_less_than_its_frequencie
     labels, _ = classes_and_states(600)
     states = np.random.default_rng(1).normal(size=(600, 6))
     result = online_code(states, labels, np.arange(600), config=LINEAR, seed=0)
-    assert 0.9 < result.compression_of_prior < 1.005
+    assert 0.9 < result.prior_length / result.lengths.mean() < 1.005
     # the labels' skew alone makes the code shorter than uniform
-    assert 1 < result.compression < math.log(4) / label_entropy(labels) + 0.02
+    assert 1 < result.uniform_length / result.lengths.mean() < math.log(4) / label_entropy(labels) + 0.02
 
 
 def test_prior_length_is_that_of_the_frequencies_block_by_block():
@@ -153,55 +157,61 @@ def test_blocks_that_do_not_end_with_all_documents_are_refused(shares):
         ProbeConfig(code_shares=shares)
 
 
-# Erasure -----------------------------------------------------------------------------------------------------
+# What is recorded ----------------------------------------------------------------------------------------------------
 
 
-def test_erasure_leaves_every_label_the_same_mean_and_the_rest_alone():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(3, size=500)
-    states = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + np.eye(3, 6)[labels] * 4
-    eraser = fit_eraser(states, labels)
-    erased = eraser.erase(states)
-    means = np.stack([erased[labels == label].mean(axis=0) for label in range(3)])
-    assert np.abs(means - states.mean(axis=0)).max() < 1e-10
-    # two directions for three labels, and a second erasure changes nothing
-    assert np.linalg.matrix_rank(states - erased, tol=1e-8) == 2
-    np.testing.assert_allclose(eraser.erase(erased), erased, atol=1e-10)
+def test_a_probe_reads_what_a_state_holds_and_labels_that_do_not_exist_are_left_out():
+    generator = np.random.Generator(np.random.PCG64(0))
+    answer = generator.integers(0, 3, 240)
+    noise = generator.normal(size=(240, 6)).astype(np.float32)
+    telling = np.concatenate([np.eye(3, dtype=np.float32)[answer] * 4, noise], axis=1)
+    past = np.where(generator.random(240) < 0.3, -1, answer)
+    rare = np.where(np.arange(240) < 20, answer, -1)
+    labels = {
+        "answer": answer,
+        "the token before": past,
+        "the token 16 back": rare,
+        "meta-tokens so far": np.ones(240, dtype=np.int64),
+    }
+    samples = Samples({"last meta-token": telling, "token before it": noise, "mean embedding": noise}, labels)
+    probe = ProbeConfig(num_seeds=1, learning_rate=0.05, max_steps=300, code_shares=(0.1, 0.5, 1.0))
+    inputs = task_inputs(probe=probe)
+    inputs.provide(states_of, samples)
+
+    def value(name, state, target="answer"):
+        return value_of(name, inputs, state=state, target=target)
+
+    assert value("usable_information", "last meta-token") > 0.9
+    assert value("selectivity", "last meta-token") > 0.9
+    assert value("usable_information", "last meta-token", "the token before") > 0.8
+    assert abs(value("usable_information", "token before it")) < 0.1
+    assert value("remaining_entropy", "last meta-token") < 0.2
+    shuffled = value_of("compression_of_shuffled", inputs, state="last meta-token")
+    assert value_of("compression", inputs, state="last meta-token") > 2 > shuffled
+    asked = {(r.at["state"], r.at["target"]) for r in records_of("usable_information", inputs)}
+    assert ("mean embedding", "the token before") not in asked
+    assert ("token before it", "the token before") not in asked  # that is the same token
+    assert any("20 instances that have it" in line for line in inputs.skipped)
+    (left,) = records_of("remaining_entropy", inputs, state="token before it")
+    assert left.high - left.low > 0.01
+    assert not any(target == "meta-tokens so far" for _, target in asked)  # one label is no question
 
 
-def test_erasure_changes_the_states_less_than_the_orthogonal_projection_does():
-    # states whose classes differ along (1, 0), with noise that is correlated between both dimensions
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=2_000)
-    states = rng.normal(size=(2_000, 2)) @ np.array([[2.0, 1.8], [0.0, 0.3]])
-    states[:, 0] += labels - labels.mean()
-    centered = states - states.mean(axis=0)
-    direction = centered.T @ (labels - labels.mean())
-    direction /= np.linalg.norm(direction)
-    projected = centered - np.outer(centered @ direction, direction)
-    leace = ((fit_eraser(states, labels).erase(states) - states) ** 2).sum()
-    assert leace <= ((projected - centered) ** 2).sum() * (1 + 1e-9)
+def test_probes_that_ran_out_of_steps_are_said():
+    labels, states = classes_and_states(80)
+    inputs = task_inputs(probe=ProbeConfig(num_seeds=1, max_steps=1, code_shares=(0.5, 1.0)))
+    inputs.provide(states_of, Samples({"last meta-token": states.astype(np.float32)}, {"answer": labels}))
+    records_of("usable_information", inputs)
+    records_of("compression", inputs)
+    assert inputs.skipped == [
+        "probes: 1 of 1 heads of last meta-token for answer ran out of steps",
+        "probes: 1 of 1 heads of last meta-token for the online code ran out of steps",
+    ]
 
 
-def test_a_linear_probe_finds_nothing_after_erasure_and_a_hidden_layer_still_may():
-    rng = np.random.default_rng(1)
-    labels = rng.integers(2, size=1_500)
-    # the mean and the spread tell the label
-    states = rng.normal(size=(1_500, 3)) * np.where(labels, 0.2, 1.0)[:, None] + labels[:, None]
-    erased = fit_eraser(states, labels).erase(states)
-    before, after, hidden = (
-        v_information(x, labels, np.arange(1_500), config=config, seed=0).information
-        for x, config in ((states, LINEAR), (erased, LINEAR), (erased, MLP))
-    )
-    assert before > 0.25
-    assert after < 0.01
-    assert hidden > 0.2
-
-
-def test_states_that_never_move_in_a_direction_are_erased_without_dividing_by_0():
-    labels, states = classes_and_states(200)
-    wide = np.concatenate([states, np.zeros((200, 2)), states[:, :1]], axis=1)
-    erased = fit_eraser(wide, labels).erase(wide)
-    assert np.isfinite(erased).all()
-    means = np.stack([erased[labels == label].mean(axis=0) for label in range(4)])
-    assert np.abs(means - wide.mean(axis=0)).max() < 1e-7
+def test_a_single_answer_leaves_nothing_to_probe():
+    inputs = task_inputs()
+    same = Samples({"last meta-token": np.zeros((9, 2), dtype=np.float32)}, {"answer": np.zeros(9, dtype=np.int64)})
+    inputs.provide(states_of, same)
+    assert records_of("usable_information", inputs) == records_of("compression", inputs) == []
+    assert inputs.skipped == ["probe of answer: it is the same in all instances"]

@@ -1,10 +1,15 @@
 """A verdict follows from one number a document, its threshold, and nothing else."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
-from metatokens.analysis.recording import Findings, r_squared_statistic
 
 from metatokens.analysis.claims import CLAIMS, judge
+from metatokens.analysis.measures import Row
+from metatokens.analysis.results import Verdict
+from metatokens.analysis.run import MEASURES
 from metatokens.evaluation.statistics import Interval
 
 RISING = np.linspace(0.1, 0.3, 12)
@@ -19,8 +24,18 @@ OTHERS = (
 )
 
 
+def judged(endpoints: dict[str, Any], chosen: Sequence[Any] = tuple(CLAIMS)) -> list[Verdict]:
+    """Return the verdicts on numbers of documents, or intervals, which decide the claims of these names."""
+    rows: dict[str, list[Row]] = {}
+    for name, values in endpoints.items():
+        claim = CLAIMS[name]  # type: ignore[index]
+        elsewhere = Row({**claim.at, "layer": 0}, np.full(12, 99.0))
+        rows.setdefault(claim.measure, []).extend([elsewhere, Row(claim.at, values, num_documents=8)])
+    return judge(rows, chosen, seed=0)
+
+
 def verdict_of(claim: str, endpoints: dict[str, np.ndarray]) -> tuple[str, str | None]:
-    verdicts = judge(endpoints, tuple(CLAIMS), seed=0)
+    verdicts = judged(endpoints)
     assert [v.claim for v in verdicts] == [c.text for c in CLAIMS.values()]
     found = next(v for v in verdicts if v.claim == CLAIMS[claim].text)  # type: ignore[index]
     return found.verdict, found.note
@@ -61,13 +76,13 @@ def test_documents_that_give_no_interval_are_too_few() -> None:
 
 
 def test_an_area_without_p_values_is_judged_by_its_interval_alone() -> None:
-    intervals = {"area": (Interval(0.2, 0.1, 0.3), 8), "prefix_area": (Interval(0.0, -0.1, 0.3), 8)}
-    verdicts = judge({}, tuple(CLAIMS), seed=0, intervals=intervals)
+    intervals = {"area": Interval(0.2, 0.1, 0.3), "prefix_area": Interval(0.0, -0.1, 0.3)}
+    verdicts = judged(intervals)
     assert [v.verdict for v in verdicts if v.unit == "nats^2"] == ["supported", "inconclusive"]
 
 
 def test_an_effect_stands_beside_the_paper_s() -> None:
-    verdicts = judge({"entropy_drop": RISING, "zero_position": RISING}, tuple(CLAIMS), seed=0)
+    verdicts = judged({"entropy_drop": RISING, "zero_position": RISING})
     shares = {v.claim: v.share_of_paper for v in verdicts if v.num_documents}
     assert shares[CLAIMS["entropy_drop"].text] == pytest.approx(0.2 / 1.40)
     assert shares[CLAIMS["zero_position"].text] is None
@@ -75,43 +90,32 @@ def test_an_effect_stands_beside_the_paper_s() -> None:
 
 def test_what_was_not_measured_or_not_chosen_is_not_tested() -> None:
     assert verdict_of("area", {}) == ("not tested", "not measured")
-    chosen = judge({"area": RISING}, ("entropy_drop",), seed=0)
+    chosen = judged({"area": RISING}, ("entropy_drop",))
     assert {v.verdict for v in chosen} == {"not tested"}
 
 
 def test_p_values_are_corrected_together() -> None:
-    alone = judge({"area": RISING}, tuple(CLAIMS), seed=0)
-    both = judge({"area": RISING, "interaction": RISING}, tuple(CLAIMS), seed=0)
+    alone = judged({"area": RISING})
+    both = judged({"area": RISING, "interaction": RISING})
     p_alone, p_both = (next(v.p_value for v in verdicts if v.unit == "nats^2") for verdicts in (alone, both))
     assert p_alone == pytest.approx(2 / 2**12)
     assert p_both == pytest.approx(2 * 2 / 2**12)
 
 
-def test_records_leave_out_documents_without_the_number_and_say_so() -> None:
-    findings = Findings(seed=0)
-    findings.add("attention", "entropy_drop", "nats", "A8", [*RISING, np.nan], at={"layer": 0}, test=True)
-    findings.add("attention", "entropy_drop", "nats", "A8", RISING - 0.2, at={"layer": 1}, test=True)
-    findings.add("attention", "entropy_drop", "nats", "A8", [np.nan] * 12, at={"layer": 2}, test=True)
-    findings.add("attention", "entropy_drop", "nats", "A8", RISING[:3], at={"layer": 3})
-    findings.add_ratio("theory", "share_above", "1", "theory", RISING, RISING * 4)
-    findings.add_accuracy("accuracy", "C1", np.ones(12))
-    first, second, empty, few, ratio, accuracy = findings.finished_records()
-    assert first.num_documents == 12
-    assert first.value == pytest.approx(RISING.mean())
-    assert first.adjusted_p == pytest.approx(2 * first.p_value)  # type: ignore[operator]
-    assert second.adjusted_p == second.p_value
-    assert (empty.value, empty.low, empty.note) == (None, None, "no document has it")
-    assert few.low is None
-    assert few.note == "fewer than 8 documents: no interval"
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.25, 0.25, 0.25))
-    assert accuracy.high == 1.0
-    assert accuracy.low == pytest.approx(12 / (12 + 1.959964**2))  # Wilson
+def test_every_claim_is_decided_by_a_measure_that_there_is() -> None:
+    for claim in CLAIMS.values():
+        assert set(claim.at) <= set(MEASURES[claim.measure].axes)
+        assert claim.unit == MEASURES[claim.measure].unit
 
 
-def test_r_squared_is_that_of_all_rows_together() -> None:
-    generator = np.random.Generator(np.random.PCG64(0))
-    y = generator.normal(size=(5, 40)) + 3
-    m = y + generator.normal(size=(5, 40)) * 0.3
-    columns = np.stack([np.full(5, 40.0), y.sum(1), (y**2).sum(1), ((y - m) ** 2).sum(1)], axis=1)
-    expected = 1 - ((y - m) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    assert r_squared_statistic(columns) == pytest.approx(expected)
+def test_a_claim_that_a_number_falls_turns_its_sign() -> None:
+    assert verdict_of("zero_embedding", {"zero_embedding": -RISING}) == ("supported", None)
+    assert verdict_of("zero_position", {"zero_position": -RISING}) == ("the opposite holds", None)
+
+
+def test_a_ratio_decides_by_the_mean_of_the_documents_own_ratios() -> None:
+    pairs = np.stack([RISING, np.ones(12)], axis=1)
+    pairs[0] = 0, 0  # a document without an edge has no share
+    (theorem,) = [v for v in judged({"theorem": pairs}) if v.num_documents]
+    assert (theorem.num_documents, theorem.value) == (11, pytest.approx(RISING[1:].mean()))
+    assert theorem.verdict == "the opposite holds"

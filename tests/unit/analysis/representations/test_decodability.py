@@ -1,5 +1,6 @@
 """Ridge on held-out documents, retrieval of the own prefix and CKA, on data whose answers are known."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,20 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysis_inputs import records_of, text_inputs, value_of
+from metatokens.analysis.inputs.documents import Document
 from metatokens.analysis.representations.decodability import (
-    PrefixStates,
+    Decodability,
     chance_reciprocal_rank,
     cka_without_each_document,
     collect_prefix_states,
     debiased_linear_cka,
     held_out_ridge,
-    mean_of_last,
     reciprocal_ranks,
 )
+from metatokens.analysis.representations.places import Places
 from metatokens.errors import UsageError
 from metatokens.lens import Lens
-from metatokens.lens.residuals import capture_residuals
-from tiny_models import META, attention_mask_of, tiny_model, tokens
+from metatokens.lens.residuals import capture_residuals, mean_of_last
+from tiny_models import META, tiny_model, tokens
 
 
 def random_states(*shape: int, seed: int = 0) -> Tensor:
@@ -48,6 +51,10 @@ def test_window_of_nothing_is_refused() -> None:
         mean_of_last(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), 0)
 
 
+def r_squared(read: Decodability) -> float:
+    return float(1 - read.residual_squares.sum() / read.total_squares.sum())
+
+
 # ridge -----------------------------------------------------------------------------------------------------------
 
 
@@ -63,24 +70,23 @@ def linear_data(
 def test_linear_data_are_read_perfectly() -> None:
     states, targets, documents = linear_data()
     read = held_out_ridge(states, targets, documents, seed=0, penalties=(1e-8, 1.0))
-    assert read.r_squared > 1 - 1e-9
-    assert float(read.reciprocal_rank.mean) == 1
-    assert read.penalties == (1e-8,) * 5
-    assert read.residual_squares.documents.tolist() == list(range(15))
+    assert r_squared(read) > 1 - 1e-9
+    assert (read.reciprocal_rank == 1).all()
+    assert read.residual_squares.shape == (15,)
 
 
 def test_noise_that_is_half_the_variance_leaves_half_of_r_squared() -> None:
     states, targets, documents = linear_data(num_documents=60, per_document=30)
     noise = random_states(*targets.shape, seed=3) * targets.std(0)
     read = held_out_ridge(states, targets + noise, documents, seed=0)
-    assert read.r_squared == pytest.approx(0.5, abs=0.05)
+    assert r_squared(read) == pytest.approx(0.5, abs=0.05)
 
 
 def test_independent_targets_are_not_read() -> None:
     states, _, documents = linear_data()
     read = held_out_ridge(states, random_states(len(states), 3, seed=9), documents, seed=0)
-    assert -0.1 < read.r_squared < 0.03
-    assert float(read.reciprocal_rank.mean) < 3 * float(read.chance.mean)
+    assert -0.1 < r_squared(read) < 0.03
+    assert read.reciprocal_rank.mean() < 3 * read.chance.mean()
 
 
 def test_what_is_the_same_within_a_document_alone_is_not_read() -> None:
@@ -88,15 +94,15 @@ def test_what_is_the_same_within_a_document_alone_is_not_read() -> None:
     documents = [i // 10 for i in range(200)]
     states = torch.nn.functional.one_hot(torch.tensor(documents)).double()
     targets = random_states(20, 3, seed=4)[documents]
-    assert held_out_ridge(states, targets, documents, seed=0).r_squared < 0.01
+    assert r_squared(held_out_ridge(states, targets, documents, seed=0)) < 0.01
 
 
 def test_offset_and_scale_of_states_and_targets_do_not_matter() -> None:
     states, targets, documents = linear_data(noise=1.0)
     read = held_out_ridge(states, targets, documents, seed=0)
     moved = held_out_ridge(states * torch.tensor([1e3, 1, 1, 1, 1, 1e-3]) + 5, targets * 7 - 3, documents, seed=0)
-    assert moved.r_squared == pytest.approx(read.r_squared, abs=1e-9)
-    np.testing.assert_allclose(moved.reciprocal_rank.sums, read.reciprocal_rank.sums)
+    assert r_squared(moved) == pytest.approx(r_squared(read), abs=1e-9)
+    np.testing.assert_allclose(moved.reciprocal_rank, read.reciprocal_rank)
 
 
 def test_fit_equals_the_normal_equations() -> None:
@@ -112,15 +118,19 @@ def test_fit_equals_the_normal_equations() -> None:
         held_out = torch.from_numpy(ids == document)
         x = (states[held_out] - states[fitted].mean(0)) / states[fitted].std(0, correction=0)
         error = (x @ weights + targets[fitted].mean(0) - targets[held_out]).square().sum()
-        assert read.residual_squares.sums[document] == pytest.approx(float(error))
+        assert read.residual_squares[document] == pytest.approx(float(error))
 
 
-@pytest.mark.parametrize(
-    ("num_documents", "folds", "penalties"), [(4, 5, (1.0,)), (9, 2, (1.0,)), (9, 5, (0.0, 1.0)), (9, 5, ())]
-)
-def test_data_that_cannot_be_held_out_are_refused(num_documents: int, folds: int, penalties: Sequence[float]) -> None:
-    states, targets, documents = linear_data(num_documents)
-    with pytest.raises(UsageError, match="held-out ridge"):
+def test_fewer_documents_than_folds_are_refused() -> None:
+    states, targets, documents = linear_data(4)
+    with pytest.raises(UsageError, match="at least 5 documents, found 4"):
+        held_out_ridge(states, targets, documents, seed=0)
+
+
+@pytest.mark.parametrize(("folds", "penalties"), [(2, (1.0,)), (5, (0.0, 1.0)), (5, ())])
+def test_folds_and_penalties_that_cannot_be_are_refused(folds: int, penalties: Sequence[float]) -> None:
+    states, targets, documents = linear_data(9)
+    with pytest.raises(ValueError, match="held-out ridge"):
         held_out_ridge(states, targets, documents, seed=0, folds=folds, penalties=penalties)
 
 
@@ -217,58 +227,82 @@ def test_cka_without_a_document_is_that_of_the_others() -> None:
     assert values[2] == debiased_linear_cka(first[10:], second[10:])
 
 
-def test_cka_of_too_few_or_constant_states_is_refused() -> None:
+def test_cka_of_too_few_or_constant_states_is_undefined() -> None:
     first, second = related_states()
-    with pytest.raises(UsageError, match="at least 4 pairs"):
-        debiased_linear_cka(first[:3], second[:3])
-    with pytest.raises(UsageError, match="without variance"):
-        debiased_linear_cka(first, torch.ones(40, 2))
+    assert math.isnan(debiased_linear_cka(first[:3], second[:3]))
+    assert math.isnan(debiased_linear_cka(first, torch.ones(40, 2)))
+
+
+def test_cka_of_states_that_are_no_pairs_is_refused() -> None:
+    first, second = related_states()
+    with pytest.raises(ValueError, match="not of 40 and 39"):
+        debiased_linear_cka(first, second[:39])
 
 
 # on a model ------------------------------------------------------------------------------------------------------
 
 
+def places_in(*pictures: str, steps_back: int = 0) -> Places:
+    rows = [tokens(picture, seed=number) for number, picture in enumerate(pictures)]
+    documents = [Document(picture, ids, ids == META) for picture, ids in zip(pictures, rows, strict=True)]
+    return Places("meta-token", documents, [one.is_meta for one in documents], steps_back)
+
+
 def test_collected_states_stand_beside_the_text_before_them() -> None:
     model = tiny_model()
     lens = Lens(model)
-    ids = tokens("x_xx_xxx_x", "xxxx_x_x..")
-    at = ids == META
-    collected = collect_prefix_states(
-        lens, ids, at=at, documents=[8, 5], windows=(1, 2), attention_mask=attention_mask_of(ids)
-    )
-    # the meta-token at row 0, column 1 has one text token before it and is left out
-    places = [(0, 4), (0, 8), (1, 4), (1, 6)]
-    assert collected.documents.tolist() == [8, 8, 5, 5]
-    states = capture_residuals(lens, ids, attention_mask=attention_mask_of(ids))
-    for index, (row, column) in enumerate(places):
-        torch.testing.assert_close(collected.states[1, index], states[1][row, column])
+    places = places_in("x_xx_xxx_x", "xxxxx", "xxxx_x_x")
+    collected = collect_prefix_states(lens, places, windows=(1, 2))
+    # the meta-token at column 1 of the first document has one text token before it and is left out
+    assert collected.documents.tolist() == [0, 0, 2, 2]
+    first, last = (places.documents[number].input_ids for number in (0, 2))
+    states = [*capture_residuals(lens, first)[1][0, [4, 8]], *capture_residuals(lens, last)[1][0, [4, 6]]]
+    torch.testing.assert_close(collected.states[1], torch.stack(states))
     embed = model.model.embed_tokens.weight.float()  # as the states are kept
-    torch.testing.assert_close(collected.prefixes[1, 0], embed[ids[0, [2, 3]]].mean(0))
-    torch.testing.assert_close(collected.prefixes[1, 3], embed[ids[1, [3, 5]]].mean(0))
-    torch.testing.assert_close(collected.prefixes[0, 3], embed[ids[1, 5]])
+    torch.testing.assert_close(collected.prefixes[1, 0], embed[first[0, [2, 3]]].mean(0))
+    torch.testing.assert_close(collected.prefixes[1, 3], embed[last[0, [3, 5]]].mean(0))
+    torch.testing.assert_close(collected.prefixes[0, 3], embed[last[0, 5]])
 
 
 def test_a_step_back_keeps_the_text_and_takes_the_state_before() -> None:
     lens = Lens(tiny_model())
-    ids = tokens("xxx_xxx_xx", "_xxxx_xxxx")
-    at = ids == META
+    pictures = ("xxx_xxx_xx", "_xxxx_xxxx")
     collected, back = (
-        collect_prefix_states(lens, ids, at=at, documents=[0, 1], windows=(2,), steps_back=steps) for steps in (0, 1)
+        collect_prefix_states(lens, places_in(*pictures, steps_back=steps), windows=(2,)) for steps in (0, 1)
     )
     torch.testing.assert_close(back.prefixes, collected.prefixes)
-    states = capture_residuals(lens, ids)
-    torch.testing.assert_close(back.states[2], torch.stack([states[2][0, 2], states[2][0, 6], states[2][1, 4]]))
+    first, second = (capture_residuals(lens, one.input_ids)[2][0] for one in places_in(*pictures).documents)
+    torch.testing.assert_close(back.states[2], torch.stack([first[2], first[6], second[4]]))
 
 
-def test_collected_batches_go_into_one_fit() -> None:
-    lens = Lens(tiny_model())
-    parts = []
-    for document in range(6):
-        ids = tokens("xxx_xxxx_xxx_xxx_xxxx_xx", seed=document)
-        parts.append(collect_prefix_states(lens, ids, at=ids == META, documents=[document], windows=(1, 4)))
-    merged = PrefixStates.merge(parts)
-    assert merged.states.shape == (3, 6 * 4, 32)  # before the first meta-token stand three text tokens
-    read = held_out_ridge(merged.states[2], merged.prefixes[0], merged.documents, seed=0)
-    assert read.residual_squares.documents.tolist() == list(range(6))
-    # before the first block all meta-tokens are the same, so nothing can be read
-    assert held_out_ridge(merged.states[0], merged.prefixes[0], merged.documents, seed=0).r_squared <= 1e-9
+def test_documents_without_such_a_place_are_refused() -> None:
+    with pytest.raises(UsageError, match="documents that have meta-tokens"):
+        collect_prefix_states(Lens(tiny_model()), places_in("xxxx"), windows=(1,))
+
+
+def test_states_before_the_first_block_are_those_of_one_embedding_and_tell_nothing() -> None:
+    places = places_in(*["xxx_xxxx_xxx_xxx_xxxx_xx"] * 6)
+    collected = collect_prefix_states(Lens(tiny_model()), places, windows=(1, 4))
+    assert collected.states.shape == (3, 6 * 4, 32)  # before the first meta-token stand three text tokens
+    read = held_out_ridge(collected.states[0], collected.prefixes[0], collected.documents, seed=0)
+    assert r_squared(read) <= 1e-9
+
+
+def test_the_token_right_before_is_decodable_from_its_own_embedding_and_not_from_a_meta_token_s() -> None:
+    inputs = text_inputs()
+    at = {"layer": 0, "window": 1}
+    assert value_of("decodability", inputs, state="token before it", **at) > 0.5
+    assert value_of("decodability", inputs, state="meta-token", **at) < 0.1  # all are one vector before the first block
+    chance = value_of("prefix_rank_chance", inputs, state="meta-token", window=1)
+    assert value_of("prefix_rank", inputs, state="meta-token", **at) < 3 * chance
+    assert not records_of("cka", inputs, state="meta-token", layer=0)
+    (cka,) = records_of("cka", inputs, state="ordinary token", layer=1)
+    assert cka.low < cka.value < cka.high
+    assert {one.at["window"] for one in records_of("decodability", inputs)} == {1, 4}
+
+
+def test_documents_too_short_for_any_window_leave_decodability_out_with_the_reason() -> None:
+    inputs = text_inputs(length=3)
+    assert records_of("decodability", inputs) == records_of("cka", inputs) == []
+    (reason,) = inputs.skipped
+    assert "longer documents" in reason

@@ -1,0 +1,252 @@
+"""What the registry makes of a function that yields rows: records, corrections, kept arrays and reasons."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis_inputs import text_inputs
+from metatokens.analysis.inputs.subject import Inputs, shared
+from metatokens.analysis.measures import MEASURES, Measure, Row, Rows, correct, measure, record_of, run_measure
+from metatokens.analysis.results import Record
+from metatokens.errors import UsageError
+from metatokens.evaluation.statistics import Interval
+from metatokens.lens.residuals import capture_residuals
+
+ROOT = Path(__file__).parents[3]
+RISING = np.linspace(0.1, 0.3, 12)
+
+
+@pytest.fixture(autouse=True)
+def _restored_registry() -> Iterator[None]:
+    before = dict(MEASURES)
+    yield
+    MEASURES.clear()
+    MEASURES.update(before)
+
+
+@pytest.fixture(scope="module")
+def inputs_of_module() -> Inputs:
+    return text_inputs()
+
+
+@pytest.fixture
+def inputs(inputs_of_module: Inputs) -> Inputs:
+    inputs_of_module.skipped.clear()
+    inputs_of_module.arrays.clear()
+    return inputs_of_module
+
+
+def registered(rows: Callable[[Inputs], Rows], **options: object) -> Measure:
+    measure("attention", "nats", **options)(rows)  # type: ignore[arg-type]
+    return MEASURES[rows.__name__]
+
+
+def recorded(values: object, statistic: str = "mean", **options: object) -> Record:
+    """Return the record of one row without coordinates."""
+
+    def example(_: Inputs) -> Rows:
+        yield Row({}, values)  # type: ignore[arg-type]
+
+    MEASURES.pop("example", None)
+    return record_of(registered(example, statistic=statistic, **options), Row({}, values), seed=0)  # type: ignore[arg-type]
+
+
+# registering -----------------------------------------------------------------------------------------------------
+
+
+def test_a_measure_is_known_by_its_function_s_name_and_docstring() -> None:
+    def example_change(_: Inputs) -> Rows:
+        """Entropy of this minus
+        that.
+
+        In detail.
+        """
+        yield Row({}, RISING)
+
+    found = registered(example_change, axes=("layer",))
+    assert (found.name, found.part, found.unit, found.axes) == ("example_change", "attention", "nats", ("layer",))
+    assert found.definition == "Entropy of this minus that."
+
+
+def test_a_second_measure_of_a_name_is_refused() -> None:
+    def example_change(_: Inputs) -> Rows:
+        yield Row({}, RISING)
+
+    registered(example_change)
+    with pytest.raises(ValueError, match="already a measure example_change, in test_measures"):
+        registered(example_change)
+
+
+def test_rows_by_an_axis_that_was_not_named_are_refused(inputs: Inputs) -> None:
+    def example(_: Inputs) -> Rows:
+        yield Row({"layer": 0, "head": 1}, RISING)
+
+    with pytest.raises(ValueError, match="measure example has rows by head"):
+        run_measure(registered(example, axes=("layer",)), inputs)
+
+
+def test_every_measure_of_the_package_is_defined_in_a_sentence() -> None:
+    for one in MEASURES.values():
+        assert one.definition.endswith("."), one.name
+
+
+# what is shared and what is left out -----------------------------------------------------------------------------
+
+
+def test_what_is_shared_runs_once_and_its_error_is_raised_again(inputs: Inputs) -> None:
+    runs = []
+
+    @shared
+    def number(_: Inputs) -> int:
+        runs.append("number")
+        return 3
+
+    @shared
+    def nothing(_: Inputs) -> int:
+        runs.append("nothing")
+        raise UsageError("texts", expected="one", found="none", remedy="add one")
+
+    assert number(inputs) + number(inputs) == 6
+    for _ in range(2):
+        with pytest.raises(UsageError, match="texts: expected one"):
+            nothing(inputs)
+    assert runs == ["number", "nothing"]
+
+
+def test_what_is_provided_takes_the_place_of_what_is_shared(inputs: Inputs) -> None:
+    @shared
+    def number(_: Inputs) -> int:
+        raise UsageError("texts", expected="one", found="none", remedy="add one")
+
+    inputs.provide(number, 7)
+    assert number(inputs) == 7
+
+
+def test_measures_that_cannot_run_are_left_out_and_a_reason_of_several_is_said_once(inputs: Inputs) -> None:
+    @shared
+    def texts(_: Inputs) -> int:
+        raise UsageError("texts", expected="one", found="none", remedy="add one")
+
+    def first(inputs: Inputs) -> Rows:
+        yield Row({}, [texts(inputs)])
+
+    def second(inputs: Inputs) -> Rows:
+        yield Row({}, [texts(inputs)])
+
+    assert [run_measure(registered(one), inputs) for one in (first, second)] == [[], []]
+    assert inputs.skipped == ["attention: texts: expected one, found none; add one"]
+
+
+# statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_leaves_out_documents_without_the_number() -> None:
+    found = recorded([*RISING, np.nan], test=True)
+    assert (found.num_documents, found.measure, found.unit) == (12, "example", "nats")
+    assert found.value == pytest.approx(RISING.mean())
+    assert found.low < found.value < found.high  # type: ignore[operator]
+    assert found.p_value == pytest.approx(2 / 2**12)
+
+
+def test_a_ratio_is_that_of_sums_and_what_it_leaves_is_explained() -> None:
+    sums = np.stack([RISING, RISING * 4], axis=1)
+    ratio, explained = recorded(sums, "ratio"), recorded(sums, "explained")
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert explained.value == pytest.approx(0.75)
+    uneven = recorded([[1.0, 1.0], [0.0, 3.0]] * 4, "ratio")
+    assert uneven.value == pytest.approx(0.25)  # and not 0.5, the mean of ratios
+
+
+def test_a_ratio_to_nothing_has_no_value() -> None:
+    found = recorded(np.zeros((12, 2)), "ratio")
+    assert (found.value, found.low, found.note) == (None, None, "no document has it")
+
+
+def test_r_squared_is_that_of_all_rows_together() -> None:
+    generator = np.random.Generator(np.random.PCG64(0))
+    y = generator.normal(size=(9, 40)) + 3
+    m = y + generator.normal(size=(9, 40)) * 0.3
+    columns = np.stack([np.full(9, 40.0), y.sum(1), (y**2).sum(1), ((y - m) ** 2).sum(1)], axis=1)
+    expected = 1 - ((y - m) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert recorded(columns, "r_squared").value == pytest.approx(expected)
+
+
+def test_an_accuracy_of_one_has_an_interval_below_it() -> None:
+    found = recorded(np.ones(12), "accuracy")
+    assert found.high == 1
+    assert found.low == pytest.approx(12 / (12 + 1.959964**2))  # Wilson
+
+
+def test_a_given_interval_is_recorded_as_it_is() -> None:
+    row = Row({}, Interval(0.2, 0.1, 0.3), num_documents=30, note="by jackknife")
+    found = record_of(MEASURES["area"], row, seed=0)
+    assert (found.value, found.low, found.high) == (0.2, 0.1, 0.3)
+    assert (found.num_documents, found.note, found.p_value) == (30, "by jackknife", None)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "accuracy"])
+def test_few_documents_have_a_value_without_an_interval(statistic: str) -> None:
+    found = recorded(RISING[:3], statistic, test=True)
+    assert found.value == pytest.approx(RISING[:3].mean())
+    assert (found.low, found.high, found.p_value) == (None, None, None)
+    assert found.note == "fewer than 8 documents: no interval"
+
+
+def test_no_document_at_all_has_no_value() -> None:
+    found = recorded([np.nan] * 12)
+    assert (found.value, found.low, found.num_documents, found.note) == (None, None, 0, "no document has it")
+
+
+def test_p_values_are_corrected_over_the_rows_of_one_measure_that_have_coordinates() -> None:
+    def example(_: Inputs) -> Rows:
+        yield Row({}, RISING)
+
+    chosen = registered(example, axes=("layer",), test=True)
+    rows = [Row({}, RISING), Row({"layer": 0}, RISING), Row({"layer": 1}, RISING - 0.2)]
+    overall, first, second = correct([record_of(chosen, row, seed=0) for row in rows])
+    assert overall.adjusted_p is None
+    assert first.adjusted_p == pytest.approx(2 * first.p_value)  # type: ignore[operator]
+    assert second.adjusted_p == second.p_value
+
+
+def test_kept_values_of_all_documents_stand_by_their_axes(inputs: Inputs) -> None:
+    def example(_: Inputs) -> Rows:
+        for layer, head in ((1, 0), (0, 1)):
+            yield Row({"layer": layer, "head": head}, RISING + layer)
+        yield Row({}, RISING)
+
+    run_measure(registered(example, axes=("layer", "head"), keep=True), inputs)
+    kept = inputs.arrays["example"]
+    assert kept.shape == (12, 2, 2)
+    np.testing.assert_array_equal(kept[:, 1, 0], (RISING + 1).astype(np.float32))
+    assert np.isnan(kept[:, 0, 0]).all()
+
+
+# the way to add one ----------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_contributing_is_a_measure_in_one_function(inputs: Inputs) -> None:
+    """Run the block as it stands there: nothing else is needed for records with intervals, by layer."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^## A new measure$.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    exec(block, {})
+    added = MEASURES["state_length"]
+    records = [record_of(added, row, seed=0) for row in run_measure(added, inputs)]
+    assert [one.at for one in records] == [{"layer": layer} for layer in range(3)]
+    assert all(one.low < one.value < one.high for one in records)
+    lengths = [capture_residuals(inputs.lens, one.input_ids)[2].norm(dim=-1) for one in inputs.subject.documents]
+    expected = [
+        float(length[one.is_meta].mean() / length[~one.is_meta].mean())
+        for length, one in zip(lengths, inputs.subject.documents, strict=True)
+    ]
+    assert records[2].value == pytest.approx(np.mean(expected))
+
+
+def test_the_guide_lists_every_measure_with_its_definition() -> None:
+    guide = (ROOT / "docs" / "guide" / "analysis.md").read_text(encoding="utf-8")
+    for one in MEASURES.values():
+        (line,) = re.findall(rf"^\| `{one.name}` \|.*$", guide, re.MULTILINE)
+        assert one.definition in line, f"{one.name}: run docs/facts.py --write"
