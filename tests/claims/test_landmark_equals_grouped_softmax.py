@@ -192,7 +192,7 @@ def test_training_reads_all_blocks_whatever_evaluation_does() -> None:
 @torch.no_grad()
 def test_scores_stay_in_float32_under_autocast() -> None:
     ids = tokens("xx_xx_xx_xx_xxx")
-    attention = baseline_model("landmark").model.layers[0].self_attn
+    attention = baseline_model("landmark", dtype=torch.float32).model.layers[0].self_attn
     query, key, value = torch.randn(3, 1, 4, 15, 8, generator=torch.Generator().manual_seed(0))
     _, expected = attention.attend(query, key, value, landmarks_of(ids, 15))
     with torch.autocast("cpu", torch.bfloat16):

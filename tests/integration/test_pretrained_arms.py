@@ -242,7 +242,7 @@ def test_the_commands_score_it_in_its_whole_window_with_pause_tokens(done: Path,
     )
     assert paused["text_tokens"] == scored["text_tokens"]
     assert paused["non_overlapping"]["nats"] != scored["non_overlapping"]["nats"]
-    generated = metatokens("generate", done, "The cube", "--max-text-tokens", "4", "--json")
+    generated = metatokens("generate", done, "The cube", "--max-text-tokens", "4", "--every", "3", "--json")
     assert json.loads(generated.stdout)["text_tokens"] <= 4
     assert json.loads(metatokens("info", done, "--json").stdout)["block_positions"] == POSITIONS
 

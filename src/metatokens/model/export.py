@@ -40,6 +40,9 @@ AUTO_MAP = {
 
 def copy_code(folder: Path) -> None:
     """Copy the files of the model's code into a folder, which may be new."""
+    # transformers brings the files that it finds imported, and nothing else imports this one
+    from .heads import MetaTokenForSequenceClassification as _  # noqa: F401
+
     folder.mkdir(parents=True, exist_ok=True)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")

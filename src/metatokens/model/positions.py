@@ -108,7 +108,7 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
     call; here the middle is fixed, so that keys of a cache stay right. Scores do not depend on it.
 
     At the ends of the window the two parts are far from one, and must not leave the range of the number format: float16
-    has room for 3,966 positions, bfloat16 and float32 for 35,695.
+    has room for 3,966 positions, bfloat16 and float32 for 35,694.
     """
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> XposTables:  # type: ignore[override] # another table

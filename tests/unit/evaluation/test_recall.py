@@ -47,7 +47,10 @@ def instances(encoder: PieceEncoder, task: Task, count: int = 24) -> list[Encode
 
 @torch.no_grad()
 def decode(model: MetaTokenForCausalLM, prompt: np.ndarray, length: int) -> list[int]:
-    output = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=length, do_sample=False, eos_token_id=None)
+    # of an untrained model, rows of the vocabulary that no token owns are as likely as others
+    unowned = list(range(model.config.meta_token_id, model.config.vocab_size))
+    options = {"do_sample": False, "eos_token_id": None, "suppress_tokens": unowned}
+    output = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=length, **options)
     return output[0, len(prompt) :].tolist()
 
 

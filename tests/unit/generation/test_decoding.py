@@ -330,9 +330,9 @@ def test_stream_ends_with_the_bytes_that_never_became_a_character(tokenizer):
 
 def sentencepiece_like():
     """Return a Llama-like tokenizer: a space is the mark before a word, and a text loses its first one."""
-    pieces = ["</s>", *dict.fromkeys("▁onceuptimask"), "▁a", "▁as", "▁ask"]
+    pieces = ["</s>", "<unk>", *dict.fromkeys("▁onceuptimask"), "▁a", "▁as", "▁ask"]
     ids = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[("▁", "a"), ("▁a", "s"), ("▁as", "k")]))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[("▁", "a"), ("▁a", "s"), ("▁as", "k")], unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens(["</s>"])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from metatokens.baselines import LandmarkConfig, LandmarkForCausalLM
 from metatokens.baselines.landmark import Landmarks
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.masks import TokenLayout
 from metatokens.model.meta_attention import pack_meta_tokens
 from tiny_models import ENCODINGS, META, attention_mask_of, tiny_config, tiny_model, tokens
 
@@ -46,14 +47,14 @@ def test_a_block_on_another_device_gets_all_its_inputs_there(changes: dict[str, 
 def test_every_tensor_of_a_pack_moves_with_it() -> None:
     config = tiny_config(position_encoding="rope", attn_implementation="eager")
     model = tiny_model(attn_implementation="eager").model
-    hidden = model.embed_tokens(IDS)
+    hidden, positions = model.embed_tokens(IDS), torch.arange(IDS.shape[1])[None]
     pack = pack_meta_tokens(
         config,
         hidden,
         meta_token_mask=IDS == META,
         meta_indices=None,
-        rotary=model.rotary_emb(hidden, torch.arange(IDS.shape[1])[None]),
-        alibi_slopes=None,
+        rotary=model.rotary_emb(hidden, positions),
+        layout=TokenLayout(positions, attention_mask=None, documents=None, slopes=None),
         past_key_values=None,
         always=False,
     )
@@ -66,7 +67,7 @@ def test_every_tensor_of_a_pack_moves_with_it() -> None:
     assert {leaf.device.type for leaf in leaves} == {"meta"}
 
 
-@pytest.mark.parametrize(("num_best_blocks", "num_tensors"), [(None, 5), (1, 7)])
+@pytest.mark.parametrize(("num_best_blocks", "num_tensors"), [(None, 6), (1, 8)])
 @torch.no_grad()
 def test_every_tensor_of_the_landmarks_moves_with_them(num_best_blocks: int | None, num_tensors: int) -> None:
     fields = tiny_config(position_encoding="alibi").to_diff_dict()
