@@ -67,12 +67,14 @@ def test_padding_inside_a_row_moves_nothing(cache: str, encoding: str, backend: 
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(("name", "num_best"), [*((name, None) for name in BASELINES), ("landmark", 1)])
 @torch.no_grad()
-def test_padding_inside_a_row_moves_nothing_under_sparse_attention(name: str, encoding: str) -> None:
+def test_padding_inside_a_row_moves_nothing_under_sparse_attention(
+    name: str, num_best: int | None, encoding: str
+) -> None:
     model = baseline_model(name, position_encoding=encoding)
     if name == "landmark":
-        read_best_blocks(model, 1)
+        read_best_blocks(model, num_best)
     ids = tokens(*PADDED_INSIDE)
     mask = attention_mask_of(ids)
     cached = feed(model, ids, CACHES["dynamic"](model.config), [7, 4])
