@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pairwise import cover_pairs
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(1, 4), min_size=2, max_size=4))
 def test_every_two_values_of_two_factors_meet_in_a_case_of_the_product(sizes: list[int]) -> None:
     factors = {f"factor {number}": tuple(range(size)) for number, size in enumerate(sizes)}
