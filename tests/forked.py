@@ -6,7 +6,7 @@ They are forked from a server that has imported the package once, which takes se
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,20 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["metatokens.training.finetuning", "metatokens.training.pretraining", "torch._dynamo"]
 )  # DDP imports dynamo
+
+
+def run_all(target: Callable[..., None], each: Sequence[tuple[Any, ...]], *, seconds: float) -> None:
+    """Run a process for each tuple of arguments, at once; all must end well, and none takes much longer."""
+    started = [processes.Process(target=target, args=arguments) for arguments in each]
+    try:
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(seconds)
+            assert process.exitcode == 0
+    finally:
+        for process in started:
+            process.kill()
 
 
 def start_command(arguments: Sequence[str], errors: Path) -> Any:

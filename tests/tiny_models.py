@@ -22,6 +22,13 @@ MAX_LENGTH = 64
 NUM_TERMS = 2 * (2 * (32 + 8 + 32) + 32 + 48) + 32
 
 ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
+BACKENDS = ("sdpa", "eager")
+MEMBERS: dict[str, dict[str, Any]] = {
+    "meta": {},
+    "all": {"meta_attention_over": "all"},
+    "random": {"meta_attention_over": "random", "random_ratio": 0.4},
+}
+"""Who takes part in meta-attention."""
 
 
 def tiny_config(**changes: Any) -> MetaTokenConfig:

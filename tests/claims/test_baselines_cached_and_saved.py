@@ -4,45 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import metatokens  # noqa: F401 - registers the models
 from baseline_models import BASELINES, PATTERNS, baseline_model
+from cached_passes import PIECES, feed, uncached
 from metatokens.baselines.landmark import read_best_blocks
 from metatokens.model.export import save_model
+from pairwise import all_pairs
 from tiny_models import assert_close, attention_mask_of, gradients, tokens
 
 BATCHES = {
     "ragged": ("xx_xxx_xx_xx", "xxxxxxxxxxxx", "__x_xxxx_xx_"),
     "left_padded": ("....x_xx_x__", "xx_xxxxxxx_x", "...........x"),
 }
-PIECES = {"token_by_token": [1] * 12, "prompt_then_tokens": [8, 1, 1, 1, 1], "chunked": [5, 4, 3]}
 IDS = tokens("x_xx_x__xxxxx", "xxxxxxx_xxxx_")
 
 
-def feed(model: torch.nn.Module, ids: Tensor, cache: DynamicCache, pieces: list[int], start: int = 0) -> Tensor:
-    logits = []
-    for length in pieces:
-        stop = start + length
-        mask = attention_mask_of(ids)[:, :stop]
-        logits.append(model(ids[:, start:stop], attention_mask=mask, past_key_values=cache).logits)
-        start = stop
-    return torch.cat(logits, dim=1)
-
-
-def uncached(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    return model(ids, attention_mask=attention_mask_of(ids), use_cache=False).logits
-
-
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", BASELINES)
+@all_pairs(name=BASELINES, batch=BATCHES, pieces=PIECES, encoding=("rope", "alibi"))
 @torch.no_grad()
-def test_cached_logits_equal_uncached(name: str, batch: str, pieces: str, encoding: str) -> None:
-    model = baseline_model(name, position_encoding=encoding, dtype=torch.float64)
+def test_cached_logits_of_baselines_equal_uncached(name: str, batch: str, pieces: str, encoding: str) -> None:
+    model = baseline_model(name, position_encoding=encoding)
     ids = tokens(*BATCHES[batch])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, DynamicCache(config=model.config), PIECES[pieces])
@@ -52,7 +35,7 @@ def test_cached_logits_equal_uncached(name: str, batch: str, pieces: str, encodi
 @pytest.mark.parametrize("name", ["longformer_meta", "landmark"])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_with_meta_attention_as_well(name: str) -> None:
-    model = baseline_model(name, meta_attention_layers="all", dtype=torch.float64)
+    model = baseline_model(name, meta_attention_layers="all")
     ids = tokens(*BATCHES["left_padded"])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, DynamicCache(config=model.config), PIECES["prompt_then_tokens"])
@@ -62,7 +45,7 @@ def test_cached_logits_equal_uncached_with_meta_attention_as_well(name: str) -> 
 @pytest.mark.parametrize("num_best", [1, 2])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_when_only_the_best_blocks_are_read(num_best: int) -> None:
-    model = baseline_model("landmark", dtype=torch.float64)
+    model = baseline_model("landmark")
     read_best_blocks(model, num_best)
     ids = tokens(*BATCHES["ragged"])
     for pieces in PIECES.values():
@@ -73,7 +56,7 @@ def test_cached_logits_equal_uncached_when_only_the_best_blocks_are_read(num_bes
 @pytest.mark.parametrize("name", BASELINES)
 @torch.no_grad()
 def test_logits_after_crop_and_reordered_rows_equal_uncached(name: str, num_removed: int) -> None:
-    model = baseline_model(name, dtype=torch.float64)
+    model = baseline_model(name)
     before = tokens(*BATCHES["ragged"])
     kept = 12 - num_removed
     cache = DynamicCache(config=model.config)
@@ -90,7 +73,7 @@ def test_logits_after_crop_and_reordered_rows_equal_uncached(name: str, num_remo
 @pytest.mark.parametrize("name", BASELINES)
 @torch.no_grad()
 def test_reset_cache_remembers_nothing(name: str) -> None:
-    model = baseline_model(name, dtype=torch.float64)
+    model = baseline_model(name)
     cache = DynamicCache(config=model.config)
     feed(model, tokens("__x_x_x__x", seed=1), cache, [6, 4])
     cache.reset()
@@ -110,7 +93,7 @@ def test_generation_equals_that_without_a_cache(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name != "longformer_meta"])
 @torch.no_grad()
 def test_patterns_that_ask_for_no_meta_token_work_with_a_static_cache(name: str) -> None:
-    model = baseline_model(name, dtype=torch.float64)
+    model = baseline_model(name)
     ids = tokens(*BATCHES["left_padded"])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, StaticCache(config=model.config, max_cache_len=16), [8, 1, 1, 1, 1])

@@ -1,16 +1,16 @@
 """A cached forward pass gives the logits of the whole sequence, whatever its meta-tokens, padding and pieces."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from cached_passes import CACHES, PIECES, feed, uncached
+from pairwise import all_pairs
 from tiny_models import (
+    BACKENDS,
     ENCODINGS,
     MAX_LENGTH,
+    MEMBERS,
     NUM_TERMS,
     assert_close,
     attention_mask_of,
@@ -29,82 +29,17 @@ BATCHES = {
     "early_meta_tokens": ("____xxxxxxxx", "_xxxxxxxxxxx"),
     "no_meta_token": ("xxxxxxxxxxxx", "..xxxxxxxxxx"),
 }
-PIECES = {
-    "token_by_token": [1] * 12,
-    "prompt_then_tokens": [8, 1, 1, 1, 1],
-    "chunked": [5, 4, 3],
-    "at_once": [12],
-}
-CACHES: dict[str, Callable[[MetaTokenConfig], Cache]] = {
-    "dynamic": lambda config: DynamicCache(config=config),
-    "static": lambda config: StaticCache(config=config, max_cache_len=16),
-}
 # static ones from transformers 5.24 on; assisted generation asks for it
 CROPPABLE = [kind for kind, make in CACHES.items() if make(tiny_config()).is_croppable]
 TOLERANCE = 1e-10  # in float64
 
 
-def feed(
-    model: MetaTokenForCausalLM, ids: Tensor, cache: Cache, pieces: list[int], *, start: int = 0, masked: bool = True
-) -> Tensor:
-    """Return the logits of the pieces, one after another, over what the cache holds."""
-    logits = []
-    for length in pieces:
-        stop = start + length
-        mask = attention_mask_of(ids)[:, :stop] if masked else None
-        piece = model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True)
-        logits.append(piece.logits)
-        start = stop
-    return torch.cat(logits, dim=1)
-
-
-def uncached(model: MetaTokenForCausalLM, ids: Tensor) -> Tensor:
-    return model(ids, attention_mask=attention_mask_of(ids), use_cache=False).logits
-
-
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("batch", BATCHES)
+@all_pairs(batch=BATCHES, pieces=PIECES, kind=CACHES, encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
 @torch.no_grad()
-def test_cached_logits_equal_uncached(batch: str, pieces: str, kind: str, encoding: str) -> None:
-    model = shared_model(position_encoding=encoding, dtype=torch.float64)
-    ids = tokens(*BATCHES[batch])
-    real = attention_mask_of(ids).bool()
-    cached = feed(model, ids, CACHES[kind](model.config), PIECES[pieces])
-    assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("kind", CACHES)
-@torch.no_grad()
-def test_cached_logits_equal_uncached_for_every_encoding_and_backend(kind: str, encoding: str, backend: str) -> None:
-    model = shared_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64)
-    ids = tokens(*BATCHES["left_padded"])
-    real = attention_mask_of(ids).bool()
-    cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 1, 1, 1])
-    assert_close(cached[real], uncached(model, ids)[real], TOLERANCE)
-
-
-@pytest.mark.parametrize("over", ["all", "random"])
-@pytest.mark.parametrize(
-    ("encoding", "backend"), [("rope", "sdpa"), ("rope", "eager"), ("alibi", "sdpa"), ("learned", "sdpa")]
-)
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("batch", BATCHES)
-@torch.no_grad()
-def test_cached_logits_equal_uncached_whoever_takes_part_in_meta_attention(
+def test_cached_logits_equal_uncached(
     batch: str, pieces: str, kind: str, encoding: str, backend: str, over: str
 ) -> None:
-    model = shared_model(
-        meta_attention_over=over,
-        random_ratio=0.4,
-        position_encoding=encoding,
-        attn_implementation=backend,
-        dtype=torch.float64,
-    )
+    model = shared_model(position_encoding=encoding, attn_implementation=backend, **MEMBERS[over])
     ids = tokens(*BATCHES[batch])
     real = attention_mask_of(ids).bool()
     cached = feed(model, ids, CACHES[kind](model.config), PIECES[pieces])
@@ -116,7 +51,7 @@ def test_cached_logits_equal_uncached_whoever_takes_part_in_meta_attention(
 @torch.no_grad()
 def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, kind: str) -> None:
     # with past keys, sdpa takes a missing mask for an empty cache and drops the newest keys
-    model = shared_model(dtype=torch.float64)
+    model = shared_model()
     ids = tokens(*BATCHES[batch])
     cached = feed(model, ids, CACHES[kind](model.config), [5, 4, 3], masked=False)
     assert_close(cached, uncached(model, ids), TOLERANCE)
@@ -127,7 +62,7 @@ def test_chunked_prefill_without_an_attention_mask_equals_uncached(batch: str, k
 @pytest.mark.usefixtures("other_copy_of_the_cache")
 @torch.no_grad()
 def test_cached_logits_equal_uncached_over_the_cache_of_another_copy_of_the_code(kind: str, over: str) -> None:
-    model = shared_model(meta_attention_over=over, dtype=torch.float64)
+    model = shared_model(meta_attention_over=over)
     ids = tokens(*BATCHES["ragged"])
     cache = CACHES[kind](model.config)
     assert type(cache.layers[0]).__module__ == "other_copy_of_the_cache"
@@ -150,20 +85,16 @@ def test_cached_logits_equal_uncached_in_float32_but_for_rounding(kind: str) -> 
 def test_cached_logits_equal_uncached_when_only_some_layers_have_meta_attention(
     kind: str, layers: str | list[int]
 ) -> None:
-    model = tiny_model(num_hidden_layers=3, meta_attention_layers=layers, dtype=torch.float64)
+    model = tiny_model(num_hidden_layers=3, meta_attention_layers=layers)
     ids = tokens(*BATCHES["ragged"])
     cached = feed(model, ids, CACHES[kind](model.config), PIECES["prompt_then_tokens"])
     assert_close(cached, uncached(model, ids), TOLERANCE)
 
 
-@pytest.mark.parametrize("over", ["meta", "all", "random"])
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
-@pytest.mark.parametrize("num_removed", [1, 4, 9])
-@pytest.mark.parametrize("kind", CROPPABLE)
-@pytest.mark.parametrize("batch", BATCHES)
+@all_pairs(batch=BATCHES, kind=CROPPABLE, num_removed=(1, 4, 9), encoding=("rope", "alibi"), over=MEMBERS)
 @torch.no_grad()
 def test_logits_after_crop_equal_uncached(batch: str, kind: str, num_removed: int, encoding: str, over: str) -> None:
-    model = shared_model(position_encoding=encoding, meta_attention_over=over, random_ratio=0.4, dtype=torch.float64)
+    model = shared_model(position_encoding=encoding, **MEMBERS[over])
     before = tokens(*BATCHES[batch])
     kept = before.shape[1] - num_removed
     after = torch.cat([before[:, :kept], tokens(*["_x__x"] * len(before), seed=1)], dim=1)
@@ -178,7 +109,7 @@ def test_logits_after_crop_equal_uncached(batch: str, kind: str, num_removed: in
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_logits_after_reordering_beams_equal_those_of_the_reordered_rows(kind: str) -> None:
-    model = shared_model(dtype=torch.float64)
+    model = shared_model()
     ids = tokens(*BATCHES["ragged"])
     beams = torch.tensor([2, 0, 2])
     after = torch.cat([ids[beams], tokens("_xx", "x_x", "xx_", seed=1)], dim=1)
@@ -191,7 +122,7 @@ def test_logits_after_reordering_beams_equal_those_of_the_reordered_rows(kind: s
 
 @torch.no_grad()
 def test_logits_after_repeating_and_selecting_rows_equal_those_of_these_rows() -> None:
-    model = shared_model(dtype=torch.float64)
+    model = shared_model()
     ids = tokens(*BATCHES["ragged"])
     rows = torch.tensor([0, 2, 3, 5])
     after = torch.cat([ids.repeat_interleave(2, dim=0)[rows], tokens("_xx", "x_x", "xx_", "xxx", seed=1)], dim=1)
@@ -206,7 +137,7 @@ def test_logits_after_repeating_and_selecting_rows_equal_those_of_these_rows() -
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_reset_cache_remembers_nothing(kind: str) -> None:
-    model = shared_model(dtype=torch.float64)
+    model = shared_model()
     ids = tokens("x__x_xxx_x")
     cache = CACHES[kind](model.config)
     feed(model, tokens("__x_x_x__x", seed=1), cache, [6, 4])
@@ -217,7 +148,7 @@ def test_reset_cache_remembers_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_cache_holds_a_sequence_of_the_models_full_length(kind: str) -> None:
-    model = shared_model(dtype=torch.float64)
+    model = shared_model()
     picture = "__xx" * (MAX_LENGTH // 4)
     ids = tokens(picture)
     caches = {"dynamic": DynamicCache(config=model.config), "static": StaticCache(model.config, MAX_LENGTH)}

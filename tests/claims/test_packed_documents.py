@@ -14,14 +14,20 @@ from transformers.cache_utils import DynamicCache
 from baseline_models import PATTERNS, baseline_model
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.reference import DenseReferenceForCausalLM
-from tiny_models import ENCODINGS, META, assert_close, attention_mask_of, gradients, tiny_model, tokens
+from pairwise import all_pairs
+from tiny_models import (
+    BACKENDS,
+    ENCODINGS,
+    MEMBERS,
+    META,
+    assert_close,
+    attention_mask_of,
+    gradients,
+    tiny_model,
+    tokens,
+)
 
 DOCUMENTS = ("x_xx_x", "_xx_", "xxx", "x", "xx__x_x")
-MEMBERS: dict[str, dict[str, Any]] = {
-    "meta": {},
-    "all": {"meta_attention_over": "all"},
-    "random": {"meta_attention_over": "random", "random_ratio": 0.4},
-}
 TOLERANCE = 1e-10  # in float64
 
 
@@ -71,10 +77,7 @@ def run(model: MetaTokenForCausalLM, parts: list[Tensor], inputs: dict[str, Any]
     return logits.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("over", MEMBERS)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("way", WAYS)
+@all_pairs(way=WAYS, encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
 def test_documents_in_one_row_equal_each_alone(way: str, encoding: str, backend: str, over: str) -> None:
     model = tiny_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64, **MEMBERS[over])
     parts = documents()
@@ -139,7 +142,7 @@ def test_a_mask_of_pairs_binds_meta_attention_over_a_cache_as_without_one() -> N
         assert_close(torch.cat(pieces, dim=1), torch.cat([model(part).logits for part in parts], dim=1), TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_an_additive_mask_weighs_the_scores_of_both_attentions(backend: str) -> None:
     shape = {"attn_implementation": backend, "dtype": torch.float64}

@@ -1,9 +1,8 @@
 """Packed meta-attention is the paper's dense definition (section 3), in value and in every gradient."""
 
+import copy
 from functools import cache
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +10,11 @@ from torch import Tensor
 
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.reference import DenseReferenceForCausalLM
+from pairwise import all_pairs
 from tiny_models import (
+    BACKENDS,
     ENCODINGS,
+    MEMBERS,
     META,
     NUM_TERMS,
     PAD,
@@ -22,7 +24,7 @@ from tiny_models import (
     tiny_model,
     tokens,
 )
-from tolerances import tolerance
+from tolerances import assert_as_near, tolerance
 
 LAYOUTS = {
     "no_meta_token": ("xxxxxxxxx", "xxxxxxxxx"),
@@ -34,13 +36,7 @@ LAYOUTS = {
     "left_padding": ("...x_x_xx", "xx_xxxx_x"),
     "padding_on_both_sides_and_ragged": ("..xx_xx..", "_________", "xxxxxxxxx", ".xxxxx_x_"),
 }
-
-
-MEMBERS: dict[str, dict[str, Any]] = {
-    "meta": {},
-    "all": {"meta_attention_over": "all"},
-    "random": {"meta_attention_over": "random", "random_ratio": 0.4},
-}
+EVERY_KIND_OF_ROW = LAYOUTS["padding_on_both_sides_and_ragged"]
 
 
 @cache
@@ -68,10 +64,11 @@ def run(
 
 def assert_equal_to_dense(
     ids: Tensor,
+    *,
     encoding: str,
     backend: str,
-    dtype: torch.dtype,
-    tolerance: float,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-10,
     meta_indices: Tensor | None = None,
     over: str = "meta",
 ) -> None:
@@ -87,26 +84,39 @@ def assert_equal_to_dense(
     assert packed_gradients.keys() <= dense_gradients.keys()
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_equals_dense_to_1e_10_in_float64(layout: str, encoding: str, backend: str) -> None:
-    assert_equal_to_dense(tokens(*LAYOUTS[layout]), encoding, backend, torch.float64, 1e-10)
+@all_pairs(layout=LAYOUTS, encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
+def test_packed_equals_dense_to_1e_10_in_float64(layout: str, encoding: str, backend: str, over: str) -> None:
+    assert_equal_to_dense(tokens(*LAYOUTS[layout]), encoding=encoding, backend=backend, over=over)
 
 
-@pytest.mark.parametrize("over", ["all", "random"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_equals_dense_whoever_takes_part(layout: str, encoding: str, backend: str, over: str) -> None:
-    assert_equal_to_dense(tokens(*LAYOUTS[layout]), encoding, backend, torch.float64, 1e-10, over=over)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_equals_dense_in_float32_but_for_rounding(layout: str, encoding: str) -> None:
+@all_pairs(encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
+def test_packed_equals_dense_in_float32_but_for_rounding(encoding: str, backend: str, over: str) -> None:
     assert_equal_to_dense(
-        tokens(*LAYOUTS[layout]), encoding, "sdpa", torch.float32, tolerance(torch.float32, NUM_TERMS)
+        tokens(*EVERY_KIND_OF_ROW),
+        encoding=encoding,
+        backend=backend,
+        over=over,
+        dtype=torch.float32,
+        tolerance=tolerance(torch.float32, NUM_TERMS),
+    )
+
+
+@all_pairs(encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
+def test_packed_in_bfloat16_is_as_near_to_the_exact_dense_form_as_dense_in_bfloat16(
+    encoding: str, backend: str, over: str
+) -> None:
+    ids = tokens(*EVERY_KIND_OF_ROW)
+    packed, dense = pair(encoding, backend, torch.bfloat16, over)
+    exact = copy.deepcopy(dense).double()  # of the same weights, which bfloat16 has rounded
+    (logits, packed_gradients), (dense_logits, dense_gradients) = run(packed, ids), run(dense, ids)
+    expected, exact_gradients = run(exact, ids)
+    assert_as_near(logits, dense_logits, expected)
+    scales = {name: gradient.abs().max().clamp(min=1) for name, gradient in exact_gradients.items()}
+    assert_as_near(
+        *(
+            torch.cat([(gradients_of[name] / scale).flatten() for name, scale in scales.items()])
+            for gradients_of in (packed_gradients, dense_gradients, exact_gradients)
+        )
     )
 
 
@@ -123,32 +133,33 @@ def random_layouts(draw: st.DrawFn) -> Tensor:
     return tokens(*rows, seed=draw(st.integers(0, 1000)))
 
 
-@pytest.mark.parametrize("over", MEMBERS)
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(ids=random_layouts())
-def test_packed_equals_dense_for_random_layouts(encoding: str, over: str, ids: Tensor) -> None:
-    assert_equal_to_dense(ids, encoding, "sdpa", torch.float64, 1e-10, over=over)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    ids=random_layouts(),
+    encoding=st.sampled_from(ENCODINGS),
+    backend=st.sampled_from(BACKENDS),
+    over=st.sampled_from(sorted(MEMBERS)),
+)
+def test_packed_equals_dense_for_random_layouts(ids: Tensor, encoding: str, backend: str, over: str) -> None:
+    assert_equal_to_dense(ids, encoding=encoding, backend=backend, over=over)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("rows", [("x_xxx_xxx", "xxx__xxxx"), ("___", "___"), ("xxx_", "_xxx")])
+@all_pairs(rows=[("x_xxx_xxx", "xxx__xxxx"), ("___", "___"), ("xxx_", "_xxx")], encoding=ENCODINGS, backend=BACKENDS)
 def test_packed_with_meta_indices_given_equals_dense(rows: tuple[str, ...], encoding: str, backend: str) -> None:
     ids = tokens(*rows)
     meta_indices = (ids == META).nonzero()[:, 1].view(len(ids), -1)
-    assert_equal_to_dense(ids, encoding, backend, torch.float64, 1e-10, meta_indices)
+    assert_equal_to_dense(ids, encoding=encoding, backend=backend, meta_indices=meta_indices)
 
 
 def test_packed_equals_dense_when_only_some_layers_have_meta_attention() -> None:
     ids = tokens("x_xx_x_", "xxxx_xx")
-    shape = {"num_hidden_layers": 3, "meta_attention_layers": [1], "dtype": torch.float64}
+    shape = {"num_hidden_layers": 3, "meta_attention_layers": [1]}
     packed, dense = tiny_model(**shape), tiny_model(**shape, model_class=DenseReferenceForCausalLM)
     assert_close(run(packed, ids)[0], run(dense, ids)[0], 1e-10)
 
 
 def test_meta_attention_moves_the_logits_that_these_tests_compare() -> None:
     ids = tokens("x_xx_x_")
-    model = tiny_model(dtype=torch.float64)
+    model = tiny_model()
     ignored = model(ids, meta_token_mask=torch.zeros_like(ids, dtype=torch.bool)).logits
     assert (model(ids).logits - ignored).abs().max() > 0.1

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
 
 from baseline_models import BASELINES, baseline_model
+from cached_passes import CACHES, feed, uncached
 from metatokens.baselines.landmark import read_best_blocks
-from tiny_models import ENCODINGS, PAD, assert_close, attention_mask_of, shared_model, tiny_model, tokens
+from pairwise import all_pairs
+from tiny_models import (
+    BACKENDS,
+    ENCODINGS,
+    MEMBERS,
+    PAD,
+    assert_close,
+    attention_mask_of,
+    shared_model,
+    tiny_model,
+    tokens,
+)
 
 BATCHES = {
     "left": (".....x_xx_", "x_xx_x__xx", "...xxxxxxx"),
@@ -16,12 +27,10 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("batch", BATCHES)
+@all_pairs(batch=BATCHES, encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
 @torch.no_grad()
-def test_each_row_of_a_mixed_batch_equals_the_row_alone(batch: str, encoding: str, backend: str) -> None:
-    model = tiny_model(position_encoding=encoding, attn_implementation=backend, dtype=torch.float64)
+def test_each_row_of_a_mixed_batch_equals_the_row_alone(batch: str, encoding: str, backend: str, over: str) -> None:
+    model = shared_model(position_encoding=encoding, attn_implementation=backend, **MEMBERS[over])
     ids = tokens(*BATCHES[batch])
     mask = attention_mask_of(ids)
     together = model(ids, attention_mask=mask).logits
@@ -30,7 +39,7 @@ def test_each_row_of_a_mixed_batch_equals_the_row_alone(batch: str, encoding: st
         assert_close(together[row, real], alone, 1e-10)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_row_of_padding_only_leaves_logits_and_gradients_finite(encoding: str, backend: str) -> None:
     model = tiny_model(position_encoding=encoding, attn_implementation=backend).train()
@@ -45,51 +54,35 @@ def test_row_of_padding_only_leaves_logits_and_gradients_finite(encoding: str, b
 PADDED_INSIDE = ("x_x_....x_x", "..xx_.x_.x_", "x_x.xx_x_..")
 
 
-@pytest.mark.parametrize("over", ["meta", "all", "random"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+@all_pairs(cache=("none", *CACHES), encoding=ENCODINGS, backend=BACKENDS, over=MEMBERS)
 @torch.no_grad()
 def test_padding_inside_a_row_moves_nothing(cache: str, encoding: str, backend: str, over: str) -> None:
-    model = shared_model(
-        position_encoding=encoding,
-        attn_implementation=backend,
-        meta_attention_over=over,
-        random_ratio=0.4,
-        dtype=torch.float64,
-    )
+    model = shared_model(position_encoding=encoding, attn_implementation=backend, **MEMBERS[over])
     ids = tokens(*PADDED_INSIDE)
     mask = attention_mask_of(ids)
-    past = {
-        "none": lambda: None,
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
-    }[cache]()
-    pieces = [(0, 11)] if past is None else [(0, 7), (7, 10), (10, 11)]
-    logits = torch.cat(
-        [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past).logits for a, b in pieces], dim=1
-    )
+    logits = uncached(model, ids) if cache == "none" else feed(model, ids, CACHES[cache](model.config), [7, 3, 1])
     for row in range(len(ids)):
         real = mask[row].bool()
         assert_close(logits[row, real], model(ids[row, real][None]).logits[0], 1e-10)
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(("name", "num_best"), [*((name, None) for name in BASELINES), ("landmark", 1)])
 @torch.no_grad()
-def test_padding_inside_a_row_moves_nothing_under_sparse_attention(name: str, encoding: str) -> None:
-    model = baseline_model(name, position_encoding=encoding, dtype=torch.float64)
+def test_padding_inside_a_row_moves_nothing_under_sparse_attention(
+    name: str, num_best: int | None, encoding: str
+) -> None:
+    model = baseline_model(name, position_encoding=encoding)
     if name == "landmark":
-        read_best_blocks(model, 1)
+        read_best_blocks(model, num_best)
     ids = tokens(*PADDED_INSIDE)
     mask = attention_mask_of(ids)
-    past = DynamicCache(config=model.config)
-    cached = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past).logits for a, b in ((0, 7), (7, 11))]
+    cached = feed(model, ids, CACHES["dynamic"](model.config), [7, 4])
     for row in range(len(ids)):
         real = mask[row].bool()
         alone = model(ids[row, real][None]).logits[0]
-        assert_close(model(ids, attention_mask=mask).logits[row, real], alone, 1e-10)
-        assert_close(torch.cat(cached, dim=1)[row, real], alone, 1e-10)
+        assert_close(uncached(model, ids)[row, real], alone, 1e-10)
+        assert_close(cached[row, real], alone, 1e-10)
 
 
 @torch.no_grad()
@@ -106,7 +99,7 @@ def test_generation_from_a_prompt_with_padding_inside_goes_on_as_without_it() ->
 
 @torch.no_grad()
 def test_what_stands_in_the_padding_does_not_matter() -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = tiny_model()
     padded, garbage = tokens("..x_xx.", "x_x_x_x"), tokens("x_x_xx_", "x_x_x_x")
     garbage[padded != padded[0, 0]] = padded[padded != padded[0, 0]]
     mask = attention_mask_of(padded)

@@ -1,8 +1,5 @@
 """A saved model gives the same bits wherever it is loaded: here, through the Auto classes, and as remote code."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel
 from metatokens.model.export import save_model
+from remote_code import run_without_the_package
 from tiny_models import MAX_LENGTH, tiny_model, tokens
 
 ROPE = {"rope_theta": 10_000.0}
@@ -77,9 +75,7 @@ def test_model_cast_to_bfloat16_gives_the_bits_of_the_same_model_loaded_as_bfloa
 
 
 REMOTE_PROGRAM = """
-import sys
-sys.modules["metatokens"] = None  # not installed, as far as this process can tell
-import torch
+import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 path, ids = sys.argv[1], torch.load(sys.argv[2])
@@ -108,25 +104,7 @@ def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(
     # what transformers itself saves of a loaded model is no worse
     MetaTokenForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(checkpoint)
     torch.save(IDS, tmp_path / "ids.pt")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [
-        sys.executable,
-        "-c",
-        REMOTE_PROGRAM,
-        str(checkpoint),
-        str(tmp_path / "ids.pt"),
-        str(tmp_path / "out.pt"),
-    ]
-    finished = subprocess.run(
-        command,
-        cwd=empty,
-        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    run_without_the_package(REMOTE_PROGRAM, checkpoint, tmp_path / "ids.pt", tmp_path / "out.pt", folder=empty)
     logits, hidden, generated = torch.load(tmp_path / "out.pt")
     assert torch.equal(logits, model(IDS).logits)
     assert torch.equal(hidden, model.model(IDS).last_hidden_state)

@@ -1,17 +1,15 @@
 """Every verb with its output and its exit code, through the entry point of the console command."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from commands import error_line, metatokens
 from metatokens.cli import main
 from metatokens.errors import UsageError
 
@@ -24,33 +22,6 @@ evaluation: {interval_steps: 3, blocks: 4}
 checkpoint: {interval_steps: 3}
 """
 SENTENCES = "The quick brown fox jumps over the lazy dog. A number such as {n}, and then {m}; nothing more!\n"
-
-
-@dataclass(frozen=True)
-class Done:
-    stdout: str
-    stderr: str
-
-
-def metatokens(*arguments: str | Path, code: int = 0) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            found = main([str(argument) for argument in arguments])
-        except SystemExit as exit_of_help:
-            found = exit_of_help.code
-    assert found == code, err.getvalue()
-    return Done(out.getvalue(), err.getvalue())
-
-
-def error_line(*arguments: str | Path, code: int) -> str:
-    done = metatokens(*arguments, code=code)
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert len(lines) == 1, done.stderr
-    assert "expected" in lines[0]
-    assert "found" in lines[0]
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

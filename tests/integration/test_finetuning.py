@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_commands import error_line, metatokens
 from training_runs import losses, numbers, run, start, wait, wait_for_step, weights
 
+from commands import error_line, metatokens
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.errors import UsageError

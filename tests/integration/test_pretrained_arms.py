@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_commands import error_line, metatokens
 from training_runs import losses, run, start, wait, wait_for_step, weights
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from commands import error_line, metatokens
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken
 
-from metatokens.cli import main, reading
+from commands import metatokens
+from metatokens.cli import reading
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, text_vocab_size, train_tokenizer
@@ -47,17 +48,6 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            found = main([str(argument) for argument in arguments])
-        except SystemExit as exit_of_help:
-            found = exit_of_help.code
-    assert found == code, err.getvalue()
-    return out.getvalue(), err.getvalue()
-
-
 def command(verb: str, model: Path, source: Path, out: Path) -> tuple[object, ...]:
     return {
         "prepare": ("prepare", source, "--out", out, "--vocab-size", "300"),
@@ -72,34 +62,34 @@ def command(verb: str, model: Path, source: Path, out: Path) -> tuple[object, ..
 def test_a_remedy_names_only_options_that_the_verb_has(verb, kind, model, tmp_path):
     name, content = BAD[kind]
     (tmp_path / name).write_bytes(content)
-    _, message = run(*command(verb, model, tmp_path / name, tmp_path / "out"), code=DataError.exit_code)
+    _, message = metatokens(*command(verb, model, tmp_path / name, tmp_path / "out"), code=DataError.exit_code)
     assert len(message.splitlines()) == 1
     remedy = message.rpartition(";")[2]
-    help_text, _ = run(verb, "-h")
+    help_text, _ = metatokens(verb, "-h")
     for option in {field.name for field in fields(SourceOptions)} & set(re.findall(r"\w+", remedy)):
         assert f"--{option.replace('_', '-')} " in help_text
 
 
 @pytest.mark.parametrize("verb", ["prepare", "perplexity"])
 def test_every_option_of_reading_is_a_flag_of_the_verbs_that_take_them(verb):
-    help_text, _ = run(verb, "-h")
+    help_text, _ = metatokens(verb, "-h")
     for field in fields(SourceOptions):
         assert f"--{field.name.replace('_', '-')} " in help_text
 
 
 def test_perplexity_reads_a_file_with_a_byte_order_mark_by_the_option_that_its_error_names(model, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
-    _, message = run("perplexity", model, tmp_path / "a.txt", code=3)
+    _, message = metatokens("perplexity", model, tmp_path / "a.txt", code=3)
     assert "set on_bad_text to replace" in message
-    found, _ = run("perplexity", model, tmp_path / "a.txt", "--on-bad-text", "replace", "--json")
+    found, _ = metatokens("perplexity", model, tmp_path / "a.txt", "--on-bad-text", "replace", "--json")
     (tmp_path / "b.txt").write_text(TEXT)
-    expected, _ = run("perplexity", model, tmp_path / "b.txt", "--json")
+    expected, _ = metatokens("perplexity", model, tmp_path / "b.txt", "--json")
     assert json.loads(found)["non_overlapping"] == json.loads(expected)["non_overlapping"]
 
 
 def test_perplexity_of_a_long_run_of_spaces_is_measured(model, tmp_path):
     (tmp_path / "a.txt").write_text("Header" + " " * 100_000 + "x")
-    found, _ = run("perplexity", model, tmp_path / "a.txt", "--max-tokens", "64", "--json")
+    found, _ = metatokens("perplexity", model, tmp_path / "a.txt", "--max-tokens", "64", "--json")
     assert json.loads(found)["text_tokens"] == 64
 
 
@@ -110,17 +100,19 @@ def test_what_is_left_out_of_a_folder_is_said_once(verb, model, tmp_path):
     for number in range(40):
         (tmp_path / "books" / f"{number}.txt").write_text(f"{TEXT} {number}")
     (tmp_path / "books" / "notes.md").touch()
-    _, said = run(*command(verb, model, tmp_path / "books", tmp_path / "out"), "--dry-run")
+    _, said = metatokens(*command(verb, model, tmp_path / "books", tmp_path / "out"), "--dry-run")
     assert said.count("file of another kind ('notes.md')") == 1
-    _, said = run(*command(verb, model, tmp_path / "books", tmp_path / "out"))
+    _, said = metatokens(*command(verb, model, tmp_path / "books", tmp_path / "out"))
     assert said.count("file of another kind ('notes.md')") == 1
 
 
 def test_one_text_file_is_prepared_with_the_defaults_and_the_split_is_said(tmp_path):
     (tmp_path / "one.txt").write_text(TEXT)
-    planned, _ = run(*command("prepare", tmp_path, tmp_path / "one.txt", tmp_path / "out"), "--dry-run", "--json")
+    planned, _ = metatokens(
+        *command("prepare", tmp_path, tmp_path / "one.txt", tmp_path / "out"), "--dry-run", "--json"
+    )
     assert json.loads(planned)["split"].startswith("one text file")
-    result, said = run(*command("prepare", tmp_path, tmp_path / "one.txt", tmp_path / "out"), "--json")
+    result, said = metatokens(*command("prepare", tmp_path, tmp_path / "one.txt", tmp_path / "out"), "--json")
     assert "one.txt is one text: its last 0.02 are the validation split" in said
     assert json.loads(result)["validation_documents"] == 1
 
@@ -130,7 +122,9 @@ def test_prepared_ids_of_a_tokenizer_with_added_tokens_are_those_of_the_tokenize
 
     text = "the fox:\n        jumps = 1\n    over\n"
     (tmp_path / "a.txt").write_text(text)
-    run("prepare", tmp_path / "a.txt", "--tokenizer", model, "--validation-fraction", "0", "--out", tmp_path / "out")
+    metatokens(
+        "prepare", tmp_path / "a.txt", "--tokenizer", model, "--validation-fraction", "0", "--out", tmp_path / "out"
+    )
     with TokenDataset.open(tmp_path / "out") as dataset:
         ids = dataset.read("train", 0, dataset.num_tokens("train") - 1).tolist()
         assert TextEncoder(dataset.tokenizer()).encode_batch([text])[0].tolist() == ids
@@ -140,13 +134,13 @@ def test_prepared_ids_of_a_tokenizer_with_added_tokens_are_those_of_the_tokenize
 def test_work_is_shown_on_standard_error_in_a_pipe_and_never_on_standard_output(model, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_PIPE_SECONDS", 0.0)
     (tmp_path / "a.txt").write_text(TEXT)
-    result, said = run(*command("prepare", model, tmp_path / "a.txt", tmp_path / "out"), "--json")
+    result, said = metatokens(*command("prepare", model, tmp_path / "a.txt", tmp_path / "out"), "--json")
     assert json.loads(result)["train_documents"] == 1
     lines = said.splitlines()
     assert lines[1].startswith("training a tokenizer of at most 300 tokens")
     assert lines[2].startswith("tokenising")
     assert re.fullmatch(r"\d+\.\d MB, \d+ tokens", lines[3])
-    result, said = run("perplexity", model, tmp_path / "a.txt", "--window", "30", "--json")
+    result, said = metatokens("perplexity", model, tmp_path / "a.txt", "--window", "30", "--json")
     total = json.loads(result)["text_tokens"]
     lines = said.splitlines()
     assert lines[0] == "encoding document 1, a.txt"
@@ -179,5 +173,5 @@ def test_work_that_is_done_at_once_says_nothing():
 
 def test_a_parquet_file_of_bytes_and_lists_is_scored(model, tmp_path):
     pq.write_table(pa.table({"text": [TEXT.encode()], "tags": [["a", "b"]]}), tmp_path / "a.parquet")
-    found, _ = run("perplexity", model, tmp_path / "a.parquet", "--max-tokens", "20", "--json")
+    found, _ = metatokens("perplexity", model, tmp_path / "a.parquet", "--max-tokens", "20", "--json")
     assert json.loads(found)["text_tokens"] == 20

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_commands import error_line, metatokens
 from training_runs import DEADLINE_SECONDS, weights
 
+from commands import error_line, metatokens
 from forked import start_command
 
 SWEEP = """

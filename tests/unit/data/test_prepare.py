@@ -106,26 +106,28 @@ def test_progress_counts_up_to_the_whole_corpus(corpus, tokenizer_file, tmp_path
     assert calls[-1] == (sum(len(text.encode()) for text in texts), num_tokens)
 
 
-def large_tokenizer(path):
+@pytest.fixture(scope="module")
+def large_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("large") / "tokenizer.json"
     tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0} | {f"w{i}": i for i in range(1, 70_000)}, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer.save(str(path))
     return path
 
 
-def test_large_vocabulary_is_stored_in_uint32_whatever_ids_occur(tmp_path):
+def test_large_vocabulary_is_stored_in_uint32_whatever_ids_occur(tmp_path, large_tokenizer):
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     out = tmp_path / "tokens"
-    manifest = run(tmp_path / "a.txt", out, large_tokenizer(tmp_path / "t.json"), validation_fraction=0)
+    manifest = run(tmp_path / "a.txt", out, large_tokenizer, validation_fraction=0)
     assert manifest.dtype == "uint32"
     with TokenDataset.open(out) as dataset:
         assert dataset.read("train", 0, 4).tolist() == [1, 2, 3, 0]
 
 
-def test_large_vocabulary_in_explicit_uint16_is_a_usage_error(tmp_path, fails):
+def test_large_vocabulary_in_explicit_uint16_is_a_usage_error(tmp_path, large_tokenizer, fails):
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     with fails(2, "uint16", 65535, 70000):
-        run(tmp_path / "a.txt", tmp_path / "tokens", large_tokenizer(tmp_path / "t.json"), dtype="uint16")
+        run(tmp_path / "a.txt", tmp_path / "tokens", large_tokenizer, dtype="uint16")
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n' * 5])
@@ -343,6 +345,7 @@ def encoded(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_prepare_that_is_killed_again_and_again_gives_the_same_bytes_and_encodes_no_finished_shard_twice(
     corpus, tokenizer_file, tmp_path, encoded
 ):

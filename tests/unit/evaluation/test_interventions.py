@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from cached_passes import CACHES, PIECES, feed, uncached
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import (
     KINDS,
@@ -26,10 +27,11 @@ from metatokens.evaluation.interventions import (
 )
 from metatokens.generation.decoding import MetaTokenSchedule, PeriodicSchedule
 from metatokens.model import MetaTokenForCausalLM
-from tiny_models import META, NUM_TEXT_TOKENS, PAD, assert_close, attention_mask_of, tiny_model, tokens
+from pairwise import all_pairs
+from tiny_models import BACKENDS, META, NUM_TEXT_TOKENS, PAD, assert_close, attention_mask_of, tiny_model, tokens
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+ROPES = {"default": {"rope_type": "default", "rope_theta": 10_000.0}, "yarn": YARN}
 COUNTS = np.arange(1, NUM_TEXT_TOKENS + 1) ** 2
 EVERY_KIND: dict[str, Intervention] = {
     "zero_embedding": ZeroEmbedding(),
@@ -45,11 +47,7 @@ BATCHES = {
     "right_padded": ("x_xx_xxx....", "_xxxxxxxxx_x"),
     "late_meta_tokens": ("xxxxxxxx____", "xxxxxxxxxxx_"),
 }
-PIECES = {"uncached": None, "token_by_token": [1] * 12, "chunked": [5, 4, 3]}
-CACHES = {
-    "dynamic": lambda config: DynamicCache(config=config),
-    "static": lambda config: StaticCache(config=config, max_cache_len=16),
-}
+WAYS = ("uncached", "token_by_token", "chunked")
 TOLERANCE = 1e-10  # in float64
 
 
@@ -128,17 +126,10 @@ def slow_logits(
 
 
 @torch.no_grad()
-def fast_logits(model: MetaTokenForCausalLM, ids: Tensor, pieces: list[int] | None, cache: Any = None) -> Tensor:
-    if pieces is None:
-        return model(ids, attention_mask=attention_mask_of(ids), use_cache=False).logits
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    logits, start = [], 0
-    for length in pieces:
-        stop = start + length
-        mask = attention_mask_of(ids)[:, :stop]
-        logits.append(model(ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True).logits)
-        start = stop
-    return torch.cat(logits, dim=1)
+def fast_logits(model: MetaTokenForCausalLM, ids: Tensor, pieces: str = "uncached", cache: Any = None) -> Tensor:
+    if pieces == "uncached":
+        return uncached(model, ids)
+    return feed(model, ids, DynamicCache(config=model.config) if cache is None else cache, PIECES[pieces])
 
 
 def assert_equal_to_definition(model: MetaTokenForCausalLM, ids: Tensor, logits: Tensor, **definition: Any) -> None:
@@ -147,26 +138,21 @@ def assert_equal_to_definition(model: MetaTokenForCausalLM, ids: Tensor, logits:
         assert_close(found[real], slow_logits(model, row[real], **definition), TOLERANCE)
 
 
-@pytest.mark.parametrize("rope", [ROPE, YARN], ids=["default", "yarn"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_edges_without_positions_equal_the_definition(batch: str, pieces: str, backend: str, rope: dict) -> None:
-    model = tiny_model(rope_parameters=rope, attn_implementation=backend, dtype=torch.float64)
+@all_pairs(batch=BATCHES, pieces=WAYS, backend=BACKENDS, rope=ROPES)
+def test_edges_without_positions_equal_the_definition(batch: str, pieces: str, backend: str, rope: str) -> None:
+    model = tiny_model(rope_parameters=ROPES[rope], attn_implementation=backend, dtype=torch.float64)
     ids = tokens(*BATCHES[batch])
     with intervene(model, (NoPositionEdges(),)):
-        logits = fast_logits(model, ids, PIECES[pieces])
+        logits = fast_logits(model, ids, pieces)
     assert_equal_to_definition(model, ids, logits, position="no_edges")
 
 
-@pytest.mark.parametrize("pieces", ["uncached", "chunked"])
-@pytest.mark.parametrize("rope", [ROPE, YARN], ids=["default", "yarn"])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_zeroed_rotation_equals_the_definition(batch: str, rope: dict, pieces: str) -> None:
-    model = tiny_model(rope_parameters=rope, dtype=torch.float64)
+@all_pairs(batch=BATCHES, rope=ROPES, pieces=("uncached", "chunked"))
+def test_zeroed_rotation_equals_the_definition(batch: str, rope: str, pieces: str) -> None:
+    model = tiny_model(rope_parameters=ROPES[rope], dtype=torch.float64)
     ids = tokens(*BATCHES[batch])
     with intervene(model, (ZeroPosition(),)):
-        logits = fast_logits(model, ids, PIECES[pieces])
+        logits = fast_logits(model, ids, pieces)
     assert_equal_to_definition(model, ids, logits, position="zero")
 
 
@@ -176,7 +162,7 @@ def test_zeroed_learned_positions_equal_the_definition(batch: str, pieces: str) 
     model = tiny_model(position_encoding="learned", dtype=torch.float64)
     ids = tokens(*BATCHES[batch])
     with intervene(model, (ZeroPosition(),)):
-        logits = fast_logits(model, ids, PIECES[pieces])
+        logits = fast_logits(model, ids, pieces)
     assert_equal_to_definition(model, ids, logits, position="zero")
 
 
@@ -187,24 +173,26 @@ def expected_embedding(model: MetaTokenForCausalLM, kind: str) -> Tensor:
     return weight[3] if kind == "token_embedding" else torch.zeros_like(weight[0])
 
 
-@pytest.mark.parametrize("kind", ["zero_embedding", "mean_embedding", "token_embedding"])
-@pytest.mark.parametrize("encoding", ["rope", "learned", "none"])
-@pytest.mark.parametrize("pieces", ["uncached", "chunked"])
+@all_pairs(
+    kind=("zero_embedding", "mean_embedding", "token_embedding"),
+    encoding=("rope", "learned", "none"),
+    pieces=("uncached", "chunked"),
+)
 def test_replaced_embeddings_equal_the_definition(kind: str, encoding: str, pieces: str) -> None:
     model = tiny_model(position_encoding=encoding, dtype=torch.float64)
     ids = tokens(*BATCHES["left_padded"])
     with intervene(model, (EVERY_KIND[kind],), COUNTS):
-        logits = fast_logits(model, ids, PIECES[pieces])
+        logits = fast_logits(model, ids, pieces)
     assert_equal_to_definition(model, ids, logits, embedding=expected_embedding(model, kind))
 
 
 @pytest.mark.parametrize("layers", [None, (0,), (2,)])
-@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("pieces", WAYS)
 def test_meta_attention_switched_off_equals_the_definition(layers: tuple[int, ...] | None, pieces: str) -> None:
     model = tiny_model(num_hidden_layers=3, meta_attention_layers=[0, 2], dtype=torch.float64)
     ids = tokens(*BATCHES["ragged"])
     with intervene(model, (NoMetaAttention(layers=layers),)):
-        logits = fast_logits(model, ids, PIECES[pieces])
+        logits = fast_logits(model, ids, pieces)
     assert_equal_to_definition(model, ids, logits, without_meta_attention=layers or (0, 2))
 
 
@@ -213,7 +201,7 @@ def test_meta_attention_switched_off_is_the_model_built_without_it_to_the_bit() 
     plain.load_state_dict(model.state_dict(), strict=False)
     ids = tokens(*BATCHES["ragged"])
     with intervene(model, (NoMetaAttention(),)):
-        assert torch.equal(fast_logits(model, ids, None), fast_logits(plain, ids, None))
+        assert torch.equal(fast_logits(model, ids), fast_logits(plain, ids))
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -222,7 +210,7 @@ def test_interventions_compose_in_one_pass_and_over_either_cache(pieces: str, ki
     model = tiny_model(rope_parameters=YARN, dtype=torch.float64)
     ids = tokens(*BATCHES["ragged"])
     with intervene(model, (NoMetaAttention(layers=(1,)), MeanEmbedding(), NoPositionEdges()), COUNTS):
-        logits = fast_logits(model, ids, PIECES[pieces], CACHES[kind](model.config))
+        logits = fast_logits(model, ids, pieces, CACHES[kind](model.config))
     embedding = expected_embedding(model, "mean_embedding")
     assert_equal_to_definition(
         model, ids, logits, embedding=embedding, position="no_edges", without_meta_attention=(1,)
@@ -233,7 +221,7 @@ def test_edges_without_positions_equal_the_definition_in_a_model_of_pause_tokens
     model = tiny_model(meta_attention_layers="none", dtype=torch.float64)
     ids = tokens(*BATCHES["ragged"])
     with intervene(model, (NoPositionEdges(),)):
-        logits = fast_logits(model, ids, PIECES["chunked"])
+        logits = fast_logits(model, ids, "chunked")
     assert_equal_to_definition(model, ids, logits, position="no_edges")
 
 
@@ -241,40 +229,37 @@ def test_definition_without_any_intervention_is_the_model() -> None:
     # otherwise an equality above could hold between two functions that are both not the model's
     model = tiny_model(rope_parameters=YARN, dtype=torch.float64)
     ids = tokens(*BATCHES["left_padded"])
-    assert_equal_to_definition(model, ids, fast_logits(model, ids, None))
+    assert_equal_to_definition(model, ids, fast_logits(model, ids))
 
 
 def test_every_kind_changes_the_logits_in_its_own_way() -> None:
     model, ids = tiny_model(dtype=torch.float64), tokens(*BATCHES["ragged"])
-    results = [fast_logits(model, ids, None)[2]]
+    results = [fast_logits(model, ids)[2]]
     for intervention in EVERY_KIND.values():
         with intervene(model, (intervention,), COUNTS):
-            results.append(fast_logits(model, ids, None)[2])
+            results.append(fast_logits(model, ids)[2])
     distances = [(a - b).abs().max() for i, a in enumerate(results) for b in results[:i]]
     assert min(distances) > 1e-2
     assert set(KINDS) == set(EVERY_KIND)
 
 
-@pytest.mark.parametrize("rope", [ROPE, YARN], ids=["default", "yarn"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", EVERY_KIND)
-@pytest.mark.parametrize("pieces", PIECES)
+@all_pairs(kind=EVERY_KIND, pieces=WAYS, backend=BACKENDS, rope=ROPES)
 def test_without_a_meta_token_every_kind_is_the_identity_to_the_bit(
-    pieces: str, kind: str, backend: str, rope: dict
+    kind: str, pieces: str, backend: str, rope: str
 ) -> None:
-    model = tiny_model(rope_parameters=rope, attn_implementation=backend)
+    model = tiny_model(rope_parameters=ROPES[rope], attn_implementation=backend)
     ids = tokens("xxxxxxxxxxxx", "...xxxxxxxxx")
     for cache in CACHES.values():
-        expected = fast_logits(model, ids, PIECES[pieces], cache(model.config))
+        expected = fast_logits(model, ids, pieces, cache(model.config))
         with intervene(model, (EVERY_KIND[kind],), COUNTS):
-            assert torch.equal(fast_logits(model, ids, PIECES[pieces], cache(model.config)), expected)
+            assert torch.equal(fast_logits(model, ids, pieces, cache(model.config)), expected)
 
 
 def test_zeroed_learned_positions_are_the_identity_to_the_bit_without_a_meta_token() -> None:
     model, ids = tiny_model(position_encoding="learned"), tokens("xxxxxxxxxxxx", "...xxxxxxxxx")
-    expected = fast_logits(model, ids, None)
+    expected = fast_logits(model, ids)
     with intervene(model, (ZeroPosition(),)):
-        assert torch.equal(fast_logits(model, ids, None), expected)
+        assert torch.equal(fast_logits(model, ids), expected)
 
 
 def test_no_intervention_is_the_identity_for_any_model() -> None:
@@ -282,9 +267,9 @@ def test_no_intervention_is_the_identity_for_any_model() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=8, n_layer=1, n_head=2)).eval()
     for model in (tiny_model(), other):
         ids = tokens(*BATCHES["ragged"])
-        expected = fast_logits(model, ids, None)
+        expected = fast_logits(model, ids)
         with intervene(model, ()):
-            assert torch.equal(fast_logits(model, ids, None), expected)
+            assert torch.equal(fast_logits(model, ids), expected)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -311,7 +296,7 @@ def test_positional_arguments_and_the_decoder_alone_are_understood() -> None:
     model, ids = tiny_model(dtype=torch.float64), tokens(*BATCHES["left_padded"])
     with intervene(model.model, (ZeroEmbedding(), ZeroPosition())):
         found = model.model(ids, attention_mask_of(ids)).last_hidden_state
-        assert_close(model.lm_head(found), fast_logits(model, ids, None), TOLERANCE)
+        assert_close(model.lm_head(found), fast_logits(model, ids), TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -331,10 +316,10 @@ def test_generation_with_scheduled_meta_tokens_follows_the_changed_model(kind: s
             return_dict_in_generate=True,
         )
         ids = result.sequences
-        expected = fast_logits(model, ids, None)[:, prompt.shape[1] - 1 : -1]
+        expected = fast_logits(model, ids)[:, prompt.shape[1] - 1 : -1]
     assert (ids == META).sum() >= 4
     assert_close(torch.stack(result.logits, dim=1), expected.float(), 1e-5)  # `generate` makes float32 of them
-    assert (fast_logits(model, ids, None)[:, prompt.shape[1] - 1 : -1] - expected).abs().max() > 1e-2
+    assert (fast_logits(model, ids)[:, prompt.shape[1] - 1 : -1] - expected).abs().max() > 1e-2
 
 
 def test_beams_share_a_prompt_under_edges_without_positions() -> None:
@@ -360,10 +345,10 @@ def state_of(model: MetaTokenForCausalLM) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_nothing_is_left_behind(kind: str, raises: bool) -> None:
     model, ids = tiny_model(), tokens(*BATCHES["ragged"])
-    before, expected = state_of(model), fast_logits(model, ids, None)
+    before, expected = state_of(model), fast_logits(model, ids)
     state = state_of(model)  # a first forward pass may install hooks of transformers
     with intervene(model, (EVERY_KIND[kind],), COUNTS):
-        fast_logits(model, ids, None)
+        fast_logits(model, ids)
         if raises:
             with pytest.raises(ValueError, match="longer than the model"):
                 model(ids.repeat(1, 6))
@@ -374,29 +359,29 @@ def test_nothing_is_left_behind(kind: str, raises: bool) -> None:
     assert after["hooks"] == state["hooks"]
     for name, tensor in before["tensors"].items():
         assert torch.equal(after["tensors"][name], tensor)
-    assert torch.equal(fast_logits(model, ids, None), expected)
+    assert torch.equal(fast_logits(model, ids), expected)
 
 
 def test_hooks_go_when_the_block_is_left_by_an_error() -> None:
     model, ids = tiny_model(), tokens(*BATCHES["ragged"])
-    expected = fast_logits(model, ids, None)
+    expected = fast_logits(model, ids)
     with pytest.raises(ZeroDivisionError), intervene(model, (ZeroEmbedding(), NoPositionEdges(), NoMetaAttention())):
         _ = 1 / 0
-    assert torch.equal(fast_logits(model, ids, None), expected)
+    assert torch.equal(fast_logits(model, ids), expected)
 
 
 def test_blocks_may_end_in_any_order_and_each_takes_its_own_away() -> None:
     model, ids = tiny_model(), tokens(*BATCHES["ragged"])
-    expected = fast_logits(model, ids, None)
+    expected = fast_logits(model, ids)
     with intervene(model, (NoMetaAttention(),)):
-        without_attention = fast_logits(model, ids, None)
+        without_attention = fast_logits(model, ids)
     first, second = intervene(model, (ZeroEmbedding(),)), intervene(model, (NoMetaAttention(),))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert torch.equal(fast_logits(model, ids, None), without_attention)
+    assert torch.equal(fast_logits(model, ids), without_attention)
     second.__exit__(None, None, None)
-    assert torch.equal(fast_logits(model, ids, None), expected)
+    assert torch.equal(fast_logits(model, ids), expected)
 
 
 def test_cache_filled_before_the_block_is_refused_where_its_keys_cannot_serve() -> None:

@@ -188,14 +188,14 @@ def test_ragged_rows_share_the_meta_columns_of_the_cache(tokenizer, meta, encodi
     pad = model.config.pad_token_id
     prompts = [list(range(5, 5 + n)) for n in (1, 2, 3, 4)]  # each row has its meta-tokens at another step
     padded = [[pad] * (4 - len(p)) + p for p in prompts]
-    output = generate(model, padded, schedule, max_new_tokens=100, return_dict_in_generate=True)
+    output = generate(model, padded, schedule, max_new_tokens=60, return_dict_in_generate=True)
     most = int((output.sequences == meta).sum(1).max())
-    assert most > 20
+    assert most > 12
     assert output.past_key_values.layers[0].num_meta < most + 16  # and not four times as many
     for prompt, row in zip(prompts, output.sequences, strict=True):
-        alone = generate(model, [prompt], schedule, max_new_tokens=100)[0]
+        alone = generate(model, [prompt], schedule, max_new_tokens=60)[0]
         assert row[4 - len(prompt) :].tolist() == alone.tolist()
-    uncached = generate(model, padded, schedule, max_new_tokens=100, use_cache=False)
+    uncached = generate(model, padded, schedule, max_new_tokens=60, use_cache=False)
     assert torch.equal(uncached, output.sequences)
 
 

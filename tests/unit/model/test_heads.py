@@ -1,8 +1,5 @@
 """The decoder under transformers' heads, from a language model's weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from metatokens import (
     MetaTokenForTokenClassification,
 )
 from metatokens.model.export import save_model
+from remote_code import run_without_the_package
 from tiny_models import META, PAD, assert_close, attention_mask_of, randomize, tiny_config, tiny_model, tokens
 
 IDS = tokens("x_xx_xx", "xx_xx..", "..x_xx_")
@@ -96,9 +94,7 @@ def test_head_reads_meta_attention(model_class: Any) -> None:
 
 
 REMOTE_PROGRAM = """
-import sys
-sys.modules["metatokens"] = None  # not installed, as far as this process can tell
-import torch
+import sys, torch
 from transformers import AutoModelForTokenClassification, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -118,16 +114,6 @@ def test_head_from_remote_code_in_a_fresh_process_gives_the_same_bits(tmp_path: 
     model = with_head(MetaTokenForTokenClassification)
     save_model(model, tmp_path / "checkpoint")
     torch.save(IDS, tmp_path / "ids.pt")
-    paths = [str(tmp_path / name) for name in ("checkpoint", "ids.pt", "logits.pt")]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    finished = subprocess.run(
-        [sys.executable, "-c", REMOTE_PROGRAM, *paths],
-        cwd=tmp_path,
-        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    paths = [tmp_path / name for name in ("checkpoint", "ids.pt", "logits.pt")]
+    run_without_the_package(REMOTE_PROGRAM, *paths, folder=tmp_path)
     assert torch.equal(torch.load(paths[-1]), model(IDS).logits)

@@ -406,6 +406,7 @@ def test_exported_program_sorts_as_every_exporter_knows() -> None:
     assert not [node for node in program.graph.nodes if "stable" in str(node.target)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_without_meta_indices_gives_the_logits_of_each_documents_row() -> None:
     model = tiny_model()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from forked import processes
+from forked import run_all
 from tiny_models import gradients, tiny_model, tokens
 
 ROWS = ("x_xx_x", "xxxxxx")  # of rank 0 and of rank 1
@@ -32,18 +32,8 @@ def train(rank: int, store: Path, out: Path) -> None:
 @pytest.mark.slow
 def test_processes_of_which_one_has_no_meta_tokens_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
     outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    started = [
-        processes.Process(target=train, args=(rank, tmp_path / "store", out)) for rank, out in enumerate(outputs)
-    ]
-    try:
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(4 * DEADLOCK_SECONDS)
-            assert process.exitcode == 0
-    finally:
-        for process in started:
-            process.kill()
+    each = [(rank, tmp_path / "store", out) for rank, out in enumerate(outputs)]
+    run_all(train, each, seconds=4 * DEADLOCK_SECONDS)
     first, second = (torch.load(out) for out in outputs)
 
     alone = []

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from forked import processes
+from forked import run_all
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.export import save_model
 from tiny_models import assert_close, gradients, tiny_model, tokens
@@ -39,19 +39,8 @@ def test_halves_of_a_model_have_the_loss_and_the_gradients_of_the_whole(tied: bo
     model = tiny_model(tie_word_embeddings=tied).train()
     save_model(model, tmp_path / "checkpoint")
     outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    started = [
-        processes.Process(target=train, args=(rank, tmp_path / "checkpoint", tmp_path / "store", out))
-        for rank, out in enumerate(outputs)
-    ]
-    try:
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(4 * DEADLOCK_SECONDS)
-            assert process.exitcode == 0
-    finally:
-        for process in started:
-            process.kill()
+    each = [(rank, tmp_path / "checkpoint", tmp_path / "store", out) for rank, out in enumerate(outputs)]
+    run_all(train, each, seconds=4 * DEADLOCK_SECONDS)
     expected_loss = model(IDS, labels=IDS).loss
     expected_loss.backward()
     expected = gradients(model)

@@ -10,9 +10,11 @@ from metatokens.errors import UsageError
 from metatokens.tasks.base import META, Instance, PieceEncoder
 from metatokens.tasks.encoding import encode_instance, pad
 from metatokens.tasks.registry import find_task, task_names
+from pairwise import all_pairs
 from task_drawing import byte_encoder, instance_of, word_encoder, word_tokenizer
 
 ENCODERS = {"words": word_encoder, "bytes": byte_encoder}
+PLACES = ("task", "decoy", "uniform", "none")
 
 
 def encode(instance, task, encoder=None, **options):
@@ -77,10 +79,7 @@ def targets_by_hand(encoded, meta_token_id, loss, loss_policy):
     return expected
 
 
-@pytest.mark.parametrize("loss_policy", ["skip", "retarget"])
-@pytest.mark.parametrize("loss", ["answer", "full"])
-@pytest.mark.parametrize("places", ["task", "decoy", "uniform", "none"])
-@pytest.mark.parametrize("name", task_names())
+@all_pairs(name=task_names(), places=PLACES, loss=("answer", "full"), loss_policy=("skip", "retarget"))
 def test_targets_are_the_text_tokens_that_the_loss_names(name, places, loss, loss_policy):
     task = find_task(name).config(questions=2, loss=loss, meta_places={"kind": places})
     for kind, make_encoder in ENCODERS.items():
@@ -96,8 +95,7 @@ def test_targets_are_the_text_tokens_that_the_loss_names(name, places, loss, los
             assert num_targets == (num_text - 1 if loss == "full" else sum(b - a for a, b in encoded.answer_spans))
 
 
-@pytest.mark.parametrize("places", ["task", "decoy", "uniform", "none"])
-@pytest.mark.parametrize("name", task_names())
+@all_pairs(name=task_names(), places=PLACES)
 def test_spans_hold_the_answers_and_the_rest_is_the_prompt(name, places):
     task = find_task(name).config(questions=3, meta_places={"kind": places})
     encoder = byte_encoder()
