@@ -145,7 +145,7 @@ def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
     with (done / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = error_line("sweep", files / "sweep.yaml", "--out", done, code=2)
-    assert "a sweep at work in it" in line
+    assert "another `metatokens sweep` is at work in this folder" in line
 
 
 def steps_of(run: Path) -> int:

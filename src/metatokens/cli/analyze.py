@@ -25,7 +25,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
     from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
-    from metatokens.files import check_file, keep_elsewhere
+    from metatokens.storage import check_file, keep_elsewhere
     from metatokens.training.loading import analysis_config_of, model_folder, open_model, open_tokenizer
     from metatokens.training.starting import model_sha256
 

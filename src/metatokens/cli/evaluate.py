@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.tokenizer import TextEncoder
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
-    from metatokens.files import check_file, keep_elsewhere, to_json, write_atomically
+    from metatokens.storage import check_file, keep_elsewhere, to_json, write_atomically
     from metatokens.tasks.base import PieceEncoder
     from metatokens.training.distributed import choose_device
     from metatokens.training.loading import evaluation_config_of, open_model, open_tokenizer

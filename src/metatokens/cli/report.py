@@ -19,8 +19,8 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.report.requirements import PAGE_PACKAGES, require
 
     require("report", PAGE_PACKAGES)
-    from metatokens.files import check_file
     from metatokens.report.page import PAGE_NAME, write_report
+    from metatokens.storage import check_file
 
     check_file((options.out or options.results) / PAGE_NAME)
     page = write_report(options.results, options.out)

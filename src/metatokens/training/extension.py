@@ -13,9 +13,9 @@ from metatokens.config.extension import ExtensionMethod, extend_model, extension
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
-from metatokens.files import LEAST_BYTES, check_folder
 from metatokens.model.export import save_model
-from metatokens.training.checkpoint import new_folder, write_manifest
+from metatokens.storage import LEAST_BYTES, check_folder, new_folder
+from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import open_config, open_shape, open_tokenizer, pretraining_of
 from metatokens.training.starting import load_start

@@ -10,6 +10,7 @@ from metatokens.config.schema import ModelConfig
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError, UsageError
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.storage import file_sha256, json_sha256
 from metatokens.training.checkpoint import WEIGHTS, load_weights, verify_model
 from metatokens.training.loading import model_folder, open_config, open_tokenizer
 
@@ -44,8 +45,7 @@ def load_start(path: Path, model: MetaTokenForCausalLM, config: ModelConfig) -> 
         )
     _check_shape(path, start, config)
     load_weights(folder, model)
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(folder / WEIGHTS)
 
 
 def model_sha256(folder: Path) -> str:
@@ -54,10 +54,7 @@ def model_sha256(folder: Path) -> str:
     config.pop("transformers_version", None)
     whole = folder / WEIGHTS
     files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
-    parts = [hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()]
-    for path in files:
-        with path.open("rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    parts = [json_sha256(config), *map(file_sha256, files)]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
