@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-from filelock import FileLock, Timeout
+from typing import IO, TYPE_CHECKING, Any
 
 from metatokens.errors import FULL_DISK, MetaTokensError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LEAST_BYTES = 2**20
 """Room that results need at least."""
@@ -170,6 +171,8 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
         UsageError: if another process holds the lock, or the file cannot be written.
         ResourceError: if the disk is full.
     """
+    from filelock import Timeout
+
     held = _file_lock(lock)
     with _one_line_errors(folder):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +194,8 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
 
 def lock_holder(lock: Path) -> str:
     """Return which process holds a lock file; empty where none does."""
+    from filelock import Timeout
+
     if not lock.exists():
         return ""
     try:
@@ -235,7 +240,9 @@ def to_json(document: Any, *, indent: int | None = 2) -> str:
     return text
 
 
-def _file_lock(lock: Path) -> FileLock:
+def _file_lock(lock: Path) -> "FileLock":
+    from filelock import FileLock
+
     # a soft lock, for a disk that has no flock, would outlive a process that is killed
     return FileLock(lock, timeout=0, fallback_to_soft=False)
 
