@@ -17,7 +17,7 @@ FORBIDDEN_NAMES = {"utils", "common", "helpers"}
 
 # a part may import itself and the parts of lower or equal stage, those of equal stage without a cycle
 STAGES = (
-    {"config", "presets", "files"},
+    {"config", "presets", "storage"},
     {"data", "tasks", "model"},
     {"baselines"},
     {"lens"},

@@ -36,9 +36,8 @@ from metatokens.report import require_packages
 from metatokens.tasks.base import PieceEncoder
 from metatokens.training.finetuning import finetune
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import analysis_config_of, model_folder, open_model, open_tokenizer
+from metatokens.training.loading import ModelFolder, analysis_config_of, open_model
 from metatokens.training.pretraining import pretrain, vocabulary
-from metatokens.training.starting import model_sha256
 
 DEMO_BYTES = 2**28  # five models of about 1.5 million parameters, two checkpoints of each, and the tokens
 VOCAB_SIZE = 4096
@@ -231,15 +230,16 @@ def _report(folder: Path, effort: Effort, say: Callable[[str], None]) -> str:
         *("--states", json.dumps(ANALYSED_STATES)),
         *("--rate_distortion.num_seeds", "2", "--rate_distortion.max_steps", steps, "--probe.max_steps", steps),
     )
-    config = analysis_config_of(run, None, options)
+    model = ModelFolder(run)
+    config = analysis_config_of(model, None, options)
     identity = Identity(
         name=f"{ANALYSED_ARM}, trained to copy",
-        weights_sha256=model_sha256(model_folder(run)),
+        weights_sha256=model.sha256,
         command=" ".join(["metatokens analyze", str(run), "--out", str(out), *map(shlex.quote, options)]),
     )
     if not _is_analysed(out, config, identity):
         say("Analysing the model with meta-attention ...")
-        write_results(out, *analyze(open_model(run), open_tokenizer(run), config, identity=identity))
+        write_results(out, *analyze(model.open_model(), model.tokenizer, config, identity=identity))
     return str(write_report(out))
 
 
@@ -272,7 +272,7 @@ def _run_recall(
             instances=effort.recall_instances,
             batch_size=config.training.micro_batch_blocks,
         )
-        encoder = PieceEncoder(TextEncoder(open_tokenizer(out)))
+        encoder = PieceEncoder(TextEncoder(ModelFolder(out).tokenizer))
         yield RecallArm(
             name=arm,
             model=result.model,

@@ -25,6 +25,11 @@ class MetaTokensError(Exception):
         super().__init__(" ".join(f"{what}: expected {expected}, found {found}; {remedy}".split()))
 
     @classmethod
+    def plain(cls, what: str, *, happened: str, remedy: str) -> Self:
+        """Return the error `what: happened; remedy`, where no value was expected in the place of another."""
+        return cls.__new__(cls, " ".join(f"{what}: {happened}; {remedy}".split()))
+
+    @classmethod
     def repeat(cls, line: str) -> Self:
         """Return the error of another process, whose line this is."""
         error = cls.__new__(cls, line)

@@ -33,7 +33,7 @@ from metatokens.errors import DataError
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.sweep.planning import plan_sweep
 from metatokens.training.finetuning import build_on_meta_device, finetune, training_batches, word_tokenizer
-from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.loading import ModelFolder, open_model
 from metatokens.training.loop import count_batch_flops
 from metatokens.training.run_folder import RunFolder
 from tiny_models import randomize
@@ -210,7 +210,7 @@ def test_what_a_run_leaves_opens_with_transformers_alone_and_here(done: Path, vo
         assert not model.training
         assert torch.equal(model(ids).logits, plain(ids).logits)
     assert AutoTokenizer.from_pretrained(done / "model").convert_tokens_to_ids(META_TOKEN) == vocab_size
-    assert text_vocab_size(open_tokenizer(done)) == vocab_size == plain.config.meta_token_id
+    assert text_vocab_size(ModelFolder(done).tokenizer) == vocab_size == plain.config.meta_token_id
 
 
 def test_the_commands_evaluate_it_and_a_length_past_its_table_reads_na(done: Path, neo: Path):

@@ -13,7 +13,7 @@ from metatokens.cli import main
 from metatokens.config.schema import NoInjection, PeriodicInjection, PretrainConfig
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, generate_text
-from metatokens.training.loading import open_model, open_tokenizer
+from metatokens.training.loading import ModelFolder, open_model
 from metatokens.training.pretraining import pretrain
 
 STEPS = 6
@@ -72,7 +72,7 @@ def test_an_arm_trains_and_its_model_is_described_loaded_evaluated_and_decoded(
     assert json.loads(capsys.readouterr().out)["parameters"] == result.num_parameters
 
     folder = tmp_path / "run" / "model"
-    model, tokenizer = open_model(folder), open_tokenizer(folder)
+    model, tokenizer = open_model(folder), ModelFolder(folder).tokenizer
     has_meta = settings.injection.kind != "none"
     options = PerplexityOptions(
         window=40, injection=PeriodicInjection(ratio=0.125) if has_meta else NoInjection(), batch_size=2

@@ -281,7 +281,7 @@ def test_a_run_folder_in_use_is_refused(config: Config, tmp_path: Path):
     started = start(config("--training.duration.steps", "5000"), tmp_path / "run")
     try:
         wait_for_step(tmp_path / "run", 1, started)
-        with pytest.raises(UsageError, match=f"locked by process {started[0].pid}"):
+        with pytest.raises(UsageError, match=f"process {started[0].pid}"):
             pretrain(config("--training.duration.steps", "5000"), tmp_path / "run", show_progress=False)
     finally:
         started[0].kill()

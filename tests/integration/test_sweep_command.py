@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from training_runs import DEADLINE_SECONDS, weights
 
-from commands import error_line, metatokens
+from commands import metatokens
 from forked import start_command
+from metatokens.storage import hold_lock
 
 SWEEP = """
 preset: base.yaml
@@ -140,12 +142,12 @@ def test_a_killed_sweep_ends_as_one_that_was_left_alone(done: Path, files: Path,
 
 @pytest.mark.slow
 def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
-    import fcntl
-
-    with (done / "lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        line = error_line("sweep", files / "sweep.yaml", "--out", done, code=2)
-    assert "a sweep at work in it" in line
+    with hold_lock(done / "lock", folder=done, work="a test holds it"):
+        refused = metatokens("sweep", files / "sweep.yaml", "--out", done, code=2)
+    assert refused.stderr.splitlines() == [
+        f"metatokens: {done}: another `metatokens sweep` is at work in this folder "
+        f"(process {os.getpid()} on {platform.node()}); wait for it to end or choose another --out"
+    ]
 
 
 def steps_of(run: Path) -> int:

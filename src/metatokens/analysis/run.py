@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.token_view import views_of
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
 from metatokens.errors import NumericError, UsageError
+from metatokens.storage import json_sha256
 
 Say = Callable[[str], None]
 ROOMS = {
@@ -76,8 +75,8 @@ def analyze(
         title=f"Inside {identity.name}",
         checkpoint=_describe(inputs.lens.model, identity),
         config=config.model_dump(mode="json"),
-        config_sha256=_digest(config.model_dump(mode="json")),
-        endpoints_sha256=_digest(sorted(config.endpoints)),
+        config_sha256=json_sha256(config.model_dump(mode="json")),
+        endpoints_sha256=json_sha256(sorted(config.endpoints)),
         data=_describe_data(inputs),
         seed=config.seed,
         versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
@@ -119,7 +118,3 @@ def _describe_data(inputs: Inputs) -> dict[str, Any]:
         "positions": f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(lengths[0]),
         "meta-tokens each": f"{np.mean([int(document.is_meta.sum()) for document in documents]):.1f}",
     }
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -25,15 +25,15 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
     from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
-    from metatokens.files import check_file, keep_elsewhere
-    from metatokens.training.loading import analysis_config_of, model_folder, open_model, open_tokenizer
-    from metatokens.training.starting import model_sha256
+    from metatokens.storage import check_file, keep_elsewhere
+    from metatokens.training.loading import ModelFolder, analysis_config_of
 
-    config = analysis_config_of(options.checkpoint, options.text, options.overrides)
+    folder = ModelFolder(options.checkpoint)
+    config = analysis_config_of(folder, options.text, options.overrides)
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
     # sums of components and entropies need float32, whatever the dtype of the weights
-    model, tokenizer = open_model(options.checkpoint).float(), open_tokenizer(options.checkpoint)
+    model, tokenizer = folder.open_model().float(), folder.tokenizer
     check_model(model)
     if options.text is not None:
         source_files(options.text)
@@ -44,12 +44,12 @@ def _run(options: argparse.Namespace) -> int:
     words = ["metatokens", "analyze", str(options.checkpoint), *text, "--out", str(options.out), *options.overrides]
     identity = Identity(
         name="/".join(options.checkpoint.absolute().parts[-2:]),
-        weights_sha256=model_sha256(model_folder(options.checkpoint)),
+        weights_sha256=folder.sha256,
         command=shlex.join(words),
     )
     results, arrays = analyze(model, tokenizer, config, identity=identity, say=say)
     try:
-        keep_elsewhere(options.out, lambda folder: write_results(folder, results, arrays))
+        keep_elsewhere(options.out, lambda out: write_results(out, results, arrays))
     finally:
         emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))
     return 0

@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.demo import DEMO_BYTES, demo_configs, recall_configs, run_demo
-    from metatokens.files import check_folder
+    from metatokens.storage import check_folder
 
     check_folder(options.out, num_bytes=DEMO_BYTES)
     if options.dry_run:

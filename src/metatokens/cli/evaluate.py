@@ -26,25 +26,26 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.tokenizer import TextEncoder
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
-    from metatokens.files import check_file, keep_elsewhere, to_json, write_atomically
+    from metatokens.storage import check_file, keep_elsewhere, to_json, write_atomically
     from metatokens.tasks.base import PieceEncoder
     from metatokens.training.distributed import choose_device
-    from metatokens.training.loading import evaluation_config_of, open_model, open_tokenizer
+    from metatokens.training.loading import ModelFolder, evaluation_config_of
 
-    config = evaluation_config_of(options.checkpoints[0], options.overrides)
+    folders = [ModelFolder(path) for path in options.checkpoints]
+    config = evaluation_config_of(folders[0], options.overrides)
     if options.out:
         check_file(options.out)
     interventions = tuple(parse_intervention(text) for text in options.intervention)
-    model = open_model(options.checkpoints[0])
+    model = folders[0].open_model()
     check_interventions(model, interventions)
     device = choose_device(config.device)
     if options.dry_run:
         plan = {"models": len(options.checkpoints), **config.model_dump(mode="json")}
         return emit(options, plan, lambda: show_table("evaluate would measure", plan))
     rows = evaluate_recall(
-        (open_model(path).to(device) for path in options.checkpoints),
+        (folder.open_model().to(device) for folder in folders),
         config,
-        PieceEncoder(TextEncoder(open_tokenizer(options.checkpoints[0]))),
+        PieceEncoder(TextEncoder(folders[0].tokenizer)),
         interventions=interventions,
         progress=None if options.json else say,
     )

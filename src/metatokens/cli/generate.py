@@ -32,9 +32,10 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
-    from metatokens.training.loading import open_model, open_tokenizer
+    from metatokens.training.loading import ModelFolder
 
-    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    folder = ModelFolder(options.checkpoint)
+    model, tokenizer = folder.open_model(), folder.tokenizer
     schedules: dict[str, Callable[[], Any]] = {
         "none": NoSchedule,
         "periodic": lambda: PeriodicSchedule(text_tokens=options.every),

@@ -33,17 +33,18 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
     from metatokens.config.schema import PretrainConfig
     from metatokens.evaluation.speed import describe_model, describe_pretrained
-    from metatokens.training.loading import open_model, pretraining_of
+    from metatokens.training.loading import ModelFolder
 
     folder = Path(options.model)
     vocab_size = options.text_vocab_size
     run: PretrainConfig | None = None
     if folder.is_dir():
-        model = open_model(folder)
+        opened = ModelFolder(folder)
+        model = opened.open_model()
         if isinstance(model, PretrainedCausalLM):
             result = describe_pretrained(model)
             return emit(options, result, lambda: show_table(options.model, result))
-        config, run = model.config, pretraining_of(folder)
+        config, run = model.config, opened.pretraining
     elif is_finetuning(options.model):
         start = load_preset(options.model, schema=FinetuneConfig).start
         if not isinstance(start, FreshStart):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from metatokens.files import to_json
+from metatokens.storage import to_json
 
 
 def emit(options: argparse.Namespace, result: Any, show: Callable[[], None]) -> int:

@@ -43,10 +43,11 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.sources import iterate_documents, source_files
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
-    from metatokens.training.loading import open_model, open_tokenizer
+    from metatokens.training.loading import ModelFolder
 
     interventions = tuple(parse_intervention(text) for text in options.intervention)
-    model, tokenizer = open_model(options.checkpoint), open_tokenizer(options.checkpoint)
+    folder = ModelFolder(options.checkpoint)
+    model, tokenizer = folder.open_model(), folder.tokenizer
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
     measured = PerplexityOptions(

@@ -21,8 +21,8 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.report import require_packages
 
     require_packages("report")
-    from metatokens.files import check_file
     from metatokens.report.page import PAGE_NAME, write_report
+    from metatokens.storage import check_file
 
     check_file((options.out or options.results) / PAGE_NAME)
     page = write_report(options.results, options.out)

@@ -28,9 +28,9 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.config.sweep import load_sweep
 
     sweep = load_sweep(options.file, options.overrides)
-    from metatokens.files import check_folder
     from metatokens.report import require_packages
     from metatokens.report.tables import to_rich
+    from metatokens.storage import check_folder
     from metatokens.sweep.planning import describe_plan, plan_sweep
     from metatokens.sweep.running import make_slots, parse_gpus
     from metatokens.sweep.writing import run_and_write

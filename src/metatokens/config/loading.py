@@ -5,7 +5,6 @@ value`; the value is read as YAML. Every error is one line; for an unknown prese
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
+from metatokens.storage import json_sha256
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -202,7 +202,7 @@ def to_yaml(config: BaseModel) -> str:
 
 def digest(config: BaseModel) -> str:
     """Return the SHA-256 of a config's canonical JSON."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    return json_sha256(config.model_dump(mode="json"))
 
 
 def differences_from_paper(config: PretrainConfig) -> list[str]:

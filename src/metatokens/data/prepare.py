@@ -10,7 +10,6 @@ options and tool versions give equal bytes, whatever the number of cores and of 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metatokens.data.shard_writer import ShardWriter, holds_finished_shards, remove_markers, write_durably
+from metatokens.data.shard_writer import ShardWriter, holds_finished_shards, remove_markers
 from metatokens.data.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -35,7 +34,7 @@ from metatokens.data.shards import (
     TokenDtype,
     compute_content_id,
 )
-from metatokens.data.source_files import file_sha256, source_files, survey_source
+from metatokens.data.source_files import source_files, survey_source
 from metatokens.data.sources import SourceCounts, SourceOptions, iterate_documents
 from metatokens.data.splits import is_cut, require_splits, split_documents, split_of, split_rule
 from metatokens.data.tokenizer import (
@@ -46,6 +45,7 @@ from metatokens.data.tokenizer import (
     train_tokenizer,
 )
 from metatokens.errors import FULL_DISK, MetaTokensError, ResourceError, UsageError
+from metatokens.storage import commit, file_sha256, hold_lock, write_durably
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,9 +119,7 @@ def prepare(
                 folder, source, text_tokenizer, validation_fraction, shard_tokens, options, dtype, progress
             )
             remove_markers(folder)
-            _flush_folder(folder)
-            os.replace(folder, out)
-            _flush_folder(out.parent)
+            commit(folder, out)
     except OSError as error:
         raise _disk_error(out, error) from error
     return manifest
@@ -338,23 +336,8 @@ def _exclusive(out: Path) -> Iterator[Path]:
 
     On an error the folder stays if it holds finished work, and the error then names it; else it is removed.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = out.parent / f".{out.name}.lock"
-    lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the process that held it before may just have removed the file, and another made a new one
-            held = os.path.samestat(os.fstat(lock), lock_path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise UsageError(
-                str(out),
-                expected="no other process that makes it",
-                found=f"a lock on {lock_path.name}",
-                remedy="wait for it to end",
-            )
+    lock = out.parent / f".{out.name}.lock"
+    with hold_lock(lock, folder=out, work="another `metatokens prepare` is writing this folder"):
         try:
             _check_free(out)  # again, now that no other process can make it
             # the lock dies with its process, so a folder that is still there belongs to one that was killed
@@ -367,9 +350,7 @@ def _exclusive(out: Path) -> Iterator[Path]:
                 _keep_finished_work(folder, failure)
                 raise failure from error.__cause__
         finally:
-            lock_path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
+            lock.unlink(missing_ok=True)
 
 
 def _partial_folder(out: Path) -> Path:
@@ -386,14 +367,6 @@ def _keep_finished_work(folder: Path, error: MetaTokensError) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     error.args = (f"{error}; {kept}",)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk_error(out: Path, error: OSError) -> MetaTokensError:

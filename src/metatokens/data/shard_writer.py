@@ -8,7 +8,6 @@ their documents pass without encoding them again, and compares the digest.
 from __future__ import annotations
 
 import hashlib
-import os
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -17,8 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metatokens.data.shards import INDEX_SUFFIX, ShardEntry, Split, TokenArray, TokenDtype
-from metatokens.data.source_files import file_sha256
 from metatokens.errors import DataError
+from metatokens.storage import file_sha256, flush_to_disk, write_durably
 
 _DONE_SUFFIX = ".done"
 
@@ -188,8 +187,7 @@ class _OpenShard:
         self._ends.append(self.num_tokens)
 
     def finish(self, split: Split, first_document: int) -> ShardEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file)
         self._file.close()
         index = np.array(self._ends, dtype="<u8").tobytes()
         write_durably(self._path.with_name(self._path.name + INDEX_SUFFIX), index)
@@ -221,11 +219,3 @@ def remove_markers(folder: Path) -> None:
     """Remove the markers of a folder whose shards are all there."""
     for path in folder.glob(f"*{_DONE_SUFFIX}"):
         path.unlink()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Create a file with this content and flush it to the disk; an existing one is refused."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

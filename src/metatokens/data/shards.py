@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metatokens.data.tokenizer import tokenizer_from_json
 from metatokens.errors import DataError
+from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -282,7 +283,7 @@ class TokenDataset:
                 found = os.fstat(descriptor).st_size
                 if found != size:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
-                if verify == "full" and _descriptor_sha256(descriptor) != sha256:
+                if verify == "full" and file_sha256(os.dup(descriptor)) != sha256:
                     raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
@@ -348,11 +349,6 @@ def _read_regular(path: Path, max_bytes: int | None) -> bytes:
         if max_bytes is not None and size > max_bytes:
             raise _broken(path, f"at most {max_bytes} bytes", f"{size} bytes")
         return file.read()
-
-
-def _descriptor_sha256(descriptor: int) -> str:
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import importlib
 import lzma
 import os
@@ -104,12 +103,6 @@ def survey_source(source: str) -> SourceFiles:
     if source == PYTHON_DOCS or is_dataset:
         return SourceFiles(path.parent)
     raise _unsupported(source, "no such file or folder")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpacked_chunks(path: Path, packed: str) -> Iterator[bytes]:

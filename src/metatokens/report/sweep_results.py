@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from metatokens import files
+from metatokens import storage
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval
 
@@ -138,7 +138,7 @@ def arm_name(results: SweepResults, cell: CellResult) -> str:
 
 def to_json(results: SweepResults) -> str:
     """Write results as JSON."""
-    return files.to_json(asdict(results), indent=1) + "\n"
+    return storage.to_json(asdict(results), indent=1) + "\n"
 
 
 def load_results(path: Path) -> SweepResults:

@@ -15,7 +15,6 @@ OUT/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -24,19 +23,18 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from metatokens.config.loading import to_yaml
 from metatokens.errors import Preempted, UsageError
-from metatokens.files import write_atomically
 from metatokens.report.sweep_results import FailedRun
+from metatokens.storage import hold_lock, write_atomically
 from metatokens.sweep.progress import SweepDisplay
 from metatokens.training.signals import collect_stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from metatokens.sweep.planning import EvaluationRequest, SweepRun
@@ -132,7 +130,11 @@ def run_sweep(
         UsageError: another process is running this sweep.
         Preempted: after a signal, when every process has ended.
     """
-    with _locked(out), collect_stop_signals() as stop, SweepDisplay(runs, shown=show_progress) as display:
+    with (
+        hold_lock(out / "lock", folder=out, work="another `metatokens sweep` is at work in this folder"),
+        collect_stop_signals() as stop,
+        SweepDisplay(runs, shown=show_progress) as display,
+    ):
         return _Scheduler(runs, slots, display, on_finished).run(stop)
 
 
@@ -314,26 +316,3 @@ def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
     old, new = stored["report"]["config"], request.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
     return same and stored["interventions"] == list(request.interventions)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of the sweep's folder; it ends with the process, however that ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / "lock").open("ab")
-    except OSError as error:
-        raise UsageError(
-            str(out), expected="a folder that can be written", found=str(error.strerror), remedy="choose another --out"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                str(out),
-                expected="a folder that no sweep uses",
-                found="a sweep at work in it",
-                remedy="wait for it or choose another --out",
-            ) from None
-        yield

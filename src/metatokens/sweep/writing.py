@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from metatokens.files import write_atomically
 from metatokens.report.sweep_results import SweepResults, load_results, to_json
 from metatokens.report.tables import to_markdown
+from metatokens.storage import write_atomically
 from metatokens.sweep.collecting import collect
 from metatokens.sweep.running import Slot, run_sweep
 

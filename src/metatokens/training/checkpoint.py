@@ -6,14 +6,10 @@ JSON: nothing that is loaded can run code. Learning rate, sample order and injec
 step, the weights and the optimizer's moments are the whole state.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metatokens.errors import CheckpointError, NumericError, ResourceError
+from metatokens.errors import CheckpointError, NumericError
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.export import save_model
+from metatokens.storage import file_sha256, new_folder
 
 MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
@@ -100,39 +97,10 @@ def save_checkpoint(
     return final
 
 
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `final` at the end, complete and on disk, or is removed.
-
-    Raises:
-        ResourceError: if it cannot be written, as on a full disk.
-    """
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        os.rename(temporary, final)
-        _sync(final.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors and tokenizers raise types of their own for a full disk
-        if not isinstance(error, OSError) and "(os error" not in str(error):
-            raise
-        raise ResourceError.no_room(final, error) from None
-
-
 def describe_newest(folder: Path) -> str:
     """Say which checkpoint an error leaves; it is not verified."""
     newest = next(iter(_step_folders(folder)), None)
     return "no checkpoint was made before" if newest is None else f"checkpoint {newest} is left as it was"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted `new_folder` left behind; call under the run's lock."""
-    for path in folder.glob(".*.tmp-*"):
-        shutil.rmtree(path)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -303,15 +271,4 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _describe(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -77,8 +77,8 @@ class Processes:
         """Leave the others; no copy can be trained after that."""
         if self.world_size == 1:
             return
-        # A copy's reducer holds the process group. Were it the last to let go, as it is when an error's traceback keeps
-        # the copy, the group would wait for its threads with the interpreter lock that one of them needs to end.
+        # A copy's reducer holds the process group. If a traceback keeps a copy alive, the group is destroyed with it,
+        # and that deadlocks: it waits for its threads while it holds the interpreter lock, which one of them needs.
         for copy in self.copies:
             del copy.reducer
             copy.logger = None

@@ -13,11 +13,11 @@ from metatokens.config.extension import ExtensionMethod, extend_model, extension
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
-from metatokens.files import LEAST_BYTES, check_folder
 from metatokens.model.export import save_model
-from metatokens.training.checkpoint import new_folder, write_manifest
+from metatokens.storage import LEAST_BYTES, check_folder, new_folder
+from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
-from metatokens.training.loading import open_config, open_shape, open_tokenizer, pretraining_of
+from metatokens.training.loading import ModelFolder
 from metatokens.training.starting import load_start
 
 _BYTES_PER_PARAMETER = 4  # float32, as models are kept
@@ -32,9 +32,10 @@ def plan_extension(
     says.
 
     Raises:
-        UsageError, CheckpointError: see `extend_model`, `extension_config` and `open_shape`.
+        UsageError, CheckpointError: see `extend_model`, `extension_config` and `ModelFolder.shape`.
     """
-    model, run = extend_model(open_shape(checkpoint), method, factor), pretraining_of(checkpoint)
+    folder = ModelFolder(checkpoint)
+    model, run = extend_model(folder.shape, method, factor), folder.pretraining
     return extension_config(
         preset,
         start_from=checkpoint,
@@ -65,18 +66,19 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
     """
     start = config.start_from
     assert start is not None
-    hf = open_config(start)
+    folder = ModelFolder(start)
+    hf = folder.config
     model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
-    sha256 = load_start(start, model, config.model)
+    sha256 = load_start(folder, model, config.model)
     if os.path.lexists(out):  # a link to nothing, too
         raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
     check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
-    tokenizer = build_hf_tokenizer(open_tokenizer(start))
+    tokenizer = build_hf_tokenizer(folder.tokenizer)
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as folder:
-            save_model(model, folder, tokenizer)
-            write_manifest(folder)
+        with new_folder(out) as made:
+            save_model(model, made, tokenizer)
+            write_manifest(made)
     return {
         "model": str(out),
         "num_parameters": model.num_parameters(),

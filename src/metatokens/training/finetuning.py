@@ -6,9 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 from metatokens.config.finetuning import FinetuneConfig, FreshStart, Stage
 from metatokens.config.tasks import Task
@@ -24,17 +22,9 @@ from metatokens.tasks.registry import find_task
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, outline_model
-from metatokens.training.loading import (
-    is_ours,
-    model_folder,
-    open_config,
-    open_model,
-    open_tokenizer,
-    outline_arm,
-)
+from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
-from metatokens.training.starting import model_sha256
 
 WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
 _EVALUATION_BATCH = 64
@@ -99,8 +89,8 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
             start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id, seed=config.seed
         )
     else:
-        folder = model_folder(Path(start.path))
-        model, identity = open_model(folder, seed=config.seed).train(), f"+{model_sha256(folder)}"
+        folder = ModelFolder(Path(start.path))
+        model, identity = folder.open_model(seed=config.seed).train(), f"+{folder.sha256}"
     _check_length(config, model, tokenizer)
     return model, tokenizer, identity
 
@@ -112,12 +102,8 @@ def build_on_meta_device(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
         model = outline_model(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
-    elif is_ours(Path(start.path)):
-        hf_config = open_config(Path(start.path))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
     else:
-        model = outline_arm(Path(start.path))
+        model = ModelFolder(Path(start.path)).build_on_meta_device()
     _check_length(config, model, tokenizer)
     return model, tokenizer
 
@@ -126,7 +112,7 @@ def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
     start = config.start
     if isinstance(start, FreshStart):
         return word_tokenizer() if start.tokenizer is None else load_text_tokenizer(str(start.tokenizer))
-    return open_tokenizer(Path(start.path))
+    return ModelFolder(Path(start.path)).tokenizer
 
 
 def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> None:

@@ -26,17 +26,15 @@ from metatokens.config.schema import RunConfig
 from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
-from metatokens.files import to_json, write_atomically
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
+from metatokens.storage import new_folder, remove_leftovers, to_json, write_atomically
 from metatokens.training.checkpoint import (
     TrainingState,
     describe_newest,
     find_checkpoint,
     load_checkpoint,
-    new_folder,
     read_state,
-    remove_leftovers,
     save_checkpoint,
     write_manifest,
 )

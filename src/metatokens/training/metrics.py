@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metatokens.errors import FULL_DISK, ResourceError, UsageError
-from metatokens.files import write_atomically
+from metatokens.storage import write_atomically
 
 PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
 

@@ -15,6 +15,7 @@ from metatokens.errors import UsageError
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
+from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import (
     BYTES_PER_PARAMETER_OF_CHECKPOINT,
     TrainingResult,
@@ -89,8 +90,9 @@ def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaToke
     model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
     if config.start_from is None:
         return model, dataset.content_id
-    check_tokenizer(config.start_from, dataset.manifest.tokenizer_sha256, dataset.path)
-    return model, f"{dataset.content_id}+{load_start(config.start_from, model, config.model)}"
+    folder = ModelFolder(config.start_from)
+    check_tokenizer(folder, dataset.manifest.tokenizer_sha256, dataset.path)
+    return model, f"{dataset.content_id}+{load_start(folder, model, config.model)}"
 
 
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> TrainingSetup:

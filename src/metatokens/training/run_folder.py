@@ -10,13 +10,11 @@ RUN/
   lock
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,16 @@ import transformers
 from pydantic import BaseModel
 
 from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
-from metatokens.errors import FULL_DISK, ResourceError, UsageError
-from metatokens.files import check_file, check_folder, not_writable, write_atomically
+from metatokens.errors import UsageError
+from metatokens.storage import (
+    check_file,
+    check_folder,
+    hold_lock,
+    json_sha256,
+    lock_holder,
+    make_folder,
+    write_atomically,
+)
 from metatokens.training.checkpoint import MANIFEST
 
 # what may change when a run is picked up again; everything else would make it another run. What a run starts from
@@ -62,44 +68,13 @@ class RunFolder:
             ResourceError: if the disk is full.
         """
         self.check_writable()
-        try:
-            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            if error.errno in FULL_DISK:
-                raise ResourceError.no_room(self.path, error) from None
-            raise not_writable(self.path, "folder", error.errno or 0) from None
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
-                raise UsageError(
-                    str(self.path),
-                    expected="a folder that no run uses",
-                    found=f"locked by {holder}",
-                    remedy="wait for it or choose another --out",
-                ) from None
-            os.ftruncate(handle, 0)
-            with suppress(OSError):  # on a full disk the lock has no name; what is written next says why
-                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        make_folder(self.checkpoints_path)
+        with hold_lock(self.path / "lock", folder=self.path, work="another run uses this folder"):
             yield
-        finally:
-            os.close(handle)
 
     def holder(self) -> str:
         """Return which process holds the lock; empty where none does."""
-        try:
-            handle = os.open(self.path / "lock", os.O_RDWR)
-        except FileNotFoundError:
-            return ""
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return ""
-        except BlockingIOError:
-            return os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
-        finally:
-            os.close(handle)
+        return lock_holder(self.path / "lock")
 
     def is_finished(self, config: BaseModel) -> bool:
         """Tell whether the folder holds the finished run of this config; another place to start from is another run.
@@ -191,7 +166,7 @@ def run_sha256(config: BaseModel) -> str:
         else keys
         for section, keys in config.model_dump(mode="json", exclude=FREE_SECTIONS).items()
     }
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return json_sha256(tree)
 
 
 def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, object, object]]:

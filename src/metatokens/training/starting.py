@@ -1,7 +1,5 @@
 """Start a training from weights that are there already, and know them again when it is resumed."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,9 @@ from metatokens.config.schema import ModelConfig
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError, UsageError
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.storage import file_sha256
 from metatokens.training.checkpoint import WEIGHTS, load_weights, verify_model
-from metatokens.training.loading import model_folder, open_config, open_tokenizer
+from metatokens.training.loading import ModelFolder
 
 # what a training may change without changing what the weights mean; of rope_parameters the base stays
 _MAY_CHANGE = {
@@ -24,17 +23,16 @@ _MAY_CHANGE = {
 }
 
 
-def load_start(path: Path, model: MetaTokenForCausalLM, config: ModelConfig) -> str:
-    """Put the weights in a run, model or checkpoint folder into `model`, made of `config`, and return their SHA-256.
+def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelConfig) -> str:
+    """Put the weights of a folder into `model`, made of `config`, and return their SHA-256.
 
     Raises:
         UsageError: if the model's shape is not that of the weights, or their table of learned positions would have to
             grow.
         CheckpointError: if there is no model, it is damaged, or a tensor does not fit.
     """
-    folder = model_folder(path)
-    verify_model(folder)
-    start = open_config(path)
+    verify_model(folder.path)
+    path, start = folder.name, folder.config
     if start.model_type != model.config.model_type:
         raise UsageError(
             "model.attention",
@@ -43,37 +41,23 @@ def load_start(path: Path, model: MetaTokenForCausalLM, config: ModelConfig) -> 
             remedy="take the attention of the trained model",
         )
     _check_shape(path, start, config)
-    load_weights(folder, model)
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    load_weights(folder.path, model)
+    return file_sha256(folder.path / WEIGHTS)
 
 
-def model_sha256(folder: Path) -> str:
-    """Return the identity of the model in a folder: its config but for the version that wrote it, and its weights."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("transformers_version", None)
-    whole = folder / WEIGHTS
-    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
-    parts = [hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()]
-    for path in files:
-        with path.open("rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()
-
-
-def check_tokenizer(path: Path, tokenizer_sha256: str, tokens: Path | None) -> None:
+def check_tokenizer(folder: ModelFolder, tokenizer_sha256: str, tokens: Path | None) -> None:
     """Compare the tokenizer beside the weights with that of the tokens.
 
     Raises:
         DataError: if they are not the same.
     """
-    found = TextEncoder(open_tokenizer(path)).sha256
+    found = TextEncoder(folder.tokenizer).sha256
     if found != tokenizer_sha256:
         raise DataError(
             f"tokenizer of {tokens}",
-            expected=f"that of {path}, SHA-256 {found[:12]}...",
+            expected=f"that of {folder.name}, SHA-256 {found[:12]}...",
             found=f"{tokenizer_sha256[:12]}...",
-            remedy=f"prepare the text with --tokenizer {path}",
+            remedy=f"prepare the text with --tokenizer {folder.name}",
         )
 
 

@@ -18,6 +18,7 @@ from metatokens.data.prepare import check, prepare, split_of
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import END_OF_TEXT, META_TOKEN, TextEncoder
+from metatokens.errors import UsageError
 
 
 def run(source, out, tokenizer, **changes):
@@ -305,11 +306,11 @@ def test_tokenizer_that_loses_text_is_refused_before_anything_is_read(tmp_path, 
         )
 
 
-def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails):
+def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, tmp_path):
     # as the first process would hold it; flock conflicts between two opens of one process as well
     with (tmp_path / ".tokens.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with fails(2, "tokens", "other process"):
+        with pytest.raises(UsageError, match="tokens: another `metatokens prepare` is writing this folder"):
             run(corpus, tmp_path / "tokens", tokenizer_file)
     run(corpus, tmp_path / "tokens", tokenizer_file)
 

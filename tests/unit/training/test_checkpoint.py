@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from metatokens.errors import CheckpointError, NumericError, ResourceError
+from metatokens.storage import new_folder, remove_leftovers
 from metatokens.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
-    new_folder,
     read_state,
-    remove_leftovers,
     save_checkpoint,
     verify_checkpoint,
 )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from metatokens.errors import CheckpointError
 from metatokens.model.export import save_model
-from metatokens.training.loading import open_model
+from metatokens.training.loading import ModelFolder, open_model
 
 if TYPE_CHECKING:
     from conftest import Training
@@ -100,3 +100,25 @@ def test_a_wrong_value_in_the_config_is_named(
 def test_a_config_that_is_no_mapping_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_text("[]")
     assert "expected a model of this package" in refusal(folder, capfd)
+
+
+def test_the_digest_of_a_model_is_of_its_weights_and_config_but_not_of_the_version_that_wrote_it(folder: Path) -> None:
+    digest = ModelFolder(folder).sha256
+    change_config(folder, transformers_version="0.0")
+    assert ModelFolder(folder).sha256 == digest
+    change_config(folder, hidden_dropout=0.5)
+    assert ModelFolder(folder).sha256 != digest
+
+
+def test_what_a_model_folder_holds_is_found_from_the_run_and_read_once(folder: Path) -> None:
+    run = ModelFolder(folder.parent)
+    assert run.path == folder
+    assert run.tokenizer is run.tokenizer
+    assert run.is_ours
+    assert (run.shape.num_hidden_layers, run.pretraining, run.finetuning) == (2, None, None)
+
+
+def test_a_folder_without_a_model_is_refused_when_something_of_it_is_asked_for(tmp_path: Path) -> None:
+    empty = ModelFolder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected a folder with config\.json, found none"):
+        empty.tokenizer  # noqa: B018 - reading it is the test

@@ -16,7 +16,7 @@ import pytest
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
-from metatokens.files import write_atomically
+from metatokens.storage import write_atomically
 from metatokens.training.run_folder import RunFolder, run_sha256
 
 NOBODY = 65534
@@ -52,7 +52,7 @@ def test_a_folder_that_another_process_holds_is_refused_with_its_id(tmp_path: Pa
         with pytest.raises(UsageError) as caught, RunFolder(tmp_path / "run").locked():
             pass
         assert caught.value.exit_code == 2
-        assert f"locked by process {pid}" in str(caught.value)
+        assert f"another run uses this folder (process {pid} on " in str(caught.value)
 
 
 def test_a_killed_holder_frees_the_folder(tmp_path: Path):

@@ -1,24 +1,31 @@
-"""What a command leaves on disk: refused at the start where it cannot be written, and never lost at the end.
+"""Files and folders that are there whole or not at all: checks, atomic writers, digests and locks.
 
-A check touches nothing, so a dry run makes it too. `keep_elsewhere` is for what no check can know, as a disk that
-others fill meanwhile.
+A check touches nothing, so a dry run makes it too. What is written goes to a hidden name beside its final one, is
+flushed to the disk, and is then renamed; the folder that holds the name is flushed last. `keep_elsewhere` is for what
+no check can know, such as a disk that others fill meanwhile.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.errors import FULL_DISK, MetaTokensError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LEAST_BYTES = 2**20
-"""LengthRange that results need at least."""
+"""Room that results need at least."""
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
@@ -60,6 +67,17 @@ def check_file(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
         check_folder(target.parent, num_bytes=num_bytes)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; one that is there stays.
+
+    Raises:
+        UsageError: if it cannot be made.
+        ResourceError: if the disk is full.
+    """
+    with _one_line_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all; what a link points to, or a device, is written.
 
@@ -72,14 +90,119 @@ def write_atomically(path: Path, text: str) -> None:
         if not _is_replaced(path):
             path.write_text(text, encoding="utf-8")
             return
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        write_durably(temporary, text.encode())
+        commit(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ResourceError.no_room(path, error) from None
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Create a file with this content and flush it to the disk; an existing one is refused."""
+    with path.open("xb") as file:
+        file.write(content)
+        flush_to_disk(file)
+
+
+def flush_to_disk(file: IO[bytes]) -> None:
+    """Flush what was written into an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Rename a file or a folder whose files are on the disk, and flush its entry and the new name to the disk."""
+    _sync(temporary)
+    os.replace(temporary, final)
+    with suppress(PermissionError):  # a folder may be open to writing but not to reading
+        _sync(final.parent)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `final` at the end, complete and on disk, or is removed.
+
+    Raises:
+        ResourceError: if it cannot be written, as on a full disk.
+    """
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        commit(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors and tokenizers raise types of their own for a full disk
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        raise ResourceError.no_room(final, error) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted `new_folder` left behind; call under the lock of the folder."""
+    for path in folder.glob(".*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def file_sha256(file: Path | int) -> str:
+    """Return the hex SHA-256 of a file; a descriptor is closed."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def json_sha256(document: Any) -> str:
+    """Return the hex SHA-256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
+    """Hold a lock file, made with its folder where there is none; the lock ends with the process, however that ends.
+
+    Args:
+        lock: the file; it names its holder.
+        folder: what the lock protects, for messages.
+        work: what another process does that holds it, for messages.
+
+    Raises:
+        UsageError: if another process holds the lock, or the file cannot be written.
+        ResourceError: if the disk is full.
+    """
+    from filelock import Timeout
+
+    held = _file_lock(lock)
+    with _one_line_errors(folder):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except Timeout:
+            raise UsageError.plain(
+                str(folder),
+                happened=f"{work} ({_holder(lock)})",
+                remedy="wait for it to end or choose another --out",
+            ) from None
+    try:
+        with suppress(OSError):  # on a full disk the lock has no name; what is written next says why
+            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        held.release()
+
+
+def lock_holder(lock: Path) -> str:
+    """Return which process holds a lock file; empty where none does."""
+    from filelock import Timeout
+
+    if not lock.exists():
+        return ""
+    try:
+        with _file_lock(lock):
+            return ""
+    except Timeout:
+        return _holder(lock)
 
 
 def keep_elsewhere(path: Path, write: Callable[[Path], None]) -> None:
@@ -115,6 +238,37 @@ def to_json(document: Any, *, indent: int | None = 2) -> str:
     if unknown:
         warnings.warn(f"no finite number, so null in the JSON: {', '.join(unknown)}", stacklevel=2)
     return text
+
+
+def _file_lock(lock: Path) -> "FileLock":
+    from filelock import FileLock
+
+    # a soft lock, for a disk that has no flock, would outlive a process that is killed
+    return FileLock(lock, timeout=0, fallback_to_soft=False)
+
+
+def _holder(lock: Path) -> str:
+    with suppress(FileNotFoundError):  # its holder may just have removed it
+        return lock.read_text(errors="replace").strip() or "another process"
+    return "another process"
+
+
+@contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise ResourceError.no_room(folder, error) from None
+        raise not_writable(folder, "folder", error.errno or 0) from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _with_nulls(value: Any, key: str, unknown: list[str]) -> Any:

@@ -3,13 +3,24 @@
 import json
 import math
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
-from metatokens.files import check_file, check_folder, keep_elsewhere, to_json, write_atomically
+from metatokens.storage import (
+    check_file,
+    check_folder,
+    file_sha256,
+    hold_lock,
+    json_sha256,
+    keep_elsewhere,
+    lock_holder,
+    to_json,
+    write_atomically,
+)
 
 LONG = "x" * 256
 BARELY = "x" * 254  # a name that is allowed, and whose temporary one is not
@@ -103,3 +114,42 @@ def test_an_error_of_this_package_keeps_its_own_exit_code(tmp_path: Path):
     with pytest.raises(MetaTokensError) as caught:
         keep_elsewhere(tmp_path / "new", fail)
     assert caught.value.exit_code == 2
+
+
+def test_a_lock_is_held_by_one_process_and_names_it(tmp_path: Path):
+    lock = tmp_path / "out" / "lock"
+    assert lock_holder(lock) == ""
+    with hold_lock(lock, folder=tmp_path / "out", work="somebody writes here"):
+        assert lock_holder(lock) == f"process {os.getpid()} on {platform.node()}"
+        with (
+            pytest.raises(UsageError, match=rf"out: somebody writes here \(process {os.getpid()} on "),
+            hold_lock(lock, folder=tmp_path / "out", work="somebody writes here"),
+        ):
+            pass
+    assert lock_holder(lock) == ""
+
+
+def test_a_lock_whose_file_was_removed_by_its_holder_can_be_taken(tmp_path: Path):
+    for _ in range(2):
+        with hold_lock(tmp_path / "lock", folder=tmp_path, work="somebody writes here"):
+            (tmp_path / "lock").unlink()
+
+
+def test_what_a_killed_writer_left_does_not_stop_the_next(tmp_path: Path):
+    (tmp_path / ".results.json.tmp").write_text("half")
+    write_atomically(tmp_path / "results.json", "whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"results.json": "whole"}
+
+
+def test_a_file_is_written_in_a_folder_that_is_not_open_to_reading(tmp_path: Path):
+    tmp_path.chmod(0o300)
+    write_atomically(tmp_path / "results.json", "whole")
+    tmp_path.chmod(0o700)
+    assert (tmp_path / "results.json").read_text() == "whole"
+
+
+def test_digests_are_of_the_bytes_and_of_the_values_whatever_their_order(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"abc")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert file_sha256(tmp_path / "file") == abc
+    assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})
