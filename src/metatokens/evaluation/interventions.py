@@ -221,16 +221,13 @@ def intervene(
     silent_layers: Sequence[int] = ()
     if isinstance(off, NoMetaAttention):
         silent_layers = _layers_with_meta_attention(decoder.config) if off.layers is None else off.layers
-    hooks = MetaTokenHooks(
+    with MetaTokenHooks(
         decoder,
         embedding=_replacement(decoder, interventions, token_counts),
         position="zero" if "zero_position" in kinds else "no_edges" if "no_position_edges" in kinds else None,
         silent_layers=silent_layers,
-    )
-    try:
+    ):
         yield
-    finally:
-        hooks.remove()
 
 
 def _replacement(

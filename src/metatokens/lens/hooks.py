@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -82,26 +83,15 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
 
 
-class ModuleHooks:
-    """Hooks on modules, until they are removed; all that edit or look at a model are hung up and taken down here."""
+class ModuleHooks(ExitStack):
+    """Hooks on modules until it is closed: whatever edits or looks at a model hangs its hooks here."""
 
-    def __init__(self) -> None:
-        """Hang none yet."""
-        self._handles: list[Any] = []
-
-    def remove(self) -> None:
-        """Take them down, and no others."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None, finally_: Any = None) -> None:
-        """Call `before` and `after` around a module's forward; `finally_` also where it raises."""
+    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None, always: bool = False) -> None:
+        """Call `before` and `after` around a module's forward; with `always`, `after` also where it raises."""
         if before is not None:
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
-            self._handles.append(module.register_forward_hook(after))
-        if finally_ is not None:
-            self._handles.append(module.register_forward_hook(finally_, always_call=True))
+            self.enter_context(module.register_forward_hook(after, always_call=always))
 
 
 class Hooks(ModuleHooks):
@@ -189,7 +179,7 @@ class Hooks(ModuleHooks):
     # hanging up ----------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        self._hook(self._model, before=self._begin, finally_=self._end)
+        self._hook(self._model, before=self._begin, after=self._end, always=True)
         for layer, site in enumerate(self._layout.blocks):
             self._install_block(layer, site)
             for attention in site.attentions:

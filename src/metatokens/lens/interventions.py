@@ -30,9 +30,6 @@ from metatokens.model.positions import RotaryTables
 if TYPE_CHECKING:
     from transformers import Cache
 
-WIDE_HEADS = 3
-"""How many head sizes wide the keys of an `EdgeRotary` are."""
-
 
 class MetaTokenHooks(ModuleHooks):
     """The hooks that change a `MetaTokenModel` at its meta-tokens; without one in the input they change no bit."""
@@ -58,7 +55,7 @@ class MetaTokenHooks(ModuleHooks):
         self._memory = CacheMemory(decoder.config) if position == "no_edges" else None
         self._is_meta: Tensor | None = None
         self._holds_meta = self._fills_cache = False
-        self._hook(decoder, before=self._begin, finally_=self._end)
+        self._hook(decoder, before=self._begin, after=self._end, always=True)
         if embedding is not None:
             self._hook(decoder.embed_tokens, after=self._replace_embeddings)
         if position == "no_edges":
@@ -77,10 +74,11 @@ class MetaTokenHooks(ModuleHooks):
         input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (input_ids is None) == (embeds is None):
             return None  # the model refuses it
-        is_meta = inputs.get("meta_token_mask")
-        if is_meta is None:
-            is_meta = decoder.find_meta_tokens(input_ids, embeds)
-        is_meta = is_meta.bool().expand((embeds[..., 0] if input_ids is None else input_ids).shape)
+        tokens: Tensor = inputs["inputs_embeds"][..., 0] if input_ids is None else input_ids
+        given = inputs.get("meta_token_mask")
+        is_meta: Tensor = (
+            decoder.find_meta_tokens(input_ids, embeds) if given is None else given.bool().expand(tokens.shape)
+        )
         self._is_meta = inputs["meta_token_mask"] = is_meta
         if self._memory is not None:
             past, use_cache = find_cache(inputs), inputs.get("use_cache")
@@ -152,7 +150,7 @@ class CacheMemory:
 
     def __init__(self, config: MetaTokenConfig) -> None:
         assert config.head_dim is not None
-        self._wide = WIDE_HEADS * config.head_dim
+        self._wide = 3 * config.head_dim  # the keys of an `EdgeRotary`
         self._holds_meta: WeakKeyDictionary[Cache, bool] = WeakKeyDictionary()
 
     def note(self, cache: Cache, holds_meta: bool) -> None:
