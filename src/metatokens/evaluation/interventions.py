@@ -17,8 +17,8 @@ Deleting meta-tokens is no intervention: leave out their injection.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from metatokens.config.schema import Frozen
 from metatokens.errors import UsageError
-from metatokens.evaluation.intervention_hooks import CacheMemory, CurrentForward, zero_output
+from metatokens.lens.interventions import MetaTokenHooks
 from metatokens.model import MetaTokenConfig, MetaTokenModel
 
 if TYPE_CHECKING:
@@ -217,29 +217,16 @@ def intervene(
         return
     decoder = _decoder_of(model, interventions[0])
     kinds = {intervention.kind: intervention for intervention in interventions}
-    replacement = _replacement(decoder, interventions, token_counts)
-    forward = CurrentForward(replacement)
-    with ExitStack() as hooks:
-
-        def hook(module: nn.Module, after: Callable[..., Any]) -> None:
-            hooks.enter_context(module.register_forward_hook(after))
-
-        hooks.enter_context(decoder.register_forward_pre_hook(forward.begin, with_kwargs=True))
-        hooks.enter_context(decoder.register_forward_hook(forward.end, always_call=True))
-        if replacement is not None:
-            hook(decoder.embed_tokens, forward.replace_embeddings)
-        if "zero_position" in kinds and decoder.config.position_encoding == "learned":
-            hook(decoder.embed_positions, forward.zero_learned_positions)
-        elif "zero_position" in kinds:
-            hook(decoder.rotary_emb, forward.zero_rotation)
-        elif "no_position_edges" in kinds:
-            forward.memory = CacheMemory(decoder.config)
-            hook(decoder.rotary_emb, forward.unrotate_edges)
-        off = kinds.get("no_meta_attention")
-        if isinstance(off, NoMetaAttention):
-            for layer_index in _layers_with_meta_attention(decoder.config):
-                if off.layers is None or layer_index in off.layers:
-                    hook(decoder.layers[layer_index].meta_attn.o_proj, zero_output)
+    off = kinds.get("no_meta_attention")
+    silent_layers: Sequence[int] = ()
+    if isinstance(off, NoMetaAttention):
+        silent_layers = _layers_with_meta_attention(decoder.config) if off.layers is None else off.layers
+    with MetaTokenHooks(
+        decoder,
+        embedding=_replacement(decoder, interventions, token_counts),
+        position="zero" if "zero_position" in kinds else "no_edges" if "no_position_edges" in kinds else None,
+        silent_layers=silent_layers,
+    ):
         yield
 
 

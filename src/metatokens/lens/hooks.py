@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -77,11 +78,28 @@ class _TappedRotary:
         return self._look(query_BHTD, key_BHTD)
 
 
-class Hooks:
+def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a call by name, as a hook before it is handed them."""
+    return inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+
+
+class ModuleHooks(ExitStack):
+    """Hooks on modules until it is closed: whatever edits or looks at a model hangs its hooks here."""
+
+    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None, always: bool = False) -> None:
+        """Call `before` and `after` around a module's forward; with `always`, `after` also where it raises."""
+        if before is not None:
+            self.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self.enter_context(module.register_forward_hook(after, always_call=always))
+
+
+class Hooks(ModuleHooks):
     """The hooks that some requests need on a model."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, requests: Sequence[Requests]) -> None:
         """Hang them up; edits act in the order of the requests."""
+        super().__init__()
         self._model, self._layout = model, layout
         self._cuts = tuple(cut for request in requests for cut in request.cuts)
         self._observers = tuple(observer for request in requests for observer in request.observers)
@@ -93,21 +111,9 @@ class Hooks:
         for captured in (captured for request in requests for captured in request.captures):
             for name in captured.names:
                 self._captures.setdefault(name, []).append(captured)
-        self._handles: list[Any] = []
         self._current: _Forward | None = None
         if self._edits or self._captures or self._cuts or self._observers:
             self._install()
-
-    def remove(self) -> None:
-        """Take them down."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _hook(self, module: nn.Module, *, before: Any = None, after: Any = None) -> None:
-        if before is not None:
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if after is not None:
-            self._handles.append(module.register_forward_hook(after))
 
     def _wants(self, *names: str) -> bool:
         return any(name in self._edits or name in self._captures for name in names)
@@ -137,7 +143,7 @@ class Hooks:
             captured.store(name, value, columns)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+        inputs = named_inputs(model, args, kwargs)
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -164,8 +170,7 @@ class Hooks:
     # hanging up ----------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        self._hook(self._model, before=self._begin)
-        self._handles.append(self._model.register_forward_hook(self._end, always_call=True))
+        self._hook(self._model, before=self._begin, after=self._end, always=True)
         for layer, site in enumerate(self._layout.blocks):
             self._install_block(layer, site)
             for attention in site.attentions:

@@ -151,7 +151,7 @@ class Lens:
             self._hang()
 
     def _hang(self) -> None:
-        self._hooks.remove()
+        self._hooks.close()
         self._hooks = Hooks(self.model, self.layout, self._requests)
 
     def _check_mode(self) -> None:

@@ -26,6 +26,7 @@ from metatokens.evaluation.interventions import (
     parse_intervention,
 )
 from metatokens.generation.decoding import MetaTokenSchedule, PeriodicSchedule
+from metatokens.lens import Lens, edits
 from metatokens.model import MetaTokenForCausalLM
 from pairwise import all_pairs
 from tiny_models import BACKENDS, META, NUM_TEXT_TOKENS, PAD, assert_close, attention_mask_of, tiny_model, tokens
@@ -284,6 +285,14 @@ def test_embeddings_as_inputs_give_what_their_ids_give(kind: str) -> None:
     assert torch.equal(embeds, model.model.embed_tokens(ids))
 
 
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_embeddings_alone_are_known_for_meta_tokens_as_the_model_knows_them(kind: str) -> None:
+    model, ids = tiny_model(dtype=torch.float64), tokens("x_xxx_xx", "xx_xxxx_")
+    with intervene(model, (EVERY_KIND[kind],), COUNTS):
+        found = model(inputs_embeds=model.model.embed_tokens.weight[ids]).logits
+        assert_close(found, model(ids).logits, TOLERANCE)
+
+
 def test_meta_indices_alone_tell_where_embeddings_are_of_meta_tokens() -> None:
     model, ids = tiny_model(dtype=torch.float64), tokens("x_xxx_xx", "xx_xxxx_")
     indices = (ids == META).nonzero()[:, 1].view(2, -1)
@@ -382,6 +391,35 @@ def test_blocks_may_end_in_any_order_and_each_takes_its_own_away() -> None:
     assert torch.equal(fast_logits(model, ids), without_attention)
     second.__exit__(None, None, None)
     assert torch.equal(fast_logits(model, ids), expected)
+
+
+def test_lens_and_intervention_edit_one_model_at_once_in_any_order() -> None:
+    model, ids = tiny_model(dtype=torch.float64), tokens(*BATCHES["ragged"])
+    lens, kinds = Lens(model), (ZeroEmbedding(), NoPositionEdges())
+    silence = [edits.scale(f"blocks.{layer}.hook_meta_out", 0) for layer in range(model.config.num_hidden_layers)]
+    before = state_of(model)["hooks"]
+    with intervene(model, (*kinds, NoMetaAttention())):
+        expected = model(ids).logits
+    for outer, inner in (
+        (intervene(model, kinds), lens.edit(*silence)),
+        (lens.edit(*silence), intervene(model, kinds)),
+    ):
+        outer.__enter__()
+        inner.__enter__()
+        with lens.capture(["embed.hook_embed"], at=ids == META) as captured:
+            assert_close(lens(ids).logits, expected, TOLERANCE)
+        assert not captured["embed.hook_embed"].any()
+        outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+        assert state_of(model)["hooks"] == before
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_model_in_training_mode_is_changed_like_one_in_evaluation_mode(kind: str) -> None:
+    model, ids = tiny_model(), tokens(*BATCHES["ragged"])  # without dropout
+    with intervene(model, (EVERY_KIND[kind],), COUNTS):
+        expected = fast_logits(model, ids, None)
+        assert torch.equal(fast_logits(model.train(), ids, None), expected)
 
 
 def test_cache_filled_before_the_block_is_refused_where_its_keys_cannot_serve() -> None:

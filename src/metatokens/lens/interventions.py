@@ -1,7 +1,10 @@
-"""How interventions act: hooks around one forward pass of a model, and the rotation that spares edges to meta-tokens.
+"""Edits of the meta-tokens of every forward pass, wherever they stand: how interventions act.
 
-`interventions.py` says what there is and hangs these on a model. `EdgeRotary` is the algebra of `no_position_edges`.
-With t = 1 at text, m = 1 - t, r rotated and u unrotated, the score
+An `Edit` of the lens names columns of one known sequence. These find the meta-tokens of each forward pass themselves,
+so they serve `generate`, a static cache, the decoder alone and a model in training mode too.
+
+`EdgeRotary` leaves both sides of an edge with a meta-token unrotated. With t = 1 at text, m = 1 - t, r rotated and u
+unrotated, the score
 
     t_q t_k (q_r . k_r) + m_q (q_u . k_u) + t_q m_k (q_u . k_u)
 
@@ -11,89 +14,107 @@ attention functions, masks and caches do the rest.
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from metatokens.errors import UsageError
-from metatokens.model import MetaTokenConfig, MetaTokenModel
+from metatokens.lens.hooks import ModuleHooks, named_inputs
+from metatokens.model import MetaTokenConfig
 from metatokens.model.compatibility import CACHE_NAME, find_cache
 from metatokens.model.positions import RotaryTables
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-WIDE_HEADS = 3
-"""How many head sizes wide the keys of `no_position_edges` are."""
-_INPUTS = tuple(inspect.signature(MetaTokenModel.forward).parameters)[1:]
 
+class MetaTokenHooks(ModuleHooks):
+    """The hooks that change a `MetaTokenModel` at its meta-tokens; without one in the input they change no bit."""
 
-class CurrentForward:
-    """The forward pass that is under way: where its meta-tokens are, and the hooks that use it."""
+    def __init__(
+        self,
+        decoder: Any,
+        *,
+        embedding: Tensor | None = None,
+        position: Literal["zero", "no_edges"] | None = None,
+        silent_layers: Iterable[int] = (),
+    ) -> None:
+        """Hang them up.
 
-    def __init__(self, replacement: Tensor | None) -> None:
-        self._replacement = replacement
-        self.memory: CacheMemory | None = None
+        Args:
+            decoder: A `MetaTokenModel`, alone or within a model.
+            embedding: (C,), takes the place of a meta-token's embedding, before a learned position is added.
+            position: "zero" zeroes the position, "no_edges" removes it from the attention edges.
+            silent_layers: Layers whose meta-attention adds nothing; they must have one.
+        """
+        super().__init__()
+        self._embedding = embedding
+        self._memory = CacheMemory(decoder.config) if position == "no_edges" else None
         self._is_meta: Tensor | None = None
         self._holds_meta = self._fills_cache = False
+        self._hook(decoder, before=self._begin, after=self._end, always=True)
+        if embedding is not None:
+            self._hook(decoder.embed_tokens, after=self._replace_embeddings)
+        if position == "no_edges":
+            self._hook(decoder.rotary_emb, after=self._unrotate_edges)
+        elif position == "zero" and decoder.config.position_encoding == "learned":
+            self._hook(decoder.embed_positions, after=self._zero_learned_positions)
+        elif position == "zero":
+            self._hook(decoder.rotary_emb, after=self._zero_rotation)
+        for layer in silent_layers:
+            # biases included
+            self._hook(decoder.layers[layer].meta_attn.o_proj, after=lambda _, __, output: torch.zeros_like(output))
 
-    def begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Find the meta-tokens of the inputs of `MetaTokenModel.forward`, and replace embeddings given as inputs."""
-        inputs = dict(zip(_INPUTS, args, strict=False)) | kwargs
+    def _begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find the meta-tokens as the model does, and tell it, for their embeddings are about to change."""
+        inputs = named_inputs(decoder, args, kwargs)
         input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (input_ids is None) == (embeds is None):
             return None  # the model refuses it
-        self._is_meta = _find_meta_tokens(decoder.config, inputs)
-        if self.memory is not None:
+        tokens: Tensor = inputs["inputs_embeds"][..., 0] if input_ids is None else input_ids
+        given = inputs.get("meta_token_mask")
+        is_meta: Tensor = (
+            decoder.find_meta_tokens(input_ids, embeds) if given is None else given.bool().expand(tokens.shape)
+        )
+        self._is_meta = inputs["meta_token_mask"] = is_meta
+        if self._memory is not None:
             past, use_cache = find_cache(inputs), inputs.get("use_cache")
             self._fills_cache = past is not None or (decoder.config.use_cache if use_cache is None else use_cache)
-            self._holds_meta = self.memory.holds_meta(past) or bool(self._is_meta.any())
-        if embeds is not None and self._replacement is not None:
-            inputs["inputs_embeds"] = self._replace(embeds)
-            return (), inputs
-        return None
+            self._holds_meta = self._memory.holds_meta(past) or bool(is_meta.any())
+        if embeds is not None and self._embedding is not None:
+            inputs["inputs_embeds"] = self._replace_embeddings(None, None, embeds)
+        return (), inputs
 
-    def end(self, decoder: Any, args: Any, output: Any) -> None:
+    def _end(self, _: Any, __: Any, output: Any) -> None:
         """Remember what the cache holds, and forget the forward pass, even one that raised."""
-        del decoder, args
         cache = getattr(output, CACHE_NAME, None)
-        if self.memory is not None and cache is not None:
-            self.memory.note(cache, self._holds_meta)
+        if self._memory is not None and cache is not None:
+            self._memory.note(cache, self._holds_meta)
         self._is_meta = None
 
-    def replace_embeddings(self, module: Any, args: Any, embeds: Tensor) -> Tensor:
-        """Put the replacement into token embeddings (B, T, C) at meta-tokens."""
-        del module, args
-        return self._replace(embeds)
+    def _replace_embeddings(self, _: Any, __: Any, embeds: Tensor) -> Tensor:
+        if self._is_meta is None or self._embedding is None:
+            return embeds
+        return torch.where(self._is_meta[..., None], self._embedding.to(embeds), embeds)
 
-    def zero_learned_positions(self, module: Any, args: Any, positions: Tensor) -> Tensor:
-        """Zero the position embeddings (B or 1, T, C) at meta-tokens."""
-        del module, args
+    def _zero_learned_positions(self, _: Any, __: Any, positions: Tensor) -> Tensor:
         return positions if self._is_meta is None else torch.where(self._is_meta[..., None], 0, positions)
 
-    def zero_rotation(self, rotary_embedding: Any, args: Any, tables: RotaryTables) -> RotaryTables:
-        """Make the rotation the identity at meta-tokens; YaRN's temperature stays."""
-        del args
+    def _zero_rotation(self, rotary_embedding: Any, _: Any, tables: RotaryTables) -> RotaryTables:
+        """Make the rotation the identity; YaRN's temperature stays."""
         if self._is_meta is None:
             return tables
-        is_meta = self._is_meta[..., None]
-        scaling = rotary_embedding.attention_scaling
+        is_meta, scaling = self._is_meta[..., None], rotary_embedding.attention_scaling
         return RotaryTables(torch.where(is_meta, scaling, tables.cos), torch.where(is_meta, 0, tables.sin))
 
-    def unrotate_edges(self, rotary_embedding: Any, args: Any, tables: RotaryTables) -> Any:
+    def _unrotate_edges(self, rotary_embedding: Any, _: Any, tables: RotaryTables) -> Any:
         """Hand the attentions a rotation that knows which tokens are meta-tokens."""
-        del args
         if self._is_meta is None or not (self._holds_meta or self._fills_cache):
             return tables
         return EdgeRotary(tables, self._is_meta, rotary_embedding.attention_scaling, self._holds_meta)
-
-    def _replace(self, embeds: Tensor) -> Tensor:
-        if self._is_meta is None or self._replacement is None:
-            return embeds
-        return torch.where(self._is_meta[..., None], self._replacement.to(embeds), embeds)
 
 
 class EdgeRotary(NamedTuple):
@@ -129,7 +150,7 @@ class CacheMemory:
 
     def __init__(self, config: MetaTokenConfig) -> None:
         assert config.head_dim is not None
-        self._wide = WIDE_HEADS * config.head_dim
+        self._wide = 3 * config.head_dim  # the keys of an `EdgeRotary`
         self._holds_meta: WeakKeyDictionary[Cache, bool] = WeakKeyDictionary()
 
     def note(self, cache: Cache, holds_meta: bool) -> None:
@@ -149,23 +170,3 @@ class CacheMemory:
                 remedy="fill the cache within the same `with intervene(...)`",
             )
         return self._holds_meta.get(cache, True)
-
-
-def zero_output(module: Any, args: Any, output: Tensor) -> Tensor:
-    """Return zeros for the output of a module, biases included."""
-    del module, args
-    return torch.zeros_like(output)
-
-
-def _find_meta_tokens(config: MetaTokenConfig, inputs: dict[str, Any]) -> Tensor:
-    """Return where the model's own inputs have meta-tokens, (B, T) bool."""
-    input_ids, meta_token_mask = inputs.get("input_ids"), inputs.get("meta_token_mask")
-    tokens = inputs["inputs_embeds"][..., 0] if input_ids is None else input_ids
-    if meta_token_mask is not None:
-        is_meta: Tensor = meta_token_mask.expand(tokens.shape)
-        return is_meta
-    none = torch.zeros_like(tokens, dtype=torch.bool)
-    if input_ids is not None:
-        return none if config.meta_token_id is None else input_ids == config.meta_token_id
-    meta_indices = inputs.get("meta_indices")
-    return none if meta_indices is None else none.scatter(1, meta_indices, True)
