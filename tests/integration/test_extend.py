@@ -262,7 +262,7 @@ def test_another_method_on_top_of_an_extension_is_refused(
     extended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     line = error_line(capsys, extended, "--method", "linear", "--out", tmp_path / "out")
-    assert "expected yarn, by which the model was extended before" in line
+    assert "expected yarn, which extended the model before" in line
 
 
 def test_a_tokenizer_that_is_not_that_of_the_tokens_is_a_data_error(

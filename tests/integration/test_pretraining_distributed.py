@@ -112,7 +112,7 @@ def test_an_error_of_the_main_process_alone_ends_every_process_with_it(config: C
     assert "optimizer.learning_rate: expected 0.002" in (tmp_path / "run.error").read_text()
     with RunFolder(tmp_path / "held").locked():
         assert run(config("--training.micro_batch_blocks", "6"), tmp_path / "held", world_size=2) == [2, 2]
-    assert "locked by process" in (tmp_path / "held.error").read_text()
+    assert "another run uses this folder (process" in (tmp_path / "held.error").read_text()
 
 
 @pytest.mark.slow

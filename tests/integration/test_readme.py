@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from metatokens.analysis import lens, ops
 from metatokens.cli import main
+from metatokens.lens import Lens, edits, lens
 from metatokens.model.export import save_model
 from tiny_models import tiny_model
 
@@ -68,9 +68,9 @@ def test_the_python_of_a_guide_runs_on_meta_tokens_that_matter(example, tmp_path
     model = tiny_model(num_hidden_layers=4)
     save_model(model, tmp_path / "copying")  # the run of the guide to recall tasks
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", EXAMPLES[example], re.DOTALL)
-    names = {"model": model, "torch": torch, "Lens": lens.Lens, "ops": ops}
-    exec(textwrap.dedent(code), names)
+    code = "\n".join(map(textwrap.dedent, re.findall(r"```python\n(.*?)```", EXAMPLES[example], re.DOTALL)))
+    names = {"model": model, "torch": torch, "Lens": Lens, "edits": edits}
+    exec(code, names)
     ids = names["ids" if "ids" in names else "input_ids"]
     assert (ids == model.config.meta_token_id).any()
     with torch.no_grad():

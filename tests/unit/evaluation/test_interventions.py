@@ -418,8 +418,8 @@ def test_lens_and_intervention_edit_one_model_at_once_in_any_order() -> None:
 def test_model_in_training_mode_is_changed_like_one_in_evaluation_mode(kind: str) -> None:
     model, ids = tiny_model(), tokens(*BATCHES["ragged"])  # without dropout
     with intervene(model, (EVERY_KIND[kind],), COUNTS):
-        expected = fast_logits(model, ids, None)
-        assert torch.equal(fast_logits(model.train(), ids, None), expected)
+        expected = fast_logits(model, ids)
+        assert torch.equal(fast_logits(model.train(), ids), expected)
 
 
 def test_cache_filled_before_the_block_is_refused_where_its_keys_cannot_serve() -> None:
