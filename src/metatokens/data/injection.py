@@ -5,7 +5,7 @@ per block, at positions drawn uniformly at random, without a period). A counter-
 pure function of (seed, epoch, sample), so batch size, rank, worker and resume do not change it. With the same key,
 the layout at a lower ratio is a subset of the layout at a higher one.
 
-Deviation: meta-tokens take positions of the block instead of extending it: T positions hold round(k T) of them.
+Deviation: M meta-tokens come out of the block, they do not extend it: T positions hold round(k T) of them.
 
 Shapes: B batch, T positions of a block, N text tokens, M meta-tokens, T = N + M, V vocabulary.
 The import needs numpy only. Nothing here knows a model, a tokenizer or a file.

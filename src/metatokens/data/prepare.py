@@ -87,7 +87,7 @@ def prepare(
             the share of its characters.
         shard_tokens: A shard that has reached this many tokens is closed.
         options: How the source is read.
-        dtype: Type of the ids on disk; None takes uint16 where the vocabulary fits.
+        dtype: Type of the ids on disk; None takes uint16 if the vocabulary fits.
         progress: Called after every batch with the UTF-8 bytes of text and the tokens written so far.
         say: Called with a line of text before each long part of the work.
 
