@@ -55,9 +55,9 @@ class RecallRow:
     instances: int
     models: int
     token_accuracy: Interval | None
-    """None where the model cannot represent the length: the row reads n/a."""
+    """None if the model cannot read prompts of this length; tables then show n/a."""
     sequence_accuracy: Interval | None
-    """None where `token_accuracy` is."""
+    """None if `token_accuracy` is None."""
     token_outcomes: tuple[tuple[float, ...], ...]
     """For each model and each instance, the share of answer tokens that are right. The interval of an arm pools these
     over its seeds."""

@@ -206,7 +206,7 @@ def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: i
         differences: one finite number per document.
         margin: positive; declared before the run, in the unit of the differences.
         seed: of the generator, PCG64.
-        draws: number of random flips where there are more than `MAX_EXACT_DOCUMENTS` documents.
+        draws: number of random flips if there are more than `MAX_EXACT_DOCUMENTS` documents.
 
     Raises:
         ValueError: there is no difference, one is not finite, or the margin is not positive.
