@@ -159,10 +159,10 @@ def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
             "validation_fraction",
             expected="a share in [0, 1)",
             found=str(validation_fraction),
-            remedy="0.005 is common for a large corpus",
+            remedy="pass a share such as 0.02",
         )
     if shard_tokens < 1:
-        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="raise it")
+        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="pass a larger number")
 
 
 def _check_place(out: Path) -> None:

@@ -284,7 +284,7 @@ class TokenDataset:
                 if found != size:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
                 if verify == "full" and file_sha256(os.dup(descriptor)) != sha256:
-                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another")
+                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
             _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)
@@ -312,7 +312,7 @@ def _read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _broken(path, "JSON", str(error)) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise _broken(path, f"format {FORMAT!r}", "another")
+        raise _broken(path, f"format {FORMAT!r}", "another format")
     version = values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DataError(
@@ -328,7 +328,7 @@ def _read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
-        raise _broken(path, "the entries as written", f"{where}: {first['msg']}") from error
+        raise _broken(path, "the entries that `metatokens prepare` writes", f"{where}: {first['msg']}") from error
 
 
 def _open_regular(path: Path) -> int:

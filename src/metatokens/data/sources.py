@@ -342,7 +342,7 @@ class _Reader:
             where,
             expected=f"the text in {self._options.text_field!r}",
             found=f"only {', '.join(map(str, fields)) or 'no field'}",
-            remedy=self._remedy("put it there", "set text_field"),
+            remedy=self._remedy("put it there", "set text_field to one of them"),
         )
 
     def _no_text(self, where: str, found: str) -> DataError:
