@@ -139,7 +139,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         UsageError: if `name` is "cuda" and there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda", expected="a GPU", found="none", remedy="take the device cpu or auto")
+        raise UsageError("device cuda", expected="a GPU", found="none", remedy="choose the device cpu or auto")
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
