@@ -1,6 +1,6 @@
-"""Errors that a user can cause, each one line and each with its exit code.
+"""Errors that a user can cause; each has a message of one line and an exit code.
 
-The command line prints the message and ends with `exit_code`; a traceback is shown only with `--debug`.
+The command line prints the message and exits with `exit_code`; it shows a traceback only with `--debug`.
 Exit codes: 2 usage or config, 3 data integrity, 4 checkpoint integrity, 5 numeric, 6 resource,
 75 preempted after a good save.
 """
@@ -10,15 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what a write gives where there is no room
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # the errors of a write without room
 
 
 class MetaTokensError(Exception):
-    """Base of every error that names its cause and its remedy in one line."""
+    """Base of all errors that name their cause and remedy in one line."""
 
     exit_code = 1
     is_repeated = False
-    """Whether another process has the same error and says it."""
+    """Whether another process raised this error first and reports it."""
 
     def __init__(self, what: str, *, expected: str, found: str, remedy: str) -> None:
         """Compose the line `what: expected ..., found ...; remedy`."""
@@ -26,12 +26,12 @@ class MetaTokensError(Exception):
 
     @classmethod
     def plain(cls, what: str, *, happened: str, remedy: str) -> Self:
-        """Return the error `what: happened; remedy`, where no value was expected in the place of another."""
+        """Return the error `what: happened; remedy`, for a problem without an expected and a found value."""
         return cls.__new__(cls, " ".join(f"{what}: {happened}; {remedy}".split()))
 
     @classmethod
     def repeat(cls, line: str) -> Self:
-        """Return the error of another process, whose line this is."""
+        """Return the error that another process raised with this line."""
         error = cls.__new__(cls, line)
         error.is_repeated = True
         return error
@@ -68,7 +68,7 @@ class ResourceError(MetaTokensError):
 
     @classmethod
     def no_room(cls, path: Path, error: BaseException) -> Self:
-        """Return the error of a path that could not be written, with what is free on its disk."""
+        """Return the error for a path that could not be written; it says how much of the disk is free."""
         disk = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         return cls(
             str(path),
@@ -79,7 +79,7 @@ class ResourceError(MetaTokensError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop by a signal and saved a checkpoint first."""
+    """A signal asked the run to stop, and it saved a checkpoint first."""
 
     exit_code = 75
     is_repeated = False

@@ -1,7 +1,7 @@
 """Registers the models with transformers' Auto classes without importing torch before it is needed.
 
-`import metatokens` must stay light, yet `AutoModelForCausalLM.from_pretrained` must know the model afterwards. So the
-registration waits for the import of transformers' auto classes; where that has happened already, it runs at once.
+`import metatokens` must stay light, yet `AutoModelForCausalLM.from_pretrained` must know the models afterwards. So the
+registration waits until transformers imports its auto classes; if it has done so already, the registration runs now.
 """
 
 import importlib
@@ -17,10 +17,10 @@ MODEL_PACKAGES = ("metatokens.model", "metatokens.baselines")
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the auto module as usual, and imports the models once neither it nor what they need of it is half-way.
+    """Finds the auto module as usual, and has the models imported once it is complete.
 
-    transformers' `modeling_layers` imports the auto module and is needed by the models, so where it comes first (as
-    with `from transformers import GPT2LMHeadModel`) they wait for its end.
+    The models also need transformers' `modeling_layers`, which imports the auto module itself. If it is imported first
+    (as by `from transformers import GPT2LMHeadModel`), the models wait until it is complete too.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
 
 class _ThenImportModels(importlib.abc.Loader):
-    """A module's own loader, followed by the import of the models."""
+    """Runs a module's own loader, then imports the models."""
 
     def __init__(self, loader: importlib.abc.Loader, finder: _RegisterAfterImport) -> None:
         self._loader = loader
@@ -61,7 +61,7 @@ class _ThenImportModels(importlib.abc.Loader):
 
 
 def register_with_transformers() -> None:
-    """Register the model with the Auto classes now, or as soon as transformers imports them."""
+    """Register the models with the Auto classes now, or as soon as transformers imports them."""
     if AUTO_MODULE in sys.modules:
         _import_models()
     elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):

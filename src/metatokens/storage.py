@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all: checks, atomic writers, digests and locks.
+"""Files and folders that are complete or absent: checks, atomic writers, digests and locks.
 
-A check touches nothing, so a dry run makes it too. What is written goes to a hidden name beside its final one, is
-flushed to the disk, and is then renamed; the folder that holds the name is flushed last. `keep_elsewhere` is for what
-no check can know, such as a disk that others fill meanwhile.
+The checks write nothing, so dry runs make them too. The writers write under a hidden name beside the final one, flush
+to the disk, rename, and flush the folder that holds the name. `keep_elsewhere` covers failures that no check can
+foresee, such as a disk that other processes fill meanwhile.
 """
 
 import errno
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 LEAST_BYTES = 2**20
-"""Room that results need at least."""
+"""Free space that results need at least."""
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
-    """Check that a folder can be written, or made where there is none.
+    """Check that a folder can be written, or made if it does not exist.
 
     Raises:
-        UsageError: something else is in the way, a link leads nowhere, or writing is not allowed.
-        ResourceError: less than `num_bytes` are free.
+        UsageError: a file is in its place, a link leads nowhere, or writing is not allowed.
+        ResourceError: fewer than `num_bytes` are free.
     """
     existing = _nearest_existing(path, "folder")
     if not existing.is_dir():  # a file, or a link to nothing
@@ -50,16 +50,16 @@ def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
 
 
 def check_file(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
-    """Check that a file can be written, and its folder made where there is none.
+    """Check that a file can be written, and its folder made if it does not exist.
 
     Raises:
-        UsageError: a folder is in the way, or writing is not allowed.
-        ResourceError: less than `num_bytes` are free.
+        UsageError: a folder is in its place, or writing is not allowed.
+        ResourceError: fewer than `num_bytes` are free.
     """
     _nearest_existing(path, "file")
     if path.is_dir():
         raise not_writable(path, "file", errno.EISDIR)
-    _nearest_existing(_temporary(path), "file")  # its name may be too long where that of the file is not
+    _nearest_existing(_temporary(path), "file")  # the hidden name is longer, so it alone may be too long
     target = path.resolve()
     if target.exists():
         _check_access(path, target, "file")
@@ -68,21 +68,21 @@ def check_file(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; one that is there stays.
+    """Make a folder and its parents; an existing folder stays as it is.
 
     Raises:
-        UsageError: if it cannot be made.
-        ResourceError: if the disk is full.
+        UsageError: the folder cannot be made.
+        ResourceError: the disk is full.
     """
     with _one_line_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all; what a link points to, or a device, is written.
+    """Write a small file that is complete or absent; a link is followed, a device or pipe is written directly.
 
     Raises:
-        ResourceError: if it cannot be written, as on a full disk; what was there before stays.
+        ResourceError: the file cannot be written, as on a full disk; its old content stays.
     """
     path = path.resolve()
     temporary = _temporary(path)
@@ -90,7 +90,7 @@ def write_atomically(path: Path, text: str) -> None:
         if not _is_replaced(path):
             path.write_text(text, encoding="utf-8")
             return
-        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
         write_durably(temporary, text.encode())
         commit(temporary, path)
     except OSError as error:
@@ -106,13 +106,13 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
-    """Flush what was written into an open file to the disk."""
+    """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Rename a file or a folder whose files are on the disk, and flush its entry and the new name to the disk."""
+    """Rename a file, or a folder with files, that is flushed already, and flush the rename to the disk."""
     _sync(temporary)
     os.replace(temporary, final)
     with suppress(PermissionError):  # a folder may be open to writing but not to reading
@@ -121,10 +121,10 @@ def commit(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `final` at the end, complete and on disk, or is removed.
+    """Yield a hidden folder that is renamed to `final` at the end, complete and on disk; an error removes it.
 
     Raises:
-        ResourceError: if it cannot be written, as on a full disk.
+        ResourceError: the folder cannot be written, as on a full disk.
     """
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
@@ -135,7 +135,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         commit(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors and tokenizers raise types of their own for a full disk
+        # on a full disk safetensors and tokenizers raise errors of their own types
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         raise ResourceError.no_room(final, error) from None
@@ -148,28 +148,30 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def file_sha256(file: Path | int) -> str:
-    """Return the hex SHA-256 of a file; a descriptor is closed."""
+    """Return the hex SHA-256 of a file, given by path or by descriptor; a descriptor is closed."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def json_sha256(document: Any) -> str:
-    """Return the hex SHA-256 of plain values, whatever the order of their keys."""
+    """Return the hex SHA-256 of plain JSON values; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
-    """Hold a lock file, made with its folder where there is none; the lock ends with the process, however that ends.
+    """Hold the lock on a lock file, and make the file and its folder first if they do not exist.
+
+    However the process ends, the lock ends with it.
 
     Args:
         lock: the file; it names its holder.
-        folder: what the lock protects, for messages.
-        work: what another process does that holds it, for messages.
+        folder: the folder that the lock protects, for messages.
+        work: the message if another process holds the lock, such as "another run uses this folder".
 
     Raises:
-        UsageError: if another process holds the lock, or the file cannot be written.
-        ResourceError: if the disk is full.
+        UsageError: another process holds the lock, or the file cannot be written.
+        ResourceError: the disk is full.
     """
     from filelock import Timeout
 
@@ -185,7 +187,7 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
                 remedy="wait for it to end or choose another --out",
             ) from None
     try:
-        with suppress(OSError):  # on a full disk the lock has no name; what is written next says why
+        with suppress(OSError):  # on a full disk the holder stays unnamed; the next write reports the full disk
             lock.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
@@ -193,7 +195,7 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
 
 
 def lock_holder(lock: Path) -> str:
-    """Return which process holds a lock file; empty where none does."""
+    """Return which process holds a lock file; empty if none does."""
     from filelock import Timeout
 
     if not lock.exists():
@@ -206,10 +208,10 @@ def lock_holder(lock: Path) -> str:
 
 
 def keep_elsewhere(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a result by `write(path)`; where that fails, write it into a folder for temporary files and name it.
+    """Write a result by `write(path)`; if that fails, write it into a temporary folder instead.
 
     Raises:
-        ResourceError: it could not be written to `path`; the message says where it is now.
+        ResourceError: the result could not be written to `path`; the message says where it is now.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,22 +219,22 @@ def keep_elsewhere(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, ResourceError) as problem:
         kept = Path(tempfile.mkdtemp(prefix="metatokens-")) / path.name
         write(kept)
-        # one of ours says itself which path it is
+        # an error of this package names its path itself
         found = str(problem) if isinstance(problem, MetaTokensError) else f"{problem.strerror} for {path}"
         raise ResourceError(
-            str(path), expected="room to write it", found=found, remedy=f"the result is not lost: it is {kept}"
+            str(path), expected="room to write it", found=found, remedy=f"the result is not lost: it is in {kept}"
         ) from None
 
 
 def not_writable(path: Path, kind: str, number: int) -> UsageError:
-    """Return the error of a file or folder that cannot be written, for the reason that `number` of errno has."""
+    """Return the error for a file or folder that cannot be written; `number` is the errno of the reason."""
     return UsageError(
         str(path), expected=f"a {kind} that can be written", found=os.strerror(number), remedy="choose another --out"
     )
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:
-    """Write JSON that every reader takes: a number that is not finite is null, and a warning names its key."""
+    """Return JSON that every reader accepts: numbers that are not finite become null, with a warning."""
     unknown: list[str] = []
     text = json.dumps(_with_nulls(document, "", unknown), indent=indent, default=str, allow_nan=False)
     if unknown:
@@ -243,7 +245,7 @@ def to_json(document: Any, *, indent: int | None = 2) -> str:
 def _file_lock(lock: Path) -> "FileLock":
     from filelock import FileLock
 
-    # a soft lock, for a disk that has no flock, would outlive a process that is killed
+    # a soft lock, the fallback on a disk without flock, would outlive a process that is killed
     return FileLock(lock, timeout=0, fallback_to_soft=False)
 
 
@@ -287,12 +289,12 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_replaced(path: Path) -> bool:
-    """Tell whether a new file takes the place of the old one: not of a device or a pipe, nor of a mounted file."""
+    """Tell whether writing replaces the old file; a device, a pipe or a mounted file is written in place."""
     return not path.exists() or (path.is_file() and not os.path.ismount(path))
 
 
 def _nearest_existing(path: Path, kind: str) -> Path:
-    """Return the path itself or the nearest folder above it that exists, where names of the rest can be."""
+    """Return the path itself or its nearest existing parent; refuse names that cannot be made below it."""
     longest = 0
     for candidate in (path, *path.absolute().parents):
         try:
@@ -302,7 +304,7 @@ def _nearest_existing(path: Path, kind: str) -> Path:
         except (FileNotFoundError, NotADirectoryError):
             longest = max(longest, len(os.fsencode(candidate.name)))
             continue
-        except OSError as error:  # too long a name, or a folder that may not be looked into
+        except OSError as error:  # the name is too long, or a folder may not be entered
             raise not_writable(path, kind, error.errno or 0) from None
         except ValueError:  # a NUL
             raise not_writable(path, kind, errno.EINVAL) from None

@@ -212,7 +212,7 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_and_writes_nothing(w
         ((*prepare, "--out", tmp_path / "file/new"), 2, "can be made and written"),
         ((*score, "--window", "100"), 2, "at most 64 positions"),
         ((*score, "--window", "20", "--stride", "30"), 2, "at most the 20 text tokens"),
-        ((*train, work / "run", "--seed", "1"), 2, "seed: expected 0 as the run began"),
+        ((*train, work / "run", "--seed", "1"), 2, "seed: expected 0 as in its config.yaml"),
         ((*train, tmp_path / "file"), 2, "can be written"),
         ((*train, tmp_path / "file/run"), 2, "can be written"),
         ((*train, tmp_path / "new", "--training.batch_blocks", "80000"), 2, "at least one batch of 80000 blocks"),

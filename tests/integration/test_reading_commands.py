@@ -113,7 +113,7 @@ def test_one_text_file_is_prepared_with_the_defaults_and_the_split_is_said(tmp_p
     )
     assert json.loads(planned)["split"].startswith("one text file")
     result, said = metatokens(*command("prepare", tmp_path, tmp_path / "one.txt", tmp_path / "out"), "--json")
-    assert "one.txt is one text: its last 0.02 are the validation split" in said
+    assert "one.txt is one text file: the last 0.02 of it is the validation split" in said
     assert json.loads(result)["validation_documents"] == 1
 
 

@@ -94,7 +94,7 @@ def test_a_device_takes_a_result_and_stays_a_device():
 def test_a_result_that_meets_a_full_disk_is_kept_elsewhere_and_named():
     with pytest.raises(ResourceError) as caught:
         keep_elsewhere(Path("/dev/full"), lambda path: write_atomically(path, "result"))
-    kept = Path(str(caught.value).rpartition("it is ")[2])
+    kept = Path(str(caught.value).rpartition("it is in ")[2])
     assert kept.read_text() == "result"
     kept.unlink()
     kept.parent.rmdir()

@@ -1,10 +1,10 @@
-"""Byte-level vocabularies: which bytes one lacks, and tiktoken's encoder where it gives the same ids.
+"""Byte-level vocabularies: the check that none loses text, and tiktoken's faster encoder for those like GPT-2's.
 
-UTF-8 uses 243 of the 256 bytes. A vocabulary without one of these loses text in silence, whatever encodes: the byte
-is dropped, and what is left decodes to another text. A vocabulary without one of the other 13 loses nothing.
+UTF-8 uses 243 of the 256 byte values. If a vocabulary lacks one of them, every encoder drops that byte silently, and
+the ids decode to another text. The other 13 values never occur in text, so a vocabulary may lack them.
 
-tiktoken takes a byte-level BPE like GPT-2's and is several times faster than `tokenizers`. It is handed the merged
-tokens ranked by id, so a vocabulary whose ids do not follow the order of its merges stays with `tokenizers`.
+tiktoken encodes a byte-level BPE like GPT-2's several times faster than `tokenizers`. It ranks tokens by id, so a
+vocabulary whose ids do not follow the order of its merges stays with `tokenizers`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
 # GPT-2's split pattern as tiktoken states it (openai/tiktoken@main:tiktoken_ext/openai_public.py, MIT)
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# what of a BPE model tiktoken does not have
+# options of a BPE model that tiktoken does not support
 _BEYOND_TIKTOKEN = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"),
 )
 
 
 def check_keeps_text(specification: Specification) -> None:
-    """Refuse a vocabulary that drops a part of some text without a trace.
+    """Refuse a vocabulary that would silently drop a part of some text.
 
-    A byte-level vocabulary, or one that falls back to bytes, needs a token for every byte of UTF-8; any other needs an
-    unknown token, which shows what it does not know.
+    A byte-level vocabulary, or one that falls back to bytes, needs a token for every byte of UTF-8. Any other needs an
+    unknown token, which marks the text that it cannot express.
 
     Raises:
-        UsageError: One that has neither; the message says which bytes are missing.
+        UsageError: The vocabulary lacks these tokens; the message counts the missing bytes and names the first.
     """
     model = specification["model"]
     vocabulary = _words(model)
@@ -57,7 +57,7 @@ def check_keeps_text(specification: Specification) -> None:
         raise UsageError(
             "tokenizer",
             expected="a token for every byte, or an unknown token",
-            found=f"neither in its {model['type']} vocabulary, so that text is lost",
+            found=f"neither in its {model['type']} vocabulary, so text would be lost",
             remedy="use a byte-level tokenizer",
         )
     missing = [byte for byte in _UTF8_BYTES if names[byte] not in vocabulary]
@@ -65,16 +65,16 @@ def check_keeps_text(specification: Specification) -> None:
         raise UsageError(
             "tokenizer",
             expected=f"a vocabulary with all {len(_UTF8_BYTES)} bytes of UTF-8",
-            found=f"{len(missing)} missing, the first {missing[0]:#04x}, so that text is lost",
+            found=f"{len(missing)} missing, the first {missing[0]:#04x}, so text would be lost",
             remedy="train it with the full byte alphabet",
         )
 
 
 def tiktoken_encode(specification: Specification) -> Callable[[str], TokenIds] | None:
-    """Return tiktoken's encoder of the same vocabulary, or None where it is no byte-level BPE like GPT-2's.
+    """Return tiktoken's encoder for this vocabulary, or None if it is not a byte-level BPE like GPT-2's.
 
-    The encoder gives (length,) uint32, and raises ValueError for a text whose split overflows its pattern matcher,
-    such as a million spaces.
+    The encoder returns (length,) uint32. It raises ValueError for a text that overflows its pattern matcher, such as a
+    million spaces.
     """
     import tiktoken
 
@@ -105,10 +105,10 @@ def tiktoken_encode(specification: Specification) -> Callable[[str], TokenIds] |
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Return the byte behind each character of GPT-2's byte-level alphabet.
+    """Return the byte that each character of GPT-2's byte-level alphabet stands for.
 
-    Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on
-    (openai/gpt-2@master:src/encoder.py, bytes_to_unicode, MIT).
+    Each printable Latin-1 character stands for its own byte. The characters from U+0100 on stand for the other bytes,
+    in order (openai/gpt-2@master:src/encoder.py, bytes_to_unicode, MIT).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -126,7 +126,7 @@ def _is_byte_level(specification: Specification) -> bool:
 
 
 def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a pre-tokenizer or a normalizer, those of a sequence one by one."""
+    """Yield a pre-tokenizer or normalizer; if it is a sequence, yield its parts instead."""
     if step is not None and step["type"] == "Sequence":
         for part in step.get("pretokenizers") or step.get("normalizers") or ():
             yield from _steps(part)

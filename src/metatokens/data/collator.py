@@ -1,9 +1,9 @@
-"""Rows of text tokens into padded batches with meta-tokens, for the Hugging Face Trainer.
+"""A collator for the Hugging Face Trainer: it turns rows of text tokens into padded batches with meta-tokens.
 
-The project's own training loop does not need this: its `loader` cuts equal blocks. Labels follow the Hugging Face
-convention (not shifted) and amount to the loss policy skip. They are masked here and not in the model because the
-Trainer counts the labels of an accumulated step before it calls the model. What a row says of its tokens moves with
-them:
+The project's own training loop does not need it: its `loader` cuts equal blocks. Labels follow the Hugging Face
+convention (not shifted) and amount to the loss policy skip. The collator masks them, not the model, because the
+Trainer counts the labels of an accumulated step before it calls the model. A token keeps its label and masks when
+meta-tokens (_) move it:
 
     input_ids            10  11  12  13              10   _  11  12  13
     labels             -100 -100  12  13    become  -100 -100 -100  12  13
@@ -37,18 +37,19 @@ CARRIED = ("input_ids", "attention_mask", "labels", *MASKS_OF_LABELS)
 
 
 class MetaTokenCollator:
-    """Callable that makes a batch of rows `{"input_ids": [...]}` of text tokens, of any lengths.
+    """Callable that turns rows `{"input_ids": [...]}` of text tokens, of any lengths, into a batch.
 
-    A row may also have `attention_mask`, `labels` (-100 where there is no loss) and TRL's masks of labels, a value for
-    each token. A token that the attention mask hides is padding, keeps its place among the others and is no text.
-    The Trainer drops what the model's `forward` does not take: masks of labels need `remove_unused_columns=False`.
+    A row may also have `attention_mask`, `labels` (-100 where there is no loss) and TRL's label masks, each with one
+    value per token. A token that the attention mask hides counts as padding, not as text, and keeps its place.
+    The Trainer drops columns that the model's `forward` does not take: label masks need `remove_unused_columns=False`.
 
-    A row's layout depends on the seed and on the row's tokens only, not on the batch or the worker; a row that
-    comes again has the same one.
+    A row's layout depends only on the seed and the row's tokens, not on the batch or the worker. The same row gets the
+    same layout every time.
 
     Args:
-        injection: Policy of the meta-tokens; the ratio is of each row's result (see `sample_prompt_positions`).
-        meta_token_id: The id to put in; must be no text token.
+        injection: Policy of the meta-tokens; its ratio counts a row with its meta-tokens (see
+            `sample_prompt_positions`).
+        meta_token_id: The id to put in; must not be a text token.
         pad_token_id: The id that fills short rows on the right; must not be the meta-token.
         seed: Key of the layouts.
         ends_clause: (V,) bool, needed by the policy punctuation.
@@ -75,13 +76,14 @@ class MetaTokenCollator:
         """Return int64 tensors for the model.
 
         Returns:
-            input_ids (B, T), T the longest row; attention_mask (B, T), 1 at tokens and 0 at padding; labels (B, T),
-            the row's labels, by default its ids, with -100 at meta-tokens, padding, what is not learned and the
-            first text token of each row; and meta_indices (B, M) if every row has the same number M > 0 of
-            meta-tokens.
+            - input_ids (B, T), where T is the length of the longest row.
+            - attention_mask (B, T), 1 at tokens and 0 at padding.
+            - labels (B, T), by default the row's ids; -100 at meta-tokens, padding, tokens that a mask excludes and
+              the first text token of each row.
+            - meta_indices (B, M), only if every row has the same number M > 0 of meta-tokens.
 
         Raises:
-            ValueError: No row, a row without a token, or a column that cannot be moved with the tokens.
+            ValueError: There is no row, a row has no token, or a column cannot be moved with the tokens.
         """
         import torch
 
@@ -114,7 +116,7 @@ class MetaTokenCollator:
         is_meta[positions] = True
         source = np.full(len(is_meta), shown[0] - 1)
         source[~is_meta] = shown
-        # a meta-token stands right behind the token before it, or right before the first; hidden tokens come between
+        # a meta-token directly follows the shown token before it, or precedes the first; hidden tokens keep their place
         places = np.maximum.accumulate(source) + 0.5 * is_meta
         order = np.argsort(np.concatenate([places, hidden]), kind="stable")
         source = np.concatenate([source, hidden])[order]
@@ -124,7 +126,7 @@ class MetaTokenCollator:
 
 
 def _read_row(feature: Mapping[str, Any]) -> dict[str, IntArray]:
-    """Return input_ids, attention_mask and labels (N,) int64 of a row; a mask of labels is in the labels."""
+    """Return input_ids, attention_mask and labels (N,) int64 of a row, with its label masks applied to the labels."""
     if "input_ids" not in feature:
         raise ValueError(f"every row of a batch needs input_ids; found {', '.join(feature) or 'no column'}")
     for name in feature:
@@ -155,7 +157,7 @@ def _read_column(name: str, values: Any) -> IntArray:
 
 
 def _stack(rows: Sequence[IntArray], *, filler: int) -> IntArray:
-    """Return (B, T) of rows of different lengths, filled on the right."""
+    """Stack rows of different lengths into (B, T), filled on the right."""
     lengths = np.array([len(row) for row in rows])
     is_filled = np.arange(lengths.max()) < lengths[:, None]
     stacked = np.full(is_filled.shape, filler, dtype=np.int64)

@@ -1,11 +1,11 @@
-"""Where meta-tokens go in a block, and what each position then has to predict.
+"""Injection: where meta-tokens go in a block, and which token each position then has to predict.
 
-Meta-tokens are never stored: they are put between text tokens when a batch is made (paper section 3: M = k n
-per block, at positions drawn uniformly at random, without a period). Every draw is a pure function of
-(seed, epoch, sample), made by a counter-based generator, so no batch size, rank, worker or resume changes it,
-and layouts of one key at two ratios are nested.
+Meta-tokens are never stored. They are inserted between text tokens when a batch is made (paper section 3: M = k n
+per block, at positions drawn uniformly at random, without a period). A counter-based generator makes every draw a
+pure function of (seed, epoch, sample), so batch size, rank, worker and resume do not change it. With the same key,
+the layout at a lower ratio is a subset of the layout at a higher one.
 
-Deviation: M meta-tokens come out of the block, not on top of it: T positions hold round(k T) of them.
+Deviation: M meta-tokens come out of the block, they do not extend it: T positions hold round(k T) of them.
 
 Shapes: B batch, T positions of a block, N text tokens, M meta-tokens, T = N + M, V vocabulary.
 The import needs numpy only. Nothing here knows a model, a tokenizer or a file.
@@ -90,11 +90,12 @@ def sample_meta_positions(
     """Return the sorted positions of the meta-tokens of every row.
 
     - uniform: each subset of M positions has the same probability (but for ties among hashes of 64 - log2 T bits).
-    - periodic: position j is floor((j + 1) T / M) - 1, so the last one ends the block.
-    - punctuation: right after text tokens that end a clause. M is fixed: of a surplus, a uniform subset is
-      kept; a lack is filled uniformly, and such a filler may stand between a clause's meta-token and the next
-      text token but never between the clause and its meta-token.
-    - explicit: the given positions, in every row. none: M = 0.
+    - periodic: position j is floor((j + 1) T / M) - 1, so the last meta-token ends the block.
+    - punctuation: right after text tokens that end a clause. M is fixed. If there are more than M clauses, a uniform
+      subset of them gets a meta-token. If there are fewer, the remaining meta-tokens are placed uniformly; such a
+      filler may stand after a clause's meta-token, but never between the clause and its meta-token.
+    - explicit: the given positions, in every row.
+    - none: M = 0.
 
     Args:
         injection: The policy, a member of `metatokens.config.schema.Injection`.
@@ -139,29 +140,29 @@ def inject_meta_tokens(
 ) -> InjectedBatch:
     """Put meta-tokens into rows of text and lay out the targets of the loss.
 
-    A row of `text` holds N + 1 tokens: the block's N text tokens and the one that follows. Its first token was
-    the last target of the previous block, so it is no target here; each of the others is one exactly once, for
-    either policy. With the text a b c d, the next token e, and meta-tokens _ at 0, 2 and 5:
+    A row of `text` holds N + 1 tokens: the block's N text tokens and the one that follows. The first token was the
+    last target of the previous block, so it is not a target here. Under either policy, each other token is a target
+    exactly once. With the text a b c d, the next token e, and meta-tokens _ at 0, 2 and 5:
 
         position                0  1  2  3  4  5  6
         input_ids               _  a  _  b  c  _  d
         targets, skip           .  .  b  c  .  d  e
         targets, retarget       .  b  .  c  d  .  e
 
-    skip (the paper): a position predicts the next position's token, and the term is dropped where that token is
-    a meta-token; a text token after a meta-token is predicted by the meta-token. The last position predicts the
-    text token that follows the block, even if the block ends in a run of meta-tokens.
-    retarget: a text token predicts the next text token; outputs at meta-tokens are unused.
+    skip (the paper): each position predicts the token at the next position, and has no target if that is a
+    meta-token. So a meta-token predicts the text token that follows it. The last position predicts the text token
+    that follows the block, even if the block ends in a run of meta-tokens.
+    retarget: each text token predicts the next text token; outputs at meta-tokens are unused.
 
     Args:
         text: (B, N + 1) text tokens, any integer type.
         meta_positions: (B, M) int64 positions in [0, N + M), strictly rising in each row.
         meta_token_id: The id to put there.
-        loss_policy: Which position pays for which text token.
+        loss_policy: Which position predicts which text token.
 
     Raises:
         UsageError: N = 0, so no position has a target.
-        ValueError: Positions outside of the block, or twice in a row.
+        ValueError: A position lies outside the block, or occurs twice in a row of `meta_positions`.
     """
     num_rows, num_text = text.shape[0], text.shape[1] - 1
     num_meta = meta_positions.shape[1]
@@ -195,10 +196,10 @@ def inject_into_prompt(
     seed: int,
     ends_clause: BoolArray | None = None,
 ) -> list[int]:
-    """Return one sequence of any length with meta-tokens put in; no text token is lost.
+    """Return one sequence of any length with meta-tokens inserted; all its text tokens stay.
 
-    A policy that puts none into so short a prompt warns. The arguments are those of `sample_prompt_positions`, and the
-    id to put in.
+    Warns if the prompt is too short to get a meta-token. The arguments are those of `sample_prompt_positions`, and
+    `meta_token_id`, the id to insert.
     """
     meta_positions = sample_prompt_positions(input_ids, injection, seed=seed, ends_clause=ends_clause)
     if input_ids:
@@ -212,11 +213,11 @@ def inject_into_prompt(
 def sample_prompt_positions(
     input_ids: Sequence[int], injection: Injection, *, seed: int, ends_clause: BoolArray | None = None
 ) -> list[int]:
-    """Return where the meta-tokens of one sequence stand in the result, rising.
+    """Return the ascending positions that the meta-tokens of one sequence have in the result.
 
-    The ratio k is of the result, as in a training block: M is the smallest solution of M = round(k (N + M)),
-    found by iterating from M = 0, which rises to it because k < 1. Of explicit positions, those that the text
-    reaches are used. Two prompts of one length and one seed get the same layout.
+    The ratio k counts text and meta-tokens together, as in a training block: M is the smallest solution of
+    M = round(k (N + M)), found by iterating upwards from M = 0. Explicit positions beyond the text are left out.
+    Except under the policy punctuation, two prompts with the same length and seed get the same layout.
 
     Args:
         input_ids: The N text tokens.
@@ -246,7 +247,7 @@ def sample_prompt_positions(
 
 
 def warn_without_meta_tokens(injection: Injection, num_meta: int, where: str) -> None:
-    """Warn where a policy that is to put meta-tokens somewhere puts none; Python shows a warning once a place."""
+    """Warn if a policy that should insert meta-tokens inserts none; Python shows the warning once per calling line."""
     if num_meta or injection.kind == "none":
         return
     if injection.kind == "explicit":
@@ -261,8 +262,8 @@ def warn_without_meta_tokens(injection: Injection, num_meta: int, where: str) ->
 def _lowest_hashes(keys: Uint64Array, num_slots: int, count: int, preferred: BoolArray | None = None) -> Uint64Array:
     """Return the `count` lowest of `num_slots` hashes per row, (B, count) uint64, each carrying its slot.
 
-    The slot replaces the low bits of the hash. With `preferred` (B, num_slots) the top bit is 0 for preferred
-    slots and 1 for the others, so the others come in only where the preferred ones run out. Unsorted.
+    The slot replaces the low bits of the hash. With `preferred` (B, num_slots) bool, the top bit is 0 for preferred
+    slots and 1 for the others, so the others are taken only once the preferred ones run out. Rows are not sorted.
     """
     slots = np.arange(num_slots, dtype=np.uint64)
     packed = splitmix64(keys[:, None] + slots * GOLDEN_GAMMA)
@@ -289,8 +290,8 @@ def _after_clauses(
 ) -> IntArray:
     """Return (B, M) positions: after at most M of the candidates (B, N), the rest anywhere in the block.
 
-    The chosen clauses and the text form a row of items; the fillers are drawn from all T positions, and the
-    items take the other positions in their order.
+    The text tokens and the meta-tokens of the chosen clauses form a row of items. The fillers are drawn from all T
+    positions, and the items take the remaining positions in order.
     """
     num_rows, num_text = candidates.shape
     block_size = num_text + num_meta
@@ -302,7 +303,7 @@ def _after_clauses(
         chosen[crowded[:, None], _slots(lowest, num_text)] = True
     num_chosen = chosen.sum(axis=1)[:, None]
 
-    # item of a clause's meta-token: the text tokens up to it, and the clauses before it
+    # the item index of a clause's meta-token: text tokens up to it, plus meta-tokens of the clauses before it
     rows, texts = np.divmod(np.flatnonzero(chosen), num_text)
     is_meta_item = np.zeros((num_rows, block_size), dtype=np.bool_)
     is_meta_item[rows, texts + np.cumsum(chosen, axis=1)[rows, texts]] = True
@@ -317,11 +318,11 @@ def _after_clauses(
 
 
 def _has_target(is_text: BoolArray) -> BoolArray:
-    """Return (B, T) bool: the positions that have a target under the policy skip."""
+    """Return (B, T) bool: True at the positions that have a target under the policy skip."""
     has_target = np.empty_like(is_text)
     has_target[:, :-1] = is_text[:, 1:]
     has_target[:, -1] = True
-    # a meta-token right before the first text token would predict what was the previous block's last target
+    # a meta-token right before the first text token would predict it, but it was the previous block's last target
     first_text = is_text.argmax(axis=1)
     rows = np.flatnonzero(first_text)
     has_target[rows, first_text[rows] - 1] = False

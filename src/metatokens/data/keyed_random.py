@@ -1,6 +1,6 @@
 """Randomness that is a pure function of a key and a counter: no rank, worker, batch or resume changes a draw.
 
-Neither numpy's nor Python's generators promise the same numbers in every release; these functions do.
+These functions give the same numbers in every release; numpy's and Python's generators do not promise that.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _STRIDE = np.uint64(_DRAWS_AT_ONCE * int(GOLDEN_GAMMA) % (1 << _WORD_BITS))
 
 
 class Purpose(IntEnum):
-    """What a draw is for: part of its key, so that two draws of one sample are independent.
+    """The purpose of a draw, a part of its key, so that draws for two purposes are independent.
 
-    A number is never used again, and a new purpose takes the next one.
+    A number never changes its meaning; a new purpose takes the next number.
     """
 
     POSITIONS = 0
-    """Of meta-tokens in a block."""
+    """The positions of meta-tokens in a block."""
     CLAUSES = 1
     """Which ends of clauses get a meta-token."""
     SAMPLE_ORDER = 2
@@ -42,7 +42,7 @@ class Purpose(IntEnum):
     INSTANCE_ORDER = 4
     BATCH_ORDER = 5
     PAIR_ITEM = 6
-    """Which item of a minimal pair is another."""
+    """Which item differs between the two texts of a minimal pair."""
     EVICTION = 7
     PASSAGE = 8
     """Where a passage begins in its text."""
@@ -52,8 +52,8 @@ class Purpose(IntEnum):
 def splitmix64(state: Uint64Array) -> Uint64Array:
     """Return the SplitMix64 output that follows each state; a new array of the same shape.
 
-    `splitmix64(key + slot * gamma)` is output number `slot` of the generator seeded with `key`, without the
-    outputs before it. A bijection of 64-bit words. `state` must have at least one dimension.
+    `splitmix64(key + slot * gamma)` is output number `slot` of the generator seeded with `key`; the outputs before it
+    are not computed. The function is a bijection of 64-bit words. `state` must have at least one dimension.
     """
     word = state + GOLDEN_GAMMA
     word ^= word >> _SHIFTS[0]
@@ -82,7 +82,7 @@ def hash_key(*words: int | npt.NDArray[np.int64]) -> Uint64Array:
 class KeyedRandom:
     """A stream of draws that is a pure function of a 64-bit key: the outputs of SplitMix64, one after another.
 
-    Neither numpy's nor Python's generators promise the same choices in every release; this does.
+    It makes the same choices in every release; numpy's and Python's generators do not promise that.
     """
 
     def __init__(self, key: int) -> None:
@@ -90,14 +90,14 @@ class KeyedRandom:
         self._words: list[int] = []
 
     def below(self, bound: int) -> int:
-        """Return an integer of [0, bound), uniform but for bound / 2^64."""
+        """Return an integer in [0, bound), uniform up to an error of bound / 2^64."""
         if not self._words:
             self._words = splitmix64(self._state)[::-1].tolist()
             self._state += _STRIDE
         return self._words.pop() * bound >> _WORD_BITS
 
     def between(self, lowest: int, highest: int) -> int:
-        """Return an integer of [lowest, highest]."""
+        """Return an integer in [lowest, highest]."""
         return lowest + self.below(highest - lowest + 1)
 
     def choose(self, choices: Sequence[_Choice]) -> _Choice:

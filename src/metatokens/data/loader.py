@@ -1,11 +1,10 @@
-"""Token shards into training batches.
+"""The loader: it cuts token shards into blocks and makes training batches of them.
 
-Policy: block i of a split is tokens [i N, i N + N] of the shards' concatenation, one more than the N inputs; what
-is left at the end is dropped. The order of an epoch is a keyed permutation of the blocks that is computed where
-it is needed, with no index in memory or on disk. A batch is a pure function of the step: the whole state of the
-loader is an integer, and a resume, another number of devices or another prefetch depth gives the same samples with
-the same layouts in the same global batches. Reading is a pread per block in the training process; one thread may
-work ahead.
+Block i of a split is tokens [i N, i N + N] of its concatenated shards: N inputs and the last target. Tokens after
+the last whole block are dropped. The order of an epoch is a keyed permutation of the blocks, computed on the fly
+without an index in memory or on disk. A batch is a pure function of the step, so the loader's whole state is one
+integer: after a resume, and with any number of devices or prefetch depth, the global batches hold the same samples
+with the same layouts. The training process reads each block with one pread; one thread may work ahead.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ _FEISTEL_ROUNDS = 6  # 4 already make a strong pseudorandom permutation (Luby, R
 def permute(indices: IntArray, num_items: int, keys: Uint64Array) -> IntArray:
     """Return where a keyed pseudorandom permutation of range(num_items) sends each index.
 
-    A Feistel network on the least even number of bits that holds `num_items`, applied again while the result is
-    outside of the range (cycle walking; Black, Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): a
-    bijection for every key, in constant memory, fewer than 4 applications on average.
+    A Feistel network on the least even number of bits that holds `num_items` (at least 4) is applied until the result
+    is in the range (cycle walking; Black, Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). This is a bijection
+    for every key, in constant memory; from 5 items on it takes fewer than 4 applications on average.
 
     Args:
         indices: (B,) int64 in [0, num_items).
         num_items: The size of the permuted range.
-        keys: (B,) or (1,) uint64, the permutation of each index, from `hash_key`.
+        keys: (B,) or (1,) uint64 from `hash_key`, which permutation to apply to each index.
 
     Returns:
         (B,) int64.
@@ -72,7 +71,7 @@ def permute(indices: IntArray, num_items: int, keys: Uint64Array) -> IntArray:
 
 
 class TokenBlocks:
-    """The blocks of one split, as a sequence.
+    """The blocks of one split, read by index.
 
     Args:
         dataset: Verified shards.
@@ -155,9 +154,9 @@ class Batches(ABC):
         """Return this rank's rows of global batch `step`; a pure function, in any order, of any step."""
 
     def prefetch(self, start_step: int, stop_step: int, depth: int = 2) -> Generator[Batch, None, None]:
-        """Yield the batches of steps [start_step, stop_step), made up to `depth` ahead by one thread.
+        """Yield the batches of steps [start_step, stop_step); one thread makes up to `depth` of them ahead.
 
-        What the thread raises is raised here. Closing the generator ends the thread.
+        An error in the thread is raised here. Closing the generator ends the thread.
         """
         steps = iter(range(start_step, stop_step))
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
@@ -175,27 +174,27 @@ class Batches(ABC):
 
 
 class BatchLoader(Batches):
-    """Batches by step number, with meta-tokens put in.
+    """Batches by step number, with meta-tokens inserted.
 
-    Position p = step * batch_blocks + row of the global stream is block permute(p mod n) of epoch p // n, so a
-    batch may straddle two epochs. Rank r has rows [r G / W, (r + 1) G / W) of a global batch of G blocks; the
-    ranks' batches in order are the batch of a single process.
+    Row r of global batch s is position p = s G + r of the global stream: block permute(p mod n) of epoch p // n, where
+    n is the number of blocks. A batch may straddle two epochs. Rank r has rows [r G / W, (r + 1) G / W) of a global
+    batch of G blocks, so the ranks' batches in order are the batch of a single process.
 
     Args:
         blocks: The text.
-        injection: Policy of the meta-tokens; block_size = blocks.text_tokens + its number of meta-tokens.
+        injection: Policy of the meta-tokens; it inserts block_size - blocks.text_tokens of them.
         block_size: T, positions of a sequence.
         batch_blocks: G, blocks of a global batch.
         seed: Key of the order and of the layouts.
         rank: This process.
         world_size: W, the number of processes.
-        meta_token_id: The id to put in.
-        loss_policy: Which position pays for which text token.
+        meta_token_id: The id to insert.
+        loss_policy: Which position predicts which text token.
         ends_clause: (V,) bool, needed by the policy punctuation.
 
     Raises:
-        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or a batch
-            holds more blocks than there are.
+        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or the split has
+            fewer blocks than a batch.
     """
 
     def __init__(
@@ -250,9 +249,9 @@ class BatchLoader(Batches):
             allowed = [str(w) for w in range(1, self._batch_blocks + 1) if self._batch_blocks % w == 0]
             raise UsageError(
                 f"training.batch_blocks {self._batch_blocks}",
-                expected=f"a number of processes out of {', '.join(allowed)}",
+                expected=f"one of {', '.join(allowed)} processes, so that each gets as many blocks",
                 found=str(self._world_size),
-                remedy="change either",
+                remedy="change training.batch_blocks or the number of processes",
             )
         num_meta = self._injection.num_meta(self._block_size)
         warn_without_meta_tokens(self._injection, num_meta, f"a block of {self._block_size}")

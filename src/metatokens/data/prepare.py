@@ -1,10 +1,10 @@
-"""A corpus into a folder of verified token shards.
+"""Preparation: it tokenises a corpus into a folder of verified token shards.
 
-Documents go to a split by the SHA-256 of their text, so that a text and its copies are never on both sides; a corpus
-that is one text file is cut in two (`splits`). All is written into a hidden sibling folder that is renamed at the end:
-under its final name a dataset is complete or absent. Whatever can be wrong is looked for first (`check`). An error or a
-kill after that leaves the finished shards in the hidden folder, and the same command takes them over. Equal input,
-options and tool versions give equal bytes, whatever the number of cores and of kills.
+The SHA-256 of a document's text decides its split, so a text and its copies are never in both; a corpus that is one
+text file is cut in two (`splits`). `check` looks for every foreseeable error before anything is written. The shards
+are written into a hidden folder beside `out`, which is renamed at the end: a dataset is complete or absent. After an
+error or a kill the hidden folder keeps the finished shards, and the same command takes them over. Equal input,
+options and tool versions give equal bytes, with any number of cores and after any number of kills.
 """
 
 from __future__ import annotations
@@ -87,16 +87,16 @@ def prepare(
             the share of its characters.
         shard_tokens: A shard that has reached this many tokens is closed.
         options: How the source is read.
-        dtype: Type of the ids on disk; None takes uint16 where the vocabulary fits.
+        dtype: Type of the ids on disk; None takes uint16 if the vocabulary fits.
         progress: Called after every batch with the UTF-8 bytes of text and the tokens written so far.
-        say: Called with a line before each part of the work that takes long.
+        say: Called with a line of text before each long part of the work.
 
     Raises:
-        UsageError: A wrong argument, `out` is taken, cannot be written or is being made by another process.
-        DataError: Bad input, or a split that gets no document.
+        UsageError: An argument is wrong, or `out` is taken, cannot be written or is being made by another process.
+        DataError: The input is bad, or a split gets no document.
         ResourceError: The disk is full.
 
-    Each of them, once a shard is finished, says where the finished shards are kept.
+    Once a shard is finished, each of these errors says where the finished shards are kept.
     """
     given = check(
         source,
@@ -108,7 +108,7 @@ def prepare(
     )
     out = out.resolve()
     if is_cut(source, validation_fraction):
-        say(f"{source} is one text: its last {validation_fraction:.4g} are the validation split")
+        say(f"{source} is one text file: the last {validation_fraction:.4g} of it is the validation split")
     try:
         with _exclusive(out) as folder:
             if given is None:
@@ -134,9 +134,9 @@ def check(
     shard_tokens: int,
     options: SourceOptions,
 ) -> Tokenizer | None:
-    """Raise what `prepare` would before its work begins, and write nothing; returns the tokenizer if one is named.
+    """Raise the errors that `prepare` can foresee, and write nothing; returns the tokenizer if `tokenizer` names one.
 
-    Documents are read until each split has one. What a folder holds and is not read is warned of.
+    Reads documents until each split has one. Warns of files in the source folder that are not read.
 
     Raises:
         UsageError, DataError: see `prepare`.
@@ -148,7 +148,7 @@ def check(
     text_tokenizer = None if tokenizer is None else load_text_tokenizer(tokenizer)
     if text_tokenizer is not None:
         TextEncoder(text_tokenizer)
-        build_hf_tokenizer(text_tokenizer)  # what will lie beside a model of these tokens
+        build_hf_tokenizer(text_tokenizer)  # the tokenizer of a model trained on these tokens
     require_splits(source, options, validation_fraction)
     return text_tokenizer
 
@@ -159,14 +159,14 @@ def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
             "validation_fraction",
             expected="a share in [0, 1)",
             found=str(validation_fraction),
-            remedy="0.005 is common for a large corpus",
+            remedy="pass a share such as 0.02",
         )
     if shard_tokens < 1:
-        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="raise it")
+        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="pass a larger number")
 
 
 def _check_place(out: Path) -> None:
-    """Refuse a name that the finished folder could not take."""
+    """Refuse a path at which the finished folder could not be put."""
     try:
         place = out.resolve()
         _partial_folder(place).exists()
@@ -181,7 +181,7 @@ def _check_place(out: Path) -> None:
     if place.is_mount():
         raise UsageError(
             str(out),
-            expected="a folder that can be replaced by the finished one",
+            expected="a folder that the finished one can replace",
             found="the root of a mounted disk",
             remedy=f"choose a folder in it, such as {out / 'tokens'}",
         )
@@ -220,7 +220,7 @@ def _write(
     progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     for name in (TOKENIZER_NAME, MANIFEST_NAME):
-        (folder / name).unlink(missing_ok=True)  # of a run that was killed at its very end
+        (folder / name).unlink(missing_ok=True)  # left by a run that was killed at its very end
     encoder = TextEncoder(tokenizer)
     dtype = _dtype(encoder.vocab_size, dtype)
     counts = SourceCounts()
@@ -275,7 +275,7 @@ def _encode(
     writers: dict[Split, ShardWriter],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[ShardEntry, ...]:
-    """Encode what no shard holds yet, and return the entries of all shards."""
+    """Encode the documents that no finished shard holds, and return the entries of all shards."""
     num_bytes = 0
     try:
         for batch in _batches(documents):
@@ -298,7 +298,7 @@ def _encode(
 
 
 def _dtype(vocab_size: int, dtype: TokenDtype | None) -> TokenDtype:
-    """Choose the type from the vocabulary, never from the ids that happen to occur."""
+    """Choose the type by the size of the vocabulary, never by the ids that happen to occur."""
     fits = vocab_size <= np.iinfo(np.uint16).max
     if dtype == "uint16" and not fits:
         raise UsageError(
@@ -334,13 +334,13 @@ def _version(package: str) -> str:
 def _exclusive(out: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `out`, and keep other processes from `out`.
 
-    On an error the folder stays if it holds finished work, and the error then names it; else it is removed.
+    After an error, a folder with finished work stays and the error names it; any other is removed.
     """
     lock = out.parent / f".{out.name}.lock"
     with hold_lock(lock, folder=out, work="another `metatokens prepare` is writing this folder"):
         try:
             _check_free(out)  # again, now that no other process can make it
-            # the lock dies with its process, so a folder that is still there belongs to one that was killed
+            # the lock ends with its process, so a hidden folder that exists now was left by a killed or failed run
             folder = _partial_folder(out)
             folder.mkdir(exist_ok=True)
             try:
@@ -358,9 +358,9 @@ def _partial_folder(out: Path) -> Path:
 
 
 def _keep_finished_work(folder: Path, error: MetaTokensError) -> None:
-    """Let the error name the finished shards of a folder; remove a folder that has none."""
+    """Add to the error's message where the finished shards are kept; remove a folder that has none."""
     if (folder / MANIFEST_NAME).exists():
-        kept = f"the finished dataset is kept in {folder}, to be renamed"
+        kept = f"the finished dataset is kept in {folder}: rename it"
     elif holds_finished_shards(folder):
         kept = f"the finished shards are kept in {folder}, and the same command takes them over"
     else:

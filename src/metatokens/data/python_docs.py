@@ -1,4 +1,4 @@
-"""The text that comes with Python: the topics of `help()` and the docstrings of the standard library."""
+"""A corpus that comes with Python: the topics of `help()` and the docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def python_docs() -> Iterator[tuple[str, str]]:
         yield topics[topic], f"pydoc_data.topics, {topic}"
     root = Path(sysconfig.get_path("stdlib"))
     for folder, packages, names in os.walk(root):
-        packages[:] = sorted(set(packages) - _SKIPPED_PACKAGES)  # what os.walk goes into, and in which order
+        packages[:] = sorted(set(packages) - _SKIPPED_PACKAGES)  # in place: os.walk enters these, in this order
         for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
             relative = path.relative_to(root)
             module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
@@ -37,11 +37,11 @@ def python_docs() -> Iterator[tuple[str, str]]:
                 yield text, f"python/{relative.as_posix()}"
 
 
-@functools.cache  # two megabytes in all; parsing takes a second or two, and a demonstration reads all of it three times
+@functools.cache  # 2 MB in all; parsing takes a second or two, and `metatokens demo` reads everything three times
 def _documentation(path: Path, module: str) -> str:
     """Return the docstrings of a file of the standard library."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in string literals of the library
+        warnings.simplefilter("ignore")  # some string literals of the library have deprecated escapes
         tree = ast.parse(path.read_bytes())
     return "\n\n".join(_docstrings(tree, module))
 

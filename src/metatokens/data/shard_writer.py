@@ -1,8 +1,8 @@
-"""The writer of token shards, which takes over what an interrupted one has finished.
+"""The writer of token shards; it takes over the shards that an interrupted writer has finished.
 
-Beside every finished shard lies a marker, `NAME.done`, until the dataset is complete: the shard's entry, the plan that
-it was made by, and a digest of the documents up to its end. A writer with the same plan takes those shards over, lets
-their documents pass without encoding them again, and compares the digest.
+Until the dataset is complete, each finished shard has a marker beside it, `NAME.done`. The marker holds the shard's
+manifest entry, the plan that it was made by, and a digest of the documents up to its end. A writer with the same plan
+takes these shards over: it skips their documents without encoding them again, and compares the digest.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ShardWriter:
     """Writes the shards of one split into a folder; a document is never cut by the limit of a shard.
 
     Args:
-        folder: Where the files go; those of the split that are no finished shards of the same plan are removed.
+        folder: Where the files go; files of the split that are not finished shards of the same plan are removed.
         split: Part of the file names and the entries.
         dtype: Type of the ids on disk.
         shard_tokens: A shard that has reached this many tokens is closed; the last document may exceed it.
         vocab_size: Bound of the ids.
         eos_token_id: Written after every document.
-        plan: Identity of what decides about the shards besides the documents.
+        plan: Identifies everything besides the documents that determines the shards.
 
     Attributes:
         num_tokens: Tokens of the split so far.
@@ -73,10 +73,10 @@ class ShardWriter:
         self.num_tokens = sum(entry.num_tokens for entry in self._entries)
 
     def passes(self, document_sha256: bytes) -> bool:
-        """Tell whether the next document is in a shard that was taken over; it is then not to be added.
+        """Tell whether a shard that was taken over holds the next document; if so, do not add it.
 
         Raises:
-            DataError: The shard holds other documents: the source has changed since.
+            DataError: The shard holds other documents, because the source has changed since.
         """
         if not self._sha256_at:
             return False
@@ -90,8 +90,8 @@ class ShardWriter:
         """Append one document (length,) and its eos.
 
         Raises:
-            DataError: An id outside of the vocabulary or the type, or an eos inside of the document. Nothing
-                wraps around in silence.
+            DataError: An id does not fit the vocabulary or the type (ids never wrap around silently), or the document
+                contains an eos.
         """
         largest = int(ids.max(initial=0))
         bound = min(self._vocab_size, int(np.iinfo(self._dtype).max) + 1)
@@ -136,7 +136,7 @@ class ShardWriter:
         self._open = None
 
     def _take_over(self) -> list[_Done]:
-        """Return the markers of the first shards that are whole, and remove the split's other files."""
+        """Return the markers of the leading shards that are whole, and remove the split's other files."""
         taken: list[_Done] = []
         kept: set[Path] = set()
         while done := self._read_done(self._folder / f"{self._split}-{len(taken):05d}.ds"):
@@ -157,17 +157,17 @@ class ShardWriter:
 
     def _check_passed(self, are_equal: bool) -> None:
         if not are_equal:
-            remove_markers(self._folder)  # shards of other documents are not to be taken over again
+            remove_markers(self._folder)  # or the next run would take over shards of other documents again
             raise DataError(
                 f"{self._folder.name}, split {self._split}",
-                expected="the documents that an interrupted run has read",
+                expected="the documents that the interrupted run read",
                 found="others",
                 remedy="run the command again; it starts from the beginning",
             )
 
 
 class _OpenShard:
-    """A shard that is being written; hashed on the way."""
+    """A shard that is being written, and hashed as it grows."""
 
     def __init__(self, path: Path, dtype: TokenDtype) -> None:
         self._path = path
@@ -205,7 +205,7 @@ class _OpenShard:
         )
 
     def abandon(self) -> None:
-        # what is still buffered is not wanted, and on a full disk cannot be written
+        # closing writes the buffer, which fails on a full disk and is not needed
         with suppress(OSError):
             self._file.close()
 
@@ -216,6 +216,6 @@ def holds_finished_shards(folder: Path) -> bool:
 
 
 def remove_markers(folder: Path) -> None:
-    """Remove the markers of a folder whose shards are all there."""
+    """Remove all markers of a folder, so that no later run takes its shards over."""
     for path in folder.glob(f"*{_DONE_SUFFIX}"):
         path.unlink()

@@ -7,10 +7,10 @@
       validation-00000.ds    and its index
       tokenizer.json         the text tokenizer, which has no meta-token
 
-The bodies have datatrove's `.ds` + `.index` layout. The manifest holds sizes and SHA-256 of every file and no
-time, host or absolute path. `content_id` is the SHA-256 of what determines the tokens, and is what a checkpoint
-records. Files are read with pread: a file truncated under a running job gives a short read that can be
-reported, where a memory map would die of SIGBUS. Meta-tokens are never stored (see `injection`).
+The `.ds` and `.index` files have datatrove's layout. The manifest holds the size and SHA-256 of every file, but no
+time, host or absolute path. `content_id` is the SHA-256 of everything that determines the tokens; checkpoints record
+it. Files are read with pread: if one is truncated while a job runs, the short read can be reported, where a memory
+map would end the process with SIGBUS. Meta-tokens are never stored (see `injection`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ShardEntry(_Frozen):
     num_tokens: Annotated[int, Field(ge=1)]
     num_documents: Annotated[int, Field(ge=1)]
     first_document: _Count
-    """Number of the split's documents in the shards before."""
+    """How many documents of the split the shards before this one hold."""
     min_id: _Count
     max_id: _Count
 
@@ -99,7 +99,7 @@ class Manifest(_Frozen):
     byteorder: Literal["little"] = "little"
     tokenizer_sha256: _Sha256
     vocab_size: Annotated[int, Field(ge=1)]
-    """V: every id is below it, and the meta-token is it."""
+    """V: every text id is below it, and it is the id of the meta-token."""
     eos_token_id: _Count
     num_documents_empty: _Count = 0
     num_documents_skipped: _Count = 0
@@ -107,14 +107,14 @@ class Manifest(_Frozen):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     split_rule: str
     source: str
-    """Name of the source, without the folders before it."""
+    """Name of the source, without its parent folders."""
     source_files: tuple[SourceFile, ...] = ()
     options: dict[str, str | int | float | None] = Field(default_factory=dict)
     """How the source was read and the shards were cut."""
     tools: dict[str, str] = Field(default_factory=dict)
-    """Versions of the packages that took part."""
+    """Versions of Python and of the packages that made the tokens."""
     shards: tuple[ShardEntry, ...]
-    """In reading order; the splits' shards form one sequence each."""
+    """In reading order; the shards of each split form one sequence."""
     content_id: _Sha256
     """`compute_content_id` of the entries above."""
 
@@ -185,12 +185,12 @@ class TokenDataset:
 
         Args:
             path: The folder.
-            verify: full compares the SHA-256 of every shard and index (about 1 GB/s); size only their lengths.
+            verify: "full" compares the SHA-256 of every shard and index (about 1 GB/s), "size" only their lengths.
                 The manifest and the tokenizer are always checked.
 
         Raises:
-            DataError: No manifest, one of a newer version or altered; a shard, an index or the tokenizer
-                missing, of the wrong size or altered.
+            DataError: The manifest is missing, altered or of a newer version; or a shard, an index or the tokenizer
+                is missing, altered or of the wrong size.
         """
         dataset = cls(Path(path), _read_manifest(Path(path)))
         try:
@@ -224,10 +224,10 @@ class TokenDataset:
         return tokenizer_from_json(self._tokenizer_json(), str(self.path / TOKENIZER_NAME))
 
     def read(self, split: Split, start: int, count: int) -> TokenArray:
-        """Return tokens [start, start + count) of a split, (count,) uint16 or uint32, across shards.
+        """Return tokens [start, start + count) of a split, (count,) uint16 or uint32; the range may span shards.
 
         Raises:
-            ValueError: The range is not inside of the split.
+            ValueError: The range is not inside the split.
             DataError: A shard has become shorter since it was opened.
         """
         ends = self._ends[split]
@@ -259,7 +259,7 @@ class TokenDataset:
         descriptor = self._descriptors[shard.name]
         num_bytes, at = count * self._dtype.itemsize, offset * self._dtype.itemsize
         content = b""
-        # one call reads it all, but for ranges beyond the kernel's 2 GiB
+        # one call reads everything, unless the range is longer than the kernel's limit of 2 GiB
         while len(content) < num_bytes:
             piece = os.pread(descriptor, num_bytes - len(content), at + len(content))
             if not piece:
@@ -284,7 +284,7 @@ class TokenDataset:
                 if found != size:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
                 if verify == "full" and file_sha256(os.dup(descriptor)) != sha256:
-                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another")
+                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
             _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)
@@ -312,7 +312,7 @@ def _read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _broken(path, "JSON", str(error)) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise _broken(path, f"format {FORMAT!r}", "another")
+        raise _broken(path, f"format {FORMAT!r}", "another format")
     version = values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DataError(
@@ -328,11 +328,11 @@ def _read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
-        raise _broken(path, "the entries as written", f"{where}: {first['msg']}") from error
+        raise _broken(path, "the entries that `metatokens prepare` writes", f"{where}: {first['msg']}") from error
 
 
 def _open_regular(path: Path) -> int:
-    """Open a file for reading, but neither through a symbolic link nor a device or pipe."""
+    """Open a regular file for reading; a symbolic link, a device or a pipe is refused."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

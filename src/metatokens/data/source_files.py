@@ -1,9 +1,9 @@
-"""Which files a source consists of, what of a folder is left out, and their bytes, unpacked.
+"""The files of a source: which ones it consists of, which ones of a folder are left out, and their unpacked bytes.
 
-A file is known by its suffix, in capitals or not: `.txt`, `.jsonl` and `.json`, each of which may be compressed (`.gz`,
-`.zst`, `.bz2`, `.xz`), and `.parquet`. Hidden files are no part of a folder. Whatever else is left out is counted and
-named: files of other kinds, links to folders, what cannot be read, and `.json` beside other text, where it mostly holds
-something about the text.
+A file's kind is known by its suffix, in any case: `.txt`, `.jsonl` and `.json`, each of which may be compressed (`.gz`,
+`.zst`, `.bz2`, `.xz`), and `.parquet`. Hidden files are ignored. Everything else that is left out is counted and named:
+files of other kinds, links to folders, unreadable files and folders, and `.json` files beside other text, because
+these mostly hold metadata.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ _CHUNK_BYTES = 1 << 20
 _ZSTD_CHUNK_BYTES = 1 << 10  # a zstd block may hold 128 KiB in 4 bytes; this bounds one step to 32 MiB
 _ZSTD_LONGEST_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; the library's own bound is 128 MiB
 _DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_NAMED = 3  # of what is left out for one reason
+_NAMED = 3  # how many of the files left out for one reason are named
 
 
 class FileKind(NamedTuple):
-    """What the name of a file says about it."""
+    """The kind of a file, by its name."""
 
     suffix: str
     """One of .txt, .jsonl, .json and .parquet."""
     packed: str
-    """The suffix of a compression, or nothing."""
+    """The suffix of the compression; empty if the file is not compressed."""
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source, and what was found beside them."""
+    """The files of a source, and those that were left out."""
 
     root: Path
     """The folder that their names are relative to."""
     files: tuple[Path, ...] = ()
-    """In reading order; none for what is not on the disk."""
+    """In reading order; empty for a source that is not on the disk."""
     left_out: tuple[str, ...] = ()
-    """Each reason with the number of what it left out and the first names."""
+    """One text for each reason: how many were left out, and the first names."""
 
 
 def file_kind(path: Path) -> FileKind | None:
-    """Return what a file is by its name, or None for what is not read."""
+    """Return the kind of a file by its name, or None if such files are not read."""
     name = path.name.lower()
     packed = next((suffix for suffix in _PACKED_SUFFIXES if name.endswith(suffix)), "")
     name = name.removesuffix(packed)
@@ -71,10 +71,10 @@ def file_kind(path: Path) -> FileKind | None:
 
 
 def source_files(source: str) -> list[Path]:
-    """Return the files of a source in reading order, and warn of what is left out.
+    """Return the files of a source in reading order, and warn of those left out.
 
     Raises:
-        DataError: As `survey_source`.
+        DataError: See `survey_source`.
     """
     found = survey_source(source)
     if found.left_out:
@@ -83,10 +83,10 @@ def source_files(source: str) -> list[Path]:
 
 
 def survey_source(source: str) -> SourceFiles:
-    """Find the files that a source consists of; none for what is not on the disk.
+    """Find the files that a source consists of; a source that is not on the disk has none.
 
     Raises:
-        DataError: A path that is missing, unsupported, or a folder without a supported file.
+        DataError: The path is missing, is of an unsupported kind, or is a folder without a supported file.
     """
     path = Path(source)
     if path.is_dir():
@@ -98,7 +98,7 @@ def survey_source(source: str) -> SourceFiles:
         if file_kind(path) is None:
             raise _unsupported(source, f"suffix {path.suffix!r}")
         return SourceFiles(path.parent, (path,))
-    # a dataset id has the form of a path; what can only be meant as a path is not looked for on the network
+    # a dataset id looks like a path; a name that can only be meant as a path is not looked up on the network
     is_dataset = _DATASET_ID.fullmatch(source) and file_kind(path) is None and not path.parent.is_dir()
     if source == PYTHON_DOCS or is_dataset:
         return SourceFiles(path.parent)
@@ -109,7 +109,7 @@ def unpacked_chunks(path: Path, packed: str) -> Iterator[bytes]:
     """Yield the bytes of a file, unpacked, in pieces of bounded size.
 
     Raises:
-        DataError: A file that cannot be read to its end.
+        DataError: The file cannot be read to its end.
         UsageError: The package that unpacks it is not installed.
     """
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -142,7 +142,7 @@ def optional_package(module: str) -> ModuleType | Any:
 
 
 def malformed(where: str, expected: str, found: str) -> DataError:
-    """Return the error of a file or a row that is not what its name promises."""
+    """Return the error for a file or a row whose content is not what its name promises."""
     return DataError(where, expected=expected, found=found, remedy="repair or replace the file")
 
 

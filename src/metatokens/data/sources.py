@@ -1,11 +1,11 @@
-"""Documents out of files, folders, Hugging Face datasets and the text that comes with Python.
+"""Sources: they read documents from files, folders, Hugging Face datasets and the text that comes with Python.
 
-A `.txt` file is one document, or several where it is longer than a document may be; a `.jsonl` line, a `.parquet` row
-and an element of a `.json` array are one each. `source_files` says which files are read. They are read in chunks and
-every document has a size limit, so that neither a decompression bomb nor a truncated archive gets through. Text is
+A `.txt` file is one document, or several if it exceeds the size limit of a document. Each `.jsonl` line, `.parquet` row
+and element of a `.json` array is one document. `source_files` decides which files are read. Files are read in chunks
+and every document has a size limit, so neither a decompression bomb nor a truncated archive gets through. Text is
 *bad* if it is not UTF-8, has a lone surrogate or a NUL, or starts with a byte order mark; `SourceOptions.on_bad_text`
-says what then happens. Every fault names the file and the row or byte, and as remedy only options that the caller can
-set.
+says what happens to it. Every error names the file and the row or byte; its remedy names only options that the caller
+can set.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["PYTHON_DOCS", "Document", "SourceCounts", "SourceOptions", "iterate_documents", "source_files"]
 
 _PARQUET_ROWS = 256  # rows decoded at a time
-_MAX_SKIPPED_SHARE = 0.01  # more bad documents than this are a broken corpus, not noise
+_MAX_SKIPPED_SHARE = 0.01  # a corpus with more bad documents than this is broken, not noisy
 _BYTE_ORDER_MARK = "\ufeff"
 _BAD_CHARACTERS = re.compile(f"\\A{_BYTE_ORDER_MARK}|\0|[\ud800-\udfff]")
 
@@ -67,7 +67,7 @@ class SourceOptions:
     """Documents to read, at least 1; off means all."""
 
     def __post_init__(self) -> None:
-        """Refuse a number of documents that cannot be read."""
+        """Refuse a `max_documents` below 1."""
         if self.max_documents is not None and self.max_documents < 1:
             raise UsageError(
                 "max_documents", expected="at least 1", found=str(self.max_documents), remedy="leave it out for all"
@@ -79,30 +79,30 @@ class SourceCounts:
     """What happened to documents while they were read."""
 
     documents: int = 0
-    """Documents handed out."""
+    """Documents yielded."""
     empty: int = 0
-    """Documents without a character, left out."""
+    """Empty documents, left out."""
     skipped: int = 0
     """Bad documents and malformed rows, left out."""
     replaced: int = 0
-    """Bad documents handed out with U+FFFD in the bad places."""
+    """Bad documents yielded with U+FFFD in the bad places."""
 
 
 def iterate_documents(
     source: str, options: SourceOptions | None = None, counts: SourceCounts | None = None
 ) -> Iterator[Document]:
-    """Read the documents of a source in an order that depends on its content only.
+    """Read the documents of a source in an order that depends only on its content.
 
     Args:
         source: A file, a folder (read recursively, in the order of its relative paths, hidden files left out),
             `python-docs`, or `owner/name` of a Hugging Face dataset, which is streamed.
-        options: How to read; None means the defaults, for a caller who cannot set them.
+        options: How to read; None means the defaults, and that errors do not suggest setting one.
         counts: Updated in place while documents are drawn.
 
     Raises:
-        DataError: Missing, unreadable or malformed input, a document over the limit, bad text under
-            `on_bad_text="error"`, or more than 1 % skipped (when the source is exhausted).
-        UsageError: A package of the extra `data` is needed and not installed.
+        DataError: The input is missing, unreadable or malformed, a document exceeds the size limit, text is bad under
+            `on_bad_text="error"`, or more than 1% of the documents were skipped (raised at the end of the source).
+        UsageError: The source needs a package of the extra `data` that is not installed.
     """
     counts = counts if counts is not None else SourceCounts()
     reader = _Reader(options, counts)
@@ -125,7 +125,7 @@ def iterate_documents(
 
 
 class _Reader:
-    """Reads one source under given options; a document left out because it is bad is not yielded."""
+    """Reads one source under given options; it does not yield the bad documents that it skips."""
 
     def __init__(self, options: SourceOptions | None, counts: SourceCounts) -> None:
         self._can_set_options = options is not None
@@ -164,13 +164,13 @@ class _Reader:
         for row, line in enumerate(self._lines(path, packed), start=1):
             where = f"{path}, row {row}"
             text = self._clean(line, where)
-            if text is not None and text.strip():  # a blank line is no row
+            if text is not None and text.strip():  # a blank line is not a row
                 text = self._text_of_row(text, where)
                 if text is not None:
                     yield Document(text, f"{name}, row {row}")
 
     def _holds_json_lines(self, path: Path, packed: str) -> bool:
-        """Tell whether the first line that is not blank is an object of its own."""
+        """Tell whether the first line that is not blank is a complete JSON object."""
         try:
             return isinstance(json.loads(next(line for line in self._lines(path, packed) if line.strip())), dict)
         except (StopIteration, ValueError, RecursionError):
@@ -199,7 +199,7 @@ class _Reader:
         return bytes(content)
 
     def _parts(self, path: Path) -> Iterator[bytes]:
-        """Cut a file at the last line end that the limit allows."""
+        """Yield a file in parts, each cut at the last line end within the size limit."""
         rest = bytearray()
         for chunk in unpacked_chunks(path, ""):
             rest += chunk
@@ -237,7 +237,7 @@ class _Reader:
                 if not _holds_text(arrow.types, kind):
                     raise self._no_text(str(path), str(kind))
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                    # as bytes, because a string column may hold what is not UTF-8
+                    # as bytes, because a string column may hold bytes that are not UTF-8
                     column = batch.column(0)
                     column = column.dictionary_decode() if arrow.types.is_dictionary(kind) else column
                     for value in column.cast(arrow.large_binary()).to_pylist():
@@ -294,7 +294,7 @@ class _Reader:
         return None
 
     def _clean(self, content: bytes | str, where: str) -> str | None:
-        """Return the text, with bad places replaced if that is the option, or None if it is left out."""
+        """Return the text, with bad places replaced if the options say so, or None if it is skipped."""
         found = None
         if isinstance(content, bytes):
             try:
@@ -323,7 +323,7 @@ class _Reader:
         return None
 
     def _reject(self, error: DataError) -> None:
-        """Raise, or count a document that is left out."""
+        """Raise the error, or count the document as skipped if the options say so."""
         if self._options.on_bad_text != "skip":
             raise error
         self._counts.skipped += 1
@@ -342,7 +342,7 @@ class _Reader:
             where,
             expected=f"the text in {self._options.text_field!r}",
             found=f"only {', '.join(map(str, fields)) or 'no field'}",
-            remedy=self._remedy("put it there", "set text_field"),
+            remedy=self._remedy("put it there", "set text_field to one of them"),
         )
 
     def _no_text(self, where: str, found: str) -> DataError:
@@ -354,12 +354,12 @@ class _Reader:
         )
 
     def _remedy(self, remedy: str, options: str) -> str:
-        """Return a remedy, with what options do for it where the caller can set them."""
+        """Return the remedy, followed by that with options if the caller can set them."""
         return f"{remedy}, or {options}" if self._can_set_options else remedy
 
 
 def _holds_text(types: Any, kind: Any) -> bool:
-    """Tell whether values of an Arrow type are text, or bytes that may be."""
+    """Tell whether the values of an Arrow type are text, or bytes that may hold text."""
     if types.is_dictionary(kind):
         return _holds_text(types, kind.value_type)
     tests = (types.is_string, types.is_large_string, types.is_string_view)
@@ -367,7 +367,7 @@ def _holds_text(types: Any, kind: Any) -> bool:
 
 
 def _may_be_bad(text: str) -> bool:
-    """Rule out bad characters at the speed of memory; the pattern, much slower, then finds them."""
+    """Tell quickly whether a text may hold a bad character; the pattern that finds it is much slower."""
     if "\0" in text or text.startswith(_BYTE_ORDER_MARK):
         return True
     try:

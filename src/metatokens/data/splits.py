@@ -1,7 +1,7 @@
-"""Which documents of a corpus are kept out of training.
+"""Splits: which documents of a corpus are for training, and which for validation.
 
-A document's split is a function of its text alone, so that a text and its copies are never on both sides. A corpus that
-is one text file is no set of documents; it is cut in two at a line end, and its end is the validation split.
+A document's text alone decides its split, so a text and its copies are never in both. A corpus that is one text file
+is cut in two at a line end instead, and the second part is the validation split.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _AT_A_LINE_END: Final = (
 
 
 def split_rule(source: str, validation_fraction: float) -> str:
-    """Return in words how `split_documents` splits a source."""
+    """Describe in words how `split_documents` splits a source."""
     return _AT_A_LINE_END if is_cut(source, validation_fraction) else _BY_HASH
 
 
 def split_documents(source: str, documents: Iterable[Document], validation_fraction: float) -> Iterator[SplitDocument]:
-    """Yield each document with its split; the one across the cut of a text file becomes two."""
+    """Yield each document with its split; a document that straddles the cut of a text file becomes two."""
     if is_cut(source, validation_fraction):
         yield from _cut(list(documents), validation_fraction)
         return
@@ -41,16 +41,16 @@ def split_documents(source: str, documents: Iterable[Document], validation_fract
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
-    """Return the split of a document of a corpus of several, a function of its text alone."""
+    """Return a document's split, a function of its text alone; not for a corpus that is cut (`is_cut`)."""
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return "validation" if draw < int(validation_fraction * 2**64) else "train"
 
 
 def require_splits(source: str, options: SourceOptions, validation_fraction: float) -> None:
-    """Read documents until each split that is wanted has one; a large corpus has them among its first.
+    """Read documents until each wanted split has one; in a large corpus the first few suffice.
 
     Raises:
-        DataError: A split that gets no document, or bad input on the way.
+        DataError: A split gets no document, or the input read so far is bad.
     """
     wanted: set[Split] = {"train", "validation"} if validation_fraction else {"train"}
     counts = SourceCounts()
@@ -67,7 +67,7 @@ def require_splits(source: str, options: SourceOptions, validation_fraction: flo
 
 
 def is_cut(source: str, validation_fraction: float) -> bool:
-    """Tell whether a source is one text file of which a part is wanted for validation."""
+    """Tell whether a source is one text file and a part of it is wanted for validation."""
     files = survey_source(source).files
     kind = file_kind(files[0]) if len(files) == 1 else None
     return validation_fraction > 0 and kind is not None and kind.suffix == ".txt"
@@ -85,6 +85,6 @@ def _cut(documents: list[Document], validation_fraction: float) -> Iterator[Spli
 
 
 def _nearest_line_end(text: str, place: int) -> int:
-    """Return the place behind the line end that is nearest, or the place itself where a text has none inside."""
+    """Return the start of a line that is nearest to `place`, or `place` itself if there is no line end to cut at."""
     ends = (text.rfind("\n", 0, place) + 1, text.find("\n", place) + 1)
     return min((end for end in ends if 0 < end < len(text)), key=lambda end: abs(end - place), default=place)

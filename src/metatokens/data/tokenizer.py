@@ -1,13 +1,13 @@
 """Text to tokens and back: training, loading, bulk encoding, and the tokenizer that ships with a model.
 
-Two tokenizers share one vocabulary. The *text tokenizer* (`tokenizers.Tokenizer`) knows no meta-token; text is
-encoded with it, and with its special tokens taken out, so no text can smuggle in a meta-token or an end of
-document. The *model tokenizer* (`PreTrainedTokenizerFast`) adds the meta-token and padding behind the text
-vocabulary, for prompts. Ids: text 0 .. V - 1, meta-token V, padding V + 1.
+Two tokenizers share one vocabulary. The *text tokenizer* (`tokenizers.Tokenizer`) has no meta-token. It encodes text
+with its special tokens disabled, so no text can smuggle in a meta-token or an end of document. The *model tokenizer*
+(`PreTrainedTokenizerFast`) adds the meta-token and padding after the text vocabulary, for prompts. Ids: text
+0 .. V - 1, meta-token V, padding V + 1.
 
-Added tokens that are not special, such as GPT-NeoX's runs of spaces, are a part of the text vocabulary. All tokenizers
-that are meant to be equal are compared on a probe text, wherever one is made from another: the bulk encoder, the text
-tokenizer, the model tokenizer, and what transformers makes of the folder it was loaded from.
+Added tokens that are not special, such as GPT-NeoX's runs of spaces, belong to the text vocabulary. Whenever one
+tokenizer is made from another, the two are compared on a probe text: the bulk encoder, the text tokenizer, the model
+tokenizer, and the tokenizer that transformers makes of the same folder.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 META_TOKEN = "_PAUSE_"  # paper section 3: the designated meta-token of the tasks
 END_OF_TEXT = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
-# what ends a document, by the first of these that a vocabulary has
+# the first of these that a vocabulary has ends a document
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
-# BPE training takes the square of the length of a piece: letters, digits, space or signs without a break
+# BPE training takes quadratic time in the length of a piece, an unbroken run of letters, digits, space or signs
 _LONG_PIECE = re.compile(r"[^\W\d_]{8192}|\d{8192}|\s{8192}|[^\w\s]{8192}|_{8192}")
 
 _CLAUSE_ENDS = tuple(".,;:!?")
 
-# tokenizers that are meant to be equal must agree on this: contractions, digits, runs of space, line ends,
+# tokenizers that should be equal must agree on this text: contractions, digits, runs of space, line ends,
 # scripts with and without case, combining marks, emoji sequences, symbols, rare spaces, code, special-token strings
 _PROBE_TEXT = (
     "The quick brown fox's tail isn't 12.5% of what they'd've said; we'll see, I'M SURE!  Two  spaces,\ttabs\t\t,\n\n\n"
@@ -61,11 +61,11 @@ _PROBE_TEXT = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's split pattern; equal texts in equal order give equal merges.
 
-    `<|endoftext|>` has id 0, the 256 bytes follow, then the merges. The result is smaller than `vocab_size`
-    where the texts hold too few pairs.
+    `<|endoftext|>` has id 0, the 256 bytes follow, then the merges. The vocabulary is smaller than `vocab_size` if the
+    texts hold too few pairs.
 
     Raises:
-        UsageError: `vocab_size` has no room for the bytes and the end of text.
+        UsageError: `vocab_size` leaves no room for the bytes and the end of text.
     """
     if vocab_size < 257:
         raise UsageError(
@@ -86,17 +86,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_text_tokenizer(source: str) -> Tokenizer:
-    """Load a text tokenizer: no meta-token, no padding, no truncation, nothing put around a text.
+    """Load a text tokenizer: no meta-token, no padding, no truncation, no tokens added around a text.
 
-    The folder of a trained model gives back the text tokenizer that it was made from, to the byte.
+    Given the folder of a trained model, the result is byte for byte the text tokenizer of its training.
 
     Args:
         source: A folder with `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, a
             `tokenizer.json` file, or the id of a tokenizer on the Hugging Face hub.
 
     Raises:
-        UsageError: Nothing there, not a fast tokenizer, no end-of-text token in the vocabulary, or a folder that
-            transformers makes another tokenizer of.
+        UsageError: There is no tokenizer, it is not a fast one, its vocabulary has no end-of-text token, or
+            transformers makes a different tokenizer of the folder.
     """
     path = Path(source)
     if path.is_file():
@@ -134,7 +134,7 @@ def tokenizer_from_json(content: bytes, name: str) -> Tokenizer:
     """Parse the bytes of a `tokenizer.json`.
 
     Raises:
-        UsageError: Not such a file; the message calls it `name`.
+        UsageError: The content is not a `tokenizer.json`; the message calls the file `name`.
     """
     try:
         return Tokenizer.from_str(content.decode())
@@ -146,10 +146,10 @@ def tokenizer_from_json(content: bytes, name: str) -> Tokenizer:
 
 
 def end_of_text_token(tokenizer: Tokenizer) -> str:
-    """Return the token that ends a document: `<|endoftext|>`, or what the vocabulary has in its place.
+    """Return the token that ends a document: `<|endoftext|>`, or the vocabulary's equivalent.
 
     Raises:
-        UsageError: None of the known ones is in the vocabulary.
+        UsageError: The vocabulary has none of the known ones.
     """
     for token in _END_TOKENS:
         if tokenizer.token_to_id(token) is not None:
@@ -168,9 +168,9 @@ def text_vocab_size(tokenizer: Tokenizer) -> int:
 
 
 class TextEncoder:
-    """Bulk encoder of text; strings that look like special tokens stay plain text.
+    """Bulk encoder of text that treats strings of special tokens as plain text.
 
-    Elsewhere its ids are those of the tokenizer: a text that holds no special token encodes to the same under both.
+    A text without such strings gets the same ids as from the tokenizer.
 
     Attributes:
         vocab_size: V, the text vocabulary with its end-of-text token.
@@ -179,8 +179,8 @@ class TextEncoder:
         backend: Which library encodes.
 
     Raises:
-        UsageError: No end-of-text token, a vocabulary that loses text (see `check_keeps_text`), one that spells a
-            special token with its own id even in plain text, or ids that are not the tokenizer's.
+        UsageError: The vocabulary has no end-of-text token, loses text (see `check_keeps_text`), or encodes the string
+            of a special token to the special id even as plain text; or the ids differ from the tokenizer's.
     """
 
     vocab_size: int
@@ -207,8 +207,8 @@ class TextEncoder:
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the ids of each text, without an end of text; each (length,) uint32 and read-only.
 
-        tiktoken releases the interpreter lock, so documents are spread over the cores that this process may use;
-        the result does not depend on their number.
+        tiktoken releases the interpreter lock, so threads encode documents on all cores that this process may use.
+        The result does not depend on the number of cores.
 
         Raises:
             DataError: A text holds a lone surrogate, which UTF-8 cannot express.
@@ -225,7 +225,7 @@ class TextEncoder:
 
     def _encode(self, text: str) -> TokenIds:
         if self._fast is not None:
-            # its matcher gives up on a very long run of space, for which `tokenizers` takes longer and is right
+            # tiktoken's matcher fails on a very long run of space; `tokenizers` is slower, but encodes it
             with suppress(ValueError):
                 return self._fast(text)
         return self._plain_encode(text)
@@ -247,11 +247,11 @@ class TextEncoder:
 def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Return the model tokenizer: the text vocabulary, then `_PAUSE_` (id V), then `<|pad|>` (id V + 1).
 
-    Here the string `_PAUSE_` is the meta-token, and swallows the space before it. `save_pretrained` and
+    The model tokenizer encodes the string `_PAUSE_`, with the space before it, to the meta-token. `save_pretrained` and
     `AutoTokenizer` keep `meta_token` and `meta_token_id`. The argument is not changed.
 
     Raises:
-        UsageError: An id behind the text is taken, or text would encode to other ids than in the text tokenizer.
+        UsageError: Id V or V + 1 is taken, or the text tokenizer would give other ids for the same text.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -282,9 +282,9 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    """Return (V,) bool: the tokens whose text ends in one of . , ; : ! ? or holds a line end.
+    """Return (V,) bool: True for tokens whose text ends in one of . , ; : ! ? or holds a line end.
 
-    Space around the text does not count.
+    Space around the text is ignored.
     """
     table = np.zeros(text_vocab_size(tokenizer), dtype=np.bool_)
     ids = sorted(set(tokenizer.get_vocab(with_added_tokens=True).values()))
@@ -294,7 +294,7 @@ def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
 
 
 def _with_short_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts, cut within a piece that is so long that the training would not end."""
+    """Yield the texts, cut inside any piece so long that the training would hardly end."""
     for text in texts:
         start = 0
         for piece in _LONG_PIECE.finditer(text):
@@ -349,13 +349,13 @@ def _without_added_tokens(tokenizer: Tokenizer, contents: set[str]) -> Tokenizer
     specification: Specification = json.loads(tokenizer.to_str())
     specification["added_tokens"] = [t for t in specification["added_tokens"] if t["content"] not in contents]
     bare = Tokenizer.from_str(json.dumps(specification | {"post_processor": None, "padding": None, "truncation": None}))
-    # the library numbers added tokens anew, so that one behind a gap would move in silence
+    # the library renumbers added tokens, so one after a gap would silently get another id
     before = tokenizer.get_vocab(with_added_tokens=True)
     for token, token_id in bare.get_vocab(with_added_tokens=True).items():
         if before[token] != token_id:
             raise UsageError(
                 "tokenizer",
-                expected=f"{' and '.join(sorted(contents))} behind the text vocabulary",
+                expected=f"{' and '.join(sorted(contents))} after the text vocabulary",
                 found=f"{token!r} with id {before[token]}, which would become {token_id}",
                 remedy="use a tokenizer without them",
             )
@@ -363,7 +363,7 @@ def _without_added_tokens(tokenizer: Tokenizer, contents: set[str]) -> Tokenizer
 
 
 def _blind_to_special_tokens(specification: Specification, eos_token_id: int) -> Tokenizer:
-    """Return the tokenizer that takes special tokens, and the end of text in any case, for plain text."""
+    """Return a tokenizer that encodes the strings of special tokens and of the end of text as plain text."""
     added = [
         token | {"special": token["special"] or token["id"] == eos_token_id} for token in specification["added_tokens"]
     ]
@@ -375,7 +375,7 @@ def _blind_to_special_tokens(specification: Specification, eos_token_id: int) ->
 
 
 def _probe_text(tokenizer: Tokenizer) -> str:
-    """Return text with every ordinary added token and without any special one."""
+    """Return a probe text that holds every ordinary added token and no special one."""
     added = tokenizer.get_added_tokens_decoder().values()
     text = _PROBE_TEXT + " ".join(token.content for token in added)
     special = {token.content for token in added if token.special} | {
@@ -389,7 +389,7 @@ def _probe_text(tokenizer: Tokenizer) -> str:
 
 
 def _ids_of(tokenizer: Tokenizer, text_tokenizer: Tokenizer) -> list[int]:
-    """Return what a tokenizer makes of the probe text of another, whatever it pads, cuts or puts around."""
+    """Return a tokenizer's ids of another's probe text, without padding, truncation or added tokens."""
     bare = Tokenizer.from_str(tokenizer.to_str())
     bare.no_padding()
     bare.no_truncation()
@@ -398,13 +398,13 @@ def _ids_of(tokenizer: Tokenizer, text_tokenizer: Tokenizer) -> list[int]:
 
 
 def _compare_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a folder that transformers, which may build a tokenizer by the name of its class, reads otherwise."""
+    """Refuse a folder that transformers reads differently: it may build the tokenizer by the name of its class."""
     from transformers import AutoTokenizer
 
     try:
         other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
-        return  # transformers makes no tokenizer of the folder, so there is none to differ from
+        return  # transformers cannot load the folder, so there is nothing to compare with
     found = other.encode(_probe_text(tokenizer), add_special_tokens=False)
     remedy = "set tokenizer_class to PreTrainedTokenizerFast there, or name the file tokenizer.json itself"
     _require_equal_ids(str(folder), tokenizer, found, "in transformers' AutoTokenizer", remedy)
@@ -413,7 +413,7 @@ def _compare_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
 def _require_equal_ids(
     name: str, tokenizer: Tokenizer, found: list[int], where: str, remedy: str = "use another tokenizer"
 ) -> None:
-    """Compare ids of the probe text with the tokenizer's.
+    """Compare ids of the tokenizer's probe text with its own.
 
     Raises:
         UsageError: They differ.

@@ -1,1 +1,1 @@
-"""Perplexity, intervals and timing."""
+"""Evaluation of models: perplexity, recall, interventions, intervals, tests and timing."""

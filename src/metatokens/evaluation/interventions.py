@@ -1,17 +1,17 @@
-"""Interventions: what is changed at the meta-tokens at inference, and nowhere else (paper, Table 2).
+"""Interventions: changes to a model at inference, at its meta-tokens alone (paper, Table 2).
 
     with intervene(model, (ZeroEmbedding(), NoPositionEdges())):
         model(...), model.generate(...), measure_perplexity(model, ...)
 
-They act on embeddings, on the rotation of queries and keys and on the output of the meta-attention, through hooks that
-go with the `with` block: no weight is edited, position ids stay (transformers takes ids that do not rise by one for
-packed documents), and without a meta-token in the input every one is the identity to the bit.
+They act on embeddings, on the rotation of queries and keys, and on the output of the meta-attention, through hooks
+that end with the `with` block. No weight is edited. Position ids stay, because transformers takes ids that do not rise
+by one for packed documents. If the input has no meta-token, every intervention is the identity to the bit.
 
-Two of them remove positions, and they differ. `zero_position` gives a meta-token the rotation by angle zero: text then
-sees it as if it stood at position 0, so far away, and not without a position. `no_position_edges` leaves both sides of
-every attention edge that touches a meta-token unrotated, and all other edges as they were.
+Two of them remove positions in different ways. `zero_position` rotates a meta-token by angle zero: text then sees it
+as if it stood far away at position 0, not as if it had no position. `no_position_edges` leaves both sides of every
+attention edge that touches a meta-token unrotated, and all other edges as they were.
 
-Deleting meta-tokens is no intervention: leave out their injection.
+To delete the meta-tokens themselves, do not inject them; no intervention is needed.
 """
 
 from __future__ import annotations
@@ -43,15 +43,12 @@ _XPOS = "xpos, under which a position also scales queries and keys"
 _WIDE_BACKENDS = ("eager", "sdpa")  # flash and flex attention want values as wide as keys
 
 
-# What there is -----------------------------------------------------------------------------------------------
-
-
 class _Intervention(Frozen):
     subject: ClassVar[str]
-    """What it changes; of those that change the same, one can act at a time."""
+    """The part that it changes; only one intervention can act on a part at a time."""
 
     def check(self, config: MetaTokenConfig) -> None:
-        """Raise UsageError unless the model of `config` has what this changes."""
+        """Raise UsageError unless the model of `config` has the part that this changes."""
         del config
 
 
@@ -78,7 +75,7 @@ class TokenEmbedding(_Intervention):
     """Id of a text token."""
 
     def check(self, config: MetaTokenConfig) -> None:
-        """Refuse an id that no text has."""
+        """Refuse an id outside the text vocabulary."""
         num_text_tokens = _num_text_tokens(config)
         if self.token_id >= num_text_tokens:
             expected = f"a text token, below {num_text_tokens}"
@@ -100,13 +97,13 @@ class ZeroPosition(_Intervention):
 
 
 class NoPositionEdges(_Intervention):
-    """RoPE: queries and keys unrotated on each attention edge with a meta-token at either end; other edges as ever."""
+    """RoPE: queries and keys stay unrotated on attention edges with a meta-token at either end."""
 
     subject: ClassVar[str] = "position"
     kind: Literal["no_position_edges"] = "no_position_edges"
 
     def check(self, config: MetaTokenConfig) -> None:
-        """Refuse other positions than RoPE, and backends that want values as wide as keys."""
+        """Refuse position encodings other than RoPE, and backends that want values as wide as keys."""
         if config.position_encoding != "rope":
             found = f"{config.position_encoding}, under which queries and keys are not rotated"
             found = _XPOS if config.position_encoding == "xpos" else found
@@ -145,13 +142,13 @@ _ARGUMENTS = {"token_embedding": "token_id", "no_meta_attention": "layers"}
 
 
 def parse_intervention(text: str) -> Intervention:
-    """Read an intervention as written on the command line.
+    """Parse an intervention as written on the command line.
 
     >>> parse_intervention("token_embedding=7"), parse_intervention("no_meta_attention=0,3")
     (TokenEmbedding(kind='token_embedding', token_id=7), NoMetaAttention(kind='no_meta_attention', layers=(0, 3)))
 
     Raises:
-        UsageError: No such kind, or an argument that is missing, wrong or not taken.
+        UsageError: There is no such kind, or its argument is missing, wrong or not accepted.
     """
     kind, has_argument, argument = text.partition("=")
     fields: dict[str, Any] = {"kind": kind}
@@ -174,7 +171,7 @@ def parse_intervention(text: str) -> Intervention:
 def check_interventions(
     model: PreTrainedModel | MetaTokenForCausalLM | nn.Module, interventions: Sequence[Intervention]
 ) -> None:
-    """Raise UsageError unless the model has what each intervention changes, and no two change the same."""
+    """Raise UsageError if the model lacks the part that an intervention changes, or two change the same part."""
     if not interventions:
         return
     config = _decoder_of(model, interventions[0]).config
@@ -185,7 +182,7 @@ def check_interventions(
                 "interventions",
                 expected=f"at most one that changes the {intervention.subject}",
                 found=f"{others[0]} and {intervention.kind}",
-                remedy="run them one after the other",
+                remedy="run one at a time",
             )
         intervention.check(config)
 
@@ -196,20 +193,20 @@ def intervene(
     interventions: Sequence[Intervention],
     token_counts: npt.ArrayLike | None = None,
 ) -> Iterator[None]:
-    """Change what the interventions say at the meta-tokens, in every forward pass of the model within the block.
+    """Apply the interventions in every forward pass of the model within the block.
 
-    Works with and without a cache, with padding on either side and with `inputs_embeds` and `meta_token_mask`; not
-    under `torch.compile`. For `no_position_edges` a cache must be filled within the block, and its keys are three
-    times as wide.
+    Works with and without a cache, with padding on either side, and with `inputs_embeds` and `meta_token_mask`, but
+    not under `torch.compile`. Under `no_position_edges` a cache must be filled within the block, and its keys are
+    three times as wide.
 
     Args:
         model: A model of this package, or a wrapper around one.
         interventions: At most one for each of embedding, position and meta-attention; none is the identity.
         token_counts: (num_text_tokens,) how often each id occurs in the evaluated text; `mean_embedding` needs it.
-            The mean over the vocabulary is no substitute: most of a vocabulary is rare and hardly trained.
+            The mean over the vocabulary could not replace it: most of a vocabulary is rare and hardly trained.
 
     Raises:
-        UsageError: See `check_interventions`; or no or unusable `token_counts` for `mean_embedding`.
+        UsageError: See `check_interventions`; or `token_counts` is missing or unusable for `mean_embedding`.
     """
     check_interventions(model, interventions)
     if not interventions:
@@ -233,7 +230,7 @@ def intervene(
 def _replacement(
     decoder: Any, interventions: Sequence[Intervention], token_counts: npt.ArrayLike | None
 ) -> Tensor | None:
-    """Return what takes the place of a meta-token's embedding, (C,), None for nothing."""
+    """Return the vector (C,) that replaces a meta-token's embedding, or None if it stays."""
     weight: Tensor = decoder.embed_tokens.weight.detach()
     for intervention in interventions:
         if isinstance(intervention, ZeroEmbedding):
@@ -250,7 +247,7 @@ def _replacement(
 
 
 def _token_shares(token_counts: npt.ArrayLike | None, num_text_tokens: int) -> FloatArray:
-    """Return each token's share of the text, float64; the counts may leave out the last ids."""
+    """Return each token's share of the text, float64; trailing ids that do not occur may be missing from the counts."""
     remedy = "pass token_counts=np.bincount(text_ids), or use zero_embedding"
     if token_counts is None:
         raise UsageError("mean_embedding", expected="token_counts", found="none", remedy=remedy)

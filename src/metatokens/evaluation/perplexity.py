@@ -1,8 +1,8 @@
-"""Windowed perplexity of documents: what is scored, with which context, and what meta-tokens change about it.
+"""Windowed perplexity of documents: which tokens are scored, with which context, and how meta-tokens take part.
 
-Every document is scored on its own: an end of text (#), then its tokens. A window of L text tokens is L inputs and
-the L tokens that they predict, so its input begins with the token before its first target. With the document
-a b c d e f g, L = 4 and S = 2 (targets in brackets are context, scored by an earlier window):
+Every document is scored on its own, with an end of text (#) before its tokens. A window of L text tokens has L inputs
+and the L targets that they predict, so its input begins with the token before its first target. With the document
+a b c d e f g, L = 4 and S = 2 (an earlier window has scored the targets in brackets):
 
     windows              number   input      targets
     non-overlapping         0     # a b c     a  b  c  d
@@ -11,22 +11,22 @@ a b c d e f g, L = 4 and S = 2 (targets in brackets are context, scored by an ea
                             1     b c d e    [c][d] e  f
                             2     d e f      [e][f] g
 
-Observe that every text token is scored exactly once in either: the first from the end of text alone, those of the
-last, partial window too; the end of text is never a target.
-Observe that non-overlapping windows score token j of a window from the j tokens before it in the window and the one
-before the window, so their mean holds short contexts; that is what the buckets take apart. Sliding windows, but for
-the first, give every token at least L - S tokens of context.
+Observe that both kinds score every text token exactly once, including the first, from the end of text alone, and those
+of the last, partial window. The end of text is never a target.
+Observe that non-overlapping windows score token j of a window (counted from 0) from the j tokens before it in the
+window and the one before the window. So their mean includes short contexts; the buckets separate them. Sliding windows
+after the first give every token at least L - S tokens of context.
 
-Meta-tokens are put into the input of each window, keyed by (seed, epoch = document number, sample = window number).
-They are never targets, and the model's loss policy says which output predicts a text token. `window_unit` "text" gives
-every injection the same text windows, with the M meta-tokens on top; "positions" gives every injection the same
-number of positions. A partial window keeps the ratio. The layout of the policy punctuation depends on all the text of
-its window, later text included, so its perplexity is not strictly causal; the others know nothing of the text.
+Meta-tokens are inserted into the input of each window, keyed by (seed, epoch = document number, sample = window
+number). They are never targets. The model's loss policy decides which output predicts a text token. `window_unit`
+"text" gives every injection the same text windows, with the M meta-tokens on top; "positions" gives every injection the
+same number of positions. A partial window keeps the ratio. Under the policy punctuation the layout depends on all the
+text of its window, later text included, so its perplexity is not strictly causal; the other layouts ignore the text.
 
 The windows are those of Landmark Attention (non-overlapping, but it drops the partial one) and YaRN (sliding by 256).
-Nats are natural logarithms, of probabilities in float32 at least and over the whole vocabulary, meta-token and padding
-included, as in training. To compare two models, or one with and without an intervention, give their documents' nats
-to `bootstrap_paired_ratio`.
+Losses are in nats (natural logarithms). Probabilities are computed in float32 or better, over the whole vocabulary
+including meta-token and padding, as in training. To compare two models, or one with and without an intervention, pass
+their documents' nats to `bootstrap_paired_ratio`.
 """
 
 from __future__ import annotations
@@ -77,26 +77,25 @@ WindowUnit = Literal["text", "positions"]
 
 
 class PerplexityOptions(Frozen):
-    """How documents are cut into windows and what is put into them."""
+    """How documents are cut into windows, and which meta-tokens and interventions are applied."""
 
     window: int = Field(1024, ge=1)
     """L: length of a window, in `window_unit`."""
     window_unit: WindowUnit = "text"
     """text: L text tokens and the meta-tokens on top; positions: L positions, meta-tokens among them."""
     stride: int | None = Field(None, ge=1)
-    """S: text tokens that the sliding windows move by; by default 256, or half a window's text tokens where that is
-    less, so that they overlap. With S = all of them, sliding and non-overlapping windows are the same, and scored
-    once."""
+    """S: text tokens that the sliding windows move by; by default 256, or half a window's text tokens if that is less,
+    so that windows overlap. With S = a window's text tokens, both kinds of windows are the same and scored once."""
     injection: Injection = NoInjection()
     """Meta-tokens of a window."""
     interventions: tuple[Intervention, ...] = ()
-    """What is changed at the meta-tokens; `mean_embedding` is the mean over the scored tokens."""
+    """Changes to the model at the meta-tokens; `mean_embedding` is the mean over the scored tokens."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the injection and of the bootstrap."""
+    """Seed of the injection and of the bootstrap."""
     max_tokens_per_document: int | None = Field(None, ge=1)
-    """Score the first so many text tokens of every document; off means all."""
+    """How many text tokens of every document to score, from its start; off means all."""
     batch_size: int = Field(8, ge=1)
-    """Windows of one forward pass."""
+    """Windows per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,13 @@ class Window:
     """A stretch of one document."""
 
     number: int
-    """Windows of the document before it; part of the key of its injection."""
+    """Its number in the document, from 0; part of the key of its injection."""
     start: int
     """Text tokens of the document before its first target."""
     num_text: int
-    """Its targets, and as many inputs."""
+    """Number of its targets, and of its text inputs."""
     num_scored: int
-    """Its last so many targets are scored."""
+    """Number of targets scored, counted from the end."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class WindowScores:
     perplexity: Interval
     """exp(nats per text token)."""
     word_perplexity: Interval | None
-    """exp(total nats / whitespace words), free of the tokenizer; None without a word."""
+    """exp(total nats / whitespace words), independent of the tokenizer; None if there is no word."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class ContextBucket:
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """What one document adds to the sums."""
+    """The contribution of one document to the sums."""
 
     name: str
     text_tokens: int
@@ -155,7 +154,7 @@ class DocumentScore:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Everything measured, and all that is needed to measure it again; `dataclasses.asdict` gives plain JSON."""
+    """All measurements, and the options that repeat them; `dataclasses.asdict` gives values that JSON can hold."""
 
     non_overlapping: WindowScores
     sliding: WindowScores
@@ -200,19 +199,19 @@ def measure_perplexity(
     """Score every document in non-overlapping and in sliding windows.
 
     Args:
-        model: A `MetaTokenForCausalLM`, or with the injection none any causal language model of transformers. It is
-            in evaluation mode meanwhile, and back in its own afterwards. Logits of a meta-token model are made in
-            chunks; of another model, those of a whole batch exist at a time.
+        model: A `MetaTokenForCausalLM`; with the injection none, any causal language model of transformers. It runs in
+            evaluation mode and returns to its own mode afterwards. A meta-token model computes its logits in chunks;
+            another model holds those of a whole batch in memory.
         documents: (name, text) each; strings that look like special tokens are plain text.
         tokenizer: The text tokenizer; `load_text_tokenizer(model_folder)` gives it back.
         options: The protocol.
         progress: Called after every forward pass.
 
     Raises:
-        DataError: No document, or one without a token.
-        UsageError: A window longer than the model, a stride longer than a window, meta-tokens for a model without
-            one, an intervention that does not fit the model, or a tokenizer that is not the model's.
-        NumericError: A loss that is not finite.
+        DataError: There is no document, or one has no token.
+        UsageError: A window is longer than the model's, the stride is longer than a window, the model has no
+            meta-token to inject, an intervention does not fit the model, or the tokenizer is not the model's.
+        NumericError: A loss is not finite.
     """
     scorer = TokenScorer(model, tokenizer, options)
     encoded = list(_encode_documents(documents, scorer.encoder, tokenizer, options.max_tokens_per_document))
@@ -300,7 +299,7 @@ class TokenScorer:
     def __init__(
         self, model: PreTrainedModel | MetaTokenForCausalLM, tokenizer: Tokenizer, options: PerplexityOptions
     ) -> None:
-        self._model: Any = model  # transformers' own annotations do not know what a causal model has
+        self._model: Any = model  # transformers' annotations lack attributes that every causal model has
         self._tokenizer = tokenizer
         self._options = options
         self.encoder = TextEncoder(tokenizer)
@@ -319,7 +318,7 @@ class TokenScorer:
         num_meta = self.positions_per_window - self.text_tokens_per_window
         warn_without_meta_tokens(options.injection, num_meta, f"a window of {options.window}")
         if options.interventions and not num_meta:
-            warnings.warn("interventions act at meta-tokens, and the injection puts none into a window", stacklevel=3)
+            warnings.warn("interventions act at meta-tokens, but the injection puts none into a window", stacklevel=3)
         limit = sequence_limit(model)
         if limit is not None and self.positions_per_window > limit:
             raise UsageError(
@@ -401,7 +400,7 @@ class TokenScorer:
             hidden = self._model.get_decoder()(**inputs, use_cache=False).last_hidden_state
             head = self._model.get_output_embeddings()
         else:
-            # what another model does between its last hidden state and its logits is its own affair
+            # another model may transform its last hidden state before its head, so it computes the logits itself
             hidden, head = self._model(**inputs, use_cache=False).logits, nn.Identity()
         losses = token_losses(hidden, head, targets, vocab_size=self._model.config.vocab_size)
         result: FloatArray = losses.double().cpu().numpy()
@@ -436,7 +435,7 @@ def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tens
 
 
 class _BucketSums:
-    """Sums of losses by the number of binary digits of the context: 0, 1, 2-3, 4-7 ..."""
+    """Sums of losses in buckets of context length: 0, 1, 2-3, 4-7 and so on, by its number of binary digits."""
 
     def __init__(self, window: int) -> None:
         self._window = window
@@ -478,7 +477,7 @@ def _encode_documents(
         if not len(tokens):
             raise DataError(name, expected="text", found="an empty document", remedy="leave it out")
         if max_tokens is not None and len(tokens) > max_tokens:
-            # a copy, so that the rest of a book can be freed
+            # a copy, so that the rest of a long document can be freed
             tokens = tokens[:max_tokens].copy()
             text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)  # noqa: PLW2901 the scored part of it
         yield _EncodedDocument(name, tokens, len(text.split()))
@@ -506,8 +505,8 @@ def _full_window(options: PerplexityOptions) -> tuple[int, int]:
 def _fit_injection(injection: Injection, num_text: int, block_size: int | None = None) -> tuple[Injection, int]:
     """Return the injection for a block with `num_text` text tokens, and the block's positions.
 
-    Without a `block_size` the ratio k is of the result, as in `inject_into_prompt`: M is the smallest solution of
-    M = round(k (N + M)). Of explicit positions, those that the text reaches are used.
+    Without a `block_size` the ratio k counts text and meta-tokens together, as in `inject_into_prompt`: M is the
+    smallest solution of M = round(k (N + M)). Explicit positions beyond the text are left out.
     """
     if injection.kind == "explicit":
         reached = tuple(position for j, position in enumerate(injection.positions) if position <= num_text + j)

@@ -1,13 +1,14 @@
 """Accuracy on recall tasks, by length of the prompt and by intervention (paper section 4.2).
 
-An instance of the test split is a prompt with one or more questions. The model reads all of it at once, and an answer
-counts as right when every one of its tokens is the most likely one, meta-token and padding aside. That is what greedy
-decoding would write: as long as every token so far is right, both have read the same. Where a task gives choices, the
-answer is instead the choice with the highest probability, scored over a cache of the prompt.
+An instance of the test split is a prompt with one or more questions and their answers. The model reads all of it at
+once. An answer is right if each of its tokens is the most likely text token at its place. Greedy decoding would write
+the same: as long as every token so far is right, both have read the same. If a task gives choices, the model's answer
+is the most probable choice instead, scored over a cache of the prompt.
 
-Token accuracy is the share of answer tokens that are right, sequence accuracy that of whole answers. The interval of
-one model is Wilson's where an instance has one answer, and otherwise a bootstrap over instances; that of several models
-of one arm is a bootstrap over seeds and instances. Where all or none is right it is Wilson's, as no draw would differ.
+Token accuracy is the share of answer tokens that are right; sequence accuracy is the share of whole answers. One model
+has Wilson's interval if each instance has one answer, else a bootstrap over instances. Several models of one arm have a
+bootstrap over seeds and instances. If all or none of the answers are right, no draw would differ from another, so
+Wilson's interval is used.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ class RecallRow:
     instances: int
     models: int
     token_accuracy: Interval | None
-    """None where the model cannot represent the length: the row reads n/a."""
+    """None if the model cannot read prompts of this length; tables then show n/a."""
     sequence_accuracy: Interval | None
-    """None where `token_accuracy` is."""
+    """None if `token_accuracy` is None."""
     token_outcomes: tuple[tuple[float, ...], ...]
-    """For each model, for each instance the share of its answers' tokens that are right: with those of other seeds, the
-    interval of an arm."""
+    """For each model and each instance, the share of answer tokens that are right. The interval of an arm pools these
+    over its seeds."""
     sequence_outcomes: tuple[tuple[float, ...], ...]
-    """For each model, for each instance the share of its answers that are right: what a comparison with another arm on
-    the same instances needs."""
+    """For each model and each instance, the share of answers that are right. A paired comparison with another arm needs
+    these."""
 
 
 @dataclass(frozen=True)
 class RecallReport:
-    """What `metatokens evaluate` writes."""
+    """The result that `metatokens evaluate` writes."""
 
     format: str
     models: tuple[str, ...]
@@ -109,15 +110,15 @@ def make_test_instances(
 
 @torch.no_grad()
 def count_right_answers(model: Any, encoded: Sequence[EncodedInstance], *, batch_size: int) -> AnswerCounts:
-    """Let a model answer and count what is right.
+    """Let a model answer, and count its right tokens and answers.
 
     Args:
         model: a causal language model in evaluation mode whose config has meta_token_id and pad_token_id.
         encoded: instances in the tokens of the model.
-        batch_size: instances of one forward pass.
+        batch_size: instances per forward pass.
 
     Raises:
-        NumericError: logits that are not finite.
+        NumericError: logits are not finite.
     """
     counts = np.zeros((4, len(encoded)))
     # neighbours of about equal length share a batch
@@ -153,7 +154,7 @@ def _predict(model: Any, rows: Sequence[EncodedInstance]) -> list[npt.NDArray[np
     for row in rows:
         for start, stop in row.answer_spans:
             wanted[start - 1 : stop - 1] = True
-    # logits where some row has an answer: at a long prompt few positions of many
+    # only the positions where some row has an answer: few of a long prompt's
     positions = torch.from_numpy(np.flatnonzero(wanted)).to(model.device)
     logits = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=positions).logits
     _check_finite(logits)
@@ -196,7 +197,7 @@ def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], star
 
 
 def _check_finite(logits: Tensor) -> None:
-    """Refuse to take the largest of what cannot be compared: the answer would be the first id."""
+    """Refuse logits that are not finite: NaN cannot be compared, so the first id would pass for the answer."""
     if not logits.isfinite().all():
         raise NumericError(
             "logits of the answers",
@@ -207,7 +208,7 @@ def _check_finite(logits: Tensor) -> None:
 
 
 def _without_special(model: Any, logits: Tensor) -> Tensor:
-    """Leave out the ids behind the text vocabulary, the meta-token among them."""
+    """Leave out the ids after the text vocabulary, such as the meta-token."""
     return logits[..., : model.config.meta_token_id]
 
 
@@ -222,14 +223,14 @@ def evaluate_recall(
     """Evaluate the models of one arm, one training seed each, at every length, on the same instances.
 
     Args:
-        models: in evaluation mode, with one tokenizer; read one at a time.
-        config: what is asked.
-        encoder: of their tokenizer.
-        interventions: what is changed at the meta-tokens.
-        progress: told what has been done.
+        models: in evaluation mode, with one tokenizer; consumed one at a time.
+        config: the task, its lengths and the number of instances.
+        encoder: of the models' tokenizer.
+        interventions: changes to the models at their meta-tokens.
+        progress: called with a line of text after each length of each model.
 
     Raises:
-        UsageError: a length that the task cannot fill, or an intervention that the model has no part for.
+        UsageError: the task cannot fill a length, or the model lacks the part that an intervention changes.
     """
     counts: dict[str, list[AnswerCounts | None]] = {length: [] for length in config.lengths}
     instances: dict[str, list[EncodedInstance]] = {}
@@ -259,7 +260,7 @@ def evaluate_recall(
 
 
 def _has_no_last_position(model: Any) -> bool:
-    """Tell whether a model knows positions beyond its window; dynamic scaling takes the window for its own ends."""
+    """Tell whether a model can compute positions beyond its window; not under scaling that depends on the window."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     encoding = getattr(model.config, "position_encoding", "learned")
     return encoding in ("rope", "xpos", "alibi", "none") and rope.get("rope_type") != "dynamic"
@@ -267,7 +268,7 @@ def _has_no_last_position(model: Any) -> bool:
 
 @contextmanager
 def _window_of(model: Any, positions: int) -> Iterator[None]:
-    """Let a model that knows positions beyond its window read so many; others are left as they are."""
+    """Set a model's window to `positions` if it is shorter and the model can read beyond it."""
     window = getattr(model.config, "max_position_embeddings", None)
     if window is None or window >= positions or not _has_no_last_position(model):
         yield
@@ -280,7 +281,7 @@ def _window_of(model: Any, positions: int) -> Iterator[None]:
 
 
 def report(rows: Sequence[RecallRow], config: EvaluateConfig, models: Sequence[str], model: Any) -> RecallReport:
-    """Return the rows with what they were measured on; `model` is one of the arm's, for its size."""
+    """Return the report of an arm; `model` is one of its models, for the number of parameters."""
     return RecallReport(
         RESULT_FORMAT, tuple(models), model.num_parameters(), config.model_dump(mode="json"), tuple(rows)
     )
@@ -311,7 +312,7 @@ def _row(
 
 
 def _accuracy(counts: Sequence[tuple[Outcomes, Outcomes]], seed: int) -> Interval:
-    """Return the share of what is right with its interval; one pair (right, all) of (instances,) for each model."""
+    """Return the share that is right with its interval; `counts` has (right, all), (instances,) each, per model."""
     (right, every), *others = counts
     if others or right.sum() in (0, every.sum()):
         return accuracy_interval([right / every for right, every in counts], seed=seed)

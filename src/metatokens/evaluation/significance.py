@@ -1,10 +1,10 @@
 """Bias-corrected intervals over documents, tests by sign flips, and corrections for many tests.
 
 The document is the unit of all of them. Intervals are BCa (Efron 1987, "Better Bootstrap Confidence Intervals"), which
-follow a skewed statistic where percentiles do not; the two conditions of a pair are compared by flipping the signs of
-their differences; several primary endpoints are corrected by Holm 1979, maps of layers and heads by Benjamini and
-Hochberg 1995. That two conditions are alike is a test of its own (TOST, Schuirmann 1987): a large p-value of a
-difference shows nothing. Percentile intervals and Wilson's are in `statistics`.
+fit a skewed statistic better than percentiles. Two paired conditions are compared by flipping the signs of their
+differences. Several primary endpoints are corrected after Holm 1979, maps of layers and heads after Benjamini and
+Hochberg 1995. To show that two conditions are alike, use the equivalence test (TOST, Schuirmann 1987): a large p-value
+of a difference does not show it. Percentile intervals and Wilson's are in `statistics`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, Interval, Numbers
 
 MAX_EXACT_DOCUMENTS = 14
-"""Up to so many documents all 2^n sign flips are counted: 16,384."""
+"""Up to this number of documents n, all 2^n sign flips are counted: at most 16,384."""
 SIGN_FLIP_DRAWS = 10_000
 FALSE_DISCOVERY_RATE = 0.05
 
@@ -41,9 +41,9 @@ def bca_interval(
     level: float = CONFIDENCE_LEVEL,
     minimum_documents: int = MINIMUM_DOCUMENTS,
 ) -> Interval:
-    """Return a statistic of documents with its BCa interval; the mean where none is given.
+    """Return a statistic of documents, by default the mean, with its BCa interval.
 
-    A pure function of its arguments. Where all documents are alike the interval is a point.
+    A pure function of its arguments. If all documents are alike, the interval is a point.
 
     Args:
         values_by_document: (documents, ...) finite numbers.
@@ -51,15 +51,15 @@ def bca_interval(
         seed: of the generator, PCG64.
         resamples: number of draws.
         level: share of intervals that hold the true value.
-        minimum_documents: fewer are an error.
+        minimum_documents: the fewest documents that are accepted.
 
     Raises:
-        UsageError: fewer documents than `minimum_documents`.
-        ValueError: a number that is not finite, or a `level` outside (0, 1).
+        UsageError: there are fewer documents than `minimum_documents`.
+        ValueError: a number is not finite, or `level` is outside (0, 1).
     """
     values = np.asarray(values_by_document, dtype=np.float64)
     if values.ndim < 1 or not np.isfinite(values).all():
-        raise ValueError(f"finite numbers, the documents along the first axis, not an array of shape {values.shape}")
+        raise ValueError(f"values must be finite, with documents along the first axis, not of shape {values.shape}")
     check_documents(len(values), minimum_documents)
     measure = _mean if statistic is None else statistic
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -83,14 +83,14 @@ def bca_ratio(
     For the paired difference of two models on the same documents, pass the differences of their numerators.
 
     Raises:
-        UsageError: fewer documents than `minimum_documents`.
-        ValueError: unequal lengths, a denominator that is not positive, or what `bca_interval` refuses.
+        UsageError: there are fewer documents than `minimum_documents`.
+        ValueError: the lengths differ, a denominator is not positive, or see `bca_interval`.
     """
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if above.ndim != 1 or above.shape != below.shape or (below <= 0).any():
         raise ValueError(
-            f"one numerator and one positive denominator a document, not shapes {above.shape} and {below.shape} "
-            f"and a denominator of {below.min(initial=math.inf)}"
+            f"each document needs one numerator and one positive denominator, not shapes {above.shape} and "
+            f"{below.shape} and a denominator of {below.min(initial=math.inf)}"
         )
     return bca_interval(
         np.stack([above, below], axis=1),
@@ -109,7 +109,7 @@ def bca_from_draws(
     *,
     level: float = CONFIDENCE_LEVEL,
 ) -> Interval:
-    """Return the BCa interval of a statistic whose draws are at hand.
+    """Return the BCa interval of a statistic from draws that the caller has made.
 
     With z0 = Phi^-1(share of draws below the estimate) and the acceleration a, the bounds are the quantiles
     Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the draws, for z the normal quantiles of the level. Where several factors
@@ -118,12 +118,12 @@ def bca_from_draws(
     Args:
         estimate: the statistic of all units.
         draws: the statistic of each resample.
-        leave_one_out: one sequence for each factor that is resampled, the statistic without each of its units; a
-            factor of a single unit adds nothing.
+        leave_one_out: for each resampled factor, the statistic without each of its units in turn; a factor with a
+            single unit adds nothing.
         level: share of intervals that hold the true value.
 
     Raises:
-        ValueError: no draw, or a `level` outside (0, 1).
+        ValueError: there is no draw, or `level` is outside (0, 1).
     """
     drawn = np.sort(np.asarray(draws, dtype=np.float64))
     if not len(drawn) or not 0 < level < 1:
@@ -145,10 +145,10 @@ def bca_from_draws(
 
 
 def check_documents(num_documents: int, minimum_documents: int = MINIMUM_DOCUMENTS) -> None:
-    """Refuse documents that are too few for an interval.
+    """Refuse too few documents for an interval.
 
     Raises:
-        UsageError: fewer than `minimum_documents`.
+        UsageError: there are fewer than `minimum_documents`.
     """
     if num_documents < minimum_documents:
         raise UsageError(
@@ -160,19 +160,19 @@ def check_documents(num_documents: int, minimum_documents: int = MINIMUM_DOCUMEN
 
 
 def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
-    """Return the two-sided p-value that paired differences are symmetric around 0.
+    """Return the two-sided p-value of the hypothesis that paired differences are symmetric around 0.
 
-    The share of sign flips whose mean is as far from 0 as the one observed. All flips are counted for up to
-    `MAX_EXACT_DOCUMENTS` documents, and the seed does not matter; else `draws` are drawn and the observed one counts
-    among them, so p is never 0.
+    It is the share of sign flips whose mean is at least as far from 0 as the observed one. For up to
+    `MAX_EXACT_DOCUMENTS` documents all flips are counted, and the seed does not matter. For more, `draws` random flips
+    are counted together with the observed one, so p is never 0.
 
     Args:
-        differences: one a document, finite.
+        differences: one finite number per document.
         seed: of the generator, PCG64.
         draws: number of random flips.
 
     Raises:
-        ValueError: no difference, or one that is not finite.
+        ValueError: there is no difference, or one is not finite.
     """
     values = _check_differences(differences)
     tie = _RELATIVE_TIE * float(np.abs(values).sum())
@@ -181,7 +181,7 @@ def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DR
 
 
 def least_units(num_tests: int, level: float) -> int:
-    """Return the fewest documents (or seeds) of which a sign-flip test can pass among so many tests.
+    """Return the fewest documents (or seeds) with which a sign-flip test can pass among `num_tests` tests.
 
     The exact two-sided p-value of n units is at least 2 / 2^n, and the smallest of m p-values is multiplied by m
     (Holm), so n must be at least log2(2 m / level): 9 for eight tests at 5%.
@@ -196,19 +196,20 @@ def least_units(num_tests: int, level: float) -> int:
 
 
 def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
-    """Return the p-value that paired differences have a mean at or beyond +-margin; small means alike (TOST).
+    """Return the p-value of the hypothesis that paired differences have a mean at or beyond +-margin (TOST).
 
-    The larger p-value of two one-sided sign-flip tests, of the differences moved by the margin to either side, which
-    are symmetric around 0 at the border of the null hypothesis.
+    A small p-value shows that the two conditions are alike. It is the larger p-value of two one-sided sign-flip tests
+    of the differences shifted by the margin to either side; at the border of the hypothesis these are symmetric
+    around 0.
 
     Args:
-        differences: one a document, finite.
+        differences: one finite number per document.
         margin: positive; declared before the run, in the unit of the differences.
         seed: of the generator, PCG64.
-        draws: number of random flips where there are more than `MAX_EXACT_DOCUMENTS` documents.
+        draws: number of random flips if there are more than `MAX_EXACT_DOCUMENTS` documents.
 
     Raises:
-        ValueError: no difference, one that is not finite, or a margin that is not positive.
+        ValueError: there is no difference, one is not finite, or the margin is not positive.
     """
     values = _check_differences(differences)
     if not 0 < margin < math.inf:
@@ -217,7 +218,7 @@ def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: i
 
 
 def holm(p_values: npt.ArrayLike) -> Array:
-    """Return p-values adjusted so that any false rejection among them is as rare as the level (Holm 1979).
+    """Return p-values adjusted to bound the probability of any false rejection by the level (Holm 1979).
 
     Args:
         p_values: of any shape, in [0, 1]; the result has the same shape.
@@ -229,11 +230,11 @@ def holm(p_values: npt.ArrayLike) -> Array:
 
 
 def benjamini_hochberg(p_values: npt.ArrayLike, q: float = FALSE_DISCOVERY_RATE) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return adjusted p-values and which are rejected at a false discovery rate (Benjamini and Hochberg 1995).
+    """Return adjusted p-values, and which tests are rejected at a false discovery rate (Benjamini and Hochberg 1995).
 
     Args:
         p_values: of any shape, such as (layers, heads), in [0, 1]; both results have the same shape.
-        q: expected share of false ones among the rejected.
+        q: accepted share of false rejections among all rejections.
     """
     p = _check_p_values(p_values)
     if not 0 < q < 1:
@@ -251,7 +252,7 @@ def _mean(values: Array) -> float:
 def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
     """Return a = sum(l^3 / n^3) / (6 sum(l^2 / n^2)^1.5) over the influences l of all factors.
 
-    Davison and Hinkley 1997, chapter 5, for several samples; for one it is Efron's.
+    This is the acceleration for several samples (Davison and Hinkley 1997, chapter 5); for one sample it is Efron's.
     """
     cubes = squares = 0.0
     for values in leave_one_out:
@@ -265,7 +266,7 @@ def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
 def _check_differences(differences: Numbers) -> Array:
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"one finite difference a document, not an array of shape {values.shape}")
+        raise ValueError(f"each document needs one finite difference, not an array of shape {values.shape}")
     return values
 
 
@@ -277,7 +278,7 @@ def _check_p_values(p_values: npt.ArrayLike) -> Array:
 
 
 def _one_sided_test(values: Array, *, seed: int, draws: int) -> float:
-    """Return the p-value that the values are symmetric around 0, against a larger mean."""
+    """Return the p-value of the hypothesis that the values are symmetric around 0, against a larger mean."""
     observed = float(values.sum()) - _RELATIVE_TIE * float(np.abs(values).sum())
     return _share_of_flips(values, lambda sums: sums >= observed, seed=seed, draws=draws)
 
@@ -285,7 +286,7 @@ def _one_sided_test(values: Array, *, seed: int, draws: int) -> float:
 def _share_of_flips(
     values: Array, is_extreme: Callable[[Array], npt.NDArray[np.bool_]], *, seed: int, draws: int
 ) -> float:
-    """Return the share of sign flips whose sum is extreme; the observed sum must be."""
+    """Return the share of sign flips whose sum is extreme; the observed sum must be extreme itself."""
     num_documents = len(values)
     if num_documents <= MAX_EXACT_DOCUMENTS:
         bits = np.arange(2**num_documents)[:, None] >> np.arange(num_documents) & 1
@@ -303,7 +304,7 @@ def _share_of_flips(
 
 
 def _put(values: Array, order: npt.NDArray[np.intp], shape: tuple[int, ...]) -> Array:
-    """Return sorted values in the places that they came from."""
+    """Return sorted values in their original order and shape."""
     result = np.empty(len(order))
     result[order] = values
     return result.reshape(shape)

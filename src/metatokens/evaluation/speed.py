@@ -1,6 +1,6 @@
-"""What a model costs: counted from its config, and timed side by side.
+"""The cost of a model: counted from its config, and timed side by side with others.
 
-What is compared takes turns in one run, so that a drift of the machine's speed hits all alike.
+Tasks that are compared take turns in one run, so a drift of the machine's speed affects all of them alike.
 """
 
 import statistics
@@ -19,10 +19,10 @@ FLOAT32_BYTES = 4
 
 
 def time_in_turns(tasks: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every task once a round, after `warmup` rounds that do not count.
+    """Run every task once per round, after `warmup` rounds that do not count.
 
     Returns:
-        Seconds of each task in each round; on a GPU until its work is done.
+        The seconds of each task in each round; on a GPU, until its work there is done.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for index in range(warmup + rounds):

@@ -1,9 +1,9 @@
 """Intervals for ratios of sums over documents, for accuracies, and for means over seeds and instances.
 
-Tokens of one document are not independent, documents nearly are; so whole documents are drawn again, with
-replacement, and the ratio of the sums (not the mean of the ratios) is taken of every draw. Percentile intervals: Efron
-1979. The accuracy of one model has Wilson's interval (1927); that of several trainings the bootstrap over both seeds
-and instances. Tests of significance are not here.
+Tokens of one document are not independent, but documents nearly are. So the bootstrap resamples whole documents with
+replacement, and takes the ratio of the sums (not the mean of the ratios) in every draw. Its intervals are percentiles
+(Efron 1979). The accuracy of one model has Wilson's interval (1927); the accuracy of several trainings has a bootstrap
+over both seeds and instances. Tests of significance are in `significance`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 BOOTSTRAP_RESAMPLES = 2_000
 CONFIDENCE_LEVEL = 0.95
 MINIMUM_SEEDS = 5
-"""Fewer trainings are listed one by one: an interval over three covers 75%, and less where they solve a task or do not;
-see `bootstrap_seeds_and_instances`."""
+"""Reports list fewer trainings one by one, without an interval. A 95% interval over three holds the truth in only 75%
+of cases, and in fewer if each training either solves the task or fails; see `bootstrap_seeds_and_instances`."""
 _DRAWS_AT_A_TIME = 2**22  # bounds the memory of many documents times many resamples
 _LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 
@@ -33,13 +33,13 @@ class Interval:
 
     estimate: float
     low: float | None
-    """None where a single document or instance leaves nothing to resample; never NaN."""
+    """None if there is only one document or instance, which leaves nothing to resample; never NaN."""
     high: float | None
-    """None where `low` is."""
+    """None if `low` is None."""
     level: float = CONFIDENCE_LEVEL
 
     def exp(self) -> Interval:
-        """Return the interval of the exponential: of a mean in nats, the perplexity."""
+        """Return the exponential of estimate and bounds: a mean in nats becomes a perplexity."""
         low = None if self.low is None else _exp(self.low)
         high = None if self.high is None else _exp(self.high)
         return Interval(_exp(self.estimate), low, high, self.level)
@@ -55,23 +55,25 @@ def bootstrap_ratio(
 ) -> Interval:
     """Return sum(numerators) / sum(denominators) with its percentile interval over documents.
 
-    A pure function of its arguments. A draw of documents whose denominators add up to 0 is left out. With one
-    document `low` and `high` are None.
+    A pure function of its arguments. A draw whose denominators add up to 0 is left out. With one document, `low` and
+    `high` are None.
 
     Args:
-        numerators: one number a document, such as its nats.
-        denominators: one number a document, not negative, such as its text tokens.
+        numerators: one number per document, such as its nats.
+        denominators: one number per document, not negative, such as its text tokens.
         seed: of the generator, PCG64.
         resamples: number of draws.
-        level: share of the draws inside of the interval.
+        level: share of the draws inside the interval.
 
     Raises:
-        ValueError: no document, unequal lengths, a negative denominator, denominators that add up to 0, or a
-            `level` outside (0, 1).
+        ValueError: there is no document, the lengths differ, a denominator is negative, the denominators add up to 0,
+            or `level` is outside (0, 1).
     """
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if above.ndim != 1 or above.shape != below.shape or not len(above):
-        raise ValueError(f"one numerator and one denominator a document, not shapes {above.shape} and {below.shape}")
+        raise ValueError(
+            f"each document needs one numerator and one denominator, not shapes {above.shape} and {below.shape}"
+        )
     if below.min() < 0 or below.sum() == 0:
         raise ValueError("denominators must not be negative and must not add up to 0")
     _check_drawing(resamples, level)
@@ -101,8 +103,8 @@ def bootstrap_paired_ratio(
 ) -> Interval:
     """Return the first model's ratio minus the other's on the same documents, with its interval.
 
-    Every draw takes the same documents for both, so that what makes a document hard for both cancels. The
-    denominators (text tokens, or words where the tokenizers differ) are shared. See `bootstrap_ratio`.
+    Every draw takes the same documents for both models, so a difficulty that they share cancels. Both share the
+    denominators: text tokens, or words if the tokenizers differ. See `bootstrap_ratio`.
     """
     above, other = np.asarray(numerators, dtype=np.float64), np.asarray(other_numerators, dtype=np.float64)
     if above.shape != other.shape:
@@ -117,7 +119,7 @@ def wilson_interval(successes: int, trials: int, level: float = CONFIDENCE_LEVEL
     (1 + z^2 / n). Without a success `low` is exactly 0, without a failure `high` exactly 1.
 
     Raises:
-        ValueError: no trial, successes outside 0..trials, or a `level` outside (0, 1).
+        ValueError: there is no trial, successes lie outside 0..trials, or `level` is outside (0, 1).
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"successes must lie in 0..trials and trials be at least 1, not {successes} of {trials}")
@@ -140,40 +142,40 @@ def bootstrap_seeds_and_instances(
 ) -> Interval:
     """Return the mean over seeds of the mean over instances, with the percentile interval over both.
 
-    Every draw takes training seeds with replacement, and instances with replacement. One seed leaves the instances
-    alone: the interval is then that of this training, not of the method. Seeds count alike, whatever the number of
-    their instances. A pure function of its arguments.
+    Every draw takes training seeds with replacement, and instances with replacement. With one seed only the instances
+    vary, so the interval is that of this training, not of the method. All seeds have equal weight, whatever the number
+    of their instances. A pure function of its arguments.
 
     How often the 95% interval holds the truth, simulated with 50 normal instances (a test holds these numbers):
 
-        what differs                                    shared_instances      3 seeds   5 seeds   10 seeds
+        source of variation                             shared_instances      3 seeds   5 seeds   10 seeds
         the seeds alone                                 True or False           75%       84%       90%
         noise of each seed and instance alone           True                    99%      100%      100%
         the same                                        False                   96%       98%       99%
         difficulty of instances shared by all seeds     True                    95%       94%       95%
         the same                                        False                   80%       68%       52%
 
-    So no bootstrap sees beyond the few seeds it has; False is wrong for a fixed test set.
+    So a bootstrap over few seeds gives intervals that are too short, and False is wrong for a fixed test set.
 
     Args:
-        outcomes: one array a seed, one number an instance, such as 1 for a right answer and 0 for a wrong one.
+        outcomes: one array per seed with one number per instance, such as 1 for a right answer and 0 for a wrong one.
         seed: of the generator, PCG64.
-        shared_instances: True where entry i is the same instance for every seed, as on a fixed test set: it is drawn
-            for all seeds or for none, because what makes it hard does so for every seed. False where each seed has
-            instances of its own: drawn within each seed.
+        shared_instances: True if entry i is the same instance for every seed, as on a fixed test set. A draw then
+            takes it for all seeds or for none, because a hard instance is hard for every seed. False if each seed has
+            its own instances, which are then drawn within each seed.
         resamples: number of draws.
-        level: share of the draws inside of the interval.
+        level: share of the draws inside the interval.
 
     Raises:
-        ValueError: no seed, a seed without an instance, a number that is not finite, shared instances of unequal
-            number, or a `level` outside (0, 1).
+        ValueError: there is no seed, a seed has no instance, a number is not finite, seeds share instances but differ
+            in their number, or `level` is outside (0, 1).
     """
     values = [np.asarray(outcome, dtype=np.float64) for outcome in outcomes]
     if not values or any(v.ndim != 1 or not len(v) or not np.isfinite(v).all() for v in values):
-        raise ValueError(f"one array of finite outcomes a seed, not shapes {[v.shape for v in values]}")
+        raise ValueError(f"each seed needs one array of finite outcomes, not shapes {[v.shape for v in values]}")
     lengths = [len(v) for v in values]
     if shared_instances and len(set(lengths)) > 1:
-        raise ValueError(f"shared instances are as many for every seed, not {lengths}; or pass shared_instances=False")
+        raise ValueError(f"seeds that share instances need equally many, not {lengths}; or pass shared_instances=False")
     _check_drawing(resamples, level)
     estimate = float(np.mean([v.mean() for v in values]))
     if len(values) == 1 and lengths == [1]:
@@ -190,8 +192,8 @@ def bootstrap_seeds_and_instances(
 def accuracy_interval(outcomes: Sequence[Numbers], *, seed: int) -> Interval:
     """Return the mean accuracy of trained models on shared instances, with its interval.
 
-    A bootstrap over seeds and instances; where every outcome is 0, or every one is 1, no draw differs and its interval
-    would be a point, so Wilson's for one answer an instance stands in its place.
+    The interval is a bootstrap over seeds and instances. If every outcome is 0, or every one is 1, all draws are equal
+    and it would be a point; Wilson's interval for one answer per instance takes its place.
 
     Args:
         outcomes: for each training seed, (instances,) shares of right answers in [0, 1].
@@ -213,9 +215,9 @@ def bootstrap_paired_seeds_and_instances(
     resamples: int = BOOTSTRAP_RESAMPLES,
     level: float = CONFIDENCE_LEVEL,
 ) -> Interval:
-    """Return the first arm's mean minus the other's, trained with the same seeds and tested on the same instances.
+    """Return the first arm's mean minus the other's, for arms with the same seeds and test instances.
 
-    Every draw takes the same seeds and the same instances for both arms, so that what both find hard cancels. See
+    Every draw takes the same seeds and the same instances for both arms, so a difficulty that they share cancels. See
     `bootstrap_seeds_and_instances`.
     """
     first, other = ([np.asarray(outcome, dtype=np.float64) for outcome in arm] for arm in (outcomes, other_outcomes))
@@ -233,7 +235,7 @@ def bootstrap_paired_seeds_and_instances(
 def _draw_means(
     values: list[npt.NDArray[np.float64]], rows: int, generator: np.random.Generator, shared_instances: bool
 ) -> npt.NDArray[np.float64]:
-    """Return the means (rows,) of so many draws of seeds and instances."""
+    """Return the means (rows,) of `rows` draws of seeds and instances."""
     num_seeds = len(values)
     seeds = generator.integers(num_seeds, size=(rows, num_seeds))
     if shared_instances:
@@ -260,5 +262,5 @@ def _percentile_interval(estimate: float, draws: npt.NDArray[np.float64], level:
 
 
 def _exp(value: float) -> float:
-    """Return e^value; the largest float where that overflows, so that JSON can hold it."""
+    """Return e^value, or the largest float if that overflows, so that JSON can hold it."""
     return math.exp(min(value, _LARGEST_EXPONENT))

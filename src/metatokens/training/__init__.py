@@ -1,1 +1,1 @@
-"""Pre-training: the loop, its processes, checkpoints and run folder."""
+"""Training: pre-training, fine-tuning and length extension, with the loop, checkpoints and run folder they share."""

@@ -1,9 +1,9 @@
-"""Checkpoints that are either complete and verified or not there.
+"""Checkpoints that are either complete and verified, or absent.
 
-A checkpoint is written into a temporary folder, every file hashed and synced, `manifest.json` last, and renamed into
-place; the newest valid manifest is the latest checkpoint, so no pointer can go stale. Tensors are safetensors, the rest
-JSON: nothing that is loaded can run code. Learning rate, sample order and injection are functions of the step, so the
-step, the weights and the optimizer's moments are the whole state.
+A checkpoint is written into a temporary folder, with the hashes of its files in `manifest.json`, flushed to the disk
+and renamed into place. The newest checkpoint that verifies is the latest, so there is no pointer that could go stale.
+Tensors are stored as safetensors and everything else as JSON, so loading cannot run code. Learning rate, sample order
+and injection are functions of the step, so the step, the weights and the optimizer's moments are the whole state.
 """
 
 import json
@@ -36,18 +36,18 @@ MAX_MANIFEST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds besides tensors."""
+    """The part of a checkpoint besides tensors."""
 
     step: int
-    """Optimizer steps done; the next one is this number, counted from 0."""
+    """Optimizer steps done, and so the number of the next one, counted from 0."""
     content_id: str
-    """Identity of the tokens that the run reads, and of the weights that it started from where they were not new."""
+    """Identity of the tokens that the run reads, and of the weights that it started from unless they were new."""
     world_size: int
-    """Number of processes; another number continues with the same samples but not to the bit."""
+    """Number of processes; with another number a run continues on the same samples, but not to the bit."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite and that changed nothing."""
+    """Steps that changed nothing because their loss or gradient was not finite."""
     consecutive_skips: int = 0
-    """Those since the last step that changed something."""
+    """Skipped steps since the last step that was not skipped."""
     text_tokens: int = 0
     """Text tokens of the steps done, over all processes; padding does not count."""
     meta_tokens: int = 0
@@ -55,9 +55,9 @@ class TrainingState:
     training_flops: float = 0.0
     """Floating-point operations of the steps done."""
     config: dict[str, Any] | None = None
-    """The resolved config of the run, as plain values; None in a checkpoint from before it was kept."""
+    """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
     run_sha256: str | None = None
-    """What older checkpoints have in its place (see `run_folder.run_sha256`), or neither."""
+    """The digest that some older checkpoints have instead of `config` (see `run_folder.run_sha256`)."""
 
 
 def save_checkpoint(
@@ -72,8 +72,8 @@ def save_checkpoint(
     """Commit a checkpoint under `folder`, then remove all but the `keep` newest; returns its path.
 
     Raises:
-        NumericError: if a weight is not finite; such a checkpoint would take the place of a good one.
-        ResourceError: if it cannot be written, as on a full disk; nothing of the new checkpoint is left then.
+        NumericError: if a weight is not finite, because such a checkpoint would replace a good one.
+        ResourceError: if it cannot be written, as on a full disk; no part of the new checkpoint stays.
     """
     final = folder / f"step-{state.step:08d}"
     if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
@@ -84,32 +84,32 @@ def save_checkpoint(
             remedy=f"lower optimizer.learning_rate; {describe_newest(folder)}",
         )
     if final.exists():
-        # a run that went on from an older checkpoint comes back to the one that it passed over as damaged
+        # this one was damaged: the run passed over it, continued from an older one and has reached its step again
         shutil.rmtree(final)
     with new_folder(final) as temporary:
         save_model(model, temporary, tokenizer)
         save_file(_optimizer_tensors(model, optimizer), temporary / MOMENTS)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
         write_manifest(temporary)
-    # a damaged checkpoint of a later step does not count, or the new one would be removed as old
+    # do not count a damaged checkpoint of a later step, or the new one would be removed as old
     for old in [path for path in _step_folders(folder) if path.name <= final.name][keep:]:
         shutil.rmtree(old)
     return final
 
 
 def describe_newest(folder: Path) -> str:
-    """Say which checkpoint an error leaves; it is not verified."""
+    """Return a clause for error messages that names the newest checkpoint; it is not verified."""
     newest = next(iter(_step_folders(folder)), None)
     return "no checkpoint was made before" if newest is None else f"checkpoint {newest} is left as it was"
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, or None if there is none at all.
+    """Return the newest checkpoint that verifies, or None if there is no checkpoint at all.
 
-    A damaged one is passed over with a warning.
+    A damaged checkpoint is passed over with a warning.
 
     Raises:
-        CheckpointError: if there are checkpoints and none of them verifies.
+        CheckpointError: if there are checkpoints but none of them verifies.
     """
     problem = None
     for path in _step_folders(folder):
@@ -126,7 +126,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write size and SHA-256 of every file of a folder beside them."""
+    """Write a manifest into a folder, with the size and SHA-256 of each of its files."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
 
@@ -141,7 +141,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def verify_model(path: Path) -> None:
-    """Compare every file of a model's folder with its manifest, if it has one, as what a run leaves has.
+    """Compare every file of a model's folder with its manifest, if it has one; the models that runs write have one.
 
     Raises:
         CheckpointError: naming the file.
@@ -181,10 +181,10 @@ def _verify(path: Path, *, needed: set[str], remedy: str) -> None:
 
 
 def read_state(path: Path) -> TrainingState:
-    """Return what a checkpoint holds besides tensors.
+    """Return the training state of a checkpoint.
 
     Raises:
-        CheckpointError: if it is not what this version writes.
+        CheckpointError: if the file is missing, or is not a state that this version can read.
     """
     try:
         return TrainingState(**json.loads((path / STATE).read_text()))
@@ -202,7 +202,7 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
     """
     tensors = _fitting_weights(path, model)
     moments = _load_tensors(path / MOMENTS)
-    # a parameter without moments is one that no step has changed so far
+    # AdamW makes moments at a parameter's first step, so a parameter that was never stepped has none
     parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in moments}
     steps = torch.zeros(())
     expected = {
@@ -218,7 +218,7 @@ def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.op
 
 
 def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
-    """Take over the weights in a checkpoint or model folder, to the bit.
+    """Load the weights of a checkpoint or model folder into `model`, to the bit.
 
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
@@ -266,7 +266,7 @@ def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optim
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first; none where there is no folder yet."""
+    """Return the checkpoint folders, newest first; none if `folder` does not exist yet."""
     return sorted((path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
 

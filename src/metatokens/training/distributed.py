@@ -1,6 +1,6 @@
 """The processes of a run: one, or several under torchrun.
 
-torchrun's RANK family of environment variables is the only thing read from the environment.
+From the environment it reads only torchrun's variables: RANK, LOCAL_RANK and WORLD_SIZE.
 """
 
 import os
@@ -26,7 +26,7 @@ class Processes:
     world_size: int
     device: torch.device
     copies: list[nn.parallel.DistributedDataParallel] = field(default_factory=list)
-    """Of models, one of which each process has."""
+    """The DDP wrappers that `wrap` has made, for `leave` to release."""
 
     @property
     def is_main(self) -> bool:
@@ -43,9 +43,9 @@ class Processes:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Let every process do its part and wait for all; where a part fails, all end with the first one's error.
+        """Wait at the end of the block for all processes; if any failed, all raise the error of the lowest such rank.
 
-        Nothing inside may wait for another process.
+        The block itself must not wait for another process.
         """
         own: MetaTokensError | None = None
         try:
@@ -65,7 +65,7 @@ class Processes:
         raise kind.repeat(line)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model as one of its copies whose gradients are averaged over the processes."""
+        """Return the model in a DDP wrapper, which averages gradients over the processes; alone, the model itself."""
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
@@ -74,11 +74,11 @@ class Processes:
         return copy
 
     def leave(self) -> None:
-        """Leave the others; no copy can be trained after that."""
+        """Leave the process group; no wrapper can be trained after that."""
         if self.world_size == 1:
             return
-        # A copy's reducer holds the process group. If a traceback keeps a copy alive, the group is destroyed with it,
-        # and that deadlocks: it waits for its threads while it holds the interpreter lock, which one of them needs.
+        # A wrapper's reducer holds the process group. If a traceback keeps the wrapper alive, the group is destroyed
+        # with it. That deadlocks: it waits for its threads under the interpreter lock, which one of them needs.
         for copy in self.copies:
             del copy.reducer
             copy.logger = None
@@ -87,7 +87,7 @@ class Processes:
 
 @contextmanager
 def join_processes(config: StepConfig) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be the only one."""
+    """Join the processes that torchrun started, or run as the only one."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -119,7 +119,7 @@ def _check_batch(config: StepConfig, world_size: int) -> None:
             "training.batch_blocks",
             expected=f"a multiple of {world_size} processes x training.micro_batch_blocks {config.micro_batch_blocks}",
             found=str(config.batch_blocks),
-            remedy="change one of the three",
+            remedy="change either setting or the number of processes",
         )
 
 
@@ -136,10 +136,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device that "auto", "cpu" or "cuda" names on this machine.
 
     Raises:
-        UsageError: for a GPU where there is none.
+        UsageError: if `name` is "cuda" and there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda", expected="a GPU", found="none", remedy="take the device cpu or auto")
+        raise UsageError("device cuda", expected="a GPU", found="none", remedy="choose the device cpu or auto")
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -1,6 +1,6 @@
-"""Length extension: a trained model with scaled RoPE, and the short training that its new window needs.
+"""Length extension: it scales the RoPE of a trained model and plans the short training that the new window needs.
 
-The training is pre-training that starts from the model's weights: `metatokens.training.pretraining` does it. The
+That training is pre-training that starts from the model's weights, so `metatokens.training.pretraining` runs it. The
 paper's appendix gives YaRN's parameters.
 """
 
@@ -20,16 +20,16 @@ from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
 from metatokens.training.starting import load_start
 
-_BYTES_PER_PARAMETER = 4  # float32, as models are kept
+_BYTES_PER_PARAMETER = 4  # models are saved in float32
 
 
 def plan_extension(
     checkpoint: Path, *, method: ExtensionMethod, factor: float, preset: str, overrides: Sequence[str] = ()
 ) -> PretrainConfig:
-    """Return the continued training of a model whose window becomes `factor` times as long.
+    """Return the config that continues the training of a model with a window `factor` times as long.
 
-    Meta-tokens are injected as in the pre-training of the model where `checkpoint` lies in its run, else as `preset`
-    says.
+    If `checkpoint` lies in the folder of its pre-training run, meta-tokens are injected as in that run, else as
+    `preset` says.
 
     Raises:
         UsageError, CheckpointError: see `extend_model`, `extension_config` and `ModelFolder.shape`.
@@ -46,7 +46,7 @@ def plan_extension(
 
 
 def describe_extension(config: PretrainConfig) -> dict[str, Any]:
-    """Return what a reader wants to know of an extension beside its training."""
+    """Return the facts about an extension that `metatokens extend` reports besides its training."""
     return {
         "start_from": str(config.start_from),
         "rope_scaling": config.model.rope_scaling.model_dump(mode="json"),
@@ -57,11 +57,11 @@ def describe_extension(config: PretrainConfig) -> dict[str, Any]:
 
 
 def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False) -> dict[str, Any]:
-    """Write the extended model as it is before any training into the new model folder `out`; a dry run only checks.
+    """Write the extended model, without any further training, into the new folder `out`; a dry run only checks.
 
     Raises:
-        UsageError: if there is something at `out`, or it cannot be written.
-        ResourceError: if there is no room for the model.
+        UsageError: if `out` exists or cannot be written.
+        ResourceError: if the disk has no room for the model.
         CheckpointError: if the weights do not fit.
     """
     start = config.start_from
@@ -70,7 +70,7 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
     hf = folder.config
     model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
     sha256 = load_start(folder, model, config.model)
-    if os.path.lexists(out):  # a link to nothing, too
+    if os.path.lexists(out):  # a broken link counts too
         raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
     check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
     tokenizer = build_hf_tokenizer(folder.tokenizer)

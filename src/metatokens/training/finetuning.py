@@ -1,4 +1,4 @@
-"""Fine-tuning on a recall task under a curriculum (paper section 3), through the loop of pre-training."""
+"""Fine-tuning on a recall task under a curriculum (paper section 3), with the same loop as pre-training."""
 
 import hashlib
 from functools import cache
@@ -26,13 +26,13 @@ from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
 
-WORD_VOCABULARY = 4_096  # at most, of a tokenizer trained on the words of the tasks: room for each as one token
+WORD_VOCABULARY = 4_096  # upper bound for a tokenizer trained on the tasks' words: each word fits as one token
 _EVALUATION_BATCH = 64
-_LONG_INSTANCES = 16  # drawn of each stage and size, to see how long they get
+_LONG_INSTANCES = 16  # instances drawn of each stage and size to find the longest
 
 
 def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
-    """Train a model on the task of `config` into the run folder `out`, from its last checkpoint where there is one.
+    """Train a model on the task of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
     """
@@ -48,10 +48,11 @@ def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = T
 
 
 def plan(config: FinetuneConfig, out: str | Path) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`, after making its first and last batch.
+    """Return the plan of a run, for `--dry-run`; makes its first and last batch to measure them.
 
     Raises:
-        UsageError, DataError, CheckpointError, ResourceError: what the run itself would raise before its first step.
+        UsageError, DataError, CheckpointError, ResourceError: the errors that the run would raise before its first
+            step.
     """
     with join_processes(config.training) as processes:
         job = _make_job(config, processes)
@@ -72,7 +73,7 @@ def word_tokenizer() -> Tokenizer:
     return Tokenizer.from_str(_trained_on_words())
 
 
-@cache  # a sweep asks for it once an arm
+@cache  # a sweep needs it once per arm
 def _trained_on_words() -> str:
     words = (*ITEMS, *NAMES, *SENTENCE_WORDS)
     text = "".join(f" {word} {word.title()}" for word in words) + "".join(f" {number}" for number in range(100))
@@ -81,7 +82,7 @@ def _trained_on_words() -> str:
 
 
 def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
-    """Return the model that a run starts from, its text tokenizer, and its identity where it is not new."""
+    """Return the model that a run starts from, its text tokenizer, and its identity, empty for a new model."""
     start, tokenizer, identity = config.start, _start_tokenizer(config), ""
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
@@ -96,7 +97,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
 
 
 def build_on_meta_device(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
-    """Return the model that a run starts from without its weights, on the meta device, and its text tokenizer."""
+    """Return the run's initial model without its weights, on the meta device, and its text tokenizer."""
     start, tokenizer = config.start, _start_tokenizer(config)
     model: Any
     if isinstance(start, FreshStart):
@@ -116,7 +117,7 @@ def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
 
 
 def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> None:
-    """Compare the longest instances of each stage, as tokens with meta-tokens and answers, with the model's window."""
+    """Refuse a stage whose longest instances, with meta-tokens and answers, exceed the model's window."""
     limit = sequence_limit(model)
     if limit is None:
         return
@@ -137,7 +138,7 @@ def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> N
 
 
 def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_token_id: int) -> int:
-    """Return the positions of the longest of some instances that are as long as the stage allows; 0 without one."""
+    """Draw instances as long as the stage allows; return the positions of the longest, 0 if none can be drawn."""
     generate, room = find_task(task.kind).generate, LengthRange(*stage.prompt_tokens, "highest")
     longest = 0
     for size, key in product(stage.size, range(_LONG_INSTANCES)):
@@ -151,7 +152,7 @@ def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_toke
 def training_batches(
     config: FinetuneConfig, model: Any, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1
 ) -> RecallBatches:
-    """Return the batches of a run; of the model only its config matters."""
+    """Return the batches of a run; only the config of `model` is read."""
     return RecallBatches(
         config,
         PieceEncoder(TextEncoder(tokenizer)),

@@ -1,7 +1,7 @@
-"""Build a model from its config, every weight a pure function of the seed and its name.
+"""Initialization: it builds a model from its config, with weights that depend only on the seed and on names.
 
 Deviation: weights are a function of the seed and the module's name. Two models that share a module start with equal
-weights in it: a plain model and its twin with meta-attention differ in the meta-attention alone.
+weights in it: a plain model and its twin with meta-attention differ only in the meta-attention.
 """
 
 import difflib
@@ -20,7 +20,7 @@ def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int,
     """Build the model of `config` in float32 on the CPU, in training mode; the global generator is left alone.
 
     Raises:
-        UsageError: if transformers has no such activation; the config imports no transformers to check it.
+        UsageError: if transformers has no such activation; the config cannot check it without importing transformers.
     """
     with torch.random.fork_rng(devices=[]):
         model = _construct(config, text_vocab_size, eos_token_id)

@@ -1,7 +1,6 @@
-"""Open the model and the tokenizer in a run folder, a checkpoint, a model folder, or a model of the hub.
+"""Loading: it opens the model and the tokenizer of a run folder, a checkpoint, a model folder or a model of the hub.
 
-A model of another package, as GPT-Neo or what its fine-tuning has left, opens as an arm: see
-`metatokens.baselines.pretrained`.
+A model of another package, such as GPT-Neo or a fine-tuned one, opens as an arm: see `metatokens.baselines.pretrained`.
 """
 
 import hashlib
@@ -31,24 +30,23 @@ from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
 from metatokens.training.checkpoint import WEIGHTS, verify_model
 
-# what a config.json with a wrong value, or weights of another shape, end in somewhere inside of transformers
+# the errors that transformers raises for a wrong value in config.json, or for weights of another shape
 _DOES_NOT_LOAD = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
     *(StrictDataclassError, SafetensorError),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# of a repository what opens a model: no weights but safetensors, nothing in folders
+# the files of a hub repository that open a model: only safetensors weights, nothing in subfolders
 _OPENED = ["*.json", "*.safetensors", "merges.txt"]
 _LONGEST_CAUSE = 300
 
 
 class ModelFolder:
-    """A run, model or checkpoint folder, or a model of the hub; each thing in it is read once, when it is asked for.
+    """A run, model or checkpoint folder, or a model of the hub; each attribute is read once, at its first use.
 
-    `owner/name` is an id on the hub only where no folder `owner` is here, so a run that is spelt wrong is not sought
-    there.
+    `owner/name` is an id on the hub only if there is no folder `owner` here, so a misspelt run is not looked up there.
 
-    Every attribute but `name` and the configs of the run raises CheckpointError where there is no model or it does not
+    Every attribute except `name` and the configs of the run raises CheckpointError if there is no model or it does not
     load.
     """
 
@@ -58,7 +56,7 @@ class ModelFolder:
 
     @cached_property
     def path(self) -> Path:
-        """The folder of config.json: `model/` of a run, the folder itself, or where a model of the hub is cached."""
+        """The folder of config.json: a run's `model/`, the folder itself, or the cache of a model of the hub."""
         folder = self.name / "model" if (self.name / "model" / "config.json").is_file() else self.name
         if _HUB_ID.fullmatch(str(self.name)) and not self.name.parent.exists():
             folder = _hub_folder(str(self.name))
@@ -73,7 +71,7 @@ class ModelFolder:
 
     @cached_property
     def is_ours(self) -> bool:
-        """Whether the model is of this package."""
+        """Whether this package made the model."""
         with _one_line_errors(self.path):
             return str(self._read_config().get("model_type")).startswith("metatokens")
 
@@ -88,7 +86,7 @@ class ModelFolder:
 
     @cached_property
     def shape(self) -> ModelConfig:
-        """The model as a run's config has it."""
+        """The model in the form that a run's config has."""
         try:
             return ModelConfig.from_hf(self.config.to_dict())
         except ValidationError as error:
@@ -107,7 +105,7 @@ class ModelFolder:
 
     @cached_property
     def sha256(self) -> str:
-        """The identity of the model: its config but for the version that wrote it, and its weights."""
+        """The identity of the model: a digest of its weights and its config, without the version of transformers."""
         config = self._read_config()
         config.pop("transformers_version", None)
         whole = self.path / WEIGHTS
@@ -117,9 +115,9 @@ class ModelFolder:
 
     @cached_property
     def pretraining(self) -> PretrainConfig | None:
-        """The config of the run that a run folder, its `model/` or one of its checkpoints belongs to.
+        """The config of the pre-training run that the folder is, or that its model or checkpoint belongs to.
 
-        None where no config.yaml is around, or that of another kind of run, whose blocks are not fixed.
+        None if there is no config.yaml, or if it belongs to another kind of run, whose blocks are not fixed.
         """
         folder = self.name.absolute()
         above = folder.parent if folder.name == "model" else folder.parent.parent
@@ -131,21 +129,21 @@ class ModelFolder:
 
     @cached_property
     def finetuning(self) -> FinetuneConfig | None:
-        """The config of a run folder on a recall task; None of any other folder."""
+        """The config of a run on a recall task; None for any other folder."""
         file = self.name / "config.yaml"
         if file.is_file() and "curriculum" in file.read_text(encoding="utf-8"):
             return load_preset(file, schema=FinetuneConfig)
         return None
 
     def open_model(self, *, seed: int = 0) -> Any:
-        """Return the model in evaluation mode: of this package, or any of transformers' language models as an arm.
+        """Return the model in evaluation mode; a language model of another package opens as an arm.
 
         Args:
-            seed: of the rows of meta-token and padding, where the model has none yet.
+            seed: of the embedding rows of meta-token and padding, if the model lacks them.
 
         Raises:
-            CheckpointError: if there is none, a file is not what its manifest says, it does not load, or its weights
-                are not those that its config.json describes, to the name and shape of each.
+            CheckpointError: if there is no model, a file differs from its manifest, the model does not load, or the
+                names and shapes of its weights differ from those that its config.json describes.
         """
         verify_model(self.path)
         if not self.is_ours:
@@ -163,7 +161,7 @@ class ModelFolder:
         """Return the model as `open_model` does, without its weights, on the meta device.
 
         Raises:
-            CheckpointError: if there is none, or its config does not load.
+            CheckpointError: if there is no model, or its config does not load.
         """
         if self.is_ours:
             config = self.config
@@ -179,14 +177,14 @@ class ModelFolder:
 
 
 def open_model(path: Path, *, seed: int = 0) -> Any:
-    """Return the model of a folder, or of the hub; see `ModelFolder.open_model`."""
+    """Return the model of a folder or of the hub; see `ModelFolder.open_model`."""
     return ModelFolder(path).open_model(seed=seed)
 
 
 def evaluation_config_of(folder: ModelFolder, overrides: Sequence[str]) -> EvaluateConfig:
-    """Return what a model is asked: the task, the size and the test of its run, changed by overrides.
+    """Return the config to evaluate a model with: the task, size and test of its run, changed by overrides.
 
-    A model that no fine-tuning run left behind is asked the defaults.
+    A model without a fine-tuning run gets the defaults.
     """
     config = EvaluateConfig()
     if run := folder.finetuning:
@@ -195,10 +193,10 @@ def evaluation_config_of(folder: ModelFolder, overrides: Sequence[str]) -> Evalu
 
 
 def analysis_config_of(folder: ModelFolder, text: str | None, overrides: Sequence[str]) -> AnalysisConfig:
-    """Return what is analysed of a model: a text, or the last stage of its run's recall task; changed by overrides.
+    """Return the config to analyse a model on a text or on the last stage of its recall task, changed by overrides.
 
     Raises:
-        UsageError: neither a text nor a fine-tuning run.
+        UsageError: if there is neither a text nor a fine-tuning run.
     """
     subject: TextSubject | TaskSubject
     if text is not None:
@@ -219,7 +217,7 @@ def analysis_config_of(folder: ModelFolder, text: str | None, overrides: Sequenc
 
 def _hub_folder(name: str) -> Path:
     try:
-        with _silent_transformers():  # the bars of the hub, too
+        with _silent_transformers():  # this silences the hub's progress bars too
             return Path(snapshot_download(name, allow_patterns=_OPENED, ignore_patterns="*/*"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -231,7 +229,10 @@ def _hub_folder(name: str) -> Path:
 
 
 def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
-    """Refuse what transformers would draw at random or drop; tied weights, stored once, it does not count."""
+    """Refuse missing, mismatched and unexpected weights, which transformers would draw at random or drop.
+
+    Tied weights are stored once; transformers does not count their second name as missing.
+    """
     problems = [f"no {name}" for name in sorted(loaded["missing_keys"])]
     problems += [
         f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])
@@ -248,7 +249,7 @@ def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
 
 @contextmanager
 def _one_line_errors(folder: Path, expected: str = "a model of this package") -> Iterator[None]:
-    """Load something of a folder silently; what does not load is one line."""
+    """Load something of a folder silently; a failure becomes a CheckpointError of one line."""
     try:
         with _silent_transformers():
             yield
@@ -257,7 +258,7 @@ def _one_line_errors(folder: Path, expected: str = "a model of this package") ->
         raise CheckpointError(
             str(folder),
             expected=expected,
-            # transformers may list all that it knows
+            # transformers may list every model type that it knows
             found=f"{type(error).__name__}: {text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + '...'}",
             remedy="use another checkpoint",
         ) from None
@@ -265,7 +266,7 @@ def _one_line_errors(folder: Path, expected: str = "a model of this package") ->
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """Keep the progress bar and the report of the loading off standard error: what is wrong is raised."""
+    """Keep transformers' progress bar and loading report off standard error; errors are still raised."""
     bar_was_shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

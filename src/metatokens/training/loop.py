@@ -1,9 +1,9 @@
 """The training loop: from batches to a Hugging Face checkpoint, for pre-training and fine-tuning alike.
 
-One optimizer step: count the valid targets of the whole step over all micro-batches and processes, divide every
-micro-batch's summed loss by that count, and change nothing if the gradient is not finite. Learning rate and batches
-are functions of the step, so a run that was killed continues to the bit from its last checkpoint. What a run trains,
-on what, and how it is judged is a `TrainingSetup`; `pretraining.py` and `finetuning.py` make them.
+An optimizer step counts the valid targets of all its micro-batches and processes and divides every micro-batch's
+summed loss by that count. It changes nothing if the loss or gradient is not finite. Learning rate and batches are
+functions of the step, so a run that was killed continues to the bit from its last checkpoint. A `TrainingSetup` holds
+the model, the batches and the evaluation of a run; `pretraining.py` and `finetuning.py` make it.
 """
 
 import contextlib
@@ -54,27 +54,26 @@ BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a run trains, on what, and how it is judged."""
+    """The model, the batches and the evaluation of a run."""
 
     model: Any
-    """On this process's device, in training mode, its weights those that the run starts from."""
+    """On this process's device, in training mode, with the weights that the run starts from."""
     tokenizer: Any
     """Saved with every checkpoint."""
     content_id: str
-    """Identity of what the batches are made of, and of the weights that a continued training starts from; a run is
-    never continued on others."""
+    """Identity of the data, and of the initial weights unless they are new; a run never continues on others."""
     batches: Batches
     count_flops: Callable[[Batch], int]
-    """Floating-point operations of forward and backward pass over a batch."""
+    """Returns the floating-point operations of the forward and backward pass over a batch."""
     evaluate: Callable[[], dict[str, float]] | None = None
-    """Called by every process, the model in evaluation mode and without gradients; None: never."""
+    """Called by every process, without gradients, with the model in evaluation mode; None means no evaluation."""
     evaluation_steps: int | None = None
     """Optimizer steps between evaluations; one more after the last step."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run has to say for itself."""
+    """The measurements of a finished run."""
 
     run: str
     model: str
@@ -83,16 +82,16 @@ class TrainingResult:
     text_tokens: int
     meta_tokens: int
     training_flops: float
-    """Of forward and backward passes, counted, not measured; see `metatokens.model.accounting`."""
+    """Operations of forward and backward passes, counted, not measured; see `metatokens.model.accounting`."""
     final_loss: float | None
-    """Mean training loss of the last logged step, nats per target; None where nothing was logged."""
+    """Mean training loss of the last step, nats per target; None if there was no step."""
     validation: dict[str, float]
     """The last evaluation; empty if there was none."""
     text_tokens_per_second: float | None
-    """Of the training steps since the run last started, evaluation and saving left out; None without a step."""
+    """Mean over the steps since the run last started, without evaluation and saving; None without a step."""
     meta_tokens_per_second: float | None
     waited_for_batches: float
-    """Share of the training time that was spent waiting for the loader."""
+    """Time spent waiting for the loader, as a share of the training time."""
 
 
 def train(
@@ -104,9 +103,9 @@ def train(
     show_progress: bool = True,
     label: str = "",
 ) -> TrainingResult:
-    """Train a job into a run folder, from its last checkpoint where there is one.
+    """Run a training job in a run folder; continue from its last checkpoint, if any.
 
-    Signals: the first one that would end the process ends the run after the current step with a checkpoint; see
+    The first signal that would end the process ends the run after the current step, with a checkpoint; see
     `metatokens.training.signals`.
 
     Raises:
@@ -126,7 +125,7 @@ def train(
 
 
 def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> None:
-    """Raise what `train` would before its first step, and write nothing; a lock does not count, as it may pass."""
+    """Raise the errors that `train` would before its first step, except for a held lock; write nothing."""
     folder.check_writable()
     folder.check_config(config)
     check_trackers(config.logging.trackers)
@@ -135,7 +134,7 @@ def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> Non
 
 
 def count_batch_flops(model: Any, batch: Batch) -> int:
-    """Count the operations of a training step over the rows of a batch, padding included, as it is computed."""
+    """Count the operations of a training step over a batch, including those spent on padding."""
     count = model.training_flops if isinstance(model, PretrainedCausalLM) else partial(training_flops, model.config)
     num_positions = batch.input_ids.shape[1]
     num_meta = round(batch.num_meta / batch.num_rows)
@@ -145,7 +144,7 @@ def count_batch_flops(model: Any, batch: Batch) -> int:
 
 
 class _Run:
-    """A run in progress: everything that a step needs."""
+    """A run in progress, with everything that a step needs."""
 
     def __init__(self, config: RunConfig, job: TrainingSetup, folder: RunFolder, processes: Processes) -> None:
         self.config, self.job, self.folder, self.processes = config, job, folder, processes
@@ -236,7 +235,7 @@ class _Run:
             )
 
     def _step(self, step: int, batch: Batch, *, stopping: bool) -> tuple[float, float, bool]:
-        """Do one optimizer step; returns mean loss and gradient norm over all processes, and whether to stop."""
+        """Do one optimizer step; return mean loss and gradient norm over all processes, and whether to stop."""
         counts = (batch.num_targets, stopping, batch.num_text, batch.num_meta, self.job.count_flops(batch))
         num_targets, stop, num_text, num_meta, flops = self.processes.sum(*map(float, counts))
         device, world_size = self.processes.device, self.processes.world_size
@@ -255,7 +254,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip or float("inf"))
         )
         loss = self.processes.sum(float(total))[0]
-        # the same in every process: gradients are already averaged
+        # every process decides the same, because gradients are averaged and the loss is summed over processes
         if math.isfinite(grad_norm) and math.isfinite(loss):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
@@ -289,7 +288,7 @@ class _Run:
             raise self._diverged(f"step {step}", "a finite loss and gradient", f"{skips} steps in a row without")
 
     def _check_end(self) -> None:
-        """Refuse to call a model trained whose last steps changed nothing."""
+        """Refuse to end as a success a run whose last steps changed nothing."""
         if skips := self.state.consecutive_skips:
             raise self._diverged("end of the run", "a finite loss and gradient", f"none in the last {skips} steps")
 
@@ -300,16 +299,17 @@ class _Run:
         )
 
     def _seed_dropout(self, step: int) -> None:
-        """Key the masks of dropout by step and process, so that a resumed run draws the same."""
+        """Seed dropout by step and process, so that a resumed run draws the same masks."""
         if self.has_dropout:
             key = hash_key(self.config.seed, step, self.processes.rank, Purpose.DROPOUT)
             torch.manual_seed(int(key[0] >> 1))
 
     def _settle_buckets(self, step: int) -> None:
-        """Let DDP see one backward pass, whose gradients are dropped.
+        """Run one backward pass for DDP and drop its gradients.
 
-        After its first one it regroups the gradients, and with them the order in which three or more processes add
-        them up. A resumed run is to the bit the uninterrupted one only if that happens before the first step of both.
+        After its first backward pass DDP regroups the gradients, which changes the order in which three or more
+        processes add them up. If it regroups before the first step, a resumed run equals an uninterrupted one to the
+        bit.
         """
         if self.processes.world_size == 1 or step == self.config.total_steps:
             return
@@ -386,7 +386,7 @@ class _Run:
 
 
 def _find_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> tuple[Path | None, TrainingState]:
-    """Return the checkpoint that a run goes on from, None for its beginning, and the state there."""
+    """Return the checkpoint that a run continues from and its state; None and a fresh state for a new run."""
     path = find_checkpoint(folder.checkpoints_path)
     if path is None:
         return None, TrainingState(0, job.content_id, 1)
@@ -396,7 +396,7 @@ def _find_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> tup
             str(folder.path),
             expected=f"the data and weights that the run began with, content_id {state.content_id}",
             found=job.content_id,
-            remedy="point to those, or take another --out",
+            remedy="pass the same data and weights, or choose another --out",
         )
     _check_run(config, path, state)
     return path, state
@@ -435,5 +435,5 @@ def _check_disk(folder: RunFolder, num_parameters: int) -> None:
 
 
 def _due(step: int, interval: int | None, total: int) -> bool:
-    """Tell whether something happens after `step` steps: at its interval and at the end."""
+    """Tell whether a periodic action is due after `step` steps: at its interval and at the end."""
     return step == total or (interval is not None and step % interval == 0)

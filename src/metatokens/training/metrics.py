@@ -1,6 +1,6 @@
-"""What a run says while it goes on: metrics.jsonl, a progress bar, and trackers where asked for.
+"""Metrics of a run in progress: metrics.jsonl, a progress bar, and trackers if the config names any.
 
-Progress goes to standard error, so that a command's result is alone on standard output.
+Progress goes to standard error, so that standard output holds only a command's result.
 """
 
 import json
@@ -24,20 +24,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from metatokens.errors import FULL_DISK, ResourceError, UsageError
 from metatokens.storage import write_atomically
 
-PLAIN_LINE_SECONDS = 10  # between two progress lines where there is no terminal
+PLAIN_LINE_SECONDS = 10  # least time between two progress lines without a terminal
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl and hands their numbers to the trackers.
+    """Appends lines to metrics.jsonl and passes their numbers to the trackers.
 
-    A loss is written twice: readable, and exactly under `<name>_hex`. A number that is not finite reads as null.
+    A loss is written twice: readable, and exactly under `<name>_hex`. A number that is not finite is written as null.
     """
 
     def __init__(self, path: Path, trackers: tuple[str, ...], config: Mapping[str, Any] | None = None) -> None:
-        """Open the file for appending and start the trackers, which are told the config of the run.
+        """Open the file for appending, and start the trackers with the config of the run.
 
         Raises:
-            UsageError: a tracker that is not installed, or does not start.
+            UsageError: a tracker is not installed or does not start.
         """
         started = {name: _start_tracker(name, path.parent, dict(config or {})) for name in trackers}
         self._trackers = {name: tracker for name, tracker in started.items() if tracker is not None}
@@ -46,7 +46,7 @@ class MetricsWriter:
         self._broken = False
 
     def write(self, step: int, **metrics: float) -> None:
-        """Write one line; a full disk, or a tracker that fails, costs numbers and a warning, not the run."""
+        """Write one line; on a full disk or if a tracker fails, its numbers are lost with a warning, not the run."""
         readable = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         exact = {f"{name}_hex": value.hex() for name, value in metrics.items() if name.endswith("loss")}
         self._append(json.dumps({"step": step, **readable, **exact}).encode() + b"\n")
@@ -62,9 +62,10 @@ class MetricsWriter:
     def _try(self, name: str, act: Callable[[Any], None]) -> None:
         try:
             act(self._trackers[name])
-        except Exception as error:  # noqa: BLE001 - packages of others, each with errors of its own
+        except Exception as error:  # noqa: BLE001 - each tracker package raises errors of its own
             del self._trackers[name]
-            warnings.warn(f"{name} gets no more numbers, metrics.jsonl does: {_in_one_line(error)}", stacklevel=4)
+            problem = f"{name} failed ({_in_one_line(error)})"
+            warnings.warn(f"{problem}; it gets no more numbers, metrics.jsonl still does", stacklevel=4)
 
     def _append(self, line: bytes) -> None:
         end = os.fstat(self._file.fileno()).st_size
@@ -90,7 +91,7 @@ class _TensorBoard:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # where a full disk is noticed
+        self._writer.flush()  # a full disk shows here
 
     def close(self) -> None:
         self._writer.close()
@@ -99,7 +100,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         package = _tracker_package("wandb")
-        # the identity of the run lies in its folder, so that a resume goes on with the same one
+        # the run folder keeps the tracker's run id, so that a resume continues the same tracked run
         identity = folder / "wandb-run-id"
         if not identity.exists():
             write_atomically(identity, uuid.uuid4().hex)
@@ -124,20 +125,21 @@ _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def _start_tracker(name: str, folder: Path, config: dict[str, Any]) -> Any:
-    """Return the tracker; None, after a warning, on a full disk."""
+    """Start and return the tracker; on a full disk warn and return None."""
     try:
         return _TRACKERS[name](folder, config)
     except UsageError:
         raise
     except Exception as error:
         if isinstance(error, ResourceError) or (isinstance(error, OSError) and error.errno in FULL_DISK):
-            warnings.warn(f"{name} gets no numbers, metrics.jsonl does: {_in_one_line(error)}", stacklevel=4)
+            problem = f"{name} did not start ({_in_one_line(error)})"
+            warnings.warn(f"{problem}; it gets no numbers, metrics.jsonl does", stacklevel=4)
             return None
         raise UsageError(
             "logging.trackers",
             expected=f"{name} to start",
             found=_in_one_line(error),
-            remedy="set it up as its own pages say, or leave it out",
+            remedy=f"set it up as its own documentation says, or leave {name} out",
         ) from error
 
 
@@ -159,12 +161,12 @@ def _tracker_package(package: str) -> Any:
             "logging.trackers",
             expected=f"the package {package}",
             found="not installed",
-            remedy="pip install 'metatokens[trackers]'",
+            remedy="run `pip install 'metatokens[trackers]'`",
         ) from None
 
 
 class ProgressDisplay:
-    """A bar with loss, speed and time left on a terminal; a line now and then elsewhere; nothing if not shown."""
+    """Progress on standard error: a bar on a terminal, a line every few seconds elsewhere; `shown` turns it on."""
 
     def __init__(self, label: str, *, start: int, total: int, shown: bool) -> None:
         """Prepare the display; it appears when entered."""
@@ -193,7 +195,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, step: int, numbers: str) -> None:
-        """Show that `step` steps are done, with `numbers` beside."""
+        """Show that `step` steps are done, followed by `numbers`."""
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
         if self._bar.disable and self._shown and (now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total):
@@ -201,7 +203,7 @@ class ProgressDisplay:
             self.say(f"{self._label} step {step}/{self._total} {numbers}")
 
     def say(self, line: str) -> None:
-        """Write a line that stays; a terminal that is gone costs the line, not the run."""
+        """Write a line that stays; if the terminal is gone, the line is lost and the run goes on."""
         if self._shown:
             with suppress(OSError):
                 self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

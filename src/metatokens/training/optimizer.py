@@ -9,7 +9,7 @@ from metatokens.config.schema import CosineSchedule, OptimizerConfig, Schedule
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return fused AdamW; matrices decay, vectors (biases, norms) do not, as in GPT-2 and nanoGPT."""
+    """Return fused AdamW; it decays matrices but not vectors (biases, norms), as in GPT-2 and nanoGPT."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -1,4 +1,4 @@
-"""Pre-training: verified tokens, with meta-tokens injected at load time, into the training loop."""
+"""Pre-training: it feeds verified tokens, with meta-tokens injected at load time, into the training loop."""
 
 import contextlib
 from pathlib import Path
@@ -29,7 +29,7 @@ from metatokens.training.starting import check_tokenizer, load_start
 
 
 def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
-    """Train the model of `config` into the run folder `out`, from its last checkpoint where there is one.
+    """Train the model of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
     """
@@ -47,10 +47,11 @@ def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = T
 
 
 def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
-    """Return what a run would do, for `--dry-run`: sizes, steps, tokens and the passes over the text.
+    """Return the plan of a run, for `--dry-run`: sizes, steps, tokens and passes over the text.
 
     Raises:
-        UsageError, DataError, CheckpointError, ResourceError: what the run itself would raise before its first step.
+        UsageError, DataError, CheckpointError, ResourceError: the errors that the run would raise before its first
+            step.
     """
     with join_processes(config.training) as processes, open_dataset(config) as dataset:
         job = _make_job(config, dataset, processes)
@@ -86,7 +87,7 @@ def vocabulary(dataset: TokenDataset) -> dict[str, int]:
 
 
 def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaTokenForCausalLM, str]:
-    """Return the model that a run starts from, and the identity of its tokens and of weights that are not new."""
+    """Return the model that a run starts from, and the identity of its tokens and of its weights unless new."""
     model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
     if config.start_from is None:
         return model, dataset.content_id
@@ -135,14 +136,14 @@ def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share
 class Validation:
     """Mean loss over the first blocks of the validation split, injected as in training.
 
-    They are the same blocks with the same layouts in every evaluation, whatever the micro-batch and the processes.
+    Every evaluation uses the same blocks with the same layouts, whatever the micro-batch and the number of processes.
     """
 
     def __init__(self, config: PretrainConfig, dataset: TokenDataset, processes: Processes, model: Any) -> None:
         self._config, self._processes, self._model = config, processes, model
         self._loader = _loader(config, dataset, "validation", batch_blocks=1)
         num_blocks = min(config.evaluation.blocks, len(self._loader.blocks))
-        # a share may be a block longer than another, or empty: only the sums meet
+        # shares may differ by a block, or be empty: processes only add up their sums
         self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
 
     def measure(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A run's folder: resolved config, versions, metrics, checkpoints; one process at a time.
+"""A run's folder: resolved config, versions, metrics and checkpoints; one run at a time may use it.
 
 RUN/
   config.yaml       the resolved config, a valid preset
@@ -6,8 +6,8 @@ RUN/
   metrics.jsonl     one line per logged step, losses also as exact hexadecimal floats
   checkpoints/      step-00001000/ ...
   model/            the trained model, loadable with from_pretrained; written last
-  result.json       what the finished run measured
-  lock
+  result.json       the measurements of the finished run
+  lock              names the process that holds it
 """
 
 import json
@@ -36,8 +36,8 @@ from metatokens.storage import (
 )
 from metatokens.training.checkpoint import MANIFEST
 
-# what may change when a run is picked up again; everything else would make it another run. What a run starts from
-# counts by its weights, which are part of TrainingSetup.content_id, not by where they lie.
+# keys that may change when a run continues; a change of any other key makes it another run. The path of the initial
+# weights may change too: TrainingSetup.content_id identifies the weights themselves.
 FREE_KEYS = {
     "start": {"path"},
     "data": {"path", "verify"},
@@ -73,13 +73,13 @@ class RunFolder:
             yield
 
     def holder(self) -> str:
-        """Return which process holds the lock; empty where none does."""
+        """Return which process holds the lock; empty if none does."""
         return lock_holder(self.path / "lock")
 
     def is_finished(self, config: BaseModel) -> bool:
-        """Tell whether the folder holds the finished run of this config; another place to start from is another run.
+        """Tell whether the folder holds the finished run of this config.
 
-        Nothing is opened, so what the run started from counts by where it lies alone.
+        The initial weights are not opened, so another path to start from counts as another run.
         """
         if not (self.result_path.is_file() and self.model_path.is_dir() and self.config_path.is_file()):
             return False
@@ -88,13 +88,13 @@ class RunFolder:
         return starts[0] == starts[1] and not any(_differences(stored, config))
 
     def check_writable(self) -> None:
-        """Check that the folder can be written, or made where it does not exist; nothing is touched.
+        """Check that the folder can be written, or made if it does not exist; nothing is touched.
 
         Raises:
-            UsageError: if not, or if something that no run leaves is in the place of one of its files.
+            UsageError: if it cannot be written or made, or something else is in the place of one of its files.
         """
         for folder in (self.path, self.checkpoints_path):
-            check_folder(folder, num_bytes=0)  # what a run needs is known when its model is
+            check_folder(folder, num_bytes=0)  # the space that a run needs is known once its model is built
         for name in ("lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json"):
             check_file(self.path / name, num_bytes=0)
         is_in_the_way = os.path.lexists(self.model_path) and not (self.model_path / MANIFEST).is_file()
@@ -102,7 +102,7 @@ class RunFolder:
             raise UsageError(
                 str(self.model_path),
                 expected="no model before the end of the run",
-                found="something else of that name",
+                found="a file or folder that no run wrote",
                 remedy="move it away or choose another --out",
             )
 
@@ -117,13 +117,13 @@ class RunFolder:
             for key, old, new in _differences(stored, config):
                 raise UsageError(
                     f"{self.path}: {key}",
-                    expected=f"{old!r} as the run began",
+                    expected=f"{old!r} as in its config.yaml",
                     found=repr(new),
                     remedy="take the old value, or another --out",
                 )
 
     def write_config(self, config: BaseModel) -> None:
-        """Make the folder that of a run: call when nothing can refuse the start any more."""
+        """Write config and versions, which ties the folder to this run; call once no check can refuse the start."""
         write_atomically(self.config_path, to_yaml(config))
         versions = {
             "metatokens": version("metatokens"),
@@ -139,26 +139,26 @@ class RunFolder:
 def differences_from_checkpoint(
     tree: dict[str, Any], config: BaseModel, origin: str
 ) -> Iterator[tuple[str, object, object]]:
-    """Yield (key, old, new) of what makes a config another run than that of a checkpoint.
+    """Yield (key, old, new) for each difference between a config and a checkpoint that makes them different runs.
 
-    A checkpoint holds the whole config of its run. A key that the schema has got since is read as its default, which
-    therefore has to mean what runs before it did; a default that has changed since differs from what is stored.
+    A checkpoint holds the whole config of its run. A key that the schema gained later is read as its default, so that
+    default must mean what runs did before the key existed. If a default has changed since, the stored value differs.
 
     Args:
         tree: `TrainingState.config`.
-        config: of the run that would go on from it.
+        config: of the run that would continue from the checkpoint.
         origin: name of the checkpoint, for messages.
 
     Raises:
-        UsageError: if the tree is no config of this version.
+        UsageError: if the tree is not a config of this version.
     """
     yield from _differences(override_fields(type(config)(), tree, origin), config)
 
 
 def run_sha256(config: BaseModel) -> str:
-    """Return what older checkpoints have in place of the config: its digest without what may change.
+    """Return the digest that older checkpoints have instead of the config; it leaves out the keys that may change.
 
-    It holds only as long as the schema has the same keys.
+    Digests are comparable only while the schema has the same keys.
     """
     tree = {
         section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}

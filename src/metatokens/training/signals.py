@@ -1,7 +1,7 @@
-"""Signals that ask a run to end: it saves what it has first.
+"""Signals that ask a run to end; the run saves a checkpoint first.
 
-Schedulers send SIGTERM, or SIGUSR1 and SIGUSR2 some time before their limit; a terminal or connection that is closed
-sends SIGHUP. By default each ends a process at once.
+Schedulers send SIGTERM, or SIGUSR1 or SIGUSR2 some time before their limit. A terminal or connection that closes sends
+SIGHUP. By default each of them ends a process at once.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from typing import Any
 
 ALWAYS = (signal.SIGTERM, signal.SIGINT)
 UNLESS_HANDLED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Left alone where somebody handles or ignores them, as `nohup` does."""
+"""Left alone if they are handled or ignored already, as under `nohup`."""
 
 
 @contextlib.contextmanager
 def collect_stop_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop in a list; a second one of a kind acts at once."""
+    """Collect signals that ask to stop in a list; a second signal of the same kind takes its usual effect."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Start a training from weights that are there already, and know them again when it is resumed."""
+"""Starting: it loads the weights that a training continues from, and identifies them for a later resume."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from metatokens.storage import file_sha256
 from metatokens.training.checkpoint import WEIGHTS, load_weights, verify_model
 from metatokens.training.loading import ModelFolder
 
-# what a training may change without changing what the weights mean; of rope_parameters the base stays
+# settings that a training may change without changing what the weights mean; the base of rope_parameters must stay
 _MAY_CHANGE = {
     "max_position_embeddings",
     "rope_parameters",
@@ -24,11 +24,11 @@ _MAY_CHANGE = {
 
 
 def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelConfig) -> str:
-    """Put the weights of a folder into `model`, made of `config`, and return their SHA-256.
+    """Load the weights of a folder into `model`, which was built from `config`, and return their SHA-256.
 
     Raises:
-        UsageError: if the model's shape is not that of the weights, or their table of learned positions would have to
-            grow.
+        UsageError: if the weights are of a model of another shape, or their table of learned positions would have to
+            change its length.
         CheckpointError: if there is no model, it is damaged, or a tensor does not fit.
     """
     verify_model(folder.path)
@@ -46,10 +46,10 @@ def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelCo
 
 
 def check_tokenizer(folder: ModelFolder, tokenizer_sha256: str, tokens: Path | None) -> None:
-    """Compare the tokenizer beside the weights with that of the tokens.
+    """Compare the tokenizer of the weights with the tokenizer of the tokens.
 
     Raises:
-        DataError: if they are not the same.
+        DataError: if they differ.
     """
     found = TextEncoder(folder.tokenizer).sha256
     if found != tokenizer_sha256:
@@ -62,14 +62,14 @@ def check_tokenizer(folder: ModelFolder, tokenizer_sha256: str, tokens: Path | N
 
 
 def _check_shape(path: Path, start: Any, config: ModelConfig) -> None:
-    """Compare the model of the weights with that of a run, but for what may change."""
+    """Compare the shape of the weights' model with that of a run, except for the settings that may change."""
     window, rows = config.max_position_embeddings, start.max_position_embeddings
     if start.position_encoding == config.position_encoding == "learned" and window != rows:
         raise UsageError(
             "model.max_position_embeddings",
             expected=f"the {rows} learned positions of {path}",
             found=str(window),
-            remedy=f"what can be extended is {EXTENDABLE}",
+            remedy=f"take that number; only {EXTENDABLE} can be extended",
         )
     fields = config.to_hf(start.meta_token_id, start.eos_token_id)
     pairs = {key: (getattr(start, key, None), fields[key]) for key in fields.keys() - _MAY_CHANGE}

@@ -211,7 +211,7 @@ def test_one_text_file_is_cut_at_a_line_end_into_training_and_validation(tmp_pat
     assert train.endswith("\n")
     assert abs(len(validation) - 0.2 * len(LINES)) < 30  # a line
     assert manifest.split_rule.startswith("one text file")
-    assert "its last 0.2 are the validation split" in said[0]
+    assert "the last 0.2 of it is the validation split" in said[0]
 
 
 def test_one_text_file_without_a_line_end_is_cut_within_its_line(tmp_path, tokenizer_file):
@@ -394,7 +394,7 @@ def test_prepare_after_a_kill_of_a_source_that_changed_is_a_data_error_and_then_
     else:
         for path in sorted(changed.iterdir())[10:]:
             path.unlink()
-    with fails(3, "an interrupted run has read"):
+    with fails(3, "the interrupted run read"):
         run(changed, tmp_path / "tokens", tokenizer_file, shard_tokens=300)
     run(changed, tmp_path / "tokens", tokenizer_file, shard_tokens=300)
     run(changed, tmp_path / "again", tokenizer_file, shard_tokens=300)
