@@ -21,7 +21,7 @@ from metatokens.tasks.encoding import encode_instance
 from metatokens.tasks.registry import find_task
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
-from metatokens.training.initialization import build_model, outline_model
+from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.run_folder import RunFolder
@@ -102,7 +102,9 @@ def build_on_meta_device(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
     model: Any
     if isinstance(start, FreshStart):
         encoder = TextEncoder(tokenizer)
-        model = outline_model(start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id)
+        model = build_model_on_meta_device(
+            start.model, text_vocab_size=encoder.vocab_size, eos_token_id=encoder.eos_token_id
+        )
     else:
         model = ModelFolder(Path(start.path)).build_on_meta_device()
     _check_length(config, model, tokenizer)

@@ -33,7 +33,7 @@ def build_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int,
     return model
 
 
-def outline_model(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int) -> MetaTokenForCausalLM:
+def build_model_on_meta_device(config: ModelConfig, *, text_vocab_size: int, eos_token_id: int) -> MetaTokenForCausalLM:
     """Return the model of `config` without its weights, on the meta device; errors are those of `build_model`."""
     with torch.device("meta"):
         return _construct(config, text_vocab_size, eos_token_id)

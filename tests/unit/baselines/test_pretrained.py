@@ -225,13 +225,13 @@ def test_the_operations_of_a_gpt2_are_those_that_our_plain_model_counts(tmp_path
         assert model.training_flops(**counted) == training_flops(ours, **counted)
 
 
-def test_an_outline_counts_what_the_loaded_model_does(folder: Path) -> None:
-    model, outline = load(folder), build_pretrained_on_meta_device(folder, text_vocab_size=TEXT_VOCAB_SIZE)
-    assert outline.device.type == "meta"
-    assert outline.num_parameters() == model.num_parameters()
-    assert outline.training_flops(num_positions=20) == model.training_flops(num_positions=20)
+def test_a_model_on_the_meta_device_counts_what_the_loaded_one_does(folder: Path) -> None:
+    model, on_meta = load(folder), build_pretrained_on_meta_device(folder, text_vocab_size=TEXT_VOCAB_SIZE)
+    assert on_meta.device.type == "meta"
+    assert on_meta.num_parameters() == model.num_parameters()
+    assert on_meta.training_flops(num_positions=20) == model.training_flops(num_positions=20)
     for name in ("meta_token_id", "pad_token_id", "vocab_size", "loss_policy"):
-        assert getattr(outline.config, name) == getattr(model.config, name)
+        assert getattr(on_meta.config, name) == getattr(model.config, name)
 
 
 def test_a_loss_policy_is_kept_unless_another_is_asked_for(folder: Path, tmp_path: Path) -> None:
