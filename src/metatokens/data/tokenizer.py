@@ -276,7 +276,7 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         extra_special_tokens={"meta_token": meta_token},
         clean_up_tokenization_spaces=False,
     )
-    found = model_tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False)
+    found = model_tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False, verbose=False)
     _require_equal_ids("tokenizer", text_tokenizer, found, "in the model tokenizer")
     return model_tokenizer
 
@@ -405,7 +405,7 @@ def _compare_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
         other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return  # transformers cannot load the folder, so there is nothing to compare with
-    found = other.encode(_probe_text(tokenizer), add_special_tokens=False)
+    found = other.encode(_probe_text(tokenizer), add_special_tokens=False, verbose=False)
     remedy = "set tokenizer_class to PreTrainedTokenizerFast there, or name the file tokenizer.json itself"
     _require_equal_ids(str(folder), tokenizer, found, "in transformers' AutoTokenizer", remedy)
 

@@ -1,6 +1,7 @@
 """Tokenizers built like those of well-known models: each keeps all text and has transformers' ids, or is refused."""
 
 import json
+import logging
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -157,3 +158,12 @@ def test_a_long_run_of_one_character_has_the_reference_ids(tokenizer, character)
     encoder = TextEncoder(tokenizer)
     assert encoder.backend == "tiktoken"
     assert encoder.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
+
+
+def test_comparing_a_short_models_tokenizer_warns_of_no_long_text(tmp_path, caplog, monkeypatch):
+    tokenizer = build_hf_tokenizer(train_tokenizer(["a river and a stone"] * 2, 280))
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    load_text_tokenizer(str(tmp_path))
+    assert "longer than" not in caplog.text
