@@ -46,7 +46,7 @@ def circuit_samples() -> list[Sample]:
 def test_erasure_costs_the_answer_where_the_circuit_reads_it_from_meta_tokens(circuit, rise):
     inputs = circuit_inputs(circuit, circuit_samples())
     loss, accuracy = (value_of(name, inputs, layer=0, erased="answer") for name in ("erasure_loss", "erasure_accuracy"))
-    assert (loss > 0.5) == (accuracy < -0.5) == rise
+    assert (loss > 0.5) == (accuracy < -0.25) == rise  # a half of the answers may be guessed right
     if not rise:
         assert abs(loss) < 1e-4
     control = value_of("erasure_loss", inputs, layer=0, erased="shuffled")
