@@ -161,7 +161,7 @@ def run_measure(chosen: Measure, inputs: Inputs) -> list[Row]:
     unknown = {axis for row in rows for axis in row.at} - set(chosen.axes)
     if unknown:
         raise ValueError(f"measure {chosen.name} has rows by {', '.join(sorted(unknown))}, which its axes do not name")
-    if chosen.keep:
+    if chosen.keep and any(len(row.at) == len(chosen.axes) for row in rows):  # a measure may find nothing
         inputs.keep(chosen.name, _by_axes(rows, chosen.axes))
     return rows
 

@@ -225,6 +225,16 @@ def test_kept_values_of_all_documents_stand_by_their_axes(inputs: Inputs) -> Non
     assert np.isnan(kept[:, 0, 0]).all()
 
 
+@pytest.mark.parametrize("found", [[], [Row({}, RISING)]])
+def test_a_kept_measure_without_rows_at_all_axes_leaves_no_array(inputs: Inputs, found: list[Row]) -> None:
+    def nothing_there(inputs: Inputs) -> Rows:
+        del inputs
+        return found
+
+    assert run_measure(registered(nothing_there, axes=("layer", "head"), keep=True), inputs) == found
+    assert "nothing_there" not in inputs.arrays
+
+
 # the way to add one ----------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,8 @@ def test_a_new_measure_has_its_figure_without_an_edit_of_the_report(monkeypatch:
 
 def new_measure(inputs: object) -> list[object]:
     """Nothing."""
-    raise NotImplementedError
+    del inputs
+    return []
 
 
 def test_measures_that_are_drawn_alike_share_a_figure_of_one_unit() -> None:
