@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metatokens.analysis.measures import Coordinates, Row
+from metatokens.analysis.measures import Coordinates, Row, finite_interval
 from metatokens.analysis.results import Verdict
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, Endpoint
 from metatokens.evaluation.significance import bca_interval, holm, least_units, sign_flip_test
@@ -205,30 +205,31 @@ def _decide(claim: Claim, measured: Verdict, least_documents: int) -> Verdict:
 def _measure(claim: Claim, found: Mapping[str, Sequence[Row]], seed: int) -> Verdict:
     """Return the number that decides, without a verdict."""
     row = next((row for row in found.get(claim.measure, ()) if dict(row.at) == dict(claim.at)), Row({}, ()))
+    interval: Interval | None = None
+    p_value: float | None = None
     if isinstance(row.values, Interval):
-        return _measured(claim, row.values, row.num_documents or 0)
-    values = np.asarray(row.values, dtype=np.float64)
-    if values.ndim > 1:
-        above, below = values.T
-        values = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
-    values = claim.sign * values[np.isfinite(values)]
-    if len(values) < MINIMUM_DOCUMENTS:
-        estimate = float(values.mean()) if len(values) else None
-        return _measured(claim, Interval(estimate, None, None) if estimate is not None else None, len(values))
-    p_value = sign_flip_test(values - claim.threshold, seed=seed)
-    return _measured(claim, bca_interval(values, seed=seed), len(values), p_value)
-
-
-def _measured(claim: Claim, interval: Interval | None, num_documents: int, p_value: float | None = None) -> Verdict:
+        interval, count = finite_interval(row.values), row.num_documents or 0
+    else:
+        values = np.asarray(row.values, dtype=np.float64)
+        if values.ndim > 1:
+            above, below = values.T
+            values = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+        values = claim.sign * values[np.isfinite(values)]
+        count = len(values)
+        if count >= MINIMUM_DOCUMENTS:
+            interval = bca_interval(values, seed=seed)
+            p_value = sign_flip_test(values - claim.threshold, seed=seed)
+        elif count:
+            interval = Interval(float(values.mean()), None, None)
     return Verdict(
         claim=claim.text,
         paper=claim.paper,
         endpoint=claim.endpoint,
         unit=claim.unit,
         verdict="not tested",
-        value=None if interval is None else interval.estimate,
-        low=None if interval is None else interval.low,
-        high=None if interval is None else interval.high,
-        num_documents=num_documents,
+        value=interval and interval.estimate,
+        low=interval and interval.low,
+        high=interval and interval.high,
+        num_documents=count if interval else 0,
         p_value=p_value,
     )

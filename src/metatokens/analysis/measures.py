@@ -44,6 +44,8 @@ r_squared  1 - residual / total, from columns (rows, sum y, sum y^2, sum of squa
 accuracy   mean of shares of right answers, with an interval that holds at 0 and 1, too
 given      the row has its interval already, or cannot have one, which its note tells
 """
+_COLUMNS: dict[Statistic, tuple[int, ...]] = {"ratio": (2,), "explained": (2,), "r_squared": (4,)}
+"""Shape of a document's values where that is not one number."""
 
 
 class Row(NamedTuple):
@@ -132,12 +134,18 @@ def measure(
     keep: bool = False,
     plot: Plot = None,
 ) -> Callable[[Callable[[Inputs], Rows]], Callable[[Inputs], Rows]]:
-    """Register the decorated function as a measure; the arguments are the fields of `Measure`."""
+    """Register the decorated function as a measure; the arguments are the fields of `Measure`.
+
+    Raises:
+        ValueError: A name that another measure has, or a test or kept values of what is no mean.
+    """
 
     def register(rows: Callable[[Inputs], Rows]) -> Callable[[Inputs], Rows]:
         name = rows.__name__
         if name in MEASURES:
             raise ValueError(f"there is already a measure {name}, in {MEASURES[name].rows.__module__}")
+        if (test or keep) and statistic != "mean":
+            raise ValueError(f"measure {name} has the statistic {statistic}; only means are tested and kept")
         MEASURES[name] = Measure(name, part, unit, rows, axes, statistic, test, subject, keep, plot)
         return rows
 
@@ -151,16 +159,14 @@ def run_measure(chosen: Measure, inputs: Inputs) -> list[Row]:
     """Return what a measure found; nothing, with the reason noted, where it could not run.
 
     Raises:
-        ValueError: rows with coordinates that are not among the measure's axes.
+        ValueError: rows that are not what the measure was declared to yield.
     """
     try:
         rows = list(chosen.rows(inputs))
     except (UsageError, NumericError) as error:
         inputs.skip(f"{chosen.part}: {error}")
         return []
-    unknown = {axis for row in rows for axis in row.at} - set(chosen.axes)
-    if unknown:
-        raise ValueError(f"measure {chosen.name} has rows by {', '.join(sorted(unknown))}, which its axes do not name")
+    _check(chosen, rows)
     if chosen.keep and any(len(row.at) == len(chosen.axes) for row in rows):  # a measure may find nothing
         inputs.keep(chosen.name, _by_axes(rows, chosen.axes))
     return rows
@@ -174,23 +180,31 @@ def record_of(chosen: Measure, row: Row, *, seed: int) -> Record:
         interval, count, note = row.values, row.num_documents or 0, row.note
     else:
         values = np.asarray(row.values, dtype=np.float64)
-        values = values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+        values = values[np.isfinite(values).all(axis=tuple(range(1, values.ndim)))]
         count = len(values)
         interval, note = _interval(values, chosen.statistic, seed=seed)
         if chosen.test and count >= MINIMUM_DOCUMENTS:
             p_value = sign_flip_test(values, seed=seed)
-    is_number = interval is not None and np.isfinite(interval.estimate)
+    interval = finite_interval(interval)
     return Record(
         measure=chosen.name,
         unit=chosen.unit,
-        at=dict(row.at),
-        value=interval.estimate if interval is not None and is_number else None,
-        low=_finite(interval.low) if interval is not None and is_number else None,
-        high=_finite(interval.high) if interval is not None and is_number else None,
+        at={axis: np.asarray(place).item() for axis, place in row.at.items()},  # numpy's numbers among them
+        value=interval and interval.estimate,
+        low=interval and interval.low,
+        high=interval and interval.high,
         num_documents=count,
         p_value=p_value,
-        note=note if is_number else "no document has it",
+        note=note if interval else "no document has it",
     )
+
+
+def finite_interval(interval: Interval | None) -> Interval | None:
+    """Return an interval without bounds where one is no finite number, and None where the estimate is none."""
+    if interval is None or not math.isfinite(interval.estimate):
+        return None
+    is_bounded = all(bound is not None and math.isfinite(bound) for bound in (interval.low, interval.high))
+    return interval if is_bounded else Interval(interval.estimate, None, None)
 
 
 def correct(records: Sequence[Record]) -> list[Record]:
@@ -207,7 +221,26 @@ def correct(records: Sequence[Record]) -> list[Record]:
     return corrected
 
 
+def _check(chosen: Measure, rows: Sequence[Row]) -> None:
+    """Raise ValueError for rows that are not what the measure was declared to yield."""
+    unknown = {axis for row in rows for axis in row.at} - set(chosen.axes)
+    if unknown:
+        raise ValueError(f"measure {chosen.name} has rows by {', '.join(sorted(unknown))}, which its axes do not name")
+    places = [frozenset(row.at.items()) for row in rows]
+    if len(set(places)) < len(places):
+        raise ValueError(f"measure {chosen.name} has several rows at the same coordinates")
+    for row in rows:
+        is_given = isinstance(row.values, Interval)
+        shape = None if is_given else np.shape(row.values)
+        wanted = _COLUMNS.get(chosen.statistic, ())
+        if is_given != (chosen.statistic == "given") or (shape is not None and (not shape or shape[1:] != wanted)):
+            found = "an interval" if shape is None else f"an array of shape {shape}"
+            expected = "an interval" if chosen.statistic == "given" else f"one of shape {('documents', *wanted)}"
+            raise ValueError(f"measure {chosen.name} ({chosen.statistic}) yielded {found}, not {expected}")
+
+
 def _interval(values: Array, statistic: Statistic, *, seed: int) -> tuple[Interval | None, str | None]:
+    """Return the statistic of documents with its interval, and why it has none."""
     if not len(values):
         return None, None
     few = None if len(values) >= MINIMUM_DOCUMENTS else f"fewer than {MINIMUM_DOCUMENTS} documents: no interval"
@@ -217,7 +250,8 @@ def _interval(values: Array, statistic: Statistic, *, seed: int) -> tuple[Interv
     function = _FUNCTIONS[statistic]
     if few:
         return Interval(float(values.mean() if function is None else function(values)), None, None), few
-    return bca_interval(values, function, seed=seed), None
+    found = bca_interval(values, function, seed=seed)
+    return found, None if finite_interval(found) == found else "undefined in some resamples: no interval"
 
 
 def _ratio_of_sums(documents: Array) -> float:
@@ -231,7 +265,7 @@ def _explained(documents: Array) -> float:
 
 def _r_squared(documents: Array) -> float:
     rows, total, squares, residuals = documents.sum(axis=0)
-    spread = squares - total**2 / rows
+    spread = squares - total**2 / rows if rows else 0.0
     return float(1 - residuals / spread) if spread > 0 else math.nan
 
 
@@ -241,10 +275,6 @@ _FUNCTIONS: dict[str, Callable[[Array], float] | None] = {
     "explained": _explained,
     "r_squared": _r_squared,
 }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
 
 
 # Rows of arrays --------------------------------------------------------------------------------------------------
@@ -280,9 +310,9 @@ def over_layers_and_heads(values: Array) -> Iterator[Row]:
 
 def _by_axes(rows: Sequence[Row], axes: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return the values of the rows that have all axes, which are counted from 0, as one array."""
-    full = [row for row in rows if len(row.at) == len(axes)]
-    places = np.array([[int(row.at[axis]) for axis in axes] for row in full])
-    values = np.stack([np.asarray(row.values, dtype=np.float32) for row in full])
-    kept = np.full((values.shape[1], *(places.max(axis=0) + 1)), np.nan, dtype=np.float32)
-    kept[(slice(None), *places.T)] = values.T
+    full = {tuple(int(row.at[axis]) for axis in axes): row.values for row in rows if len(row.at) == len(axes)}
+    sizes = [1 + max(place[index] for place in full) for index in range(len(axes))]
+    kept = np.full((len(np.asarray(next(iter(full.values())))), *sizes), np.nan, dtype=np.float32)
+    for place, values in full.items():
+        kept[(slice(None), *place)] = values
     return kept

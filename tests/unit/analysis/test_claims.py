@@ -75,6 +75,13 @@ def test_documents_that_give_no_interval_are_too_few() -> None:
     assert few == ("too few documents", "5, at least 8 needed")
 
 
+@pytest.mark.parametrize("area", [Interval(np.nan, 0.1, 0.3), Interval(np.nan, np.nan, np.nan)])
+def test_an_area_that_is_not_finite_decides_nothing(area: Interval) -> None:
+    assert verdict_of("area", {"area": area}) == ("not tested", "not measured")  # type: ignore[dict-item]
+    unbounded = Interval(0.2, 0.1, np.inf)
+    assert verdict_of("area", {"area": unbounded})[0] != "supported"  # type: ignore[dict-item]
+
+
 def test_an_area_without_p_values_is_judged_by_its_interval_alone() -> None:
     intervals = {"area": Interval(0.2, 0.1, 0.3), "prefix_area": Interval(0.0, -0.1, 0.3)}
     verdicts = judged(intervals)

@@ -88,6 +88,37 @@ def test_rows_by_an_axis_that_was_not_named_are_refused(inputs: Inputs) -> None:
         run_measure(registered(example, axes=("layer",)), inputs)
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "problem"),
+    [
+        ([Row({}, 0.5)], {}, "(mean) yielded an array of shape ()"),
+        ([Row({}, np.ones((12, 2)))], {}, "(mean) yielded an array of shape (12, 2)"),
+        ([Row({}, RISING)], {"statistic": "ratio"}, "not one of shape ('documents', 2)"),
+        ([Row({}, RISING)], {"statistic": "given"}, "not an interval"),
+        ([Row({}, Interval(0.2, 0.1, 0.3))], {}, "(mean) yielded an interval"),
+        ([Row({"layer": 0}, RISING), Row({"layer": 0}, RISING)], {"axes": ("layer",)}, "several rows at the same"),
+    ],
+)
+def test_rows_of_another_form_than_declared_are_refused(
+    inputs: Inputs, rows: list[Row], options: dict[str, object], problem: str
+) -> None:
+    def example(_: Inputs) -> Rows:
+        return rows
+
+    with pytest.raises(ValueError, match=f"measure example.*{re.escape(problem)}"):
+        run_measure(registered(example, **options), inputs)
+
+
+@pytest.mark.parametrize("option", ["test", "keep"])
+def test_only_means_are_tested_and_kept(option: str) -> None:
+    def example(_: Inputs) -> Rows:
+        yield Row({}, RISING)
+
+    with pytest.raises(ValueError, match="measure example has the statistic ratio; only means are tested and kept"):
+        registered(example, statistic="ratio", **{option: True})
+    assert "example" not in MEASURES
+
+
 def test_every_measure_of_the_package_is_defined_in_a_sentence() -> None:
     for one in MEASURES.values():
         assert one.definition.endswith("."), one.name
@@ -165,6 +196,15 @@ def test_a_ratio_to_nothing_has_no_value() -> None:
     assert (found.value, found.low, found.note) == (None, None, "no document has it")
 
 
+@pytest.mark.parametrize(("statistic", "of_one"), [("ratio", [1.0, 1.0]), ("r_squared", [5.0, 3.0, 4.0, 0.1])])
+def test_what_one_document_alone_has_leaves_resamples_without_it_and_so_no_interval(
+    statistic: str, of_one: list[float]
+) -> None:
+    found = recorded([of_one, *np.zeros((11, len(of_one)))], statistic)
+    assert found.value is not None
+    assert (found.low, found.high, found.note) == (None, None, "undefined in some resamples: no interval")
+
+
 def test_r_squared_is_that_of_all_rows_together() -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     y = generator.normal(size=(9, 40)) + 3
@@ -187,16 +227,29 @@ def test_a_given_interval_is_recorded_as_it_is() -> None:
     assert (found.num_documents, found.note, found.p_value) == (30, "by jackknife", None)
 
 
+@pytest.mark.parametrize("interval", [Interval(np.nan, 0.1, 0.3), Interval(0.2, 0.1, np.inf)])
+def test_a_given_interval_that_is_not_finite_has_no_bounds(interval: Interval) -> None:
+    found = record_of(MEASURES["area"], Row({}, interval, num_documents=30), seed=0)
+    assert found.value == (None if np.isnan(interval.estimate) else interval.estimate)
+    assert (found.low, found.high) == (None, None)
+
+
+def test_a_coordinate_of_numpy_is_recorded_as_the_number_it_is() -> None:
+    found = record_of(MEASURES["entropy_drop"], Row({"layer": np.int64(1)}, RISING), seed=0)  # type: ignore[dict-item]
+    assert [type(place) for place in found.at.values()] == [int]
+
+
 @pytest.mark.parametrize("statistic", ["mean", "accuracy"])
 def test_few_documents_have_a_value_without_an_interval(statistic: str) -> None:
-    found = recorded(RISING[:3], statistic, test=True)
+    found = recorded(RISING[:3], statistic, test=statistic == "mean")
     assert found.value == pytest.approx(RISING[:3].mean())
     assert (found.low, found.high, found.p_value) == (None, None, None)
     assert found.note == "fewer than 8 documents: no interval"
 
 
-def test_no_document_at_all_has_no_value() -> None:
-    found = recorded([np.nan] * 12)
+@pytest.mark.parametrize("values", [[np.nan] * 12, []])
+def test_no_document_at_all_has_no_value(values: list[float]) -> None:
+    found = recorded(values)
     assert (found.value, found.low, found.num_documents, found.note) == (None, None, 0, "no document has it")
 
 
@@ -223,6 +276,14 @@ def test_kept_values_of_all_documents_stand_by_their_axes(inputs: Inputs) -> Non
     assert kept.shape == (12, 2, 2)
     np.testing.assert_array_equal(kept[:, 1, 0], (RISING + 1).astype(np.float32))
     assert np.isnan(kept[:, 0, 0]).all()
+
+
+def test_kept_values_of_a_measure_without_axes_are_those_of_the_documents(inputs: Inputs) -> None:
+    def example(_: Inputs) -> Rows:
+        yield Row({}, RISING)
+
+    run_measure(registered(example, keep=True), inputs)
+    np.testing.assert_array_equal(inputs.arrays["example"], RISING.astype(np.float32))
 
 
 @pytest.mark.parametrize("found", [[], [Row({}, RISING)]])

@@ -134,9 +134,8 @@ def _mean_outputs(lens: Lens, batches: Iterator[PairBatch]) -> dict[int, Tensor]
 @measure("causal", "nats", axes=("layer", "mode"), subject="task", plot=Dots("layer", by="mode"))
 def knockout(inputs: Inputs) -> Rows:
     """Rise of the answer's loss with meta-attention removed, its mean in its place, or its older edges cut."""
-    if not inputs.lens.layout.meta_layers:
-        return
-    scores = score_knock_outs(inputs.lens, pairs_of(inputs), [WHOLE, *list_knock_outs(inputs.lens)])
+    outs = list_knock_outs(inputs.lens)
+    scores = score_knock_outs(inputs.lens, pairs_of(inputs), [WHOLE, *outs])
     full = scores.pop(WHOLE).cross_entropy
     for one, left in scores.items():
         mode = one.kind if one.kind != "older" else f"older than {one.num_kept}"

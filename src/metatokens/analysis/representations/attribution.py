@@ -200,6 +200,10 @@ def branch_strength(inputs: Inputs) -> Rows:
         for document in inputs.subject.documents
         if document.is_meta.any()
     ]
+    if not parts:
+        raise UsageError(
+            "documents", expected="a meta-token in one", found="none", remedy="choose documents that have meta-tokens"
+        )
     for branch in _BRANCHES.values():
         means = np.stack([part[branch] for part in parts])
         for layer in range(means.shape[1]):

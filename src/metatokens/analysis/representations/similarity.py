@@ -239,6 +239,15 @@ def calibrations_of(inputs: Inputs) -> list[Calibration]:
 def cosines_of(inputs: Inputs) -> Cosines:
     """Return the cosines of meta-tokens with earlier text, beside those of ordinary tokens at the same places."""
     documents, control = inputs.subject.documents, inputs.subject.control
+    lengths = {document.input_ids.shape[1] for document in documents}
+    if len(documents) < 2 or len(lengths) > 1 or len(control) != len(documents) or not inputs.subject.calibration:
+        raise UsageError(
+            "documents for cosines",
+            expected="two or more of one length, a control of each, and documents for calibration",
+            found=f"{len(documents)} of {len(lengths)} lengths, {len(control)} controls, "
+            f"{len(inputs.subject.calibration)} for calibration",
+            remedy="give the subject what is missing",
+        )
     # even batches, since the shuffled control of a document is another one of its batch
     batches = np.array_split(np.arange(len(documents)), math.ceil(len(documents) / _BATCH))
     parts = [
@@ -285,14 +294,18 @@ def excess_cosine(inputs: Inputs) -> Rows:
 @measure("similarity", "1", test=True, subject="text")
 def near_excess_cosine(inputs: Inputs) -> Rows:
     """Excess cosine at distance 1, mean over the layers behind the first block's entry."""
-    if distances_of(inputs)[0] == 1:
-        yield Row({}, cosines_of(inputs).excess[:, CENTRED, 1:, 0].mean(axis=1))
+    if 1 not in distances_of(inputs):
+        inputs.skip("similarity: near_excess_cosine needs distance 1")
+        return
+    yield Row({}, cosines_of(inputs).excess[:, CENTRED, 1:, 0].mean(axis=1))
 
 
 @measure("similarity", "1", test=True, subject="text")
 def fading_cosine(inputs: Inputs) -> Rows:
     """Centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers."""
     distances = distances_of(inputs)
-    if distances[0] == 1 and len(distances) > 1:
-        means = cosines_of(inputs).meta[:, CENTRED, 1:]
-        yield Row({}, (means[..., 0] - means[..., -1]).mean(axis=1))
+    if distances[0] != 1 or len(distances) < 2:
+        inputs.skip("similarity: fading_cosine needs distance 1 and a larger one")
+        return
+    means = cosines_of(inputs).meta[:, CENTRED, 1:]
+    yield Row({}, (means[..., 0] - means[..., -1]).mean(axis=1))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis_inputs import records_of, task_inputs
 from circuits import RAGGED, build_circuit, hand_made_pairs, random_lens, task_lens, task_pairs
 from metatokens.analysis.causal.knockout import WHOLE, KnockOut, list_knock_outs, losses_on_text, score_knock_outs
 from metatokens.analysis.causal.paths import block_paths
@@ -94,3 +95,12 @@ def test_a_model_without_meta_attention_among_its_meta_tokens_is_refused():
     for changes in ({"meta_attention_layers": "none"}, {"meta_attention_over": "all"}):
         with pytest.raises(UsageError, match="knock-out of meta-attention"):
             list_knock_outs(random_lens(**changes))
+
+
+def test_an_analysis_of_a_model_without_meta_attention_says_that_it_has_no_knock_out():
+    inputs = task_inputs(tiny_model(meta_attention_layers="none"))
+    assert records_of("knockout", inputs) == []
+    assert inputs.skipped == [
+        "causal: knock-out of meta-attention: expected a model with meta-attention over its meta-tokens, "
+        "found one without; leave it out"
+    ]

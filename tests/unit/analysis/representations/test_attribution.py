@@ -1,6 +1,7 @@
 """What each component adds to a logit and how large a branch's addition is, against definitions and known circuits."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,13 @@ def test_strength_of_a_branch_that_adds_nothing_is_zero() -> None:
     inputs = text_inputs(model)
     assert value_of("branch_strength", inputs, branch="meta-attention", layer=1) == 0
     assert value_of("branch_strength", inputs, branch="meta-attention", layer=0) > 0
+
+
+def test_documents_without_meta_tokens_have_no_branch_strength_and_say_so() -> None:
+    inputs = text_inputs()
+    bare = [replace(one, is_meta=torch.zeros_like(one.is_meta)) for one in inputs.subject.documents]
+    inputs.subject = replace(inputs.subject, documents=bare)
+    assert records_of("branch_strength", inputs) == []
+    assert inputs.skipped == [
+        "output: documents: expected a meta-token in one, found none; choose documents that have meta-tokens"
+    ]

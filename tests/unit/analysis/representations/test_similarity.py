@@ -1,6 +1,7 @@
 """Cosines by layer and distance against their definition, the controls, and what centring takes away."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analysis_inputs import records_of, text_inputs, value_of
-from metatokens.analysis.inputs.documents import choose_other_documents
+from analysis_inputs import document, records_of, text_inputs, value_of
+from metatokens.analysis.inputs.documents import Document, choose_other_documents
 from metatokens.analysis.representations.similarity import (
     FORMS,
     Calibration,
@@ -248,3 +249,30 @@ def test_recorded_excess_is_the_centred_cosine_of_meta_tokens_minus_that_of_ordi
     assert value_of("near_excess_cosine", inputs) == pytest.approx(near, abs=1e-9)
     assert len(records_of("cosine", inputs)) == 3 * 3 * 3 * 2
     assert inputs.skipped == ["similarity at distances from 20, half a document"]
+
+
+def test_measures_without_their_distances_say_so() -> None:
+    inputs = text_inputs(distances=(2,))
+    assert records_of("near_excess_cosine", inputs) + records_of("fading_cosine", inputs) == []
+    assert inputs.skipped == [
+        "similarity: near_excess_cosine needs distance 1",
+        "similarity: fading_cosine needs distance 1 and a larger one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "found"),
+    [
+        ({"control": []}, "found 10 of 1 lengths, 0 controls, 6 for calibration"),
+        ({"calibration": []}, "found 10 of 1 lengths, 10 controls, 0 for calibration"),
+        ({"documents": [document(0)], "control": [document(0, 1)]}, "found 1 of 1 lengths"),
+        ({"documents": [document(number, length=30 + number) for number in range(10)]}, "found 10 of 10 lengths"),
+    ],
+)
+def test_a_subject_of_one_s_own_without_a_pair_or_control_has_no_cosines_and_says_why(
+    missing: dict[str, list[Document]], found: str
+) -> None:
+    inputs = text_inputs(distances=(1, 4))
+    inputs.subject = replace(inputs.subject, **missing)  # type: ignore[arg-type]
+    assert records_of("excess_cosine", inputs) == []
+    assert found in inputs.skipped[-1]
