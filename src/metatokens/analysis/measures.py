@@ -168,7 +168,7 @@ def run_measure(chosen: Measure, inputs: Inputs) -> list[Row]:
         return []
     _check(chosen, rows)
     if chosen.keep and any(len(row.at) == len(chosen.axes) for row in rows):  # a measure may find nothing
-        inputs.keep(chosen.name, _by_axes(rows, chosen.axes))
+        inputs.arrays[chosen.name] = _by_axes(rows, chosen.axes)
     return rows
 
 
@@ -215,7 +215,7 @@ def correct(records: Sequence[Record]) -> list[Record]:
             families.setdefault(record.measure, []).append(index)
     corrected = list(records)
     for indices in families.values():
-        adjusted, _ = benjamini_hochberg([records[index].p_value or 0.0 for index in indices])
+        adjusted = benjamini_hochberg([records[index].p_value or 0.0 for index in indices])
         for index, value in zip(indices, adjusted.tolist(), strict=True):
             corrected[index] = records[index].model_copy(update={"adjusted_p": value})
     return corrected

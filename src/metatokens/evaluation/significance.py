@@ -23,7 +23,6 @@ from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEV
 MAX_EXACT_DOCUMENTS = 14
 """Up to this number of documents n, all 2^n sign flips are counted: at most 16,384."""
 SIGN_FLIP_DRAWS = 10_000
-FALSE_DISCOVERY_RATE = 0.05
 
 _FLIPS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
 _RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
@@ -67,39 +66,6 @@ def bca_interval(
     draws = [measure(values[generator.integers(num_documents, size=num_documents)]) for _ in range(resamples)]
     left_out = [measure(np.delete(values, document, axis=0)) for document in range(num_documents)]
     return bca_from_draws(float(measure(values)), draws, [left_out], level=level)
-
-
-def bca_ratio(
-    numerators: Numbers,
-    denominators: Numbers,
-    *,
-    seed: int,
-    resamples: int = BOOTSTRAP_RESAMPLES,
-    level: float = CONFIDENCE_LEVEL,
-    minimum_documents: int = MINIMUM_DOCUMENTS,
-) -> Interval:
-    """Return sum(numerators) / sum(denominators) over documents with its BCa interval.
-
-    For the paired difference of two models on the same documents, pass the differences of their numerators.
-
-    Raises:
-        UsageError: there are fewer documents than `minimum_documents`.
-        ValueError: the lengths differ, a denominator is not positive, or see `bca_interval`.
-    """
-    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    if above.ndim != 1 or above.shape != below.shape or (below <= 0).any():
-        raise ValueError(
-            f"each document needs one numerator and one positive denominator, not shapes {above.shape} and "
-            f"{below.shape} and a denominator of {below.min(initial=math.inf)}"
-        )
-    return bca_interval(
-        np.stack([above, below], axis=1),
-        lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()),
-        seed=seed,
-        resamples=resamples,
-        level=level,
-        minimum_documents=minimum_documents,
-    )
 
 
 def bca_from_draws(
@@ -229,20 +195,16 @@ def holm(p_values: npt.ArrayLike) -> Array:
     return _put(np.minimum(np.maximum.accumulate(p.ravel()[order] * factors), 1), order, p.shape)
 
 
-def benjamini_hochberg(p_values: npt.ArrayLike, q: float = FALSE_DISCOVERY_RATE) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return adjusted p-values, and which tests are rejected at a false discovery rate (Benjamini and Hochberg 1995).
+def benjamini_hochberg(p_values: npt.ArrayLike) -> Array:
+    """Return p-values adjusted to bound the share of false rejections by the level (Benjamini and Hochberg 1995).
 
     Args:
-        p_values: of any shape, such as (layers, heads), in [0, 1]; both results have the same shape.
-        q: accepted share of false rejections among all rejections.
+        p_values: of any shape, such as (layers, heads), in [0, 1]; the result has the same shape.
     """
     p = _check_p_values(p_values)
-    if not 0 < q < 1:
-        raise ValueError(f"q must lie in (0, 1), not {q}")
     order = np.argsort(p, axis=None, kind="stable")
     scaled = p.ravel()[order] * p.size / np.arange(1, p.size + 1)
-    adjusted = _put(np.minimum.accumulate(scaled[::-1])[::-1], order, p.shape)
-    return adjusted, adjusted <= q
+    return _put(np.minimum.accumulate(scaled[::-1])[::-1], order, p.shape)
 
 
 def _mean(values: Array) -> float:

@@ -10,7 +10,6 @@ from metatokens.errors import UsageError
 from metatokens.evaluation.significance import (
     bca_from_draws,
     bca_interval,
-    bca_ratio,
     benjamini_hochberg,
     equivalence_test,
     holm,
@@ -59,15 +58,6 @@ def test_bca_equals_its_definition_number_by_number():
     assert interval.low > percentiles[0]
 
 
-def test_ratio_is_of_the_sums_and_its_interval_that_of_any_statistic():
-    numerators, denominators = np.arange(1, 13.0), np.linspace(5, 9, 12)
-    interval = bca_ratio(numerators, denominators, seed=1, resamples=300)
-    pairs = np.stack([numerators, denominators], axis=1)
-    assert interval.estimate == pytest.approx(numerators.sum() / denominators.sum())
-    assert interval == bca_interval(pairs, lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), seed=1, resamples=300)
-    assert interval != bca_ratio(numerators, denominators, seed=2, resamples=300)
-
-
 def test_documents_that_are_alike_give_a_point():
     interval = bca_interval(np.full(9, 0.1), seed=0, resamples=50)
     assert (interval.low, interval.high) == pytest.approx((0.1, 0.1))
@@ -96,8 +86,6 @@ def test_too_few_documents_are_one_clear_error():
     with pytest.raises(UsageError, match="documents for an interval: expected at least 8, found 7; pass more"):
         bca_interval(np.arange(7.0), seed=0)
     assert bca_interval(np.arange(7.0), seed=0, resamples=10, minimum_documents=7).estimate == 3
-    with pytest.raises(UsageError, match="at least 8, found 2"):
-        bca_ratio([1.0, 2.0], [1.0, 2.0], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +95,6 @@ def test_too_few_documents_are_one_clear_error():
 def test_an_interval_of_what_has_none_is_refused(values, options):
     with pytest.raises(ValueError, match=r"finite|level"):
         bca_interval(values, seed=0, **options)
-
-
-def test_a_ratio_over_nothing_is_refused():
-    with pytest.raises(ValueError, match="positive denominator"):
-        bca_ratio(np.ones(9), np.zeros(9), seed=0)
 
 
 @pytest.mark.slow
@@ -244,11 +227,11 @@ def test_benjamini_hochberg_has_the_published_rejections():
         0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0000,
     ]  # fmt: skip
     order = np.random.default_rng(0).permutation(15)
-    adjusted, rejected = benjamini_hochberg(np.array(p_values)[order].reshape(3, 5))
-    assert rejected.shape == (3, 5)
-    assert sorted(order[rejected.ravel()]) == [0, 1, 2, 3]
+    adjusted = benjamini_hochberg(np.array(p_values)[order].reshape(3, 5))
+    assert adjusted.shape == (3, 5)
+    assert sorted(order[adjusted.ravel() <= 0.05]) == [0, 1, 2, 3]
     # as p.adjust of R has it
-    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005])[0] == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
     assert adjusted.max() == 1
     assert (holm(p_values) <= 0.05).sum() == 3
 
@@ -259,8 +242,3 @@ def test_p_values_outside_of_0_to_1_are_refused(p_values):
         holm(p_values)
     with pytest.raises(ValueError, match="p-values"):
         benjamini_hochberg(p_values)
-
-
-def test_a_false_discovery_rate_of_1_is_refused():
-    with pytest.raises(ValueError, match="q must lie"):
-        benjamini_hochberg([0.5], 1.0)

@@ -177,7 +177,7 @@ def effects_of(inputs: Inputs) -> Mapping[str, Array]:
     left_out = int(np.isnan(effects["edges"]).all(axis=(1, 2)).sum())
     if left_out:
         inputs.skip(f"attention: {left_out} documents have no meta-token that a query sees")
-    inputs.keep("theory_points", effects["points"].astype(np.float32))
+    inputs.arrays["theory_points"] = effects["points"].astype(np.float32)
     return effects
 
 

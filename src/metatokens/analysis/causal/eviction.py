@@ -105,10 +105,10 @@ def measure_eviction(
         (documents,) nats per target; None stands for the whole cache.
 
     Raises:
-        UsageError: See `check_model`; or a continuation without a target.
+        UsageError: See `check_evictable`; or a continuation without a target.
         ValueError: A budget outside (0, 1].
     """
-    check_model(lens.model)
+    check_evictable(lens.model)
     kept = {budget: count_kept(budget, prefix_length) for budget in budgets}
     losses: dict[Condition | None, list[float]] = {}
     for number, document in enumerate(documents):
@@ -161,7 +161,7 @@ def count_kept(budget: float, prefix_length: int) -> int:
     return max(1, round(budget * prefix_length))
 
 
-def check_model(model: Any) -> None:
+def check_evictable(model: Any) -> None:
     """Raise UsageError where attention depends on the number of a column, which an eviction changes."""
     config = model.config
     found = None

@@ -20,7 +20,7 @@ from metatokens.analysis.compression.heads import LabelledStates
 from metatokens.analysis.compression.probes import v_information
 from metatokens.analysis.inputs.documents import sum_by_document
 from metatokens.analysis.inputs.labelled_states import BATCH_SIZE, Sample, padded_prompts, samples_of
-from metatokens.analysis.inputs.scores import Scores
+from metatokens.analysis.inputs.scores import Scores, logits_at
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Dots, Row, Rows, measure
 from metatokens.errors import UsageError
@@ -224,11 +224,8 @@ def _ask(lens: Lens, samples: Sequence[Sample], erasers: Erasers) -> tuple[Array
         batch = samples[start : start + BATCH_SIZE]
         ids, is_meta = _padded(lens, batch)
         last, label = (torch.tensor([getattr(s, key) for s in batch], device=ids.device) for key in ("last", "label"))
-        positions, place = last.unique(return_inverse=True)
         with lens.edit(*_edits(erasers, is_meta)):
-            logits = lens.run(ids, logits_to_keep=positions).logits
-        of_last = logits[torch.arange(len(batch), device=ids.device), place]
-        scores = Scores.of_logits(of_last, label, label, int(lens.model.config.meta_token_id))
+            scores = Scores.of_logits(logits_at(lens, ids, last), label, label, lens.meta_token_id)
         losses.append(scores.cross_entropy)
         right.append(scores.accuracy)
     return np.concatenate(losses), np.concatenate(right)
@@ -239,7 +236,7 @@ def _padded(lens: Lens, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     ids = padded_prompts(lens, samples)
     last = torch.tensor([sample.last for sample in samples], device=ids.device)
     is_before = torch.arange(ids.shape[1], device=ids.device) < last[:, None]
-    return ids, (ids == lens.model.config.meta_token_id) & is_before
+    return ids, lens.is_meta(ids) & is_before
 
 
 def _edits(erasers: Erasers, is_meta: Tensor) -> list[edits.Edit]:

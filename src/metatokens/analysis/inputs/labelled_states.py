@@ -161,7 +161,7 @@ def _states_of(
     """Return every state of a batch, (B, C) each; "untrained" where there is such a model."""
     num_layers = len(lens.layout.blocks)
     ids = padded_prompts(lens, samples)
-    is_meta = ids == lens.model.config.meta_token_id
+    is_meta = lens.is_meta(ids)
     row = torch.arange(len(samples))
     last_meta, before, last = (
         torch.tensor([getattr(sample, place) for sample in samples]) for place in ("last_meta", "before", "last")
@@ -188,20 +188,14 @@ def _states_of(
 
 
 def _labels(samples: Sequence[Sample], meta_token_id: int) -> dict[str, IntArray]:
+    prefixes = [sample.row.input_ids[: sample.last_meta] for sample in samples]
+    texts = [prefix[prefix != meta_token_id] for prefix in prefixes]
     labels: dict[str, list[int]] = {ANSWER: [sample.label for sample in samples]}
     for distance in _DISTANCES:
         name = "the token before" if distance == 1 else f"the token {distance} back"
-        labels[name] = [_token_back(sample, distance, meta_token_id) for sample in samples]
-    labels["meta-tokens so far"] = [
-        int(np.count_nonzero(sample.row.input_ids[: sample.last_meta] == meta_token_id)) for sample in samples
-    ]
+        labels[name] = [text[-distance] if len(text) >= distance else -1 for text in texts]
+    labels["meta-tokens so far"] = [len(prefix) - len(text) for prefix, text in zip(prefixes, texts, strict=True)]
     return {name: np.array(values, dtype=np.int64) for name, values in labels.items()}
-
-
-def _token_back(sample: Sample, distance: int, meta_token_id: int) -> int:
-    text = sample.row.input_ids[: sample.last_meta]
-    text = text[text != meta_token_id]
-    return int(text[-distance]) if len(text) >= distance else -1
 
 
 def _untrained(model: Any, seed: int) -> Lens:

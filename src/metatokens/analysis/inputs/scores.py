@@ -79,9 +79,7 @@ class PairBatch:
 
     def score(self, lens: Lens, ids: Tensor, *, towards_foil: bool = False) -> Scores:
         """Run prompts (B, T) under the edits of the lens and score the answer, or the foil in its place."""
-        positions, place = self.last.unique(return_inverse=True)
-        logits = lens.run(ids, logits_to_keep=positions).logits
-        logits = logits[torch.arange(len(place), device=place.device), place]
+        logits = logits_at(lens, ids, self.last)
         right, wrong = (self.foil, self.answer) if towards_foil else (self.answer, self.foil)
         return Scores.of_logits(logits, right, wrong, lens.meta_token_id)
 
@@ -89,6 +87,14 @@ class PairBatch:
         """Return the mean over the two prompts of a pair, each scored towards its own answer; at chance exactly 0."""
         both = self.score(lens, self.clean), self.score(lens, self.corrupt, towards_foil=True)
         return Scores(*((of_clean + of_corrupt) / 2 for of_clean, of_corrupt in zip(*both, strict=True)))
+
+
+def logits_at(lens: Lens, ids: Tensor, columns: Tensor) -> Tensor:
+    """Run rows (B, T) under the edits of the lens and return the logits (B, V) at one column of each, (B,)."""
+    positions, place = columns.unique(return_inverse=True)
+    logits = lens.run(ids, logits_to_keep=positions).logits
+    found: Tensor = logits[torch.arange(len(place), device=place.device), place]
+    return found
 
 
 def stack_pairs(pairs: Sequence[MinimalPair], device: Any = "cpu") -> PairBatch:

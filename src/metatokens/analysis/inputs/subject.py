@@ -77,10 +77,8 @@ class Inputs:
         self.skipped: list[str] = []
         self.arrays: dict[str, npt.NDArray[Any]] = {}
         self._shared: dict[Callable[[Inputs], Any], Any] = {}
-        if subject is None and isinstance(config.subject, TaskSubject):
-            subject = task_subject(self.lens.model, self.encoder, config, config.subject)
-        elif subject is None:
-            subject = text_subject(self.lens.model, self.encoder, config, self.text)
+        if subject is None:
+            subject = _task_subject(self) if isinstance(config.subject, TaskSubject) else _text_subject(self)
         self.subject = subject
 
     @property
@@ -103,10 +101,6 @@ class Inputs:
     def provide(self, function: Callable[[Inputs], _Made], made: _Made) -> None:
         """Let a `shared` function return this and not run, such as minimal pairs or labelled states of one's own."""
         self._shared[function] = made
-
-    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Leave an array beside the rows."""
-        self.arrays[name] = array
 
 
 def shared(function: Callable[[Inputs], _Made]) -> Callable[[Inputs], _Made]:
@@ -141,17 +135,20 @@ def check_model(model: Any) -> int:
     return int(meta_token_id)
 
 
-def task_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TaskSubject) -> Subject:
-    """Return instances of the test split, whole rows with their answers."""
-    meta_token_id = check_model(model)
-    total = config.documents + config.calibration_documents
+def _task_subject(inputs: Inputs) -> Subject:
+    """Return instances of the test split, whole rows with their answers.
+
+    Raises:
+        UsageError: a task that places no meta-token.
+    """
+    config, subject, meta_token_id = inputs.config, inputs.task, inputs.meta_token_id
     instances = make_test_instances(
         subject.task,
         subject.difficulty,
-        encoder=PieceEncoder(encoder),
+        encoder=PieceEncoder(inputs.encoder),
         meta_token_id=meta_token_id,
         seed=config.seed,
-        instances=total,
+        instances=config.documents + config.calibration_documents,
     )
     documents = [
         _document(f"instance {number}", torch.from_numpy(instance.input_ids), meta_token_id)
@@ -167,14 +164,15 @@ def task_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
     return Subject(documents[: config.documents], documents[config.documents :], [], instances[: config.documents])
 
 
-def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subject: TextSubject) -> Subject:
+def _text_subject(inputs: Inputs) -> Subject:
     """Return passages of `window` positions, one of each text that is long enough, up to the number in the config.
 
     Raises:
         UsageError: a window longer than the model, or too few texts that fill it.
     """
-    meta_token_id = check_model(model)
-    limit = getattr(model.config, "max_sequence_length", None) or model.config.max_position_embeddings
+    config, subject, meta_token_id = inputs.config, inputs.text, inputs.meta_token_id
+    of_model: Any = inputs.lens.model.config
+    limit = getattr(of_model, "max_sequence_length", None) or of_model.max_position_embeddings
     if subject.window > limit:
         raise UsageError(
             "subject.window", expected=f"at most {limit}, the model's", found=str(subject.window), remedy="lower it"
@@ -193,7 +191,7 @@ def text_subject(model: Any, encoder: TextEncoder, config: AnalysisConfig, subje
     num_seen = 0
     for document in iterate_documents(subject.source):
         passage = _passage(document.text, subject.window * _CHARACTERS_PER_TOKEN, seed=config.seed, number=num_seen)
-        ids = np.asarray(encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
+        ids = np.asarray(inputs.encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
         num_seen += 1
         if len(ids) >= num_text:
             found.append((document.source, ids[:num_text]))

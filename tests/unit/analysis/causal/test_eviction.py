@@ -9,7 +9,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 
 from metatokens.analysis.causal.eviction import (
     Condition,
-    check_model,
+    check_evictable,
     continue_sequence,
     count_kept,
     evict,
@@ -244,7 +244,7 @@ def test_models_whose_attention_counts_columns_are_refused():
         (type("Model", (), {"config": SparseAttentionConfig()}), "model_type"),
     ):
         with pytest.raises(UsageError, match=message):
-            check_model(model)
+            check_evictable(model)
 
 
 def test_a_continuation_without_a_target_is_refused():
