@@ -28,7 +28,7 @@ from metatokens.analysis.inputs.subject import Inputs
 from metatokens.analysis.results import Record
 from metatokens.config.analysis import MINIMUM_DOCUMENTS, Part
 from metatokens.errors import NumericError, UsageError
-from metatokens.evaluation.significance import bca_interval, benjamini_hochberg, sign_flip_test
+from metatokens.evaluation.significance import bca_interval, benjamini_hochberg, means_of, sign_flip_test
 from metatokens.evaluation.statistics import Interval, accuracy_interval
 
 Array = npt.NDArray[np.float64]
@@ -229,14 +229,16 @@ def _check(chosen: Measure, rows: Sequence[Row]) -> None:
     places = [frozenset(row.at.items()) for row in rows]
     if len(set(places)) < len(places):
         raise ValueError(f"measure {chosen.name} has several rows at the same coordinates")
+    wanted = "an interval" if chosen.statistic == "given" else _form(("documents", *_COLUMNS.get(chosen.statistic, ())))
     for row in rows:
-        is_given = isinstance(row.values, Interval)
-        shape = None if is_given else np.shape(row.values)
-        wanted = _COLUMNS.get(chosen.statistic, ())
-        if is_given != (chosen.statistic == "given") or (shape is not None and (not shape or shape[1:] != wanted)):
-            found = "an interval" if shape is None else f"an array of shape {shape}"
-            expected = "an interval" if chosen.statistic == "given" else f"one of shape {('documents', *wanted)}"
-            raise ValueError(f"measure {chosen.name} ({chosen.statistic}) yielded {found}, not {expected}")
+        shape = () if isinstance(row.values, Interval) else np.shape(row.values)
+        found = "an interval" if isinstance(row.values, Interval) else _form(("documents", *shape[1:]) if shape else ())
+        if found != wanted:
+            raise ValueError(f"measure {chosen.name} ({chosen.statistic}) yielded {found}, not {wanted}")
+
+
+def _form(shape: tuple[str | int, ...]) -> str:
+    return f"values ({', '.join(map(str, shape))})" if shape else "a single number"
 
 
 def _interval(values: Array, statistic: Statistic, *, seed: int) -> tuple[Interval | None, str | None]:
@@ -249,29 +251,35 @@ def _interval(values: Array, statistic: Statistic, *, seed: int) -> tuple[Interv
         return (Interval(found.estimate, None, None), few) if few else (found, None)
     function = _FUNCTIONS[statistic]
     if few:
-        return Interval(float(values.mean() if function is None else function(values)), None, None), few
+        return Interval(float(function(values[None])[0]), None, None), few
     found = bca_interval(values, function, seed=seed)
     return found, None if finite_interval(found) == found else "undefined in some resamples: no interval"
 
 
-def _ratio_of_sums(documents: Array) -> float:
-    above, below = documents.sum(axis=0)
-    return float(above / below) if below else math.nan
+def _ratios_of_sums(resamples: Array) -> Array:
+    above, below = np.moveaxis(resamples.sum(axis=1), -1, 0)
+    return _divide(above, below)
 
 
-def _explained(documents: Array) -> float:
-    return 1 - _ratio_of_sums(documents)
+def _explained(resamples: Array) -> Array:
+    return 1 - _ratios_of_sums(resamples)
 
 
-def _r_squared(documents: Array) -> float:
-    rows, total, squares, residuals = documents.sum(axis=0)
-    spread = squares - total**2 / rows if rows else 0.0
-    return float(1 - residuals / spread) if spread > 0 else math.nan
+def _r_squared(resamples: Array) -> Array:
+    rows, total, squares, residuals = np.moveaxis(resamples.sum(axis=1), -1, 0)
+    spread = squares - _divide(total**2, rows)
+    return 1 - _divide(residuals, np.where(spread > 0, spread, 0))
 
 
-_FUNCTIONS: dict[str, Callable[[Array], float] | None] = {
-    "mean": None,
-    "ratio": _ratio_of_sums,
+def _divide(above: Array, below: Array) -> Array:
+    """Return quotients, NaN where the divisor is 0."""
+    quotients: Array = np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+    return quotients
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "mean": means_of,
+    "ratio": _ratios_of_sums,
     "explained": _explained,
     "r_squared": _r_squared,
 }
@@ -310,9 +318,13 @@ def over_layers_and_heads(values: Array) -> Iterator[Row]:
 
 def _by_axes(rows: Sequence[Row], axes: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return the values of the rows that have all axes, which are counted from 0, as one array."""
-    full = {tuple(int(row.at[axis]) for axis in axes): row.values for row in rows if len(row.at) == len(axes)}
+    full: dict[tuple[int, ...], Array] = {
+        tuple(int(row.at[axis]) for axis in axes): np.asarray(row.values, dtype=np.float64)
+        for row in rows
+        if len(row.at) == len(axes)
+    }
     sizes = [1 + max(place[index] for place in full) for index in range(len(axes))]
-    kept = np.full((len(np.asarray(next(iter(full.values())))), *sizes), np.nan, dtype=np.float32)
+    kept = np.full((len(next(iter(full.values()))), *sizes), np.nan, dtype=np.float32)
     for place, values in full.items():
         kept[(slice(None), *place)] = values
     return kept

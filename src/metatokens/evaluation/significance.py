@@ -24,11 +24,12 @@ MAX_EXACT_DOCUMENTS = 14
 """Up to this number of documents n, all 2^n sign flips are counted: at most 16,384."""
 SIGN_FLIP_DRAWS = 10_000
 
-_FLIPS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
+_NUMBERS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
 _RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
 
 Array = npt.NDArray[np.float64]
-Statistic = Callable[[Array], float]
+Statistic = Callable[[Array], Array]
+"""Maps resamples (draws, documents, ...) to one number each, (draws,), whatever the order of the documents."""
 
 
 def bca_interval(
@@ -46,7 +47,7 @@ def bca_interval(
 
     Args:
         values_by_document: (documents, ...) finite numbers.
-        statistic: maps resampled documents (documents or one fewer, ...) to a number, whatever their order.
+        statistic: of resampled documents, as many or one fewer.
         seed: of the generator, PCG64.
         resamples: number of draws.
         level: share of intervals that hold the true value.
@@ -60,12 +61,21 @@ def bca_interval(
     if values.ndim < 1 or not np.isfinite(values).all():
         raise ValueError(f"values must be finite, with documents along the first axis, not of shape {values.shape}")
     check_documents(len(values), minimum_documents)
-    measure = _mean if statistic is None else statistic
+    measure = means_of if statistic is None else statistic
     generator = np.random.Generator(np.random.PCG64(seed))
     num_documents = len(values)
-    draws = [measure(values[generator.integers(num_documents, size=num_documents)]) for _ in range(resamples)]
-    left_out = [measure(np.delete(values, document, axis=0)) for document in range(num_documents)]
-    return bca_from_draws(float(measure(values)), draws, [left_out], level=level)
+    draws = np.empty(resamples)
+    draws_at_a_time = max(1, _NUMBERS_AT_A_TIME // values.size)
+    for part in np.split(draws, range(draws_at_a_time, resamples, draws_at_a_time)):
+        part[:] = measure(values[generator.integers(num_documents, size=(len(part), num_documents))])
+    left_out = [measure(np.delete(values, document, axis=0)[None])[0] for document in range(num_documents)]
+    return bca_from_draws(float(measure(values[None])[0]), draws, [left_out], level=level)
+
+
+def means_of(resamples: Array) -> Array:
+    """Return the mean of all numbers of each resample (draws, documents, ...), (draws,)."""
+    means: Array = resamples.reshape(len(resamples), math.prod(resamples.shape[1:])).mean(axis=1)
+    return means
 
 
 def bca_from_draws(
@@ -207,10 +217,6 @@ def benjamini_hochberg(p_values: npt.ArrayLike) -> Array:
     return _put(np.minimum.accumulate(scaled[::-1])[::-1], order, p.shape)
 
 
-def _mean(values: Array) -> float:
-    return float(values.mean())
-
-
 def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
     """Return a = sum(l^3 / n^3) / (6 sum(l^2 / n^2)^1.5) over the influences l of all factors.
 
@@ -256,7 +262,7 @@ def _share_of_flips(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     generator = np.random.Generator(np.random.PCG64(seed))
-    rows_at_a_time = max(1, _FLIPS_AT_A_TIME // num_documents)
+    rows_at_a_time = max(1, _NUMBERS_AT_A_TIME // num_documents)
     extreme = 0
     for start in range(0, draws, rows_at_a_time):
         rows = min(rows_at_a_time, draws - start)

@@ -91,9 +91,9 @@ def test_rows_by_an_axis_that_was_not_named_are_refused(inputs: Inputs) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "problem"),
     [
-        ([Row({}, 0.5)], {}, "(mean) yielded an array of shape ()"),
-        ([Row({}, np.ones((12, 2)))], {}, "(mean) yielded an array of shape (12, 2)"),
-        ([Row({}, RISING)], {"statistic": "ratio"}, "not one of shape ('documents', 2)"),
+        ([Row({}, 0.5)], {}, "(mean) yielded a single number, not values (documents)"),
+        ([Row({}, np.ones((12, 2)))], {}, "(mean) yielded values (documents, 2), not values (documents)"),
+        ([Row({}, RISING)], {"statistic": "ratio"}, "(ratio) yielded values (documents), not values (documents, 2)"),
         ([Row({}, RISING)], {"statistic": "given"}, "not an interval"),
         ([Row({}, Interval(0.2, 0.1, 0.3))], {}, "(mean) yielded an interval"),
         ([Row({"layer": 0}, RISING), Row({"layer": 0}, RISING)], {"axes": ("layer",)}, "several rows at the same"),
