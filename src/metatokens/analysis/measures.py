@@ -326,5 +326,6 @@ def _by_axes(rows: Sequence[Row], axes: Sequence[str]) -> npt.NDArray[np.float32
     sizes = [1 + max(place[index] for place in full) for index in range(len(axes))]
     kept = np.full((len(next(iter(full.values()))), *sizes), np.nan, dtype=np.float32)
     for place, values in full.items():
-        kept[(slice(None), *place)] = values
+        index: tuple[slice | int, ...] = (slice(None), *place)
+        kept[index] = values
     return kept

@@ -18,8 +18,9 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from metatokens.data.byte_level import Specification, TokenIds, check_keeps_text
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
@@ -190,19 +191,12 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         canonical = tokenizer.to_str()
-        specification: Specification = json.loads(canonical)
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
         self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[end_of_text_token(tokenizer)]
-        check_keeps_text(specification)
-        self._plain = _blind_to_special_tokens(specification, self.eos_token_id)
         self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._fast = tiktoken_encode(specification)
-        if self._fast is not None and not np.array_equal(self._fast(_PROBE_TEXT), self._plain_encode(_PROBE_TEXT)):
-            self._fast = None
-        self.backend = "tokenizers" if self._fast is None else "tiktoken"
-        self._check_special_tokens(specification)
-        _require_equal_ids("tokenizer", tokenizer, self._encode(_probe_text(tokenizer)).tolist(), "in bulk encoding")
+        self._encoders = _checked_encoders(canonical, self.eos_token_id)
+        self.backend = "tokenizers" if self._encoders.fast is None else "tiktoken"
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the ids of each text, without an end of text; each (length,) uint32 and read-only.
@@ -216,32 +210,53 @@ class TextEncoder:
         for text in texts:
             _require_utf8(text)
         if self.backend == "tokenizers":
-            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._encoders.plain.encode_batch_fast(list(texts), add_special_tokens=False)
             return [_frozen(encoding.ids) for encoding in encodings]
         if self._threads == 1 or len(texts) < 2:
-            return [self._encode(text) for text in texts]
+            return [self._encoders.encode(text) for text in texts]
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._encode, texts))
+            return list(pool.map(self._encoders.encode, texts))
 
-    def _encode(self, text: str) -> TokenIds:
-        if self._fast is not None:
+
+class _Encoders(NamedTuple):
+    """One tokenizer in two libraries, both blind to special tokens."""
+
+    plain: Tokenizer
+    fast: Callable[[str], TokenIds] | None
+    """tiktoken's; None where it cannot give the same ids."""
+
+    def encode(self, text: str) -> TokenIds:
+        if self.fast is not None:
             # tiktoken's matcher fails on a very long run of space; `tokenizers` is slower, but encodes it
             with suppress(ValueError):
-                return self._fast(text)
-        return self._plain_encode(text)
+                return self.fast(text)
+        return _frozen(self.plain.encode(text, add_special_tokens=False).ids)
 
-    def _plain_encode(self, text: str) -> TokenIds:
-        return _frozen(self._plain.encode(text, add_special_tokens=False).ids)
 
-    def _check_special_tokens(self, specification: Specification) -> None:
-        for token in specification["added_tokens"]:
-            if token["special"] and token["id"] in self._encode(token["content"]):
-                raise UsageError(
-                    "tokenizer",
-                    expected=f"plain text {token['content']} to encode to ordinary tokens",
-                    found=f"the special id {token['id']}",
-                    remedy="use a byte-level tokenizer",
-                )
+@lru_cache(maxsize=8)
+def _checked_encoders(canonical: str, eos_token_id: int) -> _Encoders:
+    """Return the encoders of a tokenizer in its canonical form; made and checked once, since a run asks several times.
+
+    Raises:
+        UsageError: See `TextEncoder`.
+    """
+    specification: Specification = json.loads(canonical)
+    check_keeps_text(specification)
+    encoders = _Encoders(_blind_to_special_tokens(specification, eos_token_id), None)
+    fast = tiktoken_encode(specification)
+    if fast is not None and np.array_equal(fast(_PROBE_TEXT), encoders.encode(_PROBE_TEXT)):
+        encoders = encoders._replace(fast=fast)
+    for token in specification["added_tokens"]:
+        if token["special"] and token["id"] in encoders.encode(token["content"]):
+            raise UsageError(
+                "tokenizer",
+                expected=f"plain text {token['content']} to encode to ordinary tokens",
+                found=f"the special id {token['id']}",
+                remedy="use a byte-level tokenizer",
+            )
+    tokenizer = Tokenizer.from_str(canonical)
+    _require_equal_ids("tokenizer", tokenizer, encoders.encode(_probe_text(tokenizer)).tolist(), "in bulk encoding")
+    return encoders
 
 
 def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

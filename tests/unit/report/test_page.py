@@ -27,6 +27,11 @@ def of_measures(results: Results, names: Iterable[str]) -> Results:
     return results.model_copy(update={"records": records})
 
 
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_page(*build_results())
+
+
 def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results, arrays = build_results()
     write_results(tmp_path / "results", of_measures(results, FEW), arrays)
@@ -51,25 +56,23 @@ def test_figures_of_an_earlier_analysis_do_not_stay_behind(tmp_path: Path) -> No
         assert {path.stem for path in (tmp_path / "figures").iterdir()} == {figure, "own"}
 
 
-def test_text_of_a_document_stays_text() -> None:
-    text = render_page(*build_results())
-    assert HOSTILE not in text
-    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, flags=re.DOTALL)
+def test_text_of_a_document_stays_text(page: str) -> None:
+    assert HOSTILE not in page
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
     views = [json.loads(script) for script in scripts if script.startswith('{"arrays"')]
     assert HOSTILE in views[0]["tokens"]
 
 
-def test_every_number_stands_in_a_table() -> None:
-    results, arrays = build_results()
-    text = render_page(results, arrays)
+def test_every_number_stands_in_a_table(page: str) -> None:
+    results, _ = build_results()
     for record in results.records:
         if record.value is not None:
-            assert format_estimate(record) in text
-    assert "no pair of documents" in text
+            assert format_estimate(record) in page
+    assert "no pair of documents" in page
     for verdict in results.verdicts:
-        assert verdict.claim in text
-    assert "14% of the paper&#39;s" in text
-    assert "Of 3 claims about what happens inside: 1 supported, 1 inconclusive, 1 not tested." in text
+        assert verdict.claim in page
+    assert "14% of the paper&#39;s" in page
+    assert "Of 3 claims about what happens inside: 1 supported, 1 inconclusive, 1 not tested." in page
 
 
 def test_what_was_not_run_is_said_and_has_no_figure() -> None:

@@ -33,7 +33,7 @@ def pairs_of(task: Task, count: int = 20, *, encoder: PieceEncoder | None = None
 
 
 def text_of(ids: np.ndarray, encoder: PieceEncoder) -> str:
-    tokenizer = encoder.text_encoder._plain  # the tokenizer that the encoder was made of
+    tokenizer = encoder.text_encoder._encoders.plain  # the tokenizer that the encoder was made of
     return tokenizer.decode([int(i) for i in ids if i != encoder.vocab_size])
 
 
