@@ -108,7 +108,7 @@ class Measure:
     test: bool
     """Test that the mean is 0, by sign flips; over the rows with coordinates the p-values are corrected together."""
     subject: Literal["task", "text"] | None
-    """What it is of; None means both."""
+    """The kind of subject that it needs; None means either."""
     keep: bool
     """Leave the values of all documents in arrays.npz, as `NAME`, (documents, one axis for each of `axes`)."""
     plot: Plot

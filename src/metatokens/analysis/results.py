@@ -89,7 +89,7 @@ class TokenView(Frozen):
     tokens: tuple[str, ...]
     is_meta: tuple[bool, ...]
     arrays: dict[str, str]
-    """What is shown, to its key in arrays.npz."""
+    """Maps the name of each array, as `token_view` lists them, to its key in arrays.npz."""
 
 
 class Results(Frozen):

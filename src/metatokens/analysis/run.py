@@ -55,7 +55,7 @@ def analyze(
     """
     inputs = Inputs(model, tokenizer, config)
     found: dict[str, list[Row]] = {}
-    for part in config.parts:
+    for part in dict.fromkeys(config.parts):
         measures = measures_of(part, config)
         if measures:
             say(f"{part} ...")

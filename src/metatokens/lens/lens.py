@@ -96,7 +96,7 @@ class Lens:
             return self.model(input_ids, **inputs)
 
     def run(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """Run the model for what the contexts see of it: without a cache, and with logits of the last token alone."""
+        """Run the model for its activations: without a cache, and with the logits of the last token alone."""
         return self(input_ids, **{"use_cache": False, "logits_to_keep": 1, **inputs})
 
     @contextmanager

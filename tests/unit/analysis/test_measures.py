@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis_inputs import text_inputs
+from analysis_inputs import task_inputs, text_inputs
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import MEASURES, Measure, Row, Rows, correct, measure, record_of, run_measure
 from metatokens.analysis.results import Record
@@ -169,6 +169,13 @@ def test_measures_that_cannot_run_are_left_out_and_a_reason_of_several_is_said_o
 
     assert [run_measure(registered(one), inputs) for one in (first, second)] == [[], []]
     assert inputs.skipped == ["attention: texts: expected one, found none; add one"]
+
+
+def test_a_measure_of_the_other_subject_is_told_to_declare_its_own() -> None:
+    with pytest.raises(ValueError, match='declare a measure of tasks with subject="task"'):
+        _ = text_inputs().task
+    with pytest.raises(ValueError, match='declare a measure of texts with subject="text"'):
+        _ = task_inputs().text
 
 
 # statistics ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def attention_effects(lens: Lens, documents: Sequence[Document], *, queries: Str
         queries: Which rows of a document are looked at; those before its first meta-token are left out.
 
     Returns:
-        What the measures of this module are named after, (documents, layers, heads) each, means over the rows; and
+        The mean over the rows of what each measure of this module is named after, (documents, layers, heads); and
 
         edges     (documents, layers, 4)  edges to meta keys; of these with x >= 0 in the ablated run, boosted, and
                                           boosted beyond the critical boost

@@ -176,7 +176,7 @@ def check_evictable(model: Any) -> None:
             "model to evict from",
             expected="attention that is causal alone, with positions in the keys or the embeddings",
             found=found,
-            remedy="compare models of another kind",
+            remedy="analyse a model with RoPE or learned positions and without local attention",
         )
 
 

@@ -49,7 +49,7 @@ def list_knock_outs(lens: Lens) -> list[KnockOut]:
             "knock-out of meta-attention",
             expected="a model with meta-attention over its meta-tokens",
             found="one without",
-            remedy="leave it out",
+            remedy="analyse another checkpoint",
         )
     return [
         knock_out

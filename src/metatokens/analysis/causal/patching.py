@@ -27,6 +27,7 @@ from metatokens.analysis.inputs.scores import (
 from metatokens.analysis.inputs.subject import Inputs
 from metatokens.analysis.measures import Lines, Row, Rows, measure
 from metatokens.lens import edits
+from metatokens.lens.residuals import residual_names
 
 if TYPE_CHECKING:
     from metatokens.analysis.inputs.pairs import MinimalPair
@@ -78,7 +79,7 @@ def interchange(lens: Lens, pairs: Sequence[MinimalPair], *, batch_size: int = B
     Raises:
         ValueError: See `batches_of`.
     """
-    names = _site_names(lens)
+    names = residual_names(lens)
 
     def score(batch: PairBatch) -> Iterator[tuple[Patch | str, Scores]]:
         with lens.capture(names) as of_clean:
@@ -118,7 +119,7 @@ def patch_map(lens: Lens, pair: MinimalPair, *, batch_size: int = BATCH_SIZE) ->
         (L + 1, T), the share of the logit difference restored: 0 none, 1 all; site 0 is what enters the first block, l
         what leaves block l - 1. 0 before the item, where both runs are the same; NaN where both prompts score alike.
     """
-    names = _site_names(lens)
+    names = residual_names(lens)
     device, num_tokens = lens.model.device, len(pair.clean)
     both = stack_pairs([pair], device)
     with lens.capture(names) as of_clean:
@@ -154,11 +155,6 @@ def matched_positions(pair: MinimalPair) -> IntArray:
     return np.array(sorted(taken), dtype=np.int64)
 
 
-def _site_names(lens: Lens) -> list[str]:
-    """Return the taps of the L + 1 sites of a patch."""
-    return ["embed.hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(len(lens.layout.blocks)))]
-
-
 def _state_masks(batch: PairBatch) -> dict[State, Tensor]:
     return {
         "meta": batch.is_later_meta,
@@ -183,7 +179,7 @@ def _patches(num_sites: int) -> Iterator[Patch]:
     plot=Lines("layer", by="where", panels="direction"),
 )
 def interchange_effect(inputs: Inputs) -> Rows:
-    """Share of the way to the other prompt's logit difference that its states lead, a ratio of means over pairs.
+    """Share of the distance between the two prompts' logit differences that a patch goes, a ratio of means over pairs.
 
     At one site or three neighbouring ones; clean into corrupt (denoise) and the reverse (noise).
     """

@@ -1,4 +1,4 @@
-"""Recall with something taken from the meta-tokens (the paper's Table 2), and against the task's own size."""
+"""Recall with something taken from the meta-tokens (the paper's Table 2), and by the task's own size."""
 
 from __future__ import annotations
 

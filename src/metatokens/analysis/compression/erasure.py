@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +42,10 @@ class LinearEraser:
     projection: Array
     """(C, C): x becomes mean + (x - mean) @ projection."""
 
-    def erase(self, states: npt.ArrayLike) -> Array:
-        """Return states (..., C) without the information."""
-        erased: Array = self.mean + (np.asarray(states, dtype=np.float64) - self.mean) @ self.projection
-        return erased
+    def erase(self, states: Tensor) -> Tensor:
+        """Return states (..., C) without the information, in their dtype."""
+        mean, projection = (torch.from_numpy(array).to(states) for array in (self.mean, self.projection))
+        return mean + (states - mean) @ projection
 
 
 def fit_eraser(states: npt.ArrayLike, labels: npt.ArrayLike) -> LinearEraser:
@@ -240,12 +239,4 @@ def _padded(lens: Lens, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def _edits(erasers: Erasers, is_meta: Tensor) -> list[edits.Edit]:
-    return [
-        edits.transform(f"blocks.{layer}.hook_resid_post", partial(_erase, eraser), at=is_meta)
-        for layer, eraser in erasers
-    ]
-
-
-def _erase(eraser: LinearEraser, states: Tensor) -> Tensor:
-    mean, projection = (torch.from_numpy(array).to(states) for array in (eraser.mean, eraser.projection))
-    return mean + (states - mean) @ projection
+    return [edits.transform(f"blocks.{layer}.hook_resid_post", eraser.erase, at=is_meta) for layer, eraser in erasers]

@@ -47,7 +47,7 @@ class Subject:
 
 
 class Inputs:
-    """All that measures are taken of: a model under a lens and its documents; and what they leave beside their rows.
+    """What measures look at, a model under a lens and its documents, and what they leave beside their rows.
 
     Attributes:
         lens: On the model.
@@ -83,14 +83,16 @@ class Inputs:
 
     @property
     def task(self) -> TaskSubject:
-        """The task, where the subject is one."""
-        assert isinstance(self.config.subject, TaskSubject)
+        """The task; ValueError where the subject is a text."""
+        if not isinstance(self.config.subject, TaskSubject):
+            raise ValueError('the subject is a text; declare a measure of tasks with subject="task"')
         return self.config.subject
 
     @property
     def text(self) -> TextSubject:
-        """The texts, where the subject is text."""
-        assert isinstance(self.config.subject, TextSubject)
+        """The texts; ValueError where the subject is a task."""
+        if not isinstance(self.config.subject, TextSubject):
+            raise ValueError('the subject is a task; declare a measure of texts with subject="text"')
         return self.config.subject
 
     def skip(self, reason: str) -> None:
@@ -187,26 +189,10 @@ def _text_subject(inputs: Inputs) -> Subject:
             remedy="raise it, or subject.window",
         )
     wanted = config.documents + config.calibration_documents
-    found: list[tuple[str, list[int]]] = []
-    num_seen = 0
-    for document in iterate_documents(subject.source):
-        passage = _passage(document.text, subject.window * _CHARACTERS_PER_TOKEN, seed=config.seed, number=num_seen)
-        ids = np.asarray(inputs.encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
-        num_seen += 1
-        if len(ids) >= num_text:
-            found.append((document.source, ids[:num_text]))
-        if len(found) == wanted:
-            break
-    if len(found) < wanted:
-        raise UsageError(
-            f"texts of {subject.source}",
-            expected=f"{wanted} of at least {num_text} tokens each",
-            found=f"{len(found)} of {num_seen}",
-            remedy="lower documents, calibration_documents or subject.window",
-        )
+    passages = _passages(inputs, wanted, num_text)
 
     def inject(number: int, draw: int) -> Document:
-        name, ids = found[number]
+        name, ids = passages[number]
         seed = int(hash_key(config.seed, number, Purpose.PASSAGE_INJECTION, draw)[0] >> np.uint64(1))
         row = inject_into_prompt(ids, injection, meta_token_id=meta_token_id, seed=seed)
         return _document(name, torch.tensor(row), meta_token_id)
@@ -216,6 +202,31 @@ def _text_subject(inputs: Inputs) -> Subject:
         calibration=[inject(number, 0) for number in range(config.documents, wanted)],
         control=[inject(number, 1) for number in range(config.documents)],  # ordinary tokens at their places
         instances=[],
+    )
+
+
+def _passages(inputs: Inputs, count: int, num_tokens: int) -> list[tuple[str, list[int]]]:
+    """Return source and ids of a passage of each of the first texts that are long enough.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    subject, seed = inputs.text, inputs.config.seed
+    found: list[tuple[str, list[int]]] = []
+    num_seen = 0
+    for document in iterate_documents(subject.source):
+        passage = _passage(document.text, subject.window * _CHARACTERS_PER_TOKEN, seed=seed, number=num_seen)
+        ids = np.asarray(inputs.encoder.encode_batch([passage])[0]).astype(np.int64).tolist()
+        num_seen += 1
+        if len(ids) >= num_tokens:
+            found.append((document.source, ids[:num_tokens]))
+        if len(found) == count:
+            return found
+    raise UsageError(
+        f"texts of {subject.source}",
+        expected=f"{count} of at least {num_tokens} tokens each",
+        found=f"{len(found)} of {num_seen}",
+        remedy="lower documents, calibration_documents or subject.window",
     )
 
 

@@ -102,5 +102,5 @@ def test_an_analysis_of_a_model_without_meta_attention_says_that_it_has_no_knock
     assert records_of("knockout", inputs) == []
     assert inputs.skipped == [
         "causal: knock-out of meta-attention: expected a model with meta-attention over its meta-tokens, "
-        "found one without; leave it out"
+        "found one without; analyse another checkpoint"
     ]
