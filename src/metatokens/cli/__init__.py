@@ -21,6 +21,7 @@ from metatokens.cli import (
     generate,
     info,
     perplexity,
+    plan,
     prepare,
     pretrain,
     report,
@@ -30,7 +31,7 @@ from metatokens.cli.arguments import Parser, Verb
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 
 # in the order of the help
-VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info)
+VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info, plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

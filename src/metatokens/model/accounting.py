@@ -67,6 +67,50 @@ def training_flops(
     return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
 
 
+def activation_bytes(
+    config: MetaTokenConfig,
+    *,
+    num_positions: int,
+    num_meta: int = 0,
+    bfloat16: bool = False,
+    checkpointed: bool = False,
+) -> int:
+    """Count the bytes of the activations that the backward pass of one sequence needs, without the loss and its logits.
+
+    For eager training with fused attention kernels and no dropout. The residual stream and the norms stay float32
+    under autocast to bfloat16; what enters a product or an activation function is kept in the narrow type, once per
+    product.
+
+    Args:
+        config: the model. The explicit masks of ALiBi, Landmark and sparse attention are not counted.
+        num_positions: T, text and meta-tokens.
+        num_meta: M, meta-tokens among them.
+        bfloat16: train under autocast to bfloat16, otherwise in float32.
+        checkpointed: keep the input of each block alone (`gradient_checkpointing`), and make one block's at a time.
+    """
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    wide, narrow = 4, 2 if bfloat16 else 4
+    # q, k and v each keep the cast of their common input; in float32 it is one tensor
+    inputs_of_projections = 3 * narrow if bfloat16 else wide
+    attention = inputs_of_projections + 4 * narrow  # q, k, v and the output, which enters the last product
+    statistics = 2 * wide  # mean and inverse deviation of a norm
+    # the stream before each norm, and under autocast the norm's float32 output is only passed on
+    block = num_positions * (
+        (2 * wide + attention + narrow) * width
+        + 2 * narrow * inner
+        + 2 * statistics
+        + wide * config.num_attention_heads  # log-sum-exp of each row
+    )
+    members = config.count_meta_attention_members(num_positions, num_meta)
+    # the gathered rows and their float32 norm, which has no weights and keeps its output
+    meta = members * ((2 * wide + attention) * width + statistics + wide * config.num_attention_heads)
+    ends = num_positions * (2 * wide * width + statistics)  # the embeddings, and the stream before the last norm
+    blocks = layers * block + _num_meta_layers(config) * meta
+    if checkpointed:
+        blocks = layers * num_positions * wide * width + block + min(1, _num_meta_layers(config)) * meta
+    return blocks + ends
+
+
 def _attention_flops(width: int, num_pairs: int) -> int:
     """Scores and weighted sum over pairs of a query and a key."""
     return 2 * 2 * width * num_pairs
