@@ -6,7 +6,8 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
 from pathlib import Path
@@ -53,29 +54,40 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
 
 def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
     """Let a verb take the fields of a config class, `module:name`, as overrides, and list them in its help."""
-
-    def format_help() -> str:
-        from metatokens.config.loading import describe_fields
-
-        module, name = schema.split(":")
-        lines = ["", "fields, each an override `--section.key VALUE` (YAML values, null = off):"]
-        for path, default, text in describe_fields(getattr(import_module(module), name)):
-            if text:
-                lines.append(f"  --{path} [{default}]\n      {text}")
-        return argparse.ArgumentParser.format_help(parser) + "\n".join(lines) + "\n"
-
-    own_arguments = parser.parse_known_args
+    own_arguments, given = parser.parse_known_args, []
 
     def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
+        given.extend(arguments)
         # argparse would take the value of an override for an argument of the verb
         rest, overrides = _split_overrides(list(arguments), parser._option_string_actions)
         options, unknown = own_arguments(rest, namespace)
         return options, [*unknown, *overrides]
 
+    def format_help() -> str:
+        from metatokens.config.fields import format_fields
+
+        module, name = schema.split(":")
+        config_class = getattr(import_module(module), name)
+        origin, tree = _preset_among(given, config_class)
+        title = (
+            f"Fields, each an override `--section.key VALUE` (YAML values, off = none), with the values of {origin}:"
+        )
+        return f"{argparse.ArgumentParser.format_help(parser)}\n{title}\n\n{format_fields(config_class, tree)}\n"
+
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
     parser.set_defaults(takes_overrides=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.format_help = format_help  # type: ignore[method-assign]
+
+
+def _preset_among(arguments: Sequence[str], schema: Any) -> tuple[str, dict[str, Any]]:
+    """Return the first argument that names a preset of the schema, and its values; without one, the defaults."""
+    from metatokens.config.loading import load_preset
+
+    for argument in arguments:
+        with suppress(UsageError, ValueError):
+            return argument, load_preset(argument, schema=schema).model_dump(mode="json")
+    return "the defaults", {}
 
 
 def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
