@@ -6,6 +6,7 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metatokens.errors import UsageError
+from metatokens.names import nearest_name
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
 
+_INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)")
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -36,7 +39,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError("command line", expected="valid arguments", found=message, remedy=f"see `{self.prog} -h`")
+        remedy = f"see `{self.prog} -h`"
+        if match := _INVALID_CHOICE.search(message):
+            where, chosen, listed = match.groups()
+            choices = re.findall(r"[^\s',]+", listed)
+            expected, remedy = f"one of {', '.join(choices)}", nearest_name(chosen, choices) or remedy
+            raise UsageError(where, expected=expected, found=repr(chosen), remedy=remedy)
+        raise UsageError("command line", expected="valid arguments", found=message, remedy=remedy)
 
 
 def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
@@ -44,7 +53,7 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(verb=verb, takes_overrides=False)
+    parser.set_defaults(verb=verb, takes_overrides=False, flags=parser._option_string_actions)
     parser.add_argument("--json", action="store_true", help="write the result as JSON, alone on standard output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if long:

@@ -72,12 +72,6 @@ def value_at(tree: Mapping[str, Any], path: str, *, default: Any = None) -> Any:
 # Hints --------------------------------------------------------------------------------------------------------
 
 
-def nearest_name(name: str, candidates: list[str]) -> str:
-    """Ask whether the candidate that is spelt most alike was meant; empty if none is."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
 def nearest_key(path: str, schema: type[BaseModel], tree: Mapping[str, Any]) -> str:
     """Suggest a key in place of an unknown one: in another variant, in another section, or spelt alike.
 

@@ -16,9 +16,10 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from metatokens.config.fields import kind_of, nearest_key, nearest_name
+from metatokens.config.fields import kind_of, nearest_key
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
+from metatokens.names import nearest_name
 from metatokens.storage import json_sha256
 
 Config = TypeVar("Config", bound=BaseModel)
