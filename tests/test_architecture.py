@@ -27,7 +27,7 @@ STAGES = (
     {"cli", "__main__"},
 )
 STAGE_OF = {part: stage for stage, parts in enumerate(STAGES) for part in parts}
-EVERYWHERE = {"errors", "registration"}
+EVERYWHERE = {"errors", "names", "registration"}
 # inside of analysis likewise; but those of equal stage never import one another
 ANALYSIS_STAGES = (
     {"inputs", "results"},

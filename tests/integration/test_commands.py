@@ -269,7 +269,7 @@ def test_presets_of_one_name_have_run_folders_of_their_own(work):
 
 
 def test_an_unknown_verb_is_one_line():
-    assert "invalid choice" in error_line("pretrian", code=2)
+    assert "did you mean 'pretrain'?" in error_line("pretrian", code=2)
 
 
 def test_an_unknown_preset_comes_with_a_suggestion():

@@ -28,7 +28,9 @@ from metatokens.cli import (
     sweep,
 )
 from metatokens.cli.arguments import Parser, Verb
+from metatokens.cli.completion import SHELLS, PrintCompletion
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
+from metatokens.names import nearest_name
 
 # in the order of the help
 VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info, plan)
@@ -71,12 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="metatokens", description="Language models with learned meta-tokens.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"metatokens {version('metatokens')}")
+    parser.add_argument(
+        "--print-completion", choices=SHELLS, action=PrintCompletion, help="print the completion script of a shell"
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in VERBS:
         verb.add(verbs)
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        remedy = nearest_name(overrides[0].partition("=")[0], options.flags) or f"see `metatokens {arguments[0]} -h`"
+        found = f"unrecognized arguments: {' '.join(overrides)}"
+        raise UsageError("command line", expected="valid arguments", found=found, remedy=remedy)
     options.overrides = overrides
     return options
 

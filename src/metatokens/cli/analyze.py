@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
-from metatokens.cli.output import emit, say
+from metatokens.cli.output import announce, emit, say
 from metatokens.report.console import show_table, show_verdicts
 
 
@@ -21,22 +21,25 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.analysis.inputs.subject import check_model
-    from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
-    from metatokens.analysis.run import Identity, analyze
     from metatokens.data.sources import source_files
     from metatokens.storage import check_file, keep_elsewhere
     from metatokens.training.loading import ModelFolder, analysis_config_of
 
     folder = ModelFolder(options.checkpoint)
+    folder.check_path()
+    if options.text is not None:
+        source_files(options.text)
     config = analysis_config_of(folder, options.text, options.overrides)
+    announce(options, f"opening {options.checkpoint}")
+    from metatokens.analysis.inputs.subject import check_model
+    from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
+    from metatokens.analysis.run import Identity, analyze
+
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
     # sums of components and entropies need float32, whatever the dtype of the weights
     model, tokenizer = folder.open_model().float(), folder.tokenizer
     check_model(model)
-    if options.text is not None:
-        source_files(options.text)
     if options.dry_run:
         plan = {"out": str(options.out), **config.model_dump(mode="json")}
         return emit(options, plan, lambda: show_table("analyze would measure", plan))
@@ -51,5 +54,6 @@ def _run(options: argparse.Namespace) -> int:
     try:
         keep_elsewhere(options.out, lambda out: write_results(out, results, arrays))
     finally:
-        emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results))
+        following = ("metatokens", "report", options.out)
+        emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results), following=following)
     return 0

@@ -6,17 +6,21 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from metatokens.errors import UsageError
+from metatokens.names import nearest_name
 
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
 
+_INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)")
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -35,7 +39,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError("command line", expected="valid arguments", found=message, remedy=f"see `{self.prog} -h`")
+        remedy = f"see `{self.prog} -h`"
+        if match := _INVALID_CHOICE.search(message):
+            where, chosen, listed = match.groups()
+            choices = re.findall(r"[^\s',]+", listed)
+            expected, remedy = f"one of {', '.join(choices)}", nearest_name(chosen, choices) or remedy
+            raise UsageError(where, expected=expected, found=repr(chosen), remedy=remedy)
+        raise UsageError("command line", expected="valid arguments", found=message, remedy=remedy)
 
 
 def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
@@ -43,7 +53,7 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(verb=verb, takes_overrides=False)
+    parser.set_defaults(verb=verb, takes_overrides=False, flags=parser._option_string_actions)
     parser.add_argument("--json", action="store_true", help="write the result as JSON, alone on standard output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if long:
@@ -53,29 +63,40 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
 
 def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
     """Let a verb take the fields of a config class, `module:name`, as overrides, and list them in its help."""
-
-    def format_help() -> str:
-        from metatokens.config.loading import describe_fields
-
-        module, name = schema.split(":")
-        lines = ["", "fields, each an override `--section.key VALUE` (YAML values, null = off):"]
-        for path, default, text in describe_fields(getattr(import_module(module), name)):
-            if text:
-                lines.append(f"  --{path} [{default}]\n      {text}")
-        return argparse.ArgumentParser.format_help(parser) + "\n".join(lines) + "\n"
-
-    own_arguments = parser.parse_known_args
+    own_arguments, given = parser.parse_known_args, []
 
     def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
+        given.extend(arguments)
         # argparse would take the value of an override for an argument of the verb
         rest, overrides = _split_overrides(list(arguments), parser._option_string_actions)
         options, unknown = own_arguments(rest, namespace)
         return options, [*unknown, *overrides]
 
+    def format_help() -> str:
+        from metatokens.config.fields import format_fields
+
+        module, name = schema.split(":")
+        config_class = getattr(import_module(module), name)
+        origin, tree = _preset_among(given, config_class)
+        title = (
+            f"Fields, each an override `--section.key VALUE` (YAML values, off = none), with the values of {origin}:"
+        )
+        return f"{argparse.ArgumentParser.format_help(parser)}\n{title}\n\n{format_fields(config_class, tree)}\n"
+
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
     parser.set_defaults(takes_overrides=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.format_help = format_help  # type: ignore[method-assign]
+
+
+def _preset_among(arguments: Sequence[str], schema: Any) -> tuple[str, dict[str, Any]]:
+    """Return the first argument that names a preset of the schema, and its values; without one, the defaults."""
+    from metatokens.config.loading import load_preset
+
+    for argument in arguments:
+        with suppress(UsageError, ValueError):
+            return argument, load_preset(argument, schema=schema).model_dump(mode="json")
+    return "the defaults", {}
 
 
 def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_interventions, add_overrides, add_verb
-from metatokens.cli.output import emit, say
+from metatokens.cli.output import announce, emit, say
 from metatokens.report.console import show_recall, show_table
 
 
@@ -23,16 +23,21 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.training.loading import ModelFolder, check_one_arm, evaluation_config_of
+
+    folders = [ModelFolder(path) for path in options.checkpoints]
+    for folder in folders:
+        folder.check_path()
+    check_one_arm(folders)
+    config = evaluation_config_of(folders[0], options.overrides)
+    announce(options, f"opening {options.checkpoints[0]}")
     from metatokens.data.tokenizer import TextEncoder
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
     from metatokens.evaluation.recall import evaluate_recall, report
     from metatokens.storage import check_file, keep_elsewhere, to_json, write_atomically
     from metatokens.tasks.base import PieceEncoder
     from metatokens.training.distributed import choose_device
-    from metatokens.training.loading import ModelFolder, evaluation_config_of
 
-    folders = [ModelFolder(path) for path in options.checkpoints]
-    config = evaluation_config_of(folders[0], options.overrides)
     if options.out:
         check_file(options.out)
     interventions = tuple(parse_intervention(text) for text in options.intervention)
@@ -55,5 +60,6 @@ def _run(options: argparse.Namespace) -> int:
             text = to_json(asdict(result), indent=1) + "\n"
             keep_elsewhere(options.out, lambda path: write_atomically(path, text))
     finally:
-        emit(options, result, lambda: show_recall(result))
+        following = ("metatokens", "analyze", options.checkpoints[0], "--out", "analysis")
+        emit(options, result, lambda: show_recall(result), following=following)
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 from metatokens.report.console import show_table
 
 
@@ -28,6 +28,12 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.loading import load_preset
+    from metatokens.training.loading import ModelFolder
+
+    ModelFolder(options.checkpoint).check_path()
+    load_preset(options.preset)
+    announce(options, f"opening {options.checkpoint}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.extension import describe_extension, plan_extension, write_untrained
     from metatokens.training.pretraining import plan, pretrain
@@ -48,4 +54,7 @@ def _run(options: argparse.Namespace) -> int:
         result = write_untrained(config, options.out) if is_main_process() else {}
     else:
         result = {**asdict(pretrain(config, options.out)), **describe_extension(config)}
-    return emit(options, result, lambda: show_table("extended", result)) if is_main_process() else 0
+    if not is_main_process():
+        return 0
+    following = ("metatokens", "perplexity", options.out, "python-docs", "--max-documents", "5")
+    return emit(options, result, lambda: show_table("extended", result), following=following)

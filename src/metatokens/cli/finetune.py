@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from metatokens.cli.arguments import add_run, add_verb, run_folder
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 from metatokens.report.console import show_table
 
 
@@ -20,6 +20,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.config.loading import load_preset
 
     config = load_preset(options.preset, options.overrides, schema=FinetuneConfig)
+    announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.finetuning import finetune, plan
 
@@ -30,4 +31,5 @@ def _run(options: argparse.Namespace) -> int:
     result = finetune(config, out)
     if not is_main_process():
         return 0
-    return emit(options, result, lambda: show_table("fine-tuned", asdict(result)))
+    following = ("metatokens", "evaluate", out)
+    return emit(options, result, lambda: show_table("fine-tuned", asdict(result)), following=following)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb, at_least, share
-from metatokens.cli.output import emit, say
+from metatokens.cli.output import announce, emit, say
 
 
 def add(verbs: Any) -> None:
@@ -31,10 +31,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
     from metatokens.training.loading import ModelFolder
 
     folder = ModelFolder(options.checkpoint)
+    folder.check_path()
+    announce(options, f"opening {options.checkpoint}")
+    from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
+
     model, tokenizer = folder.open_model(), folder.tokenizer
     schedules: dict[str, Callable[[], Any]] = {
         "none": NoSchedule,

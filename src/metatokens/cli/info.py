@@ -27,15 +27,20 @@ def _run(options: argparse.Namespace) -> int:
     if options.presets or options.model is None:
         names = preset_names()
         return emit(options, {"presets": names}, lambda: print("\n".join(names)))
-    from metatokens.baselines.building import build_config
-    from metatokens.baselines.pretrained import PretrainedCausalLM
-    from metatokens.config.finetuning import FinetuneConfig, FreshStart
     from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
-    from metatokens.config.schema import PretrainConfig
-    from metatokens.evaluation.speed import describe_model, describe_pretrained
     from metatokens.training.loading import ModelFolder
 
     folder = Path(options.model)
+    if folder.is_dir():
+        ModelFolder(folder).check_path()
+    else:
+        is_finetuning(options.model)  # refuses a wrong name before the slow imports
+    from metatokens.baselines.building import build_config
+    from metatokens.baselines.pretrained import PretrainedCausalLM
+    from metatokens.config.finetuning import FinetuneConfig, FreshStart
+    from metatokens.config.schema import PretrainConfig
+    from metatokens.evaluation.speed import describe_model, describe_pretrained
+
     vocab_size = options.text_vocab_size
     run: PretrainConfig | None = None
     if folder.is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_interventions, add_verb, at_least, share
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 from metatokens.cli.reading import Progress, add_source_options, source_options
 from metatokens.errors import UsageError
 from metatokens.report.console import show_perplexity, show_table
@@ -41,12 +41,16 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.data.sources import iterate_documents, source_files
-    from metatokens.evaluation.interventions import check_interventions, parse_intervention
-    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
     from metatokens.training.loading import ModelFolder
 
-    interventions = tuple(parse_intervention(text) for text in options.intervention)
     folder = ModelFolder(options.checkpoint)
+    folder.check_path()
+    source_files(options.text)  # warns of files that are left out
+    announce(options, f"opening {options.checkpoint}")
+    from metatokens.evaluation.interventions import check_interventions, parse_intervention
+    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
+
+    interventions = tuple(parse_intervention(text) for text in options.intervention)
     model, tokenizer = folder.open_model(), folder.tokenizer
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
@@ -60,7 +64,6 @@ def _run(options: argparse.Namespace) -> int:
         max_tokens_per_document=options.max_tokens,
         batch_size=options.batch_size,
     )
-    source_files(options.text)  # warns of files that are left out
     progress = Progress()
     documents = _documents(iterate_documents(options.text, source_options(options)), progress)
     if options.dry_run:
@@ -75,11 +78,12 @@ def _run(options: argparse.Namespace) -> int:
             documents,
             tokenizer,
             measured,
-            progress=lambda done, total: progress.show(f"read {done:,} of {total:,} text tokens ({done / total:.0%})"),
+            progress=lambda done, total: progress.show(f"read {done:,} of {total:,} text tokens", done / total),
         )
     finally:
         progress.close()
-    return emit(options, result, lambda: show_perplexity(result))
+    following = ("metatokens", "generate", options.checkpoint, "Once upon a time", "--show-meta")
+    return emit(options, result, lambda: show_perplexity(result), following=following)
 
 
 def _documents(documents: Iterable[Any], progress: Progress) -> Iterator[tuple[str, str]]:

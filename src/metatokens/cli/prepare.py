@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
             "source": options.source,
             "files": len(found.files),
             "bytes_on_disk": sum(file.stat().st_size for file in found.files),
-            "left_out": list(found.left_out),
+            "left_out": list(found.left_out) or None,
             "tokenizer": options.tokenizer or f"trained here, {options.vocab_size} tokens",
             "split": split_rule(options.source, options.validation_fraction),
             "out": str(options.out),
@@ -75,4 +75,5 @@ def _run(options: argparse.Namespace) -> int:
         "documents_skipped": manifest.num_documents_skipped,
         "content_id": manifest.content_id,
     }
-    return emit(options, result, lambda: show_table("prepared", result))
+    following = ("metatokens", "pretrain", "tiny/meta", "--data.path", options.out, "--out", "run")
+    return emit(options, result, lambda: show_table("prepared", result), following=following)

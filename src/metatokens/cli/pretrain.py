@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from metatokens.cli.arguments import add_run, add_verb, run_folder
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 from metatokens.report.console import show_table
 
 
@@ -17,8 +17,12 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.config.loading import load_preset
+    from metatokens.data.shards import read_manifest
 
     config = load_preset(options.preset, options.overrides)
+    if config.data.path is not None:
+        read_manifest(config.data.path)  # refuses a wrong path before the slow imports
+    announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.pretraining import plan, pretrain
 
@@ -29,4 +33,5 @@ def _run(options: argparse.Namespace) -> int:
     result = pretrain(config, out)
     if not is_main_process():
         return 0
-    return emit(options, result, lambda: show_table("pre-trained", asdict(result)))
+    following = ("metatokens", "perplexity", out, "python-docs", "--max-documents", "5")
+    return emit(options, result, lambda: show_table("pre-trained", asdict(result)), following=following)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.cli.arguments import at_least
 from metatokens.cli.output import say
+from metatokens.report.numbers import format_seconds
 
 if TYPE_CHECKING:
     from metatokens.data.sources import SourceOptions
@@ -16,7 +17,7 @@ SOURCE_HELP = (
     "python-docs"
 )
 _TERMINAL_SECONDS = 0.5
-_PIPE_SECONDS = 30.0
+_PIPE_SECONDS = 10.0
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +55,17 @@ class Progress:
     def __init__(self) -> None:
         self._in_place = sys.stderr.isatty()
         self._interval = _TERMINAL_SECONDS if self._in_place else _PIPE_SECONDS
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._is_line_open = False
 
-    def show(self, text: str) -> None:
-        """Show the progress, unless it was shown a moment ago."""
+    def show(self, text: str, share: float | None = None) -> None:
+        """Show the progress, unless it was shown a moment ago; with the share that is done, the time left too."""
         if time.monotonic() - self._last < self._interval:
             return
         self._last = time.monotonic()
+        if share:
+            left = (self._last - self._start) * (1 - share) / share
+            text = f"{text} ({share:.0%}), {format_seconds(left)} left"
         if self._in_place:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
             self._is_line_open = True

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 
 
 def add(verbs: Any) -> None:
@@ -18,9 +18,12 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.analysis.results import read_results
     from metatokens.report import require_packages
 
     require_packages("report")
+    read_results(options.results)  # refuses a wrong path before the slow imports
+    announce(options, f"drawing {options.results}")
     from metatokens.report.page import PAGE_NAME, write_report
     from metatokens.storage import check_file
 

@@ -1,8 +1,9 @@
 """The base of every config class."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, TypeAlias, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
@@ -22,6 +23,8 @@ class Frozen(BaseModel):
     """Base of every config class: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    short_names: ClassVar[Mapping[str, str]] = {}
+    """Short names of overrides, such as `--lr`, and the overrides that each stands for, with {} for the value."""
 
     @model_validator(mode="before")
     @classmethod

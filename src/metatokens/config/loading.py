@@ -16,8 +16,10 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from metatokens.config.fields import kind_of, nearest_key
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
+from metatokens.names import nearest_name
 from metatokens.storage import json_sha256
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -154,10 +156,28 @@ def override_fields(config: Config, changes: Mapping[str, Any], origin: str) -> 
 
 
 def _override_tree(tree: dict[str, Any], overrides: Sequence[str], origin: str, schema: type[Config]) -> Config:
+    short_names = getattr(schema, "short_names", {})
+    written = list(_write_out(parse_overrides(overrides), short_names))
+    for path, _ in written:
+        close = difflib.get_close_matches(path[0], [*short_names, *schema.model_fields], n=1, cutoff=0.5)
+        if len(path) == 1 and path[0] not in schema.model_fields and close and close[0] in short_names:
+            key = f"--{path[0]}"
+            raise UsageError(key, expected="a key of the schema", found=path[0], remedy=f"did you mean --{close[0]}?")
     # kinds first, wherever they stand: a kind resets the fields of its variant
-    for path, value in sorted(parse_overrides(overrides), key=lambda pair: pair[0][-1] != "kind"):
+    for path, value in sorted(written, key=lambda pair: pair[0][-1] != "kind"):
         _set(tree, path, value)
     return validate(tree, origin=origin, schema=schema)
+
+
+def _write_out(
+    overrides: Sequence[tuple[tuple[str, ...], Any]], short_names: Mapping[str, str]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield overrides with short names, such as --lr, replaced by what they stand for."""
+    for path, value in overrides:
+        if len(path) == 1 and path[0] in short_names:
+            yield from parse_overrides(short_names[path[0]].format(json.dumps(value)).split())
+        else:
+            yield path, value
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
@@ -192,7 +212,7 @@ def validate(tree: dict[str, Any], origin: str, schema: type[Config]) -> Config:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise _usage_error(error, origin, schema) from None
+        raise _usage_error(error, origin, schema, tree) from None
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -267,7 +287,7 @@ def _read_preset(preset: str) -> str:
         f"preset {preset!r}",
         expected=f"a .yaml file or one of {', '.join(sorted(known))}",
         found="neither",
-        remedy=_suggestion(preset, list(known)) or "see `metatokens info --presets`",
+        remedy=nearest_name(preset, list(known)) or "see `metatokens info --presets`",
     )
 
 
@@ -289,7 +309,7 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree.update(_merge(tree, value))
 
 
-def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -> UsageError:
+def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel], tree: Mapping[str, Any]) -> UsageError:
     problem = error.errors()[0]
     keys = _keys_of(schema, list(problem["loc"]))
     path = ".".join(keys)
@@ -299,7 +319,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
             f"{origin}: unknown key {path}",
             expected="a key of the schema",
             found=repr(keys[-1]),
-            remedy=_nearest_key(path, schema, is_dotted="." in str(keys[-1])) or "see the command's -h",
+            remedy=_in_place_of(path, keys[-1], schema, tree) or "see the command's -h",
         )
     if problem["type"] == "value_error":
         found = problem["msg"].removeprefix("Value error, ")
@@ -307,7 +327,7 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]
         kind = context["tag"]
-        remedy = _suggestion(kind, [tag.strip("' ") for tag in context["expected_tags"].split(",")])
+        remedy = nearest_name(kind, [tag.strip("' ") for tag in context["expected_tags"].split(",")])
         return UsageError(
             f"{where}.kind", expected=context["expected_tags"], found=repr(kind), remedy=remedy or "pick one"
         )
@@ -322,28 +342,14 @@ def _usage_error(error: ValidationError, origin: str, schema: type[BaseModel]) -
     return UsageError(where, expected=expected, found=repr(problem["input"]), remedy=remedy)
 
 
-def _nearest_key(path: str, schema: type[BaseModel], *, is_dotted: bool) -> str:
-    """Suggest a key in place of an unknown one: in another variant, in another section, or spelt alike."""
-    known = [key for key, _, _ in describe_fields(schema) if not key.endswith(".")]
-    section, _, name = path.rpartition(".")
-    if is_dotted:
+def _in_place_of(path: str, last: Any, schema: type[BaseModel], tree: Mapping[str, Any]) -> str:
+    """Suggest what to write instead of an unknown key."""
+    if "." in str(last):
+        section, _, name = path.rpartition(".")
         return f"a file nests keys: {section.replace('.', ': {')}: {{{name}: ...}}{'}' * section.count('.')}"
-    if path in known:
-        return f"another {section}.kind has it"
-    for key in known:
-        if key.rpartition(".")[2] == name:
-            return f"did you mean {key!r}?"
-    depth = path.count(".") + 1
-    siblings = {".".join(key.split(".")[:depth]) for key in known if f".{key}".startswith(f".{section}")}
-    # compares last names alone, because all keys of a section share the rest
-    for keys in (sorted(siblings), known):
-        names = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        short = {"".join(word[0] for word in other.split("_")): other for other in names}
-        nearest = short.get(name) if len(name) > 1 else None
-        nearest = nearest or next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
-        if nearest:
-            return f"did you mean {names[nearest]!r}?"
-    return ""
+    if path in (short := getattr(schema, "short_names", {})):
+        return f"a file has no short names; its key is {short[path].split()[-2].removeprefix('--')}"
+    return nearest_key(path, schema, tree)
 
 
 def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:
@@ -355,37 +361,18 @@ def _keys_of(model: type[BaseModel], location: list[int | str]) -> list[str]:
     name = location[0]
     if name not in model.model_fields:
         return [name]
-    variants = [v for v in _variants(model.model_fields[name].annotation) if issubclass(v, BaseModel)]
-    for variant in variants:
-        kind = variant.model_fields.get("kind")
+    for variant in _classes_in(model.model_fields[name].annotation):
+        kind = kind_of(variant)
         rest = location[1:]
         if kind is None:
             return [name, *_keys_of(variant, rest)]
-        if rest and rest[0] == kind.default:
+        if rest and rest[0] == kind:
             return [name, *_keys_of(variant, rest[1:])]
     return [name]
 
 
-def _suggestion(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
-def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (path, default, documentation) of every field of a config class, including all variants of a union."""
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
-        variants = [variant for variant in _variants(field.annotation) if issubclass(variant, BaseModel)]
-        if variants:
-            yield path + ".", "", ""
-        for variant in variants:
-            yield from describe_fields(variant, path + ".")
-        if not variants:
-            default = "required" if field.is_required() else json.dumps(field.default, default=str)
-            yield path, default, " ".join((field.description or "").split())
-
-
-def _variants(annotation: Any) -> list[type]:
+def _classes_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the config classes of an annotation, those of the entries of a list too."""
     if isinstance(annotation, type):
-        return [annotation]
-    return [variant for part in getattr(annotation, "__args__", ()) for variant in _variants(part)]
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [found for part in getattr(annotation, "__args__", ()) for found in _classes_in(part)]

@@ -9,7 +9,7 @@ Defaults are those of the paper (section 4.1 and appendix A) unless a field says
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -386,6 +386,10 @@ class LoggingConfig(Frozen):
 class RunConfig(Frozen, ABC):
     """The settings that the training loop needs for any run."""
 
+    short_names: ClassVar[Mapping[str, str]] = {
+        "lr": "--optimizer.learning_rate {}",
+        "batch": "--training.batch_blocks {}",
+    }
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = CosineSchedule()
     training: StepConfig = StepConfig()
@@ -403,6 +407,11 @@ class RunConfig(Frozen, ABC):
 class PretrainConfig(RunConfig):
     """A pre-training run."""
 
+    short_names: ClassVar[Mapping[str, str]] = {
+        "steps": "--training.duration.kind steps --training.duration.steps {}",
+        "tokens": "--training.duration.kind text_tokens --training.duration.tokens {}",
+        **RunConfig.short_names,
+    }
     start_from: UserPath | None = None
     """A run, model or checkpoint folder whose weights the run starts from; off means new weights."""
     model: ModelConfig = ModelConfig()

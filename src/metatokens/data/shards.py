@@ -192,7 +192,7 @@ class TokenDataset:
             DataError: The manifest is missing, altered or of a newer version; or a shard, an index or the tokenizer
                 is missing, altered or of the wrong size.
         """
-        dataset = cls(Path(path), _read_manifest(Path(path)))
+        dataset = cls(Path(path), read_manifest(Path(path)))
         try:
             dataset._verify(verify)
         except BaseException:
@@ -298,7 +298,12 @@ class TokenDataset:
         return content
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder made by `metatokens prepare`; the shards are not looked at.
+
+    Raises:
+        DataError: the manifest is missing, altered or of a newer version.
+    """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise DataError(

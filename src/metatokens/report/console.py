@@ -7,21 +7,18 @@ from rich.console import Console
 from rich.table import Table
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
-from metatokens.report.numbers import format_estimate
+from metatokens.report.numbers import format_estimate, format_value
 
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
-    """Show named values, one a row; None is left out."""
+    """Show named values, one a row, in the units that their names end with; None is left out."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is None:
             continue
-        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        if isinstance(value, list):
-            text = "\n".join(str(item) for item in value)
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(name.replace("_", " "), format_value(name, value))
     Console().print(table)
 
 

@@ -1,6 +1,7 @@
 """How numbers of an analysis are written for people."""
 
 import math
+from typing import Any
 
 from metatokens.analysis.results import Record, Verdict
 
@@ -30,3 +31,39 @@ def format_number(value: float | None) -> str:
 def format_p(value: float) -> str:
     """Return a p-value as a relation, such as "= 0.031"."""
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time for people, such as "45 s", "3 min 20 s" or "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 1 else f"{seconds:.2g} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
+
+
+def format_large(number: float, unit: str = "") -> str:
+    """Return a number with a prefix of a thousand, such as "1.2M" or "25 MB"."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 10**power:
+            digits = f"{number / 10**power:.3g}" if abs(number) < 1000 * 10**power else f"{number / 10**power:,.0f}"
+            return f"{digits}{f' {prefix}{unit}' if unit else prefix.replace('G', 'B')}"
+    return f"{number:.3g}{f' {unit}' if unit else ''}"
+
+
+def format_value(name: str, value: Any) -> str:
+    """Return a named value for people; `_bytes`, `_seconds` and `flops` in the name give its unit."""
+    if isinstance(value, list):
+        return "\n".join(str(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("bytes") or "_bytes_" in name:
+        return format_large(value, "B")
+    if name.endswith("_seconds"):
+        return format_seconds(value)
+    if "flops" in name:
+        return format_large(value, "FLOP")
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,6 +1,7 @@
 """Loading: it opens the model and the tokenizer of a run folder, a checkpoint, a model folder or a model of the hub.
 
 A model of another package, such as GPT-Neo or a fine-tuned one, opens as an arm: see `metatokens.baselines.pretrained`.
+Paths and configs of runs are read without torch, so that a command refuses a wrong one at once.
 """
 
 import hashlib
@@ -10,35 +11,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, logging
 
-from metatokens.baselines.pretrained import build_pretrained_on_meta_device, load_pretrained
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
-from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
-from metatokens.training.checkpoint import WEIGHTS, verify_model
 
-# the errors that transformers raises for a wrong value in config.json, or for weights of another shape
-_DOES_NOT_LOAD = (
-    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
-    *(StrictDataclassError, SafetensorError),
-)
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # the files of a hub repository that open a model: only safetensors weights, nothing in subfolders
 _OPENED = ["*.json", "*.safetensors", "merges.txt"]
 _LONGEST_CAUSE = 300
+_NOT_OF_AN_ARM = {"transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 
 
 class ModelFolder:
@@ -53,6 +44,10 @@ class ModelFolder:
     def __init__(self, name: Path) -> None:
         """Take the name that the user gave; nothing is opened yet."""
         self.name = name
+
+    def check_path(self) -> None:
+        """Raise CheckpointError if there is no model; a model of the hub is looked for there."""
+        self.path  # noqa: B018 - found and kept for later use
 
     @cached_property
     def path(self) -> Path:
@@ -72,12 +67,13 @@ class ModelFolder:
     @cached_property
     def is_ours(self) -> bool:
         """Whether this package made the model."""
-        with _one_line_errors(self.path):
-            return str(self._read_config().get("model_type")).startswith("metatokens")
+        return str(self._read_config().get("model_type")).startswith("metatokens")
 
     @cached_property
     def config(self) -> Any:
         """The Hugging Face config of a model of this package."""
+        from transformers import AutoConfig
+
         ours = self.is_ours
         with _one_line_errors(self.path):
             if not ours:
@@ -99,13 +95,17 @@ class ModelFolder:
             ) from None
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> "Tokenizer":
         """The text tokenizer beside the model."""
+        from metatokens.data.tokenizer import load_text_tokenizer
+
         return load_text_tokenizer(str(self.path))
 
     @cached_property
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
+        from metatokens.training.checkpoint import WEIGHTS
+
         config = self._read_config()
         config.pop("transformers_version", None)
         whole = self.path / WEIGHTS
@@ -119,20 +119,22 @@ class ModelFolder:
 
         None if there is no config.yaml, or if it belongs to another kind of run, whose blocks are not fixed.
         """
-        folder = self.name.absolute()
-        above = folder.parent if folder.name == "model" else folder.parent.parent
-        for run in (folder, above):
-            file = run / "config.yaml"
-            if file.is_file() and "\ninjection:" in file.read_text(encoding="utf-8"):
-                return load_preset(file)
-        return None
+        file = self._run_config("\ninjection:")
+        return None if file is None else load_preset(file)
 
     @cached_property
     def finetuning(self) -> FinetuneConfig | None:
-        """The config of a run on a recall task; None for any other folder."""
-        file = self.name / "config.yaml"
-        if file.is_file() and "curriculum" in file.read_text(encoding="utf-8"):
-            return load_preset(file, schema=FinetuneConfig)
+        """The config of the run on a recall task that the folder is, or that its model or checkpoint belongs to."""
+        file = self._run_config("\ncurriculum:")
+        return None if file is None else load_preset(file, schema=FinetuneConfig)
+
+    def _run_config(self, mark: str) -> Path | None:
+        """Return the config.yaml of the folder's run, if it holds the mark of its kind of run."""
+        folder = self.name.absolute()
+        above = folder.parent if folder.name == "model" else folder.parent.parent
+        for file in (folder / "config.yaml", above / "config.yaml"):
+            if file.is_file() and mark in file.read_text(encoding="utf-8"):
+                return file
         return None
 
     def open_model(self, *, seed: int = 0) -> Any:
@@ -145,6 +147,12 @@ class ModelFolder:
             CheckpointError: if there is no model, a file differs from its manifest, the model does not load, or the
                 names and shapes of its weights differ from those that its config.json describes.
         """
+        from transformers import AutoModelForCausalLM
+
+        from metatokens.baselines.pretrained import load_pretrained
+        from metatokens.data.tokenizer import text_vocab_size
+        from metatokens.training.checkpoint import verify_model
+
         verify_model(self.path)
         if not self.is_ours:
             vocab_size = text_vocab_size(self.tokenizer)
@@ -163,6 +171,12 @@ class ModelFolder:
         Raises:
             CheckpointError: if there is no model, or its config does not load.
         """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from metatokens.baselines.pretrained import build_pretrained_on_meta_device
+        from metatokens.data.tokenizer import text_vocab_size
+
         if self.is_ours:
             config = self.config
             with torch.device("meta"):
@@ -172,7 +186,15 @@ class ModelFolder:
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
 
     def _read_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        file = self.path / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            config = error
+        if not isinstance(config, dict):
+            found = str(config) if isinstance(config, Exception) else f"a {type(config).__name__}"
+            expected = "the JSON of a model of this package"
+            raise CheckpointError(str(file), expected=expected, found=found, remedy="use another checkpoint")
         return config
 
 
@@ -184,12 +206,44 @@ def open_model(path: Path, *, seed: int = 0) -> Any:
 def evaluation_config_of(folder: ModelFolder, overrides: Sequence[str]) -> EvaluateConfig:
     """Return the config to evaluate a model with: the task, size and test of its run, changed by overrides.
 
-    A model without a fine-tuning run gets the defaults.
+    Raises:
+        UsageError: the model has no run on a recall task, and no override names one.
     """
     config = EvaluateConfig()
+    if folder.finetuning is None and not any(text.startswith("--task") for text in overrides):
+        raise UsageError(
+            str(folder.name),
+            expected="the run folder of a recall task, or --task.kind",
+            found="neither",
+            remedy="name a task, for example --task.kind copying",
+        )
     if run := folder.finetuning:
         config = EvaluateConfig(task=run.task, size=run.curriculum[-1].size, seed=run.seed, **run.test.model_dump())
     return override(config, overrides, origin="evaluate")
+
+
+def check_one_arm(folders: Sequence[ModelFolder]) -> None:
+    """Refuse models that are not training seeds of one arm.
+
+    Raises:
+        UsageError: two of them differ in their config or their tokenizer.
+    """
+    first, *others = folders
+    for other in others:
+        ours, theirs = (
+            {key: value for key, value in folder._read_config().items() if key not in _NOT_OF_AN_ARM}
+            for folder in (first, other)
+        )
+        differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if not differing and first.tokenizer.to_str() != other.tokenizer.to_str():
+            differing = ["tokenizer"]
+        if differing:
+            raise UsageError(
+                str(other.name),
+                expected=f"a training seed of the same model as {first.name}",
+                found=f"another {differing[0]}",
+                remedy="evaluate models of different arms one by one",
+            )
 
 
 def analysis_config_of(folder: ModelFolder, text: str | None, overrides: Sequence[str]) -> AnalysisConfig:
@@ -216,6 +270,8 @@ def analysis_config_of(folder: ModelFolder, text: str | None, overrides: Sequenc
 
 
 def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         with _silent_transformers():  # this silences the hub's progress bars too
             return Path(snapshot_download(name, allow_patterns=_OPENED, ignore_patterns="*/*"))
@@ -250,10 +306,15 @@ def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
 @contextmanager
 def _one_line_errors(folder: Path, expected: str = "a model of this package") -> Iterator[None]:
     """Load something of a folder silently; a failure becomes a CheckpointError of one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    # what transformers raises for a wrong value in config.json, or for weights of another shape
+    do_not_load = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
     try:
         with _silent_transformers():
             yield
-    except _DOES_NOT_LOAD as error:
+    except (*do_not_load, StrictDataclassError, SafetensorError) as error:
         text = str(error)
         raise CheckpointError(
             str(folder),
@@ -267,6 +328,8 @@ def _one_line_errors(folder: Path, expected: str = "a model of this package") ->
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
     """Keep transformers' progress bar and loading report off standard error; errors are still raised."""
+    from transformers import logging
+
     bar_was_shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

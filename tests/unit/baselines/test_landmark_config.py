@@ -43,7 +43,13 @@ def test_a_cache_of_another_model_is_refused() -> None:
         (("--injection.kind", "none"), ("landmark", "injection.kind")),
         (("--injection.ratio", "0.1"), ("model.attention.every 46", "injection.ratio 0.1")),
         (("--model.attention.every", "20"), ("model.attention.every 20", "11 landmarks")),
-        (("--model.attention.window", "20"), ("model.attention.window", "another model.attention.kind has it")),
+        (
+            ("--model.attention.window", "20"),
+            (
+                "model.attention.window",
+                "it needs --model.attention.kind longformer or --model.attention.kind sliding_window",
+            ),
+        ),
         (("--model.attention", "{kind: sliding_window, layers: [9]}"), ("model.attention.layers [9]", "4 layers")),
         (("--model.meta_attention_over", "all"), ("model.meta_attention_over all", "model.meta_attention_layers")),
     ],

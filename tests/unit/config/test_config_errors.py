@@ -1,10 +1,13 @@
 """Wrong settings: each is one line that names the key, what was found and, where there is one, the nearest name."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from metatokens.config.fields import FieldOfConfig, describe_fields, value_at
 from metatokens.config.loading import load_preset
+from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
 
 
@@ -50,7 +53,44 @@ def test_a_key_in_the_wrong_section_comes_with_the_right_one():
 def test_a_key_of_another_variant_says_so():
     text = message("--schedule.decay_steps", "5")
     assert "unknown key schedule.decay_steps" in text
-    assert "another schedule.kind has it" in text
+    assert "it needs --schedule.kind wsd" in text
+
+
+KEYS = [field for field in describe_fields(PretrainConfig) if not field.path.endswith((".", ".kind"))]
+
+
+@pytest.mark.parametrize("field", KEYS, ids=lambda field: f"{field.path} {dict(field.kinds)}")
+def test_a_hint_leads_to_a_key_that_is_accepted(field: FieldOfConfig):
+    name = field.path.rpartition(".")[2]
+    misspelt = field.path.removesuffix(name) + name[:-1] + "_" + name[-1]
+    text = message(f"--{misspelt}", "1")
+    key = re.search(r"did you mean '(.*?)'\?", text).group(1)
+    needed = [word for path, kind in re.findall(r"It needs --(\S+) (\S+)", text) for word in (f"--{path}", kind)]
+    # the mapping is wrong for every field, so that a key that is accepted gets another error
+    assert "unknown key" not in message(*needed, f"--{key}", "{a: {b: c}}")
+
+
+@pytest.mark.parametrize(
+    ("short", "path", "value"),
+    [
+        ("--steps", "training.duration", {"kind": "steps", "steps": 32}),
+        ("--tokens", "training.duration", {"kind": "text_tokens", "tokens": 32}),
+        ("--lr", "optimizer.learning_rate", 32),
+        ("--batch", "training.batch_blocks", 32),
+    ],
+)
+def test_a_short_name_sets_the_field_that_it_stands_for(short: str, path: str, value: object):
+    assert value_at(load_preset("tiny/meta", [short, "32"]).model_dump(), path) == value
+
+
+def test_a_word_that_people_try_leads_to_a_short_name():
+    assert "did you mean --steps?" in message("--max_steps", "5")
+
+
+def test_a_short_name_in_a_file_comes_with_the_key_it_stands_for(tmp_path: Path):
+    file = tmp_path / "own.yaml"
+    file.write_text("lr: 0.1")
+    assert "its key is optimizer.learning_rate" in message(preset=str(file))
 
 
 def test_an_unknown_kind_comes_with_the_nearest_one():

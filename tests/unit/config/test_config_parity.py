@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from metatokens.baselines.building import build_config
 from metatokens.config.attention import LandmarkAttention
-from metatokens.config.loading import describe_fields, load_preset, preset_names, to_yaml
+from metatokens.config.fields import describe_fields
+from metatokens.config.loading import load_preset, preset_names, to_yaml
 from metatokens.config.schema import (
     DynamicScaling,
     LinearScaling,
@@ -143,13 +144,13 @@ def test_both_configs_know_the_same_longest_sequence(scaling: RopeScaling):
 
 
 def test_every_key_is_described_with_documentation():
-    described = {path: documentation for path, _, documentation in describe_fields(PretrainConfig)}
+    described = {field.path: field.documentation for field in describe_fields(PretrainConfig)}
     keys = {path for path in described if not path.endswith((".", ".kind"))}
     assert [path for path in sorted(keys) if len(described[path]) < 8] == []
 
 
 def test_every_key_of_a_resolved_config_is_described():
-    described = {path for path, _, _ in describe_fields(PretrainConfig)}
+    described = {field.path for field in describe_fields(PretrainConfig)}
     resolved = load_preset("tiny/meta").model_dump()
     for section, fields in resolved.items():
         for key in fields if isinstance(fields, dict) else []:
@@ -158,7 +159,7 @@ def test_every_key_of_a_resolved_config_is_described():
 
 
 def test_described_defaults_are_the_schema_s():
-    defaults = {path: default for path, default, _ in describe_fields(PretrainConfig)}
+    defaults = {field.path: field.default for field in describe_fields(PretrainConfig)}
     assert defaults["optimizer.learning_rate"] == str(PretrainConfig().optimizer.learning_rate)
     assert defaults["training.duration.tokens"] == "required"
 

@@ -99,7 +99,7 @@ def test_a_wrong_value_in_the_config_is_named(
 
 def test_a_config_that_is_no_mapping_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_text("[]")
-    assert "expected a model of this package" in refusal(folder, capfd)
+    assert "found a list" in refusal(folder, capfd)
 
 
 def test_the_digest_of_a_model_is_of_its_weights_and_config_but_not_of_the_version_that_wrote_it(folder: Path) -> None:
