@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
 import torch
@@ -290,7 +290,8 @@ class LanguageModel:
         if trained is None or (task is not None and not isinstance(task, str) and task.kind != trained.task.kind):
             # a size and lengths of another task need not suit this one
             trained = EvaluateConfig(lengths=_lengths_that_fit(sequence_limit(self.model)))
-        asked = {"task": None if isinstance(task, str) else task, "size": size, "instances": instances, "seed": seed}
+        asked: dict[str, Any] = {"size": size, "instances": instances, "seed": seed}
+        asked["task"] = None if isinstance(task, str) else task
         asked["lengths"] = (lengths,) if isinstance(lengths, str) else lengths
         config = EvaluateConfig(**dict(trained) | {name: value for name, value in asked.items() if value is not None})
         with evaluating(self.model):
@@ -354,7 +355,7 @@ class LanguageModel:
         """Return an injection, by default that of the training."""
         if injection is None:
             return self.injection
-        if not isinstance(injection, get_args(get_args(Injection)[0])):
+        if not hasattr(injection, "num_meta"):
             raise TypeError(f"an injection is an object such as UniformInjection(0.1), not {injection!r}")
         return injection
 

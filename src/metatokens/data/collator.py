@@ -76,17 +76,12 @@ class MetaTokenCollator:
         seed: int = 0,
         ends_clause: BoolArray | None = None,
     ) -> None:
-        meta_token_id = getattr(tokenizer, "meta_token_id", None) if meta_token_id is None else meta_token_id
-        pad_token_id = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
-        for name, value in (("meta_token_id", meta_token_id), ("pad_token_id", pad_token_id)):
-            if not isinstance(value, int):
-                raise TypeError(f"the collator needs a tokenizer of transformers that has a {name}, or {name} itself")
-        if meta_token_id == pad_token_id:
-            raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
+        self._meta_token_id = _find_id("meta_token_id", meta_token_id, tokenizer)
+        self._pad_token_id = _find_id("pad_token_id", pad_token_id, tokenizer)
+        if self._meta_token_id == self._pad_token_id:
+            raise ValueError(f"pad_token_id must differ from meta_token_id {self._meta_token_id}")
         self._injection = injection
         self._tokenizer = tokenizer
-        self._meta_token_id = meta_token_id
-        self._pad_token_id = pad_token_id
         self._seed = seed
         if ends_clause is None and tokenizer is not None and injection.kind == "punctuation":
             ends_clause = ends_clause_table(as_text_tokenizer(tokenizer))
@@ -157,6 +152,13 @@ class MetaTokenCollator:
         is_meta = np.concatenate([is_meta, np.zeros(len(hidden), dtype=np.bool_)])[order]
         at_meta = {"input_ids": self._meta_token_id, "attention_mask": 1, "labels": IGNORE_INDEX}
         return {name: np.where(is_meta, at_meta[name], column[source]) for name, column in row.items()}
+
+
+def _find_id(name: str, given: int | None, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    found = getattr(tokenizer, name, None) if given is None else given
+    if not isinstance(found, int):
+        raise TypeError(f"the collator needs a tokenizer of transformers that has a {name}, or {name} itself")
+    return found
 
 
 def _read_row(feature: Mapping[str, Any]) -> dict[str, IntArray]:
