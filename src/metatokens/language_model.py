@@ -60,7 +60,7 @@ Text = str | Sequence[int] | Tensor
 
 
 def load(path: str | Path) -> LanguageModel:
-    """Open a model and its tokenizer, on the CPU and in evaluation mode.
+    """Open a model and its tokenizer, on the CPU and in evaluation mode; `.model.to("cuda")` moves it.
 
     Args:
         path: A run, model or checkpoint folder, or `owner/name` of a model on the Hugging Face hub. A causal language
@@ -106,7 +106,14 @@ class LanguageModel:
             injection: Where its training put meta-tokens; None means the uniform policy at the paper's ratio for a
                 model with meta-attention, and no meta-tokens for another.
             evaluation: The recall task it was trained on, with its lengths; None means that there is none.
+
+        Raises:
+            TypeError: The model is none.
         """
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"a model is one of transformers, not {type(model).__name__}; metatokens.load opens a folder"
+            )
         self.model = model
         self.injection = _usual_injection(model) if injection is None else injection
         self._given_tokenizer = tokenizer
@@ -200,7 +207,7 @@ class LanguageModel:
             show_meta: Show meta-tokens in the text.
 
         Raises:
-            TypeError: The prompt is no string, or both `every` and `schedule` are given.
+            TypeError: The prompt is no string, the schedule is none, or both `every` and `schedule` are given.
             UsageError: See `generate_text`.
         """
         if not isinstance(prompt, str):
@@ -272,12 +279,10 @@ class LanguageModel:
             seed: Of the test instances.
 
         Raises:
+            TypeError: The task is neither a task nor a name.
             ValueError: There is no such task, or the model was trained on none.
             UsageError: The model has no meta-token, or the task cannot fill a length.
         """
-        trained = self._evaluation
-        if task is None and trained is None:
-            raise ValueError("this model was trained on no recall task; name one, such as 'copying'")
         if getattr(self.model.config, "meta_token_id", None) is None:
             raise UsageError(
                 "recall",
@@ -285,15 +290,21 @@ class LanguageModel:
                 found="meta_token_id None",
                 remedy="save it and open it with metatokens.load, which adds one",
             )
-        if isinstance(task, str) and not (trained and trained.task.kind == task):
-            task = find_task(task).config()
-        if trained is None or (task is not None and not isinstance(task, str) and task.kind != trained.task.kind):
+        defaults = self._evaluation
+        if task is None:
+            if defaults is None:
+                raise ValueError("this model was trained on no recall task; name one, such as 'copying'")
+            task = defaults.task
+        elif isinstance(task, str):
+            task = defaults.task if defaults and defaults.task.kind == task else find_task(task).config()
+        elif not hasattr(task, "meta_places"):
+            raise TypeError(f"a task is an object such as CopyingTask(), or its name, not {task!r}")
+        if defaults is None or defaults.task.kind != task.kind:
             # a size and lengths of another task need not suit this one
-            trained = EvaluateConfig(lengths=_lengths_that_fit(sequence_limit(self.model)))
-        asked: dict[str, Any] = {"size": size, "instances": instances, "seed": seed}
-        asked["task"] = None if isinstance(task, str) else task
-        asked["lengths"] = (lengths,) if isinstance(lengths, str) else lengths
-        config = EvaluateConfig(**dict(trained) | {name: value for name, value in asked.items() if value is not None})
+            defaults = EvaluateConfig(lengths=_lengths_that_fit(sequence_limit(self.model)))
+        lengths = (lengths,) if isinstance(lengths, str) else lengths
+        asked = {"task": task, "size": size, "lengths": lengths, "instances": instances, "seed": seed}
+        config = EvaluateConfig(**dict(defaults) | {name: value for name, value in asked.items() if value is not None})
         with evaluating(self.model):
             return evaluate_recall([self.model], config, PieceEncoder(self._encoder))
 
@@ -325,11 +336,11 @@ class LanguageModel:
         if not len(input_ids):
             raise ValueError("attention needs a text of at least one token")
         with evaluating(self.model):
-            own, meta = weights_of_both_branches(self.lens(), input_ids)
-        meta_token_id = getattr(self.model.config, "meta_token_id", None)
+            lens = self.lens()
+            own, meta = weights_of_both_branches(lens, input_ids)
         return Attention(
-            tokens=tuple(self._decode(token) for token in input_ids.tolist()),
-            is_meta=(input_ids == meta_token_id).cpu() if meta_token_id is not None else input_ids.cpu() < 0,
+            tokens=tuple(self.tokenizer.decode([token]) for token in input_ids.tolist()),
+            is_meta=lens.is_meta(input_ids).cpu(),
             self_attention=own,
             meta_attention=meta,
         )
@@ -367,10 +378,6 @@ class LanguageModel:
         if any(not 0 <= token < self.model.config.vocab_size for token in ids):
             raise ValueError(f"ids must lie in [0, {self.model.config.vocab_size}), the model's vocabulary")
         return torch.tensor(ids, dtype=torch.long, device=self.model.device)
-
-    def _decode(self, token_id: int) -> str:
-        text: str = self.tokenizer.decode([token_id])
-        return text
 
 
 def _usual_injection(model: Any) -> Injection:

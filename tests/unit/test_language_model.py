@@ -185,6 +185,8 @@ MISUSE = {
     "load a number": lambda _: mt.load(3),
     "no such task": lambda lm: lm.recall("coping"),
     "no task": lambda lm: lm.recall(),
+    "a task of its number": lambda lm: lm.recall(3),
+    "a model that is none": lambda lm: mt.LanguageModel("demo/meta", lm.tokenizer),
     "prompt of ids": lambda lm: lm.generate([1, 2]),
     "period of 0": lambda lm: lm.generate("owl", every=0),
     "two schedules": lambda lm: lm.generate("owl", every=3, schedule=mt.NoSchedule()),
