@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     lm = mt.LanguageModel.from_scratch(mt.train_tokenizer(TEXTS, 290), TINY)
     randomize(lm.model)
-    lm.save(path)
+    lm.save(path / "model")
     return path
 
 
@@ -57,12 +57,13 @@ def test_a_string_gets_meta_tokens_and_keeps_its_text(lm):
     assert lm.tokenizer.decode(ids[0], skip_special_tokens=True) == TEXTS[0]
 
 
-@pytest.mark.parametrize("form", ["transformers", "text tokenizer", "folder", "name"])
+@pytest.mark.parametrize("form", ["transformers", "text tokenizer", "run", "folder", "name"])
 def test_every_form_of_a_tokenizer_gives_the_same_ids_and_the_same_text(lm, folder, form):
     tokenizer = {
-        "transformers": AutoTokenizer.from_pretrained(folder),
+        "transformers": AutoTokenizer.from_pretrained(folder / "model"),
         "text tokenizer": mt.load_text_tokenizer(str(folder)),
-        "folder": folder,
+        "run": folder,
+        "folder": folder / "model",
         "name": str(folder),
     }[form]
     other = mt.LanguageModel(lm.model, tokenizer)

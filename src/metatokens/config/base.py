@@ -34,7 +34,8 @@ class Frozen(BaseModel):
             [name for name in type(self).model_fields if name != "kind"] if "kind" in type(self).model_fields else []
         )
         if len(values) > len(names):
-            raise TypeError(f"{type(self).__name__} takes {len(names)} values by position, not {len(values)}")
+            taken = ", ".join(names) or "nothing"
+            raise TypeError(f"{type(self).__name__} takes {taken} by position, not {len(values)} values")
         for name, value in zip(names, values, strict=False):
             if name in fields:
                 raise TypeError(f"{type(self).__name__} got {name} twice")

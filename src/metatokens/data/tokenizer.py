@@ -94,7 +94,7 @@ def load_text_tokenizer(source: str) -> Tokenizer:
     Given the folder of a trained model, the result is byte for byte the text tokenizer of its training.
 
     Args:
-        source: A folder with `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, a
+        source: A run folder, a folder with `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, a
             `tokenizer.json` file, or the id of a tokenizer on the Hugging Face hub.
 
     Raises:
@@ -102,6 +102,8 @@ def load_text_tokenizer(source: str) -> Tokenizer:
             transformers makes a different tokenizer of the folder.
     """
     path = Path(source)
+    if (path / "model" / "tokenizer.json").is_file():  # a run
+        path /= "model"
     if path.is_file():
         whole = tokenizer_from_json(path.read_bytes(), str(path))
     elif (path / "tokenizer.json").is_file():
