@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,10 @@ from metatokens.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    AnyTokenizer: TypeAlias = Tokenizer | PreTrainedTokenizerBase | str | Path
+    """A text tokenizer, or what `as_text_tokenizer` makes one of."""
 
 META_TOKEN = "_PAUSE_"  # paper section 3: the designated meta-token of the tasks
 END_OF_TEXT = "<|endoftext|>"
@@ -92,7 +95,7 @@ def load_text_tokenizer(source: str) -> Tokenizer:
     Given the folder of a trained model, the result is byte for byte the text tokenizer of its training.
 
     Args:
-        source: A folder with `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, a
+        source: A run folder, a folder with `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, a
             `tokenizer.json` file, or the id of a tokenizer on the Hugging Face hub.
 
     Raises:
@@ -100,6 +103,8 @@ def load_text_tokenizer(source: str) -> Tokenizer:
             transformers makes a different tokenizer of the folder.
     """
     path = Path(source)
+    if (path / "model" / "tokenizer.json").is_file():  # a run
+        path /= "model"
     if path.is_file():
         whole = tokenizer_from_json(path.read_bytes(), str(path))
     elif (path / "tokenizer.json").is_file():
@@ -115,19 +120,42 @@ def load_text_tokenizer(source: str) -> Tokenizer:
         )
     else:
         whole = _hub_tokenizer(source)
+    tokenizer = _text_tokenizer_of(whole, source)
+    if (path / "tokenizer_config.json").is_file():
+        _compare_with_transformers(path, tokenizer)
+    return tokenizer
+
+
+def as_text_tokenizer(source: AnyTokenizer) -> Tokenizer:
+    """Return the text tokenizer of a tokenizer of transformers, of a folder, file or hub id, or itself.
+
+    Raises:
+        TypeError: It is neither a fast tokenizer nor a name.
+        UsageError: See `load_text_tokenizer`.
+    """
+    if isinstance(source, Tokenizer):
+        return source
+    if isinstance(source, str | Path):
+        return load_text_tokenizer(str(source))
+    whole = getattr(source, "backend_tokenizer", None)
+    if not isinstance(whole, Tokenizer):
+        raise TypeError(f"a tokenizer is a fast one of transformers, a tokenizers.Tokenizer or a name, not {source!r}")
+    return _text_tokenizer_of(whole, type(source).__name__)
+
+
+def _text_tokenizer_of(whole: Tokenizer, name: str) -> Tokenizer:
+    """Return a tokenizer without meta-token, padding, truncation and tokens added around a text."""
     tokenizer = _without_added_tokens(whole, {META_TOKEN, PAD_TOKEN})
     for token in (META_TOKEN, PAD_TOKEN):
         if tokenizer.token_to_id(token) is not None:
             raise UsageError(
-                f"tokenizer {source}",
+                f"tokenizer {name}",
                 expected=f"no {token} in the text vocabulary",
                 found=f"id {tokenizer.token_to_id(token)}",
                 remedy="use a tokenizer without it",
             )
     end_of_text_token(tokenizer)
-    _require_equal_ids(source, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
-    if (path / "tokenizer_config.json").is_file():
-        _compare_with_transformers(path, tokenizer)
+    _require_equal_ids(name, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
     return tokenizer
 
 
@@ -189,7 +217,8 @@ class TextEncoder:
     sha256: str
     backend: Literal["tiktoken", "tokenizers"]
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        tokenizer = as_text_tokenizer(tokenizer)
         canonical = tokenizer.to_str()
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
