@@ -49,7 +49,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     words = " ".join(preset_names())
     preamble = {"bash": f'{_PRESET_FUNCTION}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}'}
-    script: str = shtab.complete(parser, shell=shell, preamble=preamble)
+    script: str = shtab.complete(parser, shell=shell, preamble=preamble.get(shell, ""))
     return script
 
 
