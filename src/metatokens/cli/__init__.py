@@ -24,13 +24,14 @@ from metatokens.cli import (
     prepare,
     pretrain,
     report,
+    serve,
     sweep,
 )
 from metatokens.cli.arguments import Parser, Verb
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 
 # in the order of the help
-VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info)
+VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, serve, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

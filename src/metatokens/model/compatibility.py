@@ -51,6 +51,7 @@ __all__ = [
     "find_cache",
     "has_both_cache_names",
     "merge_with_config_defaults",
+    "openai_server",
     "one_cache",
 ]
 
@@ -87,6 +88,13 @@ def has_both_cache_names(output_class: OutputClass) -> OutputClass:
         if not hasattr(output_class, name):
             setattr(output_class, name, property(lambda output: getattr(output, CACHE_NAME)))
     return output_class
+
+
+def openai_server() -> Any:
+    """Return the class behind `transformers serve`; making one runs it. It needs packages that nothing else here does."""
+    from transformers.cli.serve import Serve
+
+    return Serve
 
 
 def create_causal_mask(*, past_key_values: Any, **arguments: Any) -> Any:

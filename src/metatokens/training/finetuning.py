@@ -15,6 +15,7 @@ from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model.schedule import state_schedule
 from metatokens.tasks.base import LengthRange, PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.encoding import encode_instance
@@ -92,6 +93,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
     else:
         folder = ModelFolder(Path(start.path))
         model, identity = folder.open_model(seed=config.seed).train(), f"+{folder.sha256}"
+        state_schedule(model.generation_config, None)  # the task says where meta-tokens stand
     _check_length(config, model, tokenizer)
     return model, tokenizer, identity
 

@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.decoding import (
-    MetaSchedule,
     MetaTokenSchedule,
     NoSchedule,
     PeriodicSchedule,
@@ -65,12 +63,7 @@ def layout(schedule, num_positions):
     """Return where a sequence of so many positions has meta-tokens, position by position."""
     positions, num_text = [], 0
     for position in range(num_positions):
-        is_meta = bool(
-            schedule.is_due(
-                np.array([num_text]), np.array([len(positions)]), np.array([positions[-1:] == [position - 1]])
-            )[0]
-        )
-        if is_meta:
+        if schedule.is_due(num_text, len(positions), positions[-1:] == [position - 1]):
             positions.append(position)
         else:
             num_text += 1
@@ -127,13 +120,6 @@ def test_prompt_gets_the_layout_that_its_positions_have(schedule):
     prompt = schedule_meta_tokens(list(range(1, 30)), schedule, meta_token_id=99)
     assert [token for token in prompt if token != 99] == list(range(1, 30))
     assert [i for i, token in enumerate(prompt) if token == 99] == layout(schedule, len(prompt))
-
-
-def test_schedules_are_told_apart_by_their_kind():
-    adapter = TypeAdapter(MetaSchedule)
-    assert adapter.validate_python({"kind": "periodic", "text_tokens": 4}) == PeriodicSchedule(text_tokens=4)
-    with pytest.raises(ValidationError):
-        adapter.validate_python({"kind": "uniform", "ratio": 1.0})
 
 
 # under model.generate
