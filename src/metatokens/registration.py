@@ -1,8 +1,8 @@
 """Registers the models and their pipeline task with transformers, without importing torch before it is needed.
 
 `import metatokens` must stay light, yet `AutoModelForCausalLM.from_pretrained` must know the models afterwards, and
-`pipeline` the task. So each registration waits until transformers imports its auto classes or its pipelines; what it has
-imported already is registered now.
+`pipeline` the task. So each registration waits until transformers imports its auto classes or its pipelines; if it has
+done so already, the registration runs now.
 """
 
 import importlib

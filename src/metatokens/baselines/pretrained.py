@@ -150,7 +150,7 @@ class PretrainedCausalLM(nn.Module):
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Generate with the wrapped model."""
-        return generate(self.wrapped, *args, **options)
+        return generate(*args, model=self.wrapped, **options)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override] # torch overloads it
         """Return the tensors under the names that they have in the checkpoint."""

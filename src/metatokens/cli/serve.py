@@ -33,6 +33,6 @@ def _run(options: argparse.Namespace) -> int:
     stated = GenerationConfig.from_pretrained(path) if (path / "generation_config.json").is_file() else None
     schedule = schedule_of(options, stated)
     url = f"http://{options.host}:{options.port}/v1"
-    say(f"serving {path} at {url}, meta-tokens {schedule}; Ctrl-C ends it")
+    say(f"serving the model {path} at {url} with {schedule}; Ctrl-C ends it")
     serve(path, schedule, host=options.host, port=options.port, device=options.device, seed=options.seed)
     return emit(options, {"model": str(path), "url": url}, lambda: None)

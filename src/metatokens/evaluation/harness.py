@@ -1,6 +1,6 @@
 """lm-evaluation-harness with meta-tokens: the model `metatokens`, beside the harness's own models.
 
-    python -m metatokens.evaluation.harness run --model metatokens --model_args pretrained=RUN/model,device=cpu --tasks ...
+    python -m metatokens.evaluation.harness run --model metatokens --model_args pretrained=RUN/model --tasks ...
 
 The harness's model `hf` scores plain text. This one puts meta-tokens into what it scores and generates, by the schedule
 in the checkpoint's generation config or by `meta_schedule` among the model's arguments. Needs the extra

@@ -1,7 +1,7 @@
 """From a prompt to text, with meta-tokens on a schedule.
 
-`metatokens.model.schedule` has the schedules and the `generate` that follows them; `generate_text` is the whole way from
-a prompt to text. To return several sequences or use other strategies, call `model.generate`.
+`metatokens.model.schedule` has the schedules and the `generate` that follows them; `generate_text` is the whole way
+from a prompt to text. To return several sequences or use other strategies, call `model.generate`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     started = time.perf_counter()
     with _evaluating(model), _seeded(seed):
         generate(
-            getattr(model, "wrapped", model),
+            model=getattr(model, "wrapped", model),
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             meta_schedule=schedule,
@@ -195,7 +195,7 @@ def follow_schedule(model: Any, schedule: Any = None) -> None:
     if schedule is not None:
         state_schedule(model.generation_config, read_schedule(schedule))
     if not isinstance(model, MetaTokenGenerationMixin):
-        model.generate = partial(generate, model)
+        model.generate = partial(generate, model=model)
 
 
 def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: TextEncoder) -> None:

@@ -5,10 +5,10 @@ schedule, which a client cannot follow either, since it sends text. Needs the ex
 """
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from metatokens.errors import UsageError
@@ -57,5 +57,6 @@ def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: s
             return model
 
     for name in AutoConfig.from_pretrained(path).architectures:
-        setattr(transformers, name, Served)  # where the server looks for the class
+        # where the server looks for the class; `import transformers` may give the module that this one has replaced
+        setattr(sys.modules["transformers"], name, Served)
     openai_server()(force_model=str(path), host=host, port=port, device=device, default_seed=seed)

@@ -51,8 +51,8 @@ __all__ = [
     "find_cache",
     "has_both_cache_names",
     "merge_with_config_defaults",
-    "openai_server",
     "one_cache",
+    "openai_server",
 ]
 
 # the copy of this code in a checkpoint has no installer to check the version; 5.17's caches are wrong after `reset`
@@ -91,7 +91,7 @@ def has_both_cache_names(output_class: OutputClass) -> OutputClass:
 
 
 def openai_server() -> Any:
-    """Return the class behind `transformers serve`; making one runs it. It needs packages that nothing else here does."""
+    """Return the class behind `transformers serve`, which needs packages of its own; making an instance runs it."""
     from transformers.cli.serve import Serve
 
     return Serve

@@ -32,7 +32,7 @@ class MetaTokenGenerationMixin(GenerationMixin):
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         """Generate as transformers does, with meta-tokens by the model's schedule; see `schedule.generate`."""
-        return generate(self, *arguments, **options)
+        return generate(*arguments, model=self, **options)
 
     def _ids_never_sampled(self) -> list[int]:
         # the meta-token is never a target, so its logit means nothing. Rows that pad the vocabulary may be sampled: a

@@ -237,12 +237,12 @@ class MetaTokenSchedule(LogitsProcessor):
 
 
 def generate(
-    model: Any,
     inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     *arguments: Any,
+    model: Any,
     meta_schedule: Any = None,
     **options: Any,
 ) -> Any:
@@ -259,13 +259,14 @@ def generate(
     A model with meta-attention that gets no meta-token at all warns once, unless the schedule is `none`.
 
     Args:
-        model: any causal language model of transformers; a schedule needs `config.meta_token_id`.
         inputs: (B, T) int64, as `input_ids`.
         generation_config: as in transformers; may hold `meta_schedule`.
         logits_processor: as in transformers; a `MetaTokenSchedule` in it takes the place of the schedule.
         stopping_criteria: as in transformers; beside a schedule they see the sequences that are returned, each row's
             new meta-tokens moved before its new text, and stop nothing at a meta-token.
         *arguments: as in transformers.
+        model: any causal language model of transformers; a schedule needs `config.meta_token_id`. By name, as
+            transformers gives it to a `generate` that comes with a checkpoint.
         meta_schedule: where meta-tokens go.
         **options: as in transformers.
 
