@@ -6,6 +6,7 @@ schedule, which a client cannot follow either, since it sends text. Needs the ex
 
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,4 +60,5 @@ def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: s
     for name in AutoConfig.from_pretrained(path).architectures:
         # where the server looks for the class; `import transformers` may give the module that this one has replaced
         setattr(sys.modules["transformers"], name, Served)
-    openai_server()(force_model=str(path), host=host, port=port, device=device, default_seed=seed)
+    with suppress(KeyboardInterrupt):  # raised again by the server, once it has shut down
+        openai_server()(force_model=str(path), host=host, port=port, device=device, default_seed=seed)
