@@ -182,6 +182,14 @@ def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_it
     assert "differs_from_the_paper" not in alone
 
 
+def test_the_model_of_a_run_has_a_card_and_the_schedule_of_its_injection(work):
+    card = (work / "run/model/README.md").read_text()
+    assert "`metatokens pretrain` made it" in card
+    assert "| steps | 3 |" in card
+    schedule = json.loads((work / "run/model/generation_config.json").read_text())["meta_schedule"]
+    assert schedule == {"kind": "uniform", "ratio": 0.1, "seed": 0}
+
+
 def test_info_knows_presets_of_fine_tuning():
     result = json.loads(metatokens("info", "tiny/recall", "--text-vocab-size", "300", "--json").stdout)
     assert result["parameters_of_meta_attention"] == 4 * (4 * 128 * 128 + 4 * 128)

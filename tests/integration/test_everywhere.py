@@ -1,6 +1,6 @@
 """One schedule everywhere: each tool that generates gives the tokens of `generate_text`.
 
-The harness's tests need `metatokens[eval]` and the server's `metatokens[serve]`; where one is missing, they are skipped.
+The harness's tests need `metatokens[eval]` and the server's `metatokens[serve]`; where one is missing they are skipped.
 """
 
 import contextlib

@@ -4,6 +4,7 @@
 schedule, which a client cannot follow either, since it sends text. Needs the extra `metatokens[serve]`.
 """
 
+import importlib.util
 import socket
 import sys
 from contextlib import suppress
@@ -24,17 +25,14 @@ def check_server(host: str, port: int) -> None:
     Raises:
         UsageError: if a package is missing, or the address cannot be listened on.
     """
-    try:
-        import fastapi  # noqa: F401
-        import openai  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+    missing = [package for package in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(package) is None]
+    if missing:
         raise UsageError(
             "serve",
             expected="the packages of a server",
-            found=f"no {error.name}",
+            found=f"no {' and no '.join(missing)}",
             remedy="pip install 'metatokens[serve]'",
-        ) from None
+        )
     try:
         with socket.create_server((host, port)):
             pass

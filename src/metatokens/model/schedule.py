@@ -342,7 +342,7 @@ class _Prompt:
 
     def _pad_left(self, rows: list[list[int]], filler: int) -> None:
         longest = max(map(len, rows))
-        new = {"device": self._given.device, "dtype": self._given.dtype}
+        new: dict[str, Any] = {"device": self._given.device, "dtype": self._given.dtype}
         self.ids = torch.tensor([[filler] * (longest - len(row)) + row for row in rows], **new)
         self._mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], **new)
 

@@ -20,6 +20,7 @@ from metatokens.storage import LEAST_BYTES, check_folder, new_folder
 from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
+from metatokens.training.model_card import Training, write_model_card
 from metatokens.training.starting import load_start
 
 _BYTES_PER_PARAMETER = 4  # models are saved in float32
@@ -81,6 +82,7 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as made:
             save_model(model, made, tokenizer)
+            write_model_card(made, model, Training("extend", base_model=str(start)), name=out.name)
             write_manifest(made)
     return {
         "model": str(out),

@@ -26,6 +26,7 @@ from metatokens.training.loop import (
     count_batch_flops,
     train,
 )
+from metatokens.training.model_card import Training
 from metatokens.training.run_folder import RunFolder
 from metatokens.training.starting import check_tokenizer, load_start
 
@@ -106,6 +107,7 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
         content_id=content_id,
+        made=Training("pretrain", data=dataset.manifest.source, base_model=str(config.start_from or "")),
         batches=_loader(
             config,
             dataset,
