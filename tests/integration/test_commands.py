@@ -185,7 +185,7 @@ def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_it
 def test_the_model_of_a_run_has_a_card_and_the_schedule_of_its_injection(work):
     card = (work / "run/model/README.md").read_text()
     assert "`metatokens pretrain` made it" in card
-    assert "| steps | 3 |" in card
+    assert "| steps | 6 |" in card
     schedule = json.loads((work / "run/model/generation_config.json").read_text())["meta_schedule"]
     assert schedule == {"kind": "uniform", "ratio": 0.1, "seed": 0}
 
