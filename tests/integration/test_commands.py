@@ -56,7 +56,20 @@ print("torch" in sys.modules)
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "prepare", "pretrain", "extend", "finetune", "evaluate", "sweep", "perplexity", "generate", "info"]
+    "verb",
+    [
+        "demo",
+        "prepare",
+        "pretrain",
+        "extend",
+        "finetune",
+        "evaluate",
+        "sweep",
+        "perplexity",
+        "generate",
+        "serve",
+        "info",
+    ],
 )
 def test_every_verb_explains_itself(verb):
     assert verb in metatokens(verb, "--help").stdout

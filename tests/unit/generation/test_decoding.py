@@ -4,6 +4,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
+from metatokens.config.schema import (
+    ExplicitInjection,
+    NoInjection,
+    PeriodicInjection,
+    PunctuationInjection,
+    UniformInjection,
+)
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.decoding import (
@@ -12,6 +19,7 @@ from metatokens.generation.decoding import (
     PeriodicSchedule,
     UniformSchedule,
     generate_text,
+    schedule_for,
     schedule_meta_tokens,
 )
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
@@ -120,6 +128,21 @@ def test_prompt_gets_the_layout_that_its_positions_have(schedule):
     prompt = schedule_meta_tokens(list(range(1, 30)), schedule, meta_token_id=99)
     assert [token for token in prompt if token != 99] == list(range(1, 30))
     assert [i for i, token in enumerate(prompt) if token == 99] == layout(schedule, len(prompt))
+
+
+@pytest.mark.parametrize(
+    ("injection", "schedule"),
+    [
+        (NoInjection(), NoSchedule()),
+        (UniformInjection(ratio=0.2), UniformSchedule(0.2)),
+        (PunctuationInjection(ratio=0.2), UniformSchedule(0.2)),
+        (PeriodicInjection(ratio=0.2), PeriodicSchedule(4)),
+        (PeriodicInjection(ratio=0), NoSchedule()),
+        (ExplicitInjection(positions=(3, 7)), None),
+    ],
+)
+def test_schedule_of_a_trained_model_is_that_of_its_injection(injection, schedule):
+    assert schedule_for(injection) == schedule
 
 
 # under model.generate

@@ -4,10 +4,12 @@ import json
 import logging
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +22,7 @@ from transformers import (
 
 from metatokens.data.keyed_random import hash_key
 from metatokens.model import MetaTokenForCausalLM, schedule
-from metatokens.model.export import CUSTOM_GENERATE, save_model
+from metatokens.model.export import CUSTOM_GENERATE, REMOTE_CODE, save_model
 from metatokens.model.schedule import (
     MetaTokenSchedule,
     NoSchedule,
@@ -317,6 +319,28 @@ def test_schedule_survives_saving_loading_and_saving_again(model: MetaTokenForCa
         assert (tmp_path / folder / CUSTOM_GENERATE).read_bytes() == Path(schedule.__file__).read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
     assert torch.equal(generated(again, PROMPT), generated(model, PROMPT))
+
+
+def test_what_would_be_pushed_to_the_hub_holds_the_schedule_and_its_code(
+    model: MetaTokenForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, bytes] = {}
+
+    def create_commit(self: HfApi, *, operations: list[CommitOperationAdd], **options: Any) -> None:
+        del self, options
+        for operation in operations:
+            with operation.as_file() as file:
+                uploaded[operation.path_in_repo] = file.read()
+
+    # the hub itself; all that leads to it is real
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "create_repo", lambda _self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(ModelCard, "load", lambda _repo_id, **_: ModelCard("---\nlicense: mit\n---\n"))
+    state_schedule(model.generation_config, EVERY_3)
+    model.push_to_hub("someone/owls")
+    assert json.loads(uploaded["generation_config.json"])["meta_schedule"] == {"kind": "periodic", "text_tokens": 3}
+    assert uploaded[CUSTOM_GENERATE.as_posix()] == Path(schedule.__file__).read_bytes()
+    assert {f"{name}.py" for name in REMOTE_CODE} < uploaded.keys()
 
 
 def test_custom_generate_of_a_folder_gives_another_model_its_schedule(
