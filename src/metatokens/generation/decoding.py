@@ -191,9 +191,16 @@ def follow_schedule(model: Any, schedule: Any = None) -> None:
     Args:
         model: A causal language model of transformers.
         schedule: A schedule, a mapping, or a kind; see `metatokens.model.schedule.read_schedule`.
+
+    Raises:
+        ValueError: `schedule` is no schedule, or puts meta-tokens into the text of a model that has none.
     """
     if schedule is not None:
         state_schedule(model.generation_config, read_schedule(schedule))
+    followed = read_schedule(getattr(model.generation_config, "meta_schedule", None))
+    has_meta_token = getattr(model.config, "meta_token_id", None) is not None
+    if followed is not None and not followed.is_empty and not has_meta_token:
+        raise ValueError(f"meta_schedule {followed.kind} needs a model with a meta-token, and meta_token_id is None")
     if not isinstance(model, MetaTokenGenerationMixin):
         model.generate = partial(generate, model=model)
 

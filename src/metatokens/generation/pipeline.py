@@ -28,8 +28,6 @@ class MetaTokenTextGenerationPipeline(TextGenerationPipeline):
         follow_schedule(model, meta_schedule)
         if read_schedule(getattr(model.generation_config, "meta_schedule", None)) is None:
             raise ValueError(f"the task {TASK} needs a meta_schedule, and the model's generation config has none")
-        if getattr(model.config, "meta_token_id", None) is None:
-            raise ValueError(f"the task {TASK} needs a model with a meta-token, and its meta_token_id is None")
         super().__init__(model, *arguments, **options)
 
 

@@ -46,7 +46,19 @@ def check_server(host: str, port: int) -> None:
 
 
 def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: str, seed: int) -> None:
-    """Serve the model of a folder until the process is interrupted; sampling starts from the seed."""
+    """Serve the model of a folder until the process is interrupted; sampling starts from the seed.
+
+    Raises:
+        UsageError: if the schedule has meta-tokens and the model has none.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "meta_token_id", None) is None and not schedule.is_empty:
+        raise UsageError(
+            f"schedule {schedule.kind}",
+            expected="a model with a meta-token",
+            found="meta_token_id None",
+            remedy="use the schedule none",
+        )
 
     class Served:
         @staticmethod
@@ -55,7 +67,7 @@ def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: s
             follow_schedule(model, schedule)
             return model
 
-    for name in AutoConfig.from_pretrained(path).architectures:
+    for name in config.architectures:
         # where the server looks for the class; `import transformers` may give the module that this one has replaced
         setattr(sys.modules["transformers"], name, Served)
     with suppress(KeyboardInterrupt):  # raised again by the server, once it has shut down

@@ -405,8 +405,11 @@ def _is_laid_out(options: dict[str, Any]) -> bool:
 
 def _sees_plain_text(config: Any, ids: Tensor | None, options: dict[str, Any]) -> bool:
     """Tell whether meta-attention over meta-tokens finds none in the prompt; of embeddings alone this is not known."""
-    is_over_meta = getattr(config, "meta_attention_over", None) == "meta" and "meta_attention" in config.layer_types
-    return is_over_meta and ids is not None and not _is_laid_out(options) and not (ids == config.meta_token_id).any()
+    if getattr(config, "meta_attention_over", None) != "meta" or "meta_attention" not in config.layer_types:
+        return False
+    if config.meta_token_id is None or ids is None or _is_laid_out(options):
+        return False
+    return not bool((ids == config.meta_token_id).any())
 
 
 def _as_list(ids: int | list[int] | None) -> list[int | None]:

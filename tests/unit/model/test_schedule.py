@@ -249,6 +249,17 @@ def test_model_of_another_package_with_a_meta_token_follows_a_schedule() -> None
     assert (rows[1] == META).nonzero()[:, 0].tolist() == [6, 10, 14]
 
 
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_assisted_generation_follows_the_schedule(model: MetaTokenForCausalLM, where: str) -> None:
+    expected = generated(model, PROMPT, meta_schedule=EVERY_3)
+    options: dict[str, Any] = {"meta_schedule": EVERY_3}
+    if where == "config":
+        state_schedule(model.generation_config, EVERY_3)
+        options = {}
+    assistant = tiny_model(seed=1, eos_token_id=None)
+    assert torch.equal(generated(model, PROMPT, assistant_model=assistant, **options), expected)
+
+
 # The warning
 
 
@@ -280,7 +291,9 @@ def test_warning_is_silenced_by_saying_so(model: MetaTokenForCausalLM, warned: l
     assert warned == []
 
 
-@pytest.mark.parametrize("case", ["scheduled", "in the prompt", "no meta-attention", "other members", "training"])
+@pytest.mark.parametrize(
+    "case", ["scheduled", "in the prompt", "no meta-attention", "no meta-token", "other members", "training"]
+)
 def test_nothing_warns_where_there_are_meta_tokens_or_none_are_missed(
     model: MetaTokenForCausalLM, warned: list[str], case: str
 ) -> None:
@@ -288,6 +301,8 @@ def test_nothing_warns_where_there_are_meta_tokens_or_none_are_missed(
         model.train()(PROMPT, labels=PROMPT).loss.backward()
     elif case == "no meta-attention":
         generated(tiny_model(meta_attention_layers="none"), PROMPT)
+    elif case == "no meta-token":
+        generated(tiny_model(meta_token_id=None), PROMPT)
     elif case == "other members":
         generated(tiny_model(meta_attention_over="all"), PROMPT)
     elif case == "in the prompt":
