@@ -55,9 +55,14 @@ def _metadata(model: Any, training: Training, name: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["metatokens", "meta-tokens", *(["custom_generate"] if has_code else [])],
-        datasets=[training.data] if _HUB_ID.fullmatch(training.data) else None,
-        base_model=training.base_model if _HUB_ID.fullmatch(training.base_model) else None,
+        datasets=[training.data] if _is_on_the_hub(training.data) else None,
+        base_model=training.base_model if _is_on_the_hub(training.base_model) else None,
     )
+
+
+def _is_on_the_hub(name: str) -> bool:
+    """Tell an id from a path, as `metatokens.training.loading.ModelFolder` does."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def _text(model: Any, training: Training, name: str) -> str:
@@ -80,6 +85,7 @@ def _text(model: Any, training: Training, name: str) -> str:
 def _facts(model: Any, training: Training) -> dict[str, str]:
     config = model.config
     meta_attention = sum(p.numel() for key, p in model.named_parameters() if ".meta_attn." in key)
+    base = training.base_model if _is_on_the_hub(training.base_model) else Path(training.base_model).name
     window = getattr(config, "max_sequence_length", getattr(config, "max_position_embeddings", None))
     return {
         "parameters": f"{model.num_parameters():,}"
@@ -88,7 +94,7 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
         f"{config.hidden_size}, {config.num_attention_heads} heads",
         **({"window": f"{window:,} positions, meta-tokens included"} if window else {}),
         **({"data": training.data} if training.data else {}),
-        **({"started from": training.base_model} if training.base_model else {}),
+        **({"started from": base} if base else {}),
         **{key: f"{value:,}" for key, value in training.numbers.items()},
     }
 

@@ -40,6 +40,18 @@ def test_card_has_the_metadata_that_the_hub_reads(tmp_path: Path) -> None:
     assert data.datasets == ["allenai/c4"]
 
 
+def test_model_on_the_hub_is_the_base_and_a_folder_here_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name, base_model, shown in (
+        ("EleutherAI/gpt-neo-125m", "EleutherAI/gpt-neo-125m", "EleutherAI/gpt-neo-125m"),
+        ("runs/plain", None, "plain"),
+    ):
+        card = card_of(tmp_path / shown.replace("/", "-"), tiny_model(), Training("finetune", base_model=name))
+        assert card.data.base_model == base_model
+        assert f"| started from | {shown} |" in card.text
+
+
 @pytest.mark.parametrize("data", ["books.txt", "", "generated instances of the recall task copying"])
 def test_text_that_is_no_dataset_of_the_hub_is_none_in_the_metadata(tmp_path: Path, data: str) -> None:
     assert card_of(tmp_path, tiny_model(), Training("pretrain", data=data)).data.datasets is None
