@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metatokens.analysis.attention.rows import weights_of_both_branches
 from metatokens.config.finetuning import EvaluateConfig
-from metatokens.config.schema import ExplicitInjection, Injection, ModelConfig, NoInjection, UniformInjection
+from metatokens.config.schema import Injection, ModelConfig, NoInjection, UniformInjection
 from metatokens.config.tasks import LENGTH_BINS, Task
 from metatokens.data.injection import inject_into_prompt
 from metatokens.data.sources import iterate_documents
@@ -38,10 +38,11 @@ from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.generation.decoding import (
     GeneratedText,
     MetaSchedule,
-    NoSchedule,
     PeriodicSchedule,
     evaluating,
     generate_text,
+    read_schedule,
+    schedule_for,
     sequence_limit,
 )
 from metatokens.lens import Lens
@@ -198,7 +199,8 @@ class LanguageModel:
         Args:
             prompt: The text to continue.
             every: A meta-token after each `every` text tokens.
-            schedule: Where meta-tokens go, in place of `every`; None means evenly, at the ratio of the training.
+            schedule: Where meta-tokens go, in place of `every`; None means as the model's generation
+                config says, or else as in training.
             max_text_tokens: Text tokens to write at most; None means 100, or fewer at the end of the window.
             temperature: 0 takes the likeliest token.
             top_k: Sample from the k likeliest tokens.
@@ -217,7 +219,8 @@ class LanguageModel:
         if schedule is not None and not hasattr(schedule, "is_due"):
             raise TypeError(f"a schedule is an object such as PeriodicSchedule(9), not {schedule!r}")
         if schedule is None:
-            schedule = _usual_schedule(self.injection) if every is None else PeriodicSchedule(text_tokens=every)
+            usual = _usual_schedule(self.model, self.injection)
+            schedule = usual if every is None else PeriodicSchedule(text_tokens=every)
         return generate_text(
             self.model,
             self._text_tokenizer,
@@ -389,13 +392,10 @@ def _usual_injection(model: Any) -> Injection:
     return NoInjection()
 
 
-def _usual_schedule(injection: Injection) -> MetaSchedule:
-    """Return the schedule that spaces meta-tokens evenly at the ratio of an injection."""
-    if isinstance(injection, NoInjection):
-        return NoSchedule()
-    if isinstance(injection, ExplicitInjection):
-        return PeriodicSchedule()
-    return PeriodicSchedule(text_tokens=max(1, round(1 / injection.ratio) - 1)) if injection.ratio else NoSchedule()
+def _usual_schedule(model: Any, injection: Injection) -> MetaSchedule:
+    """Return the schedule that the model states, or else the one of its training."""
+    stated = read_schedule(getattr(model.generation_config, "meta_schedule", None))
+    return stated or schedule_for(injection) or PeriodicSchedule()
 
 
 def _lengths_that_fit(limit: int | None) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _sync(path)
         commit(temporary, final)
     except BaseException as error:

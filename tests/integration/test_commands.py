@@ -56,7 +56,20 @@ print("torch" in sys.modules)
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "prepare", "pretrain", "extend", "finetune", "evaluate", "sweep", "perplexity", "generate", "info"]
+    "verb",
+    [
+        "demo",
+        "prepare",
+        "pretrain",
+        "extend",
+        "finetune",
+        "evaluate",
+        "sweep",
+        "perplexity",
+        "generate",
+        "serve",
+        "info",
+    ],
 )
 def test_every_verb_explains_itself(verb):
     assert verb in metatokens(verb, "--help").stdout
@@ -180,6 +193,14 @@ def test_info_of_a_run_its_model_and_its_checkpoints_knows_the_meta_tokens_of_it
         assert json.loads(metatokens("info", work / place, "--json").stdout) == of_preset
     alone = json.loads(metatokens("info", shutil.copytree(work / "run/model", tmp_path / "model"), "--json").stdout)
     assert "differs_from_the_paper" not in alone
+
+
+def test_the_model_of_a_run_has_a_card_and_the_schedule_of_its_injection(work):
+    card = (work / "run/model/README.md").read_text()
+    assert "`metatokens pretrain` made it" in card
+    assert "| steps | 6 |" in card
+    schedule = json.loads((work / "run/model/generation_config.json").read_text())["meta_schedule"]
+    assert schedule == {"kind": "uniform", "ratio": 0.1, "seed": 0}
 
 
 def test_info_knows_presets_of_fine_tuning():

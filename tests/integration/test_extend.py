@@ -144,6 +144,8 @@ def test_every_method_accepts_the_new_window_and_no_more(base: Path, tmp_path: P
     extend(base, "--method", method, "--factor", FACTOR, "--out", out, "--no-training", "--preset", "tiny/extend")
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.config.max_sequence_length == 256
+    assert model.generation_config.meta_schedule["kind"] == "uniform"
+    assert "| window | 256 positions" in (out / "README.md").read_text()
     with torch.no_grad():
         assert model(draw_ids(model.config, 256)).logits.isfinite().all()
         with pytest.raises(ValueError, match="longer than the model's 256"):

@@ -130,6 +130,14 @@ def test_a_run_starts_from_the_model_as_it_came_and_trains_it(neo: Path, done: P
     assert not torch.equal(row, start.get_output_embeddings().weight[vocab_size])  # the meta-token has learned
 
 
+def test_the_card_of_a_model_of_another_package_says_what_it_is(neo: Path, done: Path):
+    card = (done / "model" / "README.md").read_text()
+    assert f"| started from | {neo.name} |" in card
+    assert "GPTNeoForCausalLM" in card
+    assert "ordinary model of transformers" in card
+    assert "states no schedule" in card
+
+
 def test_the_operations_of_a_run_are_those_of_its_batches(config: Config, neo: Path, done: Path):
     model, tokenizer = build_on_meta_device(config(neo))
     assert model.device.type == "meta"

@@ -26,6 +26,7 @@ from metatokens.config.schema import VOCABULARY_MULTIPLE
 from metatokens.model.compatibility import CACHE_NAME, one_cache
 from metatokens.model.loss import loss_and_logits, targets_of_labels
 from metatokens.model.outputs import MetaTokenCausalLMOutput
+from metatokens.model.schedule import generate
 
 
 class PretrainedCausalLM(nn.Module):
@@ -149,7 +150,7 @@ class PretrainedCausalLM(nn.Module):
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Generate with the wrapped model."""
-        return self.wrapped.generate(*args, **options)
+        return generate(*args, model=self.wrapped, **options)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override] # torch overloads it
         """Return the tensors under the names that they have in the checkpoint."""

@@ -25,6 +25,7 @@ from metatokens.cli import (
     prepare,
     pretrain,
     report,
+    serve,
     sweep,
 )
 from metatokens.cli.arguments import Parser, Verb
@@ -33,7 +34,10 @@ from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceErr
 from metatokens.names import nearest_name
 
 # in the order of the help
-VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info, plan)
+VERBS = (
+    *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity),
+    *(analyze, report, generate, serve, info, plan),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

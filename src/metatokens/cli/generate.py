@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metatokens.cli.arguments import add_verb, at_least, share
+from metatokens.cli.arguments import add_verb, at_least
 from metatokens.cli.output import announce, emit, say
+from metatokens.cli.schedules import add_schedule, schedule_of
 
 
 def add(verbs: Any) -> None:
@@ -16,17 +16,10 @@ def add(verbs: Any) -> None:
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
     parser.add_argument("--max-text-tokens", type=at_least(1), default=100, help="most text tokens to write")
-    parser.add_argument(
-        "--schedule", choices=("none", "periodic", "uniform"), default="periodic", help="where meta-tokens stand"
-    )
-    parser.add_argument("--every", type=at_least(1), default=9, help="periodic: text tokens between meta-tokens")
-    parser.add_argument(
-        "--ratio", type=share, default=0.1, help="uniform: probability of a meta-token at each position"
-    )
+    add_schedule(parser)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of sampling and of the uniform schedule")
     parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
 
 
@@ -36,14 +29,9 @@ def _run(options: argparse.Namespace) -> int:
     folder = ModelFolder(options.checkpoint)
     folder.check_path()
     announce(options, f"opening {options.checkpoint}")
-    from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, UniformSchedule, generate_text
+    from metatokens.generation.decoding import generate_text
 
     model, tokenizer = folder.open_model(), folder.tokenizer
-    schedules: dict[str, Callable[[], Any]] = {
-        "none": NoSchedule,
-        "periodic": lambda: PeriodicSchedule(text_tokens=options.every),
-        "uniform": lambda: UniformSchedule(ratio=options.ratio, seed=options.seed),
-    }
     if options.prompt == "-" and sys.stdin.isatty():
         say("reading the prompt from standard input; press Ctrl-D on an empty line to end it")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -53,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
         model,
         tokenizer,
         prompt,
-        schedule=schedules[options.schedule](),
+        schedule=schedule_of(options, model.generation_config),
         max_text_tokens=options.max_text_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

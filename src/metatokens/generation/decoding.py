@@ -1,188 +1,47 @@
-"""Cached decoding with meta-tokens on a schedule.
+"""From a prompt to text, with meta-tokens on a schedule.
 
-A model never samples its meta-token, which was no target in training. Instead a schedule says where meta-tokens stand,
-as the injection does in training (paper section 3). A schedule is a pure function of the tokens before a position. So
-the prompt and its continuation join without a seam, and beams, padded batches and continued sequences get the layout
-that each would get alone. `MetaTokenSchedule` enforces a schedule under `model.generate`; `generate_text` is the whole
-way from a prompt to text. To return several sequences or use other strategies, call `model.generate`.
+`metatokens.model.schedule` has the schedules and the `generate` that follows them; `generate_text` is the whole way
+from a prompt to text. To return several sequences or use other strategies, call `model.generate`.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
-from metatokens.data.injection import BoolArray, IntArray
-from metatokens.data.keyed_random import hash_key
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
 from metatokens.model.compatibility import BaseStreamer
+from metatokens.model.generation import MetaTokenGenerationMixin
+from metatokens.model.schedule import (
+    MetaSchedule,
+    NoSchedule,
+    PeriodicSchedule,
+    UniformSchedule,
+    generate,
+    read_schedule,
+    schedule_meta_tokens,
+    state_schedule,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+    from metatokens.config.schema import Injection
     from metatokens.data.tokenizer import AnyTokenizer
     from metatokens.model import MetaTokenForCausalLM
 
 DEFAULT_TEXT_TOKENS = 100
 _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished decode to
-
-
-# Schedules ---------------------------------------------------------------------------------------------------
-
-
-class _ScheduleBase(Frozen, ABC):
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether no sequence, however long, gets a meta-token."""
-        return False
-
-    @abstractmethod
-    def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Tell for each sequence whether a meta-token comes next.
-
-        Args:
-            num_text: (B,) text tokens so far, prompt included, padding not.
-            num_meta: (B,) meta-tokens so far.
-            after_meta: (B,) True where the last token is a meta-token.
-
-        Returns:
-            (B,) bool.
-        """
-
-
-class NoSchedule(_ScheduleBase):
-    """No meta-token at all."""
-
-    kind: Literal["none"] = "none"
-
-    @property
-    def is_empty(self) -> bool:
-        """Return True."""
-        return True
-
-    def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Return False everywhere."""
-        del num_text, num_meta
-        return np.zeros_like(after_meta)
-
-
-class PeriodicSchedule(_ScheduleBase):
-    """One meta-token after every `text_tokens` text tokens; prompt and continuation count as one sequence."""
-
-    kind: Literal["periodic"] = "periodic"
-    text_tokens: int = Field(9, ge=1)
-    """Text tokens between meta-tokens; 9 is the ratio 0.1."""
-
-    def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Return True once after each multiple of `text_tokens`."""
-        del num_meta
-        due: BoolArray = (num_text > 0) & (num_text % self.text_tokens == 0) & ~after_meta
-        return due
-
-
-class UniformSchedule(_ScheduleBase):
-    """A meta-token at each position with the same probability, drawn for each position on its own."""
-
-    kind: Literal["uniform"] = "uniform"
-    ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
-    """k: the probability that a position holds a meta-token."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the draws, which also depend on the position."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether the ratio is 0."""
-        return self.ratio == 0
-
-    def is_due(self, num_text: IntArray, num_meta: IntArray, after_meta: BoolArray) -> BoolArray:
-        """Return True where the hash of (seed, position) is below the ratio."""
-        del after_meta
-        # the upper 53 bits as a number in [0, 1)
-        draws = (hash_key(self.seed, num_text + num_meta) >> np.uint64(11)) * 2.0**-53
-        due: BoolArray = draws < self.ratio
-        return due
-
-
-MetaSchedule = Annotated[NoSchedule | PeriodicSchedule | UniformSchedule, Field(discriminator="kind")]
-
-
-def schedule_meta_tokens(
-    text_ids: Sequence[int],
-    schedule: MetaSchedule,
-    *,
-    meta_token_id: int,
-) -> list[int]:
-    """Return a prompt with its scheduled meta-tokens; generation adds one that is due after the last text token."""
-    result: list[int] = []
-    num_meta = 0
-    for num_text, token in enumerate(text_ids):
-        while _is_due_alone(schedule, num_text, num_meta, after_meta=result[-1:] == [meta_token_id]):
-            result.append(meta_token_id)
-            num_meta += 1
-        result.append(token)
-    return result
-
-
-class MetaTokenSchedule(LogitsProcessor):
-    """Forces the meta-token where the schedule has one, and forbids it elsewhere, under `model.generate`.
-
-        model.generate(**inputs, logits_processor=LogitsProcessorList([MetaTokenSchedule(...)]))
-
-    It runs after the processors that `generate` makes itself, so the meta-token is forced even if `suppress_tokens`
-    holds it, as that of our models does. Its score is then 0, so it costs a beam nothing. Meta-tokens count as new
-    tokens in `max_new_tokens`. A prompt should come with its meta-tokens (`schedule_meta_tokens`), since none are added
-    to it here. Beside `inputs_embeds`, give `generate` the prompt's `input_ids` too, or the schedule cannot count it.
-    Beam search that samples needs more than one candidate a beam and does not work with a forced token.
-    """
-
-    def __init__(self, schedule: MetaSchedule, *, meta_token_id: int, pad_token_id: int | None = None) -> None:
-        """Take the schedule and the ids.
-
-        Args:
-            schedule: Where meta-tokens go.
-            meta_token_id: The id to force.
-            pad_token_id: Not counted, wherever it stands; it must not be a text token.
-        """
-        self.schedule = schedule
-        self.meta_token_id = meta_token_id
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return new scores (B, V) for the token after `input_ids` (B, T).
-
-        Raises:
-            ValueError: for a prompt of embeddings without its ids.
-        """
-        if not input_ids.shape[1]:
-            raise ValueError(
-                "the prompt has no ids, so a schedule cannot count it: give generate input_ids beside inputs_embeds"
-            )
-        is_meta = input_ids == self.meta_token_id
-        is_text = ~is_meta
-        if self.pad_token_id is not None:
-            is_text &= input_ids != self.pad_token_id
-        counts = torch.stack([is_text.sum(1), is_meta.sum(1), is_meta[:, -1:].sum(1)]).cpu().numpy()
-        due = torch.from_numpy(self.schedule.is_due(counts[0], counts[1], counts[2] > 0)).to(scores.device)
-        is_meta_column = torch.arange(scores.shape[1], device=scores.device) == self.meta_token_id
-        scores = scores.masked_fill(is_meta_column ^ due[:, None], -torch.inf)
-        return scores.masked_fill(is_meta_column & due[:, None], 0.0)
-
-
-# Text --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,18 +130,16 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     settings["suppress_tokens"] = sorted({*(model.generation_config.suppress_tokens or ()), *unowned}) or None
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    if meta_token_id is not None:
-        processor = MetaTokenSchedule(schedule, meta_token_id=meta_token_id, pad_token_id=pad_token_id)
-        settings["logits_processor"] = LogitsProcessorList([processor])
     prompt_text = text_ids if prompt else []
     writer = _TextWriter(tokenizer, prompt_text, encoder.eos_token_id, meta_token_id, stream, show_meta)
     inputs = torch.tensor([prompt_ids], device=model.device)
-    generate: Callable[..., Any] = cast(Any, model).generate
     started = time.perf_counter()
     with evaluating(model), _seeded(seed):
         generate(
+            model=getattr(model, "wrapped", model),
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
+            meta_schedule=schedule,
             streamer=writer,
             eos_token_id=encoder.eos_token_id,
             pad_token_id=encoder.eos_token_id if pad_token_id is None else pad_token_id,
@@ -295,6 +152,48 @@ def generate_text(  # noqa: PLR0913 every option of sampling
         seconds=time.perf_counter() - started,
         stopped_by="end_of_text" if writer.has_ended else "length",
     )
+
+
+def schedule_for(injection: Injection) -> MetaSchedule | None:
+    """Return the schedule that puts meta-tokens where training with this injection had them, as far as there is one.
+
+    Uniform injection becomes a uniform schedule of its ratio, and so does punctuation, which no schedule can follow
+    because it depends on the text. Positions in a block have no schedule.
+    """
+    match injection.kind:
+        case "none":
+            return NoSchedule()
+        case "uniform" | "punctuation":
+            return UniformSchedule(ratio=injection.ratio)
+        case "periodic" if injection.ratio == 0:
+            return NoSchedule()
+        case "periodic":
+            return PeriodicSchedule(text_tokens=max(1, round(1 / injection.ratio) - 1))
+        case "explicit":
+            return None
+
+
+def follow_schedule(model: Any, schedule: Any = None) -> None:
+    """Have a model's `generate` follow a schedule; None means the one in its generation config.
+
+    The models of this package do so anyway. One of another package gets `metatokens.model.schedule.generate` for its
+    own, as transformers gives it one that comes with a checkpoint.
+
+    Args:
+        model: A causal language model of transformers.
+        schedule: A schedule, a mapping, or a kind; see `metatokens.model.schedule.read_schedule`.
+
+    Raises:
+        ValueError: `schedule` is no schedule, or puts meta-tokens into the text of a model that has none.
+    """
+    if schedule is not None:
+        state_schedule(model.generation_config, read_schedule(schedule))
+    followed = read_schedule(getattr(model.generation_config, "meta_schedule", None))
+    has_meta_token = getattr(model.config, "meta_token_id", None) is not None
+    if followed is not None and not followed.is_empty and not has_meta_token:
+        raise ValueError(f"meta_schedule {followed.kind} needs a model with a meta-token, and meta_token_id is None")
+    if not isinstance(model, MetaTokenGenerationMixin):
+        model.generate = partial(generate, model=model)
 
 
 def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: TextEncoder) -> None:
@@ -422,13 +321,9 @@ def _num_new_tokens(
                 found=f"a prompt of {len(prompt_ids)} and {max_text_tokens} text tokens with their meta-tokens",
                 remedy="shorten the prompt, generate less or extend the model",
             )
-        after_meta = _is_due_alone(schedule, num_text, num_meta, after_meta=after_meta)
+        after_meta = schedule.is_due(num_text, num_meta, after_meta)
         num_meta, num_text = num_meta + after_meta, num_text + (not after_meta)
     return num_text + num_meta - len(prompt_ids)
-
-
-def _is_due_alone(schedule: MetaSchedule, num_text: int, num_meta: int, *, after_meta: bool) -> bool:
-    return bool(schedule.is_due(np.array([num_text]), np.array([num_meta]), np.array([after_meta]))[0])
 
 
 @contextmanager

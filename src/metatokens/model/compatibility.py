@@ -52,6 +52,7 @@ __all__ = [
     "has_both_cache_names",
     "merge_with_config_defaults",
     "one_cache",
+    "openai_server",
 ]
 
 # the copy of this code in a checkpoint has no installer to check the version; 5.17's caches are wrong after `reset`
@@ -87,6 +88,13 @@ def has_both_cache_names(output_class: OutputClass) -> OutputClass:
         if not hasattr(output_class, name):
             setattr(output_class, name, property(lambda output: getattr(output, CACHE_NAME)))
     return output_class
+
+
+def openai_server() -> Any:
+    """Return the class behind `transformers serve`, which needs packages of its own; making an instance runs it."""
+    from transformers.cli.serve import Serve
+
+    return Serve
 
 
 def create_causal_mask(*, past_key_values: Any, **arguments: Any) -> Any:

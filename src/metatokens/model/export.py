@@ -27,7 +27,10 @@ REMOTE_CODE = (
     "modeling",
     "outputs",
     "positions",
+    "schedule",
 )
+CUSTOM_GENERATE = Path("custom_generate") / "generate.py"
+"""Where transformers looks for a `generate` that comes with a checkpoint."""
 AUTO_MAP = {
     "AutoConfig": "configuration.MetaTokenConfig",
     "AutoModel": "modeling.MetaTokenModel",
@@ -46,6 +49,8 @@ def copy_code(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    (folder / CUSTOM_GENERATE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("schedule.py"), folder / CUSTOM_GENERATE)
 
 
 def save_model(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None) -> None:

@@ -16,18 +16,23 @@ from transformers import (
 
 from .compatibility import create_causal_mask, find_cache, one_cache
 from .configuration import MetaTokenConfig
+from .schedule import generate
 
 # columns that a collator adds for the loss; `generate` computes none
 _LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class MetaTokenGenerationMixin(GenerationMixin):
-    """Generation that never samples the meta-token."""
+    """Generation that puts meta-tokens where the schedule says, and never samples one."""
 
     config: MetaTokenConfig
     generation_config: GenerationConfig
     _fewest_padding: int = 0
     """Padding of the row with the least of it, of the prompts at hand: it takes columns and no positions."""
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """Generate as transformers does, with meta-tokens by the model's schedule; see `schedule.generate`."""
+        return generate(*arguments, model=self, **options)
 
     def _ids_never_sampled(self) -> list[int]:
         # the meta-token is never a target, so its logit means nothing. Rows that pad the vocabulary may be sampled: a

@@ -28,8 +28,9 @@ MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG = "config.json"
+MODEL_CARD = "README.md"
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
-FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]*/)?[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 MAX_MANIFEST_BYTES = 2**20
 
@@ -126,8 +127,15 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write a manifest into a folder, with the size and SHA-256 of each of its files."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    """Write a manifest into a folder, with the size and SHA-256 of each of its files but the model card.
+
+    The card is text for people, which its owner may edit.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): _describe(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MODEL_CARD
+    }
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
 
 

@@ -13,11 +13,14 @@ from metatokens.config.extension import ExtensionMethod, extend_model, extension
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
+from metatokens.generation.decoding import schedule_for
 from metatokens.model.export import save_model
+from metatokens.model.schedule import state_schedule
 from metatokens.storage import LEAST_BYTES, check_folder, new_folder
 from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
+from metatokens.training.model_card import Training, write_model_card
 from metatokens.training.starting import load_start
 
 _BYTES_PER_PARAMETER = 4  # models are saved in float32
@@ -69,6 +72,7 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
     folder = ModelFolder(start)
     hf = folder.config
     model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
+    state_schedule(model.generation_config, schedule_for(config.injection))
     sha256 = load_start(folder, model, config.model)
     if os.path.lexists(out):  # a broken link counts too
         raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
@@ -78,6 +82,7 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as made:
             save_model(model, made, tokenizer)
+            write_model_card(made, model, Training("extend", base_model=str(start)), name=out.name)
             write_manifest(made)
     return {
         "model": str(out),

@@ -15,6 +15,7 @@ from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model.schedule import state_schedule
 from metatokens.tasks.base import LengthRange, PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.encoding import encode_instance
@@ -24,6 +25,7 @@ from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.model_card import Training
 from metatokens.training.run_folder import RunFolder
 
 WORD_VOCABULARY = 4_096  # upper bound for a tokenizer trained on the tasks' words: each word fits as one token
@@ -92,6 +94,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
     else:
         folder = ModelFolder(Path(start.path))
         model, identity = folder.open_model(seed=config.seed).train(), f"+{folder.sha256}"
+        state_schedule(model.generation_config, None)  # the task says where meta-tokens stand
     _check_length(config, model, tokenizer)
     return model, tokenizer, identity
 
@@ -174,6 +177,11 @@ def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
         content_id=hashlib.sha256(identity.encode()).hexdigest() + start_id,
+        made=Training(
+            "finetune",
+            data=f"generated instances of the recall task {config.task.kind}",
+            base_model="" if isinstance(config.start, FreshStart) else config.start.path,
+        ),
         batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
         count_flops=lambda batch: count_batch_flops(model, batch),
         evaluate=None

@@ -40,12 +40,9 @@ from metatokens.training.checkpoint import (
 )
 from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
+from metatokens.training.model_card import Training, write_model_card
 from metatokens.training.optimizer import build_optimizer, learning_rate_at
-from metatokens.training.run_folder import (
-    RunFolder,
-    differences_from_checkpoint,
-    run_sha256,
-)
+from metatokens.training.run_folder import RunFolder, differences_from_checkpoint, run_sha256
 from metatokens.training.signals import collect_stop_signals
 
 MAX_CONSECUTIVE_SKIPS = 3
@@ -62,6 +59,8 @@ class TrainingSetup:
     """Saved with every checkpoint."""
     content_id: str
     """Identity of the data, and of the initial weights unless they are new; a run never continues on others."""
+    made: Training
+    """For the model card: the verb, what it reads and what it starts from."""
     batches: Batches
     count_flops: Callable[[Batch], int]
     """Returns the floating-point operations of the forward and backward pass over a batch."""
@@ -348,6 +347,13 @@ class _Run:
             if self.processes.is_main and not self.folder.model_path.exists():
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer)
+                    numbers = {
+                        "steps": result.steps,
+                        "text tokens": result.text_tokens,
+                        "meta-tokens": result.meta_tokens,
+                    }
+                    made = replace(self.job.made, numbers=numbers, evaluation=result.validation)
+                    write_model_card(path, self.model, made, name=self.folder.path.name)
                     write_manifest(path)
 
     # Numbers -------------------------------------------------------------------------------------------------

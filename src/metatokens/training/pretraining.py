@@ -12,7 +12,9 @@ from metatokens.data.loader import BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
+from metatokens.generation.decoding import schedule_for
 from metatokens.model import MetaTokenForCausalLM
+from metatokens.model.schedule import state_schedule
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
@@ -24,6 +26,7 @@ from metatokens.training.loop import (
     count_batch_flops,
     train,
 )
+from metatokens.training.model_card import Training
 from metatokens.training.run_folder import RunFolder
 from metatokens.training.starting import check_tokenizer, load_start
 
@@ -89,6 +92,7 @@ def vocabulary(dataset: TokenDataset) -> dict[str, int]:
 def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaTokenForCausalLM, str]:
     """Return the model that a run starts from, and the identity of its tokens and of its weights unless new."""
     model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
+    state_schedule(model.generation_config, schedule_for(config.injection))
     if config.start_from is None:
         return model, dataset.content_id
     folder = ModelFolder(config.start_from)
@@ -103,6 +107,7 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
         content_id=content_id,
+        made=Training("pretrain", data=dataset.manifest.source, base_model=str(config.start_from or "")),
         batches=_loader(
             config,
             dataset,

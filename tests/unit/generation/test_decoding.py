@@ -1,19 +1,25 @@
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
+from metatokens.config.schema import (
+    ExplicitInjection,
+    NoInjection,
+    PeriodicInjection,
+    PunctuationInjection,
+    UniformInjection,
+)
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.decoding import (
-    MetaSchedule,
     MetaTokenSchedule,
     NoSchedule,
     PeriodicSchedule,
     UniformSchedule,
     generate_text,
+    schedule_for,
     schedule_meta_tokens,
 )
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
@@ -65,12 +71,7 @@ def layout(schedule, num_positions):
     """Return where a sequence of so many positions has meta-tokens, position by position."""
     positions, num_text = [], 0
     for position in range(num_positions):
-        is_meta = bool(
-            schedule.is_due(
-                np.array([num_text]), np.array([len(positions)]), np.array([positions[-1:] == [position - 1]])
-            )[0]
-        )
-        if is_meta:
+        if schedule.is_due(num_text, len(positions), positions[-1:] == [position - 1]):
             positions.append(position)
         else:
             num_text += 1
@@ -129,11 +130,19 @@ def test_prompt_gets_the_layout_that_its_positions_have(schedule):
     assert [i for i, token in enumerate(prompt) if token == 99] == layout(schedule, len(prompt))
 
 
-def test_schedules_are_told_apart_by_their_kind():
-    adapter = TypeAdapter(MetaSchedule)
-    assert adapter.validate_python({"kind": "periodic", "text_tokens": 4}) == PeriodicSchedule(text_tokens=4)
-    with pytest.raises(ValidationError):
-        adapter.validate_python({"kind": "uniform", "ratio": 1.0})
+@pytest.mark.parametrize(
+    ("injection", "schedule"),
+    [
+        (NoInjection(), NoSchedule()),
+        (UniformInjection(ratio=0.2), UniformSchedule(0.2)),
+        (PunctuationInjection(ratio=0.2), UniformSchedule(0.2)),
+        (PeriodicInjection(ratio=0.2), PeriodicSchedule(4)),
+        (PeriodicInjection(ratio=0), NoSchedule()),
+        (ExplicitInjection(positions=(3, 7)), None),
+    ],
+)
+def test_schedule_of_a_trained_model_is_that_of_its_injection(injection, schedule):
+    assert schedule_for(injection) == schedule
 
 
 # under model.generate

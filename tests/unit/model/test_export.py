@@ -29,8 +29,11 @@ def test_saved_config_maps_every_auto_class_to_the_code_beside_it(tmp_path: Path
 def test_saved_folder_has_safetensors_and_code_and_no_pickle(tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path)
     code = {f"{name}.py" for name in REMOTE_CODE}
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors", *code}
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        *("config.json", "generation_config.json", "model.safetensors", "custom_generate/generate.py"),
+        *code,
+    }
 
 
 def test_importing_the_package_marks_no_class_as_remote_code() -> None:

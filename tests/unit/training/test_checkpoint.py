@@ -66,7 +66,7 @@ def sign_again(path: Path) -> None:
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in path.iterdir()
-        if file.name != "manifest.json"
+        if file.is_file() and file.name != "manifest.json"
     }
     (path / "manifest.json").write_text(json.dumps({"format": "checkpoint/1", "files": files}))
 
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_nothing_and_the_previous_checkpoint(
     training: Training, tmp_path: Path, small_disk: Callable[[int], Path], share: float
 ):
     page = 4096
-    pages = sum(-(-file.stat().st_size // page) for file in training.save(tmp_path, 1).iterdir())
+    pages = sum(-(-file.stat().st_size // page) for file in training.save(tmp_path, 1).rglob("*"))
     disk = small_disk(int((1 + share) * pages) * page)
     path = training.save(disk, 1)
     with pytest.raises(ResourceError) as caught:
