@@ -73,13 +73,23 @@ def test_every_form_of_a_tokenizer_gives_the_same_ids_and_the_same_text(lm, fold
     assert lm.generate(TEXTS[0], every=4, **WHOLE).text == by_hand.text
 
 
-def test_generation_spaces_meta_tokens_evenly_at_the_ratio_of_the_training(lm):
-    unsaid = lm.generate(TEXTS[1], **WHOLE)
-    assert replace(unsaid, seconds=0) == replace(lm.generate(TEXTS[1], every=9, **WHOLE), seconds=0)
+def without_time(generated):
+    return replace(generated, seconds=0)
+
+
+def test_generation_puts_meta_tokens_where_training_had_them(lm):
+    unsaid = without_time(lm.generate(TEXTS[1], **WHOLE))
+    assert unsaid == without_time(lm.generate(TEXTS[1], schedule=mt.UniformSchedule(0.1), **WHOLE))
     dense = mt.LanguageModel(lm.model, lm.tokenizer, injection=mt.PeriodicInjection(0.5))
-    assert replace(dense.generate(TEXTS[1], **WHOLE), seconds=0) == replace(
-        lm.generate(TEXTS[1], every=1, **WHOLE), seconds=0
+    assert without_time(dense.generate(TEXTS[1], **WHOLE)) == without_time(lm.generate(TEXTS[1], every=1, **WHOLE))
+
+
+def test_generation_follows_the_schedule_that_the_model_states(lm, monkeypatch):
+    monkeypatch.setattr(
+        lm.model.generation_config, "meta_schedule", {"kind": "periodic", "text_tokens": 3}, raising=False
     )
+    stated = without_time(lm.generate(TEXTS[1], **WHOLE))
+    assert stated == without_time(lm.generate(TEXTS[1], every=3, **WHOLE))
 
 
 def test_generation_without_a_length_ends_with_the_window(lm):

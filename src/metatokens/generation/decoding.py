@@ -23,6 +23,7 @@ from metatokens.model.compatibility import BaseStreamer
 from metatokens.model.generation import MetaTokenGenerationMixin
 from metatokens.model.schedule import (
     MetaSchedule,
+    MetaTokenSchedule,
     NoSchedule,
     PeriodicSchedule,
     UniformSchedule,
@@ -39,6 +40,23 @@ if TYPE_CHECKING:
     from metatokens.config.schema import Injection
     from metatokens.data.tokenizer import AnyTokenizer
     from metatokens.model import MetaTokenForCausalLM
+
+__all__ = [
+    "GeneratedText",
+    "MetaSchedule",
+    "MetaTokenSchedule",
+    "NoSchedule",
+    "PeriodicSchedule",
+    "UniformSchedule",
+    "check_tokenizer",
+    "evaluating",
+    "follow_schedule",
+    "generate_text",
+    "read_schedule",
+    "schedule_for",
+    "schedule_meta_tokens",
+    "sequence_limit",
+]
 
 DEFAULT_TEXT_TOKENS = 100
 _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished decode to
