@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from metatokens import storage
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval
+from metatokens.evaluation.survival import Times
 
 RESULTS_FORMAT = "sweep/1"
 
@@ -68,6 +69,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class TrainingOutcome:
+    """The end of one training, and what it cost."""
+
+    seed: int
+    steps: int
+    solved: bool | None
+    """Whether it ended because its task was solved; None if it does not stop for that."""
+    training_flops: float
+    """Counted, not measured."""
+    cpu_seconds: float
+    """Of all its processes, evaluations of the trained model included."""
+
+
+@dataclass(frozen=True)
 class CellResult:
     """What the runs of one combination of labels have in common, and how well they did."""
 
@@ -81,6 +96,7 @@ class CellResult:
     """Their folders, below that of the sweep."""
     parameters: int
     steps: int
+    """Mean over seeds, which differ only where a training stops once its task is solved."""
     text_tokens: float
     """Trained on, mean over seeds."""
     meta_tokens: float
@@ -94,6 +110,8 @@ class CellResult:
     """Positions that the models can take; None where there is no bound, and in files older than this field."""
     original_window: int | None = None
     """`window` before their positions were scaled."""
+    trainings: tuple[TrainingOutcome, ...] = ()
+    """One for each of `seeds`; empty in files older than this field."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,12 @@ def panels(results: SweepResults) -> dict[str, list[CellResult]]:
 def arm_name(results: SweepResults, cell: CellResult) -> str:
     """Return the label that a cell has among those it is compared with."""
     return cell.labels[results.arm_axis] if results.arm_axis else cell.task
+
+
+def solve_times(cell: CellResult) -> Times:
+    """Return the steps that the trainings of a cell needed; they are censored at the last step of the curriculum."""
+    steps = [one.steps for one in cell.trainings]
+    return Times.of(steps, [bool(one.solved) for one in cell.trainings], max(steps))
 
 
 def to_json(results: SweepResults) -> str:

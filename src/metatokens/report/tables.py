@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.evaluation.survival import restricted_mean, restricted_mean_interval
 from metatokens.report.contrasts import MARGIN, Contrast, contrasts
 from metatokens.report.sweep_results import (
     AccuracyRow,
@@ -12,10 +13,16 @@ from metatokens.report.sweep_results import (
     SweepResults,
     arm_name,
     panels,
+    solve_times,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_SOLVE_LEGEND = (
+    "Mean up to the last step of the curriculum (the area below the Kaplan-Meier curve), with its 95% interval over "
+    "seeds; +: not solved by then."
+)
 
 
 def evaluation_names(results: SweepResults) -> list[str]:
@@ -47,6 +54,7 @@ def to_markdown(results: SweepResults) -> str:
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
         lines.append("")
+    lines += _solve_lines(results)
     if differences := contrasts(results):
         lines += ["## Contrasts", "", _contrast_legend(results), "", *_contrast_lines(differences), ""]
     if results.failed:
@@ -105,6 +113,28 @@ def _contrast_lines(compared: Sequence[Contrast]) -> Iterator[str]:
         where = f"{one.panel}: {one.evaluation}"
         p_values = f"{one.p_value:.3f}", f"{one.equivalence_p:.3f}"
         yield _line([where, one.arm, one.length, by_seed, *p_values, one.verdict])
+
+
+def _solve_lines(results: SweepResults) -> Iterator[str]:
+    """Yield the table of the steps to solve, or nothing where no training stops for that."""
+    cells = [(panel, cell) for panel, members in panels(results).items() for cell in members]
+    stopping = [(panel, cell) for panel, cell in cells if any(one.solved is not None for one in cell.trainings)]
+    if not stopping:
+        return
+    yield from ("## Steps to solve", "", _SOLVE_LEGEND, "")
+    yield _line(["", results.arm_axis or "run", "solved", "steps", "steps by seed", "CPU-seconds"])
+    yield "|---|---|---:|---:|---|---:|"
+    for panel, cell in stopping:
+        times = solve_times(cell)
+        mean, spread = f"{restricted_mean(times):,.0f}", ""
+        if len(times.times) >= MINIMUM_SEEDS:
+            interval = restricted_mean_interval(times, seed=0)
+            spread = f" ({interval.low:,.0f} to {interval.high:,.0f})"
+        by_seed = " / ".join(f"{one.steps:,}{'' if one.solved else '+'}" for one in cell.trainings)
+        solved = f"{times.observed.sum()} of {len(times.times)}"
+        seconds = f"{sum(one.cpu_seconds for one in cell.trainings):,.0f}"
+        yield _line([panel, arm_name(results, cell), solved, mean + spread, by_seed, seconds])
+    yield ""
 
 
 def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult, EvaluationResult]], list[str]]]:

@@ -29,10 +29,11 @@ from metatokens.report.sweep_results import (
     EvaluationResult,
     FailedRun,
     SweepResults,
+    TrainingOutcome,
 )
 from metatokens.sweep.planning import SweepRun, matching_text
 from metatokens.sweep.progress import flops_after
-from metatokens.sweep.running import is_done, read_answers
+from metatokens.sweep.running import is_done, read_answers, read_cpu_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,7 +100,7 @@ def _combination(
         seeds=tuple(run.seed for run in runs),
         models=tuple(str(run.folder.model_path.relative_to(out)) for run in runs),
         parameters=measured[0]["num_parameters"],
-        steps=measured[0]["steps"],
+        steps=round(mean("steps")),
         text_tokens=mean("text_tokens"),
         meta_tokens=mean("meta_tokens"),
         training_flops=mean("training_flops"),
@@ -115,6 +116,16 @@ def _combination(
                 rows=tuple(_rows(evaluation.name, runs, references, answers)),
             )
             for evaluation in first.evaluations
+        ),
+        trainings=tuple(
+            TrainingOutcome(
+                seed=run.seed,
+                steps=result["steps"],
+                solved=result.get("solved"),
+                training_flops=result["training_flops"],
+                cpu_seconds=read_cpu_seconds(run),
+            )
+            for run, result in zip(runs, measured, strict=True)
         ),
     )
 

@@ -9,6 +9,7 @@ OUT/
   runs/LABEL/.../seed-N/
     preset.yaml              the resolved config, for `metatokens finetune`
     evaluation.json          the model's answers, by evaluation
+    cpu_seconds.json         processor time of the run's processes
     log.txt                  standard error of the run's processes
   lock
 """
@@ -101,6 +102,12 @@ def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
         for evaluation in run.evaluations
         if evaluation.name in stored and _answers(stored[evaluation.name], evaluation)
     }
+
+
+def read_cpu_seconds(run: SweepRun) -> float:
+    """Return the processor time of a run's processes, but for those that outlived a sweep that was killed."""
+    path = run.folder.path / "cpu_seconds.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
 
 
 def run_sweep(
@@ -215,6 +222,7 @@ class _Scheduler:
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
+        write_atomically(run.folder.path / "cpu_seconds.json", f"{read_cpu_seconds(run) + process.cpu_seconds:.2f}\n")
         error, output = process.error(code), process.take_output()
         if error is None and process.evaluation is not None:
             _store_answer(run, process.evaluation, output)
@@ -236,7 +244,7 @@ class _Process:
     """A training or an evaluation under way."""
 
     def __init__(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
-        self.run, self.slot, self.evaluation = run, slot, evaluation
+        self.run, self.slot, self.evaluation, self.cpu_seconds = run, slot, evaluation, 0.0
         folder = run.folder.path
         self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
@@ -254,7 +262,14 @@ class _Process:
             )
 
     def poll(self) -> int | None:
-        return self._popen.poll()
+        """Return the exit status of a process that has ended and note its processor time; None while it runs."""
+        if self._popen.returncode is None:
+            # Popen.poll would throw away the usage of this one process
+            number, status, usage = os.wait4(self._popen.pid, os.WNOHANG)
+            if number:
+                self._popen.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return self._popen.returncode
 
     def send_signal(self, number: int) -> None:
         self._popen.send_signal(number)
