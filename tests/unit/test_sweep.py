@@ -89,6 +89,19 @@ def test_a_runs_config_is_a_preset_of_the_same_run(load: Any, tmp_path: Path):
     assert load_preset(tmp_path / "run.yaml", schema=FinetuneConfig) == run.config
 
 
+def test_runs_start_from_the_models_of_their_seeds_and_labels(tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text("""
+axes:
+  task: {copying: {task.kind: copying}, parity: {task: {kind: parity}}}
+  arm: {meta: {start: {kind: checkpoint, path: "grid/{arm}/seed-{seed}"}}, new: {start.kind: fresh}}
+seeds: [3, 5]
+""")
+    meta, new = expand(load_sweep(tmp_path / "sweep.yaml"), "sweep.yaml")[:2]
+    assert meta.with_seed(meta.config, 5).start.path == "grid/meta/seed-5"
+    assert meta.with_seed(meta.config, 5).seed == 5
+    assert new.with_seed(new.config, 3) == new.config
+
+
 def test_evaluations_ask_the_models_that_they_are_for_all_with_one_seed(load: Any):
     sweep = load()
     meta, pause = expand(sweep, "sweep.yaml")[:2]

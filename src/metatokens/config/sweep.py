@@ -16,7 +16,8 @@
       - {name: zeroed, ask: {lengths: [33-64]}, interventions: [zero_embedding], where: {arm: meta}}
 
 That is 2 x 2 x 3 runs. Each has the first evaluation, and those of the arm `meta` have the second one too. A file may
-extend another as a preset does.
+extend another as a preset does. If the runs start from trained models, `start.path` may hold `{seed}` and the axes in
+braces, as runs/{arm}/seed-{seed}, which stand for the seed and the labels of the run.
 """
 
 import difflib
@@ -27,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.finetuning import CheckpointStart, EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
 from metatokens.config.schema import Frozen
 from metatokens.errors import UsageError
@@ -75,12 +76,22 @@ class GridPoint(NamedTuple):
     labels: dict[str, str]
     """A label for each axis, in the order of the axes."""
     config: FinetuneConfig
-    """The config of the run with the first seed."""
+    """The config of the run with the first seed; `with_seed` gives those of the others."""
 
     @property
     def name(self) -> str:
         """The labels joined by slashes."""
         return "/".join(self.labels.values()) or "run"
+
+    def with_seed(self, config: FinetuneConfig, seed: int) -> FinetuneConfig:
+        """Return the config of a run: with its seed, and with the labels and the seed in the path of its start."""
+        start = config.start
+        if isinstance(start, CheckpointStart):
+            path = start.path
+            for name, value in {**self.labels, "seed": str(seed)}.items():
+                path = path.replace(f"{{{name}}}", value)
+            start = start.model_copy(update={"path": path})
+        return config.model_copy(update={"seed": seed, "start": start})
 
 
 class SweepConfig(Frozen):

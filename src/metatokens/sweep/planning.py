@@ -130,7 +130,7 @@ def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
             labels=arm.point.labels,
             seed=seed,
             folder=RunFolder(out.joinpath("runs", *arm.point.labels.values(), f"seed-{seed}")),
-            config=config.model_copy(update={"seed": seed}),
+            config=arm.point.with_seed(config, seed),
             evaluations=arm.evaluations,
             parameters=arm.parameters,
             windows=arm.windows,
@@ -181,7 +181,7 @@ class _CostEstimator:
 
     def arm(self, sweep: SweepConfig, point: GridPoint, origin: str) -> _Arm:
         """Return a combination with its costs, after all checks that need no training."""
-        model, tokenizer = build_on_meta_device(point.config)
+        model, tokenizer = build_on_meta_device(point.with_seed(point.config, sweep.seeds[0]))
         stages = self._sample(point.config, model, tokenizer)
         limit = sequence_limit(model)
         longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)

@@ -258,7 +258,9 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches it only once, through the sweep
+                # Ctrl-C reaches it only once, through the sweep; Linux gives a new session its own share of the
+                # processor, whatever the niceness
+                process_group=0,
             )
 
     def poll(self) -> int | None:
