@@ -14,7 +14,9 @@ from training_runs import DEADLINE_SECONDS, weights
 
 from commands import metatokens
 from forked import start_command
+from metatokens.config.sweep import load_sweep
 from metatokens.storage import hold_lock
+from metatokens.sweep.planning import plan_sweep
 
 SWEEP = """
 preset: base.yaml
@@ -150,6 +152,69 @@ def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
         f"metatokens: {done}: another `metatokens sweep` is at work in this folder "
         f"(process {os.getpid()} on {platform.node()}); wait for it to end or choose another --out"
     ]
+
+
+PRETRAINING = """
+training: pretrain
+preset: base.yaml
+axes:
+  arm:
+    plain: {model.meta_attention_layers: none, injection.kind: none}
+    meta:
+seeds: [0]
+match: text_tokens
+reference: plain
+evaluations:
+  - {name: stories, ask: {text: TEXT, window: 24, max_tokens: 100, injection: uniform}, where: {arm: meta}}
+  - {name: bare, ask: {text: TEXT, window: 24, max_tokens: 100}}
+"""
+PRETRAINING_BASE = """
+extends: tiny/meta
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 32}
+data: {path: TOKENS, block_size: 32}
+training: {duration: {kind: steps, steps: 20}, batch_blocks: 4, micro_batch_blocks: 4, device: cpu}
+schedule: {warmup_steps: 2}
+evaluation: {interval_steps: null}
+"""
+
+
+def write_pretraining(folder: Path, tokens: Path) -> Path:
+    (folder / "base.yaml").write_text(PRETRAINING_BASE.replace("TOKENS", str(tokens)))
+    (folder / "sweep.yaml").write_text(PRETRAINING.replace("TEXT", str(tokens.parent / "text")))
+    return folder / "sweep.yaml"
+
+
+def test_arms_of_pretraining_are_matched_by_their_text(tokens: Path, tmp_path: Path):
+    runs = plan_sweep(load_sweep(write_pretraining(tmp_path, tokens)), tmp_path / "out", "sweep.yaml")
+    plain, meta = runs
+    # 32 text tokens a block against 29, so 20 steps are as much text as 22
+    assert (plain.budget.steps, plain.budget.text_tokens) == (20, 20 * 4 * 32)
+    assert (meta.budget.steps, meta.budget.text_tokens) == (22, 22 * 4 * 29)
+    assert meta.budget.training_flops > plain.budget.training_flops > 0
+    assert [evaluation.name for evaluation in meta.evaluations] == ["stories", "bare"]
+    assert [evaluation.name for evaluation in plain.evaluations] == ["bare"]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_pretraining_scores_the_arms_on_the_same_documents(tokens: Path, tmp_path: Path):
+    file, out = write_pretraining(tmp_path, tokens), tmp_path / "out"
+    metatokens("sweep", file, "--out", out, "--jobs", "2")
+    results = json.loads((out / "results.json").read_text())
+    assert (results["runs"], results["done"], results["failed"]) == (2, 2, [])
+    plain, meta = results["cells"]
+    assert (plain["task"], plain["trained_to"], meta["trained_to"]) == ("pre-training", 32, 29)
+    (bare,) = plain["perplexities"]
+    stories, other = meta["perplexities"]
+    assert bare["documents"] == other["documents"] == 40
+    assert bare["difference"] is None is stories["difference"]
+    nats = [row["nats_per_word"]["estimate"] for row in (other, bare)]
+    assert other["difference"]["estimate"] == pytest.approx(nats[0] - nats[1])
+    assert other["difference_by_seed"] == pytest.approx([nats[0] - nats[1]])
+    assert bare["by_context"][0]["lowest"] == 0
+    assert "## pre-training: bare" in (out / "table.md").read_text()
+    log = [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")]
+    metatokens("sweep", file, "--out", out, "--jobs", "2")
+    assert [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")] == log
 
 
 def steps_of(run: Path) -> int:

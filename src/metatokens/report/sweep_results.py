@@ -54,6 +54,42 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class ContextRow:
+    """Loss of the tokens with about as much context, mean over seeds."""
+
+    lowest: int
+    """Fewest text tokens of context."""
+    highest: int
+    nats_per_token: float
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """Loss of a cell's models on one text, in sliding windows."""
+
+    name: str
+    """Of the evaluation."""
+    text: str
+    """The source of the text."""
+    interventions: tuple[str, ...]
+    documents: int
+    seeds: tuple[int, ...]
+    """Of the trainings asked so far."""
+    perplexity: float
+    """Per text token, mean over seeds in nats."""
+    nats_per_word: Interval
+    """Mean over seeds, with the interval over documents."""
+    by_seed: tuple[float, ...]
+    """Nats per word of each of `seeds`."""
+    difference: Interval | None
+    """Nats per word minus the reference's, paired by seed and document; None for the reference, without one, or where
+    it scored other documents."""
+    difference_by_seed: tuple[float, ...]
+    """`difference` of each seed that both arms have; empty where it is None."""
+    by_context: tuple[ContextRow, ...]
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     """Accuracy during training, on test instances at the difficulty of the last stage."""
 
@@ -88,6 +124,7 @@ class CellResult:
 
     labels: dict[str, str]
     task: str
+    """The recall task, or pre-training."""
     matching: str
     """What this arm has in common with the reference."""
     seeds: tuple[int, ...]
@@ -103,7 +140,7 @@ class CellResult:
     training_flops: float
     """Counted, not measured; mean over seeds."""
     trained_to: int
-    """Text tokens of the longest prompt of the last stage."""
+    """Text tokens of the longest prompt of the last stage, or of a block of pre-training."""
     curve: tuple[CurvePoint, ...]
     evaluations: tuple[EvaluationResult, ...]
     window: int | None = None
@@ -112,6 +149,8 @@ class CellResult:
     """`window` before their positions were scaled."""
     trainings: tuple[TrainingOutcome, ...] = ()
     """One for each of `seeds`; empty in files older than this field."""
+    perplexities: tuple[PerplexityRow, ...] = ()
+    """Of pre-training, in place of `evaluations`."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from metatokens.report.sweep_results import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+_PERPLEXITY_LEGEND = (
+    "Sliding windows; means of the seeds with the 95% interval over documents, which does not hold the spread of the "
+    "seeds. Differences are from the reference on the same documents, in nats per word."
+)
 _SOLVE_LEGEND = (
     "Mean up to the last step of the curriculum (the area below the Kaplan-Meier curve), with its 95% interval over "
     "seeds; +: not solved by then."
@@ -54,7 +58,7 @@ def to_markdown(results: SweepResults) -> str:
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
         lines.append("")
-    lines += _solve_lines(results)
+    lines += [*_perplexity_lines(results), *_solve_lines(results)]
     if differences := contrasts(results):
         lines += ["## Contrasts", "", _contrast_legend(results), "", *_contrast_lines(differences), ""]
     if results.failed:
@@ -113,6 +117,33 @@ def _contrast_lines(compared: Sequence[Contrast]) -> Iterator[str]:
         where = f"{one.panel}: {one.evaluation}"
         p_values = f"{one.p_value:.3f}", f"{one.equivalence_p:.3f}"
         yield _line([where, one.arm, one.length, by_seed, *p_values, one.verdict])
+
+
+def _perplexity_lines(results: SweepResults) -> Iterator[str]:
+    """Yield a table for each evaluation of perplexity and each panel."""
+    for panel, cells in panels(results).items():
+        for name in dict.fromkeys(row.name for cell in cells for row in cell.perplexities):
+            yield from (f"## {panel}: {name}", "", _PERPLEXITY_LEGEND, "")
+            header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
+            yield _line([*header, "perplexity", "nats per word", "difference", "difference by seed"])
+            yield "|---|" + "---:|" * 9
+            for cell in cells:
+                spent = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
+                spent += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
+                for row in cell.perplexities:
+                    if row.name == name:
+                        scores = [f"{row.perplexity:.2f}", _nats(row.nats_per_word, ".4f")]
+                        by_seed = " / ".join(f"{one:+.4f}" for one in row.difference_by_seed)
+                        yield _line([*spent, *scores, _nats(row.difference, "+.4f"), by_seed])
+            yield ""
+
+
+def _nats(interval: Interval | None, form: str) -> str:
+    if interval is None:
+        return ""
+    if interval.low is None or interval.high is None:
+        return f"{interval.estimate:{form}}"
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def _solve_lines(results: SweepResults) -> Iterator[str]:

@@ -27,7 +27,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import to_yaml
+from metatokens.config.sweep import PerplexityConfig
 from metatokens.errors import Preempted, UsageError
 from metatokens.report.sweep_results import FailedRun
 from metatokens.storage import hold_lock, write_atomically
@@ -249,7 +251,7 @@ class _Process:
         self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
-        arguments = _training(folder) if evaluation is None else _evaluation(folder, evaluation)
+        arguments = _training(run) if evaluation is None else _evaluation(folder, evaluation)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._popen = subprocess.Popen(
@@ -302,18 +304,21 @@ class _Process:
         return (told or lines or [f"exit code {code}"])[-1].removeprefix("metatokens: ")
 
 
-def _training(folder: Path) -> list[str]:
-    return ["finetune", str(folder / "preset.yaml"), "--out", str(folder), "--json"]
+def _training(run: SweepRun) -> list[str]:
+    verb = "finetune" if isinstance(run.config, FinetuneConfig) else "pretrain"
+    return [verb, str(run.folder.path / "preset.yaml"), "--out", str(run.folder.path), "--json"]
 
 
 def _evaluation(folder: Path, request: EvaluationRequest) -> list[str]:
-    compact = (",", ":")  # argparse takes a word with a space for an argument of its own
-    fields = [
-        f"--{key}={json.dumps(value, separators=compact)}"
-        for key, value in request.config.model_dump(mode="json").items()
-    ]
     interventions = [f"--intervention={intervention}" for intervention in request.interventions]
-    return ["evaluate", str(folder), *fields, *interventions, "--json"]
+    fields = request.config.model_dump(mode="json")
+    if isinstance(request.config, PerplexityConfig):
+        given = {key: value for key, value in fields.items() if value is not None}
+        options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key != "text"]
+        return ["perplexity", str(folder), request.config.text, *options, *interventions, "--json"]
+    compact = (",", ":")  # argparse takes a word with a space for an argument of its own
+    overrides = [f"--{key}={json.dumps(value, separators=compact)}" for key, value in fields.items()]
+    return ["evaluate", str(folder), *overrides, *interventions, "--json"]
 
 
 def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
@@ -324,12 +329,18 @@ def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
 def _store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stored[request.name] = {"interventions": list(request.interventions), "report": json.loads(report)}
+    asked = request.config.model_dump(mode="json")
+    stored[request.name] = {
+        "interventions": list(request.interventions),
+        "asked": asked,
+        "report": json.loads(report),
+    }
     write_atomically(path, json.dumps(stored) + "\n")
 
 
 def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
     """Tell whether a stored answer is one to this request."""
-    old, new = stored["report"]["config"], request.config.model_dump(mode="json")
+    # older files have no `asked`, but the report of a recall task repeats it
+    old, new = stored.get("asked") or stored["report"]["config"], request.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
     return same and stored["interventions"] == list(request.interventions)
