@@ -165,8 +165,8 @@ seeds: [0]
 match: text_tokens
 reference: plain
 evaluations:
-  - {name: stories, ask: {text: TEXT, window: 24, max_tokens: 100, injection: uniform}, where: {arm: meta}}
-  - {name: bare, ask: {text: TEXT, window: 24, max_tokens: 100}}
+  - {name: stories, ask: {text: TEXT, window: 24, max_tokens: 100}}
+  - {name: bare, ask: {text: TEXT, window: 24, max_tokens: 100, injection: none}, where: {arm: meta}}
 """
 PRETRAINING_BASE = """
 extends: tiny/meta
@@ -192,7 +192,9 @@ def test_arms_of_pretraining_are_matched_by_their_text(tokens: Path, tmp_path: P
     assert (meta.budget.steps, meta.budget.text_tokens) == (22, 22 * 4 * 29)
     assert meta.budget.training_flops > plain.budget.training_flops > 0
     assert [evaluation.name for evaluation in meta.evaluations] == ["stories", "bare"]
-    assert [evaluation.name for evaluation in plain.evaluations] == ["bare"]
+    assert [evaluation.name for evaluation in plain.evaluations] == ["stories"]
+    injections = [evaluation.config.injection for run in runs for evaluation in run.evaluations]
+    assert injections == ["none", "uniform", "none"]
 
 
 @pytest.mark.slow
@@ -203,15 +205,15 @@ def test_a_sweep_of_pretraining_scores_the_arms_on_the_same_documents(tokens: Pa
     assert (results["runs"], results["done"], results["failed"]) == (2, 2, [])
     plain, meta = results["cells"]
     assert (plain["task"], plain["trained_to"], meta["trained_to"]) == ("pre-training", 32, 29)
-    (bare,) = plain["perplexities"]
-    stories, other = meta["perplexities"]
-    assert bare["documents"] == other["documents"] == 40
-    assert bare["difference"] is None is stories["difference"]
-    nats = [row["nats_per_word"]["estimate"] for row in (other, bare)]
-    assert other["difference"]["estimate"] == pytest.approx(nats[0] - nats[1])
-    assert other["difference_by_seed"] == pytest.approx([nats[0] - nats[1]])
-    assert bare["by_context"][0]["lowest"] == 0
-    assert "## pre-training: bare" in (out / "table.md").read_text()
+    (of_plain,) = plain["perplexities"]
+    of_meta, bare = meta["perplexities"]
+    assert of_plain["documents"] == of_meta["documents"] == 40
+    assert of_plain["difference"] is None is bare["difference"]
+    nats = [row["nats_per_word"]["estimate"] for row in (of_meta, of_plain)]
+    assert of_meta["difference"]["estimate"] == pytest.approx(nats[0] - nats[1])
+    assert of_meta["difference_by_seed"] == pytest.approx([nats[0] - nats[1]])
+    assert of_plain["by_context"][0]["lowest"] == 0
+    assert "## pre-training: stories" in (out / "table.md").read_text()
     log = [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")]
     metatokens("sweep", file, "--out", out, "--jobs", "2")
     assert [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")] == log

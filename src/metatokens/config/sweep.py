@@ -42,7 +42,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from metatokens.config.finetuning import CheckpointStart, EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
-from metatokens.config.schema import DEFAULT_META_RATIO, Frozen, PretrainConfig
+from metatokens.config.schema import DEFAULT_META_RATIO, Frozen, PeriodicInjection, PretrainConfig, UniformInjection
 from metatokens.errors import UsageError
 
 
@@ -98,7 +98,7 @@ class SweepEvaluation(Frozen):
     ask: Changes = Field(default_factory=dict)
     """Fields of `metatokens evaluate`. The others are the task and the last size that the run was trained on, and seed
     0, so that all models of a task get the same questions. For pre-training, options of `metatokens perplexity` and its
-    `text`."""
+    `text`; meta-tokens are injected as in training, if that was uniform or periodic, else not at all."""
     interventions: tuple[str, ...] = ()
     """Changes at the meta-tokens, as in `--intervention` of both commands."""
     where: dict[Label, Annotated[tuple[Label, ...], BeforeValidator(_read_one_or_more)]] = Field(default_factory=dict)
@@ -253,9 +253,7 @@ def evaluations_of(sweep: SweepConfig, point: GridPoint, origin: str) -> Iterato
     Raises:
         UsageError: a field of `ask` does not exist, its value does not fit, or a text is missing.
     """
-    base: Question = PerplexityConfig()
-    if isinstance(point.config, FinetuneConfig):
-        base = EvaluateConfig(task=point.config.task, size=point.config.curriculum[-1].size)
+    base = _question_as_trained(point.config)
     for evaluation in sweep.evaluations:
         if all(point.labels[axis] in labels for axis, labels in evaluation.where.items()):
             where = f"{origin}, {point.name}: evaluations {evaluation.name}: ask"
@@ -263,6 +261,14 @@ def evaluations_of(sweep: SweepConfig, point: GridPoint, origin: str) -> Iterato
             if isinstance(question, PerplexityConfig) and not question.text:
                 raise UsageError(where, expected="a text to score", found="none", remedy="add text: SOURCE to ask")
             yield evaluation, question
+
+
+def _question_as_trained(config: SweptConfig) -> Question:
+    if isinstance(config, FinetuneConfig):
+        return EvaluateConfig(task=config.task, size=config.curriculum[-1].size)
+    if isinstance(config.injection, PeriodicInjection | UniformInjection):
+        return PerplexityConfig(injection=config.injection.kind, ratio=config.injection.ratio)
+    return PerplexityConfig()
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
