@@ -166,12 +166,14 @@ def to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         for key in ("at_equal_steps", "at_equal_operations"):
             lines += ["", f"Ratios {key.replace('_', ' ')}; equivalent: within a factor of {plan['margin']:g}.", ""]
             lines += [
-                "| explanation | arms | ratio | p (Holm) | p alike (Holm) | verdict |",
-                "|---|---|---:|---:|---:|---|",
+                "| explanation | arms | solved | ratio | p (Holm) | p alike (Holm) | verdict |",
+                "|---|---|---:|---:|---:|---:|---|",
             ]
             for row in report[key]:
+                solved = " : ".join(f"{number} of {row['seeds']}" for number in row["solved"])
+                ratio = bounds(row["ratio"], ".2f")
                 lines.append(
-                    f"| {row['explains']} | {row['first']} : {row['second']} | {bounds(row['ratio'], '.2f')} | "
+                    f"| {row['explains']} | {row['first']} : {row['second']} | {solved} | {ratio} | "
                     f"{row['p_holm']:.3f} | {row['p_equivalence_holm']:.3f} | {row['verdict']} |"
                 )
         lines.append("")

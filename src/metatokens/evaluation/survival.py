@@ -145,8 +145,9 @@ def equivalence_of_times(first: Times, second: Times, margin: float, *, seed: in
 def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> Interval | None:
     """Return how many times as long the first arm takes as the second, with the interval that the test does not reject.
 
-    The estimate is the ratio at which the log-rank statistic is 0. A bound is None where no ratio up to
-    `LARGEST_RATIO` is rejected, and the result is None if neither arm has an event.
+    The estimate is the ratio at which the log-rank statistic is 0. Where one arm has no event that is a bound too, the
+    ratio beyond which nothing is left to compare. A bound is None where no ratio up to `LARGEST_RATIO` is rejected, and
+    the result is None if neither arm has an event.
 
     Raises:
         ValueError: the arms have different numbers of seeds.
