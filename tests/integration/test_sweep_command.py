@@ -14,9 +14,13 @@ from training_runs import DEADLINE_SECONDS, weights
 
 from commands import metatokens
 from forked import start_command
+from metatokens.config.loading import to_yaml
 from metatokens.config.sweep import load_sweep
+from metatokens.report.tables import to_markdown
 from metatokens.storage import hold_lock
+from metatokens.sweep.collecting import collect
 from metatokens.sweep.planning import plan_sweep
+from metatokens.sweep.running import evaluation_arguments, is_done, store_answer, training_arguments
 
 SWEEP = """
 preset: base.yaml
@@ -197,26 +201,29 @@ def test_arms_of_pretraining_are_matched_by_their_text(tokens: Path, tmp_path: P
     assert injections == ["none", "uniform", "none"]
 
 
-@pytest.mark.slow
-def test_a_sweep_of_pretraining_scores_the_arms_on_the_same_documents(tokens: Path, tmp_path: Path):
-    file, out = write_pretraining(tmp_path, tokens), tmp_path / "out"
-    metatokens("sweep", file, "--out", out, "--jobs", "2")
-    results = json.loads((out / "results.json").read_text())
-    assert (results["runs"], results["done"], results["failed"]) == (2, 2, [])
-    plain, meta = results["cells"]
-    assert (plain["task"], plain["trained_to"], meta["trained_to"]) == ("pre-training", 32, 29)
-    (of_plain,) = plain["perplexities"]
-    of_meta, bare = meta["perplexities"]
-    assert of_plain["documents"] == of_meta["documents"] == 40
-    assert of_plain["difference"] is None is bare["difference"]
-    nats = [row["nats_per_word"]["estimate"] for row in (of_meta, of_plain)]
-    assert of_meta["difference"]["estimate"] == pytest.approx(nats[0] - nats[1])
-    assert of_meta["difference_by_seed"] == pytest.approx([nats[0] - nats[1]])
-    assert of_plain["by_context"][0]["lowest"] == 0
-    assert "## pre-training: stories" in (out / "table.md").read_text()
-    log = [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")]
-    metatokens("sweep", file, "--out", out, "--jobs", "2")
-    assert [path.stat().st_mtime_ns for path in out.glob("runs/**/log.txt")] == log
+def test_arms_of_pretraining_are_scored_on_the_same_documents(tokens: Path, tmp_path: Path):
+    sweep = load_sweep(write_pretraining(tmp_path, tokens))
+    runs = plan_sweep(sweep, tmp_path / "out", "sweep.yaml")
+    for run in runs:
+        run.folder.path.mkdir(parents=True)
+        (run.folder.path / "preset.yaml").write_text(to_yaml(run.config))
+        metatokens(*training_arguments(run))
+        for evaluation in run.evaluations:
+            assert not is_done(run)
+            store_answer(run, evaluation, metatokens(*evaluation_arguments(run, evaluation)).stdout)
+        assert is_done(run)
+    results = collect(sweep, runs, tmp_path / "out")
+    plain, meta = results.cells
+    assert (plain.task, plain.trained_to, meta.trained_to) == ("pre-training", 32, 29)
+    (of_plain,) = plain.perplexities
+    of_meta, bare = meta.perplexities
+    assert of_plain.documents == of_meta.documents == 40
+    assert of_plain.difference is None is bare.difference
+    own, theirs = (row.nats_per_word.estimate for row in (of_meta, of_plain))
+    assert of_meta.difference.estimate == pytest.approx(own - theirs)
+    assert of_meta.difference_by_seed == pytest.approx([own - theirs])
+    assert of_plain.by_context[0].lowest == 0
+    assert "## pre-training: stories" in to_markdown(results)
 
 
 def steps_of(run: Path) -> int:

@@ -227,7 +227,7 @@ class _Scheduler:
         write_atomically(run.folder.path / "cpu_seconds.json", f"{read_cpu_seconds(run) + process.cpu_seconds:.2f}\n")
         error, output = process.error(code), process.take_output()
         if error is None and process.evaluation is not None:
-            _store_answer(run, process.evaluation, output)
+            store_answer(run, process.evaluation, output)
         if error is None and not process.has_left_its_result():
             error = f"{process.activity} ended without its result; see {run.folder.path / 'log.txt'}"
         if error is None and not (stopping and not is_done(run)):
@@ -251,7 +251,7 @@ class _Process:
         self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
-        arguments = _training(run) if evaluation is None else _evaluation(folder, evaluation)
+        arguments = training_arguments(run) if evaluation is None else evaluation_arguments(run, evaluation)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._popen = subprocess.Popen(
@@ -304,12 +304,15 @@ class _Process:
         return (told or lines or [f"exit code {code}"])[-1].removeprefix("metatokens: ")
 
 
-def _training(run: SweepRun) -> list[str]:
+def training_arguments(run: SweepRun) -> list[str]:
+    """Return the command line of the training of a run, without the program."""
     verb = "finetune" if isinstance(run.config, FinetuneConfig) else "pretrain"
     return [verb, str(run.folder.path / "preset.yaml"), "--out", str(run.folder.path), "--json"]
 
 
-def _evaluation(folder: Path, request: EvaluationRequest) -> list[str]:
+def evaluation_arguments(run: SweepRun, request: EvaluationRequest) -> list[str]:
+    """Return the command line of an evaluation of a trained run, without the program."""
+    folder = run.folder.path
     interventions = [f"--intervention={intervention}" for intervention in request.interventions]
     fields = request.config.model_dump(mode="json")
     if isinstance(request.config, PerplexityConfig):
@@ -326,7 +329,8 @@ def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
     return [evaluation for evaluation in run.evaluations if evaluation.name not in answers]
 
 
-def _store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
+def store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
+    """Keep what an evaluation wrote as JSON, beside the answers to others."""
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     asked = request.config.model_dump(mode="json")
