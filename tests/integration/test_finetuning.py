@@ -90,10 +90,10 @@ def test_a_run_that_is_killed_between_the_evaluations_that_count_is_solved_after
 ):
     rule = ["--solve", "{accuracy: 0.01, evaluations: 3, interval_steps: 5, instances: 50}", "--checkpoint.keep", "9"]
     rule += ["--checkpoint.interval_steps", "5"]
-    whole = finetune(config(*EASY, *rule), tmp_path / "whole", show_progress=False)
+    whole = finetune(config(*rule), tmp_path / "whole", show_progress=False)
     assert whole.steps == 15
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000010", tmp_path / "run/checkpoints/step-00000010")
-    assert finetune(config(*EASY, *rule), tmp_path / "run", show_progress=False).steps == 15
+    assert finetune(config(*rule), tmp_path / "run", show_progress=False).steps == 15
 
 
 def test_a_run_that_does_not_solve_its_task_does_every_step_and_says_so(config: Config, tmp_path: Path):

@@ -131,7 +131,7 @@ def test_a_bound_that_the_censored_times_leave_open_is_none():
 def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():
     # the log-rank test of log-normal times is nearly a t-test of their logs: exp((z_975 + z_80) * sd * sqrt(2 / n))
     expected = np.exp((1.96 + 0.84) * 0.5 * np.sqrt(2 / 40))
-    found = detectable_ratio(40, 0.5, level=0.05, horizon_over_median=1e6)
+    found = detectable_ratio(40, 0.5, level=0.05, horizon_over_median=1e6, simulations=120)
     assert found == pytest.approx(expected, rel=0.15)
 
 
