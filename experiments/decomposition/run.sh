@@ -10,5 +10,8 @@ out=${1:?"usage: run.sh OUT"}
 (cd "$here" && sha256sum --check --quiet frozen.sha256)
 for task in parity copying list_recall; do
     # 1: some trainings failed, which must not keep the others from running
-    metatokens sweep "$here/$task.yaml" --out "$out/$task" --jobs "${JOBS:-2}" || [ $? -eq 1 ]
+    metatokens sweep "$here/$task.yaml" --out "$out/$task" --jobs "${JOBS:-2}" || {
+        code=$?
+        [ $code -eq 1 ] || exit $code
+    }
 done

@@ -1,7 +1,7 @@
 """The results of a sweep as tables: Markdown for a file, and for a terminal."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
 from metatokens.evaluation.survival import restricted_mean, restricted_mean_interval
@@ -58,7 +58,16 @@ def to_markdown(results: SweepResults) -> str:
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
         lines.append("")
-    lines += [*_perplexity_lines(results), *_solve_lines(results)]
+    for table in _plain_tables(results):
+        lines += [
+            f"## {table.title}",
+            "",
+            table.legend,
+            "",
+            _line(table.header),
+            "|---|" + "---:|" * (len(table.header) - 1),
+        ]
+        lines += [*map(_line, table.rows), ""]
     if differences := contrasts(results):
         lines += ["## Contrasts", "", _contrast_legend(results), "", *_contrast_lines(differences), ""]
     if results.failed:
@@ -84,6 +93,11 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
                 f"{cell.trained_to:,}",
             )
             table.add_row(*spent, *(_percent(row, digits=0) for row in _rows_at(evaluation, lengths)))
+        yield table
+    for plain in _plain_tables(results):
+        table = Table(*plain.header, title=plain.title, title_justify="left")
+        for texts in plain.rows:
+            table.add_row(*texts)
         yield table
 
 
@@ -119,23 +133,36 @@ def _contrast_lines(compared: Sequence[Contrast]) -> Iterator[str]:
         yield _line([where, one.arm, one.length, by_seed, *p_values, one.verdict])
 
 
-def _perplexity_lines(results: SweepResults) -> Iterator[str]:
-    """Yield a table for each evaluation of perplexity and each panel."""
+class _PlainTable(NamedTuple):
+    title: str
+    legend: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _plain_tables(results: SweepResults) -> Iterator[_PlainTable]:
+    """Yield the tables whose cells are texts already: perplexities, and steps to solve."""
+    stopping = []
     for panel, cells in panels(results).items():
         for name in dict.fromkeys(row.name for cell in cells for row in cell.perplexities):
-            yield from (f"## {panel}: {name}", "", _PERPLEXITY_LEGEND, "")
-            header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
-            yield _line([*header, "perplexity", "nats per word", "difference", "difference by seed"])
-            yield "|---|" + "---:|" * 9
-            for cell in cells:
-                spent = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
-                spent += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
-                for row in cell.perplexities:
-                    if row.name == name:
-                        scores = [f"{row.perplexity:.2f}", _nats(row.nats_per_word, ".4f")]
-                        by_seed = " / ".join(f"{one:+.4f}" for one in row.difference_by_seed)
-                        yield _line([*spent, *scores, _nats(row.difference, "+.4f"), by_seed])
-            yield ""
+            yield _perplexity_table(results, f"{panel}: {name}", cells, name)
+        stopping += [(panel, cell) for cell in cells if any(one.solved is not None for one in cell.trainings)]
+    if stopping:
+        yield _solve_table(results, stopping)
+
+
+def _perplexity_table(results: SweepResults, title: str, cells: Sequence[CellResult], name: str) -> _PlainTable:
+    header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
+    header += ["perplexity", "nats per word", "difference", "difference by seed"]
+    rows = []
+    for cell in cells:
+        spent = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
+        spent += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
+        for row in cell.perplexities:
+            if row.name == name:
+                scores = [f"{row.perplexity:.2f}", _nats(row.nats_per_word, ".4f"), _nats(row.difference, "+.4f")]
+                rows.append([*spent, *scores, " / ".join(f"{one:+.4f}" for one in row.difference_by_seed)])
+    return _PlainTable(title, _PERPLEXITY_LEGEND, header, rows)
 
 
 def _nats(interval: Interval | None, form: str) -> str:
@@ -146,26 +173,20 @@ def _nats(interval: Interval | None, form: str) -> str:
     return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
-def _solve_lines(results: SweepResults) -> Iterator[str]:
-    """Yield the table of the steps to solve, or nothing where no training stops for that."""
-    cells = [(panel, cell) for panel, members in panels(results).items() for cell in members]
-    stopping = [(panel, cell) for panel, cell in cells if any(one.solved is not None for one in cell.trainings)]
-    if not stopping:
-        return
-    yield from ("## Steps to solve", "", _SOLVE_LEGEND, "")
-    yield _line(["", results.arm_axis or "run", "solved", "steps", "steps by seed", "CPU-seconds"])
-    yield "|---|---|---:|---:|---|---:|"
-    for panel, cell in stopping:
+def _solve_table(results: SweepResults, cells: Sequence[tuple[str, CellResult]]) -> _PlainTable:
+    rows = []
+    for panel, cell in cells:
         times = solve_times(cell)
-        mean, spread = f"{restricted_mean(times):,.0f}", ""
+        mean = f"{restricted_mean(times):,.0f}"
         if len(times.times) >= MINIMUM_SEEDS:
             interval = restricted_mean_interval(times, seed=0)
-            spread = f" ({interval.low:,.0f} to {interval.high:,.0f})"
+            mean += f" ({interval.low:,.0f} to {interval.high:,.0f})"
         by_seed = " / ".join(f"{one.steps:,}{'' if one.solved else '+'}" for one in cell.trainings)
         solved = f"{times.observed.sum()} of {len(times.times)}"
         seconds = f"{sum(one.cpu_seconds for one in cell.trainings):,.0f}"
-        yield _line([panel, arm_name(results, cell), solved, mean + spread, by_seed, seconds])
-    yield ""
+        rows.append([panel, arm_name(results, cell), solved, mean, by_seed, seconds])
+    header = ["task", results.arm_axis or "run", "solved", "steps", "steps by seed", "CPU-seconds"]
+    return _PlainTable("Steps to solve", _SOLVE_LEGEND, header, rows)
 
 
 def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult, EvaluationResult]], list[str]]]:
