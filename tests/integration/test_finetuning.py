@@ -65,6 +65,48 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_left_alone(conf
     assert accuracies[0] == accuracies[1]
 
 
+EASY = ["--curriculum", "[{steps: 200, size: [1, 1], prompt_tokens: [12, 16]}]", "--optimizer.learning_rate", "3e-3"]
+EASY += ["--training.batch_blocks", "32", "--start.model.hidden_size", "64", "--checkpoint.interval_steps", "50"]
+SOLVE = ["--solve", "{accuracy: 0.9, evaluations: 2, interval_steps: 5, instances: 50}"]
+
+
+def logged_accuracies(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["sequence_accuracy"]) for line in lines if "sequence_accuracy" in line]
+
+
+def test_a_run_ends_at_the_second_evaluation_in_a_row_that_finds_the_task_solved(config: Config, tmp_path: Path):
+    result = finetune(config(*EASY, *SOLVE), tmp_path / "run", show_progress=False)
+    steps, accuracies = zip(*logged_accuracies(tmp_path / "run"), strict=True)
+    in_a_row = [i for i in range(1, len(accuracies)) if min(accuracies[i - 1 : i + 1]) >= 0.9]
+    assert in_a_row == [len(accuracies) - 1]
+    assert (result.solved, result.steps) == (True, steps[-1])
+    assert result.steps < 200
+    assert finetune(config(*EASY, *SOLVE), tmp_path / "run", show_progress=False).steps == result.steps
+
+
+def test_a_run_that_is_killed_between_the_evaluations_that_count_is_solved_after_as_many_steps(
+    config: Config, tmp_path: Path
+):
+    rule = ["--solve", "{accuracy: 0.01, evaluations: 3, interval_steps: 5, instances: 50}", "--checkpoint.keep", "9"]
+    rule += ["--checkpoint.interval_steps", "5"]
+    whole = finetune(config(*rule), tmp_path / "whole", show_progress=False)
+    assert whole.steps == 15
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000010", tmp_path / "run/checkpoints/step-00000010")
+    assert finetune(config(*rule), tmp_path / "run", show_progress=False).steps == 15
+
+
+def test_a_run_that_does_not_solve_its_task_does_every_step_and_says_so(config: Config, tmp_path: Path):
+    result = finetune(config(*SOLVE), tmp_path / "run", show_progress=False)
+    assert (result.solved, result.steps) == (False, 24)
+
+
+def test_another_end_is_another_run(config: Config, done: Path, tmp_path: Path):
+    shutil.copytree(done, tmp_path / "run")
+    with pytest.raises(UsageError, match="solve"):
+        finetune(config(*SOLVE), tmp_path / "run", show_progress=False)
+
+
 def test_two_processes_train_as_one(config: Config, done: Path, tmp_path: Path):
     assert run(config(), tmp_path / "run", world_size=2) == [0, 0]
     assert numbers(tmp_path / "run") == pytest.approx(numbers(done), rel=1e-4)

@@ -14,7 +14,13 @@ from training_runs import DEADLINE_SECONDS, weights
 
 from commands import metatokens
 from forked import start_command
+from metatokens.config.loading import to_yaml
+from metatokens.config.sweep import load_sweep
+from metatokens.report.tables import to_markdown
 from metatokens.storage import hold_lock
+from metatokens.sweep.collecting import collect
+from metatokens.sweep.planning import plan_sweep
+from metatokens.sweep.running import evaluation_arguments, is_done, store_answer, training_arguments
 
 SWEEP = """
 preset: base.yaml
@@ -61,11 +67,13 @@ def done(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(out: Path, arm: str) -> Any:
-    """Return all that was measured of an arm, but for the difference from another."""
+    """Return all that was measured of an arm, but for the difference from another and the time that it took."""
     cells = json.loads((out / "results.json").read_text())["cells"]
     (cell,) = [cell for cell in cells if cell["labels"]["arm"] == arm]
     for row in cell["evaluations"][0]["rows"]:
         row.pop("difference")
+    for training in cell["trainings"]:
+        assert training.pop("cpu_seconds") > 1
     return cell
 
 
@@ -148,6 +156,74 @@ def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
         f"metatokens: {done}: another `metatokens sweep` is at work in this folder "
         f"(process {os.getpid()} on {platform.node()}); wait for it to end or choose another --out"
     ]
+
+
+PRETRAINING = """
+training: pretrain
+preset: base.yaml
+axes:
+  arm:
+    plain: {model.meta_attention_layers: none, injection.kind: none}
+    meta:
+seeds: [0]
+match: text_tokens
+reference: plain
+evaluations:
+  - {name: stories, ask: {text: TEXT, window: 24, max_tokens: 100}}
+  - {name: bare, ask: {text: TEXT, window: 24, max_tokens: 100, injection: none}, where: {arm: meta}}
+"""
+PRETRAINING_BASE = """
+extends: tiny/meta
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 32}
+data: {path: TOKENS, block_size: 32}
+training: {duration: {kind: steps, steps: 20}, batch_blocks: 4, micro_batch_blocks: 4, device: cpu}
+schedule: {warmup_steps: 2}
+evaluation: {interval_steps: null}
+"""
+
+
+def write_pretraining(folder: Path, tokens: Path) -> Path:
+    (folder / "base.yaml").write_text(PRETRAINING_BASE.replace("TOKENS", str(tokens)))
+    (folder / "sweep.yaml").write_text(PRETRAINING.replace("TEXT", str(tokens.parent / "text")))
+    return folder / "sweep.yaml"
+
+
+def test_arms_of_pretraining_are_matched_by_their_text(tokens: Path, tmp_path: Path):
+    runs = plan_sweep(load_sweep(write_pretraining(tmp_path, tokens)), tmp_path / "out", "sweep.yaml")
+    plain, meta = runs
+    # 32 text tokens a block against 29, so 20 steps are as much text as 22
+    assert (plain.budget.steps, plain.budget.text_tokens) == (20, 20 * 4 * 32)
+    assert (meta.budget.steps, meta.budget.text_tokens) == (22, 22 * 4 * 29)
+    assert meta.budget.training_flops > plain.budget.training_flops > 0
+    assert [evaluation.name for evaluation in meta.evaluations] == ["stories", "bare"]
+    assert [evaluation.name for evaluation in plain.evaluations] == ["stories"]
+    injections = [evaluation.config.injection for run in runs for evaluation in run.evaluations]
+    assert injections == ["none", "uniform", "none"]
+
+
+def test_arms_of_pretraining_are_scored_on_the_same_documents(tokens: Path, tmp_path: Path):
+    sweep = load_sweep(write_pretraining(tmp_path, tokens))
+    runs = plan_sweep(sweep, tmp_path / "out", "sweep.yaml")
+    for run in runs:
+        run.folder.path.mkdir(parents=True)
+        (run.folder.path / "preset.yaml").write_text(to_yaml(run.config))
+        metatokens(*training_arguments(run))
+        for evaluation in run.evaluations:
+            assert not is_done(run)
+            store_answer(run, evaluation, metatokens(*evaluation_arguments(run, evaluation)).stdout)
+        assert is_done(run)
+    results = collect(sweep, runs, tmp_path / "out")
+    plain, meta = results.cells
+    assert (plain.task, plain.trained_to, meta.trained_to) == ("pre-training", 32, 29)
+    (of_plain,) = plain.perplexities
+    of_meta, bare = meta.perplexities
+    assert of_plain.documents == of_meta.documents == 40
+    assert of_plain.difference is None is bare.difference
+    own, theirs = (row.nats_per_word.estimate for row in (of_meta, of_plain))
+    assert of_meta.difference.estimate == pytest.approx(own - theirs)
+    assert of_meta.difference_by_seed == pytest.approx([own - theirs])
+    assert of_plain.by_context[0].lowest == 0
+    assert "## pre-training: stories" in to_markdown(results)
 
 
 def steps_of(run: Path) -> int:

@@ -89,6 +89,19 @@ def test_a_runs_config_is_a_preset_of_the_same_run(load: Any, tmp_path: Path):
     assert load_preset(tmp_path / "run.yaml", schema=FinetuneConfig) == run.config
 
 
+def test_runs_start_from_the_models_of_their_seeds_and_labels(tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text("""
+axes:
+  task: {copying: {task.kind: copying}, parity: {task: {kind: parity}}}
+  arm: {meta: {start: {kind: checkpoint, path: "grid/{arm}/seed-{seed}"}}, new: {start.kind: fresh}}
+seeds: [3, 5]
+""")
+    meta, new = expand(load_sweep(tmp_path / "sweep.yaml"), "sweep.yaml")[:2]
+    assert meta.with_seed(meta.config, 5).start.path == "grid/meta/seed-5"
+    assert meta.with_seed(meta.config, 5).seed == 5
+    assert new.with_seed(new.config, 3) == new.config
+
+
 def test_evaluations_ask_the_models_that_they_are_for_all_with_one_seed(load: Any):
     sweep = load()
     meta, pause = expand(sweep, "sweep.yaml")[:2]
@@ -234,12 +247,13 @@ def test_work_is_counted_stage_by_stage(load: Any):
 # Results -----------------------------------------------------------------------------------------------------
 
 
-def finish(run: SweepRun, outcomes: dict[str, list[float] | None], seed: int = 0) -> None:
+def finish(run: SweepRun, outcomes: dict[str, list[float] | None], seed: int = 0, steps: int | None = None) -> None:
     """Leave behind what a finished run does, with these answers by length."""
     folder = run.folder
     folder.model_path.mkdir(parents=True)
     folder.config_path.write_text(to_yaml(run.config))
-    spent = {"num_parameters": run.parameters, "steps": 60, "text_tokens": 7, "meta_tokens": 3, "training_flops": 1e9}
+    spent = {"num_parameters": run.parameters, "text_tokens": 7, "meta_tokens": 3, "training_flops": 1e9}
+    spent |= {"steps": 60} if steps is None else {"steps": steps, "solved": steps < 60}
     folder.result_path.write_text(json.dumps(spent))
     lines = [{"step": step, "loss": 1.0, "sequence_accuracy": step / 100} for step in (30, 60)]
     folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -296,6 +310,21 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     assert "| n/a |" in table
     assert "| 83.3% (83.3 / 83.3) |" in table  # no interval from two seeds
     assert "| too few seeds (1, at least 6 needed) |" in table
+
+
+def test_the_steps_to_solve_are_in_the_table_with_those_that_were_not_enough(load: Any, tmp_path: Path):
+    sweep = load()
+    runs = {run.name: run for run in plan(sweep, tmp_path)}
+    for seed, steps in ((3, 45), (5, 60)):
+        run = runs[f"copying/meta/seed-{seed}"]
+        finish(run, {"17-32": [1.0] * 6}, steps=steps)
+        (run.folder.path / "cpu_seconds.json").write_text("2.25\n")
+    results = collect(sweep, list(runs.values()), tmp_path)
+    assert [(one.steps, one.solved, one.cpu_seconds) for one in results.cells[0].trainings] == [
+        (45, True, 2.25),
+        (60, False, 2.25),
+    ]
+    assert "| copying | meta | 1 of 2 | 52 | 45 / 60+ | 4 |" in to_markdown(results)
 
 
 @pytest.mark.parametrize(

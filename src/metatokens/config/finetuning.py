@@ -54,6 +54,23 @@ class RecallEvaluationConfig(Frozen):
     """Test instances of one evaluation, at the difficulty of the last stage."""
 
 
+class SolveConfig(Frozen):
+    """The end of a training that stops once its task is solved, so that its result is a time and not an accuracy.
+
+    These evaluations take the place of those in `evaluation`. A training that reaches the last step of its curriculum
+    without solving the task is censored there.
+    """
+
+    accuracy: float = Field(0.95, gt=0, le=1)
+    """Share of whole answers that must be right."""
+    evaluations: int = Field(2, ge=1)
+    """Consecutive evaluations that must reach it."""
+    interval_steps: int = Field(25, ge=1)
+    """Optimizer steps between evaluations."""
+    instances: int = Field(200, ge=1)
+    """Test instances of each evaluation, always the same, at the difficulty of the last stage."""
+
+
 class TestConfig(Frozen):
     """The lengths and the number of instances that a trained model is tested on."""
 
@@ -89,6 +106,8 @@ class FinetuneConfig(RunConfig):
     """Number of batches that are drawn together and then cut by length, so that the rows of a batch are about equally
     long."""
     evaluation: RecallEvaluationConfig = RecallEvaluationConfig()
+    solve: SolveConfig | None = None
+    """Stop once the task is solved; off means that every step of the curriculum is done."""
     test: TestConfig = TestConfig()
     """Defaults of `metatokens evaluate` for the trained model; the training does not use them."""
 

@@ -1,4 +1,4 @@
-"""The configuration of a sweep: one fine-tuning run for each combination of labels and each seed.
+"""The configuration of a sweep: one training for each combination of labels and each seed.
 
     preset: tiny/recall
     axes:
@@ -16,20 +16,33 @@
       - {name: zeroed, ask: {lengths: [33-64]}, interventions: [zero_embedding], where: {arm: meta}}
 
 That is 2 x 2 x 3 runs. Each has the first evaluation, and those of the arm `meta` have the second one too. A file may
-extend another as a preset does.
+extend another as a preset does. If the runs start from trained models, `start.path` may hold `{seed}` and the axes in
+braces, as runs/{arm}/seed-{seed}, which stand for the seed and the labels of the run.
+
+With `training: pretrain` the preset is one of pre-training, and each evaluation measures perplexity:
+
+    training: pretrain
+    preset: tiny/meta
+    axes:
+      arm:
+        meta:
+        plain: {model.meta_attention_layers: none, injection.kind: none}
+    match: text_tokens
+    reference: plain
+    evaluations: [{name: books, ask: {text: books/test, window: 230}}]
 """
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.finetuning import CheckpointStart, EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
-from metatokens.config.schema import Frozen
+from metatokens.config.schema import DEFAULT_META_RATIO, Frozen, PeriodicInjection, PretrainConfig, UniformInjection
 from metatokens.errors import UsageError
 
 
@@ -54,6 +67,29 @@ Changes = Annotated[dict[str, Any], BeforeValidator(_read_changes)]
 Match = Literal["steps", "text_tokens", "flops"]
 
 
+class PerplexityConfig(Frozen):
+    """A measurement of perplexity: the options of `metatokens perplexity`."""
+
+    text: str = ""
+    """A source of text; must be set."""
+    window: int | None = Field(None, ge=1)
+    """Length of a window; off means all positions of the model."""
+    window_unit: Literal["text", "positions"] = "text"
+    """Whether meta-tokens count in the window."""
+    stride: int | None = Field(None, ge=1)
+    """Text tokens by which a sliding window moves; off as in the command."""
+    injection: Literal["none", "periodic", "uniform"] = "none"
+    """Meta-tokens at evaluation."""
+    ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
+    """Share of the positions that are meta-tokens."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the uniform injection."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Score only this many text tokens at the start of each document."""
+    batch_size: int = Field(16, ge=1)
+    """Windows in one forward pass."""
+
+
 class SweepEvaluation(Frozen):
     """An evaluation of the trained models."""
 
@@ -61,12 +97,19 @@ class SweepEvaluation(Frozen):
     """Name of its rows in the results."""
     ask: Changes = Field(default_factory=dict)
     """Fields of `metatokens evaluate`. The others are the task and the last size that the run was trained on, and seed
-    0, so that all models of a task get the same questions."""
+    0, so that all models of a task get the same questions. For pre-training, options of `metatokens perplexity` and its
+    `text`; meta-tokens are injected as in training, if that was uniform or periodic, else not at all."""
     interventions: tuple[str, ...] = ()
-    """Changes at the meta-tokens, as in `metatokens evaluate --intervention`."""
+    """Changes at the meta-tokens, as in `--intervention` of both commands."""
     where: dict[Label, Annotated[tuple[Label, ...], BeforeValidator(_read_one_or_more)]] = Field(default_factory=dict)
     """Axis, and one or more of its labels: only these runs get the evaluation. An axis that is not named does not
     matter."""
+
+
+SweptConfig: TypeAlias = FinetuneConfig | PretrainConfig
+"""The config of one run."""
+Question: TypeAlias = EvaluateConfig | PerplexityConfig
+"""What an evaluation asks a model."""
 
 
 class GridPoint(NamedTuple):
@@ -74,18 +117,30 @@ class GridPoint(NamedTuple):
 
     labels: dict[str, str]
     """A label for each axis, in the order of the axes."""
-    config: FinetuneConfig
-    """The config of the run with the first seed."""
+    config: SweptConfig
+    """The config of the run with the first seed; `with_seed` gives those of the others."""
 
     @property
     def name(self) -> str:
         """The labels joined by slashes."""
         return "/".join(self.labels.values()) or "run"
 
+    def with_seed(self, config: SweptConfig, seed: int) -> SweptConfig:
+        """Return the config of a run: with its seed, and with the labels and the seed in the path of its start."""
+        changes: dict[str, Any] = {"seed": seed}
+        if isinstance(config, FinetuneConfig) and isinstance(config.start, CheckpointStart):
+            path = config.start.path
+            for name, value in {**self.labels, "seed": str(seed)}.items():
+                path = path.replace(f"{{{name}}}", value)
+            changes["start"] = config.start.model_copy(update={"path": path})
+        return config.model_copy(update=changes)
+
 
 class SweepConfig(Frozen):
-    """A grid of fine-tuning runs, how their budgets are matched, and the evaluations of the trained models."""
+    """A grid of trainings, how their budgets are matched, and the evaluations of the trained models."""
 
+    training: Literal["finetune", "pretrain"] = "finetune"
+    """What each run is. finetune: on a recall task, evaluated by accuracy; pretrain: on text, by perplexity."""
     preset: str = "tiny/recall"
     """The preset that every run changes: its name, or a YAML file beside this one."""
     axes: dict[Label, Annotated[dict[Label, Changes], Field(min_length=1)]] = Field(default_factory=dict)
@@ -176,7 +231,11 @@ def expand(sweep: SweepConfig, origin: str) -> list[GridPoint]:
     Raises:
         UsageError: a preset or a change gives no valid run; the message names the labels.
     """
-    base = load_preset(sweep.preset, schema=FinetuneConfig)
+    base: SweptConfig
+    if sweep.training == "finetune":
+        base = load_preset(sweep.preset, schema=FinetuneConfig)
+    else:
+        base = load_preset(sweep.preset, schema=PretrainConfig)
     points = []
     for labels in product(*sweep.axes.values()):
         named = dict(zip(sweep.axes, labels, strict=True))
@@ -188,19 +247,28 @@ def expand(sweep: SweepConfig, origin: str) -> list[GridPoint]:
     return points
 
 
-def evaluations_of(
-    sweep: SweepConfig, point: GridPoint, origin: str
-) -> Iterator[tuple[SweepEvaluation, EvaluateConfig]]:
+def evaluations_of(sweep: SweepConfig, point: GridPoint, origin: str) -> Iterator[tuple[SweepEvaluation, Question]]:
     """Yield the evaluations of a combination, each with its resolved config.
 
     Raises:
-        UsageError: a field of `ask` does not exist, or its value does not fit.
+        UsageError: a field of `ask` does not exist, its value does not fit, or a text is missing.
     """
-    base = EvaluateConfig(task=point.config.task, size=point.config.curriculum[-1].size)
+    base = _question_as_trained(point.config)
     for evaluation in sweep.evaluations:
         if all(point.labels[axis] in labels for axis, labels in evaluation.where.items()):
             where = f"{origin}, {point.name}: evaluations {evaluation.name}: ask"
-            yield evaluation, override_fields(base, evaluation.ask, where)
+            question = override_fields(base, evaluation.ask, where)
+            if isinstance(question, PerplexityConfig) and not question.text:
+                raise UsageError(where, expected="a text to score", found="none", remedy="add text: SOURCE to ask")
+            yield evaluation, question
+
+
+def _question_as_trained(config: SweptConfig) -> Question:
+    if isinstance(config, FinetuneConfig):
+        return EvaluateConfig(task=config.task, size=config.curriculum[-1].size)
+    if isinstance(config.injection, PeriodicInjection | UniformInjection):
+        return PerplexityConfig(injection=config.injection.kind, ratio=config.injection.ratio)
+    return PerplexityConfig()
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -141,9 +141,11 @@ class _Task(Frozen):
 class MarkedTask(_Task):
     """A task that asks about marked places of the text."""
 
-    marks: bool = True
+    marks: bool | Literal["double"] = True
     """Visible marks (brackets, bars) at the task's places, wherever the meta-tokens stand, so that the text alone tells
-    the answer. Without marks only meta-tokens at those places tell it, as in the paper."""
+    the answer. Without marks only meta-tokens at those places tell it, as in the paper. double: two in a row, so that
+    an ordinary token stands where another model has a meta-token; the second one does not count towards
+    difficulty.prompt_tokens."""
 
     @model_validator(mode="after")
     def _check_marks(self) -> Self:

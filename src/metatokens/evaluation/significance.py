@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -135,25 +136,32 @@ def check_documents(num_documents: int, minimum_documents: int = MINIMUM_DOCUMEN
         )
 
 
-def sign_flip_test(differences: Numbers, *, seed: int, draws: int = SIGN_FLIP_DRAWS) -> float:
-    """Return the two-sided p-value of the hypothesis that paired differences are symmetric around 0.
+def sign_flip_test(
+    differences: Numbers,
+    *,
+    seed: int,
+    draws: int = SIGN_FLIP_DRAWS,
+    alternative: Literal["two-sided", "greater"] = "two-sided",
+) -> float:
+    """Return the p-value of the hypothesis that paired differences are symmetric around 0.
 
-    It is the share of sign flips whose mean is at least as far from 0 as the observed one. For up to
-    `MAX_EXACT_DOCUMENTS` documents all flips are counted, and the seed does not matter. For more, `draws` random flips
-    are counted together with the observed one, so p is never 0.
+    It is the share of sign flips whose mean is at least as far from 0 as the observed one, or at least as large if the
+    alternative is greater. For up to `MAX_EXACT_DOCUMENTS` documents all flips are counted, and the seed does not
+    matter. For more, `draws` random flips are counted together with the observed one, so p is never 0.
 
     Args:
         differences: one finite number per document.
         seed: of the generator, PCG64.
         draws: number of random flips.
+        alternative: two-sided, or greater for the one-sided test against a mean above 0.
 
     Raises:
         ValueError: there is no difference, or one is not finite.
     """
     values = _check_differences(differences)
-    tie = _RELATIVE_TIE * float(np.abs(values).sum())
-    observed = abs(float(values.sum())) - tie
-    return _share_of_flips(values, lambda sums: np.abs(sums) >= observed, seed=seed, draws=draws)
+    size: Callable[[Array], Array] = np.abs if alternative == "two-sided" else np.positive
+    observed = size(values.sum()) - _RELATIVE_TIE * np.abs(values).sum()
+    return _share_of_flips(values, lambda sums: size(sums) >= observed, seed=seed, draws=draws)
 
 
 def least_units(num_tests: int, level: float) -> int:
@@ -190,7 +198,8 @@ def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: i
     values = _check_differences(differences)
     if not 0 < margin < math.inf:
         raise ValueError(f"the margin must be positive and finite, not {margin}")
-    return max(_one_sided_test(moved, seed=seed, draws=draws) for moved in (values + margin, margin - values))
+    shifted = values + margin, margin - values
+    return max(sign_flip_test(moved, seed=seed, draws=draws, alternative="greater") for moved in shifted)
 
 
 def holm(p_values: npt.ArrayLike) -> Array:
@@ -243,12 +252,6 @@ def _check_p_values(p_values: npt.ArrayLike) -> Array:
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("p-values must lie in [0, 1]")
     return p
-
-
-def _one_sided_test(values: Array, *, seed: int, draws: int) -> float:
-    """Return the p-value of the hypothesis that the values are symmetric around 0, against a larger mean."""
-    observed = float(values.sum()) - _RELATIVE_TIE * float(np.abs(values).sum())
-    return _share_of_flips(values, lambda sums: sums >= observed, seed=seed, draws=draws)
 
 
 def _share_of_flips(

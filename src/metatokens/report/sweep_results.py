@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from metatokens import storage
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval
+from metatokens.evaluation.survival import Times
 
 RESULTS_FORMAT = "sweep/1"
 
@@ -53,6 +54,42 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class ContextRow:
+    """Loss of the tokens with about as much context, mean over seeds."""
+
+    lowest: int
+    """Fewest text tokens of context."""
+    highest: int
+    nats_per_token: float
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """Loss of a cell's models on one text, in sliding windows."""
+
+    name: str
+    """Of the evaluation."""
+    text: str
+    """The source of the text."""
+    interventions: tuple[str, ...]
+    documents: int
+    seeds: tuple[int, ...]
+    """Of the trainings asked so far."""
+    perplexity: float
+    """Per text token, mean over seeds in nats."""
+    nats_per_word: Interval
+    """Mean over seeds, with the interval over documents."""
+    by_seed: tuple[float, ...]
+    """Nats per word of each of `seeds`."""
+    difference: Interval | None
+    """Nats per word minus the reference's, paired by seed and document; None for the reference, without one, or where
+    it scored other documents."""
+    difference_by_seed: tuple[float, ...]
+    """`difference` of each seed that both arms have; empty where it is None."""
+    by_context: tuple[ContextRow, ...]
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     """Accuracy during training, on test instances at the difficulty of the last stage."""
 
@@ -68,11 +105,26 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class TrainingOutcome:
+    """The end of one training, and what it cost."""
+
+    seed: int
+    steps: int
+    solved: bool | None
+    """Whether it ended because its task was solved; None if it does not stop for that."""
+    training_flops: float
+    """Counted, not measured."""
+    cpu_seconds: float
+    """Of all its processes, evaluations of the trained model included."""
+
+
+@dataclass(frozen=True)
 class CellResult:
     """What the runs of one combination of labels have in common, and how well they did."""
 
     labels: dict[str, str]
     task: str
+    """The recall task, or pre-training."""
     matching: str
     """What this arm has in common with the reference."""
     seeds: tuple[int, ...]
@@ -81,19 +133,24 @@ class CellResult:
     """Their folders, below that of the sweep."""
     parameters: int
     steps: int
+    """Mean over seeds, which differ only where a training stops once its task is solved."""
     text_tokens: float
     """Trained on, mean over seeds."""
     meta_tokens: float
     training_flops: float
     """Counted, not measured; mean over seeds."""
     trained_to: int
-    """Text tokens of the longest prompt of the last stage."""
+    """Text tokens of the longest prompt of the last stage, or of a block of pre-training."""
     curve: tuple[CurvePoint, ...]
     evaluations: tuple[EvaluationResult, ...]
     window: int | None = None
     """Positions that the models can take; None where there is no bound, and in files older than this field."""
     original_window: int | None = None
     """`window` before their positions were scaled."""
+    trainings: tuple[TrainingOutcome, ...] = ()
+    """One for each of `seeds`; empty in files older than this field."""
+    perplexities: tuple[PerplexityRow, ...] = ()
+    """Of pre-training, in place of `evaluations`."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +191,12 @@ def panels(results: SweepResults) -> dict[str, list[CellResult]]:
 def arm_name(results: SweepResults, cell: CellResult) -> str:
     """Return the label that a cell has among those it is compared with."""
     return cell.labels[results.arm_axis] if results.arm_axis else cell.task
+
+
+def solve_times(cell: CellResult) -> Times:
+    """Return the steps that the trainings of a cell needed; they are censored at the last step of the curriculum."""
+    steps = [one.steps for one in cell.trainings]
+    return Times.of(steps, [bool(one.solved) for one in cell.trainings], max(steps))
 
 
 def to_json(results: SweepResults) -> str:

@@ -1,9 +1,10 @@
 """The results of a sweep as tables: Markdown for a file, and for a terminal."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.evaluation.survival import restricted_mean, restricted_mean_interval
 from metatokens.report.contrasts import MARGIN, Contrast, contrasts
 from metatokens.report.sweep_results import (
     AccuracyRow,
@@ -12,10 +13,20 @@ from metatokens.report.sweep_results import (
     SweepResults,
     arm_name,
     panels,
+    solve_times,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_PERPLEXITY_LEGEND = (
+    "Sliding windows; means of the seeds with the 95% interval over documents, which does not hold the spread of the "
+    "seeds. Differences are from the reference on the same documents, in nats per word."
+)
+_SOLVE_LEGEND = (
+    "Mean up to the last step of the curriculum (the area below the Kaplan-Meier curve), with its 95% interval over "
+    "seeds; +: not solved by then."
+)
 
 
 def evaluation_names(results: SweepResults) -> list[str]:
@@ -47,6 +58,16 @@ def to_markdown(results: SweepResults) -> str:
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
         lines.append("")
+    for table in _plain_tables(results):
+        lines += [
+            f"## {table.title}",
+            "",
+            table.legend,
+            "",
+            _line(table.header),
+            "|---|" + "---:|" * (len(table.header) - 1),
+        ]
+        lines += [*map(_line, table.rows), ""]
     if differences := contrasts(results):
         lines += ["## Contrasts", "", _contrast_legend(results), "", *_contrast_lines(differences), ""]
     if results.failed:
@@ -72,6 +93,11 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
                 f"{cell.trained_to:,}",
             )
             table.add_row(*spent, *(_percent(row, digits=0) for row in _rows_at(evaluation, lengths)))
+        yield table
+    for plain in _plain_tables(results):
+        table = Table(*plain.header, title=plain.title, title_justify="left")
+        for texts in plain.rows:
+            table.add_row(*texts)
         yield table
 
 
@@ -105,6 +131,62 @@ def _contrast_lines(compared: Sequence[Contrast]) -> Iterator[str]:
         where = f"{one.panel}: {one.evaluation}"
         p_values = f"{one.p_value:.3f}", f"{one.equivalence_p:.3f}"
         yield _line([where, one.arm, one.length, by_seed, *p_values, one.verdict])
+
+
+class _PlainTable(NamedTuple):
+    title: str
+    legend: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _plain_tables(results: SweepResults) -> Iterator[_PlainTable]:
+    """Yield the tables whose cells are texts already: perplexities, and steps to solve."""
+    stopping = []
+    for panel, cells in panels(results).items():
+        for name in dict.fromkeys(row.name for cell in cells for row in cell.perplexities):
+            yield _perplexity_table(results, f"{panel}: {name}", cells, name)
+        stopping += [(panel, cell) for cell in cells if any(one.solved is not None for one in cell.trainings)]
+    if stopping:
+        yield _solve_table(results, stopping)
+
+
+def _perplexity_table(results: SweepResults, title: str, cells: Sequence[CellResult], name: str) -> _PlainTable:
+    header = [results.arm_axis or "run", "parameters", "training FLOPs", "text tokens", "steps", "seeds"]
+    header += ["perplexity", "nats per word", "difference", "difference by seed"]
+    rows = []
+    for cell in cells:
+        spent = [arm_name(results, cell), f"{cell.parameters:,}", f"{cell.training_flops:.2e}"]
+        spent += [f"{cell.text_tokens:,.0f}", f"{cell.steps:,}", str(len(cell.seeds))]
+        for row in cell.perplexities:
+            if row.name == name:
+                scores = [f"{row.perplexity:.2f}", _nats(row.nats_per_word, ".4f"), _nats(row.difference, "+.4f")]
+                rows.append([*spent, *scores, " / ".join(f"{one:+.4f}" for one in row.difference_by_seed)])
+    return _PlainTable(title, _PERPLEXITY_LEGEND, header, rows)
+
+
+def _nats(interval: Interval | None, form: str) -> str:
+    if interval is None:
+        return ""
+    if interval.low is None or interval.high is None:
+        return f"{interval.estimate:{form}}"
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
+def _solve_table(results: SweepResults, cells: Sequence[tuple[str, CellResult]]) -> _PlainTable:
+    rows = []
+    for panel, cell in cells:
+        times = solve_times(cell)
+        mean = f"{restricted_mean(times):,.0f}"
+        if len(times.times) >= MINIMUM_SEEDS:
+            interval = restricted_mean_interval(times, seed=0)
+            mean += f" ({interval.low:,.0f} to {interval.high:,.0f})"
+        by_seed = " / ".join(f"{one.steps:,}{'' if one.solved else '+'}" for one in cell.trainings)
+        solved = f"{times.observed.sum()} of {len(times.times)}"
+        seconds = f"{sum(one.cpu_seconds for one in cell.trainings):,.0f}"
+        rows.append([panel, arm_name(results, cell), solved, mean, by_seed, seconds])
+    header = ["task", results.arm_axis or "run", "solved", "steps", "steps by seed", "CPU-seconds"]
+    return _PlainTable("Steps to solve", _SOLVE_LEGEND, header, rows)
 
 
 def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult, EvaluationResult]], list[str]]]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from metatokens.config.sweep import SweepConfig
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.sweep import PerplexityConfig, SweepConfig
 from metatokens.evaluation.statistics import (
     Interval,
     accuracy_interval,
@@ -29,10 +30,12 @@ from metatokens.report.sweep_results import (
     EvaluationResult,
     FailedRun,
     SweepResults,
+    TrainingOutcome,
 )
+from metatokens.sweep.perplexities import perplexity_row
 from metatokens.sweep.planning import SweepRun, matching_text
 from metatokens.sweep.progress import flops_after
-from metatokens.sweep.running import is_done, read_answers
+from metatokens.sweep.running import is_done, read_answers, read_cpu_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,7 +89,7 @@ Answers = Mapping[str, Mapping[str, dict[str, Any]]]
 def _combination(
     sweep: SweepConfig, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers, out: Path
 ) -> CellResult:
-    first = runs[0]
+    first, config = runs[0], runs[0].config
     measured = [json.loads(run.folder.result_path.read_text(encoding="utf-8")) for run in runs]
 
     def mean(key: str) -> float:
@@ -94,16 +97,18 @@ def _combination(
 
     return CellResult(
         labels=first.labels,
-        task=first.config.task.kind,
+        task=config.task.kind if isinstance(config, FinetuneConfig) else "pre-training",
         matching=matching_text(sweep),
         seeds=tuple(run.seed for run in runs),
         models=tuple(str(run.folder.model_path.relative_to(out)) for run in runs),
         parameters=measured[0]["num_parameters"],
-        steps=measured[0]["steps"],
+        steps=round(mean("steps")),
         text_tokens=mean("text_tokens"),
         meta_tokens=mean("meta_tokens"),
         training_flops=mean("training_flops"),
-        trained_to=first.config.curriculum[-1].prompt_tokens[1],
+        trained_to=config.curriculum[-1].prompt_tokens[1]
+        if isinstance(config, FinetuneConfig)
+        else config.text_tokens_per_block,
         window=first.windows.own,
         original_window=first.windows.original,
         curve=tuple(_curve(runs, mean("training_flops"))),
@@ -115,6 +120,24 @@ def _combination(
                 rows=tuple(_rows(evaluation.name, runs, references, answers)),
             )
             for evaluation in first.evaluations
+            if isinstance(evaluation.config, EvaluateConfig)
+        ),
+        perplexities=tuple(
+            perplexity_row(
+                evaluation, _reports(evaluation.name, runs, answers), _reports(evaluation.name, references, answers)
+            )
+            for evaluation in first.evaluations
+            if isinstance(evaluation.config, PerplexityConfig)
+        ),
+        trainings=tuple(
+            TrainingOutcome(
+                seed=run.seed,
+                steps=result["steps"],
+                solved=result.get("solved"),
+                training_flops=result["training_flops"],
+                cpu_seconds=read_cpu_seconds(run),
+            )
+            for run, result in zip(runs, measured, strict=True)
         ),
     )
 
@@ -122,8 +145,7 @@ def _combination(
 def _rows(
     name: str, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers
 ) -> Iterator[AccuracyRow]:
-    reports = {run.seed: answers[run.name][name] for run in runs}
-    others = {run.seed: answers[run.name][name] for run in references if name in answers[run.name]}
+    reports, others = _reports(name, runs, answers), _reports(name, references, answers)
     for index, row in enumerate(next(iter(reports.values()))["rows"]):
         rows = [report["rows"][index] for report in reports.values()]
         known = all(row["sequence_accuracy"] is not None for row in rows)
@@ -140,6 +162,11 @@ def _rows(
             sequence_by_seed=_means(_outcomes(rows, "sequence")) if known else (),
             difference_by_seed=by_seed,
         )
+
+
+def _reports(name: str, runs: Sequence[SweepRun], answers: Answers) -> dict[int, dict[str, Any]]:
+    """Return the report of each seed that has one."""
+    return {run.seed: answers[run.name][name] for run in runs if name in answers[run.name]}
 
 
 def _pooled(rows: Sequence[dict[str, Any]], kind: str) -> Interval:

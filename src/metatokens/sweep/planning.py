@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import override_fields
-from metatokens.config.sweep import GridPoint, SweepConfig, evaluations_of, expand
+from metatokens.config.sweep import GridPoint, Question, SweepConfig, SweptConfig, evaluations_of, expand
 from metatokens.config.tasks import Difficulty, length_bin
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
@@ -20,13 +21,13 @@ from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import make_instance
 from metatokens.training.finetuning import build_on_meta_device, training_batches
 from metatokens.training.loop import count_batch_flops
+from metatokens.training.pretraining import first_batch
 from metatokens.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig, Stage
     from metatokens.data.loader import Batch
 
 _SAMPLED_INSTANCES = 512  # the fewest instances of each stage, or all of a shorter one
@@ -50,7 +51,7 @@ class EvaluationRequest:
     """One evaluation of a run."""
 
     name: str
-    config: EvaluateConfig
+    config: Question
     interventions: tuple[str, ...]
 
 
@@ -78,7 +79,7 @@ class SweepRun:
     labels: dict[str, str]
     seed: int
     folder: RunFolder
-    config: FinetuneConfig
+    config: SweptConfig
     evaluations: tuple[EvaluationRequest, ...]
     parameters: int
     windows: WindowSizes
@@ -101,8 +102,8 @@ class _Arm:
     text_tokens: tuple[float, ...]
     flops: tuple[float, ...]
 
-    def budget(self, curriculum: Sequence[Stage]) -> Budget:
-        steps = [stage.steps for stage in curriculum]
+    def budget(self, steps: Sequence[int]) -> Budget:
+        """Return the cost of a run with these steps in its stages."""
         return Budget(
             steps=sum(steps),
             text_tokens=sum(n * tokens for n, tokens in zip(steps, self.text_tokens, strict=True)),
@@ -130,15 +131,22 @@ def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
             labels=arm.point.labels,
             seed=seed,
             folder=RunFolder(out.joinpath("runs", *arm.point.labels.values(), f"seed-{seed}")),
-            config=config.model_copy(update={"seed": seed}),
+            config=arm.point.with_seed(config, seed),
             evaluations=arm.evaluations,
             parameters=arm.parameters,
             windows=arm.windows,
-            budget=arm.budget(config.curriculum),
+            budget=arm.budget(stage_steps(config)),
         )
         for seed in sweep.seeds
         for arm, config in zip(arms, configs, strict=True)
     ]
+
+
+def stage_steps(config: SweptConfig) -> list[int]:
+    """Return the steps of each stage of a run; pre-training is one stage."""
+    if isinstance(config, FinetuneConfig):
+        return [stage.steps for stage in config.curriculum]
+    return [config.total_steps]
 
 
 def matching_text(sweep: SweepConfig) -> str:
@@ -181,26 +189,23 @@ class _CostEstimator:
 
     def arm(self, sweep: SweepConfig, point: GridPoint, origin: str) -> _Arm:
         """Return a combination with its costs, after all checks that need no training."""
-        model, tokenizer = build_on_meta_device(point.config)
-        stages = self._sample(point.config, model, tokenizer)
-        limit = sequence_limit(model)
-        longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)
-        if limit is not None and longest > limit:
-            raise UsageError(
-                f"{origin}, {point.name}: curriculum",
-                expected=f"batches of at most the {limit} positions of the model",
-                found=f"one of {longest}, answers and meta-tokens included",
-                remedy="raise start.model.max_position_embeddings, or shorten the last stages",
-            )
+        config = point.with_seed(point.config, sweep.seeds[0])
+        if isinstance(config, FinetuneConfig):
+            model, tokenizer = build_on_meta_device(config)
+            stages = self._sample(config, model, tokenizer)
+            _check_window(stages, model, f"{origin}, {point.name}")
+        else:
+            model, tokenizer, batch = first_batch(config)
+            stages = [[batch]]
         evaluations = tuple(
-            EvaluationRequest(evaluation.name, config, evaluation.interventions)
-            for evaluation, config in evaluations_of(sweep, point, origin)
+            EvaluationRequest(evaluation.name, question, evaluation.interventions)
+            for evaluation, question in evaluations_of(sweep, point, origin)
         )
-        encoder = PieceEncoder(TextEncoder(tokenizer))
         for evaluation in evaluations:
             try:
                 check_interventions(model, [parse_intervention(text) for text in evaluation.interventions])
-                self._check_fillable(evaluation.config, encoder)
+                if isinstance(evaluation.config, EvaluateConfig):
+                    self._check_fillable(evaluation.config, PieceEncoder(TextEncoder(tokenizer)))
             except UsageError as error:
                 raise UsageError(
                     f"{origin}, {point.name}: evaluations {evaluation.name}",
@@ -249,6 +254,18 @@ class _CostEstimator:
                 self._fillable.add(key)
 
 
+def _check_window(stages: Sequence[Sequence[Batch]], model: Any, origin: str) -> None:
+    limit = sequence_limit(model)
+    longest = max(batch.input_ids.shape[1] for batches in stages for batch in batches)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"{origin}: curriculum",
+            expected=f"batches of at most the {limit} positions of the model",
+            found=f"one of {longest}, answers and meta-tokens included",
+            remedy="raise start.model.max_position_embeddings, or shorten the last stages",
+        )
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -265,14 +282,14 @@ def _reference_of(sweep: SweepConfig, arm: _Arm, arms: Sequence[_Arm]) -> _Arm |
     return next(other for other in arms if other.point.labels == labels)
 
 
-def _match_budget(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> FinetuneConfig:
+def _match_budget(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin: str) -> SweptConfig:
     """Return the config of an arm, with steps that match its budget to the reference's."""
     config = arm.point.config
     if reference is None or reference is arm:
         return config
     measured = _MEASURED_BY[sweep.match]
-    theirs = reference.budget(reference.point.config.curriculum)
-    own = arm.budget(config.curriculum)
+    theirs, stages = reference.budget(stage_steps(reference.point.config)), stage_steps(config)
+    own = arm.budget(stages)
     if sweep.match == "steps":
         if own.steps != theirs.steps:
             raise _unmatched(
@@ -280,12 +297,12 @@ def _match_budget(sweep: SweepConfig, arm: _Arm, reference: _Arm | None, origin:
             )
     else:
         target, spent = getattr(theirs, measured), getattr(own, measured)
-        steps = scale_steps([stage.steps for stage in config.curriculum], target / spent)
+        steps = scale_steps(stages, target / spent)
         if steps is None:
-            found = f"{own.steps * target / spent:.1f} steps for {len(config.curriculum)} stages"
+            found = f"{own.steps * target / spent:.1f} steps for {len(stages)} stages"
             raise _unmatched(origin, arm, reference, "a step for each stage", found, "lengthen the reference")
         config = _with_steps(config, steps, f"{origin}, {arm.point.name}, matched to {reference.point.name}")
-        own = arm.budget(config.curriculum)
+        own = arm.budget(steps)
     ratio = getattr(own, measured) / getattr(theirs, measured)
     if abs(ratio - 1) > sweep.tolerance:
         raise _unmatched(
@@ -317,7 +334,10 @@ def scale_steps(steps: Sequence[int], factor: float) -> list[int] | None:
     return scaled
 
 
-def _with_steps(config: FinetuneConfig, steps: Sequence[int], origin: str) -> FinetuneConfig:
+def _with_steps(config: SweptConfig, steps: Sequence[int], origin: str) -> SweptConfig:
+    if not isinstance(config, FinetuneConfig):
+        duration = {"kind": "steps", "steps": sum(steps)}
+        return override_fields(config, {"training": {"duration": duration}}, origin)
     curriculum = [
         {**stage.model_dump(mode="json"), "steps": count} for stage, count in zip(config.curriculum, steps, strict=True)
     ]

@@ -13,7 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from metatokens.sweep.planning import SweepRun
+from metatokens.sweep.planning import SweepRun, stage_steps
 
 _TAIL_BYTES = 4_096  # of metrics.jsonl: more than its last line
 
@@ -135,10 +135,9 @@ class SweepDisplay:
 
 def flops_after(run: SweepRun, step: int) -> float:
     """Return the estimated operations of the first `step` steps of a run."""
-    stages = run.config.curriculum
-    ends = accumulate(stage.steps for stage in stages)
-    costs = zip(stages, ends, run.budget.flops_of_stages, strict=True)
-    return sum(flops * min(max(step - (end - stage.steps), 0), stage.steps) for stage, end, flops in costs)
+    stages = stage_steps(run.config)
+    costs = zip(stages, accumulate(stages), run.budget.flops_of_stages, strict=True)
+    return sum(flops * min(max(step - (end - steps), 0), steps) for steps, end, flops in costs)
 
 
 def last_metrics(path: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ OUT/
   runs/LABEL/.../seed-N/
     preset.yaml              the resolved config, for `metatokens finetune`
     evaluation.json          the model's answers, by evaluation
+    cpu_seconds.json         processor time of the run's processes
     log.txt                  standard error of the run's processes
   lock
 """
@@ -26,7 +27,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import to_yaml
+from metatokens.config.sweep import PerplexityConfig
 from metatokens.errors import Preempted, UsageError
 from metatokens.report.sweep_results import FailedRun
 from metatokens.storage import hold_lock, write_atomically
@@ -101,6 +104,12 @@ def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
         for evaluation in run.evaluations
         if evaluation.name in stored and _answers(stored[evaluation.name], evaluation)
     }
+
+
+def read_cpu_seconds(run: SweepRun) -> float:
+    """Return the processor time of a run's processes, but for those that outlived a sweep that was killed."""
+    path = run.folder.path / "cpu_seconds.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
 
 
 def run_sweep(
@@ -215,9 +224,10 @@ class _Scheduler:
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
+        write_atomically(run.folder.path / "cpu_seconds.json", f"{read_cpu_seconds(run) + process.cpu_seconds:.2f}\n")
         error, output = process.error(code), process.take_output()
         if error is None and process.evaluation is not None:
-            _store_answer(run, process.evaluation, output)
+            store_answer(run, process.evaluation, output)
         if error is None and not process.has_left_its_result():
             error = f"{process.activity} ended without its result; see {run.folder.path / 'log.txt'}"
         if error is None and not (stopping and not is_done(run)):
@@ -236,12 +246,12 @@ class _Process:
     """A training or an evaluation under way."""
 
     def __init__(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
-        self.run, self.slot, self.evaluation = run, slot, evaluation
+        self.run, self.slot, self.evaluation, self.cpu_seconds = run, slot, evaluation, 0.0
         folder = run.folder.path
         self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
-        arguments = _training(folder) if evaluation is None else _evaluation(folder, evaluation)
+        arguments = training_arguments(run) if evaluation is None else evaluation_arguments(run, evaluation)
         with self._log_path.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._popen = subprocess.Popen(
@@ -250,11 +260,20 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches it only once, through the sweep
+                # Ctrl-C reaches it only once, through the sweep; Linux gives a new session its own share of the
+                # processor, whatever the niceness
+                process_group=0,
             )
 
     def poll(self) -> int | None:
-        return self._popen.poll()
+        """Return the exit status of a process that has ended and note its processor time; None while it runs."""
+        if self._popen.returncode is None:
+            # Popen.poll would throw away the usage of this one process
+            number, status, usage = os.wait4(self._popen.pid, os.WNOHANG)
+            if number:
+                self._popen.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return self._popen.returncode
 
     def send_signal(self, number: int) -> None:
         self._popen.send_signal(number)
@@ -285,18 +304,24 @@ class _Process:
         return (told or lines or [f"exit code {code}"])[-1].removeprefix("metatokens: ")
 
 
-def _training(folder: Path) -> list[str]:
-    return ["finetune", str(folder / "preset.yaml"), "--out", str(folder), "--json"]
+def training_arguments(run: SweepRun) -> list[str]:
+    """Return the command line of the training of a run, without the program."""
+    verb = "finetune" if isinstance(run.config, FinetuneConfig) else "pretrain"
+    return [verb, str(run.folder.path / "preset.yaml"), "--out", str(run.folder.path), "--json"]
 
 
-def _evaluation(folder: Path, request: EvaluationRequest) -> list[str]:
-    compact = (",", ":")  # argparse takes a word with a space for an argument of its own
-    fields = [
-        f"--{key}={json.dumps(value, separators=compact)}"
-        for key, value in request.config.model_dump(mode="json").items()
-    ]
+def evaluation_arguments(run: SweepRun, request: EvaluationRequest) -> list[str]:
+    """Return the command line of an evaluation of a trained run, without the program."""
+    folder = run.folder.path
     interventions = [f"--intervention={intervention}" for intervention in request.interventions]
-    return ["evaluate", str(folder), *fields, *interventions, "--json"]
+    fields = request.config.model_dump(mode="json")
+    if isinstance(request.config, PerplexityConfig):
+        given = {key: value for key, value in fields.items() if value is not None}
+        options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key != "text"]
+        return ["perplexity", str(folder), request.config.text, *options, *interventions, "--json"]
+    compact = (",", ":")  # argparse takes a word with a space for an argument of its own
+    overrides = [f"--{key}={json.dumps(value, separators=compact)}" for key, value in fields.items()]
+    return ["evaluate", str(folder), *overrides, *interventions, "--json"]
 
 
 def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
@@ -304,15 +329,22 @@ def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
     return [evaluation for evaluation in run.evaluations if evaluation.name not in answers]
 
 
-def _store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
+def store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
+    """Keep what an evaluation wrote as JSON, beside the answers to others."""
     path = run.folder.path / "evaluation.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stored[request.name] = {"interventions": list(request.interventions), "report": json.loads(report)}
+    asked = request.config.model_dump(mode="json")
+    stored[request.name] = {
+        "interventions": list(request.interventions),
+        "asked": asked,
+        "report": json.loads(report),
+    }
     write_atomically(path, json.dumps(stored) + "\n")
 
 
 def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
     """Tell whether a stored answer is one to this request."""
-    old, new = stored["report"]["config"], request.config.model_dump(mode="json")
+    # older files have no `asked`, but the report of a recall task repeats it
+    old, new = stored.get("asked") or stored["report"]["config"], request.config.model_dump(mode="json")
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
     return same and stored["interventions"] == list(request.interventions)

@@ -238,10 +238,11 @@ def mark_places(
         decoys: Other places for the meta-tokens; None puts one right before each mark.
     """
     inserted: dict[_Place, list[str]] = defaultdict(list)
+    num_marks = 2 if task.marks == "double" else int(task.marks)
     for place in decoys or ():
         inserted[place].append(META)
     for place, mark in marked:
-        inserted[place] += [*([META] if decoys is None else []), *([mark] if task.marks else [])]
+        inserted[place] += [*([META] if decoys is None else []), *[mark] * num_marks]
     return inserted
 
 

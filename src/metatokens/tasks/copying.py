@@ -73,4 +73,4 @@ def generate(
 
 def solve(prompt_text: str) -> list[str]:
     """Return the answer to each question of a prompt, from the text alone."""
-    return [span.strip() for span in re.findall(r"\[([^\]]*)\]", prompt_text)]
+    return [span.strip() for span in re.findall(r"\[([^\[\]]+)\]", prompt_text)]

@@ -78,7 +78,7 @@ def generate(
 def solve(prompt_text: str) -> list[str]:
     """Return the answer to each question of a prompt, from the text alone."""
     parity, answers = "0", []
-    for symbol in prompt_text.partition(".")[0]:
+    for symbol in prompt_text.partition(".")[0].replace("| |", "|"):
         if symbol == "1":
             parity = "1" if parity == "0" else "0"
         elif symbol == "|":

@@ -55,6 +55,8 @@ class TrainingState:
     """Meta-tokens of the steps done."""
     training_flops: float = 0.0
     """Floating-point operations of the steps done."""
+    solved_evaluations: int = 0
+    """Evaluations in a row, up to the last, that count towards `SolveConfig.evaluations`."""
     config: dict[str, Any] | None = None
     """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
     run_sha256: str | None = None

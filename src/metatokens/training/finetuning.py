@@ -173,6 +173,7 @@ def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
     model, tokenizer, start_id = _start(config)
     model.to(processes.device)
     identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
+    evaluation = config.solve or config.evaluation
     return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(tokenizer),
@@ -185,16 +186,19 @@ def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
         batches=training_batches(config, model, tokenizer, rank=processes.rank, world_size=processes.world_size),
         count_flops=lambda batch: count_batch_flops(model, batch),
         evaluate=None
-        if config.evaluation.interval_steps is None
-        else _Validation(config, processes, model, tokenizer).measure,
-        evaluation_steps=config.evaluation.interval_steps,
+        if evaluation.interval_steps is None
+        else _Validation(config, evaluation.instances, processes, model, tokenizer).measure,
+        evaluation_steps=evaluation.interval_steps,
+        solve=config.solve,
     )
 
 
 class _Validation:
     """Accuracy on fixed test instances at the difficulty of the last stage; every process does its share."""
 
-    def __init__(self, config: FinetuneConfig, processes: Processes, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: FinetuneConfig, num_instances: int, processes: Processes, model: Any, tokenizer: Tokenizer
+    ) -> None:
         self._processes, self._model = processes, model
         instances = make_test_instances(
             config.task,
@@ -202,7 +206,7 @@ class _Validation:
             encoder=PieceEncoder(TextEncoder(tokenizer)),
             meta_token_id=model.config.meta_token_id,
             seed=config.seed,
-            instances=config.evaluation.instances,
+            instances=num_instances,
         )
         self._instances = instances[processes.rank :: processes.world_size]
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
+from metatokens.config.finetuning import SolveConfig
 from metatokens.config.schema import RunConfig
 from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.loader import Batch, Batches
@@ -68,6 +69,8 @@ class TrainingSetup:
     """Called by every process, without gradients, with the model in evaluation mode; None means no evaluation."""
     evaluation_steps: int | None = None
     """Optimizer steps between evaluations; one more after the last step."""
+    solve: SolveConfig | None = None
+    """Ends the run once the sequence accuracy of `evaluate` has been high enough; None means after the last step."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class TrainingResult:
     meta_tokens_per_second: float | None
     waited_for_batches: float
     """Time spent waiting for the loader, as a share of the training time."""
+    solved: bool | None = None
+    """Whether the run ended because its task was solved, after `steps`; None if it does not stop for that."""
 
 
 def train(
@@ -185,8 +190,8 @@ class _Run:
                 display.say(f"{label} continues after step {first}")
             self._settle_buckets(first)
             batches = stack.enter_context(contextlib.closing(self.job.batches.prefetch(first, total)))
-            for step in range(first, total):
-                started = time.perf_counter()
+            while not self._is_over:
+                step, started = self.state.step, time.perf_counter()
                 loss, grad_norm, stopping = self._step(step, next(batches), stopping=bool(stop))
                 seconds += time.perf_counter() - started
                 if _due(step + 1, config.logging.interval_steps, total):
@@ -198,14 +203,14 @@ class _Run:
                     display.say(f"{label} step {step + 1} {figures}")
                     if metrics:
                         metrics.write(step + 1, **validation)
-                if _due(step + 1, config.checkpoint.interval_steps, total) or stopping:
+                if _due(step + 1, config.checkpoint.interval_steps, total) or stopping or self._is_over:
                     self._save()
-                if stopping and step + 1 < total:
+                if stopping and not self._is_over:
                     raise Preempted(f"stopped by a signal after step {step + 1}; the same command continues from there")
         self._check_end()
         result = self._result(start, seconds, loss, validation)
         self._finish(result)
-        if first < total:
+        if first < self.state.step:
             return result
         measured = json.loads(self.folder.result_path.read_text())
         return TrainingResult(**{**measured, "run": result.run, "model": result.model})
@@ -325,7 +330,19 @@ class _Run:
             if not math.isfinite(value):
                 where = f"evaluation after step {self.state.step}"
                 raise self._diverged(where, f"a finite {name.replace('_', ' ')}", str(value))
+        if rule := self.job.solve:
+            reached = figures["sequence_accuracy"] >= rule.accuracy
+            self.state = replace(self.state, solved_evaluations=self.state.solved_evaluations + 1 if reached else 0)
         return figures
+
+    @property
+    def _is_solved(self) -> bool:
+        rule = self.job.solve
+        return rule is not None and self.state.solved_evaluations >= rule.evaluations
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_solved or self.state.step >= self.config.total_steps
 
     def _save(self) -> None:
         with self.processes.raise_together():
@@ -388,6 +405,7 @@ class _Run:
             text_tokens_per_second=rates[0],
             meta_tokens_per_second=rates[1],
             waited_for_batches=self.job.batches.seconds_waited / seconds if seconds else 0.0,
+            solved=self._is_solved if self.job.solve else None,
         )
 
 

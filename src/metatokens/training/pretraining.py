@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from metatokens.config.schema import PretrainConfig
-from metatokens.data.loader import BatchLoader, TokenBlocks
+from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
@@ -16,7 +17,7 @@ from metatokens.generation.decoding import schedule_for
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.schedule import state_schedule
 from metatokens.training.distributed import Processes, join_processes
-from metatokens.training.initialization import build_model
+from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import (
     BYTES_PER_PARAMETER_OF_CHECKPOINT,
@@ -70,6 +71,14 @@ def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
         "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
         "checkpoint_bytes": num_parameters * BYTES_PER_PARAMETER_OF_CHECKPOINT,
     }
+
+
+def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
+    """Return the run's model without its weights, on the meta device, its text tokenizer, and its first batch."""
+    with open_dataset(config) as dataset:
+        model = build_model_on_meta_device(config.model, **vocabulary(dataset))
+        loader = _loader(config, dataset, "train", batch_blocks=config.training.batch_blocks)
+        return model, dataset.tokenizer(), loader.batch_at(0)
 
 
 def open_dataset(config: PretrainConfig) -> TokenDataset:

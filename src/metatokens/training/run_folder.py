@@ -175,7 +175,7 @@ def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, ob
         old = old_tree[section]
         if section in FREE_SECTIONS or old == new:
             continue
-        if not isinstance(new, dict):
+        if not (isinstance(old, dict) and isinstance(new, dict)):
             yield section, old, new
             continue
         # the kind first: the other keys follow from it

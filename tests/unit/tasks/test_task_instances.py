@@ -212,6 +212,19 @@ def test_marks_are_all_that_differs_in_a_text_with_and_without_them(name):
         assert with_marks.split == without.split
 
 
+@pytest.mark.parametrize("name", ["parity", "copying", "segment_counting"])
+def test_a_second_mark_stands_where_another_model_has_a_meta_token(name):
+    task = find_task(name)
+    for index in range(20):
+        double, informed = (
+            instance_of(task.config(questions=2, **fields), index=index)
+            for fields in ({"marks": "double", "meta_places": {"kind": "none"}}, {"meta_places": {"kind": "task"}})
+        )
+        text = [piece for piece in double.pieces if piece != META]  # the encoding leaves META out
+        assert all(other in (own, META) for own, other in zip(text, informed.pieces, strict=True))
+        assert tuple(task.solve(double.prompt_text)) == double.answers == informed.answers
+
+
 @pytest.mark.parametrize("name", ["list_recall", "list_pointer", "segment_counting"])
 def test_every_list_has_one_meta_behind_it(name):
     task = find_task(name).config(meta_places={"kind": "every"}, questions=2)

@@ -1,0 +1,252 @@
+"""Times to an event that not every training reaches: survival curves, tests of two arms, and the ratio of their times.
+
+A training that ends unsolved is censored: its time is longer than the horizon, the same for every training of an arm.
+Curves are Kaplan and Meier's (1958), and the restricted mean is the area below a curve up to the horizon.
+
+Two arms are compared by the log-rank test (Mantel 1966). Its statistic, observed minus expected events of one arm, is
+a sum of one score for each training (Peto and Peto 1972). Seeds are paired by their data order, so a swap of the two
+arms within a seed flips the sign of the difference of their scores, and the test is a sign-flip test. Times of the
+second arm are multiplied by a ratio before the test to ask whether the first takes that many times as long: the ratios
+that the test does not reject are the interval, and equivalence is two such tests, one for each border of the margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from metatokens.evaluation.significance import Array, bca_interval, sign_flip_test
+from metatokens.evaluation.statistics import CONFIDENCE_LEVEL, Interval, Numbers
+
+LARGEST_RATIO = 64.0
+"""Bounds of the search for a ratio: a bound of an interval beyond it is None."""
+_HALVINGS = 14  # of the search, to a factor of 64 ** (1 / 2**14), less than 1.0003
+_FEWEST_SEEDS = 3
+_POWER_DRAWS = 1_000
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times to the event of one arm, by seed."""
+
+    times: Array
+    """(seeds,): time of the event, or `horizon` without one."""
+    observed: npt.NDArray[np.bool_]
+    """(seeds,): whether the event happened."""
+    horizon: float
+    """End of the observation."""
+
+    @classmethod
+    def of(cls, times: Numbers, observed: npt.ArrayLike, horizon: float) -> Self:
+        """Return checked times.
+
+        Raises:
+            ValueError: there is no time, one is not in (0, horizon], or one without an event lies before the horizon.
+        """
+        values, events = np.asarray(times, dtype=np.float64), np.asarray(observed, dtype=np.bool_)
+        if values.ndim != 1 or not len(values) or values.shape != events.shape:
+            raise ValueError(f"each seed needs one time and one event, not shapes {values.shape} and {events.shape}")
+        if not ((values > 0) & (values <= horizon)).all() or (values[~events] < horizon).any():
+            raise ValueError(f"times must lie in (0, {horizon:g}], and at {horizon:g} without an event")
+        return cls(values, events, float(horizon))
+
+    def scaled(self, ratio: float) -> Times:
+        """Return the times multiplied by a ratio."""
+        return Times(self.times * ratio, self.observed, self.horizon * ratio)
+
+    def until(self, horizon: float) -> Times:
+        """Return the times as they would be seen at an earlier horizon."""
+        return Times(np.minimum(self.times, horizon), self.observed & (self.times <= horizon), horizon)
+
+    def of_seeds(self, indices: npt.NDArray[np.int64]) -> Times:
+        """Return the times of some seeds."""
+        return Times(self.times[indices], self.observed[indices], self.horizon)
+
+
+def survival_curve(sample: Times) -> tuple[Array, Array]:
+    """Return the steps of the Kaplan-Meier curve: event times, ascending, and the share without the event after each.
+
+    Before the first time the share is 1.
+    """
+    times, events, at_risk = _risk_table(sample.times, sample.observed)
+    return times, np.asarray(np.cumprod(1 - events / at_risk), dtype=np.float64)
+
+
+def restricted_mean(sample: Times) -> float:
+    """Return the mean time up to the horizon: the area below the Kaplan-Meier curve."""
+    times, shares = survival_curve(sample)
+    widths = np.diff(times, prepend=0.0, append=sample.horizon)
+    return float(widths @ np.concatenate([[1.0], shares]))
+
+
+def restricted_mean_interval(sample: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> Interval:
+    """Return the restricted mean with its BCa interval over seeds.
+
+    Raises:
+        UsageError: there are fewer than three seeds.
+    """
+    indices = np.arange(len(sample.times))
+    return bca_interval(
+        indices,
+        lambda drawn: restricted_mean(sample.of_seeds(drawn.astype(np.int64))),
+        seed=seed,
+        level=level,
+        minimum_documents=_FEWEST_SEEDS,
+    )
+
+
+def log_rank_scores(times: Array, observed: npt.NDArray[np.bool_]) -> Array:
+    """Return the log-rank score of each member of a pooled sample, (members,).
+
+    The score is the event, 0 or 1, minus the Nelson-Aalen hazard of the pooled sample up to the member's time. Summed
+    over an arm it is the number of events of that arm minus the number expected; summed over all it is 0.
+    """
+    event_times, events, at_risk = _risk_table(times, observed)
+    hazard = np.concatenate([[0.0], np.cumsum(events / at_risk)])
+    scores: Array = observed - hazard[np.searchsorted(event_times, times, side="right")]
+    return scores
+
+
+def log_rank_test(first: Times, second: Times, *, seed: int) -> float:
+    """Return the two-sided p-value of the hypothesis that two arms take equally long, paired by seed.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds.
+    """
+    return sign_flip_test(_score_differences(first, second, 1.0), seed=seed)
+
+
+def equivalence_of_times(first: Times, second: Times, margin: float, *, seed: int) -> float:
+    """Return the p-value of the hypothesis that the ratio of times lies at or beyond 1 / margin or margin (TOST).
+
+    Args:
+        first: one arm.
+        second: the other arm, with the same seeds in the same order.
+        margin: ratio above 1, declared before the run.
+        seed: of the draws of the sign flips.
+
+    Raises:
+        ValueError: the margin is not above 1, or the arms have different numbers of seeds.
+    """
+    if not 1 < margin < math.inf:
+        raise ValueError(f"the margin must be a finite ratio above 1, not {margin}")
+    return max(
+        sign_flip_test(_score_differences(first, second, margin), seed=seed, alternative="greater"),
+        sign_flip_test(-_score_differences(first, second, 1 / margin), seed=seed, alternative="greater"),
+    )
+
+
+def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> Interval | None:
+    """Return how many times as long the first arm takes as the second, with the interval that the test does not reject.
+
+    The estimate is the ratio at which the log-rank statistic is 0. Where one arm has no event that is a bound too, the
+    ratio beyond which nothing is left to compare. A bound is None where no ratio up to `LARGEST_RATIO` is rejected, and
+    the result is None if neither arm has an event.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds.
+    """
+    if not (first.observed.any() or second.observed.any()):
+        return None
+    tail = (1 - level) / 2
+
+    def is_rejected(sign: int, log_ratio: float) -> bool:
+        differences = sign * _score_differences(first, second, math.exp(log_ratio))
+        return sign_flip_test(differences, seed=seed, alternative="greater") <= tail
+
+    def is_below(log_ratio: float) -> bool:
+        return float(_score_differences(first, second, math.exp(log_ratio)).sum()) < 0
+
+    reach = math.log(LARGEST_RATIO)
+    estimate = _last(is_below, -reach, reach)
+    low = _last(partial(is_rejected, -1), -reach, estimate)
+    high = _last(partial(is_rejected, 1), reach, estimate)
+    return Interval(
+        math.exp(estimate),
+        math.exp(low) if is_rejected(-1, -reach) else None,
+        math.exp(high) if is_rejected(1, reach) else None,
+        level,
+    )
+
+
+def detectable_ratio(
+    num_seeds: int,
+    log_deviation: float,
+    *,
+    level: float,
+    horizon_over_median: float,
+    power: float = 0.8,
+    simulations: int = 300,
+    seed: int = 0,
+) -> float:
+    """Return the smallest ratio of times that the paired log-rank test finds with the given power, by simulation.
+
+    Times are log-normal and independent within a pair; the first arm's median is 1.
+
+    Args:
+        num_seeds: seeds of each arm.
+        log_deviation: standard deviation of the log of the times of one arm.
+        level: of the two-sided test; with Holm's correction for m contrasts, level / m for the least of them.
+        horizon_over_median: horizon in medians of the first arm.
+        power: share of simulated experiments that must reject.
+        simulations: number of simulated experiments for each ratio.
+        seed: of the simulation.
+
+    Returns:
+        The ratio, `LARGEST_RATIO` if even that is not found.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    noise = np.exp(log_deviation * generator.standard_normal((simulations, 2, num_seeds)))
+
+    def is_missed(log_ratio: float) -> bool:
+        found = 0
+        for number, (first, second) in enumerate(noise):
+            arms = [
+                Times(times, times < math.inf, math.inf).until(horizon_over_median)
+                for times in (first, second * math.exp(log_ratio))
+            ]
+            differences = _score_differences(arms[0], arms[1], 1.0)
+            found += sign_flip_test(differences, seed=number, draws=_POWER_DRAWS) <= level
+        return found < power * simulations
+
+    return math.exp(_last(is_missed, 0.0, math.log(LARGEST_RATIO), halvings=8))
+
+
+def _risk_table(times: Array, observed: npt.NDArray[np.bool_]) -> tuple[Array, Array, Array]:
+    """Return the distinct event times, the events at each, and the members still at risk there."""
+    event_times, events = np.unique(times[observed], return_counts=True)
+    at_risk = len(times) - np.searchsorted(np.sort(times), event_times, side="left")
+    return event_times, events.astype(np.float64), at_risk.astype(np.float64)
+
+
+def _score_differences(first: Times, second: Times, ratio: float) -> Array:
+    """Return the first arm's score minus the second's for each seed, the second's times multiplied by `ratio`.
+
+    Events score high and early ones highest, so differences are positive where the first arm is faster.
+    """
+    if len(first.times) != len(second.times):
+        raise ValueError(f"arms are paired by seed, not with {len(first.times)} and {len(second.times)} seeds")
+    second = second.scaled(ratio)
+    horizon = min(first.horizon, second.horizon)
+    first, second = first.until(horizon), second.until(horizon)
+    scores = log_rank_scores(
+        np.concatenate([first.times, second.times]), np.concatenate([first.observed, second.observed])
+    )
+    return scores[: len(first.times)] - scores[len(first.times) :]
+
+
+def _last(holds: Callable[[float], bool], start: float, stop: float, halvings: int = _HALVINGS) -> float:
+    """Return where a condition that holds at `start` and not at `stop` ends to hold, by bisection."""
+    for _ in range(halvings):
+        middle = (start + stop) / 2
+        if holds(middle):
+            start = middle
+        else:
+            stop = middle
+    return (start + stop) / 2
