@@ -92,9 +92,13 @@ def restricted_mean_interval(sample: Times, *, seed: int, level: float = CONFIDE
         UsageError: there are fewer than three seeds.
     """
     indices = np.arange(len(sample.times))
+
+    def means(resamples: Array) -> Array:
+        return np.array([restricted_mean(sample.of_seeds(drawn.astype(np.int64))) for drawn in resamples])
+
     return bca_interval(
         indices,
-        lambda drawn: restricted_mean(sample.of_seeds(drawn.astype(np.int64))),
+        means,
         seed=seed,
         level=level,
         minimum_documents=_FEWEST_SEEDS,
