@@ -9,7 +9,6 @@ from metatokens.cli.arguments import add_interventions, add_verb, at_least, shar
 from metatokens.cli.output import announce, emit
 from metatokens.cli.reading import Progress, add_source_options, source_options
 from metatokens.errors import UsageError
-from metatokens.report.console import show_perplexity, show_table
 
 
 def add(verbs: Any) -> None:
@@ -41,6 +40,7 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.data.sources import iterate_documents, source_files
+    from metatokens.report.console import show_perplexity, show_table
     from metatokens.training.loading import ModelFolder
 
     folder = ModelFolder(options.checkpoint)

@@ -5,6 +5,7 @@ value`; the value is read as YAML. Every error is one line; for an unknown prese
 """
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,13 @@ _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 def preset_names() -> list[str]:
     """Return the names of the presets in the package, such as `tiny/meta`."""
     return sorted(name for name, _ in _walk(files("metatokens.presets"), ""))
+
+
+def preset_purpose(name: str) -> str:
+    """Return the first sentence of the comment that begins a preset of the package."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _read_preset(name).splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.) (?=[A-Z`-])", comment, maxsplit=1)[0].rstrip(".")
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:

@@ -9,9 +9,8 @@ import torch
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.loader import BatchLoader, TokenBlocks
-from metatokens.data.shards import Split, TokenDataset
+from metatokens.data.shards import Split, TokenDataset, require_path
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
-from metatokens.errors import UsageError
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
@@ -71,14 +70,7 @@ def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
 
 def open_dataset(config: PretrainConfig) -> TokenDataset:
     """Open and verify the tokens that `config` names."""
-    if config.data.path is None:
-        raise UsageError(
-            "data.path",
-            expected="a folder of tokens",
-            found="none",
-            remedy="run `metatokens prepare` and pass --data.path DIR",
-        )
-    return TokenDataset.open(config.data.path, verify=config.data.verify)
+    return TokenDataset.open(require_path(config.data.path), verify=config.data.verify)
 
 
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:
