@@ -100,6 +100,20 @@ def test_a_misspelt_word_gets_the_nearest_one(command: list[str], meant: str) ->
     assert f"did you mean {meant!r}?" in error_line(*command, code=2)
 
 
+@pytest.mark.parametrize(
+    ("verb", "preset", "other"), [("pretrain", "tiny/recall", "finetune"), ("finetune", "tiny/meta", "pretrain")]
+)
+def test_a_preset_of_the_other_kind_of_run_is_sent_there(verb: str, preset: str, other: str) -> None:
+    assert f"write `metatokens {other} {preset}`" in error_line(verb, preset, code=2)
+
+
+@pytest.mark.parametrize("verb", [verb.__name__.rpartition(".")[2] for verb in VERBS])
+def test_help_fits_80_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = metatokens(verb, "-h").stdout.splitlines()
+    assert [line for line in shown if len(line) > 80] == []
+
+
 def test_the_interventions_of_the_command_line_are_those_of_the_evaluation() -> None:
     assert INTERVENTIONS.keys() == set(KINDS)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
-from metatokens.cli.output import announce, emit, say
+from metatokens.cli.output import announce, emit
+from metatokens.cli.reading import Progress
 
 
 def add(verbs: Any) -> None:
@@ -50,7 +51,11 @@ def _run(options: argparse.Namespace) -> int:
         weights_sha256=folder.sha256,
         command=shlex.join(words),
     )
-    results, arrays = analyze(model, tokenizer, config, identity=identity, say=say)
+    progress = Progress()
+    try:
+        results, arrays = analyze(model, tokenizer, config, identity=identity, say=progress.say, progress=progress.show)
+    finally:
+        progress.close()
     try:
         keep_elsewhere(options.out, lambda out: write_results(out, results, arrays))
     finally:

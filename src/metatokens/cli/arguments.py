@@ -6,6 +6,7 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
@@ -82,7 +83,7 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
         return options, [*unknown, *overrides]
 
     def format_help() -> str:
-        from metatokens.config.fields import format_fields
+        from metatokens.config.fields import HELP_WIDTH, format_fields
 
         module, name = schema.split(":")
         config_class = getattr(import_module(module), name)
@@ -90,11 +91,12 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
         title = (
             f"Fields, each an override `--section.key VALUE` (YAML values, off = none), with the values of {origin}:"
         )
+        title = textwrap.fill(title, HELP_WIDTH)
         return f"{argparse.ArgumentParser.format_help(parser)}\n{title}\n\n{format_fields(config_class, tree)}\n"
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
     parser.set_defaults(takes_overrides=True)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = argparse.HelpFormatter
     parser.format_help = format_help  # type: ignore[method-assign]
 
 

@@ -17,11 +17,12 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.config.finetuning import CheckpointStart, FinetuneConfig
-    from metatokens.config.loading import load_preset
+    from metatokens.config.loading import check_kind_of_run, load_preset
     from metatokens.report.console import show_table
     from metatokens.storage import check_folder
     from metatokens.training.loading import ModelFolder
 
+    check_kind_of_run(options.preset, finetuning=True)
     config, out = load_preset(options.preset, options.overrides, schema=FinetuneConfig), run_folder(options)
     if isinstance(config.start, CheckpointStart):
         ModelFolder(Path(config.start.path)).check_path()

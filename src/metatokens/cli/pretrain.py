@@ -15,12 +15,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.loading import load_preset
+    from metatokens.config.loading import check_kind_of_run, load_preset
     from metatokens.data.shards import read_manifest, require_path
     from metatokens.report.console import show_table
     from metatokens.storage import check_folder
     from metatokens.training.loading import ModelFolder
 
+    check_kind_of_run(options.preset, finetuning=False)
     config, out = load_preset(options.preset, options.overrides), run_folder(options)
     read_manifest(require_path(config.data.path))
     if config.start_from is not None:

@@ -145,6 +145,24 @@ def is_finetuning(preset: str | Path) -> bool:
     return not _load_tree(str(preset), seen=()).keys().isdisjoint({"task", "curriculum", "start"})
 
 
+def check_kind_of_run(preset: str | Path, *, finetuning: bool) -> None:
+    """Refuse a preset of the other kind of run, whose keys would each be refused as unknown.
+
+    Raises:
+        UsageError: it has keys of the other kind, and none of the kind that is asked for.
+    """
+    keys = _load_tree(str(preset), seen=()).keys()
+    of_pretraining = not keys.isdisjoint({"model", "data", "injection", "start_from"})
+    if finetuning != is_finetuning(preset) and (is_finetuning(preset) or of_pretraining):
+        verb, other = ("finetune", "pretrain") if finetuning else ("pretrain", "finetune")
+        raise UsageError(
+            f"preset {str(preset)!r}",
+            expected=f"one of `metatokens {verb}`",
+            found=f"one of `metatokens {other}`",
+            remedy=f"write `metatokens {other} {preset}`",
+        )
+
+
 def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
     """Return a config with overrides applied, as `load_preset` does to a preset.
 

@@ -12,12 +12,12 @@ from metatokens.report.numbers import format_estimate, format_large, format_valu
 
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
-    """Show named values, one a row, in the units that their names end with; None and empty lists are left out."""
+    """Show named values, one a row, in the units that their names end with; None, [] and {} are left out."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        if value is None or value == []:
+        if value in (None, [], {}):
             continue
         table.add_row(name.replace("_", " "), format_value(name, value))
     Console().print(table)
@@ -28,7 +28,7 @@ def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for name, value in rows[0].items():
         left = isinstance(value, str)
-        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(
             *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
