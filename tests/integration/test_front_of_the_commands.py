@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from commands import error_line, metatokens
 from metatokens.cli import VERBS
 from metatokens.cli.arguments import INTERVENTIONS
+from metatokens.cli.output import announce
 from metatokens.config.loading import preset_names
 from metatokens.evaluation.interventions import KINDS
 
@@ -148,3 +150,14 @@ def test_bash_completes_verbs_flags_and_presets(tmp_path: Path) -> None:
     assert complete("metatokens", "perp") == ["perplexity"]
     assert complete("metatokens", "generate", "--sch") == ["--schedule"]
     assert complete("metatokens", "pretrain", "tiny/meta") == ["tiny/meta", "tiny/meta-learned"]
+
+
+def test_slow_imports_are_announced_and_those_already_made_are_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce(Namespace(json=False), "opening run")
+    assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    announce(Namespace(json=False), "opening run")
+    announce(Namespace(json=True), "opening run")
+    assert capsys.readouterr().err == "opening run ...\n"

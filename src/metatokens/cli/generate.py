@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     return emit(options, result, lambda: print(next(unshown, "")), following=following)
 
 
-def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object] | None:
+def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object]:
     if options.schedule == "none":
         return ("metatokens", "perplexity", options.checkpoint, "python-docs", "--max-documents", "5")
     return ("metatokens", "generate", options.checkpoint, options.prompt, "--schedule", "none")

@@ -48,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
     results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
     from rich.console import Console
 
-    following = ("metatokens", "analyze", runs[0].folder.path, "--out", options.out / "analysis")
+    analyze = ("metatokens", "analyze", runs[0].folder.path, "--out", options.out / "analysis")
+    following = None if results.failed else analyze
     emit(options, results, lambda: Console().print(*to_rich(results)), following=following)
     for failure in results.failed:
         say(f"metatokens: {failure.run}: {failure.error}")
