@@ -139,7 +139,7 @@ def test_an_intervention_without_meta_tokens_is_warned_of(work):
 @pytest.mark.parametrize(
     ("chosen", "named"),
     [
-        (("zero_embeding",), "did you mean zero_embedding"),
+        (("zero_embeding",), "did you mean 'zero_embedding'"),
         (("token_embedding=300",), "id 300"),
         (("zero_embedding", "mean_embedding"), "at most one that changes the embedding"),
         (("no_meta_attention=5",), "[5]"),

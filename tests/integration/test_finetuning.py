@@ -1,6 +1,7 @@
 """Fine-tuning on a recall task: learns, starts from a checkpoint, resumes to the bit, and runs on two processes."""
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -188,3 +189,31 @@ def test_a_wrong_question_is_one_line(done: Path, arguments: list[str], parts: l
     line = error_line("evaluate", done, *arguments, code=2)
     for part in parts:
         assert part in line
+
+
+def test_a_model_without_a_task_is_not_evaluated(done: Path, tmp_path: Path):
+    shutil.copytree(done / "model", tmp_path / "alone")
+    line = error_line("evaluate", tmp_path / "alone", code=2)
+    assert "the run folder of a recall task, or --task.kind" in line
+    plan = json.loads(
+        metatokens("evaluate", tmp_path / "alone", "--task.kind", "copying", "--dry-run", "--json").stdout
+    )
+    assert plan["task"]["kind"] == "copying"
+
+
+def test_models_of_different_architectures_are_no_seeds_of_one_arm(done: Path, tmp_path: Path):
+    shutil.copytree(done, tmp_path / "other")
+    config = tmp_path / "other" / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 7}))
+    line = error_line("evaluate", done, tmp_path / "other", code=2)
+    assert "found another num_hidden_layers" in line
+
+
+def test_an_evaluation_ends_with_a_next_command_that_works(done: Path, tmp_path: Path):
+    lengths = ["--lengths", "[17-24]", "--instances", "4"]
+    assert metatokens("evaluate", done, *lengths, "--json").stderr == ""
+    said = metatokens("evaluate", done, *lengths).stderr.splitlines()[-1]
+    program, *arguments = shlex.split(said.removeprefix("next: "))
+    assert program == "metatokens"
+    arguments[arguments.index("analysis")] = str(tmp_path / "analysis")
+    metatokens(*arguments, "--dry-run")

@@ -282,7 +282,7 @@ def test_weights_that_are_pickled_or_missing_are_refused_in_one_line(neo: Path, 
     shutil.copytree(neo, folder)
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors" in error_line("evaluate", folder, code=4)
+    assert "model.safetensors" in error_line("evaluate", folder, "--task.kind", "parity", code=4)
 
 
 def test_a_model_of_another_kind_is_no_start_of_a_pretraining_or_an_extension(neo: Path, tmp_path: Path):

@@ -139,7 +139,7 @@ def test_work_is_shown_on_standard_error_in_a_pipe_and_never_on_standard_output(
     lines = said.splitlines()
     assert lines[1].startswith("training a tokenizer of at most 300 tokens")
     assert lines[2].startswith("tokenising")
-    assert re.fullmatch(r"\d+\.\d MB, \d+ tokens", lines[3])
+    assert re.fullmatch(r"\d+\.\d MB, \d+ tokens \(100%\)", lines[3])
     result, said = metatokens("perplexity", model, tmp_path / "a.txt", "--window", "30", "--json")
     total = json.loads(result)["text_tokens"]
     lines = said.splitlines()
@@ -175,3 +175,15 @@ def test_a_parquet_file_of_bytes_and_lists_is_scored(model, tmp_path):
     pq.write_table(pa.table({"text": [TEXT.encode()], "tags": [["a", "b"]]}), tmp_path / "a.parquet")
     found, _ = metatokens("perplexity", model, tmp_path / "a.parquet", "--max-tokens", "20", "--json")
     assert json.loads(found)["text_tokens"] == 20
+
+
+def test_a_share_that_is_done_brings_the_time_left(monkeypatch):
+    monkeypatch.setattr(reading, "_PIPE_SECONDS", 0.0)
+    now = iter([0.0, 10.0, 20.0, 100.0])  # one reading for the start, one for each line
+    monkeypatch.setattr(reading.time, "monotonic", lambda: next(now))
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        progress = reading.Progress()
+        progress.show("of 4", 0.0)
+        progress.show("of 4", 0.25)
+        progress.show("of 4", 1.0)
+    assert err.getvalue().splitlines() == ["of 4 (0%)", "of 4 (25%), 30 s left", "of 4 (100%)"]

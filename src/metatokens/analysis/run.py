@@ -23,6 +23,7 @@ from metatokens.errors import NumericError, UsageError
 from metatokens.storage import json_sha256
 
 Say = Callable[[str], None]
+Progress = Callable[[str, float], None]
 ROOMS = {
     "attention": ("sharpening", "distance"),
     "causal": ("recall", "paths", "patching", "knockout", "eviction"),
@@ -45,9 +46,23 @@ class Identity:
 
 
 def analyze(
-    model: Any, tokenizer: Tokenizer, config: AnalysisConfig, *, identity: Identity, say: Say = lambda _: None
+    model: Any,
+    tokenizer: Tokenizer,
+    config: AnalysisConfig,
+    *,
+    identity: Identity,
+    say: Say = lambda _: None,
+    progress: Progress = lambda _name, _share: None,
 ) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     """Measure what the config asks for and return the results with their arrays.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of its text.
+        config: what is measured, on which subject.
+        identity: of the model and the command, for the header.
+        say: called with a line of text before each part.
+        progress: called with the name of each measure and the share of the measures that are done before it.
 
     Raises:
         UsageError: A model without meta-tokens, too few or too short documents.
@@ -55,13 +70,16 @@ def analyze(
     """
     inputs = Inputs(model, tokenizer, config)
     found: dict[str, list[Row]] = {}
-    for part in dict.fromkeys(config.parts):
+    parts = list(dict.fromkeys(config.parts))
+    total = sum(len(measures_of(part, config)) for part in parts)
+    for part in parts:
         measures = measures_of(part, config)
         if measures:
             say(f"{part} ...")
         elif part != "token_view":
             inputs.skip(f"{part}: not for a {config.subject.kind}")
         for one in measures:
+            progress(one.name, len(found) / total)
             found[one.name] = run_measure(one, inputs)
     records = [record_of(MEASURES[name], row, seed=config.seed) for name, rows in found.items() for row in rows]
     views: list[TokenView] = []

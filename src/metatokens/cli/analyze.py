@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
-from metatokens.cli.output import announce, emit, say
-from metatokens.report.console import show_table, show_verdicts
+from metatokens.cli.output import announce, emit
+from metatokens.cli.reading import Progress
 
 
 def add(verbs: Any) -> None:
@@ -21,7 +21,9 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
     from metatokens.data.sources import source_files
+    from metatokens.report.console import show_table, show_verdicts
     from metatokens.storage import check_file, keep_elsewhere
     from metatokens.training.loading import ModelFolder, analysis_config_of
 
@@ -30,13 +32,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.text is not None:
         source_files(options.text)
     config = analysis_config_of(folder, options.text, options.overrides)
-    announce(options, f"opening {options.checkpoint}")
-    from metatokens.analysis.inputs.subject import check_model
-    from metatokens.analysis.results import ARRAYS_NAME, RESULTS_NAME, write_results
-    from metatokens.analysis.run import Identity, analyze
-
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
+    announce(options, f"opening {options.checkpoint}")
+    from metatokens.analysis.inputs.subject import check_model
+    from metatokens.analysis.run import Identity, analyze
+
     # sums of components and entropies need float32, whatever the dtype of the weights
     model, tokenizer = folder.open_model().float(), folder.tokenizer
     check_model(model)
@@ -50,7 +51,11 @@ def _run(options: argparse.Namespace) -> int:
         weights_sha256=folder.sha256,
         command=shlex.join(words),
     )
-    results, arrays = analyze(model, tokenizer, config, identity=identity, say=say)
+    progress = Progress()
+    try:
+        results, arrays = analyze(model, tokenizer, config, identity=identity, say=progress.say, progress=progress.show)
+    finally:
+        progress.close()
     try:
         keep_elsewhere(options.out, lambda out: write_results(out, results, arrays))
     finally:

@@ -6,7 +6,7 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
-import re
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
@@ -20,7 +20,15 @@ from metatokens.names import nearest_name
 Verb = Callable[[argparse.Namespace], int]
 """Does the work of a command and returns its exit code."""
 
-_INVALID_CHOICE = re.compile(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)")
+INTERVENTIONS = {
+    "zero_embedding": "zero_embedding",
+    "mean_embedding": "mean_embedding",
+    "token_embedding": "token_embedding=ID",
+    "zero_position": "zero_position",
+    "no_position_edges": "no_position_edges",
+    "no_meta_attention": "no_meta_attention[=LAYER,LAYER...]",
+}
+"""The kinds of `metatokens.evaluation.interventions`, which imports torch, and how each is written."""
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -39,13 +47,15 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        remedy = f"see `{self.prog} -h`"
-        if match := _INVALID_CHOICE.search(message):
-            where, chosen, listed = match.groups()
-            choices = re.findall(r"[^\s',]+", listed)
-            expected, remedy = f"one of {', '.join(choices)}", nearest_name(chosen, choices) or remedy
-            raise UsageError(where, expected=expected, found=repr(chosen), remedy=remedy)
-        raise UsageError("command line", expected="valid arguments", found=message, remedy=remedy)
+        raise UsageError("command line", expected="valid arguments", found=message, remedy=f"see `{self.prog} -h`")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a verb or a value that is none of the choices, and ask for the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            where, expected = argparse._get_action_name(action) or "command line", f"one of {', '.join(choices)}"
+            remedy = nearest_name(str(value), choices) or f"see `{self.prog} -h`"
+            raise UsageError(where, expected=expected, found=repr(value), remedy=remedy)
 
 
 def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False) -> argparse.ArgumentParser:
@@ -73,7 +83,7 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
         return options, [*unknown, *overrides]
 
     def format_help() -> str:
-        from metatokens.config.fields import format_fields
+        from metatokens.config.fields import HELP_WIDTH, format_fields
 
         module, name = schema.split(":")
         config_class = getattr(import_module(module), name)
@@ -81,11 +91,12 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
         title = (
             f"Fields, each an override `--section.key VALUE` (YAML values, off = none), with the values of {origin}:"
         )
+        title = textwrap.fill(title, HELP_WIDTH)
         return f"{argparse.ArgumentParser.format_help(parser)}\n{title}\n\n{format_fields(config_class, tree)}\n"
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
     parser.set_defaults(takes_overrides=True)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = argparse.HelpFormatter
     parser.format_help = format_help  # type: ignore[method-assign]
 
 
@@ -141,11 +152,21 @@ def add_interventions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--intervention",
         action="append",
+        type=_intervention,
         metavar="KIND",
         default=[],
-        help="a change at the meta-tokens; repeat the flag to combine several: zero_embedding, mean_embedding, "
-        "token_embedding=ID, zero_position, no_position_edges, no_meta_attention[=LAYER,LAYER...]",
+        help="a change at the meta-tokens; repeat the flag to combine several: " + ", ".join(INTERVENTIONS.values()),
     )
+
+
+def _intervention(text: str) -> str:
+    """Refuse an unknown kind before the slow imports; its argument is read by `parse_intervention`."""
+    kind = text.partition("=")[0]
+    if kind not in INTERVENTIONS:
+        remedy = nearest_name(kind, INTERVENTIONS) or "name one of them"
+        expected = f"one of {', '.join(INTERVENTIONS.values())}"
+        raise UsageError("intervention", expected=expected, found=repr(text), remedy=remedy)
+    return text
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -48,8 +48,8 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         elif action.type is Path:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     words = " ".join(preset_names())
-    preamble = {"bash": f'{_PRESET_FUNCTION}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}'}
-    script: str = shtab.complete(parser, shell=shell, preamble=preamble.get(shell, ""))
+    function = f'{_PRESET_FUNCTION}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}'
+    script: str = shtab.complete(parser, shell=shell, preamble=function if shell == "bash" else "")
     return script
 
 

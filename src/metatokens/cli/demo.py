@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb, at_least
-from metatokens.cli.output import emit, say
-from metatokens.report.console import show_demo, show_table
+from metatokens.cli.output import announce, emit, say
 
 
 def add(verbs: Any) -> None:
@@ -23,8 +22,12 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.demo import DEMO_BYTES, demo_configs, recall_configs, run_demo
+    from metatokens.report.console import show_demo, show_table
     from metatokens.storage import check_folder
+
+    check_folder(options.out)
+    announce(options, "starting")
+    from metatokens.demo import DEMO_BYTES, demo_configs, recall_configs, run_demo
 
     check_folder(options.out, num_bytes=DEMO_BYTES)
     if options.dry_run:

@@ -7,7 +7,6 @@ from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb
 from metatokens.cli.output import announce, emit
-from metatokens.report.console import show_table
 
 
 def add(verbs: Any) -> None:
@@ -28,11 +27,15 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.loading import load_preset
+    from metatokens.config.loading import load_preset, parse_overrides
+    from metatokens.data.shards import read_manifest
+    from metatokens.report.console import show_table
     from metatokens.training.loading import ModelFolder
 
     ModelFolder(options.checkpoint).check_path()
     load_preset(options.preset)
+    if tokens := dict(parse_overrides(options.overrides)).get(("data", "path")):
+        read_manifest(Path(str(tokens)).expanduser())
     announce(options, f"opening {options.checkpoint}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.extension import describe_extension, plan_extension, write_untrained

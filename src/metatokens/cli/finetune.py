@@ -2,11 +2,11 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_run, add_verb, run_folder
 from metatokens.cli.output import announce, emit
-from metatokens.report.console import show_table
 
 
 def add(verbs: Any) -> None:
@@ -16,15 +16,21 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.finetuning import FinetuneConfig
-    from metatokens.config.loading import load_preset
+    from metatokens.config.finetuning import CheckpointStart, FinetuneConfig
+    from metatokens.config.loading import check_kind_of_run, load_preset
+    from metatokens.report.console import show_table
+    from metatokens.storage import check_folder
+    from metatokens.training.loading import ModelFolder
 
-    config = load_preset(options.preset, options.overrides, schema=FinetuneConfig)
+    check_kind_of_run(options.preset, finetuning=True)
+    config, out = load_preset(options.preset, options.overrides, schema=FinetuneConfig), run_folder(options)
+    if isinstance(config.start, CheckpointStart):
+        ModelFolder(Path(config.start.path)).check_path()
+    check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.finetuning import finetune, plan
 
-    out = run_folder(options)
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
         return emit(options, rows, lambda: show_table("finetune would do", rows))

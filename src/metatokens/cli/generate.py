@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +51,12 @@ def _run(options: argparse.Namespace) -> int:
         stream=stream,
         show_meta=options.show_meta,
     )
-    return emit(options, result, lambda: print(next(unshown, "")))
+    # a prompt from standard input cannot be typed again
+    following = None if options.prompt == "-" else _without_meta_tokens(options)
+    return emit(options, result, lambda: print(next(unshown, "")), following=following)
+
+
+def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object]:
+    if options.schedule == "none":
+        return ("metatokens", "perplexity", options.checkpoint, "python-docs", "--max-documents", "5")
+    return ("metatokens", "generate", options.checkpoint, options.prompt, "--schedule", "none")

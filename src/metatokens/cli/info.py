@@ -1,13 +1,13 @@
 """`metatokens info`: what a model costs."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb, at_least
-from metatokens.cli.output import emit
+from metatokens.cli.output import announce, emit
 from metatokens.errors import UsageError
-from metatokens.report.console import show_table
 
 
 def add(verbs: Any) -> None:
@@ -22,11 +22,16 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.loading import preset_names
+    from metatokens.report.console import show_presets, show_table
 
     if options.presets or options.model is None:
-        names = preset_names()
-        return emit(options, {"presets": names}, lambda: print("\n".join(names)))
+        announce(options, "counting the parameters of every preset")
+        from metatokens.evaluation.presets import describe_presets
+
+        presets = describe_presets(options.text_vocab_size)
+        following = ("metatokens", "info", "tiny/meta")
+        listed = {"presets": [asdict(preset) for preset in presets]}
+        return emit(options, listed, lambda: show_presets(presets), following=following)
     from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
     from metatokens.training.loading import ModelFolder
 

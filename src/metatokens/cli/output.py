@@ -1,6 +1,7 @@
 """What a verb prints: its result on standard output, its messages on standard error."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ def emit(
 
 
 def announce(options: argparse.Namespace, line: str) -> None:
-    """Tell a person at a terminal what the command is doing before its slow imports."""
-    if not options.json and sys.stderr.isatty():
+    """Tell a person what the command is doing before its slow imports, unless they have been made already."""
+    if not options.json and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         say(f"{line} ...")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from metatokens.cli.arguments import add_interventions, add_verb, at_least, share
 from metatokens.cli.output import announce, emit
 from metatokens.cli.reading import Progress, add_source_options, source_options
-from metatokens.report.console import show_perplexity, show_table
 
 
 def add(verbs: Any) -> None:
@@ -40,6 +39,7 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.data.sources import iterate_documents, source_files
+    from metatokens.report.console import show_perplexity, show_table
     from metatokens.training.loading import ModelFolder
 
     folder = ModelFolder(options.checkpoint)

@@ -1,13 +1,13 @@
 """`metatokens prepare`: turn text into verified shards."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_verb, at_least, share
 from metatokens.cli.output import emit
 from metatokens.cli.reading import SOURCE_HELP, Progress, add_source_options, source_options
-from metatokens.report.console import show_table
 
 
 def add(verbs: Any) -> None:
@@ -32,6 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.prepare import check, prepare
     from metatokens.data.source_files import survey_source
     from metatokens.data.splits import split_rule
+    from metatokens.report.console import show_table
 
     arguments = {
         "tokenizer": options.tokenizer,
@@ -46,20 +47,22 @@ def _run(options: argparse.Namespace) -> int:
             "source": options.source,
             "files": len(found.files),
             "bytes_on_disk": sum(file.stat().st_size for file in found.files),
-            "left_out": list(found.left_out) or None,
+            "left_out": list(found.left_out),
             "tokenizer": options.tokenizer or f"trained here, {options.vocab_size} tokens",
             "split": split_rule(options.source, options.validation_fraction),
             "out": str(options.out),
         }
         return emit(options, plan, lambda: show_table("prepare would read", plan))
-    progress = Progress()
+    progress, total = Progress(), _text_bytes(survey_source(options.source).files, options)
     try:
         manifest = prepare(
             options.source,
             options.out,
             **arguments,
             vocab_size=options.vocab_size,
-            progress=lambda num_bytes, num_tokens: progress.show(f"{num_bytes / 1e6:,.1f} MB, {num_tokens:,} tokens"),
+            progress=lambda done, num_tokens: progress.show(
+                f"{done / 1e6:,.1f} MB, {num_tokens:,} tokens", min(done / total, 1) if total else None
+            ),
             say=progress.say,
         )
     finally:
@@ -75,5 +78,12 @@ def _run(options: argparse.Namespace) -> int:
         "documents_skipped": manifest.num_documents_skipped,
         "content_id": manifest.content_id,
     }
-    following = ("metatokens", "pretrain", "tiny/meta", "--data.path", options.out, "--out", "run")
+    following = ("metatokens", "pretrain", "tiny/meta", "--data.path", options.out)
     return emit(options, result, lambda: show_table("prepared", result), following=following)
+
+
+def _text_bytes(files: Sequence[Path], options: argparse.Namespace) -> int | None:
+    """Return the bytes of text in files that hold nothing else; None if their text is not known before reading."""
+    if options.max_documents is not None or not files or any(file.suffix != ".txt" for file in files):
+        return None
+    return sum(file.stat().st_size for file in files)

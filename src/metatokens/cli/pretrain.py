@@ -6,7 +6,6 @@ from typing import Any
 
 from metatokens.cli.arguments import add_run, add_verb, run_folder
 from metatokens.cli.output import announce, emit
-from metatokens.report.console import show_table
 
 
 def add(verbs: Any) -> None:
@@ -16,17 +15,22 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.loading import load_preset
-    from metatokens.data.shards import read_manifest
+    from metatokens.config.loading import check_kind_of_run, load_preset
+    from metatokens.data.shards import read_manifest, require_path
+    from metatokens.report.console import show_table
+    from metatokens.storage import check_folder
+    from metatokens.training.loading import ModelFolder
 
-    config = load_preset(options.preset, options.overrides)
-    if config.data.path is not None:
-        read_manifest(config.data.path)  # refuses a wrong path before the slow imports
+    check_kind_of_run(options.preset, finetuning=False)
+    config, out = load_preset(options.preset, options.overrides), run_folder(options)
+    read_manifest(require_path(config.data.path))
+    if config.start_from is not None:
+        ModelFolder(config.start_from).check_path()
+    check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.pretraining import plan, pretrain
 
-    out = run_folder(options)
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
         return emit(options, rows, lambda: show_table("pretrain would do", rows))

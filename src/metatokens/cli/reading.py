@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from metatokens.cli.arguments import at_least
 from metatokens.cli.output import say
-from metatokens.report.numbers import format_seconds
 
 if TYPE_CHECKING:
     from metatokens.data.sources import SourceOptions
@@ -18,6 +17,7 @@ SOURCE_HELP = (
 )
 _TERMINAL_SECONDS = 0.5
 _PIPE_SECONDS = 10.0
+_FIRST_SECONDS = 2.0
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -55,22 +55,35 @@ class Progress:
     def __init__(self) -> None:
         self._in_place = sys.stderr.isatty()
         self._interval = _TERMINAL_SECONDS if self._in_place else _PIPE_SECONDS
-        self._start = self._last = time.monotonic()
+        # elsewhere the first line comes sooner than the next ones
+        self._last = time.monotonic() - max(0.0, self._interval - _FIRST_SECONDS)
+        self._first: tuple[float, float] | None = None
         self._is_line_open = False
 
     def show(self, text: str, share: float | None = None) -> None:
         """Show the progress, unless it was shown a moment ago; with the share that is done, the time left too."""
-        if time.monotonic() - self._last < self._interval:
+        now = time.monotonic()
+        if share is not None and self._first is None:
+            self._first = now, share
+        if now - self._last < self._interval:
             return
-        self._last = time.monotonic()
-        if share:
-            left = (self._last - self._start) * (1 - share) / share
-            text = f"{text} ({share:.0%}), {format_seconds(left)} left"
+        self._last = now
+        if share is not None:
+            text += f" ({share:.0%}){self._time_left(now, share)}"
         if self._in_place:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
             self._is_line_open = True
         else:
             say(text)
+
+    def _time_left(self, now: float, share: float) -> str:
+        """Write the time left at the pace since the first share."""
+        from metatokens.report.numbers import format_seconds
+
+        start, first_share = self._first or (now, share)
+        if not first_share < share < 1:
+            return ""
+        return f", {format_seconds((now - start) * (1 - share) / (share - first_share))} left"
 
     def close(self) -> None:
         """End an open line."""

@@ -29,4 +29,4 @@ def _run(options: argparse.Namespace) -> int:
 
     check_file((options.out or options.results) / PAGE_NAME)
     page = write_report(options.results, options.out)
-    return emit(options, {"page": str(page)}, lambda: print(page))
+    return emit(options, {"page": str(page)}, lambda: print(page), following=("python", "-m", "webbrowser", page))

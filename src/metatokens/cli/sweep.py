@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_overrides, add_verb, at_least
-from metatokens.cli.output import emit, say
-from metatokens.report.console import show_rows
+from metatokens.cli.output import announce, emit, say
 
 
 def add(verbs: Any) -> None:
@@ -26,20 +25,22 @@ def add(verbs: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from metatokens.config.sweep import load_sweep
+    from metatokens.report import require_packages
+    from metatokens.report.console import show_rows
+    from metatokens.storage import check_folder
 
     sweep = load_sweep(options.file, options.overrides)
-    from metatokens.report import require_packages
+    if options.figures:
+        require_packages("--figures")
+        check_folder(options.out / "figures")
+    check_folder(options.out / "runs")
+    announce(options, f"planning {options.file}")
     from metatokens.report.tables import to_rich
-    from metatokens.storage import check_folder
     from metatokens.sweep.planning import describe_plan, plan_sweep
     from metatokens.sweep.running import make_slots, parse_gpus
     from metatokens.sweep.writing import run_and_write
 
     slots = make_slots(options.jobs, parse_gpus(options.gpus))
-    if options.figures:
-        require_packages("--figures")
-        check_folder(options.out / "figures")
-    check_folder(options.out / "runs")
     runs = plan_sweep(sweep, options.out, str(options.file))
     if options.dry_run:
         plan = describe_plan(sweep, runs)
@@ -47,7 +48,9 @@ def _run(options: argparse.Namespace) -> int:
     results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
     from rich.console import Console
 
-    emit(options, results, lambda: Console().print(*to_rich(results)))
+    analyze = ("metatokens", "analyze", runs[0].folder.path, "--out", options.out / "analysis")
+    following = None if results.failed else analyze
+    emit(options, results, lambda: Console().print(*to_rich(results)), following=following)
     for failure in results.failed:
         say(f"metatokens: {failure.run}: {failure.error}")
     return int(bool(results.failed))

@@ -69,9 +69,6 @@ def value_at(tree: Mapping[str, Any], path: str, *, default: Any = None) -> Any:
     return value
 
 
-# Hints --------------------------------------------------------------------------------------------------------
-
-
 def nearest_key(path: str, schema: type[BaseModel], tree: Mapping[str, Any]) -> str:
     """Suggest a key in place of an unknown one: in another variant, in another section, or spelt alike.
 
@@ -106,9 +103,6 @@ def _ask(field: FieldOfConfig, tree: Mapping[str, Any], path: str | None = None)
     missing = field.missing_kinds(tree) if path == field.path else []
     needs = "".join(f" It needs --{key} {kind}" for key, kind in missing)
     return f"did you mean {path!r}?{needs}"
-
-
-# Help ---------------------------------------------------------------------------------------------------------
 
 
 def format_fields(schema: type[BaseModel], tree: Mapping[str, Any]) -> str:

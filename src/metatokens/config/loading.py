@@ -5,6 +5,7 @@ value`; the value is read as YAML. Every error is one line; for an unknown prese
 """
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,13 @@ def preset_names() -> list[str]:
     return sorted(name for name, _ in _walk(files("metatokens.presets"), ""))
 
 
+def preset_purpose(name: str) -> str:
+    """Return the first sentence of the comment that begins a preset of the package."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _read_preset(name).splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.) (?=[A-Z`-])", comment, maxsplit=1)[0].rstrip(".")
+
+
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
     for entry in folder.iterdir():
         if entry.is_dir():
@@ -135,6 +143,24 @@ def load_preset(
 def is_finetuning(preset: str | Path) -> bool:
     """Tell whether a preset describes fine-tuning on a recall task rather than pre-training."""
     return not _load_tree(str(preset), seen=()).keys().isdisjoint({"task", "curriculum", "start"})
+
+
+def check_kind_of_run(preset: str | Path, *, finetuning: bool) -> None:
+    """Refuse a preset of the other kind of run, whose keys would each be refused as unknown.
+
+    Raises:
+        UsageError: it has keys of the other kind, and none of the kind that is asked for.
+    """
+    keys = _load_tree(str(preset), seen=()).keys()
+    of_pretraining = not keys.isdisjoint({"model", "data", "injection", "start_from"})
+    if finetuning != is_finetuning(preset) and (is_finetuning(preset) or of_pretraining):
+        verb, other = ("finetune", "pretrain") if finetuning else ("pretrain", "finetune")
+        raise UsageError(
+            f"preset {str(preset)!r}",
+            expected=f"one of `metatokens {verb}`",
+            found=f"one of `metatokens {other}`",
+            remedy=f"write `metatokens {other} {preset}`",
+        )
 
 
 def override(config: Config, overrides: Sequence[str], origin: str) -> Config:

@@ -110,7 +110,7 @@ def sample_meta_positions(
         (B, M) int64, rows strictly rising, M = injection.num_meta(block_size).
 
     Raises:
-        UsageError: The policy is punctuation and `text` or `ends_clause` is missing.
+        ValueError: The policy is punctuation and `text` or `ends_clause` is missing.
     """
     num_meta = injection.num_meta(block_size)
     num_rows = len(sample_ids)
@@ -124,12 +124,7 @@ def sample_meta_positions(
     if injection.kind == "uniform":
         return np.sort(_slots(_lowest_hashes(position_keys, block_size, num_meta), block_size), axis=1)
     if text is None or ends_clause is None:
-        raise UsageError(
-            "injection.kind punctuation",
-            expected="the text and a table of tokens that end a clause",
-            found="none",
-            remedy="pass `text` and `ends_clause` (metatokens.data.tokenizer.ends_clause_table)",
-        )
+        raise ValueError("injection at punctuation needs `text` and `ends_clause`, see `ends_clause_table`")
     clause_keys = hash_key(seed, epoch, sample_ids, Purpose.CLAUSES)
     candidates = ends_clause[text[:, : block_size - num_meta]]
     return _after_clauses(candidates, num_meta, clause_keys, position_keys)

@@ -193,7 +193,8 @@ class BatchLoader(Batches):
         ends_clause: (V,) bool, needed by the policy punctuation.
 
     Raises:
-        UsageError: The world size does not divide the batch, the blocks do not fit the block size, or the split has
+        ValueError: The blocks do not fit the block size.
+        UsageError: The world size does not divide the batch, or the split has
             fewer blocks than a batch.
     """
 
@@ -256,12 +257,8 @@ class BatchLoader(Batches):
         num_meta = self._injection.num_meta(self._block_size)
         warn_without_meta_tokens(self._injection, num_meta, f"a block of {self._block_size}")
         if self.blocks.text_tokens + num_meta != self._block_size:
-            raise UsageError(
-                f"data.block_size {self._block_size}",
-                expected=f"{self._block_size - num_meta} text tokens beside {num_meta} meta-tokens",
-                found=f"blocks of {self.blocks.text_tokens}",
-                remedy="cut the blocks for this injection",
-            )
+            text = self._block_size - num_meta
+            raise ValueError(f"blocks must hold {text} text tokens beside meta-tokens, not {self.blocks.text_tokens}")
         if len(self.blocks) < self._batch_blocks:
             raise UsageError(
                 f"{self.blocks.dataset.path}, split {self.blocks.split}",

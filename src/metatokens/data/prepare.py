@@ -92,7 +92,8 @@ def prepare(
         say: Called with a line of text before each long part of the work.
 
     Raises:
-        UsageError: An argument is wrong, or `out` is taken, cannot be written or is being made by another process.
+        ValueError: `validation_fraction` or `shard_tokens` is out of range.
+        UsageError: `out` is taken, cannot be written or is being made by another process.
         DataError: The input is bad, or a split gets no document.
         ResourceError: The disk is full.
 
@@ -155,14 +156,9 @@ def check(
 
 def _check_arguments(validation_fraction: float, shard_tokens: int) -> None:
     if not 0 <= validation_fraction < 1:
-        raise UsageError(
-            "validation_fraction",
-            expected="a share in [0, 1)",
-            found=str(validation_fraction),
-            remedy="pass a share such as 0.02",
-        )
+        raise ValueError(f"validation_fraction must be in [0, 1), not {validation_fraction}")
     if shard_tokens < 1:
-        raise UsageError("shard_tokens", expected="at least 1", found=str(shard_tokens), remedy="pass a larger number")
+        raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
 
 
 def _check_place(out: Path) -> None:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metatokens.data.tokenizer import tokenizer_from_json
-from metatokens.errors import DataError
+from metatokens.errors import DataError, UsageError
 from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -296,6 +296,22 @@ class TokenDataset:
         if found != self.manifest.tokenizer_sha256:
             raise _broken(path, f"SHA-256 {self.manifest.tokenizer_sha256[:12]}...", f"{found[:12]}...")
         return content
+
+
+def require_path(path: Path | None) -> Path:
+    """Return the path of the tokens of a run.
+
+    Raises:
+        UsageError: it is not set.
+    """
+    if path is None:
+        raise UsageError(
+            "data.path",
+            expected="a folder of tokens",
+            found="none",
+            remedy="run `metatokens prepare` and pass --data.path DIR",
+        )
+    return path
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -207,7 +207,8 @@ def intervene(
             The mean over the vocabulary could not replace it: most of a vocabulary is rare and hardly trained.
 
     Raises:
-        UsageError: See `check_interventions`; or `token_counts` is missing or unusable for `mean_embedding`.
+        UsageError: See `check_interventions`.
+        ValueError: `token_counts` is missing or unusable for `mean_embedding`.
         TypeError: Something else than interventions.
     """
     if isinstance(interventions, _Intervention):
@@ -255,20 +256,14 @@ def _replacement(
 
 def _token_shares(token_counts: npt.ArrayLike | None, num_text_tokens: int) -> FloatArray:
     """Return each token's share of the text, float64; trailing ids that do not occur may be missing from the counts."""
-    remedy = "pass token_counts=np.bincount(text_ids), or use zero_embedding"
     if token_counts is None:
-        raise UsageError("mean_embedding", expected="token_counts", found="none", remedy=remedy)
+        raise ValueError("mean_embedding needs token_counts, for example np.bincount(text_ids)")
     counts = np.asarray(token_counts.cpu() if isinstance(token_counts, Tensor) else token_counts, dtype=np.float64)
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum() > 0:
-        expected = "one finite number a token, not negative and not all zero"
-        raise UsageError("token_counts", expected=expected, found=f"an array {counts.shape}", remedy=remedy)
+        raise ValueError("token_counts must be one finite number a token, not negative and not all zero")
     if counts[num_text_tokens:].any():
-        raise UsageError(
-            "token_counts",
-            expected=f"counts of ids below {num_text_tokens}, the text tokens",
-            found=f"a count for id {num_text_tokens + int(counts[num_text_tokens:].nonzero()[0][0])}",
-            remedy="count the text alone",
-        )
+        counted = num_text_tokens + int(counts[num_text_tokens:].nonzero()[0][0])
+        raise ValueError(f"token_counts must count text tokens, ids below {num_text_tokens}, not id {counted}")
     shares: FloatArray = counts[:num_text_tokens] / counts.sum()
     return shares
 

@@ -1,5 +1,6 @@
 """Results as a person reads them on a terminal; `--json` is for everything else."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,16 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
-from metatokens.report.numbers import format_estimate, format_value
+from metatokens.report.numbers import format_estimate, format_large, format_value
 
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
-    """Show named values, one a row, in the units that their names end with; None is left out."""
+    """Show named values, one a row, in the units that their names end with; None, [] and {} are left out."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        if value is None:
+        if value in (None, [], {}):
             continue
         table.add_row(name.replace("_", " "), format_value(name, value))
     Console().print(table)
@@ -27,12 +28,28 @@ def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for name, value in rows[0].items():
         left = isinstance(value, str)
-        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(
             *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
         )
     Console().print(table)
+
+
+def show_presets(presets: Sequence[Any]) -> None:
+    """Show `metatokens.evaluation.presets.PresetDescription`s: a line of numbers each, and below it what it is for."""
+    console = Console()
+
+    def show(name: str, *numbers: str) -> None:
+        console.print(f"{name:<28}" + "".join(f"{number:>12}" for number in numbers), highlight=False, markup=False)
+
+    show("preset", "parameters", "steps", "text tokens", "FLOP")
+    for preset in presets:
+        sizes = (preset.parameters, preset.steps, preset.text_tokens)
+        flops = "" if preset.training_flops is None else f"{preset.training_flops:.1e}"
+        show(preset.name, *("" if size is None else format_large(size) for size in sizes), flops)
+        purpose = textwrap.fill(preset.purpose, 76, initial_indent="    ", subsequent_indent="    ")
+        console.print(purpose, style="dim", highlight=False, markup=False)
 
 
 def show_demo(result: Any) -> None:

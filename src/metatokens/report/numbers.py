@@ -33,6 +33,9 @@ def format_p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
+_LONGEST_WRITTEN_OUT = 10**9  # a larger number is read more easily with a prefix
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time for people, such as "45 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(seconds)
@@ -47,23 +50,23 @@ def format_seconds(seconds: float) -> str:
 
 def format_large(number: float, unit: str = "") -> str:
     """Return a number with a prefix of a thousand, such as "1.2M" or "25 MB"."""
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    number = float(f"{number:.3g}")
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(number) >= 10**power:
-            digits = f"{number / 10**power:.3g}" if abs(number) < 1000 * 10**power else f"{number / 10**power:,.0f}"
-            return f"{digits}{f' {prefix}{unit}' if unit else prefix.replace('G', 'B')}"
+            return f"{number / 10**power:.3g}{f' {prefix}{unit}' if unit else prefix.replace('G', 'B')}"
     return f"{number:.3g}{f' {unit}' if unit else ''}"
 
 
 def format_value(name: str, value: Any) -> str:
-    """Return a named value for people; `_bytes`, `_seconds` and `flops` in the name give its unit."""
+    """Return a named value for people; the words bytes, seconds and flops in its name give the unit."""
     if isinstance(value, list):
         return "\n".join(str(item) for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if name.endswith("bytes") or "_bytes_" in name:
-        return format_large(value, "B")
-    if name.endswith("_seconds"):
+    words = name.split("_")
+    if words[-1] == "seconds":
         return format_seconds(value)
-    if "flops" in name:
-        return format_large(value, "FLOP")
+    unit = "B" if "bytes" in words else "FLOP" if "flops" in words else ""
+    if unit or abs(value) >= _LONGEST_WRITTEN_OUT:
+        return format_large(value, unit)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

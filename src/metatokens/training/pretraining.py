@@ -10,9 +10,8 @@ from tokenizers import Tokenizer
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
-from metatokens.data.shards import Split, TokenDataset
+from metatokens.data.shards import Split, TokenDataset, require_path
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
-from metatokens.errors import UsageError
 from metatokens.generation.decoding import schedule_for
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.schedule import state_schedule
@@ -83,14 +82,7 @@ def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
 
 def open_dataset(config: PretrainConfig) -> TokenDataset:
     """Open and verify the tokens that `config` names."""
-    if config.data.path is None:
-        raise UsageError(
-            "data.path",
-            expected="a folder of tokens",
-            found="none",
-            remedy="run `metatokens prepare` and pass --data.path DIR",
-        )
-    return TokenDataset.open(config.data.path, verify=config.data.verify)
+    return TokenDataset.open(require_path(config.data.path), verify=config.data.verify)
 
 
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:

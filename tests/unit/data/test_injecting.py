@@ -106,8 +106,8 @@ def test_punctuation_puts_metas_right_after_clauses_before_it_fills(num_extra, r
         assert followed == min(clauses, num_meta)
 
 
-def test_punctuation_without_a_clause_table_is_a_usage_error(fails):
-    with fails(2, "punctuation", "ends_clause"):
+def test_punctuation_without_a_clause_table_is_a_value_error():
+    with pytest.raises(ValueError, match=r"punctuation needs .*ends_clause"):
         sample_meta_positions(PunctuationInjection(), sample_ids=np.arange(2), block_size=32, seed=0, epoch=0)
 
 

@@ -141,13 +141,17 @@ def test_loader_serves_punctuation_with_a_clause_table(dataset):
     ("changes", "words"),
     [
         ({"world_size": 4}, ["batch_blocks 6", "1, 2, 3, 6"]),
-        ({"block_size": 64}, ["block_size 64", "48 text tokens", "24"]),
         ({"batch_blocks": 100_000}, ["100000 blocks", "prepare more text"]),
     ],
 )
 def test_impossible_batch_is_a_usage_error_with_the_numbers(dataset, fails, changes, words):
     with fails(2, *words):
         make_loader(dataset, **changes)
+
+
+def test_blocks_of_another_size_are_a_value_error_with_the_numbers(dataset):
+    with pytest.raises(ValueError, match=r"48 text tokens .* not 24"):
+        make_loader(dataset, block_size=64)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

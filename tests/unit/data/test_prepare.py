@@ -146,8 +146,8 @@ def test_corpus_too_small_for_two_splits_is_a_data_error(tmp_path, tokenizer_fil
 
 
 @pytest.mark.parametrize("changes", [{"validation_fraction": 1.0}, {"shard_tokens": 0}])
-def test_argument_out_of_range_is_a_usage_error(corpus, tokenizer_file, tmp_path, fails, changes):
-    with fails(2, next(iter(changes))):
+def test_argument_out_of_range_is_a_value_error(corpus, tokenizer_file, tmp_path, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
         run(corpus, tmp_path / "tokens", tokenizer_file, **changes)
 
 

@@ -474,16 +474,26 @@ def test_mean_weighs_tokens_by_their_counts_and_leaves_out_the_absent() -> None:
         ((TokenEmbedding(token_id=META),), None, {}, f"below {META}, found id {META}"),
         ((ZeroEmbedding(), MeanEmbedding()), COUNTS, {}, "at most one that changes the embedding"),
         ((ZeroPosition(), NoPositionEdges()), None, {}, "zero_position and no_position_edges"),
-        ((MeanEmbedding(),), None, {}, "expected token_counts, found none"),
-        ((MeanEmbedding(),), np.zeros(4), {}, "not all zero"),
-        ((MeanEmbedding(),), [1, -1], {}, "not negative"),
-        ((MeanEmbedding(),), [1.0, np.inf], {}, "finite"),
-        ((MeanEmbedding(),), np.ones(META + 1), {}, f"a count for id {META}"),
     ],
 )
 def test_intervention_that_does_not_fit_is_a_usage_error(interventions, counts, changes, message) -> None:
     model = tiny_model(**changes)
     with pytest.raises(UsageError, match=message), intervene(model, interventions, counts):
+        raise AssertionError("the block must not run")
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (None, "needs token_counts"),
+        (np.zeros(4), "not all zero"),
+        ([1, -1], "not negative"),
+        ([1.0, np.inf], "finite"),
+        (np.ones(META + 1), f"not id {META}"),
+    ],
+)
+def test_counts_that_are_no_mean_of_text_tokens_are_a_value_error(counts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message), intervene(tiny_model(), (MeanEmbedding(),), counts):
         raise AssertionError("the block must not run")
 
 

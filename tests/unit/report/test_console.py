@@ -1,13 +1,15 @@
 """What a terminal shows: an effect beside the paper's, and no interval over too few trainings."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 from metatokens.report import require_packages
-from metatokens.report.console import show_recall, show_verdicts
+from metatokens.report.console import show_recall, show_table, show_verdicts
+from metatokens.report.numbers import format_value
 from synthetic_results import build_results
 
 
@@ -50,3 +52,27 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
     monkeypatch.setattr("metatokens.report._PACKAGES", ("nowhere",))
     with pytest.raises(UsageError, match=r"the package nowhere.*pip install 'metatokens\[report\]'"):
         require_packages("report")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "written"),
+    [
+        ("weights_bytes", 25_000_000, "25 MB"),
+        ("bytes_on_disk", 4_506, "4.51 kB"),
+        ("training_seconds", 200, "3 min 20 s"),
+        ("training_flops", 4.5e15, "4.5 PFLOP"),
+        ("text_tokens", 98_304_000_000, "98.3B"),
+        ("text_tokens", 1_234, "1,234"),
+        ("weights_bytes", 999_999, "1 MB"),
+        ("left_out", ["a", "b"], "a\nb"),
+    ],
+)
+def test_a_number_has_the_unit_of_its_name(name: str, value: Any, written: str) -> None:
+    assert format_value(name, value) == written
+
+
+def test_a_row_without_a_value_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("found", {"left_out": [], "validation": {}, "report": None, "files": 0})
+    shown = capsys.readouterr().out
+    assert "files" in shown
+    assert not any(word in shown for word in ("left out", "validation", "report"))
