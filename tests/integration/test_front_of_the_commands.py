@@ -29,7 +29,9 @@ WRONG_PATHS = {
     "analyze": [MISSING, "--out", "analysis"],
     "report": [MISSING],
     "generate": [MISSING, "Once"],
+    "serve": [MISSING],
     "info": [MISSING],
+    "plan": [MISSING],
 }
 OTHER_MISTAKES = (
     ["pretrain", "tiny/mta"],

@@ -41,6 +41,15 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, path)
         self.register("type", float, finite_number)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            # a UsageError is a ValueError, which argparse takes for a value of the wrong type
+            if isinstance(error.__context__, UsageError):
+                raise error.__context__ from None
+            raise
+
     def error(self, message: str) -> NoReturn:
         """Raise the error.
 

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from metatokens.cli.arguments import add_overrides, add_verb, at_least, finite_number
-from metatokens.cli.output import emit
-from metatokens.report.console import show_table
+from metatokens.cli.output import announce, emit
 
 if TYPE_CHECKING:
     from metatokens.training.costs import Memory, RunCost
@@ -18,9 +17,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("preset", help="name of a pre-training preset (see `metatokens info --presets`) or a YAML file")
     parser.add_argument("--gpus", type=at_least(1), default=1, help="number of GPUs, one process each")
     parser.add_argument("--gpu", default="h100", help="kind of GPU, such as a100-80gb, h100, h200, rtx-4090")
-    parser.add_argument(
-        "--tokens", type=at_least(1), help="text tokens of the run, such as 10e9; by default the preset's"
-    )
     parser.add_argument(
         "--utilisation", type=_positive_share, help="share of the GPU's peak that training reaches: an assumption, 0.4"
     )
@@ -36,10 +32,12 @@ def _positive_share(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from metatokens.config.loading import load_preset
+    from metatokens.config.loading import check_kind_of_run, load_preset
 
-    length = [] if options.tokens is None else [f"--training.duration={{kind: text_tokens, tokens: {options.tokens}}}"]
-    config = load_preset(options.preset, [*options.overrides, *length])
+    check_kind_of_run(options.preset, finetuning=False)
+    config = load_preset(options.preset, options.overrides)
+    announce(options, f"planning {options.preset}")
+    from metatokens.report.console import show_table
     from metatokens.training.costs import plan_run
 
     assumptions = {"utilisation": options.utilisation, "dollars_per_gpu_hour": options.price}
