@@ -23,7 +23,7 @@ STAGES = (
     {"lens"},
     {"training", "generation", "evaluation", "analysis"},
     {"report"},
-    {"demo", "sweep"},
+    {"demo", "language_model", "sweep"},
     {"cli", "__main__"},
 )
 STAGE_OF = {part: stage for stage, parts in enumerate(STAGES) for part in parts}

@@ -37,8 +37,8 @@ class MetaTokensError(Exception):
         return error
 
 
-class UsageError(MetaTokensError):
-    """A wrong argument, preset, key or combination of settings."""
+class UsageError(MetaTokensError, ValueError):
+    """A wrong argument, preset, key or combination of settings; in Python a kind of ValueError."""
 
     exit_code = 2
 

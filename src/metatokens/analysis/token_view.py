@@ -41,7 +41,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention.rows import check_plain_softmax, row_statistics
+from metatokens.analysis.attention.rows import attention_weights, check_plain_softmax, row_statistics
 from metatokens.analysis.causal.patching import patch_map
 from metatokens.analysis.inputs.pairs import MinimalPair, pairs_of
 from metatokens.analysis.inputs.subject import Inputs
@@ -219,7 +219,7 @@ class _AttentionArrays(ABC):
             shape = (self.num_layers, self.num_heads, len(columns), len(columns))
             self.arrays["meta_attention"] = np.zeros(shape, dtype=np.uint8)
             self.arrays["meta_attention_tokens"] = columns
-        self.arrays["meta_attention"][call.layer] = quantize_weights(_weights_of(call, slice(None)))
+        self.arrays["meta_attention"][call.layer] = quantize_weights(attention_weights(call))
 
     @abstractmethod
     def _add_attention(self, call: AttentionCall) -> None:
@@ -239,7 +239,7 @@ class _DenseAttention(_AttentionArrays):
         self.arrays["attention"] = np.zeros(shape, dtype=np.uint8)
 
     def _add_attention(self, call: AttentionCall) -> None:
-        weights = _weights_of(call, slice(None))
+        weights = attention_weights(call)
         self.arrays["attention"][call.layer] = quantize_weights(weights)
         self._add_received(call.layer, slice(None), weights)
 
@@ -262,7 +262,7 @@ class _SparseAttention(_AttentionArrays):
         self.arrays["attention_heads"][call.layer] = shown
         mean = torch.zeros(self.num_tokens, self.num_tokens, device=self.is_meta.device)
         for head in range(self.num_heads):
-            weights = _weights_of(call, slice(head, head + 1))
+            weights = attention_weights(call, slice(head, head + 1))
             self._add_received(call.layer, slice(head, head + 1), weights)
             mean += weights[0] / self.num_heads
             if head in shown:
@@ -285,13 +285,6 @@ class _SparseAttention(_AttentionArrays):
         means = torch.nanmean(torch.where(log_odds.isfinite(), log_odds, torch.nan).double(), dim=-1)
         order = means.abs().nan_to_num(-1).argsort(descending=True, stable=True)
         return sorted(order[:num_shown].tolist())
-
-
-def _weights_of(call: AttentionCall, heads: slice) -> Tensor:
-    """Return the weights (n, T, T) of some heads of the one text of a call, float32; a row that sees no key is 0."""
-    _, num_heads, num_tokens, _ = call.query_BHTD.shape
-    ((scores, visible, _),) = call.score_blocks(heads=heads, block_scores=num_heads * num_tokens**2)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)[0]
 
 
 # Which texts are shown --------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 from metatokens.cli.arguments import add_interventions, add_verb, at_least, share
 from metatokens.cli.output import emit
 from metatokens.cli.reading import Progress, add_source_options, source_options
-from metatokens.errors import UsageError
 from metatokens.report.console import show_perplexity, show_table
 
 
@@ -51,8 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     check_interventions(model, interventions)
     injection = _injection(options.injection, options.ratio)
     measured = PerplexityOptions(
-        window=options.window or _whole_window(model),
-        window_unit=options.window_unit if options.window else "positions",
+        window=options.window,
+        window_unit=options.window_unit,
         stride=options.stride,
         injection=injection,
         interventions=interventions,
@@ -64,9 +63,9 @@ def _run(options: argparse.Namespace) -> int:
     progress = Progress()
     documents = _documents(iterate_documents(options.text, source_options(options)), progress)
     if options.dry_run:
-        TokenScorer(model, tokenizer, measured)  # makes the checks of the measurement
+        scorer = TokenScorer(model, tokenizer, measured)  # makes the checks of the measurement
         names = [name for name, _ in documents]
-        rows = {"documents": len(names), "window": measured.window, "injection": options.injection}
+        rows = {"documents": len(names), "window": scorer.options.window, "injection": options.injection}
         rows["interventions"] = options.intervention or None
         return emit(options, rows, lambda: show_table("perplexity would score", rows))
     try:
@@ -95,14 +94,3 @@ def _injection(kind: str, ratio: float) -> Any:
     if kind == "none":
         return NoInjection()
     return {"periodic": PeriodicInjection, "uniform": UniformInjection}[kind](ratio=ratio)
-
-
-def _whole_window(model: Any) -> int:
-    from metatokens.generation.decoding import sequence_limit
-
-    limit = sequence_limit(model)
-    if limit is None:
-        raise UsageError(
-            "--window", expected="a length, as the model states none", found="nothing", remedy="write `--window 1024`"
-        )
-    return limit

@@ -19,7 +19,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,10 @@ from metatokens.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    AnyTokenizer: TypeAlias = Tokenizer | PreTrainedTokenizerBase | str | Path
+    """A text tokenizer, or what `as_text_tokenizer` makes one of."""
 
 META_TOKEN = "_PAUSE_"  # paper section 3: the designated meta-token of the tasks
 END_OF_TEXT = "<|endoftext|>"
@@ -114,19 +117,42 @@ def load_text_tokenizer(source: str) -> Tokenizer:
         )
     else:
         whole = _hub_tokenizer(source)
+    tokenizer = _text_tokenizer_of(whole, source)
+    if (path / "tokenizer_config.json").is_file():
+        _compare_with_transformers(path, tokenizer)
+    return tokenizer
+
+
+def as_text_tokenizer(source: AnyTokenizer) -> Tokenizer:
+    """Return the text tokenizer of a tokenizer of transformers, of a folder, file or hub id, or itself.
+
+    Raises:
+        TypeError: It is neither a fast tokenizer nor a name.
+        UsageError: See `load_text_tokenizer`.
+    """
+    if isinstance(source, Tokenizer):
+        return source
+    if isinstance(source, str | Path):
+        return load_text_tokenizer(str(source))
+    whole = getattr(source, "backend_tokenizer", None)
+    if not isinstance(whole, Tokenizer):
+        raise TypeError(f"a tokenizer is a fast one of transformers, a tokenizers.Tokenizer or a name, not {source!r}")
+    return _text_tokenizer_of(whole, type(source).__name__)
+
+
+def _text_tokenizer_of(whole: Tokenizer, name: str) -> Tokenizer:
+    """Return a tokenizer without meta-token, padding, truncation and tokens added around a text."""
     tokenizer = _without_added_tokens(whole, {META_TOKEN, PAD_TOKEN})
     for token in (META_TOKEN, PAD_TOKEN):
         if tokenizer.token_to_id(token) is not None:
             raise UsageError(
-                f"tokenizer {source}",
+                f"tokenizer {name}",
                 expected=f"no {token} in the text vocabulary",
                 found=f"id {tokenizer.token_to_id(token)}",
                 remedy="use a tokenizer without it",
             )
     end_of_text_token(tokenizer)
-    _require_equal_ids(source, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
-    if (path / "tokenizer_config.json").is_file():
-        _compare_with_transformers(path, tokenizer)
+    _require_equal_ids(name, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
     return tokenizer
 
 
@@ -188,7 +214,8 @@ class TextEncoder:
     sha256: str
     backend: Literal["tiktoken", "tokenizers"]
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        tokenizer = as_text_tokenizer(tokenizer)
         canonical = tokenizer.to_str()
         specification: Specification = json.loads(canonical)
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()

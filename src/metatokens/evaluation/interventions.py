@@ -1,5 +1,6 @@
 """Interventions: changes to a model at inference, at its meta-tokens alone (paper, Table 2).
 
+    with intervene(model, ZeroEmbedding()):
     with intervene(model, (ZeroEmbedding(), NoPositionEdges())):
         model(...), model.generate(...), measure_perplexity(model, ...)
 
@@ -190,7 +191,7 @@ def check_interventions(
 @contextmanager
 def intervene(
     model: PreTrainedModel | MetaTokenForCausalLM | nn.Module,
-    interventions: Sequence[Intervention],
+    interventions: Intervention | Sequence[Intervention],
     token_counts: npt.ArrayLike | None = None,
 ) -> Iterator[None]:
     """Apply the interventions in every forward pass of the model within the block.
@@ -201,13 +202,19 @@ def intervene(
 
     Args:
         model: A model of this package, or a wrapper around one.
-        interventions: At most one for each of embedding, position and meta-attention; none is the identity.
+        interventions: One, or at most one for each of embedding, position and meta-attention; none is the identity.
         token_counts: (num_text_tokens,) how often each id occurs in the evaluated text; `mean_embedding` needs it.
             The mean over the vocabulary could not replace it: most of a vocabulary is rare and hardly trained.
 
     Raises:
         UsageError: See `check_interventions`; or `token_counts` is missing or unusable for `mean_embedding`.
+        TypeError: Something else than interventions.
     """
+    if isinstance(interventions, _Intervention):
+        interventions = (interventions,)
+    for intervention in interventions:
+        if not isinstance(intervention, _Intervention):
+            raise TypeError(f"interventions are objects such as ZeroEmbedding(), not {intervention!r}")
     check_interventions(model, interventions)
     if not interventions:
         yield

@@ -55,7 +55,7 @@ from metatokens.data.injection import (
     sample_meta_positions,
     warn_without_meta_tokens,
 )
-from metatokens.data.tokenizer import TextEncoder, ends_clause_table
+from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer, ends_clause_table
 from metatokens.errors import DataError, NumericError, UsageError
 from metatokens.evaluation.interventions import Intervention, check_interventions, intervene
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+    from metatokens.data.tokenizer import AnyTokenizer
     from metatokens.model import MetaTokenForCausalLM
 
 FloatArray = npt.NDArray[np.float64]
@@ -79,8 +80,8 @@ WindowUnit = Literal["text", "positions"]
 class PerplexityOptions(Frozen):
     """How documents are cut into windows, and which meta-tokens and interventions are applied."""
 
-    window: int = Field(1024, ge=1)
-    """L: length of a window, in `window_unit`."""
+    window: int | None = Field(None, ge=1)
+    """L: length of a window, in `window_unit`; off means all positions of the model."""
     window_unit: WindowUnit = "text"
     """text: L text tokens and the meta-tokens on top; positions: L positions, meta-tokens among them."""
     stride: int | None = Field(None, ge=1)
@@ -190,9 +191,9 @@ class PerplexityResult:
 
 def measure_perplexity(
     model: PreTrainedModel | MetaTokenForCausalLM,
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
-    options: PerplexityOptions,
+    documents: str | Iterable[str | tuple[str, str]],
+    tokenizer: AnyTokenizer,
+    options: PerplexityOptions | None = None,
     *,
     progress: Progress | None = None,
 ) -> PerplexityResult:
@@ -202,9 +203,10 @@ def measure_perplexity(
         model: A `MetaTokenForCausalLM`; with the injection none, any causal language model of transformers. It runs in
             evaluation mode and returns to its own mode afterwards. A meta-token model computes its logits in chunks;
             another model holds those of a whole batch in memory.
-        documents: (name, text) each; strings that look like special tokens are plain text.
-        tokenizer: The text tokenizer; `load_text_tokenizer(model_folder)` gives it back.
-        options: The protocol.
+        documents: One text or several, each alone or as (name, text); strings that look like special tokens are plain
+            text.
+        tokenizer: The model's, of transformers or as text tokenizer, or the model's folder.
+        options: The protocol; None means the defaults.
         progress: Called after every forward pass.
 
     Raises:
@@ -213,13 +215,16 @@ def measure_perplexity(
             meta-token to inject, an intervention does not fit the model, or the tokenizer is not the model's.
         NumericError: A loss is not finite.
     """
-    scorer = TokenScorer(model, tokenizer, options)
-    encoded = list(_encode_documents(documents, scorer.encoder, tokenizer, options.max_tokens_per_document))
+    tokenizer = as_text_tokenizer(tokenizer)
+    scorer = TokenScorer(model, tokenizer, options or PerplexityOptions())
+    options = scorer.options
+    encoded = list(_encode_documents(_named(documents), scorer.encoder, tokenizer, options.max_tokens_per_document))
     if not encoded:
         raise DataError("documents", expected="at least one", found="none", remedy="name a source that holds text")
     strides = [scorer.text_tokens_per_window]
     if scorer.stride != scorer.text_tokens_per_window:
         strides.append(scorer.stride)
+    assert options.window is not None  # the scorer has filled it in
     report = _progress_reporter(encoded, scorer.text_tokens_per_window, strides, progress)
 
     sums = _BucketSums(scorer.text_tokens_per_window)
@@ -290,6 +295,7 @@ class TokenScorer:
         loss_policy: The model's.
         text_tokens_per_window: N of a full window.
         positions_per_window: N + M of a full window.
+        options: The protocol, with its window.
         stride: S, in text tokens.
 
     Raises:
@@ -301,7 +307,7 @@ class TokenScorer:
     ) -> None:
         self._model: Any = model  # transformers' annotations lack attributes that every causal model has
         self._tokenizer = tokenizer
-        self._options = options
+        self.options = options = _with_window(options, sequence_limit(model))
         self.encoder = TextEncoder(tokenizer)
         check_tokenizer(model, self.encoder)
         self.loss_policy: LossPolicy = getattr(model.config, "loss_policy", "skip")
@@ -358,8 +364,8 @@ class TokenScorer:
         losses = []
         for (num_text, num_scored), equal in groupby(windows, key=lambda window: (window.num_text, window.num_scored)):
             same_shape = list(equal)
-            for start in range(0, len(same_shape), self._options.batch_size):
-                batch = same_shape[start : start + self._options.batch_size]
+            for start in range(0, len(same_shape), self.options.batch_size):
+                batch = same_shape[start : start + self.options.batch_size]
                 text = np.stack([sequence[w.start : w.start + num_text + 1] for w in batch])
                 numbers = np.array([w.number for w in batch], dtype=np.int64)
                 losses.append(self._score_batch(text, numbers, document_number, num_scored))
@@ -374,13 +380,13 @@ class TokenScorer:
         num_text = text.shape[1] - 1
         is_full = num_text == self.text_tokens_per_window
         injection, block_size = _fit_injection(
-            self._options.injection, num_text, self.positions_per_window if is_full else None
+            self.options.injection, num_text, self.positions_per_window if is_full else None
         )
         meta_positions = sample_meta_positions(
             injection,
             sample_ids=window_numbers,
             block_size=block_size,
-            seed=self._options.seed,
+            seed=self.options.seed,
             epoch=document_number,
             text=text,
             ends_clause=self._ends_clause,
@@ -408,7 +414,7 @@ class TokenScorer:
 
     @cached_property
     def _ends_clause(self) -> BoolArray | None:
-        return ends_clause_table(self._tokenizer) if self._options.injection.kind == "punctuation" else None
+        return ends_clause_table(self._tokenizer) if self.options.injection.kind == "punctuation" else None
 
 
 def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, vocab_size: int) -> Tensor:
@@ -469,6 +475,12 @@ class _EncodedDocument:
     words: int
 
 
+def _named(documents: str | Iterable[str | tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each document; those without a name are numbered from 1."""
+    for number, document in enumerate([documents] if isinstance(documents, str) else documents, start=1):
+        yield (f"text {number}", document) if isinstance(document, str) else document
+
+
 def _encode_documents(
     documents: Iterable[tuple[str, str]], encoder: TextEncoder, tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[_EncodedDocument]:
@@ -483,8 +495,20 @@ def _encode_documents(
         yield _EncodedDocument(name, tokens, len(text.split()))
 
 
+def _with_window(options: PerplexityOptions, limit: int | None) -> PerplexityOptions:
+    """Return the options with the window of a model of at most `limit` positions, if they name none."""
+    if options.window is not None:
+        return options
+    if limit is None:
+        raise UsageError(
+            "window", expected="a length, as the model states none", found="nothing", remedy="name a window, as 1024"
+        )
+    return options.model_copy(update={"window": limit, "window_unit": "positions"})
+
+
 def _full_window(options: PerplexityOptions) -> tuple[int, int]:
     """Return the text tokens and the positions of a full window."""
+    assert options.window is not None
     if options.window_unit == "text":
         return options.window, _fit_injection(options.injection, options.window)[1]
     injection = options.injection

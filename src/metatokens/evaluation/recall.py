@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,10 +58,10 @@ class RecallRow:
     """None if the model cannot read prompts of this length; tables then show n/a."""
     sequence_accuracy: Interval | None
     """None if `token_accuracy` is None."""
-    token_outcomes: tuple[tuple[float, ...], ...]
+    token_outcomes: tuple[tuple[float, ...], ...] = field(repr=False)
     """For each model and each instance, the share of answer tokens that are right. The interval of an arm pools these
     over its seeds."""
-    sequence_outcomes: tuple[tuple[float, ...], ...]
+    sequence_outcomes: tuple[tuple[float, ...], ...] = field(repr=False)
     """For each model and each instance, the share of answers that are right. A paired comparison with another arm needs
     these."""
 

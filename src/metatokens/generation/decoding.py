@@ -26,7 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
 from metatokens.data.injection import BoolArray, IntArray
 from metatokens.data.keyed_random import hash_key
-from metatokens.data.tokenizer import META_TOKEN, TextEncoder
+from metatokens.data.tokenizer import META_TOKEN, TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
 from metatokens.model.compatibility import BaseStreamer
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+    from metatokens.data.tokenizer import AnyTokenizer
     from metatokens.model import MetaTokenForCausalLM
 
+DEFAULT_TEXT_TOKENS = 100
 _INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished decode to
 
 
@@ -200,11 +202,11 @@ class GeneratedText:
 
 def generate_text(  # noqa: PLR0913 every option of sampling
     model: PreTrainedModel | MetaTokenForCausalLM,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     prompt: str,
     *,
     schedule: MetaSchedule,
-    max_text_tokens: int,
+    max_text_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -219,10 +221,11 @@ def generate_text(  # noqa: PLR0913 every option of sampling
 
     Args:
         model: A `MetaTokenForCausalLM`, or with `NoSchedule` any causal language model of transformers.
-        tokenizer: The text tokenizer; `load_text_tokenizer(model_folder)` gives it back.
+        tokenizer: The model's, of transformers or as text tokenizer, or the model's folder.
         prompt: What to continue.
         schedule: Where meta-tokens go.
-        max_text_tokens: Text tokens to generate at most; meta-tokens do not count.
+        max_text_tokens: Text tokens to generate at most; meta-tokens do not count. None means 100, or fewer where the
+            model's window ends before.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_k: Sample from the k likeliest tokens; None means from all.
         top_p: Sample from the likeliest tokens that hold this probability; None means from all.
@@ -235,6 +238,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
             the model's, or the prompt and its continuation do not fit the model.
     """
     _check_sampling(max_text_tokens, temperature, top_k, top_p)
+    tokenizer = as_text_tokenizer(tokenizer)
     encoder = TextEncoder(tokenizer)
     check_tokenizer(model, encoder)
     meta_token_id: int | None = getattr(model.config, "meta_token_id", None)
@@ -249,7 +253,10 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     prompt_ids = (
         text_ids if meta_token_id is None else schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id)
     )
-    num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, sequence_limit(model))
+    limit = sequence_limit(model)
+    if max_text_tokens is None:
+        max_text_tokens = _text_tokens_that_fit(prompt_ids, len(text_ids), schedule, limit)
+    num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, limit)
     if len(prompt_ids) + num_new == len(text_ids) + max_text_tokens and not schedule.is_empty:
         warnings.warn(
             f"schedule {schedule.kind} puts no meta-token into this prompt and {max_text_tokens} text tokens; generate "
@@ -272,7 +279,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     inputs = torch.tensor([prompt_ids], device=model.device)
     generate: Callable[..., Any] = cast(Any, model).generate
     started = time.perf_counter()
-    with _evaluating(model), _seeded(seed):
+    with evaluating(model), _seeded(seed):
         generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
@@ -382,9 +389,9 @@ class _TextWriter(BaseStreamer):
             self._stream(piece)
 
 
-def _check_sampling(max_text_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_sampling(max_text_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
     checks = (
-        ("max_text_tokens", max_text_tokens, max_text_tokens >= 1, "at least 1"),
+        ("max_text_tokens", max_text_tokens, max_text_tokens is None or max_text_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "a finite number, at least 0"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0, at most 1"),
@@ -392,6 +399,15 @@ def _check_sampling(max_text_tokens: int, temperature: float, top_k: int | None,
     for name, value, is_valid, expected in checks:
         if not is_valid:
             raise UsageError(name, expected=expected, found=str(value), remedy=f"change {name}")
+
+
+def _text_tokens_that_fit(prompt_ids: list[int], num_text: int, schedule: MetaSchedule, limit: int | None) -> int:
+    """Return how many text tokens fit the window behind a prompt, from 1 to 100; the check of one may still fail."""
+    fitting, num_meta, after_meta = 0, len(prompt_ids) - num_text, False
+    while fitting < DEFAULT_TEXT_TOKENS and (limit is None or num_text + num_meta < limit):
+        after_meta = _is_due_alone(schedule, num_text, num_meta, after_meta=after_meta)
+        num_meta, num_text, fitting = num_meta + after_meta, num_text + (not after_meta), fitting + (not after_meta)
+    return max(1, fitting)
 
 
 def _num_new_tokens(
@@ -419,7 +435,8 @@ def _is_due_alone(schedule: MetaSchedule, num_text: int, num_meta: int, *, after
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | MetaTokenForCausalLM) -> Iterator[None]:
+def evaluating(model: PreTrainedModel | MetaTokenForCausalLM) -> Iterator[None]:
+    """Put a model into evaluation mode within the block, and back into its own mode afterwards."""
     was_training = model.training
     model.train(False)
     try:

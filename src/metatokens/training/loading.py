@@ -253,6 +253,8 @@ def _one_line_errors(folder: Path, expected: str = "a model of this package") ->
     try:
         with _silent_transformers():
             yield
+    except UsageError:  # a ValueError that is one line already
+        raise
     except _DOES_NOT_LOAD as error:
         text = str(error)
         raise CheckpointError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from metatokens.config.schema import (
@@ -498,5 +498,5 @@ def test_loss_that_is_not_finite_is_a_numeric_error_that_names_the_document(toke
 
 @pytest.mark.parametrize("field", ["window", "stride", "batch_size", "max_tokens_per_document"])
 def test_options_refuse_a_zero(field):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match=rf"^PerplexityOptions\.{field} should be greater than or equal to 1, not 0$"):
         PerplexityOptions(**{field: 0})

@@ -52,12 +52,12 @@ def test_unknown_bin_is_a_usage_error_that_names_what_there_is(name, hint):
     ],
 )
 def test_difficulty_that_cannot_be_is_refused(fields):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match=r"^Difficulty"):
         Difficulty(**fields)
 
 
 def test_misspelt_bin_in_a_difficulty_comes_with_the_nearest():
-    with pytest.raises(ValidationError, match="did you mean 'medium'"):
+    with pytest.raises(ValueError, match="did you mean 'medium'"):
         Difficulty(size=(1, 2), prompt_tokens="meduim")
 
 
@@ -75,7 +75,7 @@ def test_every_task_of_the_schema_is_registered_under_its_kind():
 
 
 def test_questions_beyond_the_items_of_a_segment_name_both_keys():
-    with pytest.raises(ValidationError, match=r"questions 3 .* num_items 2"):
+    with pytest.raises(ValueError, match=r"questions 3 .* num_items 2"):
         SegmentCountingTask(questions=3, num_items=2)
 
 

@@ -125,6 +125,39 @@ def observe_attention(lens: Lens, input_ids: Tensor, look: Callable[[AttentionCa
         lens.run(input_ids)
 
 
+def attention_weights(call: AttentionCall, heads: slice = slice(None)) -> Tensor:
+    """Return the weights (n, T, T) of some heads of the one text of a call, float32; a row that sees no key is 0."""
+    _, num_heads, num_tokens, _ = call.query_BHTD.shape
+    ((scores, visible, _),) = call.score_blocks(heads=heads, block_scores=num_heads * num_tokens**2)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)[0]
+
+
+def weights_of_both_branches(lens: Lens, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of self-attention and of meta-attention of one text, (L, H, T, T) each, float32.
+
+    Rows are queries. Meta-attention is 0 in layers without it, and at tokens that take no part in it.
+
+    Args:
+        lens: On the model.
+        input_ids: (T,) with meta-tokens.
+
+    Raises:
+        UsageError: A model whose attention is no softmax of its scores.
+    """
+    check_plain_softmax(lens)
+    sites = [site for block in lens.layout.blocks for site in block.attentions]
+    shape = len(lens.layout.blocks), sites[0].num_heads, len(input_ids), len(input_ids)
+    weights = {"attn": torch.zeros(shape), "meta_attn": torch.zeros(shape)}
+
+    def keep(call: AttentionCall) -> None:
+        columns = call.columns[0]
+        weights[call.branch][call.layer][:, columns[:, None].cpu(), columns.cpu()] = attention_weights(call).cpu()
+
+    with lens.observe(keep):
+        lens.run(input_ids[None])
+    return weights["attn"], weights["meta_attn"]
+
+
 def check_plain_softmax(lens: Lens) -> None:
     """Raise UsageError for a model whose attention weights are not the softmax of its scores."""
     if isinstance(lens.model.config, LandmarkConfig):

@@ -1,0 +1,437 @@
+"""A language model and its tokenizer as one object: what most people want of a trained model, a line each.
+
+    import metatokens as mt
+
+    lm = mt.load("demo/meta")
+    print(lm.generate("Once upon a time", every=9).text)
+    with lm.intervene(mt.ZeroEmbedding()):
+        print(lm.perplexity(["A text.", "Another text."]).perplexity)
+
+Each method calls the function of the package that does the work; nothing is computed here. A text is a string, which
+gets its meta-tokens as the model's training put them, or ids, which are taken as they are. Methods run the model on the
+device where it is, in evaluation mode, and leave its mode as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metatokens.analysis.attention.rows import weights_of_both_branches
+from metatokens.config.finetuning import EvaluateConfig
+from metatokens.config.schema import ExplicitInjection, Injection, NoInjection, UniformInjection
+from metatokens.config.tasks import LENGTH_BINS, Task
+from metatokens.data.injection import inject_into_prompt
+from metatokens.data.sources import iterate_documents
+from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer, build_hf_tokenizer, ends_clause_table
+from metatokens.errors import UsageError
+from metatokens.evaluation.interventions import Intervention, intervene, parse_intervention
+from metatokens.evaluation.perplexity import PerplexityOptions, PerplexityResult, measure_perplexity
+from metatokens.evaluation.recall import RecallRow, evaluate_recall
+from metatokens.generation.decoding import (
+    GeneratedText,
+    MetaSchedule,
+    NoSchedule,
+    PeriodicSchedule,
+    evaluating,
+    generate_text,
+    sequence_limit,
+)
+from metatokens.lens import Lens
+from metatokens.report import require_packages
+from metatokens.tasks.base import PieceEncoder
+from metatokens.training.loading import ModelFolder, evaluation_config_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from metatokens.data.tokenizer import AnyTokenizer
+
+Text = str | Sequence[int] | Tensor
+"""A string, or the ids of one text: a list, (T,) or (1, T)."""
+
+
+def load(path: str | Path) -> LanguageModel:
+    """Open a model and its tokenizer, on the CPU and in evaluation mode.
+
+    Args:
+        path: A run, model or checkpoint folder, or `owner/name` of a model on the Hugging Face hub. A causal language
+            model of another package opens too, with a meta-token added whose embedding is not trained.
+
+    Raises:
+        TypeError: The path is neither a string nor a Path.
+        CheckpointError: There is no model, or it does not load.
+    """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"load takes a folder or the id of a model on the hub, not {type(path).__name__}")
+    folder = ModelFolder(Path(path))
+    run = folder.pretraining
+    return LanguageModel(
+        folder.open_model(),
+        folder.tokenizer,
+        injection=run.injection if run else None,
+        evaluation=evaluation_config_of(folder, []) if folder.finetuning else None,
+    )
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        model: The model, as transformers knows it.
+        injection: Where a string gets its meta-tokens, unless a method is told otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: AnyTokenizer,
+        *,
+        injection: Injection | None = None,
+        evaluation: EvaluateConfig | None = None,
+    ) -> None:
+        """Put a model and its tokenizer together.
+
+        Args:
+            model: Any causal language model of transformers, such as `MetaTokenForCausalLM`.
+            tokenizer: Its tokenizer: of transformers, a `tokenizers.Tokenizer`, or a name or folder.
+            injection: Where its training put meta-tokens; None means the uniform policy at the paper's ratio for a
+                model with meta-attention, and no meta-tokens for another.
+            evaluation: The recall task it was trained on, with its lengths; None means that there is none.
+        """
+        self.model = model
+        self.injection = _usual_injection(model) if injection is None else injection
+        self._given_tokenizer = tokenizer
+        self._evaluation = evaluation
+
+    def __repr__(self) -> str:
+        """Show what kind of model it is, and how large."""
+        parameters = f"{self.model.num_parameters():,} parameters"
+        return f"LanguageModel({type(self.model).__name__}, {parameters}, injection={self.injection!r})"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, which has `meta_token_id` if the model has one."""
+        if hasattr(self._given_tokenizer, "backend_tokenizer"):
+            return self._given_tokenizer
+        return build_hf_tokenizer(self._text_tokenizer)
+
+    def inject(self, text: Text, injection: Injection | None = None, *, seed: int = 0) -> Tensor:
+        """Return the ids of a text with meta-tokens in place, (1, T) int64 on the model's device.
+
+        Args:
+            text: Text without meta-tokens; a string that spells one is plain text.
+            injection: Where they go; None means as in training.
+            seed: Of the draws.
+
+        Raises:
+            UsageError: The model has no meta-token to inject.
+        """
+        injection = self.injection if injection is None else injection
+        meta_token_id: int | None = getattr(self.model.config, "meta_token_id", None)
+        if meta_token_id is None and injection.kind != "none":
+            raise UsageError(
+                f"injection {injection.kind}",
+                expected="a model with a meta-token",
+                found="meta_token_id None",
+                remedy="use NoInjection",
+            )
+        text_ids = self._encoder.encode_batch([text])[0].tolist() if isinstance(text, str) else _list_of(text)
+        ends_clause = ends_clause_table(self._text_tokenizer) if injection.kind == "punctuation" else None
+        ids = inject_into_prompt(
+            text_ids, injection, meta_token_id=meta_token_id or 0, seed=seed, ends_clause=ends_clause
+        )
+        return torch.tensor([ids], dtype=torch.long, device=self.model.device)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        every: int | None = None,
+        schedule: MetaSchedule | None = None,
+        max_text_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        show_meta: bool = False,
+    ) -> GeneratedText:
+        """Continue a prompt, which gets its meta-tokens by the same schedule; see `generate_text`.
+
+        Args:
+            prompt: The text to continue.
+            every: A meta-token after each `every` text tokens.
+            schedule: Where meta-tokens go, in place of `every`; None means evenly, at the ratio of the training.
+            max_text_tokens: Text tokens to write at most; None means 100, or fewer at the end of the window.
+            temperature: 0 takes the likeliest token.
+            top_k: Sample from the k likeliest tokens.
+            top_p: Sample from the likeliest tokens that hold this probability.
+            seed: Of the sampling.
+            show_meta: Show meta-tokens in the text.
+
+        Raises:
+            TypeError: The prompt is no string, or both `every` and `schedule` are given.
+            UsageError: See `generate_text`.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt is a string, not {type(prompt).__name__}; for ids call .model.generate")
+        if every is not None and schedule is not None:
+            raise TypeError("give either every or schedule, not both")
+        if schedule is None:
+            schedule = _usual_schedule(self.injection) if every is None else PeriodicSchedule(text_tokens=every)
+        return generate_text(
+            self.model,
+            self._text_tokenizer,
+            prompt,
+            schedule=schedule,
+            max_text_tokens=max_text_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            show_meta=show_meta,
+        )
+
+    def perplexity(
+        self,
+        texts: str | Path | Iterable[str | tuple[str, str]],
+        injection: Injection | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        seed: int = 0,
+    ) -> PerplexityResult:
+        """Score texts in windows, each text token once; see `measure_perplexity`, which takes every other option.
+
+        Args:
+            texts: One text or several, each alone or as (name, text); or a Path, read as `metatokens prepare` does.
+            injection: Meta-tokens of a window; None means as in training.
+            window: Length of a window in text tokens; None means all positions of the model.
+            stride: Text tokens by which the sliding windows move.
+            seed: Of the injection and of the bootstrap.
+
+        Raises:
+            DataError: There is no text, or an empty one.
+            UsageError: See `measure_perplexity`.
+        """
+        if isinstance(texts, Path):
+            texts = ((document.source, document.text) for document in iterate_documents(str(texts)))
+        injection = self.injection if injection is None else injection
+        options = PerplexityOptions(window=window, stride=stride, injection=injection, seed=seed)
+        return measure_perplexity(self.model, texts, self._text_tokenizer, options)
+
+    def recall(
+        self,
+        task: Task | str | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        lengths: Sequence[str] | None = None,
+        instances: int | None = None,
+        seed: int | None = None,
+    ) -> tuple[RecallRow, ...]:
+        """Measure the accuracy on a recall task at each length of the prompt; see `evaluate_recall`.
+
+        Args:
+            task: A task, or the name of its kind, such as "copying"; None means the one that the model was trained on.
+            size: Bounds of the task's own size.
+            lengths: Length bins by name, or ranges of prompt tokens as "2049-4096"; None means those of the training,
+                or the bins that the model's window holds.
+            instances: Test instances at each length.
+            seed: Of the test instances.
+
+        Raises:
+            ValueError: There is no such task, or the model was trained on none.
+            UsageError: The model has no meta-token, or the task cannot fill a length.
+        """
+        trained = self._evaluation
+        if task is None:
+            if trained is None:
+                raise ValueError("this model was trained on no recall task; name one, such as 'copying'")
+            task = trained.task
+        kind = task if isinstance(task, str) else task.kind
+        if getattr(self.model.config, "meta_token_id", None) is None:
+            raise UsageError(
+                "recall",
+                expected="a model with a meta-token, behind which there is no text token",
+                found="meta_token_id None",
+                remedy="save it and open it with metatokens.load, which adds one",
+            )
+        # a size and lengths that were trained for another task need not suit this one
+        is_trained = trained is not None and trained.task.kind == kind
+        fields: dict[str, Any] = (
+            dict(trained or ()) if is_trained else {"lengths": _lengths_that_fit(sequence_limit(self.model))}
+        )
+        if not (is_trained and isinstance(task, str)):
+            fields["task"] = {"kind": task} if isinstance(task, str) else task
+        asked = {"size": size, "lengths": lengths, "instances": instances, "seed": seed}
+        fields |= {name: value for name, value in asked.items() if value is not None}
+        config = EvaluateConfig(**fields)
+        with evaluating(self.model):
+            return evaluate_recall([self.model], config, PieceEncoder(self._encoder))
+
+    @contextmanager
+    def intervene(
+        self, *interventions: Intervention | str, token_counts: npt.ArrayLike | None = None
+    ) -> Iterator[Self]:
+        """Change the model at its meta-tokens within the block, whatever runs it; see `interventions.intervene`.
+
+        Args:
+            interventions: Such as `ZeroEmbedding()`, or as on the command line, "zero_embedding".
+            token_counts: (V,) how often each text token occurs; `MeanEmbedding` needs it.
+
+        Raises:
+            UsageError: The model lacks the part that an intervention changes, or two change the same part.
+        """
+        parsed = tuple(parse_intervention(one) if isinstance(one, str) else one for one in interventions)
+        with intervene(self.model, parsed, token_counts):
+            yield self
+
+    def attention(self, text: Text) -> Attention:
+        """Return the weights of both attentions in one text, of which every head of every layer is kept.
+
+        Raises:
+            UsageError: A model other than of this package, GPT-2 and GPT-Neo, or one whose attention is no softmax.
+        """
+        input_ids = self._ids_of(text)
+        with evaluating(self.model):
+            own, meta = weights_of_both_branches(self.lens(), input_ids)
+        meta_token_id = getattr(self.model.config, "meta_token_id", None)
+        return Attention(
+            tokens=tuple(self._decode(token) for token in input_ids.tolist()),
+            is_meta=(input_ids == meta_token_id).cpu() if meta_token_id is not None else input_ids.cpu() < 0,
+            self_attention=own,
+            meta_attention=meta,
+        )
+
+    def lens(self) -> Lens:
+        """Return a lens on the model, which reads and changes its activations.
+
+        Raises:
+            UsageError: A model other than of this package, GPT-2 and GPT-Neo.
+            ValueError: The model is in training mode.
+        """
+        return Lens(getattr(self.model, "wrapped", self.model))
+
+    @cached_property
+    def _text_tokenizer(self) -> Any:
+        return as_text_tokenizer(self._given_tokenizer)
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self._text_tokenizer)
+
+    def _ids_of(self, text: Text) -> Tensor:
+        """Return the ids (T,) of a text, on the model's device."""
+        if isinstance(text, str):
+            return self.inject(text)[0]
+        return torch.tensor(_list_of(text), dtype=torch.long, device=self.model.device)
+
+    def _decode(self, token_id: int) -> str:
+        text: str = self.tokenizer.decode([token_id])
+        return text
+
+
+@dataclass(frozen=True, repr=False)
+class Attention:
+    """Who attends to whom in one text of T tokens; rows are queries, columns keys."""
+
+    tokens: tuple[str, ...]
+    """The text of each token."""
+    is_meta: Tensor
+    """(T,) bool, True at meta-tokens."""
+    self_attention: Tensor
+    """(L, H, T, T) float32 weights; each row sums to 1."""
+    meta_attention: Tensor
+    """(L, H, T, T) float32 weights; 0 in layers without meta-attention and at tokens that take no part in it."""
+
+    def __repr__(self) -> str:
+        """Show the sizes."""
+        layers, heads, tokens, _ = self.self_attention.shape
+        return (
+            f"Attention({tokens} tokens, {int(self.is_meta.sum())} of them meta-tokens, {layers} layers, {heads} heads)"
+        )
+
+    def plot(self, query: int = -1, *, layer: int | None = None, head: int | None = None) -> Figure:
+        """Draw how one token attends to those before it, in both attentions.
+
+        Args:
+            query: Index of the token, counted from the end if negative.
+            layer: Index of the layer; None means the mean over all that have the attention.
+            head: Index of the head; None means the mean over all.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+            IndexError: There is no such token, layer or head.
+        """
+        require_packages("a plot")
+        from metatokens.report.attention_figure import draw_attention
+
+        query = range(len(self.tokens))[query]
+        branches = {
+            name: self._weights_of(weights, query, layer, head)
+            for name, weights in (("self-attention", self.self_attention), ("meta-attention", self.meta_attention))
+            if weights[:, :, query].any()
+        }
+        where = ", ".join(
+            f"mean over {part}s" if index is None else f"{part} {index}"
+            for part, index in (("layer", layer), ("head", head))
+        )
+        return draw_attention(
+            self.tokens[: query + 1],
+            self.is_meta[: query + 1],
+            branches,
+            title=f"attention of token {query}, {self.tokens[query]!r}\n{where}",
+        )
+
+    def _weights_of(self, weights: Tensor, query: int, layer: int | None, head: int | None) -> Tensor:
+        """Return the weights (query + 1,) of one query, averaged over the layers that have the attention."""
+        layers = weights[weights.flatten(1).any(1)] if layer is None else weights[layer][None]
+        heads = layers if head is None else layers[:, head, None]
+        return heads[:, :, query, : query + 1].mean((0, 1))
+
+
+def _usual_injection(model: Any) -> Injection:
+    """Return the paper's policy for a model with meta-attention, and none for another."""
+    config = model.config
+    has_meta_attention = getattr(config, "meta_attention_layers", "none") not in ("none", [])
+    if has_meta_attention and getattr(config, "meta_token_id", None) is not None:
+        return UniformInjection()
+    return NoInjection()
+
+
+def _usual_schedule(injection: Injection) -> MetaSchedule:
+    """Return the schedule that spaces meta-tokens evenly at the ratio of an injection."""
+    if isinstance(injection, NoInjection):
+        return NoSchedule()
+    if isinstance(injection, ExplicitInjection):
+        return PeriodicSchedule()
+    return PeriodicSchedule(text_tokens=max(1, round(1 / injection.ratio) - 1)) if injection.ratio else NoSchedule()
+
+
+def _lengths_that_fit(limit: int | None) -> tuple[str, ...]:
+    """Return the length bins whose prompts fit a window; where none does, half the window."""
+    fitting = tuple(name for name, (_, longest) in LENGTH_BINS.items() if limit is None or longest < limit)
+    return fitting or (f"1-{(limit or 2) // 2}",)
+
+
+def _list_of(ids: Sequence[int] | Tensor) -> list[int]:
+    """Return the ids of one text as a list."""
+    if isinstance(ids, Tensor):
+        if ids.ndim == 2 and len(ids) == 1:
+            ids = ids[0]
+        if ids.ndim != 1 or ids.is_floating_point():
+            raise ValueError(
+                f"ids of one text are integers of shape (T,) or (1, T), not {ids.dtype} {tuple(ids.shape)}"
+            )
+        return [int(token) for token in ids.tolist()]
+    if not all(isinstance(token, int) for token in ids):
+        raise TypeError("a text is a string, or the ids of its tokens")
+    return list(ids)
