@@ -162,8 +162,8 @@ def show_next(folder: Path) -> None:
         "",
         indent=4,
     )
-    _lines("Both are Hugging Face checkpoints; in Python, after `import metatokens`:", "")
-    _lines(f'AutoModelForCausalLM.from_pretrained("{folder}/meta/model")', "", indent=4)
+    _lines("In Python, with the first ten lines in README.md:", "")
+    _lines(f'import metatokens as mt; m = mt.load("{folder}/meta/model")', "", indent=4)
 
 
 def _console() -> Console:
