@@ -36,7 +36,10 @@ PLANNED = ("metatokens sweep ", "metatokens finetune paper/")
 MODEL = "{hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 2, max_position_embeddings: 160}"
 BATCH = "batch_blocks: 4, micro_batch_blocks: 4, precision: float32, compile: false"
 SMALLER = {
-    "paper/recall": f"training: {{{BATCH}}}\n",
+    "paper/recall": f"""
+curriculum: [{{steps: 2, size: [2, 4], prompt_tokens: [1, 64]}}]
+training: {{{BATCH}}}
+""",
     "recall": f"""
 start: {{model: {MODEL.replace("160", "512")}}}
 curriculum: [{{steps: 2, size: [2, 4], prompt_tokens: [1, 32]}}]
@@ -62,11 +65,14 @@ SMALLER_NUMBERS = {
     "--documents": "8",
     "--max-text-tokens": "8",
     "--vocab-size": "600",
+    "--validation-fraction": "0.2",
+    "--window": "40",
+    "--stride": "10",
 }
 FEW = {
     "analyze": "--documents 8 --subject.pairs 8 --parts [attention]",
     "analyze text": "--documents 8 --calibration_documents 1 --parts [attention]",
-    "prepare": "--max-documents 40 --vocab-size 600",
+    "prepare": "--max-documents 40 --vocab-size 600 --validation-fraction 0.2",
     "generate": "--max-text-tokens 8",
     "perplexity": "--window 40 --max-tokens 100",
     "extend": "--preset paper/extend",
@@ -114,7 +120,7 @@ def smaller(command: str, folder: Path) -> list[str]:
     given = {word for word in words if word.startswith("--")}
     few = shlex.split(FEW.get("analyze text" if verb == "analyze" and "--text" in words else verb, ""))
     for flag, number in zip(few[::2], few[1::2], strict=True):
-        if flag not in given and not (flag.startswith("--window") and given & {"--window", "--stride"}):
+        if flag not in given:
             words += [flag, number]
     if command.startswith(PLANNED):
         words.append("--dry-run")
@@ -129,13 +135,13 @@ def smaller(command: str, folder: Path) -> list[str]:
     return words
 
 
-def run(page: Path, folder: Path, provide: Callable[[str], None] = lambda _: None) -> None:
+def run(page: Path, folder: Path, provide: Callable[[Block], None] = lambda _: None) -> None:
     """Run a page in `folder`, which becomes the working directory.
 
     Args:
         page: a Markdown file.
         folder: where it runs.
-        provide: gets the text of each block before it runs, to put the files there that the page takes for granted.
+        provide: gets each block before it runs, to put the files there that the page takes for granted.
 
     Raises:
         RuntimeError: a command fails; it names the page and the line. A Python block raises its own error.
@@ -148,7 +154,7 @@ def run(page: Path, folder: Path, provide: Callable[[str], None] = lambda _: Non
         Path(named[0]).write_text(block.text, encoding="utf-8")
     for block in blocks(text):
         where = f"{page.name}, line {block.line}"
-        provide(block.text)
+        provide(block)
         if block.kind == "python":
             exec(compile(textwrap.dedent(block.text), where, "exec"), names)
         elif block.kind == "command" and not reason_not_to_run(block.text):

@@ -1,7 +1,8 @@
 """A hook of MkDocs: the site shows the repository's other pages too, and every file that a page links to.
 
 README.md is the start page. A file of the repository outside of docs/ keeps its path on the site, so links between
-pages hold there as they do in the repository. The comments after quoted numbers, which `make facts` reads, are left out.
+pages hold there as they do in the repository. The comments after
+quoted numbers, which `make facts` reads, are left out.
 """
 
 import posixpath

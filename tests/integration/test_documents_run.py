@@ -61,13 +61,14 @@ def made(docs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def provide(made: Path, folder: Path, text: str) -> None:
+def provide(made: Path, folder: Path, block: Any) -> None:
     """Put the files there that a block reads and the page has not made."""
-    text = re.sub(r"--out \S+", "", text)
+    text = re.sub(r"--out \S+", "", block.text)
+    before = "[\"']" if block.kind == "python" else r"[\s='\"]"  # in Python a path is in quotes
     for source, names in PROVIDED.items():
         for name in names:
             path = folder / name
-            if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) and not path.exists():
+            if re.search(rf"{before}{re.escape(name)}(?![\w-])", text) and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if source == "experiments":
                     path.symlink_to(made / source)
@@ -79,7 +80,7 @@ def provide(made: Path, folder: Path, text: str) -> None:
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
 def test_every_block_of_a_page_runs(page, docs, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    docs.run(page, tmp_path, provide=lambda text: provide(made, tmp_path, text))
+    docs.run(page, tmp_path, provide=lambda block: provide(made, tmp_path, block))
 
 
 def test_what_does_not_run_stands_in_a_page(docs):
