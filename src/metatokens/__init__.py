@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metatokens.config.finetuning import EvaluateConfig as EvaluateConfig
     from metatokens.config.loading import load_preset as load_preset
     from metatokens.config.schema import ExplicitInjection as ExplicitInjection
+    from metatokens.config.schema import ModelConfig as ModelConfig
     from metatokens.config.schema import NoInjection as NoInjection
     from metatokens.config.schema import PeriodicInjection as PeriodicInjection
     from metatokens.config.schema import PunctuationInjection as PunctuationInjection
@@ -77,6 +78,7 @@ _HOMES = {
     "MetaTokenForTokenClassification": "metatokens.model",
     "MetaTokenModel": "metatokens.model",
     "MetaTokenSchedule": "metatokens.generation.decoding",
+    "ModelConfig": "metatokens.config.schema",
     "NoInjection": "metatokens.config.schema",
     "NoMetaAttention": "metatokens.evaluation.interventions",
     "NoPositionEdges": "metatokens.evaluation.interventions",

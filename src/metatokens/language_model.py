@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from metatokens.analysis.attention.rows import weights_of_both_branches
 from metatokens.config.finetuning import EvaluateConfig
-from metatokens.config.schema import ExplicitInjection, Injection, NoInjection, UniformInjection
+from metatokens.config.schema import ExplicitInjection, Injection, ModelConfig, NoInjection, UniformInjection
 from metatokens.config.tasks import LENGTH_BINS, Task
 from metatokens.data.injection import inject_into_prompt
 from metatokens.data.sources import iterate_documents
@@ -46,13 +45,14 @@ from metatokens.generation.decoding import (
     sequence_limit,
 )
 from metatokens.lens import Lens
-from metatokens.report import require_packages
+from metatokens.model.export import save_model
+from metatokens.report.attention_figure import Attention
 from metatokens.tasks.base import PieceEncoder
+from metatokens.tasks.registry import find_task
+from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder, evaluation_config_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from metatokens.data.tokenizer import AnyTokenizer
 
 Text = str | Sequence[int] | Tensor
@@ -60,7 +60,7 @@ Text = str | Sequence[int] | Tensor
 
 
 def load(path: str | Path) -> LanguageModel:
-    """Open a model and its tokenizer, on the CPU and in evaluation mode.
+    """Open a model and its tokenizer, on the CPU and in evaluation mode; `.model.to("cuda")` moves it.
 
     Args:
         path: A run, model or checkpoint folder, or `owner/name` of a model on the Hugging Face hub. A causal language
@@ -106,11 +106,40 @@ class LanguageModel:
             injection: Where its training put meta-tokens; None means the uniform policy at the paper's ratio for a
                 model with meta-attention, and no meta-tokens for another.
             evaluation: The recall task it was trained on, with its lengths; None means that there is none.
+
+        Raises:
+            TypeError: The model is none.
         """
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"a model is one of transformers, not {type(model).__name__}; metatokens.load opens a folder"
+            )
         self.model = model
         self.injection = _usual_injection(model) if injection is None else injection
         self._given_tokenizer = tokenizer
         self._evaluation = evaluation
+
+    @classmethod
+    def from_scratch(cls, tokenizer: AnyTokenizer, shape: ModelConfig | None = None, *, seed: int = 0) -> Self:
+        """Return a model of new weights for a tokenizer, to be trained.
+
+        Args:
+            tokenizer: As above; the meta-token and padding become the first ids behind its text vocabulary.
+            shape: Of the model; None means the paper's.
+            seed: Of the weights.
+        """
+        encoder = TextEncoder(tokenizer)
+        model = build_model(
+            shape or ModelConfig(),
+            text_vocab_size=encoder.vocab_size,
+            eos_token_id=encoder.eos_token_id,
+            seed=seed,
+        )
+        return cls(model, as_text_tokenizer(tokenizer))
+
+    def save(self, path: str | Path) -> None:
+        """Write model and tokenizer into a folder that `load` and `from_pretrained` open."""
+        save_model(getattr(self.model, "wrapped", self.model), Path(path), self.tokenizer)
 
     def __repr__(self) -> str:
         """Show what kind of model it is, and how large."""
@@ -135,7 +164,7 @@ class LanguageModel:
         Raises:
             UsageError: The model has no meta-token to inject.
         """
-        injection = self.injection if injection is None else injection
+        injection = self._chosen(injection)
         meta_token_id: int | None = getattr(self.model.config, "meta_token_id", None)
         if meta_token_id is None and injection.kind != "none":
             raise UsageError(
@@ -178,13 +207,15 @@ class LanguageModel:
             show_meta: Show meta-tokens in the text.
 
         Raises:
-            TypeError: The prompt is no string, or both `every` and `schedule` are given.
+            TypeError: The prompt is no string, the schedule is none, or both `every` and `schedule` are given.
             UsageError: See `generate_text`.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"a prompt is a string, not {type(prompt).__name__}; for ids call .model.generate")
         if every is not None and schedule is not None:
             raise TypeError("give either every or schedule, not both")
+        if schedule is not None and not hasattr(schedule, "is_due"):
+            raise TypeError(f"a schedule is an object such as PeriodicSchedule(9), not {schedule!r}")
         if schedule is None:
             schedule = _usual_schedule(self.injection) if every is None else PeriodicSchedule(text_tokens=every)
         return generate_text(
@@ -224,7 +255,7 @@ class LanguageModel:
         """
         if isinstance(texts, Path):
             texts = ((document.source, document.text) for document in iterate_documents(str(texts)))
-        injection = self.injection if injection is None else injection
+        injection = self._chosen(injection)
         options = PerplexityOptions(window=window, stride=stride, injection=injection, seed=seed)
         return measure_perplexity(self.model, texts, self._text_tokenizer, options)
 
@@ -233,7 +264,7 @@ class LanguageModel:
         task: Task | str | None = None,
         *,
         size: tuple[int, int] | None = None,
-        lengths: Sequence[str] | None = None,
+        lengths: str | Sequence[str] | None = None,
         instances: int | None = None,
         seed: int | None = None,
     ) -> tuple[RecallRow, ...]:
@@ -248,15 +279,10 @@ class LanguageModel:
             seed: Of the test instances.
 
         Raises:
+            TypeError: The task is neither a task nor a name.
             ValueError: There is no such task, or the model was trained on none.
             UsageError: The model has no meta-token, or the task cannot fill a length.
         """
-        trained = self._evaluation
-        if task is None:
-            if trained is None:
-                raise ValueError("this model was trained on no recall task; name one, such as 'copying'")
-            task = trained.task
-        kind = task if isinstance(task, str) else task.kind
         if getattr(self.model.config, "meta_token_id", None) is None:
             raise UsageError(
                 "recall",
@@ -264,16 +290,21 @@ class LanguageModel:
                 found="meta_token_id None",
                 remedy="save it and open it with metatokens.load, which adds one",
             )
-        # a size and lengths that were trained for another task need not suit this one
-        is_trained = trained is not None and trained.task.kind == kind
-        fields: dict[str, Any] = (
-            dict(trained or ()) if is_trained else {"lengths": _lengths_that_fit(sequence_limit(self.model))}
-        )
-        if not (is_trained and isinstance(task, str)):
-            fields["task"] = {"kind": task} if isinstance(task, str) else task
-        asked = {"size": size, "lengths": lengths, "instances": instances, "seed": seed}
-        fields |= {name: value for name, value in asked.items() if value is not None}
-        config = EvaluateConfig(**fields)
+        defaults = self._evaluation
+        if task is None:
+            if defaults is None:
+                raise ValueError("this model was trained on no recall task; name one, such as 'copying'")
+            task = defaults.task
+        elif isinstance(task, str):
+            task = defaults.task if defaults and defaults.task.kind == task else find_task(task).config()
+        elif not hasattr(task, "meta_places"):
+            raise TypeError(f"a task is an object such as CopyingTask(), or its name, not {task!r}")
+        if defaults is None or defaults.task.kind != task.kind:
+            # a size and lengths of another task need not suit this one
+            defaults = EvaluateConfig(lengths=_lengths_that_fit(sequence_limit(self.model)))
+        lengths = (lengths,) if isinstance(lengths, str) else lengths
+        asked = {"task": task, "size": size, "lengths": lengths, "instances": instances, "seed": seed}
+        config = EvaluateConfig(**dict(defaults) | {name: value for name, value in asked.items() if value is not None})
         with evaluating(self.model):
             return evaluate_recall([self.model], config, PieceEncoder(self._encoder))
 
@@ -298,15 +329,18 @@ class LanguageModel:
         """Return the weights of both attentions in one text, of which every head of every layer is kept.
 
         Raises:
+            ValueError: The text is empty or longer than the model, or has an id that the model lacks.
             UsageError: A model other than of this package, GPT-2 and GPT-Neo, or one whose attention is no softmax.
         """
         input_ids = self._ids_of(text)
+        if not len(input_ids):
+            raise ValueError("attention needs a text of at least one token")
         with evaluating(self.model):
-            own, meta = weights_of_both_branches(self.lens(), input_ids)
-        meta_token_id = getattr(self.model.config, "meta_token_id", None)
+            lens = self.lens()
+            own, meta = weights_of_both_branches(lens, input_ids)
         return Attention(
-            tokens=tuple(self._decode(token) for token in input_ids.tolist()),
-            is_meta=(input_ids == meta_token_id).cpu() if meta_token_id is not None else input_ids.cpu() < 0,
+            tokens=tuple(self.tokenizer.decode([token]) for token in input_ids.tolist()),
+            is_meta=lens.is_meta(input_ids).cpu(),
             self_attention=own,
             meta_attention=meta,
         )
@@ -328,74 +362,22 @@ class LanguageModel:
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self._text_tokenizer)
 
+    def _chosen(self, injection: Injection | None) -> Injection:
+        """Return an injection, by default that of the training."""
+        if injection is None:
+            return self.injection
+        if not hasattr(injection, "num_meta"):
+            raise TypeError(f"an injection is an object such as UniformInjection(0.1), not {injection!r}")
+        return injection
+
     def _ids_of(self, text: Text) -> Tensor:
         """Return the ids (T,) of a text, on the model's device."""
         if isinstance(text, str):
             return self.inject(text)[0]
-        return torch.tensor(_list_of(text), dtype=torch.long, device=self.model.device)
-
-    def _decode(self, token_id: int) -> str:
-        text: str = self.tokenizer.decode([token_id])
-        return text
-
-
-@dataclass(frozen=True, repr=False)
-class Attention:
-    """Who attends to whom in one text of T tokens; rows are queries, columns keys."""
-
-    tokens: tuple[str, ...]
-    """The text of each token."""
-    is_meta: Tensor
-    """(T,) bool, True at meta-tokens."""
-    self_attention: Tensor
-    """(L, H, T, T) float32 weights; each row sums to 1."""
-    meta_attention: Tensor
-    """(L, H, T, T) float32 weights; 0 in layers without meta-attention and at tokens that take no part in it."""
-
-    def __repr__(self) -> str:
-        """Show the sizes."""
-        layers, heads, tokens, _ = self.self_attention.shape
-        return (
-            f"Attention({tokens} tokens, {int(self.is_meta.sum())} of them meta-tokens, {layers} layers, {heads} heads)"
-        )
-
-    def plot(self, query: int = -1, *, layer: int | None = None, head: int | None = None) -> Figure:
-        """Draw how one token attends to those before it, in both attentions.
-
-        Args:
-            query: Index of the token, counted from the end if negative.
-            layer: Index of the layer; None means the mean over all that have the attention.
-            head: Index of the head; None means the mean over all.
-
-        Raises:
-            UsageError: matplotlib is not installed.
-            IndexError: There is no such token, layer or head.
-        """
-        require_packages("a plot")
-        from metatokens.report.attention_figure import draw_attention
-
-        query = range(len(self.tokens))[query]
-        branches = {
-            name: self._weights_of(weights, query, layer, head)
-            for name, weights in (("self-attention", self.self_attention), ("meta-attention", self.meta_attention))
-            if weights[:, :, query].any()
-        }
-        where = ", ".join(
-            f"mean over {part}s" if index is None else f"{part} {index}"
-            for part, index in (("layer", layer), ("head", head))
-        )
-        return draw_attention(
-            self.tokens[: query + 1],
-            self.is_meta[: query + 1],
-            branches,
-            title=f"attention of token {query}, {self.tokens[query]!r}\n{where}",
-        )
-
-    def _weights_of(self, weights: Tensor, query: int, layer: int | None, head: int | None) -> Tensor:
-        """Return the weights (query + 1,) of one query, averaged over the layers that have the attention."""
-        layers = weights[weights.flatten(1).any(1)] if layer is None else weights[layer][None]
-        heads = layers if head is None else layers[:, head, None]
-        return heads[:, :, query, : query + 1].mean((0, 1))
+        ids = _list_of(text)
+        if any(not 0 <= token < self.model.config.vocab_size for token in ids):
+            raise ValueError(f"ids must lie in [0, {self.model.config.vocab_size}), the model's vocabulary")
+        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
 
 
 def _usual_injection(model: Any) -> Injection:
@@ -432,6 +414,6 @@ def _list_of(ids: Sequence[int] | Tensor) -> list[int]:
                 f"ids of one text are integers of shape (T,) or (1, T), not {ids.dtype} {tuple(ids.shape)}"
             )
         return [int(token) for token in ids.tolist()]
-    if not all(isinstance(token, int) for token in ids):
+    if not isinstance(ids, Sequence) or not all(isinstance(token, int) for token in ids):
         raise TypeError("a text is a string, or the ids of its tokens")
     return list(ids)

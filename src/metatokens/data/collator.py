@@ -12,6 +12,7 @@ meta-tokens (_) move it:
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from metatokens.data.injection import (
     sample_prompt_positions,
     warn_without_meta_tokens,
 )
+from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer, ends_clause_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from metatokens.config.schema import Injection
 
@@ -39,9 +42,12 @@ CARRIED = ("input_ids", "attention_mask", "labels", *MASKS_OF_LABELS)
 class MetaTokenCollator:
     """Callable that turns rows `{"input_ids": [...]}` of text tokens, of any lengths, into a batch.
 
-    A row may also have `attention_mask`, `labels` (-100 where there is no loss) and TRL's label masks, each with one
-    value per token. A token that the attention mask hides counts as padding, not as text, and keeps its place.
-    The Trainer drops columns that the model's `forward` does not take: label masks need `remove_unused_columns=False`.
+        MetaTokenCollator(UniformInjection(0.1), tokenizer)
+
+    With a tokenizer a row may be a string, too. A row of tokens may also have `attention_mask`, `labels` (-100 where
+    there is no loss) and TRL's label masks, each with one value per token. A token that the attention mask hides counts
+    as padding, not as text, and keeps its place. The Trainer drops columns that the model's `forward` does not take:
+    label masks need `remove_unused_columns=False`.
 
     A row's layout depends only on the seed and the row's tokens, not on the batch or the worker. The same row gets the
     same layout every time.
@@ -49,30 +55,39 @@ class MetaTokenCollator:
     Args:
         injection: Policy of the meta-tokens; its ratio counts a row with its meta-tokens (see
             `sample_prompt_positions`).
+        tokenizer: The model's tokenizer of transformers, which knows both ids; without it both must be given.
         meta_token_id: The id to put in; must not be a text token.
         pad_token_id: The id that fills short rows on the right; must not be the meta-token.
         seed: Key of the layouts.
-        ends_clause: (V,) bool, needed by the policy punctuation.
+        ends_clause: (V,) bool, needed by the policy punctuation where there is no tokenizer.
+
+    Raises:
+        TypeError: There is neither a tokenizer nor an id.
+        ValueError: Both ids are the same.
     """
 
     def __init__(
         self,
         injection: Injection,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        meta_token_id: int,
-        pad_token_id: int,
+        meta_token_id: int | None = None,
+        pad_token_id: int | None = None,
         seed: int = 0,
         ends_clause: BoolArray | None = None,
     ) -> None:
-        if meta_token_id == pad_token_id:
-            raise ValueError(f"pad_token_id must differ from meta_token_id {meta_token_id}")
+        self._meta_token_id = _find_id("meta_token_id", meta_token_id, tokenizer)
+        self._pad_token_id = _find_id("pad_token_id", pad_token_id, tokenizer)
+        if self._meta_token_id == self._pad_token_id:
+            raise ValueError(f"pad_token_id must differ from meta_token_id {self._meta_token_id}")
         self._injection = injection
-        self._meta_token_id = meta_token_id
-        self._pad_token_id = pad_token_id
+        self._tokenizer = tokenizer
         self._seed = seed
+        if ends_clause is None and tokenizer is not None and injection.kind == "punctuation":
+            ends_clause = ends_clause_table(as_text_tokenizer(tokenizer))
         self._ends_clause = ends_clause
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any] | str]) -> dict[str, torch.Tensor]:
         """Return int64 tensors for the model.
 
         Returns:
@@ -89,7 +104,10 @@ class MetaTokenCollator:
 
         if not features:
             raise ValueError("a batch needs at least one row")
-        rows = [self._inject(_read_row(feature)) for feature in features]
+        rows = [
+            self._inject(_read_row(self._encode(feature) if isinstance(feature, str) else feature))
+            for feature in features
+        ]
         input_ids = _stack([row["input_ids"] for row in rows], filler=self._pad_token_id)
         attention_mask = _stack([row["attention_mask"] for row in rows], filler=0)
         is_meta = (input_ids == self._meta_token_id) & (attention_mask == 1)
@@ -103,6 +121,17 @@ class MetaTokenCollator:
         if num_meta[0] > 0 and (num_meta == num_meta[0]).all():
             batch["meta_indices"] = np.nonzero(is_meta)[1].reshape(len(rows), -1)
         return {name: torch.from_numpy(column) for name, column in batch.items()}
+
+    def _encode(self, text: str) -> Mapping[str, Any]:
+        """Return a row of a text, in which the strings of special tokens are plain text."""
+        if self._tokenizer is None:
+            raise TypeError("a row that is a string needs the collator's tokenizer")
+        return {"input_ids": self._encoder.encode_batch([text])[0]}
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        assert self._tokenizer is not None
+        return TextEncoder(self._tokenizer)
 
     def _inject(self, row: dict[str, IntArray]) -> dict[str, IntArray]:
         """Return the columns of one row with meta-tokens among its shown tokens."""
@@ -123,6 +152,13 @@ class MetaTokenCollator:
         is_meta = np.concatenate([is_meta, np.zeros(len(hidden), dtype=np.bool_)])[order]
         at_meta = {"input_ids": self._meta_token_id, "attention_mask": 1, "labels": IGNORE_INDEX}
         return {name: np.where(is_meta, at_meta[name], column[source]) for name, column in row.items()}
+
+
+def _find_id(name: str, given: int | None, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    found = getattr(tokenizer, name, None) if given is None else given
+    if not isinstance(found, int):
+        raise TypeError(f"the collator needs a tokenizer of transformers that has a {name}, or {name} itself")
+    return found
 
 
 def _read_row(feature: Mapping[str, Any]) -> dict[str, IntArray]:

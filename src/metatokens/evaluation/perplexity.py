@@ -478,7 +478,11 @@ class _EncodedDocument:
 def _named(documents: str | Iterable[str | tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each document; those without a name are numbered from 1."""
     for number, document in enumerate([documents] if isinstance(documents, str) else documents, start=1):
-        yield (f"text {number}", document) if isinstance(document, str) else document
+        if isinstance(document, str):
+            document = f"text {number}", document  # noqa: PLW2901 the same with a name
+        if not (isinstance(document, tuple) and len(document) == 2 and all(isinstance(part, str) for part in document)):
+            raise TypeError(f"a document is a string or a pair (name, text), not {type(document).__name__}")
+        yield document
 
 
 def _encode_documents(

@@ -38,6 +38,10 @@ class Interval:
     """None if `low` is None."""
     level: float = CONFIDENCE_LEVEL
 
+    def __str__(self) -> str:
+        """Show the estimate with its bounds, to four digits."""
+        return f"{self.estimate:.4g}" + ("" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})")
+
     def exp(self) -> Interval:
         """Return the exponential of estimate and bounds: a mean in nats becomes a perplexity."""
         low = None if self.low is None else _exp(self.low)

@@ -255,7 +255,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     )
     limit = sequence_limit(model)
     if max_text_tokens is None:
-        max_text_tokens = _text_tokens_that_fit(prompt_ids, len(text_ids), schedule, limit)
+        max_text_tokens = _text_tokens_that_fit(len(text_ids), schedule, limit)
     num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, limit)
     if len(prompt_ids) + num_new == len(text_ids) + max_text_tokens and not schedule.is_empty:
         warnings.warn(
@@ -401,13 +401,10 @@ def _check_sampling(max_text_tokens: int | None, temperature: float, top_k: int 
             raise UsageError(name, expected=expected, found=str(value), remedy=f"change {name}")
 
 
-def _text_tokens_that_fit(prompt_ids: list[int], num_text: int, schedule: MetaSchedule, limit: int | None) -> int:
+def _text_tokens_that_fit(num_text: int, schedule: MetaSchedule, limit: int | None) -> int:
     """Return how many text tokens fit the window behind a prompt, from 1 to 100; the check of one may still fail."""
-    fitting, num_meta, after_meta = 0, len(prompt_ids) - num_text, False
-    while fitting < DEFAULT_TEXT_TOKENS and (limit is None or num_text + num_meta < limit):
-        after_meta = _is_due_alone(schedule, num_text, num_meta, after_meta=after_meta)
-        num_meta, num_text, fitting = num_meta + after_meta, num_text + (not after_meta), fitting + (not after_meta)
-    return max(1, fitting)
+    laid = schedule_meta_tokens([0] * (num_text + DEFAULT_TEXT_TOKENS), schedule, meta_token_id=-1)
+    return max(1, laid[:limit].count(0) - num_text)
 
 
 def _num_new_tokens(

@@ -19,7 +19,37 @@ POSITION_ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 
 @strict
 class MetaTokenConfig(PreTrainedConfig):
-    """Configuration of `MetaTokenModel`; the defaults are the paper's RoPE model (section 4.1)."""
+    """Configuration of `MetaTokenModel`; the defaults are the paper's RoPE model (section 4.1).
+
+    Args:
+        vocab_size: V, rows of the embedding: text tokens, meta-token and padding, rounded up as one likes.
+        hidden_size: C, width of the residual stream.
+        intermediate_size: Width inside the MLP.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: H, heads of both attentions.
+        head_dim: D, width of a head; None means hidden_size / num_attention_heads.
+        hidden_act: Activation of the MLP, by its name in transformers.
+        max_position_embeddings: The longest sequence, meta-tokens included.
+        initializer_range: Standard deviation of the initial weights.
+        layer_norm_eps: Added to the variance in every LayerNorm.
+        attention_dropout: Dropout on attention weights, in training alone.
+        hidden_dropout: Dropout on the embedding and on the output of each sub-layer, in training alone.
+        use_cache: Whether a forward pass returns its cache.
+        tie_word_embeddings: Whether the output head has the weights of the embedding.
+        position_encoding: How positions enter both attentions: "rope", "xpos" (RoPE with scores that decay with the
+            distance), "learned", "alibi" or "none".
+        rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
+        meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
+        meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
+            "random", pseudo-random text tokens in place of the meta-tokens.
+        random_ratio: Share of the text tokens that are members if meta_attention_over is "random".
+        meta_token_id: The id of the meta-token, the first behind the text vocabulary; None means a model without one.
+        loss_policy: "skip" drops the loss term whose target is a meta-token (paper); "retarget" predicts the next
+            text token from the last text token and uses no output at a meta-token.
+        pad_token_id: The id of padding, which is not the meta-token.
+        bos_token_id: The id that begins a text.
+        eos_token_id: The id, or the ids, that end a text.
+    """
 
     model_type = "metatokens"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]

@@ -307,3 +307,8 @@ def test_accuracy_has_an_interval_where_all_or_none_is_right_and_a_bootstrap_els
     assert accuracy_interval(mixed, seed=3) == bootstrap_seeds_and_instances(mixed, seed=3)
     halves = [[0.5, 0.5], [0.5, 0.5]]
     assert accuracy_interval(halves, seed=0).estimate == 0.5
+
+
+def test_an_interval_is_written_as_its_estimate_and_its_bounds():
+    assert str(Interval(161.2901, 152.4622, 169.7087)) == "161.3 (152.5 to 169.7)"
+    assert str(Interval(2.0, None, None)) == "2"

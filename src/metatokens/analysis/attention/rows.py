@@ -133,7 +133,7 @@ def attention_weights(call: AttentionCall, heads: slice = slice(None)) -> Tensor
 
 
 def weights_of_both_branches(lens: Lens, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of self-attention and of meta-attention of one text, (L, H, T, T) each, float32.
+    """Return the weights of self-attention and of meta-attention of one text, (L, H, T, T) each, float32 or better.
 
     Rows are queries. Meta-attention is 0 in layers without it, and at tokens that take no part in it.
 
@@ -147,7 +147,8 @@ def weights_of_both_branches(lens: Lens, input_ids: Tensor) -> tuple[Tensor, Ten
     check_plain_softmax(lens)
     sites = [site for block in lens.layout.blocks for site in block.attentions]
     shape = len(lens.layout.blocks), sites[0].num_heads, len(input_ids), len(input_ids)
-    weights = {"attn": torch.zeros(shape), "meta_attn": torch.zeros(shape)}
+    dtype = torch.promote_types(lens.model.dtype, torch.float32)
+    weights = {branch: torch.zeros(shape, dtype=dtype) for branch in ("attn", "meta_attn")}
 
     def keep(call: AttentionCall) -> None:
         columns = call.columns[0]
