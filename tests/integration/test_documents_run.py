@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from commands import metatokens
 
@@ -19,9 +20,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # what a page takes for granted, by what stands in its place here
 PROVIDED = {
     "run": ("run", "demo/meta", "runs/tiny/meta", "runs/paper/meta-rope-152m", "runs/alibi"),
-    "copying": ("copying", "demo/recall/meta-attention", "runs/copying", *(f"runs/seed-{seed}" for seed in range(3))),
+    "copying": (
+        "copying",
+        "demo/recall/meta-attention",
+        "runs/copying",
+        "runs/8k-to-8k",
+        *(f"runs/seed-{seed}" for seed in range(3)),
+    ),
     "tokens": ("tokens", "c4"),
     "run/model": ("gpt2",),
+    "gpt2": ("path/to/gpt2",),
     "books": ("books",),
     "books/0.txt": ("test.txt",),
     "articles.jsonl.gz": ("articles.jsonl.gz",),
@@ -57,6 +65,10 @@ def made(docs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metatokens finetune tiny/recall --out copying",
     ):
         metatokens(*docs.smaller(command, folder)[1:])
+    vocab_size = json.loads((folder / "run/model/config.json").read_text())["meta_token_id"]
+    config = GPT2Config(vocab_size=vocab_size, n_positions=160, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    shutil.copy(folder / "tokens/tokenizer.json", folder / "gpt2")
     os.chdir(before)
     return folder
 
