@@ -1,6 +1,7 @@
 """The demonstration at a small size: it tells its story, keeps what it has made, and goes on where it was."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ SMALL = ("--text-tokens", "10000", "--recall-steps", "3")
 def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_path):
     command = ("demo", "--out", tmp_path / "demo", *SMALL)
     shown = metatokens(*command)
-    chapters = [line for line in shown.stdout.splitlines() if line.endswith(" ---")]
-    assert [line.split(" -")[0] for line in chapters] == ["1 Copying", "2 Reading", "3 Inside", "Go on"]
+    chapters = re.findall(r"^(.+) -{20,}$", shown.stdout, re.MULTILINE)
+    assert chapters == ["1 Copying", "2 Reading", "3 Inside", "Go on"]
     waits = [line for line in shown.stderr.splitlines() if line.endswith("...")]
     assert len(waits) == 8
     assert all("about" in line for line in waits)
