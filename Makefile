@@ -1,11 +1,13 @@
 # Each target that runs something makes the virtual environment first, from nothing but Python >= 3.11 and pip.
 PYTHON ?= python3
+# what `make dist` installs torch from; a machine without a GPU saves gigabytes with the build for the CPU
+TORCH ?= torch
 BIN := .venv/bin
 # the tests of a file in one process, so that what they share is made once; in the order of the files, which ends with quick
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-kernels test-versions test-floor test-newest check facts clean
+.PHONY: demo test test-kernels test-versions test-floor test-newest check facts docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -44,5 +46,16 @@ check: .venv/installed ## format, lint, types and the quick tests
 facts: .venv/installed ## every number that the documents quote, against the committed JSON it comes from
 	$(BIN)/python docs/facts.py
 
-clean: ## remove the virtual environments and the demonstration
-	rm -rf .venv .venv-floor .venv-newest demo
+docs: .venv/installed ## the site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/installed ## wheel and sdist, in dist; the wheel runs the tutorial in an environment that has nothing else
+	rm -rf dist build/dist-venv
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/pip install --quiet $(TORCH) "$$(ls dist/*.whl)[report]"
+	build/dist-venv/bin/pip check
+	cd build && dist-venv/bin/python ../docs/blocks.py ../docs/tutorial.md
+
+clean: ## remove the virtual environments, what was built, and the demonstration
+	rm -rf .venv .venv-floor .venv-newest build dist demo

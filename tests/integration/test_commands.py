@@ -462,28 +462,3 @@ def test_an_output_folder_that_cannot_be_written_is_refused(work, tmp_path):
 def test_debug_raises_the_error_with_its_traceback():
     with pytest.raises(UsageError):
         main(["pretrain", "tiny/mta", "--debug"])
-
-
-@pytest.mark.slow
-def test_the_demonstration_runs_at_a_small_size_and_again(tmp_path):
-    command = ("demo", "--out", tmp_path / "demo", "--text-tokens", "10000", "--recall-steps", "3")
-    shown = metatokens(*command)
-    assert "from_pretrained(" in shown.stdout
-    assert "Analysing the model with meta-attention" in shown.stderr
-    made = {path: path.read_bytes() for path in (tmp_path / "demo/report").rglob("*") if path.is_file()}
-    assert {"results.json", "arrays.npz", "report.html"} <= {path.name for path in made}
-    again = metatokens(*command, "--json")
-    assert "Analysing" not in again.stderr
-    assert {path: path.read_bytes() for path in made} == made
-    result = json.loads(again.stdout)
-    assert result["plain"]["text_tokens"] == result["meta"]["text_tokens"]
-    assert result["meta"]["parameters"] - result["plain"]["parameters"] == 4 * (4 * 128 * 128 + 4 * 128)
-    assert result["meta"]["perplexity"]["low"] < result["meta"]["perplexity"]["high"]
-    code = (
-        "import sys, metatokens; from transformers import AutoModelForCausalLM\n"
-        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_parameters())"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, result["meta"]["model"]], capture_output=True, text=True, check=True
-    )
-    assert int(loaded.stdout) == result["meta"]["parameters"]

@@ -94,7 +94,7 @@ class MetaTokenCollator:
             - input_ids (B, T), where T is the length of the longest row.
             - attention_mask (B, T), 1 at tokens and 0 at padding.
             - labels (B, T), by default the row's ids; -100 at meta-tokens, padding, tokens that a mask excludes and
-              the first text token of each row.
+                the first text token of each row.
             - meta_indices (B, M), only if every row has the same number M > 0 of meta-tokens.
 
         Raises:

@@ -52,48 +52,6 @@ def show_presets(presets: Sequence[Any]) -> None:
         console.print(purpose, style="dim", highlight=False, markup=False)
 
 
-def show_demo(result: Any) -> None:
-    """Show a `metatokens.demo.DemoResult`."""
-    console = Console()
-    table = Table(title="Plain and meta-token model, same text tokens, same seed", title_justify="left")
-    for column in ("", "parameters", "text tokens", "tokens/s", "perplexity (95% interval)"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, arm in (("plain", result.plain), ("meta-tokens", result.meta)):
-        table.add_row(
-            name,
-            f"{arm.parameters:,}",
-            f"{arm.text_tokens:,}",
-            f"{arm.text_tokens_per_second:,.0f}",
-            _interval(arm.perplexity),
-        )
-    console.print(table)
-    console.print(
-        f"Meta-attention changes the time of a training step by {100 * (result.meta_attention_cost - 1):+.1f}% on the "
-        f"same tokens; with the meta-tokens' own positions, a text token's by "
-        f"{100 * (result.cost_per_text_token - 1):+.1f}%.",
-        highlight=False,
-    )
-    console.print(
-        f"\nA sample of the meta-token model (meta-tokens hidden):\n\n{result.sample}\n", highlight=False, markup=False
-    )
-    table = Table(
-        title="Copying a marked span of words: % right by tokens of the prompt (95% interval)", title_justify="left"
-    )
-    for column in ("", "parameters", "training FLOPs", *(row.length for row in result.recall[0].rows)):
-        table.add_column(column, justify="left" if not column else "right")
-    for recall in result.recall:
-        accuracies = [_percent(row.sequence_accuracy) for row in recall.rows]
-        table.add_row(recall.name, f"{recall.parameters:,}", f"{recall.training_flops:.2e}", *accuracies)
-    console.print(table)
-    if result.report is not None:
-        console.print("\nWhat the meta-attention model does inside, to open in a browser:\n", highlight=False)
-        console.print(f"    {result.report}", highlight=False, markup=False, soft_wrap=True)
-    console.print("\nThe model is a Hugging Face checkpoint:\n", highlight=False)
-    console.print("    import metatokens; from transformers import AutoModelForCausalLM", highlight=False)
-    load = f'    model = AutoModelForCausalLM.from_pretrained("{result.meta.model}")'
-    console.print(load, highlight=False, markup=False, soft_wrap=True)  # to be copied as one line
-
-
 def show_perplexity(result: Any) -> None:
     """Show a `PerplexityResult`."""
     rows = {
@@ -151,10 +109,3 @@ def _interval(interval: Any, form: str = ",.4g") -> str:
     if interval.low is None:
         return f"{interval.estimate:{form}} (one document: no interval)"
     return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
-
-
-def _percent(interval: Any) -> str:
-    """Write an accuracy so briefly that a table of several lengths fits a terminal."""
-    if interval is None:
-        return "n/a"
-    return f"{100 * interval.estimate:.0f} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
