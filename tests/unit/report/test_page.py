@@ -34,7 +34,7 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert write_report(tmp_path / "results", tmp_path / "two").read_bytes() == first
     figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
     drawn = {figure.id for figure in FIGURES if set(FEW) & set(figure.measures)} | {"theorem"}
-    assert figures == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "png"))
+    assert figures == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "png", "txt"))
     for name in figures:
         one, two = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("one", "two"))
         assert one == two
