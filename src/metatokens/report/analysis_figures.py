@@ -81,7 +81,10 @@ def _caption(figure: AnalysisFigure, results: Results) -> str:
     measured = figure.measures or ("interchange_effect",) * (figure is HAND_OVER)
     count = count_documents([record for name in measured for record in results.find(name)])
     model = describe_model(results)
-    return " ".join(part for part in (f"{figure.title}.", figure.text, *definitions, count, f"Model: {model}.") if part) + "\n"
+    return (
+        " ".join(part for part in (f"{figure.title}.", figure.text, *definitions, count, f"Model: {model}.") if part)
+        + "\n"
+    )
 
 
 def count_documents(records: Iterable[Record]) -> str:

@@ -372,6 +372,7 @@ def to_svg(panel: Panel, label: str) -> str:
         tips: Tips = {}
         axes.set_title(panel.title)
         panel.draw(axes, tips)
+        _make_room(axes, figure)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -382,6 +383,19 @@ def to_svg(panel: Panel, label: str) -> str:
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     return ET.tostring(root, encoding="unicode")
+
+
+def _make_room(axes: Axes, figure: Figure) -> None:
+    """Narrow the axes where their labels would be cut off at the sides of the figure."""
+    box = axes.get_tightbbox()
+    place = axes.get_position()
+    if box is None:
+        return
+    width, height = figure.bbox.width, figure.bbox.height
+    left, right = max(0.0, -box.x0 / width), max(0.0, box.x1 / width - 1)
+    above = max(0.0, box.y1 / height - 1)
+    size = place.width - left - right, place.height - above
+    axes.set_position((place.x0 + left, place.y0, *size))
 
 
 def to_files(chart: Chart) -> dict[str, bytes]:

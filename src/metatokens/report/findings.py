@@ -104,7 +104,9 @@ def loss_behind(results: Results) -> Finding | None:
     if drop is None or _is_task(results):
         return None
     if not _differs(drop):
-        text = f"Cannot tell whether the meta-tokens' embedding changes the loss of the text behind (fall: {_span(drop)})."
+        text = (
+            f"Cannot tell whether the meta-tokens' embedding changes the loss of the text behind (fall: {_span(drop)})."
+        )
     else:
         direction = "lowers" if (drop.value or 0) > 0 else "raises"
         text = f"The meta-tokens' embedding {direction} the loss of the text behind them (fall: {_span(drop)})."

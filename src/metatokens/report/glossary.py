@@ -39,7 +39,10 @@ def explain(text: str) -> Markup:
         if meaning in seen:
             continue
         seen.add(meaning)
-        parts += [escape(text[end : match.start()]), Markup('<dfn tabindex="0" data-meaning="{}">{}</dfn>').format(meaning, match[0])]
+        parts += [
+            escape(text[end : match.start()]),
+            Markup('<dfn tabindex="0" data-meaning="{}">{}</dfn>').format(meaning, match[0]),
+        ]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])
 

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,14 @@ from metatokens.report.analysis_figures import (
     FIGURES,
     HAND_OVER,
     AnalysisFigure,
-    figure_files,
     count_documents,
     describe_model,
+    figure_files,
     file_names,
     words,
     write_coordinate,
 )
+from metatokens.report.assets import read_asset
 from metatokens.report.charts import Chart, MapPanel, to_svg
 from metatokens.report.findings import findings_of, hand_over_records
 from metatokens.report.glossary import explain
@@ -135,7 +135,7 @@ def render_page(results: Results, arrays: Arrays) -> str:
     """Return the page as one string."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
     environment.filters |= {"estimate": format_estimate, "p_value": format_p, "explain": explain, "anchor": _anchor_of}
-    template = environment.from_string(_asset("page.html"))
+    template = environment.from_string(read_asset("page.html"))
     whole = {
         "lead": _lead(results),
         "model": describe_model(results),
@@ -147,8 +147,8 @@ def render_page(results: Results, arrays: Arrays) -> str:
         "facts": _facts(results),
         "sections": _render_sections(results, arrays),
         "meta_mark": META_MARK,
-        "css": Markup(_asset("colours.css") + _asset("page.css")),
-        "scripts": [Markup(_asset(name)) for name in _SCRIPTS],
+        "css": Markup(read_asset("colours.css") + read_asset("page.css")),
+        "scripts": [Markup(read_asset(name)) for name in _SCRIPTS],
         "documents_json": _embed(_documents_behind_cells(results, arrays)),
     }
 
@@ -177,7 +177,7 @@ def _lead(results: Results) -> str:
     if not results.verdicts:
         return "What one trained model does with its meta-tokens."
     parts = [
-        f"of {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
+        f"on {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
         for verdict, count in counts.items()
         if count
     ]
@@ -207,7 +207,14 @@ def _render_sections(results: Results, arrays: Arrays) -> list[dict[str, Any]]:
     if unknown:
         text = "These measures are not those of this version of the package."
         sections.append(
-            {"id": "other", "title": "Other measures", "text": text, "figures": [], "others": _table(unknown)}
+            {
+                "id": "other",
+                "short": "Other",
+                "title": "Other measures",
+                "text": text,
+                "figures": [],
+                "others": _table(unknown),
+            }
         )
     return sections
 
@@ -224,7 +231,14 @@ def _render_section(part: Part, results: Results, arrays: Arrays) -> dict[str, A
             shown |= set(figure.measures)
             figures.append(_render_figure(figure, chart, own))
     others = _table([record for record in records if record.measure not in shown])
-    return {"id": part.replace("_", "-"), "title": title, "text": text, "figures": figures, "others": others}
+    return {
+        "id": part.replace("_", "-"),
+        "short": words(part).capitalize(),
+        "title": title,
+        "text": text,
+        "figures": figures,
+        "others": others,
+    }
 
 
 def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
@@ -339,7 +353,3 @@ def _embed(document: Any) -> Markup:
 
 def _to_json(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _asset(name: str) -> str:
-    return resources.files("metatokens.report").joinpath("assets", *name.split("/")).read_text(encoding="utf-8")
