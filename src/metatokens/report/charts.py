@@ -387,6 +387,7 @@ def to_svg(panel: Panel, label: str) -> str:
 
 def _make_room(axes: Axes, figure: Figure) -> None:
     """Narrow the axes where their labels would be cut off at the sides of the figure."""
+    figure.draw_without_rendering()  # which places a common factor of the ticks
     box = axes.get_tightbbox()
     place = axes.get_position()
     if box is None:

@@ -1,8 +1,8 @@
 """What an analysis found, in sentences: one small function per finding, which reads the results and measures nothing.
 
-A finding states a difference only where its 95% interval excludes it by chance, and says "cannot tell" where it does
-not. To add one, write a function from `Results` to `Finding | None` and name it in `FINDINGS`; None where its
-numbers are absent.
+A finding states a difference only where its 95% interval leaves out 0, and says "cannot tell" where it does not. To
+add one, write a function from `Results` to `Finding | None` and name it in `FINDINGS`; None where its numbers are
+absent.
 """
 
 from __future__ import annotations
@@ -217,4 +217,4 @@ def _span(number: Record | Verdict) -> str:
     value = f"{format_number(number.value)}{unit}"
     if number.low is None or number.high is None:
         return value
-    return f"{value} (95% interval {format_number(number.low)} to {format_number(number.high)})"
+    return f"{value}, 95% interval {format_number(number.low)} to {format_number(number.high)}"

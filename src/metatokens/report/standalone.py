@@ -28,7 +28,7 @@ def to_standalone_svg(chart: Chart, title: str, caption: str) -> str:
     (panel,) = chart.panels
     width = panel.width * 72 * _SCALE + 2 * _MARGIN
     top, parts = _MARGIN + 14, []
-    for line in textwrap.wrap(title, int((width - 2 * _MARGIN) / 8)):
+    for line in textwrap.wrap(title, int((width - 2 * _MARGIN) / 9)):
         parts.append(f'<text x="{_MARGIN}" y="{top}" font-size="15" font-weight="600">{escape(line)}</text>')
         top += _LINE
     x = _MARGIN

@@ -76,7 +76,7 @@ def test_what_was_not_run_is_said_and_has_no_figure() -> None:
     results, arrays = build_results()
     text = render_page(of_measures(results, {r.measure for r in results.records} - {"eviction_cost"}), arrays)
     assert 'id="figure-eviction-cost"' not in text
-    assert text.count('<p class="absent">Not run.</p>') == 1
+    assert text.count('<p class="absent" id="absent">Not run: Meta-tokens as a cache.</p>') == 1
 
 
 def test_each_record_of_measures_that_come_alone_is_on_the_page() -> None:
