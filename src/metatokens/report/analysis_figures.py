@@ -66,7 +66,7 @@ class AnalysisFigure:
 
 def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
     """Return every figure that the results have numbers for, by file name: PNG, PDF and a caption."""
-    files = {}
+    files: dict[str, bytes] = {}
     for figure in FIGURES:
         chart = figure.draw(results, arrays)
         if chart is not None:

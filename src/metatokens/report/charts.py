@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from metatokens.report.figures import COLOURS, MARKERS
 
@@ -372,7 +373,7 @@ def to_svg(panel: Panel, label: str) -> str:
         tips: Tips = {}
         axes.set_title(panel.title)
         panel.draw(axes, tips)
-        _make_room(axes, figure)
+        _make_room(figure)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -385,18 +386,16 @@ def to_svg(panel: Panel, label: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _make_room(axes: Axes, figure: Figure) -> None:
-    """Narrow the axes where their labels would be cut off at the sides of the figure."""
+def _make_room(figure: Figure) -> None:
+    """Shrink what is drawn where labels would be cut off at the sides of the figure."""
     figure.draw_without_rendering()  # which places a common factor of the ticks
-    box = axes.get_tightbbox()
-    place = axes.get_position()
-    if box is None:
-        return
-    width, height = figure.bbox.width, figure.bbox.height
-    left, right = max(0.0, -box.x0 / width), max(0.0, box.x1 / width - 1)
-    above = max(0.0, box.y1 / height - 1)
-    size = place.width - left - right, place.height - above
-    axes.set_position((place.x0 + left, place.y0, *size))
+    box = Bbox.union([box for axes in figure.axes if (box := axes.get_tightbbox()) is not None])
+    width, height = figure.bbox.size
+    left, bottom = max(0.0, -box.x0 / width), max(0.0, -box.y0 / height)
+    across, up = 1 - left - max(0.0, box.x1 / width - 1), 1 - bottom - max(0.0, box.y1 / height - 1)
+    for axes in figure.axes:
+        place = axes.get_position()
+        axes.set_position((left + across * place.x0, bottom + up * place.y0, across * place.width, up * place.height))
 
 
 def to_files(chart: Chart) -> dict[str, bytes]:

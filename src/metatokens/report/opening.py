@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from metatokens.analysis.results import TokenView
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def opening_view(views: list[TokenView]) -> int:
+def opening_view(views: Sequence[TokenView]) -> int:
     """Return the index of the view to open: the prompt of a minimal pair, else the first; 0 of none."""
     return next((index for index, view in enumerate(views) if "patch_effect" in view.arrays), 0)
 

@@ -45,11 +45,11 @@ def to_standalone_svg(chart: Chart, title: str, caption: str) -> str:
     for line in textwrap.wrap(caption, int((width - 2 * _MARGIN) / 6.4)):
         parts.append(f'<text x="{_MARGIN}" y="{top}" font-size="12" fill="var(--soft)">{escape(line)}</text>')
         top += 17
-    style = f"{read_asset('colours.css')} svg {{ color: var(--ink); font-family: system-ui, sans-serif; }}"
+    sheet = f"{read_asset('colours.css')} svg {{ color: var(--ink); font-family: system-ui, sans-serif; }}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width:.0f} {top + 4}" width="{width:.0f}" height="{top + 4}" role="img">'
-        f"<title>{escape(title)}</title><style>{style}</style>"
+        f"<title>{escape(title)}</title><style>{sheet}</style>"
         f'<rect width="100%" height="100%" rx="6" fill="var(--panel)"/>'
         f'<g fill="currentColor">{"".join(parts)}</g></svg>\n'
     )
