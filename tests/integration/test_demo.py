@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from commands import metatokens
-from metatokens.cli.demo import show_copying
 from metatokens.demo import Copying, CopyingArm, Example
 from metatokens.evaluation.recall import RecallRow
 from metatokens.evaluation.statistics import wilson_interval
+from metatokens.report.demo_story import show_copying
 
 SMALL = ("--text-tokens", "10000", "--recall-steps", "3")
 

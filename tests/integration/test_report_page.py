@@ -1,17 +1,21 @@
 """The report in a real browser: no network, no errors, and what it shows is what Python computed."""
 
+import csv
 import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 
 from metatokens.analysis.results import Results, TokenView
 from metatokens.report.analysis_figures import FIGURES
+from metatokens.report.findings import hand_over_records
+from metatokens.report.opening import opening_of
 from metatokens.report.page import LARGEST_PAGE_BYTES, render_page
 from synthetic_results import (
     META_PLACES,
@@ -34,6 +38,14 @@ SECONDS_TO_READY = 30  # 3 on an idle machine; a test machine may be busy
 TOKEN_COLOURS = """[...document.querySelectorAll("#strip span")].map((span) => [
   getComputedStyle(document.body), getComputedStyle(span),
 ].map((style) => style.backgroundColor).concat(getComputedStyle(span).color))"""
+
+
+TEXT_TOO_SMALL_OR_CLIPPED = """[...document.querySelectorAll("figure svg text")].filter((text) => {
+  const svg = text.closest("svg"), frame = svg.getBoundingClientRect(), box = text.getBoundingClientRect();
+  const size = parseFloat(getComputedStyle(text).fontSize) * frame.width / svg.viewBox.baseVal.width;
+  return size < 12 || box.left < frame.left - 1 || box.right > frame.right + 1
+    || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+}).map((text) => text.textContent)"""
 
 
 def parse_colour(text: str) -> list[float]:
@@ -430,10 +442,10 @@ def test_cosines_keep_their_sign(open_page: Any, sign: int) -> None:
 def test_an_address_of_nothing_falls_back(open_page: Any, fragment: str) -> None:
     page = open_page(fragment=fragment)
     assert page.problems == []
-    place = QUERY if fragment == "#query=99" else 0
-    assert f" at {place}. " in page.locator("#tip").text_content()
-    assert page.locator("#view-layer").input_value() == "0"
-    assert page.locator("#view-head").input_value() == "mean"
+    assert f" at {QUERY}. " in page.locator("#tip").text_content()
+    opened = opening_of(RESULTS.token_views[0], ARRAYS)
+    assert page.locator("#view-layer").input_value() in ("0", str(opened["layer"]))
+    assert page.locator("#view-head").input_value() in ("mean", opened["head"])
 
 
 def test_an_address_holds_the_whole_state(open_page: Any) -> None:
@@ -534,6 +546,33 @@ def test_matrix_is_drawn(open_page: Any) -> None:
     assert painted > 512 * 512 / 3
 
 
+def test_the_page_opens_at_the_answer_in_the_head_that_reads_most_from_meta_tokens(open_page: Any) -> None:
+    page, opened = open_page(), opening_of(RESULTS.token_views[0], ARRAYS)
+    assert page.locator("#strip .query").get_attribute("data-index") == str(opened["query"])
+    assert page.locator("#view-layer").input_value() == str(opened["layer"])
+    assert page.locator("#view-head").input_value() == opened["head"]
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_text_of_charts_is_12_pixels_high_and_not_clipped(open_page: Any, width: int) -> None:
+    page = open_page(width=width)
+    assert page.evaluate(TEXT_TOO_SMALL_OR_CLIPPED) == []
+
+
+def test_a_figure_is_downloaded_as_svg_and_its_numbers_as_csv(open_page: Any) -> None:
+    page = open_page()
+    texts = {}
+    for kind in ("SVG", "CSV"):
+        with page.expect_download() as download:
+            page.locator("#figure-hand-over .downloads button", has_text=kind).click()
+        texts[kind] = Path(download.value.path()).read_text(encoding="utf-8")
+    ET.fromstring(texts["SVG"])
+    assert "var(--" not in texts["SVG"]
+    rows = list(csv.reader(texts["CSV"].splitlines()))
+    assert rows[0][-4:] == ["value (95% interval)", "n", "adjusted p", "note"]
+    assert len(rows) == 1 + len(hand_over_records(RESULTS, "denoise"))
+
+
 def test_markup_in_a_text_is_shown_and_not_obeyed(open_page: Any) -> None:
     page = open_page()
     assert page.locator("#injected").count() == 0
@@ -545,7 +584,7 @@ def test_without_javascript_charts_and_tables_are_there(open_page: Any) -> None:
     charts = page.locator("figure .chart")
     assert charts.count() == sum(figure.draw(RESULTS, ARRAYS) is not None for figure in FIGURES)
     assert all(chart.locator("svg").first.is_visible() for chart in charts.all())
-    assert page.locator("table.verdicts").is_visible()
+    assert page.locator("table.verdicts").first.is_visible()
     assert not page.locator("#token-view").is_visible()
 
 

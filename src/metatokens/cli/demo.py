@@ -42,10 +42,6 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.demo import DEMO_BYTES, Copying, Reading, copying_configs, reading_configs, run_demo
     from metatokens.report.console import show_table
     from metatokens.report.demo_story import show_copying, show_inside, show_next, show_reading
-    from metatokens.storage import check_folder
-
-    check_folder(options.out)
-    announce(options, "starting")
 
     check_folder(options.out, num_bytes=DEMO_BYTES)
     if options.dry_run:

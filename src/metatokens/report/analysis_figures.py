@@ -33,16 +33,19 @@ from metatokens.report.charts import (
     Rule,
     Series,
     Style,
+    dodged,
     to_files,
 )
+from metatokens.report.hand_over import draw_hand_over
 from metatokens.report.numbers import format_number, format_p, format_span
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 SIGNIFICANT = 0.05
+CAPTION_KIND = "txt"
 _MOST_PANELS = 4
 """Of a coordinate that counts something, such as layers; evenly spaced ones are drawn, and the table has all."""
 _MOST_EDGES = 1_500
-_WIDE, _TALL = 3.6, 2.7
+_WIDE, _TALL = 3.0, 2.4
 _LOGARITHMIC = {"distance"}
 _MAPS = "maps"
 
@@ -62,19 +65,53 @@ class AnalysisFigure:
 
 
 def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
-    """Return every figure that the results have numbers for, by file name, as PNG and as PDF."""
-    charts = {figure.id: figure.draw(results, arrays) for figure in FIGURES}
-    return {
-        f"{name}.{kind}": data
-        for name, chart in charts.items()
-        if chart is not None
-        for kind, data in to_files(chart).items()
-    }
+    """Return every figure that the results have numbers for, by file name: PNG, PDF and a caption."""
+    files: dict[str, bytes] = {}
+    for figure in FIGURES:
+        chart = figure.draw(results, arrays)
+        if chart is not None:
+            files |= {f"{figure.id}.{kind}": data for kind, data in to_files(chart).items()}
+            files[f"{figure.id}.{CAPTION_KIND}"] = _caption(figure, results).encode()
+    return files
+
+
+def _caption(figure: AnalysisFigure, results: Results) -> str:
+    """Return what stands below a figure in a paper: its title, what is measured, n and the model."""
+    definitions = [f"{words(name)}: {MEASURES[name].definition}" for name in figure.measures if results.find(name)]
+    measured = figure.measures or ("interchange_effect",) * (figure is HAND_OVER)
+    count = count_documents([record for name in measured for record in results.find(name)])
+    model = describe_model(results)
+    return (
+        " ".join(part for part in (f"{figure.title}.", figure.text, *definitions, count, f"Model: {model}.") if part)
+        + "\n"
+    )
+
+
+def count_documents(records: Iterable[Record]) -> str:
+    """Say how many documents numbers are of; nothing where there are none."""
+    counts = sorted({record.num_documents for record in records if record.value is not None})
+    if not counts:
+        return ""
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"n = {span} documents; 95% intervals."
+
+
+def describe_model(results: Results) -> str:
+    """Return the model and what it was analysed on, in a phrase."""
+    checkpoint, data = results.checkpoint, results.data
+    parts = [str(checkpoint.get("name", "a model"))]
+    if isinstance(checkpoint.get("parameters"), int):
+        parts.append(f"{checkpoint['parameters'] / 1e6:.1f}M parameters")
+    if "layers" in checkpoint:
+        parts.append(f"{checkpoint['layers']} layers of {checkpoint.get('heads', '?')} heads")
+    if "subject" in data:
+        parts.append(str(data["subject"]))
+    return ", ".join(parts)
 
 
 def file_names() -> set[str]:
     """Return the names of all files that `figure_files` can return."""
-    return {f"{figure.id}.{kind}" for figure in FIGURES for kind in FIGURE_KINDS}
+    return {f"{figure.id}.{kind}" for figure in FIGURES for kind in (*FIGURE_KINDS, CAPTION_KIND)}
 
 
 def words(name: str) -> str:
@@ -210,9 +247,9 @@ class _Plotted:
         label = _with_unit(measured, records[0].unit)
         if not is_number:
             return DotPanel(title, series, [words(str(place)) for place in places], label)
-        is_line = isinstance(plot, Lines)
+        is_line = isinstance(plot, Lines) and plot.x != "layer"  # nothing lies between two layers
         return LinePanel(
-            *(title, series if is_line else _dodged(series), words(plot.x), label),
+            *(title, series if is_line else dodged(series), words(plot.x), label),
             joined=is_line,
             is_count=all(isinstance(place, int) for place in places) and plot.x not in _LOGARITHMIC,
             scale="log" if plot.x in _LOGARITHMIC else "linear",
@@ -221,15 +258,6 @@ class _Plotted:
 
     def _series_of(self, record: Record) -> str:
         return words(record.measure) if self.plot.by is None else _name(self.plot.by, record.at[self.plot.by])
-
-
-def _dodged(series: Sequence[Series]) -> list[Series]:
-    """Return series of dots side by side where they share their places."""
-    shifts = [0.4 * ((number + 0.5) / len(series) - 0.5) for number in range(len(series))]
-    return [
-        Series(one.name, one.style, [Mark(m.x + shift, m.y, m.tip, m.low, m.high) for m in one.marks])
-        for one, shift in zip(series, shifts, strict=True)
-    ]
 
 
 def _limits(records: Sequence[Record]) -> tuple[float, float]:
@@ -404,5 +432,14 @@ _SPECIAL = (
         "the answer's entropy, which no rate at all leaves; dotted, in a state's colour: what a probe of it leaves.",
     ),
 )
-FIGURES = (*_declared(MEASURES.values()), *_SPECIAL)
+HAND_OVER = AnalysisFigure(
+    "hand-over",
+    "causal",
+    "Where the answer is, layer by layer",
+    (),
+    draw_hand_over,
+    "Of two prompts that differ in one item, some states of one are put into the run on the other. The share of the "
+    "way to the other prompt's answer that this leads is how much of the answer these states carry: 0 none, 1 all.",
+)
+FIGURES = (*_declared(MEASURES.values()), *_SPECIAL, HAND_OVER)
 """Every figure, those of a part in the order of the registry."""

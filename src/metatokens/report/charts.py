@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from metatokens.report.figures import COLOURS, MARKERS
 
@@ -33,6 +35,7 @@ GLYPHS = "●■◆▲▼✚✖★"
 NUM_ORDERED = 8
 _ORDERED = tuple(mpl.colors.to_hex(mpl.colormaps["viridis"](share)) for share in np.linspace(0, 0.9, NUM_ORDERED))
 _PAPER_COLUMNS = 3
+_NAME_WIDTH = 17  # characters of a line
 _NO_TITLE = 0.08  # inches above axes
 _DOTS_PER_INCH = 200
 _INK = "#000000"
@@ -52,10 +55,18 @@ _RC: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+
+_PIXELS_PER_INCH = 105  # of a panel on the page
+_PAGE_TEXT = 12.1 * 72 / _PIXELS_PER_INCH  # points: text of 12 pixels
+_PAGE_RC = _RC | dict.fromkeys(
+    ("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), _PAGE_TEXT
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,15 @@ class Rule:
     style: Style | None = None
 
 
+def dodged(series: Sequence[Series]) -> list[Series]:
+    """Return series of dots side by side where they share their places."""
+    shifts = [0.4 * ((number + 0.5) / len(series) - 0.5) for number in range(len(series))]
+    return [
+        Series(one.name, one.style, [Mark(m.x + shift, m.y, m.tip, m.low, m.high) for m in one.marks])
+        for one, shift in zip(series, shifts, strict=True)
+    ]
+
+
 Tips = dict[str, list[dict[str, str]]]
 """Attributes of the marks of an artist, by its id."""
 
@@ -143,7 +163,7 @@ class LinePanel:
     """Of a mark, in points."""
     width: float = 2.45  # four of them fit into the page
     height: float = 2.0
-    margins: tuple[float, float, float, float] = (0.56, 0.4, 0.1, 0.24)
+    margins: tuple[float, float, float, float] = (0.62, 0.44, 0.12, 0.24)
 
     def draw(self, axes: Axes, tips: Tips) -> None:
         """Draw, and leave behind what the marks stand for."""
@@ -203,17 +223,19 @@ class DotPanel:
     series: Sequence[Series]
     names: Sequence[str]
     label: str
-    width: float = 3.2
+    width: float = 3.0
 
     @property
     def height(self) -> float:
         """Inches on the page."""
-        return 0.7 + (0.15 + 0.05 * len(self.series)) * len(self.names)
+        lines = max(len(_wrapped(name).splitlines()) for name in self.names)
+        return 0.7 + max(0.15 * lines + 0.05, 0.15 + 0.05 * len(self.series)) * len(self.names)
 
     @property
     def margins(self) -> tuple[float, float, float, float]:
         """Left, bottom, right and top, in inches."""
-        return min(1.6, 0.15 + 0.06 * max(map(len, self.names))), 0.4, 0.1, 0.24
+        longest = max(len(line) for name in self.names for line in _wrapped(name).splitlines())
+        return 0.2 + 0.07 * longest, 0.44, 0.14, 0.24
 
     def draw(self, axes: Axes, tips: Tips) -> None:
         """Draw, and leave behind what the marks stand for."""
@@ -233,15 +255,19 @@ class DotPanel:
                 markeredgewidth=0,
             )
             _tell(line, [{"data-tip": mark.tip} for mark in series.marks], tips)
-        axes.set_yticks(range(len(self.names)), self.names)
+        axes.set_yticks(range(len(self.names)), [_wrapped(name) for name in self.names])
         axes.set_ylim(len(self.names) - 0.5, -0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(self.label)
 
     def describe(self) -> str:
         """Return what is seen, in a sentence."""
         values = [mark.y for series in self.series for mark in series.marks]
         return f"{self.label} of {'; '.join(self.names)}, from {min(values):.3g} to {max(values):.3g}."
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, _NAME_WIDTH)) or name
 
 
 @dataclass(frozen=True)
@@ -263,7 +289,7 @@ class MapPanel:
     measure: str
     cells: Sequence[Cell]
     width: float = 2.45
-    margins: tuple[float, float, float, float] = (0.36, 0.4, 0.32, 0.24)
+    margins: tuple[float, float, float, float] = (0.4, 0.44, 0.42, 0.24)
 
     @property
     def height(self) -> float:
@@ -333,7 +359,7 @@ def to_svg(panel: Panel, label: str) -> str:
         panel: the panel.
         label: what a screen reader calls it.
     """
-    with mpl.rc_context(_RC | {"svg.hashsalt": label}):  # ids of another panel are others
+    with mpl.rc_context(_PAGE_RC | {"svg.hashsalt": label}):  # ids of another panel are others
         figure = Figure(figsize=(panel.width, panel.height))
         FigureCanvasAgg(figure)
         left, bottom, right, top = panel.margins
@@ -347,6 +373,7 @@ def to_svg(panel: Panel, label: str) -> str:
         tips: Tips = {}
         axes.set_title(panel.title)
         panel.draw(axes, tips)
+        _make_room(figure)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -357,6 +384,18 @@ def to_svg(panel: Panel, label: str) -> str:
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     return ET.tostring(root, encoding="unicode")
+
+
+def _make_room(figure: Figure) -> None:
+    """Shrink what is drawn where labels would be cut off at the sides of the figure."""
+    figure.draw_without_rendering()  # which places a common factor of the ticks
+    box = Bbox.union([box for axes in figure.axes if (box := axes.get_tightbbox()) is not None])
+    width, height = figure.bbox.size
+    left, bottom = max(0.0, -box.x0 / width), max(0.0, -box.y0 / height)
+    across, up = 1 - left - max(0.0, box.x1 / width - 1), 1 - bottom - max(0.0, box.y1 / height - 1)
+    for axes in figure.axes:
+        place = axes.get_position()
+        axes.set_position((left + across * place.x0, bottom + up * place.y0, across * place.width, up * place.height))
 
 
 def to_files(chart: Chart) -> dict[str, bytes]:
@@ -398,7 +437,7 @@ def _dress(root: ET.Element, panel: Panel, label: str) -> None:
     """Make an SVG of matplotlib's one of the page: named, in its colours and its font."""
     for name in ("width", "height"):
         del root.attrib[name]
-    root.set("style", f"width: {panel.width * 105:.0f}px")
+    root.set("style", f"width: {panel.width * _PIXELS_PER_INCH:.0f}px")
     root.set("role", "img")
     root.set("aria-label", label)
     for parent in list(root.iter()):

@@ -134,7 +134,7 @@ def _paragraph(text: str) -> None:
 def _lines(*lines: str, indent: int = 0) -> None:
     """Print lines as they are; a path stays on one line, to be copied."""
     for line in lines:
-        print(textwrap.indent(line, " " * indent), flush=True)
+        _console().print(textwrap.indent(line, " " * indent), markup=False, soft_wrap=True)
 
 
 def _percent(interval: Any) -> str:

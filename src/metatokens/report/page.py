@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,37 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from metatokens.analysis.claims import CLAIMS
 from metatokens.analysis.measures import MEASURES, HeadMaps
-from metatokens.analysis.results import VERDICTS, Record, Results, TokenView, read_results
+from metatokens.analysis.results import VERDICTS, Record, Results, TokenView, Verdict, read_results
 from metatokens.config.analysis import Part
 from metatokens.report.analysis_figures import (
     FIGURES,
+    HAND_OVER,
     AnalysisFigure,
+    count_documents,
+    describe_model,
     figure_files,
     file_names,
     words,
     write_coordinate,
 )
+from metatokens.report.assets import read_asset
 from metatokens.report.charts import Chart, MapPanel, to_svg
+from metatokens.report.findings import findings_of, hand_over_records
+from metatokens.report.glossary import explain
 from metatokens.report.numbers import format_estimate, format_p
+from metatokens.report.opening import opening_of, opening_view
 
 PAGE_NAME = "report.html"
+DECIDED = ("supported", "the opposite holds")
+"""Verdicts that have a row of their own; the others share one line."""
 META_MARK = "\N{BLACK DIAMOND}"
 LARGEST_PAGE_BYTES = 15_000_000
 """A token view with which the page would be larger is left out, and the page says so."""
 
 _PACKED = frozenset({"uint8", "int8", "uint16", "int16", "float32"})  # the typed arrays of token_view.js
-_SCRIPTS = ("figures.js", "documents.js", "token_view.js", "page.js")
+_SCRIPTS = ("figures.js", "downloads.js", "documents.js", "token_view.js", "page.js")
 _SHOWN_DIGITS = 16  # of a SHA-256; results.json has them all
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -125,15 +134,21 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def render_page(results: Results, arrays: Arrays) -> str:
     """Return the page as one string."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"estimate": format_estimate, "p_value": format_p}
-    template = environment.from_string(_asset("page.html"))
+    environment.filters |= {"estimate": format_estimate, "p_value": format_p, "explain": explain, "anchor": _anchor_of}
+    template = environment.from_string(read_asset("page.html"))
     whole = {
         "lead": _lead(results),
+        "model": describe_model(results),
+        "findings": findings_of(results),
+        "opening_figure": _opening_figure(results, arrays),
+        "decided": [one for one in results.verdicts if one.verdict in DECIDED],
+        "undecided": [one for one in results.verdicts if one.verdict not in DECIDED],
+        "opening_view": opening_view(results.token_views),
         "facts": _facts(results),
         "sections": _render_sections(results, arrays),
         "meta_mark": META_MARK,
-        "css": Markup(_asset("page.css")),
-        "scripts": [Markup(_asset(name)) for name in _SCRIPTS],
+        "css": Markup(read_asset("colours.css") + read_asset("page.css")),
+        "scripts": [Markup(read_asset(name)) for name in _SCRIPTS],
         "documents_json": _embed(_documents_behind_cells(results, arrays)),
     }
 
@@ -151,12 +166,18 @@ def render_page(results: Results, arrays: Arrays) -> str:
     return render(views, left_out)
 
 
+def _opening_figure(results: Results, arrays: Arrays) -> dict[str, Any] | None:
+    """Return the figure of the first screen, if there are numbers for it."""
+    chart = HAND_OVER.draw(results, arrays)
+    return None if chart is None else _render_figure(HAND_OVER, chart, hand_over_records(results, "denoise"))
+
+
 def _lead(results: Results) -> str:
     counts = {verdict: sum(v.verdict == verdict for v in results.verdicts) for verdict in VERDICTS}
     if not results.verdicts:
         return "What one trained model does with its meta-tokens."
     parts = [
-        f"of {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
+        f"on {count} {verdict}" if verdict == "the opposite holds" else f"{count} {verdict}"
         for verdict, count in counts.items()
         if count
     ]
@@ -186,7 +207,14 @@ def _render_sections(results: Results, arrays: Arrays) -> list[dict[str, Any]]:
     if unknown:
         text = "These measures are not those of this version of the package."
         sections.append(
-            {"id": "other", "title": "Other measures", "text": text, "figures": [], "others": _table(unknown)}
+            {
+                "id": "other",
+                "short": "Other",
+                "title": "Other measures",
+                "text": text,
+                "figures": [],
+                "others": _table(unknown),
+            }
         )
     return sections
 
@@ -197,12 +225,20 @@ def _render_section(part: Part, results: Results, arrays: Arrays) -> dict[str, A
     figures, shown = [], set()
     for figure in FIGURES:
         own = [record for record in records if record.measure in figure.measures]
-        chart = figure.draw(results, arrays) if figure.part == part else None
+        is_here = figure.part == part and figure is not HAND_OVER
+        chart = figure.draw(results, arrays) if is_here else None
         if chart is not None:
             shown |= set(figure.measures)
             figures.append(_render_figure(figure, chart, own))
     others = _table([record for record in records if record.measure not in shown])
-    return {"id": part.replace("_", "-"), "title": title, "text": text, "figures": figures, "others": others}
+    return {
+        "id": part.replace("_", "-"),
+        "short": words(part).capitalize(),
+        "title": title,
+        "text": text,
+        "figures": figures,
+        "others": others,
+    }
 
 
 def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
@@ -216,7 +252,7 @@ def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Recor
             for name in figure.measures
             if any(record.measure == name for record in records)
         ],
-        "count": _count(records),
+        "count": count_documents(records),
         "legend": [(style.css, style.glyph, name) for name, style in chart.legend.items()],
         "is_map": all(isinstance(panel, MapPanel) for panel in chart.panels),
         "panels": [Markup(to_svg(panel, label)) for panel, label in zip(chart.panels, labels, strict=True)],
@@ -224,13 +260,13 @@ def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Recor
     }
 
 
-def _count(records: Sequence[Record]) -> str:
-    """Say how many documents numbers are of; nothing where there are none."""
-    counts = sorted({record.num_documents for record in records if record.value is not None})
-    if not counts:
+def _anchor_of(verdict: Verdict) -> str:
+    """Return the id of the figure that shows a claim's number, else of the section; empty for an unknown claim."""
+    measure = next((claim.measure for claim in CLAIMS.values() if claim.text == verdict.claim), None)
+    if measure is None:
         return ""
-    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"n = {span} documents; 95% intervals."
+    figure = next((figure.id for figure in FIGURES if measure in figure.measures), None)
+    return f"figure-{figure}" if figure else MEASURES[measure].part.replace("_", "-")
 
 
 def _table(records: Sequence[Record]) -> dict[str, Any]:
@@ -281,7 +317,10 @@ def _documents_behind_cells(results: Results, arrays: Arrays) -> dict[str, Any]:
 
 def _pack_view(view: TokenView, arrays: Arrays) -> Markup:
     packed = {name: _pack_array(arrays[key]) for name, key in sorted(view.arrays.items())}
-    return _embed({"title": view.title, "tokens": view.tokens, "is_meta": view.is_meta, "arrays": packed})
+    opened = opening_of(view, arrays)
+    return _embed(
+        {"title": view.title, "tokens": view.tokens, "is_meta": view.is_meta, "opening": opened, "arrays": packed}
+    )
 
 
 def _pack_array(array: npt.NDArray[Any]) -> dict[str, Any]:
@@ -314,7 +353,3 @@ def _embed(document: Any) -> Markup:
 
 def _to_json(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _asset(name: str) -> str:
-    return resources.files("metatokens.report").joinpath("assets", *name.split("/")).read_text(encoding="utf-8")

@@ -28,14 +28,14 @@ class AccuracyRow:
     size: tuple[int, int]
     instances: int
     seeds: tuple[int, ...]
-    """Of the trainings asked so far."""
+    """Seeds whose models have been evaluated."""
     token_accuracy: Interval | None
     """Over seeds and instances; None, or n/a, where the model cannot represent the length."""
     sequence_accuracy: Interval | None
     """None where `token_accuracy` is."""
     difference: Interval | None
     """Sequence accuracy minus the reference's, paired by seed and instance; None for the reference, without one, or
-    where either is n/a or was asked something else."""
+    where either is n/a or was evaluated on other instances."""
     sequence_by_seed: tuple[float, ...] = ()
     """Sequence accuracy of each of `seeds`: fewer than `MINIMUM_SEEDS` are shown one by one, since an interval over so
     few is too narrow. Empty where `token_accuracy` is None, and in files older than this field."""

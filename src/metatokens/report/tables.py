@@ -106,7 +106,7 @@ def _legend(results: SweepResults) -> str:
     text = (
         f"Share of whole answers that are right, with the 95% interval over seeds and instances (of one seed: over "
         f"instances alone; of fewer than {MINIMUM_SEEDS} seeds: each of them); n/a: longer than the model can "
-        "represent. Windows are in positions, what it is trained to and asked in text tokens of the prompt."
+        "represent. Windows are in positions, lengths of training and test in text tokens of the prompt."
     )
     if reference is None or not results.cells:
         return text
@@ -193,11 +193,11 @@ def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult,
     """Yield the title of each table, its cells and its lengths."""
     for name in evaluation_names(results):
         for panel, cells in panels(results).items():
-            asked = [(cell, evaluation) for cell in cells if (evaluation := find_evaluation(cell, name))]
-            if asked:
-                changed = ", ".join(asked[0][1].interventions)
-                lengths = list(dict.fromkeys(row.length for _, evaluation in asked for row in evaluation.rows))
-                yield f"{panel}: {name}" + (f" ({changed})" if changed else ""), asked, lengths
+            measured = [(cell, evaluation) for cell in cells if (evaluation := find_evaluation(cell, name))]
+            if measured:
+                changed = ", ".join(measured[0][1].interventions)
+                lengths = list(dict.fromkeys(row.length for _, evaluation in measured for row in evaluation.rows))
+                yield f"{panel}: {name}" + (f" ({changed})" if changed else ""), measured, lengths
 
 
 def _rows_at(evaluation: EvaluationResult, lengths: list[str]) -> list[AccuracyRow | None]:
@@ -210,7 +210,7 @@ def _line(texts: list[str]) -> str:
 
 
 def _percent(row: AccuracyRow | None, digits: int = 1) -> str:
-    """Return the accuracy of whole answers and its spread; n/a where there is none, nothing where none was asked."""
+    """Return the accuracy of whole answers and its spread; n/a where there is none, nothing where none was measured."""
     if row is None:
         return ""
     interval = row.sequence_accuracy

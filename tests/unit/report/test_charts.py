@@ -72,11 +72,18 @@ def test_a_coordinate_that_a_plot_does_not_name_has_panels_of_its_own() -> None:
     assert len(drawn) == len(records)
 
 
-@pytest.mark.parametrize("plot", [Lines("layer"), Dots("layer")])
-def test_a_line_is_joined_and_dots_are_not(plot: Lines | Dots) -> None:
-    chart = analysis_figures._Plotted(("entropy_change",), plot)(RESULTS, ARRAYS)
+@pytest.mark.parametrize(
+    ("measure", "plot", "joined"),
+    [
+        ("mass_by_distance", Lines("distance", by="to", panels="layer"), True),
+        ("entropy_change", Lines("layer"), False),
+        ("entropy_change", Dots("layer"), False),
+    ],
+)
+def test_a_line_is_joined_but_not_over_layers(measure: str, plot: Lines | Dots, joined: bool) -> None:
+    chart = analysis_figures._Plotted((measure,), plot)(RESULTS, ARRAYS)
     assert chart is not None
-    assert chart.panels[0].joined == isinstance(plot, Lines)
+    assert chart.panels[0].joined == joined
 
 
 @pytest.mark.parametrize("kind", [LinePanel, DotPanel])

@@ -39,7 +39,7 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert write_report(tmp_path / "results", tmp_path / "two").read_bytes() == first
     figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
     drawn = {figure.id for figure in FIGURES if set(FEW) & set(figure.measures)} | {"theorem"}
-    assert figures == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "png"))
+    assert figures == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "png", "txt"))
     for name in figures:
         one, two = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("one", "two"))
         assert one == two
@@ -79,7 +79,7 @@ def test_what_was_not_run_is_said_and_has_no_figure() -> None:
     results, arrays = build_results()
     text = render_page(of_measures(results, {r.measure for r in results.records} - {"eviction_cost"}), arrays)
     assert 'id="figure-eviction-cost"' not in text
-    assert text.count('<p class="absent">Not run.</p>') == 1
+    assert text.count('<p class="absent" id="absent">Not run: Meta-tokens as a cache.</p>') == 1
 
 
 def test_each_record_of_measures_that_come_alone_is_on_the_page() -> None:
@@ -98,7 +98,7 @@ def test_records_without_the_coordinates_of_their_plot_are_in_tables_alone() -> 
     assert figure_files(alone, {}) == {}
     text = render_page(alone, {})
     assert text.count("<summary>Other numbers</summary>") == len(names)
-    assert "<svg" not in text
+    assert "<figure " not in text
 
 
 def test_a_measure_of_another_version_is_shown_and_not_drawn() -> None:

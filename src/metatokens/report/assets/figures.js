@@ -1,5 +1,5 @@
 "use strict";
-/* What the nearest mark of a chart stands for, beside the pointer. */
+/* What the nearest mark of a chart stands for, or what a word means, beside the pointer. */
 const REACH = 24; /* pixels */
 
 function showTips() {
@@ -18,12 +18,13 @@ function showTips() {
   }
 
   function show(event) {
-    const svg = event.target.closest?.("figure svg"), mark = svg ? nearest(svg, event) : null;
+    const svg = event.target.closest?.("figure svg");
+    const mark = event.target.closest?.("[data-meaning]") ?? (svg ? nearest(svg, event) : null);
     if (mark === near) return;
     near = mark;
     hover.hidden = mark === null;
     if (!mark) return;
-    hover.textContent = mark.dataset.tip;
+    hover.textContent = mark.dataset.meaning ?? mark.dataset.tip;
     const box = mark.getBoundingClientRect(), { clientWidth } = document.documentElement;
     const left = Math.max(4, Math.min(box.right + 8, clientWidth - hover.offsetWidth - 4));
     const above = box.top - hover.offsetHeight - 8;
@@ -33,4 +34,5 @@ function showTips() {
 
   addEventListener("pointermove", show);
   addEventListener("pointerdown", show);
+  addEventListener("focusin", show);
 }

@@ -2,6 +2,7 @@
 /* Starts what the scripts add to the page. */
 async function main() {
   showTips();
+  offerDownloads();
   showDocuments();
   const views = [...document.querySelectorAll("script.view-data")].map((node) => JSON.parse(node.textContent));
   const view = views.length ? new TokenView(document.getElementById("token-view"), views) : null;

@@ -52,6 +52,8 @@ class TokenView {
   }
 
   async start() {
+    this.state.text = Number(this.get("view-text").value);
+    this.open();
     this.readHash();
     for (const [id, key] of [["view-text", "text"], ["view-quantity", "quantity"], ["view-layer", "layer"], ["view-head", "head"]]) {
       this.get(id).addEventListener("change", async (event) => { await this.change(key, event.target.value); });
@@ -71,6 +73,13 @@ class TokenView {
     this.reveal();
     // who follows a link to a view wants to see it; who reloads stays where they were
     if (location.hash.includes("=") && performance.getEntriesByType("navigation")[0]?.type === "navigate") this.get("tokens").scrollIntoView();
+  }
+
+  /* At the answer, in the head that reads most from meta-tokens. */
+  open() {
+    const { query, layer, head } = this.texts[Number(this.state.text)].opening;
+    this.query = query;
+    Object.assign(this.state, { layer, head });
   }
 
   readHash() {
@@ -136,7 +145,7 @@ class TokenView {
     this.state[key] = value;
     // there is one more state than there are layers
     if (key === "quantity" && value !== "patch_effect") this.state.layer = Math.min(this.state.layer, this.numLayers - 1);
-    if (key === "text") { this.pinned = null; this.query = 0; await this.load(); }
+    if (key === "text") { this.pinned = null; this.open(); await this.load(); }
     this.render();
     this.writeHash();
   }

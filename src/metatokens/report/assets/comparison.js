@@ -1,0 +1,4 @@
+"use strict";
+showTips();
+offerDownloads();
+document.body.dataset.ready = "1";
