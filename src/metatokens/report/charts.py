@@ -36,6 +36,7 @@ NUM_ORDERED = 8
 _ORDERED = tuple(mpl.colors.to_hex(mpl.colormaps["viridis"](share)) for share in np.linspace(0, 0.9, NUM_ORDERED))
 _PAPER_COLUMNS = 3
 _NAME_WIDTH = 17  # characters of a line
+_SPARE = 0.04  # inches around labels
 _NO_TITLE = 0.08  # inches above axes
 _DOTS_PER_INCH = 200
 _INK = "#000000"
@@ -390,6 +391,7 @@ def _make_room(figure: Figure) -> None:
     """Shrink what is drawn where labels would be cut off at the sides of the figure."""
     figure.draw_without_rendering()  # which places a common factor of the ticks
     box = Bbox.union([box for axes in figure.axes if (box := axes.get_tightbbox()) is not None])
+    box = box.padded(_SPARE * figure.dpi)  # a browser's letters may be larger
     width, height = figure.bbox.size
     left, bottom = max(0.0, -box.x0 / width), max(0.0, -box.y0 / height)
     across, up = 1 - left - max(0.0, box.x1 / width - 1), 1 - bottom - max(0.0, box.y1 / height - 1)
