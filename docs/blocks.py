@@ -22,6 +22,9 @@ from typing import NamedTuple
 NOT_RUN = {
     "pip install ": "changes the environment; `make dist` installs the package",
     "torchrun ": "wants four GPUs; tests/integration/test_pretraining_distributed.py runs two processes",
+    "metatokens serve ": "waits for requests; tests/integration/test_everywhere.py sends some",
+    "python -m metatokens.evaluation.harness ": "needs lm-eval; tests/integration/test_everywhere.py runs it",
+    "from trl import ": "trl is in no extra of the package; docs/compatibility.md says what was tried",
     "metatokens demo --dry-run": "",
     "metatokens demo": "takes minutes; tests/integration/test_demo.py runs it at a small size",
     "metatokens prepare allenai/c4": "downloads",
@@ -30,7 +33,8 @@ NOT_RUN = {
     "metatokens evaluate runs/gpt-neo": "needs the download before it",
     "metatokens perplexity runs/gpt-neo": "needs the download before it",
 }
-"""Beginnings of commands that do not run, and why; the first that fits counts, and an empty reason lets it run."""
+"""Beginnings of commands and of Python blocks that do not run, and why; the first that fits counts, and an empty reason
+lets it run."""
 PLANNED = ("metatokens sweep ", "metatokens finetune paper/")
 """Beginnings of commands that run with --dry-run: they make every check and train nothing."""
 MODEL = "{hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 2, max_position_embeddings: 160}"
@@ -103,9 +107,9 @@ def blocks(text: str) -> Iterator[Block]:
     return iter(sorted((one for one in found if one.kind in ("python", "yaml", "command")), key=lambda one: one.line))
 
 
-def reason_not_to_run(command: str) -> str:
-    """Return why a command does not run; empty if it does."""
-    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), "")
+def reason_not_to_run(text: str) -> str:
+    """Return why a command or a Python block does not run; empty if it does."""
+    return next((reason for start, reason in NOT_RUN.items() if text.startswith(start)), "")
 
 
 def smaller(command: str, folder: Path) -> list[str]:
@@ -155,9 +159,11 @@ def run(page: Path, folder: Path, provide: Callable[[Block], None] = lambda _: N
     for block in blocks(text):
         where = f"{page.name}, line {block.line}"
         provide(block)
+        if reason_not_to_run(block.text):
+            continue
         if block.kind == "python":
             exec(compile(textwrap.dedent(block.text), where, "exec"), names)
-        elif block.kind == "command" and not reason_not_to_run(block.text):
+        elif block.kind == "command":
             code = _run_command(block.text)
             if code:
                 raise RuntimeError(f"{where}: exit code {code}: {block.text}")
