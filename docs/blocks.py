@@ -153,9 +153,10 @@ def run(page: Path, folder: Path, provide: Callable[[Block], None] = lambda _: N
     text = page.read_text(encoding="utf-8")
     os.chdir(folder)
     names: dict[str, object] = {"__name__": "__main__"}
-    for block in (block for block in blocks(text) if block.kind == "yaml"):
-        named = re.findall(r"^ {4}metatokens .*?\s(\w+\.yaml)", text, re.MULTILINE)
-        Path(named[0]).write_text(block.text, encoding="utf-8")
+    named = dict.fromkeys(re.findall(r"^ {4}metatokens .*?\s(\w+\.yaml)", text, re.MULTILINE))
+    files = (block for block in blocks(text) if block.kind == "yaml")
+    for name, block in zip(named, files, strict=False):  # a block that no command names shows a part of a file
+        Path(name).write_text(block.text, encoding="utf-8")
     for block in blocks(text):
         where = f"{page.name}, line {block.line}"
         provide(block)

@@ -299,8 +299,7 @@ def _nearest_existing(path: Path, kind: str) -> Path:
     for candidate in (path, *path.absolute().parents):
         try:
             candidate.lstat()
-            if candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX"):
-                raise not_writable(path, kind, errno.ENAMETOOLONG)
+            too_long = candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX")
         except (FileNotFoundError, NotADirectoryError):
             longest = max(longest, len(os.fsencode(candidate.name)))
             continue
@@ -308,6 +307,8 @@ def _nearest_existing(path: Path, kind: str) -> Path:
             raise not_writable(path, kind, error.errno or 0) from None
         except ValueError:  # a NUL
             raise not_writable(path, kind, errno.EINVAL) from None
+        if too_long:
+            raise not_writable(path, kind, errno.ENAMETOOLONG)
         return candidate
     raise AssertionError("there is always a root")
 

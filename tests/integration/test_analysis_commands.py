@@ -1,6 +1,7 @@
 """`metatokens analyze` and `metatokens report` on models that the commands before them have trained."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def test_what_cannot_be_analysed_is_one_line(
         assert len(found) == 1
         return found[0]
 
-    assert "expected the run folder of a recall task, or --text" in line(str(recall_run / "model"))
+    shutil.copytree(recall_run / "model", tmp_path / "alone")
+    assert "expected the run folder of a recall task, or --text" in line(str(tmp_path / "alone"))
     assert "documents" in line(str(recall_run), "--documents", "5")
     text = (str(recall_run), "--text", str(texts), *SMALL)
     assert "expected at most 128, the model's, found 400" in line(*text, "--subject.window", "400")
