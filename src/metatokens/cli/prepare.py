@@ -32,6 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.prepare import check, prepare
     from metatokens.data.source_files import survey_source
     from metatokens.data.splits import split_rule
+    from metatokens.training.signals import collect_stop_signals
 
     arguments = {
         "tokenizer": options.tokenizer,
@@ -54,14 +55,18 @@ def _run(options: argparse.Namespace) -> int:
         return emit(options, plan, lambda: show_table("prepare would read", plan))
     progress = Progress()
     try:
-        manifest = prepare(
-            options.source,
-            options.out,
-            **arguments,
-            vocab_size=options.vocab_size,
-            progress=lambda num_bytes, num_tokens: progress.show(f"{num_bytes / 1e6:,.1f} MB, {num_tokens:,} tokens"),
-            say=progress.say,
-        )
+        # a kill would lose no finished shard either, but a scheduler learns from the exit code that there is more to do
+        with collect_stop_signals() as stop, stop.at_once():
+            manifest = prepare(
+                options.source,
+                options.out,
+                **arguments,
+                vocab_size=options.vocab_size,
+                progress=lambda num_bytes, num_tokens: progress.show(
+                    f"{num_bytes / 1e6:,.1f} MB, {num_tokens:,} tokens"
+                ),
+                say=progress.say,
+            )
     finally:
         progress.close()
     splits = ("train", "validation")

@@ -319,6 +319,30 @@ class TextTokensDuration(Frozen):
 Duration = Annotated[StepsDuration | TextTokensDuration, Field(discriminator="kind")]
 
 
+class Single(Frozen):
+    """One process alone; several are refused."""
+
+    kind: Literal["single"] = "single"
+
+
+class Ddp(Frozen):
+    """Each process holds the whole model and averages the gradients; alone it is a run like any other."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class Fsdp2(Frozen):
+    """Each process holds a part of every parameter, gradient and moment (torch's `fully_shard`)."""
+
+    kind: Literal["fsdp2"] = "fsdp2"
+    reshard_after_forward: bool = True
+    """Let a block's parameters go after its forward pass and gather them again for the backward pass; off needs more
+    memory and communicates less."""
+
+
+Parallel = Annotated[Single | Ddp | Fsdp2, Field(discriminator="kind")]
+
+
 class StepConfig(Frozen):
     """The optimizer step and its hardware."""
 
@@ -336,8 +360,13 @@ class StepConfig(Frozen):
     """Use deterministic kernels only, so that a resumed run gives the same bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
+    parallel: Parallel = Ddp()
+    """How the processes that torchrun starts share the model."""
     distributed_timeout_seconds: int = Field(600, ge=1)
-    """How long a process waits for the others before it gives up."""
+    """How long a process waits for the others before it gives up, while they start, evaluate or save."""
+    step_timeout_seconds: int = Field(300, ge=1)
+    """How long an optimizer step of several processes may take before they give up; the first one may compile, so it
+    has `distributed_timeout_seconds`."""
 
     @model_validator(mode="after")
     def _divide(self) -> Self:
@@ -372,6 +401,10 @@ class CheckpointConfig(Frozen):
     """Optimizer steps between checkpoints; off means only the last step."""
     keep: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""
+    keep_interval_steps: int | None = Field(None, ge=1)
+    """Keep every checkpoint whose step is a multiple of this for ever, besides the newest; off means none."""
+    background: bool = False
+    """Copy the state in the step and write it beside the next ones, which needs memory for the copy."""
 
 
 class LoggingConfig(Frozen):

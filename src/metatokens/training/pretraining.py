@@ -16,34 +16,44 @@ from metatokens.model import MetaTokenForCausalLM
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import (
-    BYTES_PER_PARAMETER_OF_CHECKPOINT,
-    TrainingResult,
-    TrainingSetup,
-    check_start,
-    count_batch_flops,
-    train,
-)
+from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.signals import collect_stop_signals
 from metatokens.training.starting import check_tokenizer, load_start
 
 
-def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
+def pretrain(
+    config: PretrainConfig,
+    out: str | Path,
+    *,
+    show_progress: bool = True,
+    label: str = "",
+    stop_after: float | None = None,
+) -> TrainingResult:
     """Train the model of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
+
+    Args:
+        config: the run.
+        out: its folder.
+        show_progress: whether to show progress on standard error.
+        label: name of the run there; by default that of the folder.
+        stop_after: seconds from now after which the run saves and ends as by a signal.
     """
-    with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
-        with processes.raise_together():
-            dataset = stack.enter_context(open_dataset(config))
-        return train(
-            config,
-            RunFolder(Path(out)),
-            processes,
-            lambda: _make_job(config, dataset, processes),
-            show_progress=show_progress,
-            label=label,
-        )
+    with (
+        collect_stop_signals(stop_after) as stop,
+        join_processes(config.training) as processes,
+        contextlib.ExitStack() as stack,
+    ):
+
+        def make_job() -> TrainingSetup:
+            dataset = stack.enter_context(open_dataset(config, share=processes.node_share))
+            return _make_job(config, dataset, processes)
+
+        folder = RunFolder(Path(out))
+        return train(config, folder, processes, make_job, stop=stop, show_progress=show_progress, label=label)
 
 
 def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
@@ -69,8 +79,8 @@ def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
     }
 
 
-def open_dataset(config: PretrainConfig) -> TokenDataset:
-    """Open and verify the tokens that `config` names."""
+def open_dataset(config: PretrainConfig, *, share: tuple[int, int] = (0, 1)) -> TokenDataset:
+    """Open and verify the tokens that `config` names; for `share` see `TokenDataset.open`."""
     if config.data.path is None:
         raise UsageError(
             "data.path",
@@ -78,7 +88,7 @@ def open_dataset(config: PretrainConfig) -> TokenDataset:
             found="none",
             remedy="run `metatokens prepare` and pass --data.path DIR",
         )
-    return TokenDataset.open(config.data.path, verify=config.data.verify)
+    return TokenDataset.open(config.data.path, verify=config.data.verify, share=share)
 
 
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:
@@ -98,7 +108,6 @@ def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaToke
 
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> TrainingSetup:
     model, content_id = _make_model(config, dataset)
-    model.to(processes.device)
     return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
@@ -146,8 +155,8 @@ class Validation:
         # shares may differ by a block, or be empty: processes only add up their sums
         self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
 
-    def measure(self) -> dict[str, float]:
-        """Return the mean loss, nats per text token, over all processes."""
+    def measure(self) -> dict[str, tuple[float, float]]:
+        """Return the summed loss, nats, and the number of text tokens predicted, of this process's blocks."""
         device = self._processes.device
         bfloat16 = self._config.training.precision == "bfloat16"
         rows = self._config.training.micro_batch_blocks
@@ -160,5 +169,4 @@ class Validation:
                 )
             total += float(outputs.loss)
             count += batch.num_targets
-        total, num_targets = self._processes.sum(total, count)
-        return {"validation_loss": total / num_targets}
+        return {"validation_loss": (total, count)}

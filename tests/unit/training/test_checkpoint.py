@@ -22,9 +22,9 @@ from metatokens.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     read_state,
-    save_checkpoint,
     verify_checkpoint,
 )
+from metatokens.training.saving import save_checkpoint
 
 if TYPE_CHECKING:
     from conftest import Training
