@@ -5,6 +5,8 @@ address at which the processes meet.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from metatokens.config.schema import Single, StepConfig
-from metatokens.errors import MetaTokensError, UsageError
+from metatokens.errors import MetaTokensError, ResourceError, UsageError
 from metatokens.training.watch import PeerWatch
 
 _SECONDS_TO_LEAVE = 60.0
+_ARRIVAL_POLL_SECONDS = 0.02
 T = TypeVar("T")
 
 
@@ -144,23 +148,53 @@ def _join(config: StepConfig) -> Processes:
         return Processes(device=device)
     timeout = timedelta(seconds=config.distributed_timeout_seconds)
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = _unused_part(store, rank, world_size, config.distributed_timeout_seconds)
     watch = PeerWatch(store, rank, world_size)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
     watch.start()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        background_group = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise watch.explain() from error
     return Processes(
         rank=rank,
         world_size=world_size,
         device=device,
         node_share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))),
-        background_group=dist.new_group(backend="gloo", timeout=timeout),
+        background_group=background_group,
         watch=watch,
     )
+
+
+def _unused_part(store: Any, rank: int, world_size: int, seconds: float) -> Any:
+    """Return a part of the store that no other attempt uses, the same for all processes.
+
+    torchrun keeps its store when it starts the workers again, and the addresses of the dead ones with it. Its count of
+    restarts may differ from machine to machine, so rank 0 names the part and tells it to each process that asks.
+
+    Raises:
+        ResourceError: a process did not arrive in time; it is named.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asking/{rank}", own)
+        part = store.get(f"part/{own}").decode()
+        store.set(f"{part}/arrived/{rank}", "")
+        return PrefixStore(part, store)
+    waiting, deadline = list(range(1, world_size)), time.monotonic() + seconds
+    while waiting := [peer for peer in waiting if not store.check([f"{own}/arrived/{peer}"])]:
+        for peer in waiting:
+            if store.check([f"asking/{peer}"]):  # who asks may belong to an earlier attempt; the answer does no harm
+                store.set(f"part/{store.get(f'asking/{peer}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise ResourceError.plain(
+                f"rank {waiting[0]}",
+                happened=f"it did not arrive within {seconds:.0f} s",
+                remedy="see its own errors, or raise training.distributed_timeout_seconds",
+            )
+        time.sleep(_ARRIVAL_POLL_SECONDS)
+    return PrefixStore(own, store)
 
 
 def _leave(processes: Processes) -> None:

@@ -275,7 +275,11 @@ class _Run:
             self._save()
         self.saver.finish()
         self.stop.cause = self.stop.cause or "a signal to another process"
-        raise self.stop.preempted(f" after step {self.state.step}" if self.state.step else " before the first step")
+        preempted = self.stop.preempted(
+            f" after step {self.state.step}" if self.state.step else " before the first step"
+        )
+        preempted.is_repeated = not self.processes.is_main
+        raise preempted
 
     def _advance(self, step: int, counts: list[float], *, is_finite: bool) -> None:
         """Count a step that is done."""
