@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from training_runs import ROUNDING, losses, numbers, run, small_config, start, wait, wait_for_step, weights
 
+from commands import metatokens
 from metatokens.config.schema import PretrainConfig
 from metatokens.training.pretraining import pretrain
 
@@ -62,15 +63,23 @@ def test_two_processes_with_parts_of_the_model_train_as_one_does(sharded: Path, 
 
 def test_parts_that_are_killed_go_on_with_the_same_bits(config: Config, sharded: Path, tmp_path: Path):
     out = tmp_path / "run"
-    started = start(config(*FSDP2), out, world_size=2)
+    started = start(config(*FSDP2, "--checkpoint.background", "true"), out, world_size=2)
     wait_for_step(out, 6, started)
     for process in started:
         os.kill(process.pid, signal.SIGKILL)
     wait(started)
-    assert run(config(*FSDP2), out, world_size=2) == [0, 0]
+    assert run(config(*FSDP2, "--checkpoint.background", "true"), out, world_size=2) == [0, 0]
     assert losses(out) == losses(sharded)
     assert losses(out, "validation_loss_hex") == losses(sharded, "validation_loss_hex")
     assert weights(out) == weights(sharded)
+
+
+def test_a_checkpoint_of_parts_opens_and_exports_as_the_model_that_it_is(sharded: Path, tmp_path: Path):
+    checkpoint, out = sharded / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "exported"
+    metatokens("export", checkpoint, "--out", out)
+    assert (out / "model.safetensors").read_bytes() == weights(sharded)
+    assert {path.name for path in out.iterdir()} == {path.name for path in (sharded / "model").iterdir()}
+    assert (out / "config.json").read_text() == (sharded / "model" / "config.json").read_text()
 
 
 def test_one_process_goes_on_from_the_parts_of_two(config: Config, sharded: Path, alone: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from metatokens.cli import (
     analyze,
     demo,
     evaluate,
+    export,
     extend,
     finetune,
     generate,
@@ -30,7 +31,10 @@ from metatokens.cli.arguments import Parser, Verb
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 
 # in the order of the help
-VERBS = (demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, info)
+VERBS = (
+    *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity, analyze, report, generate, export),
+    info,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG = "config.json"
+WEIGHT_SHARDS = "shard-*-model-00001-of-*.safetensors"
+"""Where each process has written its part of the weights; the moments are in files of another number."""
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -232,7 +234,8 @@ def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
     weights = own_weights(model)
-    _check_tensors(path, weights, {name: entry for name, entry in _stored_tensors(path).items() if "/" not in name})
+    stored = {name: form for name, form in _stored_tensors(path).items() if "/" not in name}  # no moments
+    _check_tensors(path, weights, stored)
     _read(path, weights)
 
 

@@ -28,7 +28,7 @@ from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
-from metatokens.training.checkpoint import WEIGHTS, verify_model
+from metatokens.training.checkpoint import WEIGHT_SHARDS, WEIGHTS, load_weights, verify_model
 
 # the errors that transformers raises for a wrong value in config.json, or for weights of another shape
 _DOES_NOT_LOAD = (
@@ -109,9 +109,10 @@ class ModelFolder:
         config = self._read_config()
         config.pop("transformers_version", None)
         whole = self.path / WEIGHTS
-        files = [whole] if whole.exists() else sorted(self.path.glob("model-*.safetensors"))
-        parts = [json_sha256(config), *map(file_sha256, files)]
-        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+        parts = (*self.path.glob("model-*.safetensors"), *self.path.glob(WEIGHT_SHARDS))
+        files = [whole] if whole.exists() else sorted(parts)
+        digests = [json_sha256(config), *map(file_sha256, files)]
+        return hashlib.sha256("/".join(digests).encode()).hexdigest()
 
     @cached_property
     def pretraining(self) -> PretrainConfig | None:
@@ -146,6 +147,10 @@ class ModelFolder:
                 names and shapes of its weights differ from those that its config.json describes.
         """
         verify_model(self.path)
+        if any(self.path.glob(WEIGHT_SHARDS)):
+            model = self._build()
+            load_weights(self.path, model)
+            return model.eval()
         if not self.is_ours:
             vocab_size = text_vocab_size(self.tokenizer)
             with _one_line_errors(self.path, "a causal language model in safetensors"):
@@ -164,12 +169,17 @@ class ModelFolder:
             CheckpointError: if there is no model, or its config does not load.
         """
         if self.is_ours:
-            config = self.config
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                return self._build()
         vocab_size = text_vocab_size(self.tokenizer)
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
+
+    def _build(self) -> Any:
+        """Return a new model of this shape, whose weights are still to be loaded."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(config)
 
     def _read_config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelCo
         )
     _check_shape(path, start, config)
     load_weights(folder.path, model)
-    return file_sha256(folder.path / WEIGHTS)
+    whole = folder.path / WEIGHTS
+    return file_sha256(whole) if whole.exists() else folder.sha256
 
 
 def check_tokenizer(folder: ModelFolder, tokenizer_sha256: str, tokens: Path | None) -> None:
