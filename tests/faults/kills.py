@@ -1,5 +1,6 @@
 """Kills of training, in steps and in saves: the resumed run must end with the bits of one that was left alone."""
 
+import json
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign import Case, fault
-from conftest_corpus import prepare_corpus
+from small_corpus import prepare_corpus
 from training_runs import STEPS, losses, run, small_config, start, wait, weights
 
 from metatokens.config.loading import to_yaml
@@ -44,14 +45,8 @@ def whole(case: Case, way: str) -> Path:
 def steps_done(out: Path) -> int:
     """Return the last step that metrics.jsonl tells of; its last line may be cut."""
     path = out / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return text.count('"loss_hex"') and max(losses_of(text), default=0)
-
-
-def losses_of(text: str) -> Sequence[int]:
-    import json
-
-    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
 def wait_until(condition: Callable[[], bool], is_running: Callable[[], bool]) -> bool:
