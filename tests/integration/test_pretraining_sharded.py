@@ -74,6 +74,16 @@ def test_parts_that_are_killed_go_on_with_the_same_bits(config: Config, sharded:
     assert weights(out) == weights(sharded)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_parts_train_as_copies_do(config: Config, tmp_path: Path):
+    less = ["--training.precision", "bfloat16", "--training.gradient_checkpointing", "true"]
+    less += ["--training.duration.steps", "6"]
+    for kind in ("ddp", "fsdp2"):
+        changed = config(*less, *FSDP2, "--training.parallel.kind", kind)
+        assert run(changed, tmp_path / kind, world_size=2) == [0, 0]
+    assert numbers(tmp_path / "fsdp2") == pytest.approx(numbers(tmp_path / "ddp"), rel=2**-8)  # one rounding
+
+
 def test_a_checkpoint_of_parts_opens_and_exports_as_the_model_that_it_is(sharded: Path, tmp_path: Path):
     checkpoint, out = sharded / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "exported"
     metatokens("export", checkpoint, "--out", out)

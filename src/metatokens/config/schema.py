@@ -403,6 +403,9 @@ class CheckpointConfig(Frozen):
     """Number of newest checkpoints to keep."""
     keep_interval_steps: int | None = Field(None, ge=1)
     """Keep every checkpoint whose step is a multiple of this for ever, besides the newest; off means none."""
+    copy_to: str | None = None
+    """An address that fsspec knows, such as s3://bucket/run, to which every checkpoint is copied, and from which a run
+    without one fetches the newest; off means none."""
     background: bool = False
     """Copy the state in the step and write it beside the next ones, which needs memory for the copy."""
 

@@ -36,6 +36,7 @@ from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.optimizer import build_optimizer
 from metatokens.training.parallel import share_model, whole_tensor
+from metatokens.training.remote import RemoteCopies
 from metatokens.training.resuming import check_disk, find_start
 from metatokens.training.run_folder import RunFolder, versions
 from metatokens.training.saving import Saver
@@ -115,6 +116,8 @@ def train(
                 folder.check_config(config)
                 remove_leftovers(folder.path)
                 remove_leftovers(folder.checkpoints_path)
+                if config.checkpoint.copy_to is not None:
+                    RemoteCopies(config.checkpoint.copy_to).fetch_newest(folder.checkpoints_path)
         if isinstance(config.training.parallel, Fsdp2):
             _agree_on_disk(folder, processes)
         try:

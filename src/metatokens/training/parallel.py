@@ -83,7 +83,7 @@ class Shards(Whole):
     """FSDP2: every process keeps a part of each parameter, gradient and moment, and gathers a block when it needs it.
 
     Gradients are averaged in float32. Under bfloat16 a block is gathered in that type, which is what autocast would
-    make of its matrices anyway; the embedding stays float32, and so does the stream between the blocks.
+    make of its matrices anyway; embedding and norms stay float32, and so does the stream between the blocks.
     """
 
     is_sharded: ClassVar[bool] = True
@@ -99,10 +99,15 @@ class Shards(Whole):
             reduce_dtype=torch.float32 if is_bfloat16 else None,
             cast_forward_inputs=False,
         )
-        blocks = set(model._no_split_modules or ())
-        for module in list(model.modules()):
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+        reshard = parallel.reshard_after_forward
+        names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+        for block in [module for module in model.modules() if type(module).__name__ in names]:
+            norms: list[nn.Module] = [
+                m for m in block.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine
+            ]
+            if is_bfloat16 and norms:
+                fully_shard(norms, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh)
 
     @contextmanager

@@ -41,6 +41,7 @@ from metatokens.training.checkpoint import (
 )
 from metatokens.training.distributed import Processes
 from metatokens.training.parallel import local_part
+from metatokens.training.remote import RemoteCopies
 
 _SECONDS_TO_ABANDON = 30.0
 _WEIGHTS_FILE, _MOMENTS_FILE = 1, 2  # numbers of a process's files
@@ -56,6 +57,7 @@ class Saver:
         self._folder, self._config, self._processes = folder, config, processes
         self._is_sharded, self._tokenizer = is_sharded, tokenizer
         self._beside = replace(processes, group=processes.background_group)
+        self._copies = None if config.copy_to is None else RemoteCopies(config.copy_to)
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
         self._error: MetaTokensError | None = None
@@ -158,6 +160,8 @@ class Saver:
                     write_manifest(temporary, entries)
                     stack.close()
                     self._rotate(final)
+                    if self._copies is not None:
+                        self._copies.update(self._folder)
 
     def _write_whole(
         self, path: Path, model: MetaTokenForCausalLM, weights: dict[str, Tensor], moments: dict[str, Tensor]
