@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 from training_runs import losses, small_config, wait_until, weights
 
@@ -98,6 +99,17 @@ def test_a_run_ends_by_itself_after_the_time_that_it_was_given(config: Config, t
     checkpoint = find_checkpoint(out / "checkpoints")
     assert checkpoint is not None
     assert read_state(checkpoint).step == max(losses(out))
+
+
+def test_a_run_on_a_new_machine_goes_on_from_the_newest_copy(config: Config, whole: Path, tmp_path: Path):
+    copied = config("--checkpoint.copy_to", f"memory://{tmp_path}")
+    pretrain(copied, tmp_path / "first", show_progress=False)
+    files, root = fsspec.core.url_to_fs(f"memory://{tmp_path}")
+    files.rm(f"{root}/step-{STEPS:08d}", recursive=True)
+    pretrain(copied, tmp_path / "second", show_progress=False)
+    assert set(losses(tmp_path / "second")) == set(range(9, STEPS + 1))
+    assert losses(tmp_path / "second").items() <= losses(whole).items()
+    assert weights(tmp_path / "second") == weights(whole)
 
 
 @pytest.mark.parametrize("text", ["", "5", "h", "3m2h", "-1s"])

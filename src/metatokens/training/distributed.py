@@ -52,6 +52,7 @@ class Processes:
         """Add each value over all processes, in float64."""
         if self.world_size == 1:
             return list(values)
+        self._arrive()
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=self.group)
         return [float(value) for value in total]
@@ -60,6 +61,7 @@ class Processes:
         """Return the item of every process, by rank; all of them can be pickled."""
         if self.world_size == 1:
             return [item]
+        self._arrive()
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item, group=self.group)
         return items
@@ -104,6 +106,10 @@ class Processes:
                     )
                     difference.is_repeated = not self.is_main
                     raise difference
+
+    def _arrive(self) -> None:
+        if self.watch is not None and self.group is None:  # another group is that of another thread
+            self.watch.arrive()
 
     def enter(self, place: str, seconds: float) -> None:
         """Say where this process is from now on; the watch ends it if it stays there for longer."""

@@ -185,7 +185,7 @@ class _Run:
                 load_checkpoint(checkpoint, self.model, self.optimizer)
         processes.agree({"step": state.step}, error=CheckpointError, remedy="give all processes the same --out")
         self.state = replace(state, config=config.model_dump(mode="json"), run_sha256=None)
-        self.saved_step = state.step
+        self.saved = self.state
         self.saver = Saver(
             folder.checkpoints_path,
             config.checkpoint,
@@ -274,7 +274,7 @@ class _Run:
 
     def _end_early(self) -> None:
         """Commit the steps done and raise Preempted."""
-        if self.state.step > self.saved_step:
+        if (self.state.step, self.state.evaluation_due) > (self.saved.step, self.saved.evaluation_due):
             self._save()
         self.saver.finish()
         self.stop.cause = self.stop.cause or "a signal to another process"
@@ -333,7 +333,6 @@ class _Run:
         (is_cut_short,) = self.processes.sum(float(sums is None))
         self.state = replace(self.state, evaluation_due=bool(is_cut_short))
         if is_cut_short:
-            self.saved_step = -1  # the last checkpoint may lack that it is due
             self._end_early()
         assert sums is not None
         names = list(sums)
@@ -348,7 +347,7 @@ class _Run:
 
     def _save(self) -> None:
         self.saver.save(self.model, self.optimizer, self.state)
-        self.saved_step = self.state.step
+        self.saved = self.state
 
     def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""

@@ -140,9 +140,6 @@ class Saver:
             temporary = final
             with together():
                 if self._processes.is_main:
-                    if final.exists():
-                        # it was damaged: the run passed over it, went on from an older one and is here again
-                        shutil.rmtree(final)
                     temporary = stack.enter_context(new_folder(final))
             temporary = self._beside.gather(temporary)[0]
             write(temporary)
@@ -158,6 +155,9 @@ class Saver:
                     entries = {name: entry for part in parts for name, entry in part.items()}
                     self._check_visible(temporary, entries)
                     write_manifest(temporary, entries)
+                    if final.exists():
+                        # it was damaged: the run passed over it, went on from an older one and is here again
+                        shutil.rmtree(final)
                     stack.close()
                     self._rotate(final)
                     if self._copies is not None:

@@ -44,6 +44,10 @@ class PeerWatch:
         """Say where the main thread is from now on, such as "step 12", and after how many seconds to give up there."""
         self._place, self._number, self._deadline = place, self._number + 1, time.monotonic() + seconds
 
+    def arrive(self) -> None:
+        """Say that the main thread now waits for the others; all processes arrive equally often."""
+        self._number += 1
+
     def explain(self) -> ResourceError:
         """Return the error that names the processes that died or hang; it takes some seconds to find out."""
         before = self._read()
