@@ -16,6 +16,7 @@ from metatokens.training.pretraining import pretrain
 STEPS = 12
 FSDP2 = ("--training.parallel.kind", "fsdp2", "--training.micro_batch_blocks", "3")
 Config = Callable[..., PretrainConfig]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,6 @@ def test_parts_that_are_killed_go_on_with_the_same_bits(config: Config, sharded:
     assert weights(out) == weights(sharded)
 
 
-@pytest.mark.slow
 def test_in_bfloat16_parts_train_as_copies_do(config: Config, tmp_path: Path):
     less = ["--training.precision", "bfloat16", "--training.gradient_checkpointing", "true"]
     less += ["--training.duration.steps", "6"]

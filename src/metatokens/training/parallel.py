@@ -112,13 +112,18 @@ class Shards(Whole):
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Gather the whole model for a while: processes then call it without waiting for one another."""
+        """Gather the whole model for a while: processes then call it without waiting for one another.
+
+        What is gathered in bfloat16 has to be called under autocast, which the block gets here.
+        """
         parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
+        is_bfloat16 = self.config.precision == "bfloat16"
         try:
-            yield
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=is_bfloat16):
+                yield
         finally:
             parallel = self.config.parallel
             assert isinstance(parallel, Fsdp2)

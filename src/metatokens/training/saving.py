@@ -132,7 +132,11 @@ class Saver:
         except MetaTokensError as error:
             self._error = error
         except RuntimeError as error:  # a peer is gone; the training notices too, and names it
-            self._error = ResourceError.no_room(self._path(state), error)
+            self._error = ResourceError.plain(
+                str(self._path(state)),
+                happened=f"the processes could not save it together ({error})",
+                remedy="the same command continues from the last checkpoint",
+            )
 
     def _commit(self, state: TrainingState, write: Callable[[Path], None]) -> None:
         final, together = self._path(state), self._beside.raise_together
