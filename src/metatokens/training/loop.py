@@ -217,7 +217,7 @@ class _Run:
             report = _Report(config, label, display, metrics)
             if first:
                 display.say(f"{label} continues after step {first}")
-            if self.state.evaluation_due:
+            if self.state.evaluation_due and self.job.evaluate:
                 validation = self._evaluate(report)
             if first < total:
                 with self.stop.at_once():

@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from metatokens.config.schema import CheckpointConfig
-from metatokens.errors import MetaTokensError, NumericError, ResourceError
+from metatokens.errors import NumericError, ResourceError
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.export import save_configs, save_model
 from metatokens.storage import flush_path, new_folder
@@ -60,7 +60,7 @@ class Saver:
         self._copies = None if config.copy_to is None else RemoteCopies(config.copy_to)
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
-        self._error: MetaTokensError | None = None
+        self._error: Exception | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -107,7 +107,7 @@ class Saver:
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None
-        if error is not None:  # `_commit` raised together: every process has the error
+        if error is not None:  # `_commit` raised together: every process has the error, unless one is gone
             raise error
 
     def abandon(self) -> None:
@@ -129,32 +129,26 @@ class Saver:
     def _commit_beside(self, state: TrainingState, write: Callable[[Path], None]) -> None:
         try:
             self._commit(state, write)
-        except MetaTokensError as error:
+        except Exception as error:  # noqa: BLE001 - `finish` raises it in the main thread
             self._error = error
-        except RuntimeError as error:  # a peer is gone; the training notices too, and names it
-            self._error = ResourceError.plain(
-                str(self._path(state)),
-                happened=f"the processes could not save it together ({error})",
-                remedy="the same command continues from the last checkpoint",
-            )
 
     def _commit(self, state: TrainingState, write: Callable[[Path], None]) -> None:
-        final, together = self._path(state), self._beside.raise_together
+        final = self._path(state)
         with contextlib.ExitStack() as stack:
             temporary = final
-            with together():
+            with self._together(final):
                 if self._processes.is_main:
                     temporary = stack.enter_context(new_folder(final))
             temporary = self._beside.gather(temporary)[0]
             write(temporary)
             entries: FileEntries = {}
-            with together():
+            with self._together(final):
                 if self._processes.is_main:
                     (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
                 if self._is_sharded or self._processes.is_main:
                     entries = self._describe_own(temporary)
             parts = self._beside.gather(entries)
-            with together():
+            with self._together(final):
                 if self._processes.is_main:
                     entries = {name: entry for part in parts for name, entry in part.items()}
                     self._check_visible(temporary, entries)
@@ -167,10 +161,16 @@ class Saver:
                     if self._copies is not None:
                         self._copies.update(self._folder)
 
+    @contextlib.contextmanager
+    def _together(self, path: Path) -> Iterator[None]:
+        """Do a part of the work on `path` on every process; a failure of any is an error of one line on all."""
+        with self._beside.raise_together(), _one_line_errors(path):
+            yield
+
     def _write_whole(
         self, path: Path, model: MetaTokenForCausalLM, weights: dict[str, Tensor], moments: dict[str, Tensor]
     ) -> None:
-        with self._beside.raise_together(), _one_line_errors(path):
+        with self._together(path):
             if self._processes.is_main:
                 save_model(model, path, self._tokenizer, weights=weights)
                 save_file(moments, path / MOMENTS)
@@ -178,7 +178,7 @@ class Saver:
     def _write_shards(
         self, path: Path, model: MetaTokenForCausalLM, weights: dict[str, Tensor], moments: dict[str, Tensor]
     ) -> None:
-        with self._beside.raise_together(), _one_line_errors(path):
+        with self._together(path):
             if self._processes.is_main:
                 save_configs(model, path, self._tokenizer)
         writer = HuggingFaceStorageWriter(
@@ -195,10 +195,9 @@ class Saver:
         paths = [path for path in folder.iterdir() if path.name.startswith(own)]
         if self._processes.is_main:
             paths += [path for path in folder.iterdir() if not path.name.startswith("shard-")]
-        with _one_line_errors(folder):
-            for path in paths:
-                flush_path(path)
-            return describe_files(paths)
+        for path in paths:
+            flush_path(path)
+        return describe_files(paths)
 
     def _check_visible(self, folder: Path, entries: FileEntries) -> None:
         """Refuse a checkpoint of which a process wrote its part to another disk."""
@@ -251,7 +250,7 @@ def _check_finite(model: MetaTokenForCausalLM, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Any:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Turn the failure of a write into a ResourceError; DCP collects those of all processes in an error of its own."""
     try:
         yield
