@@ -180,16 +180,13 @@ class TokenDataset:
         self._ends = {split: list(accumulate(s.num_tokens for s in shards)) for split, shards in self._shards.items()}
 
     @classmethod
-    def open(
-        cls, path: str | Path, verify: Literal["full", "size"] = "full", *, share: tuple[int, int] = (0, 1)
-    ) -> TokenDataset:
+    def open(cls, path: str | Path, verify: Literal["full", "size"] = "full") -> TokenDataset:
         """Open a folder made by `metatokens prepare`.
 
         Args:
             path: The folder.
             verify: "full" compares the SHA-256 of every shard and index (about 1 GB/s), "size" only their lengths.
                 The manifest and the tokenizer are always checked.
-            share: Index and number of the processes that divide the hashing among them; each checks every length.
 
         Raises:
             DataError: The manifest is missing, altered or of a newer version; or a shard, an index or the tokenizer
@@ -197,11 +194,32 @@ class TokenDataset:
         """
         dataset = cls(Path(path), _read_manifest(Path(path)))
         try:
-            dataset._verify(verify, share)
+            dataset._open_shards()
+            if verify == "full":
+                dataset.verify_hashes()
         except BaseException:
             dataset.close()
             raise
         return dataset
+
+    def verify_hashes(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare the SHA-256 of the shards and their indices with the manifest.
+
+        Args:
+            share: Index and number of the processes that divide the work among them.
+
+        Raises:
+            DataError: One differs.
+        """
+        own, number = share
+        for shard in self.manifest.shards[own::number]:
+            index = shard.name + INDEX_SUFFIX
+            for name, file, sha256 in (
+                (shard.name, os.dup(self._descriptors[shard.name]), shard.sha256),
+                (index, _open_regular(self.path / index), shard.index_sha256),
+            ):
+                if file_sha256(file) != sha256:
+                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
 
     @property
     def content_id(self) -> str:
@@ -271,25 +289,19 @@ class TokenDataset:
         ids: TokenArray = np.frombuffer(content, dtype=self._dtype).astype(self.manifest.dtype, copy=False)
         return ids
 
-    def _verify(self, verify: Literal["full", "size"], share: tuple[int, int]) -> None:
+    def _open_shards(self) -> None:
+        """Open the shards, and check the length of each and of its index, and the tokenizer."""
         self._tokenizer_json()
         known = {MANIFEST_NAME, TOKENIZER_NAME}
-        own, number = share
-        for position, shard in enumerate(self.manifest.shards):
-            hashes = verify == "full" and position % number == own
+        for shard in self.manifest.shards:
             index = shard.name + INDEX_SUFFIX
             known |= {shard.name, index}
-            for name, size, sha256 in (
-                (shard.name, shard.bytes, shard.sha256),
-                (index, shard.num_documents * 8, shard.index_sha256),
-            ):
+            for name, size in ((shard.name, shard.bytes), (index, shard.num_documents * 8)):
                 descriptor = _open_regular(self.path / name)
                 self._descriptors[name] = descriptor
                 found = os.fstat(descriptor).st_size
                 if found != size:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
-                if hashes and file_sha256(os.dup(descriptor)) != sha256:
-                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
             _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,9 +47,12 @@ def pretrain(
         join_processes(config.training) as processes,
         contextlib.ExitStack() as stack,
     ):
+        with processes.raise_together():
+            dataset = stack.enter_context(open_dataset(config, verify="size"))
 
         def make_job() -> TrainingSetup:
-            dataset = stack.enter_context(open_dataset(config, share=processes.node_share))
+            if config.data.verify == "full":  # of many shards this takes minutes
+                dataset.verify_hashes(processes.node_share)
             return _make_job(config, dataset, processes)
 
         folder = RunFolder(Path(out))
@@ -79,8 +82,8 @@ def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
     }
 
 
-def open_dataset(config: PretrainConfig, *, share: tuple[int, int] = (0, 1)) -> TokenDataset:
-    """Open and verify the tokens that `config` names; for `share` see `TokenDataset.open`."""
+def open_dataset(config: PretrainConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
+    """Open the tokens that `config` names, and verify them as it says or as the caller does."""
     if config.data.path is None:
         raise UsageError(
             "data.path",
@@ -88,7 +91,7 @@ def open_dataset(config: PretrainConfig, *, share: tuple[int, int] = (0, 1)) -> 
             found="none",
             remedy="run `metatokens prepare` and pass --data.path DIR",
         )
-    return TokenDataset.open(config.data.path, verify=config.data.verify, share=share)
+    return TokenDataset.open(config.data.path, verify=verify or config.data.verify)
 
 
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:
