@@ -67,6 +67,20 @@ def test_a_process_whose_disk_lacks_the_run_ends_all_and_is_named(config: Config
     assert "put --out on a disk that all processes see" in error
 
 
+def test_a_process_that_would_write_its_part_to_another_disk_ends_all_and_is_named(config: Config, tmp_path: Path):
+    folders = [tmp_path / str(rank) for rank in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    sharded = config("--training.parallel.kind", "fsdp2")
+    assert run(sharded, Path("run"), world_size=2, folders=folders) == [2, 2]
+    assert "rank 1: lock of run: expected 'process" in (folders[0] / "run.error").read_text()
+
+
+def test_one_process_alone_is_what_single_asks_for(config: Config, tmp_path: Path):
+    assert run(config("--training.parallel.kind", "single"), tmp_path / "run", world_size=2) == [2, 2]
+    assert "training.parallel.kind single: expected one process, found 2" in error_of(tmp_path / "run")
+
+
 def test_a_process_that_dies_is_named_and_the_others_end(config: Config, tmp_path: Path):
     out = tmp_path / "run"
     started = start(config("--training.duration.steps", "100000"), out, world_size=2)
