@@ -139,18 +139,26 @@ def verify_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
     _verify(path, needed={CONFIG, STATE}, share=share, remedy="use another checkpoint")
 
 
-def verify_model(path: Path) -> None:
+def verify_model(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
     """Compare every file of a model's folder with its manifest, if it has one; the models that runs write have one.
+
+    Args:
+        path: the folder.
+        share: see `verify_checkpoint`.
+
+    Returns:
+        The SHA-256 of each file by the manifest; empty without one.
 
     Raises:
         CheckpointError: naming the file.
     """
-    if (path / MANIFEST).exists():
-        remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
-        _verify(path, needed={CONFIG}, share=(0, 1), remedy=remedy)
+    if not (path / MANIFEST).exists():
+        return {}
+    remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
+    return _verify(path, needed={CONFIG}, share=share, remedy=remedy)
 
 
-def _verify(path: Path, *, needed: set[str], share: tuple[int, int], remedy: str) -> None:
+def _verify(path: Path, *, needed: set[str], share: tuple[int, int], remedy: str) -> dict[str, str]:
     expected = _read_manifest(path, needed=needed, remedy=remedy)
     for extra in sorted({file.name for file in path.glob("*.safetensors")} - expected.keys()):
         raise CheckpointError(
@@ -166,6 +174,7 @@ def _verify(path: Path, *, needed: set[str], share: tuple[int, int], remedy: str
             raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{found} bytes", remedy=remedy)
         if position % number == index and (digest := file_sha256(file)) != sha256:
             raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=digest, remedy=remedy)
+    return {name: sha256 for name, (_, sha256) in expected.items()}
 
 
 def _read_manifest(path: Path, *, needed: set[str], remedy: str) -> dict[str, tuple[int, str]]:

@@ -99,18 +99,20 @@ def vocabulary(dataset: TokenDataset) -> dict[str, int]:
     return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
 
 
-def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaTokenForCausalLM, str]:
+def _make_model(
+    config: PretrainConfig, dataset: TokenDataset, processes: Processes
+) -> tuple[MetaTokenForCausalLM, str]:
     """Return the model that a run starts from, and the identity of its tokens and of its weights unless new."""
     model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
     if config.start_from is None:
         return model, dataset.content_id
     folder = ModelFolder(config.start_from)
     check_tokenizer(folder, dataset.manifest.tokenizer_sha256, dataset.path)
-    return model, f"{dataset.content_id}+{load_start(folder, model, config.model)}"
+    return model, f"{dataset.content_id}+{load_start(folder, model, config.model, share=processes.node_share)}"
 
 
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> TrainingSetup:
-    model, content_id = _make_model(config, dataset)
+    model, content_id = _make_model(config, dataset, processes)
     return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
