@@ -84,11 +84,14 @@ def test_in_bfloat16_parts_train_as_copies_do(config: Config, tmp_path: Path):
     assert numbers(tmp_path / "fsdp2") == pytest.approx(numbers(tmp_path / "ddp"), rel=2**-8)  # one rounding
 
 
-def test_a_checkpoint_of_parts_opens_and_exports_as_the_model_that_it_is(sharded: Path, tmp_path: Path):
+def test_a_checkpoint_of_parts_opens_and_exports_as_the_model_that_it_is(config: Config, sharded: Path, tmp_path: Path):
     checkpoint, out = sharded / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "exported"
     metatokens("export", checkpoint, "--out", out)
     assert (out / "model.safetensors").read_bytes() == weights(sharded)
     assert {path.name for path in out.iterdir()} == {path.name for path in (sharded / "model").iterdir()}
+    for source in (checkpoint, out):
+        pretrain(config("--start_from", str(source)), tmp_path / f"from {source.name}", show_progress=False)
+    assert losses(tmp_path / f"from {checkpoint.name}") == losses(tmp_path / "from exported")
     assert (out / "config.json").read_text() == (sharded / "model" / "config.json").read_text()
 
 

@@ -22,6 +22,7 @@ from metatokens.config.attention import (
 )
 from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - users import the whole schema from here
 from metatokens.config.base import UserPath
+from metatokens.config.parallel import Ddp, Parallel
 from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
 from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
 from metatokens.config.rope import NoScaling as NoScaling  # noqa: PLC0414
@@ -317,30 +318,6 @@ class TextTokensDuration(Frozen):
 
 
 Duration = Annotated[StepsDuration | TextTokensDuration, Field(discriminator="kind")]
-
-
-class Single(Frozen):
-    """One process alone; several are refused."""
-
-    kind: Literal["single"] = "single"
-
-
-class Ddp(Frozen):
-    """Each process holds the whole model and averages the gradients; alone it is a run like any other."""
-
-    kind: Literal["ddp"] = "ddp"
-
-
-class Fsdp2(Frozen):
-    """Each process holds a part of every parameter, gradient and moment (torch's `fully_shard`)."""
-
-    kind: Literal["fsdp2"] = "fsdp2"
-    reshard_after_forward: bool = True
-    """Let a block's parameters go after its forward pass and gather them again for the backward pass; off needs more
-    memory and communicates less."""
-
-
-Parallel = Annotated[Single | Ddp | Fsdp2, Field(discriminator="kind")]
 
 
 class StepConfig(Frozen):

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from metatokens.config.schema import Single, StepConfig
+from metatokens.config.parallel import Single
+from metatokens.config.schema import StepConfig
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
 from metatokens.training.watch import PeerWatch
 

@@ -19,7 +19,8 @@ import torch
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.loading import flatten
-from metatokens.config.schema import Fsdp2, RunConfig
+from metatokens.config.parallel import Fsdp2
+from metatokens.config.schema import RunConfig
 from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError
 from metatokens.model.accounting import training_flops

@@ -1,6 +1,6 @@
 """How the processes of a run share its model: each has a copy (DDP), or each keeps a part of every tensor (FSDP2).
 
-A further way is one class here and one variant of `metatokens.config.schema.Parallel`.
+A further way is one class here and one variant of `metatokens.config.parallel.Parallel`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from metatokens.config.schema import Fsdp2, StepConfig
+from metatokens.config.parallel import Fsdp2
+from metatokens.config.schema import StepConfig
 from metatokens.training.distributed import Processes
 
 
