@@ -214,8 +214,10 @@ class TokenDataset:
         own, number = share
         for shard in self.manifest.shards[own::number]:
             index = shard.name + INDEX_SUFFIX
+            opened = os.dup(self._descriptors[shard.name])  # the very file that will be read
+            os.lseek(opened, 0, os.SEEK_SET)
             for name, file, sha256 in (
-                (shard.name, os.dup(self._descriptors[shard.name]), shard.sha256),
+                (shard.name, opened, shard.sha256),
                 (index, _open_regular(self.path / index), shard.index_sha256),
             ):
                 if file_sha256(file) != sha256:

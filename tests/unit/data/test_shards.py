@@ -151,6 +151,7 @@ def test_processes_that_divide_the_shards_find_a_flipped_bit_once(prepared, fail
     break_shard(prepared)
     with TokenDataset.open(prepared, verify="size") as dataset:
         dataset.verify_hashes((0, 2))
+        dataset.verify_hashes((0, 2))
         with fails(3, "train-00001.ds", "SHA-256"):
             dataset.verify_hashes((1, 2))
 
