@@ -7,7 +7,7 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-kernels test-versions test-floor test-newest check facts docs dist clean
+.PHONY: demo test test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,9 @@ check: .venv/installed ## format, lint, types and the quick tests
 	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
 	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/unit tests/claims tests/test_architecture.py
+
+test-faults: .venv/installed ## kill runs at random points, in steps and in saves; FAULTS="--times 10 --out faults.json" for more
+	$(BIN)/python tests/faults/campaign.py $(FAULTS)
 
 facts: .venv/installed ## every number that the documents quote, against the committed JSON it comes from
 	$(BIN)/python docs/facts.py

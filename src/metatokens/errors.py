@@ -78,8 +78,11 @@ class ResourceError(MetaTokensError):
         )
 
 
-class Preempted(Exception):
-    """A signal asked the run to stop, and it saved a checkpoint first."""
+class Preempted(BaseException):
+    """The work was asked to stop and can be continued: what had to be saved is saved.
+
+    Like KeyboardInterrupt it may be raised anywhere, so no handler of ordinary errors may take it for one of them.
+    """
 
     exit_code = 75
     is_repeated = False

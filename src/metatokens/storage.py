@@ -113,10 +113,10 @@ def flush_to_disk(file: IO[bytes]) -> None:
 
 def commit(temporary: Path, final: Path) -> None:
     """Rename a file, or a folder with files, that is flushed already, and flush the rename to the disk."""
-    _sync(temporary)
+    flush_path(temporary)
     os.replace(temporary, final)
     with suppress(PermissionError):  # a folder may be open to writing but not to reading
-        _sync(final.parent)
+        flush_path(final.parent)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
-            _sync(path)
+            flush_path(path)
         commit(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -265,7 +265,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise not_writable(folder, "folder", error.errno or 0) from None
 
 
-def _sync(path: Path) -> None:
+def flush_path(path: Path) -> None:
+    """Flush a file or folder that is not open to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,6 +30,7 @@ WRONG_PATHS = {
     "report": [MISSING],
     "generate": [MISSING, "Once"],
     "serve": [MISSING],
+    "export": [MISSING, "--out", "exported"],
     "info": [MISSING],
     "plan": [MISSING],
 }

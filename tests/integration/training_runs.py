@@ -41,15 +41,22 @@ def small_config(preset: Path, tokens: Path, *overrides: str) -> PretrainConfig:
     return load_preset(preset, ["--data.path", str(tokens), *overrides])
 
 
-def start(config: RunConfig, out: Path, *, world_size: int = 1) -> list[Any]:
-    """Start the processes of a run, with the environment that torchrun would give them."""
+def start(
+    config: RunConfig | Sequence[RunConfig], out: Path, *, world_size: int = 1, folders: Sequence[Path] = ()
+) -> list[Any]:
+    """Start the processes of a run, with the environment that torchrun would give them.
+
+    Each has its own config and starts in its own folder, if there are several.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []
     for rank in range(world_size):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = processes.Process(target=_run, args=(config, out, {k: str(v) for k, v in environment.items()}))
+        own = config[rank] if isinstance(config, Sequence) else config
+        folder = folders[rank] if folders else None
+        process = processes.Process(target=_run, args=(own, out, {k: str(v) for k, v in environment.items()}, folder))
         process.start()
         started.append(process)
     return started
@@ -65,18 +72,23 @@ def wait(started: Sequence[Any]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def run(config: RunConfig, out: Path, *, world_size: int = 1) -> list[int]:
-    return wait(start(config, out, world_size=world_size))
+def run(
+    config: RunConfig | Sequence[RunConfig], out: Path, *, world_size: int = 1, folders: Sequence[Path] = ()
+) -> list[int]:
+    return wait(start(config, out, world_size=world_size, folders=folders))
 
 
-def _run(config: RunConfig, out: Path, environment: dict[str, str]) -> None:
+def _run(config: RunConfig, out: Path, environment: dict[str, str], folder: Path | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
     os.environ.update(environment)  # with as many threads as the tests: their bits are compared
     train = finetune if isinstance(config, FinetuneConfig) else pretrain
     try:
         train(config, out, show_progress=False)
     except (MetaTokensError, Preempted) as error:
-        out.with_name(f"{out.name}.error").write_text(str(error))
+        if not error.is_repeated:
+            out.with_name(f"{out.name}.error").write_text(str(error))
         sys.exit(error.exit_code)
 
 

@@ -16,6 +16,7 @@ from metatokens.cli import (
     analyze,
     demo,
     evaluate,
+    export,
     extend,
     finetune,
     generate,
@@ -36,7 +37,7 @@ from metatokens.names import nearest_name
 # in the order of the help
 VERBS = (
     *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity),
-    *(analyze, report, generate, serve, info, plan),
+    *(analyze, report, generate, serve, export, info, plan),
 )
 
 

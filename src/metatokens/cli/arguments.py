@@ -6,6 +6,7 @@ Numbers are checked here, before anything is loaded. Config classes are imported
 import argparse
 import difflib
 import math
+import re
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ INTERVENTIONS = {
     "no_meta_attention": "no_meta_attention[=LAYER,LAYER...]",
 }
 """The kinds of `metatokens.evaluation.interventions`, which imports torch, and how each is written."""
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -144,7 +146,18 @@ def add_run(parser: argparse.ArgumentParser, schema: str) -> None:
     """Add the arguments of a verb that trains a preset."""
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, or for a file runs/ and its name)")
+    add_stop_after(parser)
     add_overrides(parser, schema)
+
+
+def add_stop_after(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that ends a training in time."""
+    parser.add_argument(
+        "--stop-after",
+        type=duration,
+        metavar="TIME",
+        help="save and end after this time, such as 3h50m, with exit code 75; the same command continues",
+    )
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -198,6 +211,15 @@ def share(text: str) -> float:
     if not 0 <= finite_number(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and less than 1")
     return float(text)
+
+
+def duration(text: str) -> float:
+    """Read an argument that is a duration, such as 3h50m, 90s or 1d12h; return its seconds."""
+    parts = _DURATION.fullmatch(text)
+    if parts is None or not any(parts.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 3h50m or 90s")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def finite_number(text: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from metatokens.cli.arguments import add_overrides, add_verb
+from metatokens.cli.arguments import add_overrides, add_stop_after, add_verb
 from metatokens.cli.output import announce, emit
 
 
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
         "--preset", default="paper/extend", help="preset of the training: paper/extend, small/extend ..."
     )
     parser.add_argument("--no-training", action="store_true", help="only write the model with its RoPE scaled")
+    add_stop_after(parser)
     add_overrides(parser, "metatokens.config.schema:PretrainConfig")
 
 
@@ -56,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.no_training:
         result = write_untrained(config, options.out) if is_main_process() else {}
     else:
-        result = {**asdict(pretrain(config, options.out)), **describe_extension(config)}
+        result = {**asdict(pretrain(config, options.out, stop_after=options.stop_after)), **describe_extension(config)}
     if not is_main_process():
         return 0
     following = ("metatokens", "perplexity", options.out, "python-docs", "--max-documents", "5")

@@ -34,7 +34,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         rows = {"out": str(out), **plan(config, out)}
         return emit(options, rows, lambda: show_table("finetune would do", rows))
-    result = finetune(config, out)
+    result = finetune(config, out, stop_after=options.stop_after)
     if not is_main_process():
         return 0
     following = ("metatokens", "evaluate", out)

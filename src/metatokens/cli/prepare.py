@@ -33,6 +33,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.data.source_files import survey_source
     from metatokens.data.splits import split_rule
     from metatokens.report.console import show_table
+    from metatokens.training.signals import collect_stop_signals
 
     arguments = {
         "tokenizer": options.tokenizer,
@@ -55,16 +56,18 @@ def _run(options: argparse.Namespace) -> int:
         return emit(options, plan, lambda: show_table("prepare would read", plan))
     progress, total = Progress(), _text_bytes(survey_source(options.source).files, options)
     try:
-        manifest = prepare(
-            options.source,
-            options.out,
-            **arguments,
-            vocab_size=options.vocab_size,
-            progress=lambda done, num_tokens: progress.show(
-                f"{done / 1e6:,.1f} MB, {num_tokens:,} tokens", min(done / total, 1) if total else None
-            ),
-            say=progress.say,
-        )
+        # a kill would lose no finished shard either, but a scheduler learns from the exit code that there is more to do
+        with collect_stop_signals() as stop, stop.at_once():
+            manifest = prepare(
+                options.source,
+                options.out,
+                **arguments,
+                vocab_size=options.vocab_size,
+                progress=lambda done, num_tokens: progress.show(
+                    f"{done / 1e6:,.1f} MB, {num_tokens:,} tokens", min(done / total, 1) if total else None
+                ),
+                say=progress.say,
+            )
     finally:
         progress.close()
     splits = ("train", "validation")

@@ -34,7 +34,9 @@ NOT_SCIENCE = {
     "compile",
     "device",
     "deterministic",
+    "parallel",
     "distributed_timeout_seconds",
+    "step_timeout_seconds",
     "micro_batch_blocks",
     "gradient_checkpointing",
 }
@@ -244,6 +246,14 @@ def validate(tree: dict[str, Any], origin: str, schema: type[Config]) -> Config:
 def to_yaml(config: BaseModel) -> str:
     """Write a config as YAML; the text is a valid preset that loads to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def digest(config: BaseModel) -> str:

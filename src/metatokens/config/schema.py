@@ -22,6 +22,7 @@ from metatokens.config.attention import (
 )
 from metatokens.config.base import Frozen as Frozen  # noqa: PLC0414 - users import the whole schema from here
 from metatokens.config.base import UserPath
+from metatokens.config.parallel import Ddp, Parallel
 from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
 from metatokens.config.rope import LinearScaling as LinearScaling  # noqa: PLC0414
 from metatokens.config.rope import NoScaling as NoScaling  # noqa: PLC0414
@@ -336,8 +337,13 @@ class StepConfig(Frozen):
     """Use deterministic kernels only, so that a resumed run gives the same bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
+    parallel: Parallel = Ddp()
+    """How the processes that torchrun starts share the model."""
     distributed_timeout_seconds: int = Field(600, ge=1)
-    """How long a process waits for the others before it gives up."""
+    """How long a process waits for the others before it gives up, while they start, evaluate or save."""
+    step_timeout_seconds: int = Field(300, ge=1)
+    """How long an optimizer step of several processes may take before they give up; the first one may compile, so it
+    has `distributed_timeout_seconds`."""
 
     @model_validator(mode="after")
     def _divide(self) -> Self:
@@ -372,6 +378,13 @@ class CheckpointConfig(Frozen):
     """Optimizer steps between checkpoints; off means only the last step."""
     keep: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""
+    keep_interval_steps: int | None = Field(None, ge=1)
+    """Keep every checkpoint whose step is a multiple of this for ever, besides the newest; off means none."""
+    copy_to: str | None = None
+    """An address that fsspec knows, such as s3://bucket/run, to which every checkpoint is copied, and from which a run
+    without one fetches the newest; off means none."""
+    background: bool = False
+    """Copy the state in the step and write it beside the next ones, which needs memory for the copy."""
 
 
 class LoggingConfig(Frozen):

@@ -194,11 +194,34 @@ class TokenDataset:
         """
         dataset = cls(Path(path), read_manifest(Path(path)))
         try:
-            dataset._verify(verify)
+            dataset._open_shards()
+            if verify == "full":
+                dataset.verify_hashes()
         except BaseException:
             dataset.close()
             raise
         return dataset
+
+    def verify_hashes(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare the SHA-256 of the shards and their indices with the manifest.
+
+        Args:
+            share: Index and number of the processes that divide the work among them.
+
+        Raises:
+            DataError: One differs.
+        """
+        own, number = share
+        for shard in self.manifest.shards[own::number]:
+            index = shard.name + INDEX_SUFFIX
+            opened = os.dup(self._descriptors[shard.name])  # the very file that will be read
+            os.lseek(opened, 0, os.SEEK_SET)
+            for name, file, sha256 in (
+                (shard.name, opened, shard.sha256),
+                (index, _open_regular(self.path / index), shard.index_sha256),
+            ):
+                if file_sha256(file) != sha256:
+                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
 
     @property
     def content_id(self) -> str:
@@ -268,23 +291,19 @@ class TokenDataset:
         ids: TokenArray = np.frombuffer(content, dtype=self._dtype).astype(self.manifest.dtype, copy=False)
         return ids
 
-    def _verify(self, verify: Literal["full", "size"]) -> None:
+    def _open_shards(self) -> None:
+        """Open the shards, and check the length of each and of its index, and the tokenizer."""
         self._tokenizer_json()
         known = {MANIFEST_NAME, TOKENIZER_NAME}
         for shard in self.manifest.shards:
             index = shard.name + INDEX_SUFFIX
             known |= {shard.name, index}
-            for name, size, sha256 in (
-                (shard.name, shard.bytes, shard.sha256),
-                (index, shard.num_documents * 8, shard.index_sha256),
-            ):
+            for name, size in ((shard.name, shard.bytes), (index, shard.num_documents * 8)):
                 descriptor = _open_regular(self.path / name)
                 self._descriptors[name] = descriptor
                 found = os.fstat(descriptor).st_size
                 if found != size:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
-                if verify == "full" and file_sha256(os.dup(descriptor)) != sha256:
-                    raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
             _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)

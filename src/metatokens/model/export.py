@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import logging
 
 if TYPE_CHECKING:
@@ -53,19 +54,40 @@ def copy_code(folder: Path) -> None:
     shutil.copyfile(Path(__file__).with_name("schedule.py"), folder / CUSTOM_GENERATE)
 
 
-def save_model(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None) -> None:
+def save_model(
+    model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None, *, weights: dict[str, Tensor] | None = None
+) -> None:
     """Save weights (safetensors), configs, tokenizer and the model's code into the folder `path`.
 
     `AutoModelForCausalLM.from_pretrained(path)` then needs `import metatokens` or `trust_remote_code=True`. The models
     of `metatokens.baselines` are saved without code and need the import. The tokenizer learns the model's window.
+
+    Args:
+        model: the model.
+        path: the folder; it may be new.
+        tokenizer: saved beside it, unless None.
+        weights: saved in place of the model's own, such as a copy of earlier ones.
     """
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would break up the training's own
     try:
-        model.save_pretrained(path)
+        model.save_pretrained(path, state_dict=weights)
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
+    _save_tokenizer(model, path, tokenizer)
+
+
+def save_configs(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = None) -> None:
+    """Save what `save_model` does except for the weights."""
+    model.config.architectures = model.config.architectures or [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(path)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(path)
+    _save_tokenizer(model, path, tokenizer)
+
+
+def _save_tokenizer(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any) -> None:
     if tokenizer is not None:
         # a config of another package states its window under this name, if at all
         window = getattr(model.config, "max_sequence_length", getattr(model.config, "max_position_embeddings", None))

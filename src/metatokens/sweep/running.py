@@ -30,11 +30,11 @@ from typing import IO, TYPE_CHECKING, Any
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import to_yaml
 from metatokens.config.sweep import PerplexityConfig
-from metatokens.errors import Preempted, UsageError
+from metatokens.errors import UsageError
 from metatokens.report.sweep_results import FailedRun
 from metatokens.storage import hold_lock, write_atomically
 from metatokens.sweep.progress import SweepDisplay
-from metatokens.training.signals import collect_stop_signals
+from metatokens.training.signals import StopRequest, collect_stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -166,7 +166,7 @@ class _Scheduler:
         self._active: list[_Process] = []
         self._failed: list[FailedRun] = []
 
-    def run(self, stop: Sequence[int]) -> list[FailedRun]:
+    def run(self, stop: StopRequest) -> list[FailedRun]:
         passed_on = False
         try:
             while self._active or (self._waiting and not stop):
@@ -189,7 +189,7 @@ class _Scheduler:
             for process in self._active:  # after an error here, no process may go on alone
                 process.send_signal(signal.SIGTERM)
         if stop:
-            raise Preempted("stopped by a signal; the same command continues from there")
+            raise stop.preempted()
         return self._failed
 
     def _start_waiting(self) -> None:

@@ -1,38 +1,48 @@
-"""Checkpoints that are either complete and verified, or absent.
+"""Checkpoints that are either complete and verified, or absent; `metatokens.training.saving` writes them.
 
-A checkpoint is written into a temporary folder, with the hashes of its files in `manifest.json`, flushed to the disk
-and renamed into place. The newest checkpoint that verifies is the latest, so there is no pointer that could go stale.
-Tensors are stored as safetensors and everything else as JSON, so loading cannot run code. Learning rate, sample order
-and injection are functions of the step, so the step, the weights and the optimizer's moments are the whole state.
+A checkpoint is a folder with the hashes of its files in `manifest.json`. The newest that verifies is the latest, so
+there is no pointer that could go stale. Tensors are stored as safetensors and everything else as JSON, so loading
+cannot run code. A process that holds whole tensors writes one file of weights and one of moments; processes that hold
+parts write a file of each. Every run reads either kind. Learning rate, sample order and injection are functions of the
+step, so the step, the weights and the optimizer's moments are the whole state.
 """
 
 import json
 import re
-import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from metatokens.errors import CheckpointError, NumericError
+from metatokens.errors import CheckpointError
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.model.export import save_model
-from metatokens.storage import file_sha256, new_folder
+from metatokens.storage import file_sha256
+from metatokens.training.distributed import Processes
 
 MANIFEST = "manifest.json"
 FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG = "config.json"
 MODEL_CARD = "README.md"
+WEIGHT_SHARDS = "shard-*-model-00001-of-*.safetensors"
+"""Where each process has written its part of the weights; the moments are in files of another number."""
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]*/)?[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 MAX_MANIFEST_BYTES = 2**20
+
+FileEntries = dict[str, dict[str, int | str]]
+TensorForm = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -57,69 +67,44 @@ class TrainingState:
     """Floating-point operations of the steps done."""
     solved_evaluations: int = 0
     """Evaluations in a row, up to the last, that count towards `SolveConfig.evaluations`."""
+    evaluation_due: bool = False
+    """Whether the evaluation after the last step was cut short, so that a resume begins with it."""
     config: dict[str, Any] | None = None
     """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
     run_sha256: str | None = None
     """The digest that some older checkpoints have instead of `config` (see `run_folder.run_sha256`)."""
 
 
-def save_checkpoint(
-    folder: Path,
-    model: MetaTokenForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    *,
-    tokenizer: Any,
-    keep: int,
-) -> Path:
-    """Commit a checkpoint under `folder`, then remove all but the `keep` newest; returns its path.
-
-    Raises:
-        NumericError: if a weight is not finite, because such a checkpoint would replace a good one.
-        ResourceError: if it cannot be written, as on a full disk; no part of the new checkpoint stays.
-    """
-    final = folder / f"step-{state.step:08d}"
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-        raise NumericError(
-            str(final),
-            expected="finite weights",
-            found="infinities or NaN",
-            remedy=f"lower optimizer.learning_rate; {describe_newest(folder)}",
-        )
-    if final.exists():
-        # this one was damaged: the run passed over it, continued from an older one and has reached its step again
-        shutil.rmtree(final)
-    with new_folder(final) as temporary:
-        save_model(model, temporary, tokenizer)
-        save_file(_optimizer_tensors(model, optimizer), temporary / MOMENTS)
-        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        write_manifest(temporary)
-    # do not count a damaged checkpoint of a later step, or the new one would be removed as old
-    for old in [path for path in _step_folders(folder) if path.name <= final.name][keep:]:
-        shutil.rmtree(old)
-    return final
-
-
 def describe_newest(folder: Path) -> str:
     """Return a clause for error messages that names the newest checkpoint; it is not verified."""
-    newest = next(iter(_step_folders(folder)), None)
+    newest = next(iter(step_folders(folder)), None)
     return "no checkpoint was made before" if newest is None else f"checkpoint {newest} is left as it was"
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def find_checkpoint(folder: Path, processes: Processes | None = None) -> Path | None:
     """Return the newest checkpoint that verifies, or None if there is no checkpoint at all.
 
-    A damaged checkpoint is passed over with a warning.
+    A damaged checkpoint is passed over with a warning. Of several processes the main one chooses; those of each machine
+    verify a share of the files.
 
     Raises:
-        CheckpointError: if there are checkpoints but none of them verifies.
+        CheckpointError: if there are checkpoints but none of them verifies, or another process sees another one.
     """
+    processes = processes or Processes()
     problem = None
-    for path in _step_folders(folder):
+    for name in processes.gather([path.name for path in step_folders(folder)])[0]:
+        path = folder / name
+        processes.agree(
+            {str(path / MANIFEST): _digest(path / MANIFEST)},
+            error=CheckpointError,
+            remedy="put --out on a disk that all processes see",
+        )
         try:
-            verify_checkpoint(path)
+            with processes.raise_together():
+                verify_checkpoint(path, share=processes.node_share)
         except CheckpointError as error:
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            if processes.is_main:
+                warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             problem = problem or error
         else:
             return path
@@ -128,40 +113,82 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def write_manifest(folder: Path) -> None:
-    """Write a manifest into a folder, with the size and SHA-256 of each of its files but the model card.
+def _digest(file: Path) -> str | None:
+    return file_sha256(file) if file.is_file() else None
 
-    The card is text for people, which its owner may edit.
+
+def describe_files(folder: Path, paths: Iterable[Path]) -> FileEntries:
+    """Return the entries of a manifest: size and SHA-256 of each file, by its name in the folder.
+
+    The model card has none: it is text for people, which its owner may edit.
     """
-    files = {
-        path.relative_to(folder).as_posix(): _describe(path)
-        for path in sorted(folder.rglob("*"))
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(paths)
         if path.is_file() and path.name != MODEL_CARD
     }
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
 
 
-def verify_checkpoint(path: Path) -> None:
+def write_manifest(folder: Path, files: FileEntries | None = None) -> None:
+    """Write a manifest into a folder, with these entries; by default with those of all of its files."""
+    entries = describe_files(folder, folder.rglob("*")) if files is None else files
+    document = {"format": FORMAT, "files": dict(sorted(entries.items()))}
+    (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def verify_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
     """Compare every file of a checkpoint with its manifest.
 
+    Args:
+        path: the checkpoint.
+        share: index and number of the processes that divide the hashing among them; each checks every size.
+
     Raises:
         CheckpointError: naming the file.
     """
-    _verify(path, needed={WEIGHTS, MOMENTS, STATE}, remedy="use another checkpoint")
+    _verify(path, needed={CONFIG, STATE}, share=share, remedy="use another checkpoint")
 
 
-def verify_model(path: Path) -> None:
+def verify_model(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
     """Compare every file of a model's folder with its manifest, if it has one; the models that runs write have one.
 
+    Args:
+        path: the folder.
+        share: see `verify_checkpoint`.
+
+    Returns:
+        The SHA-256 of each file by the manifest; empty without one.
+
     Raises:
         CheckpointError: naming the file.
     """
-    if (path / MANIFEST).exists():
-        remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
-        _verify(path, needed={CONFIG}, remedy=remedy)
+    if not (path / MANIFEST).exists():
+        return {}
+    remedy = f"use another checkpoint; if the change is yours, remove {MANIFEST}"
+    return _verify(path, needed={CONFIG}, share=share, remedy=remedy)
 
 
-def _verify(path: Path, *, needed: set[str], remedy: str) -> None:
+def _verify(path: Path, *, needed: set[str], share: tuple[int, int], remedy: str) -> dict[str, str]:
+    expected = _read_manifest(path, needed=needed, remedy=remedy)
+    for extra in sorted({file.name for file in path.glob("*.safetensors")} - expected.keys()):
+        raise CheckpointError(
+            str(path / extra), expected=f"only the tensors of {MANIFEST}", found="a file besides", remedy="move it away"
+        )
+    index, number = share
+    for position, (name, (size, sha256)) in enumerate(sorted(expected.items())):
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(str(file), expected=f"{size} bytes", found="no file", remedy=remedy)
+        found = file.stat().st_size
+        if found != size:
+            raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{found} bytes", remedy=remedy)
+        if position % number == index and (digest := file_sha256(file)) != sha256:
+            raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=digest, remedy=remedy)
+    return {name: sha256 for name, (_, sha256) in expected.items()}
+
+
+def _read_manifest(path: Path, *, needed: set[str], remedy: str) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of each file that a manifest names."""
     manifest_path = path / MANIFEST
     try:
         if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -179,15 +206,7 @@ def _verify(path: Path, *, needed: set[str], remedy: str) -> None:
         raise CheckpointError(
             str(manifest_path), expected=f"a manifest {FORMAT}", found=str(found), remedy=remedy
         ) from None
-    for name, (size, sha256) in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(str(file), expected=f"{size} bytes", found="no file", remedy=remedy)
-        actual = _describe(file)
-        if actual["bytes"] != size:
-            raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{actual['bytes']} bytes", remedy=remedy)
-        if actual["sha256"] != sha256:
-            raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=str(actual["sha256"]), remedy=remedy)
+    return expected
 
 
 def read_state(path: Path) -> TrainingState:
@@ -205,26 +224,26 @@ def read_state(path: Path) -> TrainingState:
 
 
 def load_checkpoint(path: Path, model: MetaTokenForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Restore weights and moments to the bit.
+    """Restore weights and moments to the bit; a model that is cut over processes reads its parts.
 
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
-    tensors = _fitting_weights(path, model)
-    moments = _load_tensors(path / MOMENTS)
+    stored = _stored_tensors(path)
+    tensors = own_weights(model)
     # AdamW makes moments at a parameter's first step, so a parameter that was never stepped has none
-    parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in moments}
-    steps = torch.zeros(())
-    expected = {
-        f"{kind}/{name}": steps if kind == "step" else parameter
-        for name, parameter in parameters.items()
-        for kind in MOMENT_KINDS
-    }
-    _check_tensors(path / MOMENTS, expected, moments)
-    model.load_state_dict(tensors, strict=False)  # tied weights are stored once
+    parameters = {name: p for name, p in model.named_parameters() if f"{MOMENT_KINDS[0]}/{name}" in stored}
     for name, parameter in parameters.items():
-        # fused AdamW keeps its step beside the parameter
-        optimizer.state[parameter] = {kind: moments[f"{kind}/{name}"].to(parameter.device) for kind in MOMENT_KINDS}
+        for kind in MOMENT_KINDS:
+            # fused AdamW keeps its step beside the parameter
+            moment = (
+                torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter.detach())
+            )
+            tensors[f"{kind}/{name}"] = moment
+    _check_tensors(path, tensors, stored)
+    _read(path, tensors)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {kind: tensors[f"{kind}/{name}"] for kind in MOMENT_KINDS}
 
 
 def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
@@ -233,41 +252,20 @@ def load_weights(path: Path, model: MetaTokenForCausalLM) -> None:
     Raises:
         CheckpointError: if names, shapes or dtypes are not those of `model`.
     """
-    model.load_state_dict(_fitting_weights(path, model), strict=False)  # tied weights are stored once
+    weights = own_weights(model)
+    stored = {name: form for name, form in _stored_tensors(path).items() if "/" not in name}  # no moments
+    _check_tensors(path, weights, stored)
+    _read(path, weights)
 
 
-def _fitting_weights(path: Path, model: MetaTokenForCausalLM) -> dict[str, Tensor]:
-    tensors = _load_tensors(path / WEIGHTS)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
-    _check_tensors(path / WEIGHTS, own, tensors)
-    return tensors
+def own_weights(model: Any) -> dict[str, Tensor]:
+    """Return the weights of a model by name, in its own memory; tied ones once."""
+    tied = model._tied_weights_keys or {}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            str(path), expected="a safetensors file", found=str(error), remedy="use another checkpoint"
-        ) from None
-
-
-def _check_tensors(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    remedy = "use a checkpoint of this config"
-    for name in sorted(expected.keys() ^ found.keys()):
-        where = "in the model only" if name in expected else "in the file only"
-        raise CheckpointError(str(file), expected="the model's tensors", found=f"{name} {where}", remedy=remedy)
-    for name, tensor in expected.items():
-        if (tensor.shape, tensor.dtype) != (found[name].shape, found[name].dtype):
-            raise CheckpointError(
-                f"{file}: {name}",
-                expected=f"{tuple(tensor.shape)} {tensor.dtype}",
-                found=f"{tuple(found[name].shape)} {found[name].dtype}",
-                remedy=remedy,
-            )
-
-
-def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def moments_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what the optimizer keeps for each parameter, as `kind/name`."""
     return {
         f"{kind}/{name}": tensor
         for name, parameter in model.named_parameters()
@@ -275,10 +273,53 @@ def _optimizer_tensors(model: MetaTokenForCausalLM, optimizer: torch.optim.Optim
     }
 
 
-def _step_folders(folder: Path) -> list[Path]:
+def _stored_tensors(path: Path) -> dict[str, TensorForm]:
+    """Return the shape and dtype of every tensor in the files of a folder."""
+    for file in sorted(path.glob("*.safetensors")):  # the reader below does not say which file is bad
+        with _one_line_errors(file), safe_open(file, framework="pt"):
+            pass
+    with _one_line_errors(path):
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    forms: dict[str, TensorForm] = {}
+    for name, entry in stored.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        forms[name] = tuple(entry.size), entry.properties.dtype
+    return forms
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors with those of the same names in a folder, each process by itself."""
+    with _one_line_errors(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, CheckpointException) as error:
+        raise CheckpointError(
+            str(path), expected="a safetensors file", found=str(error), remedy="use another checkpoint"
+        ) from None
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, TensorForm]) -> None:
+    remedy = "use a checkpoint of this config"
+    for name in sorted(expected.keys() ^ found.keys()):
+        where = "in the model only" if name in expected else "in the file only"
+        raise CheckpointError(str(path), expected="the model's tensors", found=f"{name} {where}", remedy=remedy)
+    for name, tensor in expected.items():
+        shape, dtype = found[name]
+        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            raise CheckpointError(
+                f"{path}: {name}",
+                expected=f"{tuple(tensor.shape)} {tensor.dtype}",
+                found=f"{shape} {dtype}",
+                remedy=remedy,
+            )
+
+
+def step_folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first; none if `folder` does not exist yet."""
     return sorted((path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), reverse=True)
-
-
-def _describe(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

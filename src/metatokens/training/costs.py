@@ -18,7 +18,7 @@ from metatokens.errors import UsageError
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import ParameterCount, activation_bytes, count_parameters, training_flops
 from metatokens.model.loss import LOGITS_CHUNK_ELEMENTS
-from metatokens.training.loop import BYTES_PER_PARAMETER_OF_CHECKPOINT
+from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT
 
 FLOAT32_BYTES = 4
 ADAMW_BYTES = 8  # two float32 moments

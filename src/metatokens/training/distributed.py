@@ -1,32 +1,48 @@
 """The processes of a run: one, or several under torchrun.
 
-From the environment it reads only torchrun's variables: RANK, LOCAL_RANK and WORLD_SIZE.
+From the environment it reads only torchrun's variables: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, and the
+address at which the processes meet.
 """
 
 import os
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from metatokens.config.parallel import Single
 from metatokens.config.schema import StepConfig
-from metatokens.errors import MetaTokensError, UsageError
+from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.training.watch import PeerWatch
+
+_SECONDS_TO_LEAVE = 60.0
+_ARRIVAL_POLL_SECONDS = 0.02
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among its peers."""
 
-    rank: int
-    world_size: int
-    device: torch.device
-    copies: list[nn.parallel.DistributedDataParallel] = field(default_factory=list)
-    """The DDP wrappers that `wrap` has made, for `leave` to release."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node_share: tuple[int, int] = (0, 1)
+    """Index and number of this process among those of its machine, which divide the work of reading its files."""
+    group: Any = None
+    """The process group of what waits for the others; None is the default one."""
+    background_group: Any = None
+    """A group on the CPU for what is done beside the training, in a thread; None alone."""
+    watch: PeerWatch | None = None
+    """The watch over the other processes; None alone."""
 
     @property
     def is_main(self) -> bool:
@@ -37,9 +53,19 @@ class Processes:
         """Add each value over all processes, in float64."""
         if self.world_size == 1:
             return list(values)
+        self._arrive()
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return [float(value) for value in total]
+
+    def gather(self, item: T) -> list[T]:
+        """Return the item of every process, by rank; all of them can be pickled."""
+        if self.world_size == 1:
+            return [item]
+        self._arrive()
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
@@ -52,67 +78,152 @@ class Processes:
             yield
         except MetaTokensError as error:
             own = error
-        outcomes: list[Any] = [own and (type(own), str(own))]
-        if self.world_size > 1:
-            outcomes *= self.world_size
-            dist.all_gather_object(outcomes, outcomes[self.rank])
+        outcomes = self.gather(own and (type(own), str(own)))
         first = next((rank for rank, outcome in enumerate(outcomes) if outcome), None)
         if first is None:
             return
         if own is not None and first == self.rank:
+            if first:  # the main process was well, so what is wrong is with this one
+                own.args = (f"rank {first}: {own}",)
             raise own
-        kind, line = outcomes[first]
-        raise kind.repeat(line)
+        kind, line = outcomes[first]  # type: ignore[misc]
+        raise kind.repeat(f"rank {first}: {line}" if first else line)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model in a DDP wrapper, which averages gradients over the processes; alone, the model itself."""
-        if self.world_size == 1:
-            return model
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        copy = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-        self.copies.append(copy)
-        return copy
+    def agree(self, facts: Mapping[str, object], *, error: type[MetaTokensError], remedy: str) -> None:
+        """Compare facts with those of the main process.
 
-    def leave(self) -> None:
-        """Leave the process group; no wrapper can be trained after that."""
-        if self.world_size == 1:
-            return
-        # A wrapper's reducer holds the process group. If a traceback keeps the wrapper alive, the group is destroyed
-        # with it. That deadlocks: it waits for its threads under the interpreter lock, which one of them needs.
-        for copy in self.copies:
-            del copy.reducer
-            copy.logger = None
-        dist.destroy_process_group()
+        Raises:
+            MetaTokensError: of the given type, on every process, if any differs; it names the rank and the fact.
+        """
+        first, *others = self.gather(dict(facts))
+        for rank, its in enumerate(others, start=1):
+            for key in (*first, *(its.keys() - first.keys())):
+                if first.get(key) != its.get(key):
+                    difference = error(
+                        f"rank {rank}: {key}",
+                        expected=f"{first.get(key)!r} as on rank 0",
+                        found=repr(its.get(key)),
+                        remedy=remedy,
+                    )
+                    difference.is_repeated = not self.is_main
+                    raise difference
+
+    def _arrive(self) -> None:
+        if self.watch is not None and self.group is None:  # another group is that of another thread
+            self.watch.arrive()
+
+    def enter(self, place: str, seconds: float) -> None:
+        """Say where this process is from now on; the watch ends it if it stays there for longer."""
+        if self.watch is not None:
+            self.watch.enter(place, seconds)
 
 
 @contextmanager
 def join_processes(config: StepConfig) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or run as the only one."""
-    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    """Join the processes that torchrun started, or run as the only one.
+
+    Raises:
+        UsageError: if the number of processes does not fit the config.
+        ResourceError: if a peer died or hangs; it names the peer.
+    """
+    processes = _join(config)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         # cuBLAS reads this when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.distributed_timeout_seconds),
-        )
-    processes = Processes(rank=rank, world_size=world_size, device=device)
     try:
         with processes.raise_together():
-            _check_batch(config, world_size)
+            _check_number(config, processes.world_size)
         yield processes
+    except RuntimeError as error:
+        if processes.watch is None or not _is_of_transport(error):
+            raise
+        raise processes.watch.explain() from error
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-        processes.leave()
+        _leave(processes)
 
 
-def _check_batch(config: StepConfig, world_size: int) -> None:
+def _join(config: StepConfig) -> Processes:
+    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(config.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Processes(device=device)
+    timeout = timedelta(seconds=config.distributed_timeout_seconds)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = _unused_part(store, rank, world_size, config.distributed_timeout_seconds)
+    watch = PeerWatch(store, rank, world_size)
+    watch.start()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        background_group = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise watch.explain() from error
+    return Processes(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        node_share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))),
+        background_group=background_group,
+        watch=watch,
+    )
+
+
+def _unused_part(store: Any, rank: int, world_size: int, seconds: float) -> Any:
+    """Return a part of the store that no other attempt uses, the same for all processes.
+
+    torchrun keeps its store when it starts the workers again, and the addresses of the dead ones with it. Its count of
+    restarts may differ from machine to machine, so rank 0 names the part and tells it to each process that asks.
+
+    Raises:
+        ResourceError: a process did not arrive in time; it is named.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asking/{rank}", own)
+        part = store.get(f"part/{own}").decode()
+        store.set(f"{part}/arrived/{rank}", "")
+        return PrefixStore(part, store)
+    waiting, deadline = list(range(1, world_size)), time.monotonic() + seconds
+    while waiting := [peer for peer in waiting if not store.check([f"{own}/arrived/{peer}"])]:
+        for peer in waiting:
+            if store.check([f"asking/{peer}"]):  # who asks may belong to an earlier attempt; the answer does no harm
+                store.set(f"part/{store.get(f'asking/{peer}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise ResourceError.plain(
+                f"rank {waiting[0]}",
+                happened=f"it did not arrive within {seconds:.0f} s",
+                remedy="see its own errors, or raise training.distributed_timeout_seconds",
+            )
+        time.sleep(_ARRIVAL_POLL_SECONDS)
+    return PrefixStore(own, store)
+
+
+def _leave(processes: Processes) -> None:
+    if processes.watch is not None:
+        processes.enter("the end", _SECONDS_TO_LEAVE)
+        dist.destroy_process_group()
+        processes.watch.stop()
+
+
+def _is_of_transport(error: RuntimeError) -> bool:
+    """Tell whether an error says that a peer could not be reached; gloo has no type of its own for that."""
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+
+
+def _check_number(config: StepConfig, world_size: int) -> None:
+    if isinstance(config.parallel, Single) and world_size > 1:
+        raise UsageError(
+            "training.parallel.kind single",
+            expected="one process",
+            found=str(world_size),
+            remedy="start one, or set training.parallel.kind to ddp or fsdp2",
+        )
     rows = min(config.micro_batch_blocks, config.batch_blocks // world_size or 1)
     if config.batch_blocks % (world_size * rows):
         raise UsageError(

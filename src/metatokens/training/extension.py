@@ -4,7 +4,6 @@ That training is pre-training that starts from the model's weights, so `metatoke
 paper's appendix gives YaRN's parameters.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,13 @@ from typing import Any
 from metatokens.config.extension import ExtensionMethod, extend_model, extension_config
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.tokenizer import build_hf_tokenizer
-from metatokens.errors import UsageError
 from metatokens.generation.decoding import schedule_for
-from metatokens.model.export import save_model
 from metatokens.model.schedule import state_schedule
-from metatokens.storage import LEAST_BYTES, check_folder, new_folder
-from metatokens.training.checkpoint import write_manifest
+from metatokens.training.exporting import write_new_model
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder
-from metatokens.training.model_card import Training, write_model_card
+from metatokens.training.model_card import Training
 from metatokens.training.starting import load_start
-
-_BYTES_PER_PARAMETER = 4  # models are saved in float32
 
 
 def plan_extension(
@@ -74,16 +68,8 @@ def write_untrained(config: PretrainConfig, out: Path, *, dry_run: bool = False)
     model = build_model(config.model, text_vocab_size=hf.meta_token_id, eos_token_id=hf.eos_token_id, seed=config.seed)
     state_schedule(model.generation_config, schedule_for(config.injection))
     sha256 = load_start(folder, model, config.model)
-    if os.path.lexists(out):  # a broken link counts too
-        raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
-    check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
-    tokenizer = build_hf_tokenizer(folder.tokenizer)
-    if not dry_run:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as made:
-            save_model(model, made, tokenizer)
-            write_model_card(made, model, Training("extend", base_model=str(start)), name=out.name)
-            write_manifest(made)
+    made = Training("extend", base_model=str(start))
+    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made, dry_run=dry_run)
     return {
         "model": str(out),
         "num_parameters": model.num_parameters(),

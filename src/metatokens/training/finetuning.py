@@ -27,23 +27,33 @@ from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.model_card import Training
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.signals import collect_stop_signals
 
 WORD_VOCABULARY = 4_096  # upper bound for a tokenizer trained on the tasks' words: each word fits as one token
 _EVALUATION_BATCH = 64
 _LONG_INSTANCES = 16  # instances drawn of each stage and size to find the longest
 
 
-def finetune(config: FinetuneConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
+def finetune(
+    config: FinetuneConfig,
+    out: str | Path,
+    *,
+    show_progress: bool = True,
+    label: str = "",
+    stop_after: float | None = None,
+) -> TrainingResult:
     """Train a model on the task of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
-    Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
+    Under torchrun every process calls this. For the arguments see `metatokens.training.pretraining.pretrain`, for
+    signals and errors `metatokens.training.loop.train`.
     """
-    with join_processes(config.training) as processes:
+    with collect_stop_signals(stop_after) as stop, join_processes(config.training) as processes:
         return train(
             config,
             RunFolder(Path(out)),
             processes,
             lambda: _make_job(config, processes),
+            stop=stop,
             show_progress=show_progress,
             label=label,
         )
@@ -171,7 +181,6 @@ def training_batches(
 
 def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
     model, tokenizer, start_id = _start(config)
-    model.to(processes.device)
     identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
     evaluation = config.solve or config.evaluation
     return TrainingSetup(
@@ -199,7 +208,7 @@ class _Validation:
     def __init__(
         self, config: FinetuneConfig, num_instances: int, processes: Processes, model: Any, tokenizer: Tokenizer
     ) -> None:
-        self._processes, self._model = processes, model
+        self._model = model
         instances = make_test_instances(
             config.task,
             config.curriculum[-1].difficulty,
@@ -210,10 +219,10 @@ class _Validation:
         )
         self._instances = instances[processes.rank :: processes.world_size]
 
-    def measure(self) -> dict[str, float]:
-        """Return token and sequence accuracy over all processes."""
-        with self._processes.raise_together():
-            counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
-        sums = (counts.right_tokens, counts.tokens, counts.right_answers, counts.answers)
-        right_tokens, tokens, right_answers, answers = self._processes.sum(*(float(count.sum()) for count in sums))
-        return {"token_accuracy": right_tokens / tokens, "sequence_accuracy": right_answers / answers}
+    def measure(self) -> dict[str, tuple[float, float]]:
+        """Return how many tokens and whole answers of this process's instances were right, and out of how many."""
+        counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
+        return {
+            "token_accuracy": (float(counts.right_tokens.sum()), float(counts.tokens.sum())),
+            "sequence_accuracy": (float(counts.right_answers.sum()), float(counts.answers.sum())),
+        }

@@ -104,14 +104,15 @@ class ModelFolder:
     @cached_property
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
-        from metatokens.training.checkpoint import WEIGHTS
+        from metatokens.training.checkpoint import WEIGHT_SHARDS, WEIGHTS
 
         config = self._read_config()
         config.pop("transformers_version", None)
         whole = self.path / WEIGHTS
-        files = [whole] if whole.exists() else sorted(self.path.glob("model-*.safetensors"))
-        parts = [json_sha256(config), *map(file_sha256, files)]
-        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+        parts = (*self.path.glob("model-*.safetensors"), *self.path.glob(WEIGHT_SHARDS))
+        files = [whole] if whole.exists() else sorted(parts)
+        digests = [json_sha256(config), *map(file_sha256, files)]
+        return hashlib.sha256("/".join(digests).encode()).hexdigest()
 
     @cached_property
     def pretraining(self) -> PretrainConfig | None:
@@ -151,9 +152,13 @@ class ModelFolder:
 
         from metatokens.baselines.pretrained import load_pretrained
         from metatokens.data.tokenizer import text_vocab_size
-        from metatokens.training.checkpoint import verify_model
+        from metatokens.training.checkpoint import WEIGHT_SHARDS, load_weights, verify_model
 
         verify_model(self.path)
+        if any(self.path.glob(WEIGHT_SHARDS)):
+            model = self._build()
+            load_weights(self.path, model)
+            return model.eval()
         if not self.is_ours:
             vocab_size = text_vocab_size(self.tokenizer)
             with _one_line_errors(self.path, "a causal language model in safetensors"):
@@ -172,18 +177,25 @@ class ModelFolder:
             CheckpointError: if there is no model, or its config does not load.
         """
         import torch
-        from transformers import AutoModelForCausalLM
 
         from metatokens.baselines.pretrained import build_pretrained_on_meta_device
         from metatokens.data.tokenizer import text_vocab_size
 
         if self.is_ours:
-            config = self.config
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                return self._build()
         vocab_size = text_vocab_size(self.tokenizer)
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
+
+    def _build(self) -> Any:
+        """Return a new model of this shape, whose weights are still to be loaded."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(config)
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / "config.json"

@@ -1,53 +1,52 @@
 """The training loop: from batches to a Hugging Face checkpoint, for pre-training and fine-tuning alike.
 
-An optimizer step counts the valid targets of all its micro-batches and processes and divides every micro-batch's
-summed loss by that count. It changes nothing if the loss or gradient is not finite. Learning rate and batches are
-functions of the step, so a run that was killed continues to the bit from its last checkpoint. A `TrainingSetup` holds
-the model, the batches and the evaluation of a run; `pretraining.py` and `finetuning.py` make it.
+`metatokens.training.step` does an optimizer step, `saving` commits checkpoints and `resuming` finds them. Learning rate
+and batches are functions of the step, so a run that was killed continues to the bit from its last checkpoint. A
+`TrainingSetup` holds the model, the batches and the evaluation of a run; `pretraining.py` and `finetuning.py` make it.
 """
 
 import contextlib
 import json
 import math
-import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.finetuning import SolveConfig
+from metatokens.config.loading import flatten
+from metatokens.config.parallel import Fsdp2
 from metatokens.config.schema import RunConfig
-from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.data.loader import Batch, Batches
-from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, ResourceError
+from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.storage import new_folder, remove_leftovers, to_json, write_atomically
 from metatokens.training.checkpoint import (
     TrainingState,
     describe_newest,
-    find_checkpoint,
     load_checkpoint,
-    read_state,
-    save_checkpoint,
+    own_weights,
     write_manifest,
 )
 from metatokens.training.distributed import Processes
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.model_card import Training, write_model_card
-from metatokens.training.optimizer import build_optimizer, learning_rate_at
-from metatokens.training.run_folder import RunFolder, differences_from_checkpoint, run_sha256
-from metatokens.training.signals import collect_stop_signals
+from metatokens.training.optimizer import build_optimizer
+from metatokens.training.parallel import share_model, whole_tensor
+from metatokens.training.remote import RemoteCopies
+from metatokens.training.resuming import check_disk, find_start
+from metatokens.training.run_folder import RunFolder, versions
+from metatokens.training.saving import Saver
+from metatokens.training.signals import StopRequest
+from metatokens.training.step import OptimizerStep
 
 MAX_CONSECUTIVE_SKIPS = 3
-BYTES_PER_PARAMETER_OF_CHECKPOINT = 12  # float32 weight and two moments
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class TrainingSetup:
     """The model, the batches and the evaluation of a run."""
 
     model: Any
-    """On this process's device, in training mode, with the weights that the run starts from."""
+    """In training mode, with the weights that the run starts from; not yet on a device."""
     tokenizer: Any
     """Saved with every checkpoint."""
     content_id: str
@@ -65,8 +64,9 @@ class TrainingSetup:
     batches: Batches
     count_flops: Callable[[Batch], int]
     """Returns the floating-point operations of the forward and backward pass over a batch."""
-    evaluate: Callable[[], dict[str, float]] | None = None
-    """Called by every process, without gradients, with the model in evaluation mode; None means no evaluation."""
+    evaluate: Callable[[], Mapping[str, tuple[float, float]]] | None = None
+    """Returns the sum and the count of each mean over this process's share; called by every process, without
+    gradients, with the model in evaluation mode. It must not wait for another process. None means no evaluation."""
     evaluation_steps: int | None = None
     """Optimizer steps between evaluations; one more after the last step."""
     solve: SolveConfig | None = None
@@ -104,18 +104,20 @@ def train(
     processes: Processes,
     make_job: Callable[[], TrainingSetup],
     *,
+    stop: StopRequest,
     show_progress: bool = True,
     label: str = "",
 ) -> TrainingResult:
     """Run a training job in a run folder; continue from its last checkpoint, if any.
 
-    The first signal that would end the process ends the run after the current step, with a checkpoint; see
-    `metatokens.training.signals`.
+    A request to stop ends the run after the current step, with a checkpoint and the marker `preempted.json`; where no
+    step would be lost it ends the run at once.
 
     Raises:
         UsageError, DataError, CheckpointError, NumericError, ResourceError: see `metatokens.errors`.
-        Preempted: after a signal, when the checkpoint is safe.
+        Preempted: after a request to stop, when the checkpoint is safe.
     """
+    _agree_on_command(config, folder, processes)
     with contextlib.ExitStack() as stack:
         with processes.raise_together():
             if processes.is_main:
@@ -123,9 +125,19 @@ def train(
                 folder.check_config(config)
                 remove_leftovers(folder.path)
                 remove_leftovers(folder.checkpoints_path)
-        with processes.raise_together():
-            run = _Run(config, make_job(), folder, processes)
-        return run.train(show_progress=show_progress, label=label or folder.path.name)
+                if config.checkpoint.copy_to is not None:
+                    RemoteCopies(config.checkpoint.copy_to).fetch_newest(folder.checkpoints_path)
+        if isinstance(config.training.parallel, Fsdp2):
+            _agree_on_disk(folder, processes)
+        try:
+            with processes.raise_together(), stop.at_once():
+                job = make_job()
+            run = _Run(config, job, folder, processes, stop)
+            return run.train(show_progress=show_progress, label=label or folder.path.name)
+        except Preempted as preempted:
+            if processes.is_main:
+                folder.mark_preempted(stop.cause, str(preempted))
+            raise
 
 
 def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> None:
@@ -133,8 +145,20 @@ def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> Non
     folder.check_writable()
     folder.check_config(config)
     check_trackers(config.logging.trackers)
-    _find_start(config, folder, job)
-    _check_disk(folder, job.model.num_parameters())
+    find_start(config, folder, job.content_id, Processes())
+    check_disk(folder, job.model.num_parameters())
+
+
+def _agree_on_command(config: RunConfig, folder: RunFolder, processes: Processes) -> None:
+    facts = {"--out": str(folder.path), **versions(), **flatten(config.model_dump(mode="json"))}
+    remedy = "start all processes with the same command, packages and threads"
+    processes.agree(facts, error=UsageError, remedy=remedy)
+
+
+def _agree_on_disk(folder: RunFolder, processes: Processes) -> None:
+    """Refuse a run folder that is another one for a process which has to write its part of a checkpoint there."""
+    remedy = "put --out on a disk that all processes see"
+    processes.agree({f"lock of {folder.path}": folder.holder_named()}, error=UsageError, remedy=remedy)
 
 
 def count_batch_flops(model: Any, batch: Batch) -> int:
@@ -148,22 +172,35 @@ def count_batch_flops(model: Any, batch: Batch) -> int:
 
 
 class _Run:
-    """A run in progress, with everything that a step needs."""
+    """A run in progress."""
 
-    def __init__(self, config: RunConfig, job: TrainingSetup, folder: RunFolder, processes: Processes) -> None:
-        self.config, self.job, self.folder, self.processes = config, job, folder, processes
+    def __init__(
+        self, config: RunConfig, job: TrainingSetup, folder: RunFolder, processes: Processes, stop: StopRequest
+    ) -> None:
+        self.config, self.job, self.folder, self.processes, self.stop = config, job, folder, processes, stop
         self.model = job.model
-        if processes.is_main:
-            _check_disk(folder, self.model.num_parameters())
+        processes.agree({"content_id": job.content_id}, error=DataError, remedy="give all processes the same data")
+        with processes.raise_together():
+            if processes.is_main:
+                check_disk(folder, self.model.num_parameters())
         if config.training.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        self.shared = share_model(config.training, processes)
+        self.shared.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        checkpoint, state = _find_start(config, folder, job)
-        if checkpoint is not None:
-            load_checkpoint(checkpoint, self.model, self.optimizer)
+        checkpoint, state = find_start(config, folder, job.content_id, processes)
+        with processes.raise_together(), stop.at_once():
+            if checkpoint is not None:
+                load_checkpoint(checkpoint, self.model, self.optimizer)
+        processes.agree({"step": state.step}, error=CheckpointError, remedy="give all processes the same --out")
         self.state = replace(state, config=config.model_dump(mode="json"), run_sha256=None)
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()) or bool(
-            getattr(self.model.config, "attention_dropout", 0)
+        self.saved = self.state
+        self.saver = Saver(
+            folder.checkpoints_path,
+            config.checkpoint,
+            processes,
+            is_sharded=self.shared.is_sharded,
+            tokenizer=job.tokenizer,
         )
 
     # Training ------------------------------------------------------------------------------------------------
@@ -175,7 +212,8 @@ class _Run:
         validation: dict[str, float] = {}
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(collect_stop_signals())
+            stack.callback(self.shared.release)
+            stack.callback(self.saver.abandon)
             with self.processes.raise_together():
                 if self.processes.is_main:
                     metrics = MetricsWriter(
@@ -183,30 +221,37 @@ class _Run:
                     )
                     stack.callback(metrics.close)
                     self.folder.write_config(config)
-            wrapped = self.processes.wrap(self.model)
-            self.step_model: Any = torch.compile(wrapped) if config.training.compile else wrapped
+            optimizer_step = OptimizerStep(config, self.model, self.optimizer, self.processes, self.shared)
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
+            report = _Report(config, label, display, metrics)
             if first:
                 display.say(f"{label} continues after step {first}")
-            self._settle_buckets(first)
+            if self.state.evaluation_due and self.job.evaluate:
+                validation = self._evaluate(report)
+            if not self._is_over:
+                with self.stop.at_once():
+                    optimizer_step.settle_buckets(lambda: self.job.batches.batch_at(first))
             batches = stack.enter_context(contextlib.closing(self.job.batches.prefetch(first, total)))
             while not self._is_over:
                 step, started = self.state.step, time.perf_counter()
-                loss, grad_norm, stopping = self._step(step, next(batches), stopping=bool(stop))
+                # the first step may compile for minutes, and until it is done nothing is lost
+                is_first = step == first
+                self._enter(f"step {step + 1}", None if is_first else config.training.step_timeout_seconds)
+                with self.stop.at_once() if is_first else contextlib.nullcontext():
+                    batch = next(batches)
+                    counts = self._count(batch)
+                    loss, grad_norm = optimizer_step.take(step, batch, counts[0])
+                self._advance(step, counts, is_finite=math.isfinite(loss) and math.isfinite(grad_norm))
                 seconds += time.perf_counter() - started
+                self._enter(f"what follows step {step + 1}")
                 if _due(step + 1, config.logging.interval_steps, total):
-                    rates = self._rates(start, seconds)
-                    self._log(step, loss, grad_norm, rates, display=display, metrics=metrics)
+                    numbers = {"learning_rate": optimizer_step.learning_rate(step)}
+                    report.step(self.state, loss, grad_norm, self._rates(start, seconds), **numbers)
                 if self.job.evaluate and _due(step + 1, self.job.evaluation_steps, total):
-                    validation = self._evaluate(self.job.evaluate)
-                    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in validation.items())
-                    display.say(f"{label} step {step + 1} {figures}")
-                    if metrics:
-                        metrics.write(step + 1, **validation)
-                if _due(step + 1, config.checkpoint.interval_steps, total) or stopping or self._is_over:
+                    validation = self._evaluate(report)
+                if _due(step + 1, config.checkpoint.interval_steps, total) or self._is_over:
                     self._save()
-                if stopping and not self._is_over:
-                    raise Preempted(f"stopped by a signal after step {step + 1}; the same command continues from there")
+            self.saver.finish()
         self._check_end()
         result = self._result(start, seconds, loss, validation)
         self._finish(result)
@@ -215,80 +260,56 @@ class _Run:
         measured = json.loads(self.folder.result_path.read_text())
         return TrainingResult(**{**measured, "run": result.run, "model": result.model})
 
-    def _log(
-        self,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        rates: tuple[float, float],
-        *,
-        display: ProgressDisplay,
-        metrics: MetricsWriter | None,
-    ) -> None:
-        text_rate, meta_rate = rates
-        display.update(step + 1, f"loss {loss:.3f}  {text_rate:,.0f} text + {meta_rate:,.0f} meta tokens/s")
-        if metrics:
-            metrics.write(
-                step + 1,
-                loss=loss,
-                grad_norm=grad_norm,
-                learning_rate=self._learning_rate(step),
-                skipped_steps=self.state.skipped_steps,
-                text_tokens_per_second=text_rate,
-                meta_tokens_per_second=meta_rate,
-            )
+    def _enter(self, place: str, seconds: int | None = None) -> None:
+        limit = self.config.training.distributed_timeout_seconds
+        self.processes.enter(place, limit if seconds is None else min(seconds, limit))
 
-    def _step(self, step: int, batch: Batch, *, stopping: bool) -> tuple[float, float, bool]:
-        """Do one optimizer step; return mean loss and gradient norm over all processes, and whether to stop."""
-        counts = (batch.num_targets, stopping, batch.num_text, batch.num_meta, self.job.count_flops(batch))
-        num_targets, stop, num_text, num_meta, flops = self.processes.sum(*map(float, counts))
-        device, world_size = self.processes.device, self.processes.world_size
-        rows = min(self.config.training.micro_batch_blocks, batch.num_rows)
-        micro_batches = [batch.to_model_inputs(slice(i, i + rows), device) for i in range(0, batch.num_rows, rows)]
-        self._seed_dropout(step)
-        total = torch.zeros((), device=device)
-        for index, inputs in enumerate(micro_batches):
-            last = index + 1 == len(micro_batches)
-            with contextlib.nullcontext() if last or world_size == 1 else self.step_model.no_sync():
-                # DDP averages over processes, so the sum is divided by the targets of an average process
-                part = self._forward(inputs, num_targets / world_size)
-                part.backward()
-            total += part.detach() / world_size
-        grad_norm = float(
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip or float("inf"))
+    def _count(self, batch: Batch) -> list[float]:
+        """Return the numbers of targets, of text and meta-tokens and of operations of a step, over all processes.
+
+        On the way the processes agree on whether to stop before the step.
+
+        Raises:
+            Preempted: if any process was asked to stop.
+            ResourceError: if a save in the background has failed.
+        """
+        counts = (batch.num_targets, batch.num_text, batch.num_meta, self.job.count_flops(batch))
+        *totals, stopping, failed = self.processes.sum(*map(float, (*counts, bool(self.stop), self.saver.has_failed)))
+        if failed:
+            self.saver.finish()
+        if stopping:
+            self._end_early()
+        return totals
+
+    def _end_early(self) -> None:
+        """Commit the steps done and raise Preempted."""
+        if (self.state.step, self.state.evaluation_due) > (self.saved.step, self.saved.evaluation_due):
+            self._save()
+        self.saver.finish()
+        self.stop.cause = self.stop.cause or "a signal to another process"
+        preempted = self.stop.preempted(
+            f" after step {self.state.step}" if self.state.step else " before the first step"
         )
-        loss = self.processes.sum(float(total))[0]
-        # every process decides the same, because gradients are averaged and the loss is summed over processes
-        if math.isfinite(grad_norm) and math.isfinite(loss):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(step)
-            self.optimizer.step()
-            self.state = replace(self.state, consecutive_skips=0)
-        else:
-            self._skip(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        preempted.is_repeated = not self.processes.is_main
+        raise preempted
+
+    def _advance(self, step: int, counts: list[float], *, is_finite: bool) -> None:
+        """Count a step that is done."""
+        _, num_text, num_meta, flops = counts
         self.state = replace(
             self.state,
             step=step + 1,
-            world_size=world_size,
+            world_size=self.processes.world_size,
             text_tokens=self.state.text_tokens + int(num_text),
             meta_tokens=self.state.meta_tokens + int(num_meta),
             training_flops=self.state.training_flops + flops,
+            consecutive_skips=0 if is_finite else self.state.consecutive_skips + 1,
+            skipped_steps=self.state.skipped_steps + (not is_finite),
         )
-        return loss, grad_norm, bool(stop)
-
-    def _forward(self, inputs: dict[str, Tensor], num_targets: float) -> Tensor:
-        bfloat16 = self.config.training.precision == "bfloat16"
-        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bfloat16):
-            loss: Tensor = self.step_model(**inputs, use_cache=False, num_items_in_batch=num_targets).loss
-        return loss
-
-    def _skip(self, step: int) -> None:
-        """Count a step that changes nothing because its loss or its gradient is not finite."""
+        if is_finite:
+            return
         warnings.warn(f"step {step} changes nothing: its loss or its gradient is not finite", stacklevel=2)
-        skips = self.state.consecutive_skips + 1
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1, consecutive_skips=skips)
-        if skips > MAX_CONSECUTIVE_SKIPS:
+        if (skips := self.state.consecutive_skips) > MAX_CONSECUTIVE_SKIPS:
             raise self._diverged(f"step {step}", "a finite loss and gradient", f"{skips} steps in a row without")
 
     def _check_end(self) -> None:
@@ -298,38 +319,39 @@ class _Run:
 
     def _diverged(self, where: str, expected: str, found: str) -> NumericError:
         kept = describe_newest(self.folder.checkpoints_path)
-        return NumericError(
+        error = NumericError(
             where, expected=expected, found=found, remedy=f"lower optimizer.learning_rate, with another --out; {kept}"
         )
-
-    def _seed_dropout(self, step: int) -> None:
-        """Seed dropout by step and process, so that a resumed run draws the same masks."""
-        if self.has_dropout:
-            key = hash_key(self.config.seed, step, self.processes.rank, Purpose.DROPOUT)
-            torch.manual_seed(int(key[0] >> 1))
-
-    def _settle_buckets(self, step: int) -> None:
-        """Run one backward pass for DDP and drop its gradients.
-
-        After its first backward pass DDP regroups the gradients, which changes the order in which three or more
-        processes add them up. If it regroups before the first step, a resumed run equals an uninterrupted one to the
-        bit.
-        """
-        if self.processes.world_size == 1 or step == self.config.total_steps:
-            return
-        rows = slice(0, self.config.training.micro_batch_blocks)
-        self._forward(self.job.batches.batch_at(step).to_model_inputs(rows, self.processes.device), 1.0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        error.is_repeated = not self.processes.is_main  # every process finds the same
+        return error
 
     @torch.no_grad()
-    def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def _evaluate(self, report: "_Report") -> dict[str, float]:
+        """Evaluate on all processes; a request to stop cuts it short, and a resume begins with it."""
+        assert self.job.evaluate is not None
         self.model.eval()
-        figures = evaluate()
+        sums: Mapping[str, tuple[float, float]] | None = None
+        with (
+            self.shared.evaluating(self.model),
+            self.processes.raise_together(),
+            contextlib.suppress(Preempted),
+            self.stop.at_once(),
+        ):
+            sums = self.job.evaluate()
         self.model.train()
+        (is_cut_short,) = self.processes.sum(float(sums is None))
+        self.state = replace(self.state, evaluation_due=bool(is_cut_short))
+        if is_cut_short:
+            self._end_early()
+        assert sums is not None
+        names = list(sums)
+        totals = self.processes.sum(*(number for name in names for number in sums[name]))
+        figures = {name: totals[2 * i] / totals[2 * i + 1] for i, name in enumerate(names)}
         for name, value in figures.items():
             if not math.isfinite(value):
                 where = f"evaluation after step {self.state.step}"
                 raise self._diverged(where, f"a finite {name.replace('_', ' ')}", str(value))
+        report.evaluation(self.state.step, figures)
         if rule := self.job.solve:
             reached = figures["sequence_accuracy"] >= rule.accuracy
             self.state = replace(self.state, solved_evaluations=self.state.solved_evaluations + 1 if reached else 0)
@@ -345,25 +367,19 @@ class _Run:
         return self._is_solved or self.state.step >= self.config.total_steps
 
     def _save(self) -> None:
-        with self.processes.raise_together():
-            if self.processes.is_main:
-                save_checkpoint(
-                    self.folder.checkpoints_path,
-                    self.model,
-                    self.optimizer,
-                    self.state,
-                    tokenizer=self.job.tokenizer,
-                    keep=self.config.checkpoint.keep,
-                )
+        self.saver.save(self.model, self.optimizer, self.state)
+        self.saved = self.state
 
     def _finish(self, result: TrainingResult) -> None:
         """Write the model and the result of the run, once."""
+        is_written = self.processes.gather(self.folder.model_path.exists())[0]
+        weights = None if is_written else self._gather_weights()
         with self.processes.raise_together():
             if self.processes.is_main and not self.folder.result_path.exists():
                 write_atomically(self.folder.result_path, to_json(asdict(result)) + "\n")
-            if self.processes.is_main and not self.folder.model_path.exists():
+            if self.processes.is_main and not is_written:
                 with new_folder(self.folder.model_path) as path:
-                    save_model(self.model, path, self.job.tokenizer)
+                    save_model(self.model, path, self.job.tokenizer, weights=weights)
                     numbers = {
                         "steps": result.steps,
                         "text tokens": result.text_tokens,
@@ -373,15 +389,18 @@ class _Run:
                     write_model_card(path, self.model, made, name=self.folder.path.name)
                     write_manifest(path)
 
-    # Numbers -------------------------------------------------------------------------------------------------
+    def _gather_weights(self) -> dict[str, torch.Tensor] | None:
+        """Return the whole weights on the main process; None where the model has them itself."""
+        if not self.shared.is_sharded:
+            return None
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in own_weights(self.model).items():
+            whole = whole_tensor(tensor.detach())
+            if self.processes.is_main:
+                weights[name] = whole.cpu()
+        return weights
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate_at(
-            step,
-            total_steps=self.config.total_steps,
-            peak=self.config.optimizer.learning_rate,
-            schedule=self.config.schedule,
-        )
+    # Numbers -------------------------------------------------------------------------------------------------
 
     def _rates(self, start: TrainingState, seconds: float) -> tuple[float, float]:
         """Return text and meta-tokens per second over all processes, since the run last started."""
@@ -409,53 +428,36 @@ class _Run:
         )
 
 
-def _find_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> tuple[Path | None, TrainingState]:
-    """Return the checkpoint that a run continues from and its state; None and a fresh state for a new run."""
-    path = find_checkpoint(folder.checkpoints_path)
-    if path is None:
-        return None, TrainingState(0, job.content_id, 1)
-    state = read_state(path)
-    if state.content_id != job.content_id:
-        raise DataError(
-            str(folder.path),
-            expected=f"the data and weights that the run began with, content_id {state.content_id}",
-            found=job.content_id,
-            remedy="pass the same data and weights, or choose another --out",
-        )
-    _check_run(config, path, state)
-    return path, state
+@dataclass(frozen=True)
+class _Report:
+    """Says on the display and in the metrics what has been measured."""
 
+    config: RunConfig
+    label: str
+    display: ProgressDisplay
+    metrics: MetricsWriter | None
 
-def _check_run(config: RunConfig, path: Path, state: TrainingState) -> None:
-    """Refuse the checkpoint of another run."""
-    remedy = "take the config that it was made with, or another --out"
-    if state.config is None:
-        run = run_sha256(config)
-        if state.run_sha256 not in (None, run):
-            raise CheckpointError(
-                str(path),
-                expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
-                found=f"one of another, {state.run_sha256[:12]}...",
-                remedy=remedy,
+    def step(
+        self, state: TrainingState, loss: float, grad_norm: float, rates: tuple[float, float], **numbers: float
+    ) -> None:
+        text_rate, meta_rate = rates
+        self.display.update(state.step, f"loss {loss:.3f}  {text_rate:,.0f} text + {meta_rate:,.0f} meta tokens/s")
+        if self.metrics:
+            self.metrics.write(
+                state.step,
+                loss=loss,
+                grad_norm=grad_norm,
+                **numbers,
+                skipped_steps=state.skipped_steps,
+                text_tokens_per_second=text_rate,
+                meta_tokens_per_second=meta_rate,
             )
-        return
-    for key, old, new in differences_from_checkpoint(state.config, config, str(path)):
-        raise CheckpointError(
-            str(path), expected=f"a checkpoint of this config, {key} {new!r}", found=f"{old!r}", remedy=remedy
-        )
 
-
-def _check_disk(folder: RunFolder, num_parameters: int) -> None:
-    needed = 2 * BYTES_PER_PARAMETER_OF_CHECKPOINT * num_parameters
-    disk = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise ResourceError(
-            str(folder.path),
-            expected=f"{needed} bytes free for two checkpoints",
-            found=str(free),
-            remedy="free some space or choose another --out",
-        )
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        self.display.say(f"{self.label} step {step} {words}")
+        if self.metrics:
+            self.metrics.write(step, **figures)
 
 
 def _due(step: int, interval: int | None, total: int) -> bool:

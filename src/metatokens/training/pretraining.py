@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,35 +18,48 @@ from metatokens.model.schedule import state_schedule
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import (
-    BYTES_PER_PARAMETER_OF_CHECKPOINT,
-    TrainingResult,
-    TrainingSetup,
-    check_start,
-    count_batch_flops,
-    train,
-)
+from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.model_card import Training
+from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.signals import collect_stop_signals
 from metatokens.training.starting import check_tokenizer, load_start
 
 
-def pretrain(config: PretrainConfig, out: str | Path, *, show_progress: bool = True, label: str = "") -> TrainingResult:
+def pretrain(
+    config: PretrainConfig,
+    out: str | Path,
+    *,
+    show_progress: bool = True,
+    label: str = "",
+    stop_after: float | None = None,
+) -> TrainingResult:
     """Train the model of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
     Under torchrun every process calls this. For signals and errors see `metatokens.training.loop.train`.
+
+    Args:
+        config: the run.
+        out: its folder.
+        show_progress: whether to show progress on standard error.
+        label: name of the run there; by default that of the folder.
+        stop_after: seconds from now after which the run saves and ends as by a signal.
     """
-    with join_processes(config.training) as processes, contextlib.ExitStack() as stack:
+    with (
+        collect_stop_signals(stop_after) as stop,
+        join_processes(config.training) as processes,
+        contextlib.ExitStack() as stack,
+    ):
         with processes.raise_together():
-            dataset = stack.enter_context(open_dataset(config))
-        return train(
-            config,
-            RunFolder(Path(out)),
-            processes,
-            lambda: _make_job(config, dataset, processes),
-            show_progress=show_progress,
-            label=label,
-        )
+            dataset = stack.enter_context(open_dataset(config, verify="size"))
+
+        def make_job() -> TrainingSetup:
+            if config.data.verify == "full":  # of many shards this takes minutes
+                dataset.verify_hashes(processes.node_share)
+            return _make_job(config, dataset, processes)
+
+        folder = RunFolder(Path(out))
+        return train(config, folder, processes, make_job, stop=stop, show_progress=show_progress, label=label)
 
 
 def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
@@ -80,9 +93,9 @@ def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
         return model, dataset.tokenizer(), loader.batch_at(0)
 
 
-def open_dataset(config: PretrainConfig) -> TokenDataset:
-    """Open and verify the tokens that `config` names."""
-    return TokenDataset.open(require_path(config.data.path), verify=config.data.verify)
+def open_dataset(config: PretrainConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
+    """Open the tokens that `config` names, and verify them as it says or as the caller does."""
+    return TokenDataset.open(require_path(config.data.path), verify=verify or config.data.verify)
 
 
 def vocabulary(dataset: TokenDataset) -> dict[str, int]:
@@ -90,7 +103,9 @@ def vocabulary(dataset: TokenDataset) -> dict[str, int]:
     return {"text_vocab_size": dataset.vocab_size, "eos_token_id": dataset.eos_token_id}
 
 
-def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaTokenForCausalLM, str]:
+def _make_model(
+    config: PretrainConfig, dataset: TokenDataset, processes: Processes
+) -> tuple[MetaTokenForCausalLM, str]:
     """Return the model that a run starts from, and the identity of its tokens and of its weights unless new."""
     model = build_model(config.model, **vocabulary(dataset), seed=config.seed)
     state_schedule(model.generation_config, schedule_for(config.injection))
@@ -98,12 +113,11 @@ def _make_model(config: PretrainConfig, dataset: TokenDataset) -> tuple[MetaToke
         return model, dataset.content_id
     folder = ModelFolder(config.start_from)
     check_tokenizer(folder, dataset.manifest.tokenizer_sha256, dataset.path)
-    return model, f"{dataset.content_id}+{load_start(folder, model, config.model)}"
+    return model, f"{dataset.content_id}+{load_start(folder, model, config.model, share=processes.node_share)}"
 
 
 def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processes) -> TrainingSetup:
-    model, content_id = _make_model(config, dataset)
-    model.to(processes.device)
+    model, content_id = _make_model(config, dataset, processes)
     return TrainingSetup(
         model=model,
         tokenizer=build_hf_tokenizer(dataset.tokenizer()),
@@ -152,8 +166,8 @@ class Validation:
         # shares may differ by a block, or be empty: processes only add up their sums
         self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
 
-    def measure(self) -> dict[str, float]:
-        """Return the mean loss, nats per text token, over all processes."""
+    def measure(self) -> dict[str, tuple[float, float]]:
+        """Return the summed loss, nats, and the number of text tokens predicted, of this process's blocks."""
         device = self._processes.device
         bfloat16 = self._config.training.precision == "bfloat16"
         rows = self._config.training.micro_batch_blocks
@@ -166,5 +180,4 @@ class Validation:
                 )
             total += float(outputs.loss)
             count += batch.num_targets
-        total, num_targets = self._processes.sum(total, count)
-        return {"validation_loss": total / num_targets}
+        return {"validation_loss": (total, count)}

@@ -7,6 +7,7 @@ RUN/
   checkpoints/      step-00001000/ ...
   model/            the trained model, loadable with from_pretrained; written last
   result.json       the measurements of the finished run
+  preempted.json    there while the run has been asked to stop and waits to be continued
   lock              names the process that holds it
 """
 
@@ -41,7 +42,10 @@ from metatokens.training.checkpoint import MANIFEST
 FREE_KEYS = {
     "start": {"path"},
     "data": {"path", "verify"},
-    "training": {"micro_batch_blocks", "compile", "gradient_checkpointing", "device", "distributed_timeout_seconds"},
+    "training": {
+        *("micro_batch_blocks", "compile", "gradient_checkpointing", "device"),
+        *("parallel", "distributed_timeout_seconds", "step_timeout_seconds"),
+    },
 }
 FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
 _STARTS = ("start", "start_from")
@@ -58,6 +62,7 @@ class RunFolder:
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"
         self.result_path = path / "result.json"
+        self.marker_path = path / "preempted.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,6 +80,11 @@ class RunFolder:
     def holder(self) -> str:
         """Return which process holds the lock; empty if none does."""
         return lock_holder(self.path / "lock")
+
+    def holder_named(self) -> str:
+        """Return which process the lock file names, whether or not it still holds the lock; empty without a file."""
+        lock = self.path / "lock"
+        return lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
 
     def is_finished(self, config: BaseModel) -> bool:
         """Tell whether the folder holds the finished run of this config.
@@ -95,7 +105,7 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints_path):
             check_folder(folder, num_bytes=0)  # the space that a run needs is known once its model is built
-        for name in ("lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json"):
+        for name in ("lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json", "preempted.json"):
             check_file(self.path / name, num_bytes=0)
         is_in_the_way = os.path.lexists(self.model_path) and not (self.model_path / MANIFEST).is_file()
         if is_in_the_way and not self.result_path.exists():
@@ -125,15 +135,24 @@ class RunFolder:
     def write_config(self, config: BaseModel) -> None:
         """Write config and versions, which ties the folder to this run; call once no check can refuse the start."""
         write_atomically(self.config_path, to_yaml(config))
-        versions = {
-            "metatokens": version("metatokens"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "config_sha256": digest(config),
-        }
-        write_atomically(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
+        document = {**versions(), "config_sha256": digest(config)}
+        write_atomically(self.path / "versions.json", json.dumps(document, indent=2) + "\n")
+        self.marker_path.unlink(missing_ok=True)
+
+    def mark_preempted(self, cause: str, message: str) -> None:
+        """Leave the marker that the run was asked to stop and can be continued; `write_config` removes it."""
+        write_atomically(self.marker_path, json.dumps({"cause": cause, "message": message}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str | int]:
+    """Return the versions and the number of threads on which the bits of a run depend."""
+    return {
+        "metatokens": version("metatokens"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def differences_from_checkpoint(

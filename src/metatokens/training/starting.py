@@ -23,15 +23,23 @@ _MAY_CHANGE = {
 }
 
 
-def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelConfig) -> str:
+def load_start(
+    folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelConfig, *, share: tuple[int, int] = (0, 1)
+) -> str:
     """Load the weights of a folder into `model`, which was built from `config`, and return their SHA-256.
+
+    Args:
+        folder: of the weights.
+        model: takes them.
+        config: that `model` was built from.
+        share: index and number of the processes that divide the verification among them.
 
     Raises:
         UsageError: if the weights are of a model of another shape, or their table of learned positions would have to
             change its length.
         CheckpointError: if there is no model, it is damaged, or a tensor does not fit.
     """
-    verify_model(folder.path)
+    digests = verify_model(folder.path, share=share)
     path, start = folder.name, folder.config
     if start.model_type != model.config.model_type:
         raise UsageError(
@@ -42,7 +50,10 @@ def load_start(folder: ModelFolder, model: MetaTokenForCausalLM, config: ModelCo
         )
     _check_shape(path, start, config)
     load_weights(folder.path, model)
-    return file_sha256(folder.path / WEIGHTS)
+    if WEIGHTS in digests:
+        return digests[WEIGHTS]
+    whole = folder.path / WEIGHTS
+    return file_sha256(whole) if whole.exists() else folder.sha256
 
 
 def check_tokenizer(folder: ModelFolder, tokenizer_sha256: str, tokens: Path | None) -> None:

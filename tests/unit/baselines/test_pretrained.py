@@ -27,7 +27,8 @@ from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.model.accounting import training_flops
 from metatokens.model.loss import targets_of_labels
-from metatokens.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from metatokens.training.checkpoint import TrainingState, load_checkpoint
+from metatokens.training.saving import save_checkpoint
 from tiny_models import assert_close, gradients, randomize, tiny_config
 
 TEXT_VOCAB_SIZE = 70

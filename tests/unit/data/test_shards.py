@@ -147,6 +147,15 @@ def test_flipped_bit_is_found_by_full_verification(prepared, fails):
         TokenDataset.open(prepared, verify="full")
 
 
+def test_processes_that_divide_the_shards_find_a_flipped_bit_once(prepared, fails):
+    break_shard(prepared)
+    with TokenDataset.open(prepared, verify="size") as dataset:
+        dataset.verify_hashes((0, 2))
+        dataset.verify_hashes((0, 2))
+        with fails(3, "train-00001.ds", "SHA-256"):
+            dataset.verify_hashes((1, 2))
+
+
 def test_shard_truncated_under_an_open_dataset_is_a_data_error(prepared, fails):
     with TokenDataset.open(prepared) as dataset:
         os.truncate(prepared / "train-00001.ds", 100)

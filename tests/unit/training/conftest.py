@@ -11,9 +11,10 @@ import torch
 from metatokens.config.schema import ModelConfig, OptimizerConfig
 from metatokens.data.tokenizer import build_hf_tokenizer, train_tokenizer
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.training.checkpoint import TrainingState, save_checkpoint
+from metatokens.training.checkpoint import TrainingState
 from metatokens.training.initialization import build_model
 from metatokens.training.optimizer import build_optimizer
+from metatokens.training.saving import save_checkpoint
 
 TEXT_VOCAB_SIZE = 300
 

@@ -1,5 +1,6 @@
 """A checkpoint is complete and verified, or it is not there."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,15 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from metatokens.config.schema import CheckpointConfig
 from metatokens.errors import CheckpointError, NumericError, ResourceError
 from metatokens.storage import new_folder, remove_leftovers
 from metatokens.training.checkpoint import (
+    TrainingState,
     find_checkpoint,
     load_checkpoint,
     read_state,
-    save_checkpoint,
     verify_checkpoint,
 )
+from metatokens.training.distributed import Processes
+from metatokens.training.saving import Saver, save_checkpoint
 
 if TYPE_CHECKING:
     from conftest import Training
@@ -367,3 +371,59 @@ def test_a_save_into_a_folder_that_is_gone_is_one_line(training: Training, tmp_p
             tokenizer=None,
             keep=1,
         )
+
+
+def saver(folder: Path, training: Training, **settings: Any) -> Saver:
+    config = CheckpointConfig(**settings)
+    return Saver(folder, config, Processes(), is_sharded=False, tokenizer=training.tokenizer)
+
+
+def test_a_save_in_the_background_keeps_the_state_of_its_step(training: Training, tmp_path: Path):
+    (tmp_path / "before").mkdir()
+    before = training.save(tmp_path / "before", 1)
+    beside = saver(tmp_path, training, background=True)
+    beside.save(training.model, training.optimizer, read_state(before))
+    training.take_step(1)
+    beside.finish()
+    path = tmp_path / before.name
+    verify_checkpoint(path)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (path / name).read_bytes() == (before / name).read_bytes()
+
+
+def test_a_save_in_the_background_that_fails_says_so_at_the_end_and_leaves_the_previous_one(
+    training: Training, tmp_path: Path, small_disk: Callable[[int], Path]
+):
+    size = sum(file.stat().st_size for file in training.save(tmp_path, 1).iterdir())
+    disk = small_disk(int(1.5 * size))
+    beside = saver(disk, training, background=True)
+    for step in (1, 2):
+        beside.save(training.model, training.optimizer, TrainingState(step, "the content", 1))
+    with pytest.raises(ResourceError, match="step-00000002"):
+        beside.finish()
+    assert not beside.has_failed
+    assert list(disk.iterdir()) == [disk / "step-00000001"]
+    verify_checkpoint(disk / "step-00000001")
+
+
+def test_checkpoints_at_an_interval_are_kept_for_ever_besides_the_newest(training: Training, tmp_path: Path):
+    rolling = saver(tmp_path, training, keep=1, keep_interval_steps=10)
+    for step in (5, 10, 15, 20, 25):
+        rolling.save(training.model, training.optimizer, TrainingState(step, "the content", 1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (10, 20, 25)]
+
+
+def test_tensors_that_are_not_in_the_manifest_are_refused(saved: Path):
+    save_file({"lora.weight": torch.ones(2)}, saved / "adapter_model.safetensors")
+    damaged(lambda: verify_checkpoint(saved), "adapter_model.safetensors", "move it away")
+
+
+def test_processes_that_divide_a_checkpoint_hash_each_file_once(saved: Path):
+    flip_a_bit(saved / "state.json")
+    refused = 0
+    for index in range(3):
+        with contextlib.suppress(CheckpointError):
+            verify_checkpoint(saved, share=(index, 3))
+            continue
+        refused += 1
+    assert refused == 1

@@ -1,0 +1,53 @@
+"""Exporting: it writes a model, whose weights may lie in parts, as one folder for `from_pretrained`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from metatokens.data.tokenizer import build_hf_tokenizer
+from metatokens.errors import UsageError
+from metatokens.model.export import save_model
+from metatokens.storage import LEAST_BYTES, check_folder, new_folder
+from metatokens.training.checkpoint import write_manifest
+from metatokens.training.loading import ModelFolder
+from metatokens.training.model_card import Training, write_model_card
+
+_BYTES_PER_PARAMETER = 4  # models are saved in float32
+
+
+def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Write the model of a run, model or checkpoint folder, of either kind, into the new folder `out`.
+
+    Returns:
+        What was written, for a report.
+
+    Raises:
+        UsageError: if `out` exists or cannot be written.
+        ResourceError: if the disk has no room for the model.
+        CheckpointError: if there is no model or it does not load.
+    """
+    folder = ModelFolder(checkpoint)
+    model = folder.open_model()
+    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer))
+    return {"model": str(out), "num_parameters": model.num_parameters()}
+
+
+def write_new_model(
+    model: Any, out: Path, tokenizer: Any, *, made: Training | None = None, dry_run: bool = False
+) -> None:
+    """Write a model with its manifest, and a card if it is told how the model was made; a dry run only checks.
+
+    Raises:
+        UsageError: if `out` exists or cannot be written.
+        ResourceError: if the disk has no room for the model.
+    """
+    if os.path.lexists(out):  # a broken link counts too
+        raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
+    check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
+    if not dry_run:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out) as folder:
+            save_model(model, folder, tokenizer)
+            if made is not None:
+                write_model_card(folder, model, made, name=out.name)
+            write_manifest(folder)
