@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # the files of a hub repository that open a model: only safetensors weights, nothing in subfolders
 _OPENED = ["*.json", "*.safetensors", "merges.txt"]
+# and what transformers would also read of a folder
+_ACTS = (*_OPENED, "*.jinja")
+_MANIFEST = "manifest.json"
+_ADAPTER = "adapter_config.json"
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _LONGEST_CAUSE = 300
 _NOT_OF_AN_ARM = {"transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 
@@ -46,8 +51,8 @@ class ModelFolder:
         self.name = name
 
     def check_path(self) -> None:
-        """Raise CheckpointError if there is no model; a model of the hub is looked for there."""
-        self.path  # noqa: B018 - found and kept for later use
+        """Raise CheckpointError if there is no model with a readable config; a model of the hub is looked for there."""
+        self._read_config()
 
     @cached_property
     def path(self) -> Path:
@@ -62,12 +67,15 @@ class ModelFolder:
                 found="none",
                 remedy="name a run, its model/ or a checkpoint",
             )
+        _check_files(folder)
         return folder
 
     @cached_property
     def is_ours(self) -> bool:
         """Whether this package made the model."""
-        return str(self._read_config().get("model_type")).startswith("metatokens")
+        from metatokens.baselines.building import MODEL_CLASSES
+
+        return str(self._read_config().get("model_type")) in MODEL_CLASSES
 
     @cached_property
     def config(self) -> Any:
@@ -78,7 +86,7 @@ class ModelFolder:
         with _one_line_errors(self.path):
             if not ours:
                 raise ValueError("a model_type of another package")
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def shape(self) -> ModelConfig:
@@ -160,7 +168,12 @@ class ModelFolder:
                 return load_pretrained(self.path, text_vocab_size=vocab_size, seed=seed, local_files_only=True).eval()
         with _one_line_errors(self.path):
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                self.path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+                self.path,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         _check_weights(self.path, loaded)
         return model.eval()
@@ -180,7 +193,7 @@ class ModelFolder:
         if self.is_ours:
             config = self.config
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         vocab_size = text_vocab_size(self.tokenizer)
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
@@ -195,6 +208,14 @@ class ModelFolder:
             found = str(config) if isinstance(config, Exception) else f"a {type(config).__name__}"
             expected = "the JSON of a model of this package"
             raise CheckpointError(str(file), expected=expected, found=found, remedy="use another checkpoint")
+        # transformers takes such a name for a kernel of the hub, which is code
+        if kernels := [key for key in _IMPLEMENTATIONS if "/" in str(config.get(key))]:
+            raise CheckpointError(
+                str(file),
+                expected=f"an {kernels[0]} of transformers",
+                found=f"{config[kernels[0]]!r}, code from the hub",
+                remedy="remove the entry",
+            )
         return config
 
 
@@ -282,6 +303,33 @@ def _hub_folder(name: str) -> Path:
             found=f"neither ({type(error).__name__})",
             remedy="check the spelling and the connection",
         ) from None
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that would change the model although nothing vouches for them.
+
+    That is an adapter, which acts only where PEFT is installed, and beside a manifest each file that it does not list.
+    A manifest that cannot be read is left to `verify_model`.
+    """
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            str(folder / _ADAPTER),
+            expected="a model without an adapter beside it",
+            found="one that transformers would apply where PEFT is installed",
+            remedy="merge it into the model, or move it elsewhere",
+        )
+    try:
+        listed = json.loads((folder / _MANIFEST).read_bytes())["files"].keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return
+    found = {path.name for pattern in _ACTS for path in folder.glob(pattern)} - {_MANIFEST}
+    if unlisted := sorted(found - set(listed)):
+        raise CheckpointError(
+            str(folder / unlisted[0]),
+            expected=f"only files that {_MANIFEST} lists",
+            found="another that transformers may read",
+            remedy=f"move it elsewhere; if the change is yours, remove {_MANIFEST}",
+        )
 
 
 def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:

@@ -1,0 +1,151 @@
+"""What others put into a model's folder stays data: it runs no code and changes no number unseen."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from commands import error_line
+from metatokens.cli import main
+from metatokens.config.schema import ModelConfig
+from metatokens.data.tokenizer import build_hf_tokenizer, train_tokenizer
+from metatokens.errors import CheckpointError
+from metatokens.generation.serving import serve
+from metatokens.model.export import save_model
+from metatokens.model.schedule import NoSchedule
+from metatokens.training.checkpoint import write_manifest
+from metatokens.training.initialization import build_model
+from metatokens.training.loading import ModelFolder, open_model
+
+VERBS = (
+    ("generate", "{model}", "one", "--max-text-tokens", "1"),
+    ("info", "{model}"),
+    ("perplexity", "{model}", "{text}"),
+    ("analyze", "{model}", "--text", "{text}", "--dry-run"),
+    ("evaluate", "{model}", "--task.kind", "copying", "--dry-run"),
+    ("extend", "{model}", "--factor", "2", "--no-training", "--out", "{out}"),
+    ("pretrain", "tiny/meta", "--start_from", "{model}", "--data.path", "{tokens}", "--dry-run", "--out", "{out}"),
+    ("finetune", "tiny/recall", "--start.kind", "checkpoint", "--start.path", "{model}", "--dry-run", "--out", "{out}"),
+    ("prepare", "{text}", "--tokenizer", "{model}", "--out", "{out}"),
+)
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two model folders, of this package and of another, without a manifest."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = build_hf_tokenizer(train_tokenizer(["one two three four five six"] * 5, 300))
+    shape = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+    model = build_model(shape, text_vocab_size=300, eos_token_id=0, seed=0)
+    save_model(model, folder / "metatokens", tokenizer)
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=302, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    save_model(other, folder / "gpt2", tokenizer)
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "metatokens", tmp_path / "model"))
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.fixture
+def yes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer every question of a command with yes."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+
+
+def with_code(folder: Path, model_type: str, marker: Path) -> Path:
+    """Let every part of a folder ask for code that writes the marker."""
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    shutil.copy(folder / "evil.py", folder / "configuration.py")
+    (folder / "custom_generate").mkdir(exist_ok=True)
+    shutil.copy(folder / "evil.py", folder / "custom_generate" / "generate.py")
+    entries = dict.fromkeys(AUTO_CLASSES, "evil.Evil")
+    change_json(folder / "config.json", model_type=model_type, auto_map=entries)
+    change_json(
+        folder / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    )
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
+@pytest.mark.parametrize("model_type", ["metatokens_evil", "metatokens", "gpt2", "evil"])
+@pytest.mark.usefixtures("yes")
+def test_no_verb_runs_the_code_of_a_folder(
+    saved: Path, tokens: Path, tmp_path: Path, verb: Sequence[str], model_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved / ("gpt2" if model_type == "gpt2" else "metatokens")
+    folder = with_code(Path(shutil.copytree(source, tmp_path / "model")), model_type, tmp_path / "marker")
+    (tmp_path / "text.txt").write_text("one two three four. five six")
+    places = {"model": folder, "tokens": tokens, "text": tmp_path / "text.txt", "out": tmp_path / "out"}
+    main([word.format(**places) for word in verb])
+    assert not (tmp_path / "marker").exists()
+    assert "Do you wish to run" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("yes")
+def test_serving_runs_no_code_of_a_folder(model: Path, tmp_path: Path) -> None:
+    folder = with_code(model, "metatokens_evil", tmp_path / "marker")
+    with pytest.raises(ValueError, match="contains custom code"):
+        serve(folder, NoSchedule(), host="localhost", port=8000, device="cpu", seed=0)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_weights_in_a_pickle_are_not_opened(model: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(tmp_path / "marker"), "w")
+
+    (model / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, model / "pytorch_model.bin")
+    error_line("generate", model, "one", code=4)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_of_the_hub_is_refused(model: Path, key: str) -> None:
+    change_json(model / "config.json", **{key: "someone/kernel"})
+    assert f"expected an {key} of transformers" in error_line("generate", model, "one", code=4)
+
+
+def with_adapter(folder: Path) -> None:
+    """Put a valid adapter for PEFT beside a model."""
+    adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 100, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    weights = {"A.weight": torch.ones(1, 16), "B.weight": torch.ones(64, 1)}
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    save_file({name + key: tensor for key, tensor in weights.items()}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_an_adapter_beside_a_model_is_refused(model: Path, has_manifest: bool) -> None:
+    if has_manifest:
+        write_manifest(model)
+    with_adapter(model)
+    assert "adapter_config.json: expected a model without an adapter" in error_line("generate", model, "one", code=4)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.4.0.0.json", "model-00002-of-00002.safetensors", "chat_template.jinja", "merges.txt"]
+)
+def test_what_a_manifest_does_not_list_does_not_act(model: Path, name: str) -> None:
+    write_manifest(model)
+    assert not open_model(model).training
+    (model / "notes.txt").write_text("of its owner")
+    assert not open_model(model).training
+    (model / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{name}: expected only files that manifest.json lists"):
+        ModelFolder(model).check_path()
