@@ -157,3 +157,34 @@ def test_what_a_manifest_does_not_list_does_not_act(model: Path, name: str) -> N
     (model / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"{name}: expected only files that manifest.json lists"):
         ModelFolder(model).check_path()
+
+
+@pytest.mark.parametrize("name", ["lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json"])
+def test_a_run_changes_nothing_outside_its_folder_through_a_link(tokens: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    size = ("--model.hidden_size", "16", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "2")
+    budget = ("--training.max_tokens", "512", "--training.batch_tokens", "256", "--data.block_size", "64")
+    words = ["pretrain", "tiny/meta", "--data.path", tokens, "--out", tmp_path / "run", *size, *budget]
+    main([str(word) for word in words])
+    assert (tmp_path / "precious").read_text() == "content"
+
+
+def test_prepared_shards_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three four. " * 50)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "train-00000.ds").write_text("content")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "precious")
+    words = ["prepare", tmp_path / "text.txt", "--vocab-size", "260", "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 2
+    assert (tmp_path / "precious" / "train-00000.ds").read_text() == "content"
+
+
+def test_a_model_is_not_saved_through_links(model: Path, tmp_path: Path) -> None:
+    opened = open_model(model)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(model / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link"):
+        save_model(opened, tmp_path / "snapshot")
+    assert list((tmp_path / "snapshot").iterdir()) == [tmp_path / "snapshot" / "model.safetensors"]

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from metatokens.config.base import Frozen
 from metatokens.errors import DataError
+from metatokens.storage import no_follow, write_atomically
 
 SCHEMA_VERSION = 3
 RESULTS_NAME = "results.json"
@@ -123,7 +124,10 @@ class Results(Frozen):
 def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
     """Write both files; the archive first, so that results.json says that all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / ARRAYS_NAME, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        open(folder / ARRAYS_NAME, "wb", opener=no_follow) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for name in sorted(arrays):
             data = io.BytesIO()
             np.lib.format.write_array(data, np.asarray(arrays[name]), allow_pickle=False)
@@ -131,7 +135,7 @@ def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, data.getvalue())
     text = json.dumps(results.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False)
-    (folder / RESULTS_NAME).write_text(f"{text}\n", encoding="utf-8")
+    write_atomically(folder / RESULTS_NAME, f"{text}\n")
 
 
 def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
