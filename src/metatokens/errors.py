@@ -13,6 +13,19 @@ from typing import Self
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # the errors of a write without room
 
 
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
+def printable(text: str) -> str:
+    """Return a text with a picture for each control character but tab and line end, so that it commands no terminal."""
+    return text.translate(_PICTURES)
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
 class MetaTokensError(Exception):
     """Base of all errors that name their cause and remedy in one line."""
 
@@ -22,12 +35,12 @@ class MetaTokensError(Exception):
 
     def __init__(self, what: str, *, expected: str, found: str, remedy: str) -> None:
         """Compose the line `what: expected ..., found ...; remedy`."""
-        super().__init__(" ".join(f"{what}: expected {expected}, found {found}; {remedy}".split()))
+        super().__init__(_one_line(f"{what}: expected {expected}, found {found}; {remedy}"))
 
     @classmethod
     def plain(cls, what: str, *, happened: str, remedy: str) -> Self:
         """Return the error `what: happened; remedy`, for a problem without an expected and a found value."""
-        return cls.__new__(cls, " ".join(f"{what}: {happened}; {remedy}".split()))
+        return cls.__new__(cls, _one_line(f"{what}: {happened}; {remedy}"))
 
     @classmethod
     def repeat(cls, line: str) -> Self:

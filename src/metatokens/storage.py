@@ -306,8 +306,7 @@ def _nearest_existing(path: Path, kind: str) -> Path:
     for candidate in (path, *path.absolute().parents):
         try:
             candidate.lstat()
-            if candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX"):
-                raise not_writable(path, kind, errno.ENAMETOOLONG)
+            fits = not candidate.is_dir() or longest <= os.pathconf(candidate, "PC_NAME_MAX")
         except (FileNotFoundError, NotADirectoryError):
             longest = max(longest, len(os.fsencode(candidate.name)))
             continue
@@ -315,6 +314,8 @@ def _nearest_existing(path: Path, kind: str) -> Path:
             raise not_writable(path, kind, error.errno or 0) from None
         except ValueError:  # a NUL
             raise not_writable(path, kind, errno.EINVAL) from None
+        if not fits:
+            raise not_writable(path, kind, errno.ENAMETOOLONG)
         return candidate
     raise AssertionError("there is always a root")
 

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from metatokens.errors import CheckpointError
 from metatokens.generation.serving import serve
 from metatokens.model.export import save_model
 from metatokens.model.schedule import NoSchedule
+from metatokens.report.console import show_table
 from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder, open_model
@@ -188,3 +190,41 @@ def test_a_model_is_not_saved_through_links(model: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"model\.safetensors is a link"):
         save_model(opened, tmp_path / "snapshot")
     assert list((tmp_path / "snapshot").iterdir()) == [tmp_path / "snapshot" / "model.safetensors"]
+
+
+ESCAPE = "\x1b]0;owned\x07\x9b31m\x7f"
+
+
+def held_by(text: str) -> set[str]:
+    """Return the control characters of a text except those that lay out lines."""
+    return {character for character in text if unicodedata.category(character) == "Cc" and character not in "\t\n"}
+
+
+def test_a_file_name_or_key_with_terminal_escapes_is_shown_with_pictures(tmp_path: Path) -> None:
+    shown = error_line("info", tmp_path / ESCAPE, code=2)
+    assert "\u241b]0;owned\u2407" in shown
+    assert held_by(shown) == set()
+    (tmp_path / "preset.yaml").write_text(json.dumps({"model": {ESCAPE: 1}}))
+    assert held_by(error_line("pretrain", tmp_path / "preset.yaml", "--out", tmp_path / "run", code=2)) == set()
+
+
+def test_tables_hold_no_terminal_escape_and_take_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(f"[b]{ESCAPE}", {f"{ESCAPE}[/]": f":smile:{ESCAPE}"})
+    shown = capsys.readouterr().out
+    assert held_by(shown) == set()
+    assert "[b]\u241b]0;" in shown
+    assert "[/]" in shown
+    assert ":smile:" in shown
+
+
+def test_generated_text_commands_no_terminal_but_is_whole_in_a_pipe(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(model), f"one{ESCAPE}", "--max-text-tokens", "12", "--temperature", "0"]
+    assert main(words) == 0
+    assert ESCAPE in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "one\u241b]0;owned" in shown
+    assert held_by(shown) == set()

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metatokens.data.tokenizer import tokenizer_from_json
-from metatokens.errors import DataError, UsageError
+from metatokens.errors import DataError, UsageError, printable
 from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class TokenDataset:
                     raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
-            _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)
+            _log.warning("%s: not in %s, ignored", printable(str(self.path / extra)), MANIFEST_NAME)
 
     def _tokenizer_json(self) -> bytes:
         path = self.path / TOKENIZER_NAME

@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatokens.errors import FULL_DISK, ResourceError, UsageError
+from metatokens.errors import FULL_DISK, ResourceError, UsageError, printable
 from metatokens.storage import no_follow, write_atomically
 
 PLAIN_LINE_SECONDS = 10  # least time between two progress lines without a terminal
@@ -206,4 +206,4 @@ class ProgressDisplay:
         """Write a line that stays; if the terminal is gone, the line is lost and the run goes on."""
         if self._shown:
             with suppress(OSError):
-                self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                self._bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
