@@ -228,3 +228,45 @@ def test_generated_text_commands_no_terminal_but_is_whole_in_a_pipe(
     shown = capsys.readouterr().out
     assert "one\u241b]0;owned" in shown
     assert held_by(shown) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "expected layers for the"),
+        ({"hidden_size": 10**12}, "expected a hidden_size of at most"),
+        ({"vocab_size": 2**30}, "expected a model for the"),
+        ({"head_dim": 10**15}, "expected a head_dim of at most"),
+    ],
+)
+@pytest.mark.parametrize("verb", VERBS[:3], ids=lambda verb: verb[0])
+def test_a_config_out_of_all_proportion_is_refused_at_once(
+    model: Path, tmp_path: Path, verb: Sequence[str], changes: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four")
+    change_json(model / "config.json", **changes)
+    line = error_line(*(word.format(model=model, text=tmp_path / "text.txt") for word in verb), code=4)
+    assert f"config.json: {named}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("model.safetensors", (2**60).to_bytes(8, "little"), "a header of 1152921504606846976 bytes"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"[]", "another header"),
+        ("config.json", b"[" * 100_000, "maximum recursion depth"),
+        ("config.json", b" " * (17 << 20), "more than 16777216 bytes"),
+    ],
+)
+def test_a_huge_or_deep_header_is_refused_in_one_line(model: Path, name: str, content: bytes, found: str) -> None:
+    (model / name).write_bytes(content)
+    line = error_line("generate", model, "one", code=4)
+    assert name in line
+    assert found in line
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "deeper/outside.safetensors", 3])
+def test_an_index_of_weights_names_no_file_outside_its_folder(model: Path, name: object) -> None:
+    shutil.move(model / "model.safetensors", model.parent / "outside.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    assert "expected names of files in the same folder" in error_line("generate", model, "one", code=4)

@@ -5,7 +5,6 @@ Paths and configs of runs are read without torch, so that a command refuses a wr
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,12 @@ from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
+from metatokens.training.untrusted import OPENED, check_files, read_config, weight_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# the files of a hub repository that open a model: only safetensors weights, nothing in subfolders
-_OPENED = ["*.json", "*.safetensors", "merges.txt"]
-# and what transformers would also read of a folder
-_ACTS = (*_OPENED, "*.jinja")
-_MANIFEST = "manifest.json"
-_ADAPTER = "adapter_config.json"
-_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _LONGEST_CAUSE = 300
 _NOT_OF_AN_ARM = {"transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 
@@ -52,7 +45,7 @@ class ModelFolder:
 
     def check_path(self) -> None:
         """Raise CheckpointError if there is no model with a readable config; a model of the hub is looked for there."""
-        self._read_config()
+        self._config_json  # noqa: B018 - found and kept for later use
 
     @cached_property
     def path(self) -> Path:
@@ -67,7 +60,7 @@ class ModelFolder:
                 found="none",
                 remedy="name a run, its model/ or a checkpoint",
             )
-        _check_files(folder)
+        check_files(folder)
         return folder
 
     @cached_property
@@ -75,7 +68,7 @@ class ModelFolder:
         """Whether this package made the model."""
         from metatokens.baselines.building import MODEL_CLASSES
 
-        return str(self._read_config().get("model_type")) in MODEL_CLASSES
+        return str(self._config_json.get("model_type")) in MODEL_CLASSES
 
     @cached_property
     def config(self) -> Any:
@@ -112,13 +105,8 @@ class ModelFolder:
     @cached_property
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
-        from metatokens.training.checkpoint import WEIGHTS
-
-        config = self._read_config()
-        config.pop("transformers_version", None)
-        whole = self.path / WEIGHTS
-        files = [whole] if whole.exists() else sorted(self.path.glob("model-*.safetensors"))
-        parts = [json_sha256(config), *map(file_sha256, files)]
+        config = {key: value for key, value in self._config_json.items() if key != "transformers_version"}
+        parts = [json_sha256(config), *map(file_sha256, weight_files(self.path))]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @cached_property
@@ -198,25 +186,9 @@ class ModelFolder:
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
 
-    def _read_config(self) -> dict[str, Any]:
-        file = self.path / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            config = error
-        if not isinstance(config, dict):
-            found = str(config) if isinstance(config, Exception) else f"a {type(config).__name__}"
-            expected = "the JSON of a model of this package"
-            raise CheckpointError(str(file), expected=expected, found=found, remedy="use another checkpoint")
-        # transformers takes such a name for a kernel of the hub, which is code
-        if kernels := [key for key in _IMPLEMENTATIONS if "/" in str(config.get(key))]:
-            raise CheckpointError(
-                str(file),
-                expected=f"an {kernels[0]} of transformers",
-                found=f"{config[kernels[0]]!r}, code from the hub",
-                remedy="remove the entry",
-            )
-        return config
+    @cached_property
+    def _config_json(self) -> dict[str, Any]:
+        return read_config(self.path)
 
 
 def open_model(path: Path, *, seed: int = 0) -> Any:
@@ -252,7 +224,7 @@ def check_one_arm(folders: Sequence[ModelFolder]) -> None:
     first, *others = folders
     for other in others:
         ours, theirs = (
-            {key: value for key, value in folder._read_config().items() if key not in _NOT_OF_AN_ARM}
+            {key: value for key, value in folder._config_json.items() if key not in _NOT_OF_AN_ARM}
             for folder in (first, other)
         )
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -295,7 +267,7 @@ def _hub_folder(name: str) -> Path:
 
     try:
         with _silent_transformers():  # this silences the hub's progress bars too
-            return Path(snapshot_download(name, allow_patterns=_OPENED, ignore_patterns="*/*"))
+            return Path(snapshot_download(name, allow_patterns=OPENED, ignore_patterns="*/*"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             name,
@@ -303,33 +275,6 @@ def _hub_folder(name: str) -> Path:
             found=f"neither ({type(error).__name__})",
             remedy="check the spelling and the connection",
         ) from None
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse files that would change the model although nothing vouches for them.
-
-    That is an adapter, which acts only where PEFT is installed, and beside a manifest each file that it does not list.
-    A manifest that cannot be read is left to `verify_model`.
-    """
-    if (folder / _ADAPTER).exists():
-        raise CheckpointError(
-            str(folder / _ADAPTER),
-            expected="a model without an adapter beside it",
-            found="one that transformers would apply where PEFT is installed",
-            remedy="merge it into the model, or move it elsewhere",
-        )
-    try:
-        listed = json.loads((folder / _MANIFEST).read_bytes())["files"].keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return
-    found = {path.name for pattern in _ACTS for path in folder.glob(pattern)} - {_MANIFEST}
-    if unlisted := sorted(found - set(listed)):
-        raise CheckpointError(
-            str(folder / unlisted[0]),
-            expected=f"only files that {_MANIFEST} lists",
-            found="another that transformers may read",
-            remedy=f"move it elsewhere; if the change is yours, remove {_MANIFEST}",
-        )
 
 
 def _check_weights(folder: Path, loaded: dict[str, Any]) -> None:
