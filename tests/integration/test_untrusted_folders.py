@@ -17,9 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from commands import error_line
 from metatokens.cli import main
+from metatokens.config.loading import load_preset
 from metatokens.config.schema import ModelConfig
 from metatokens.data.tokenizer import build_hf_tokenizer, load_text_tokenizer
-from metatokens.errors import CheckpointError
+from metatokens.errors import CheckpointError, redact
 from metatokens.generation.serving import serve
 from metatokens.model.export import save_model
 from metatokens.model.schedule import NoSchedule
@@ -27,6 +28,7 @@ from metatokens.report.console import show_table
 from metatokens.training.checkpoint import write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder, open_model
+from metatokens.training.run_folder import RunFolder
 
 VERBS = (
     ("generate", "{model}", "one", "--max-text-tokens", "20"),
@@ -270,3 +272,22 @@ def test_an_index_of_weights_names_no_file_outside_its_folder(model: Path, name:
     shutil.move(model / "model.safetensors", model.parent / "outside.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     assert "expected names of files in the same folder" in error_line("generate", model, "one", code=4)
+
+
+SECRETS = ("https://me:pa55word@host/run", "s3://bucket/run?token=pa55word&x=1", "hf_pa55wordpa55wordpa55word")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_error_and_no_config_of_a_run_holds_a_secret(tokens: Path, tmp_path: Path, secret: str) -> None:
+    line = error_line("info", secret, code=2)
+    assert "pa55word" not in line
+    assert "REDACTED" in line
+    config = load_preset("tiny/meta", ["--start_from", secret, "--data.path", str(tokens)])
+    RunFolder(tmp_path).write_config(config)
+    assert "pa55word" not in (tmp_path / "config.yaml").read_text()
+    assert load_preset(tmp_path / "config.yaml").model == config.model
+
+
+@pytest.mark.parametrize("text", ["meta_token: expected 3, found 4", "git@host:path", "a@b.c: key=3", "max_tokens=5"])
+def test_what_is_no_secret_is_shown(text: str) -> None:
+    assert redact(text) == text

@@ -24,7 +24,7 @@ import transformers
 from pydantic import BaseModel
 
 from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
-from metatokens.errors import UsageError
+from metatokens.errors import UsageError, redact
 from metatokens.storage import (
     check_file,
     check_folder,
@@ -124,7 +124,7 @@ class RunFolder:
 
     def write_config(self, config: BaseModel) -> None:
         """Write config and versions, which ties the folder to this run; call once no check can refuse the start."""
-        write_atomically(self.config_path, to_yaml(config))
+        write_atomically(self.config_path, redact(to_yaml(config)))
         versions = {
             "metatokens": version("metatokens"),
             "python": platform.python_version(),
