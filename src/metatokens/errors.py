@@ -6,11 +6,44 @@ Exit codes: 2 usage or config, 3 data integrity, 4 checkpoint integrity, 5 numer
 """
 
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Self
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # the errors of a write without room
+
+
+# control characters but tab and line end; a picture takes one cell of a terminal
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
+_SECRETS = (
+    # the user and the password of an address; a Path has made one slash of two
+    (re.compile(r"(:/{1,2})[^\s/@]+(?=@)"), r"\1REDACTED"),
+    (
+        re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|signature)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE),
+        r"\1REDACTED",
+    ),
+    (re.compile(r"\b(?:hf|ghp)_[A-Za-z0-9]{16,}"), "REDACTED"),
+)
+
+
+def redact(text: str) -> str:
+    """Return a text with REDACTED for tokens of the hub and for credentials in an address or its query."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Return a text with a picture for each control character but tab and line end, so that it commands no terminal."""
+    return text.translate(_PICTURES)
+
+
+def _one_line(text: str) -> str:
+    return printable(redact(" ".join(text.split())))
 
 
 class MetaTokensError(Exception):
@@ -22,12 +55,12 @@ class MetaTokensError(Exception):
 
     def __init__(self, what: str, *, expected: str, found: str, remedy: str) -> None:
         """Compose the line `what: expected ..., found ...; remedy`."""
-        super().__init__(" ".join(f"{what}: expected {expected}, found {found}; {remedy}".split()))
+        super().__init__(_one_line(f"{what}: expected {expected}, found {found}; {remedy}"))
 
     @classmethod
     def plain(cls, what: str, *, happened: str, remedy: str) -> Self:
         """Return the error `what: happened; remedy`, for a problem without an expected and a found value."""
-        return cls.__new__(cls, " ".join(f"{what}: {happened}; {remedy}".split()))
+        return cls.__new__(cls, _one_line(f"{what}: {happened}; {remedy}"))
 
     @classmethod
     def repeat(cls, line: str) -> Self:

@@ -1,7 +1,8 @@
 """Files and folders that are complete or absent: checks, atomic writers, digests and locks.
 
 The checks write nothing, so dry runs make them too. The writers write under a hidden name beside the final one, flush
-to the disk, rename, and flush the folder that holds the name. `keep_elsewhere` covers failures that no check can
+to the disk, rename, and flush the folder that holds the name; none follows a link that lies in the place of its file.
+`keep_elsewhere` covers failures that no check can
 foresee, such as a disk that other processes fill meanwhile.
 """
 
@@ -79,16 +80,16 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file that is complete or absent; a link is followed, a device or pipe is written directly.
+    """Write a small file that is complete or absent; a link is replaced, a device or pipe is written directly.
 
     Raises:
         ResourceError: the file cannot be written, as on a full disk; its old content stays.
     """
-    path = path.resolve()
     temporary = _temporary(path)
     try:
-        if not _is_replaced(path):
-            path.write_text(text, encoding="utf-8")
+        if not (path.is_symlink() or _is_replaced(path)):
+            with open(path, "w", encoding="utf-8", opener=no_follow) as file:
+                file.write(text)
             return
         temporary.unlink(missing_ok=True)  # left by a process that was killed
         write_durably(temporary, text.encode())
@@ -103,6 +104,11 @@ def write_durably(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
         flush_to_disk(file)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=no_follow)`; a link in its place is an OSError (ELOOP)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
@@ -187,8 +193,9 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
                 remedy="wait for it to end or choose another --out",
             ) from None
     try:
-        with suppress(OSError):  # on a full disk the holder stays unnamed; the next write reports the full disk
-            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+        # on a full disk the holder stays unnamed; the next write reports the full disk
+        with suppress(OSError), open(lock, "w", opener=no_follow) as file:
+            file.write(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
         held.release()
@@ -300,7 +307,7 @@ def _nearest_existing(path: Path, kind: str) -> Path:
     for candidate in (path, *path.absolute().parents):
         try:
             candidate.lstat()
-            too_long = candidate.is_dir() and longest > os.pathconf(candidate, "PC_NAME_MAX")
+            fits = not candidate.is_dir() or longest <= os.pathconf(candidate, "PC_NAME_MAX")
         except (FileNotFoundError, NotADirectoryError):
             longest = max(longest, len(os.fsencode(candidate.name)))
             continue
@@ -308,7 +315,7 @@ def _nearest_existing(path: Path, kind: str) -> Path:
             raise not_writable(path, kind, error.errno or 0) from None
         except ValueError:  # a NUL
             raise not_writable(path, kind, errno.EINVAL) from None
-        if too_long:
+        if not fits:
             raise not_writable(path, kind, errno.ENAMETOOLONG)
         return candidate
     raise AssertionError("there is always a root")

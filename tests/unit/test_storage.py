@@ -76,8 +76,28 @@ def test_a_file_that_passes_its_check_can_be_written(tmp_path: Path, name: str):
     assert not (tmp_path / "new").exists()
     keep_elsewhere(tmp_path / name, lambda path: write_atomically(path, "text"))
     assert (tmp_path / name).read_text() == "text"
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "link-to-file").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["link", "link-to-file"])
+def test_a_link_in_the_place_of_a_file_is_replaced_and_what_it_points_to_stays(tmp_path: Path, name: str):
+    in_the_way(tmp_path)
+    before = (tmp_path / "file").read_text()
+    target = (tmp_path / name).resolve()
+    was_there = target.exists()
+    write_atomically(tmp_path / name, "text")
+    assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / name).read_text() == "text"
+    assert (tmp_path / "file").read_text() == before
+    assert target.exists() == was_there
+
+
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_stays(tmp_path: Path):
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / "lock").symlink_to("precious")
+    held = hold_lock(tmp_path / "lock", folder=tmp_path, work="another run uses this folder")
+    with pytest.raises(UsageError, match="expected a folder that can be written"):
+        held.__enter__()
+    assert (tmp_path / "precious").read_text() == "content"
 
 
 def test_a_disk_that_is_too_small_is_a_resource_error(tmp_path: Path):

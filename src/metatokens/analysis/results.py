@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,12 @@ from pydantic import Field, ValidationError
 
 from metatokens.config.base import Frozen
 from metatokens.errors import DataError
+from metatokens.storage import no_follow, write_atomically
 
 SCHEMA_VERSION = 3
 RESULTS_NAME = "results.json"
 ARRAYS_NAME = "arrays.npz"
+_LARGEST_JSON, _LARGEST_ARRAYS = 1 << 28, 1 << 32  # bytes, unpacked
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -123,7 +126,10 @@ class Results(Frozen):
 def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
     """Write both files; the archive first, so that results.json says that all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / ARRAYS_NAME, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        open(folder / ARRAYS_NAME, "wb", opener=no_follow) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for name in sorted(arrays):
             data = io.BytesIO()
             np.lib.format.write_array(data, np.asarray(arrays[name]), allow_pickle=False)
@@ -131,7 +137,7 @@ def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, data.getvalue())
     text = json.dumps(results.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False)
-    (folder / RESULTS_NAME).write_text(f"{text}\n", encoding="utf-8")
+    write_atomically(folder / RESULTS_NAME, f"{text}\n")
 
 
 def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
@@ -143,8 +149,10 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     remedy = "write it anew with metatokens analyze"
     path = folder / RESULTS_NAME
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"more than {_LARGEST_JSON} bytes")
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(str(path), expected="results of metatokens analyze", found=str(error), remedy=remedy) from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:
@@ -156,11 +164,10 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
         found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise DataError(str(path), expected="the declared schema", found=found, remedy=remedy) from error
     try:
-        with np.load(folder / ARRAYS_NAME, allow_pickle=False) as archive:
-            arrays = dict(archive)
+        arrays = _read_arrays(folder / ARRAYS_NAME)
         if "theory_points" in arrays and arrays["theory_points"].shape[1:] != (4,):
             raise ValueError(f"theory_points of shape {arrays['theory_points'].shape}")
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             str(folder / ARRAYS_NAME), expected="the arrays of the results", found=str(error), remedy=remedy
         ) from error
@@ -170,3 +177,27 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
             str(folder / ARRAYS_NAME), expected=f"an array {missing[0]}", found="none of that name", remedy=remedy
         )
     return results, arrays
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of an archive; one that would unpack to more than the largest size is a ValueError."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        for member in archive.infolist():
+            with archive.open(member) as content:  # numpy makes room for what the member's own header states
+                if _stated_bytes(content) > member.file_size:
+                    raise ValueError(f"{member.filename} is shorter than its header states")
+    if unpacked > _LARGEST_ARRAYS:
+        raise ValueError(f"more than {_LARGEST_ARRAYS} bytes, unpacked")
+    with np.load(path, allow_pickle=False) as loaded:
+        return dict(loaded)
+
+
+def _stated_bytes(content: IO[bytes]) -> int:
+    """Return the bytes of the array that the header of a .npy file describes."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(content)
+    if version not in read_header:
+        raise ValueError(f"a .npy of version {version}")
+    shape, _, dtype = read_header[version](content)
+    return math.prod(shape) * dtype.itemsize

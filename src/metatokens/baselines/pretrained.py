@@ -273,7 +273,9 @@ def build_pretrained_on_meta_device(folder: Path, *, text_vocab_size: int) -> Pr
     config.vocab_size = _check_rows(config, config.vocab_size, folder, text_vocab_size)
     _set_tokens(config, text_vocab_size, None)
     with torch.device("meta"):
-        return PretrainedCausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return PretrainedCausalLM(
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        )
 
 
 def _check_rows(config: PreTrainedConfig, rows: int, source: str | Path, text_vocab_size: int) -> int:

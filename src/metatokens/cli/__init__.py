@@ -31,6 +31,7 @@ from metatokens.cli import (
 )
 from metatokens.cli.arguments import Parser, Verb
 from metatokens.cli.completion import SHELLS, PrintCompletion
+from metatokens.cli.output import say
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 from metatokens.names import nearest_name
 
@@ -55,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if not error.is_repeated:
-            print(f"metatokens: {error}", file=sys.stderr)
+            say(f"metatokens: {error}")
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        print("metatokens: interrupted", file=sys.stderr)
+        say("metatokens: interrupted")
         return 130
     except Exception as error:  # the top level turns every error into one line
         if debug:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "lower training.micro_batch_blocks" if out_of_memory else "--debug shows where"
-        print(f"metatokens: {cause}; {remedy}", file=sys.stderr)
+        say(f"metatokens: {cause}; {remedy}")
         return ResourceError.exit_code if out_of_memory else 1
 
 
@@ -101,10 +102,10 @@ def _end_of_path(error: OSError) -> int:
     kind = ResourceError if error.errno in FULL_DISK else UsageError
     what, found = error.filename or "a file", error.strerror or str(error)
     line = kind(str(what), expected="a path that can be used", found=found, remedy="--debug shows where")
-    print(f"metatokens: {line}", file=sys.stderr)
+    say(f"metatokens: {line}")
     return kind.exit_code
 
 
 def _show_warning(message: Warning | str, *details: Any) -> None:
     del details
-    print(f"metatokens: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"metatokens: warning: {' '.join(str(message).split())}")

@@ -8,6 +8,7 @@ from typing import Any
 from metatokens.cli.arguments import add_overrides, add_verb
 from metatokens.cli.output import announce, emit
 from metatokens.cli.reading import Progress
+from metatokens.errors import redact
 
 
 def add(verbs: Any) -> None:
@@ -49,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     identity = Identity(
         name="/".join(options.checkpoint.absolute().parts[-2:]),
         weights_sha256=folder.sha256,
-        command=shlex.join(words),
+        command=redact(shlex.join(words)),
     )
     progress = Progress()
     try:

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if options.out:
             written = to_json(asdict(result), indent=1) + "\n"
-            keep_elsewhere(options.out, lambda path: write_atomically(path, written))
+            keep_elsewhere(options.out, lambda path: write_atomically(path.resolve(), written))
     finally:
         text = () if folders[0].finetuning else ("--text", "python-docs")
         following = ("metatokens", "analyze", options.checkpoints[0], *text, "--out", "analysis")

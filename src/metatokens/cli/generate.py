@@ -9,6 +9,7 @@ from typing import Any
 from metatokens.cli.arguments import add_verb, at_least
 from metatokens.cli.output import announce, emit, say
 from metatokens.cli.schedules import add_schedule, schedule_of
+from metatokens.errors import printable
 
 
 def add(verbs: Any) -> None:
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         say("reading the prompt from standard input; press Ctrl-D on an empty line to end it")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     unshown = iter([prompt])  # shown with the first piece, when all checks have passed
-    stream = None if options.json else lambda text: print(next(unshown, "") + text, end="", flush=True)
+    stream = None if options.json else lambda text: _show(next(unshown, "") + text, end="")
     result = generate_text(
         model,
         tokenizer,
@@ -53,7 +54,12 @@ def _run(options: argparse.Namespace) -> int:
     )
     # a prompt from standard input cannot be typed again
     following = None if options.prompt == "-" else _without_meta_tokens(options)
-    return emit(options, result, lambda: print(next(unshown, "")), following=following)
+    return emit(options, result, lambda: _show(next(unshown, "")), following=following)
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Print text to a terminal without what would command it, elsewhere as it is."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object]:

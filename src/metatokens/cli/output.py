@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from metatokens.errors import printable, redact
 from metatokens.storage import to_json
 
 
@@ -40,4 +41,4 @@ def announce(options: argparse.Namespace, line: str) -> None:
 
 def say(line: str) -> None:
     """Print a message on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(redact(line)), file=sys.stderr, flush=True)

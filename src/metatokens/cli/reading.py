@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.cli.arguments import at_least
 from metatokens.cli.output import say
+from metatokens.errors import printable
 
 if TYPE_CHECKING:
     from metatokens.data.sources import SourceOptions
@@ -71,7 +72,7 @@ class Progress:
         if share is not None:
             text += f" ({share:.0%}){self._time_left(now, share)}"
         if self._in_place:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{printable(text)}", end="", file=sys.stderr, flush=True)
             self._is_line_open = True
         else:
             say(text)

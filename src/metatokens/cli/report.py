@@ -6,6 +6,7 @@ from typing import Any
 
 from metatokens.cli.arguments import add_verb
 from metatokens.cli.output import announce, emit
+from metatokens.errors import printable
 
 
 def add(verbs: Any) -> None:
@@ -35,4 +36,9 @@ def _run(options: argparse.Namespace) -> int:
     out = options.out or first
     check_file(out / (COMPARISON_NAME if others else PAGE_NAME))
     page = write_comparison(options.results, out) if others else write_report(first, out)
-    return emit(options, {"page": str(page)}, lambda: print(page), following=("python", "-m", "webbrowser", page))
+    return emit(
+        options,
+        {"page": str(page)},
+        lambda: print(printable(str(page))),
+        following=("python", "-m", "webbrowser", page),
+    )

@@ -23,7 +23,9 @@ def add(verbs: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from metatokens.training.loading import ModelFolder
 
-    path = ModelFolder(options.checkpoint).path
+    folder = ModelFolder(options.checkpoint)
+    folder.check_path()
+    path = folder.path
     announce(options, f"opening {options.checkpoint}")
     from transformers import GenerationConfig
 

@@ -46,11 +46,11 @@ def _run(options: argparse.Namespace) -> int:
         plan = describe_plan(sweep, runs)
         return emit(options, plan, lambda: show_rows(f"sweep would run, {plan['matching']}", plan["runs"]))
     results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
-    from rich.console import Console
+    from metatokens.report.console import PlainConsole
 
     analyze = ("metatokens", "analyze", runs[0].folder.path, "--out", options.out / "analysis")
     following = None if results.failed else analyze
-    emit(options, results, lambda: Console().print(*to_rich(results)), following=following)
+    emit(options, results, lambda: PlainConsole().print(*to_rich(results)), following=following)
     for failure in results.failed:
         say(f"metatokens: {failure.run}: {failure.error}")
     return int(bool(results.failed))

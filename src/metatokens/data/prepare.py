@@ -338,6 +338,8 @@ def _exclusive(out: Path) -> Iterator[Path]:
             _check_free(out)  # again, now that no other process can make it
             # the lock ends with its process, so a hidden folder that exists now was left by a killed or failed run
             folder = _partial_folder(out)
+            if folder.is_symlink():
+                raise _disk_error(folder, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
             folder.mkdir(exist_ok=True)
             try:
                 yield folder

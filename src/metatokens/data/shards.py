@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from metatokens.data.tokenizer import tokenizer_from_json
-from metatokens.errors import DataError, UsageError
+from metatokens.data.tokenizer import MAX_TOKENIZER_BYTES, tokenizer_from_json
+from metatokens.errors import DataError, UsageError, printable
 from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -306,11 +306,11 @@ class TokenDataset:
                     raise _broken(self.path / name, f"{size} bytes", f"{found} bytes")
             os.close(self._descriptors.pop(index))
         for extra in sorted({entry.name for entry in self.path.iterdir()} - known):
-            _log.warning("%s: not in %s, ignored", self.path / extra, MANIFEST_NAME)
+            _log.warning("%s: not in %s, ignored", printable(str(self.path / extra)), MANIFEST_NAME)
 
     def _tokenizer_json(self) -> bytes:
         path = self.path / TOKENIZER_NAME
-        content = _read_regular(path, None)
+        content = _read_regular(path, MAX_TOKENIZER_BYTES)
         found = hashlib.sha256(content).hexdigest()
         if found != self.manifest.tokenizer_sha256:
             raise _broken(path, f"SHA-256 {self.manifest.tokenizer_sha256[:12]}...", f"{found[:12]}...")
@@ -383,10 +383,10 @@ def _open_regular(path: Path) -> int:
     return descriptor
 
 
-def _read_regular(path: Path, max_bytes: int | None) -> bytes:
+def _read_regular(path: Path, max_bytes: int) -> bytes:
     with os.fdopen(_open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if max_bytes is not None and size > max_bytes:
+        if size > max_bytes:
             raise _broken(path, f"at most {max_bytes} bytes", f"{size} bytes")
         return file.read()
 

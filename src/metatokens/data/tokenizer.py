@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 META_TOKEN = "_PAUSE_"  # paper section 3: the designated meta-token of the tasks
 END_OF_TEXT = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+MAX_TOKENIZER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens with its merges has about 35 MB
 # the first of these that a vocabulary has ends a document
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
@@ -106,9 +107,9 @@ def load_text_tokenizer(source: str) -> Tokenizer:
     if (path / "model" / "tokenizer.json").is_file():  # a run
         path /= "model"
     if path.is_file():
-        whole = tokenizer_from_json(path.read_bytes(), str(path))
+        whole = tokenizer_from_json(_read_bounded(path), str(path))
     elif (path / "tokenizer.json").is_file():
-        whole = tokenizer_from_json((path / "tokenizer.json").read_bytes(), str(path / "tokenizer.json"))
+        whole = tokenizer_from_json(_read_bounded(path / "tokenizer.json"), str(path / "tokenizer.json"))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         whole = _gpt2_tokenizer(path)
     elif path.exists():
@@ -141,6 +142,18 @@ def as_text_tokenizer(source: AnyTokenizer) -> Tokenizer:
     if not isinstance(whole, Tokenizer):
         raise TypeError(f"a tokenizer is a fast one of transformers, a tokenizers.Tokenizer or a name, not {source!r}")
     return _text_tokenizer_of(whole, type(source).__name__)
+
+
+def _read_bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        found = f"{path.stat().st_size} bytes"
+        raise UsageError(
+            str(path),
+            expected=f"a tokenizer of at most {MAX_TOKENIZER_BYTES} bytes",
+            found=found,
+            remedy="use another tokenizer",
+        )
+    return path.read_bytes()
 
 
 def _text_tokenizer_of(whole: Tokenizer, name: str) -> Tokenizer:

@@ -51,7 +51,7 @@ def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: s
     Raises:
         UsageError: if the schedule has meta-tokens and the model has none.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if getattr(config, "meta_token_id", None) is None and not schedule.is_empty:
         raise UsageError(
             f"schedule {schedule.kind}",
@@ -63,7 +63,9 @@ def serve(path: Path, schedule: MetaSchedule, *, host: str, port: int, device: s
     class Served:
         @staticmethod
         def from_pretrained(*arguments: Any, **options: Any) -> Any:
-            model = AutoModelForCausalLM.from_pretrained(*arguments, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                *arguments, **{**options, "use_safetensors": True, "trust_remote_code": False}
+            )
             follow_schedule(model, schedule)
             return model
 

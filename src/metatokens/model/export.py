@@ -49,9 +49,16 @@ def copy_code(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in REMOTE_CODE:
-        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        _copy(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
     (folder / CUSTOM_GENERATE).parent.mkdir(exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name("schedule.py"), folder / CUSTOM_GENERATE)
+    _copy(Path(__file__).with_name("schedule.py"), folder / CUSTOM_GENERATE)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; a link in its place is replaced."""
+    if target.is_symlink():
+        target.unlink()
+    shutil.copyfile(source, target)
 
 
 def save_model(
@@ -67,7 +74,12 @@ def save_model(
         path: the folder; it may be new.
         tokenizer: saved beside it, unless None.
         weights: saved in place of the model's own, such as a copy of earlier ones.
+
+    Raises:
+        ValueError: the folder holds a link, as the hub's cache does; transformers would write through it.
     """
+    if links := sorted(entry for entry in Path(path).glob("*") if entry.is_symlink()):
+        raise ValueError(f"{links[0]} is a link, and saving would change what it points to; save into another folder")
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would break up the training's own
     try:

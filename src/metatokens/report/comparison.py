@@ -23,6 +23,7 @@ from metatokens.report.findings import findings_of
 from metatokens.report.glossary import explain
 from metatokens.report.hand_over import draw_hand_over
 from metatokens.report.numbers import format_estimate
+from metatokens.storage import write_atomically
 
 COMPARISON_NAME = "comparison.html"
 _SCRIPTS = ("figures.js", "downloads.js", "comparison.js")
@@ -37,7 +38,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     page = out / COMPARISON_NAME
-    page.write_text(render_comparison([read_results(folder)[0] for folder in folders]), encoding="utf-8")
+    write_atomically(page, render_comparison([read_results(folder)[0] for folder in folders]))
     return page
 
 

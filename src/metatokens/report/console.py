@@ -6,9 +6,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from metatokens.errors import printable
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
 from metatokens.report.numbers import format_estimate, format_large, format_value
+
+
+class PlainConsole(Console):
+    """A console that takes no markup and shows a picture for each control character of what it prints."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the options of `Console`."""
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text as it is measured and printed."""
+        return super().render_str(printable(text), **options)
 
 
 def show_table(title: str, rows: dict[str, Any]) -> None:
@@ -20,7 +34,7 @@ def show_table(title: str, rows: dict[str, Any]) -> None:
         if value in (None, [], {}):
             continue
         table.add_row(name.replace("_", " "), format_value(name, value))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -33,12 +47,12 @@ def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             *(f"{v:,}" if isinstance(v, int) else f"{v:.3g}" if isinstance(v, float) else v for v in row.values())
         )
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def show_presets(presets: Sequence[Any]) -> None:
     """Show `metatokens.evaluation.presets.PresetDescription`s: a line of numbers each, and below it what it is for."""
-    console = Console()
+    console = PlainConsole()
 
     def show(name: str, *numbers: str) -> None:
         console.print(f"{name:<28}" + "".join(f"{number:>12}" for number in numbers), highlight=False, markup=False)
@@ -78,7 +92,7 @@ def show_recall(result: Any) -> None:
     for row in result.rows:
         cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)
         table.add_row(row.length, *(_of_models(interval, outcomes) for interval, outcomes in cells))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def show_verdicts(results: Any) -> None:
@@ -90,7 +104,7 @@ def show_verdicts(results: Any) -> None:
         note = f" ({verdict.note})" if verdict.note else ""
         effect = ", ".join(filter(None, (format_estimate(verdict), verdict.beside_paper)))
         table.add_row(verdict.claim, verdict.paper, effect, f"{verdict.verdict}{note}")
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     for line in results.not_run:
         console.print(f"not run: {line}", highlight=False, markup=False)

@@ -4,8 +4,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from metatokens.report.console import PlainConsole
 
 WIDTH = 80
 
@@ -115,8 +116,8 @@ def show_next(folder: Path) -> None:
     _lines(f'import metatokens as mt; m = mt.load("{folder}/meta/model")', "", indent=4)
 
 
-def _console() -> Console:
-    return Console(width=WIDTH, highlight=False)
+def _console() -> PlainConsole:
+    return PlainConsole(width=WIDTH, highlight=False)
 
 
 def _table(title: str) -> Table:

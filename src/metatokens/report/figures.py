@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
 from metatokens.report.sweep_results import AccuracyRow, CellResult, SweepResults, arm_name, panels
 from metatokens.report.tables import evaluation_names, find_evaluation
+from metatokens.storage import no_follow
 
 # Okabe, Ito 2008, "Color Universal Design"; yellow last, as it is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -58,7 +59,8 @@ def draw_sweep(results: SweepResults, folder: Path) -> list[Path]:
     for stem, figure in figures.items():
         if figure is not None:
             paths.append(folder / f"{stem}.png")
-            paths[-1].write_bytes(to_png(figure))
+            with open(paths[-1], "wb", opener=no_follow) as file:
+                file.write(to_png(figure))
     return paths
 
 

@@ -43,6 +43,7 @@ from metatokens.report.findings import findings_of, hand_over_records
 from metatokens.report.glossary import explain
 from metatokens.report.numbers import format_estimate, format_p
 from metatokens.report.opening import opening_of, opening_view
+from metatokens.storage import no_follow, write_atomically
 
 PAGE_NAME = "report.html"
 DECIDED = ("supported", "the opposite holds")
@@ -123,11 +124,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     figures, files = target / "figures", figure_files(results, arrays)
     for name, data in files.items():
         figures.mkdir(exist_ok=True)
-        (figures / name).write_bytes(data)
+        with open(figures / name, "wb", opener=no_follow) as file:
+            file.write(data)
     for name in file_names() - files.keys():
         (figures / name).unlink(missing_ok=True)  # of an earlier analysis in the same folder
     page = target / PAGE_NAME
-    page.write_text(render_page(results, arrays), encoding="utf-8")
+    write_atomically(page, render_page(results, arrays))
     return page
 
 

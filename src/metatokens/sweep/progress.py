@@ -13,6 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from metatokens.errors import printable
 from metatokens.sweep.planning import SweepRun, stage_steps
 
 _TAIL_BYTES = 4_096  # of metrics.jsonl: more than its last line
@@ -106,7 +107,7 @@ class SweepDisplay:
     def say(self, line: str) -> None:
         """Write a line that stays."""
         if self._shown:
-            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._bars.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def say_once(self, line: str) -> None:
         """Write a line unless it has been written."""

@@ -32,7 +32,7 @@ from metatokens.config.loading import to_yaml
 from metatokens.config.sweep import PerplexityConfig
 from metatokens.errors import UsageError
 from metatokens.report.sweep_results import FailedRun
-from metatokens.storage import hold_lock, write_atomically
+from metatokens.storage import hold_lock, no_follow, write_atomically
 from metatokens.sweep.progress import SweepDisplay
 from metatokens.training.signals import StopRequest, collect_stop_signals
 
@@ -252,7 +252,7 @@ class _Process:
         self._log_path = folder / "log.txt"
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this function
         arguments = training_arguments(run) if evaluation is None else evaluation_arguments(run, evaluation)
-        with self._log_path.open("ab") as log:
+        with open(self._log_path, "ab", opener=no_follow) as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "metatokens.sweep.child", *arguments],

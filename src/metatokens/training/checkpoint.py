@@ -34,8 +34,6 @@ FORMAT = "checkpoint/1"
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG = "config.json"
 MODEL_CARD = "README.md"
-WEIGHT_SHARDS = "shard-*-model-00001-of-*.safetensors"
-"""Where each process has written its part of the weights; the moments are in files of another number."""
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]*/)?[A-Za-z0-9._-]+")
 STEP_FOLDER = re.compile(r"step-(\d{8})")

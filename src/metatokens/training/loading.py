@@ -5,7 +5,6 @@ Paths and configs of runs are read without torch, so that a command refuses a wr
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +20,12 @@ from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
+from metatokens.training.untrusted import OPENED, check_files, read_config, weight_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# the files of a hub repository that open a model: only safetensors weights, nothing in subfolders
-_OPENED = ["*.json", "*.safetensors", "merges.txt"]
 _LONGEST_CAUSE = 300
 _NOT_OF_AN_ARM = {"transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 
@@ -46,8 +44,8 @@ class ModelFolder:
         self.name = name
 
     def check_path(self) -> None:
-        """Raise CheckpointError if there is no model; a model of the hub is looked for there."""
-        self.path  # noqa: B018 - found and kept for later use
+        """Raise CheckpointError if there is no model with a readable config; a model of the hub is looked for there."""
+        self._config_json  # noqa: B018 - found and kept for later use
 
     @cached_property
     def path(self) -> Path:
@@ -62,12 +60,15 @@ class ModelFolder:
                 found="none",
                 remedy="name a run, its model/ or a checkpoint",
             )
+        check_files(folder)
         return folder
 
     @cached_property
     def is_ours(self) -> bool:
         """Whether this package made the model."""
-        return str(self._read_config().get("model_type")).startswith("metatokens")
+        from metatokens.baselines.building import MODEL_CLASSES
+
+        return str(self._config_json.get("model_type")) in MODEL_CLASSES
 
     @cached_property
     def config(self) -> Any:
@@ -78,7 +79,7 @@ class ModelFolder:
         with _one_line_errors(self.path):
             if not ours:
                 raise ValueError("a model_type of another package")
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def shape(self) -> ModelConfig:
@@ -104,15 +105,9 @@ class ModelFolder:
     @cached_property
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
-        from metatokens.training.checkpoint import WEIGHT_SHARDS, WEIGHTS
-
-        config = self._read_config()
-        config.pop("transformers_version", None)
-        whole = self.path / WEIGHTS
-        parts = (*self.path.glob("model-*.safetensors"), *self.path.glob(WEIGHT_SHARDS))
-        files = [whole] if whole.exists() else sorted(parts)
-        digests = [json_sha256(config), *map(file_sha256, files)]
-        return hashlib.sha256("/".join(digests).encode()).hexdigest()
+        config = {key: value for key, value in self._config_json.items() if key != "transformers_version"}
+        parts = [json_sha256(config), *map(file_sha256, weight_files(self.path))]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @cached_property
     def pretraining(self) -> PretrainConfig | None:
@@ -152,7 +147,8 @@ class ModelFolder:
 
         from metatokens.baselines.pretrained import load_pretrained
         from metatokens.data.tokenizer import text_vocab_size
-        from metatokens.training.checkpoint import WEIGHT_SHARDS, load_weights, verify_model
+        from metatokens.training.checkpoint import load_weights, verify_model
+        from metatokens.training.untrusted import WEIGHT_SHARDS
 
         verify_model(self.path)
         if any(self.path.glob(WEIGHT_SHARDS)):
@@ -165,7 +161,12 @@ class ModelFolder:
                 return load_pretrained(self.path, text_vocab_size=vocab_size, seed=seed, local_files_only=True).eval()
         with _one_line_errors(self.path):
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                self.path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+                self.path,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         _check_weights(self.path, loaded)
         return model.eval()
@@ -195,19 +196,11 @@ class ModelFolder:
 
         config = self.config
         with torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
-    def _read_config(self) -> dict[str, Any]:
-        file = self.path / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            config = error
-        if not isinstance(config, dict):
-            found = str(config) if isinstance(config, Exception) else f"a {type(config).__name__}"
-            expected = "the JSON of a model of this package"
-            raise CheckpointError(str(file), expected=expected, found=found, remedy="use another checkpoint")
-        return config
+    @cached_property
+    def _config_json(self) -> dict[str, Any]:
+        return read_config(self.path)
 
 
 def open_model(path: Path, *, seed: int = 0) -> Any:
@@ -243,7 +236,7 @@ def check_one_arm(folders: Sequence[ModelFolder]) -> None:
     first, *others = folders
     for other in others:
         ours, theirs = (
-            {key: value for key, value in folder._read_config().items() if key not in _NOT_OF_AN_ARM}
+            {key: value for key, value in folder._config_json.items() if key not in _NOT_OF_AN_ARM}
             for folder in (first, other)
         )
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -286,7 +279,7 @@ def _hub_folder(name: str) -> Path:
 
     try:
         with _silent_transformers():  # this silences the hub's progress bars too
-            return Path(snapshot_download(name, allow_patterns=_OPENED, ignore_patterns="*/*"))
+            return Path(snapshot_download(name, allow_patterns=OPENED, ignore_patterns="*/*"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             name,

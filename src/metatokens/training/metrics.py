@@ -21,8 +21,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metatokens.errors import FULL_DISK, ResourceError, UsageError
-from metatokens.storage import write_atomically
+from metatokens.errors import FULL_DISK, ResourceError, UsageError, printable
+from metatokens.storage import no_follow, write_atomically
 
 PLAIN_LINE_SECONDS = 10  # least time between two progress lines without a terminal
 
@@ -42,7 +42,7 @@ class MetricsWriter:
         started = {name: _start_tracker(name, path.parent, dict(config or {})) for name in trackers}
         self._trackers = {name: tracker for name, tracker in started.items() if tracker is not None}
         # unbuffered: a line that did not fit must not come back when the file is closed
-        self._file = path.open("ab", buffering=0)
+        self._file = open(path, "ab", buffering=0, opener=no_follow)  # noqa: SIM115 - it outlives this function
         self._broken = False
 
     def write(self, step: int, **metrics: float) -> None:
@@ -206,4 +206,4 @@ class ProgressDisplay:
         """Write a line that stays; if the terminal is gone, the line is lost and the run goes on."""
         if self._shown:
             with suppress(OSError):
-                self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                self._bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

@@ -25,7 +25,7 @@ import transformers
 from pydantic import BaseModel
 
 from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
-from metatokens.errors import UsageError
+from metatokens.errors import UsageError, redact
 from metatokens.storage import (
     check_file,
     check_folder,
@@ -134,7 +134,7 @@ class RunFolder:
 
     def write_config(self, config: BaseModel) -> None:
         """Write config and versions, which ties the folder to this run; call once no check can refuse the start."""
-        write_atomically(self.config_path, to_yaml(config))
+        write_atomically(self.config_path, redact(to_yaml(config)))
         document = {**versions(), "config_sha256": digest(config)}
         write_atomically(self.path / "versions.json", json.dumps(document, indent=2) + "\n")
         self.marker_path.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """Results come back as they were written, byte for byte, or are refused in one line."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from metatokens.analysis import results as results_module
 from metatokens.analysis.results import Record, Results, TokenView, Verdict, read_results, write_results
 from metatokens.errors import DataError
 
@@ -94,4 +96,20 @@ def test_broken_or_missing_files_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="expected results of metatokens analyze"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit", "message"),
+    [("(8,)", 10, "more than 10 bytes, unpacked"), ("(1000000000000,)", 1000, "a.npy is shorter than its header")],
+)
+def test_an_archive_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, limit: int, message: str
+) -> None:
+    write_results(tmp_path, *sample())
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(8))
+    monkeypatch.setattr(results_module, "_LARGEST_ARRAYS", limit)
+    with pytest.raises(DataError, match=message):
         read_results(tmp_path)

@@ -327,3 +327,15 @@ def test_python_docs_are_topics_and_docstrings_in_a_fixed_order():
     assert any(document.source == "python/abc.py" for document in first)
     assert len({document.source for document in first}) == 120
     assert source_files("python-docs") == []
+
+
+def test_an_archive_of_blank_lines_is_refused_before_it_takes_hours(tmp_path, fails):
+    for name in ("a.jsonl.gz", "a.json.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"\n" * 5_000_000))
+        with fails(3, name, "row 1001", "1000 bytes"):
+            read(tmp_path / name, max_document_bytes=1000)
+
+
+def test_some_blank_lines_between_rows_are_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes((b"\n" * 900 + b'{"text": "a"}\n') * 3)
+    assert texts_of(tmp_path / "a.jsonl", max_document_bytes=1000) == ["a"] * 3

@@ -38,8 +38,8 @@ def test_copies_follow_the_checkpoints_and_the_newest_comes_back(training: Train
     RemoteCopies(address).fetch_newest(fresh)
     newest = find_checkpoint(fresh)
     assert newest == fresh / "step-00000003"
-    for path in (folder / newest.name).iterdir():
-        assert (newest / path.name).read_bytes() == path.read_bytes()
+    for path in (path for path in (folder / newest.name).rglob("*") if path.is_file()):
+        assert (newest / path.relative_to(folder / newest.name)).read_bytes() == path.read_bytes()
 
     files.rm_file(f"{root}/step-00000003/manifest.json")  # as if its copying had been interrupted
     shutil.rmtree(newest)
