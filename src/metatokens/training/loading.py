@@ -20,7 +20,7 @@ from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.storage import file_sha256, json_sha256
-from metatokens.training.untrusted import OPENED, check_files, read_config, weight_files
+from metatokens.training.untrusted import OPENED, WEIGHT_SHARDS, check_files, read_config, weight_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -148,7 +148,6 @@ class ModelFolder:
         from metatokens.baselines.pretrained import load_pretrained
         from metatokens.data.tokenizer import text_vocab_size
         from metatokens.training.checkpoint import load_weights, verify_model
-        from metatokens.training.untrusted import WEIGHT_SHARDS
 
         verify_model(self.path)
         if any(self.path.glob(WEIGHT_SHARDS)):
