@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 NOT_RUN = {
     "pip install ": "changes the environment; `make dist` installs the package",
-    "torchrun ": "wants four GPUs; tests/integration/test_pretraining_distributed.py runs two processes",
+    "torchrun ": "wants GPUs; tests/integration/test_pretraining_distributed.py and test_torchrun.py run two processes",
     "metatokens serve ": "waits for requests; tests/integration/test_everywhere.py sends some",
     "python -m metatokens.evaluation.harness ": "needs lm-eval; tests/integration/test_everywhere.py runs it",
     "from trl import ": "trl is in no extra of the package; docs/compatibility.md says what was tried",

@@ -22,6 +22,7 @@ import os
 import stat
 import weakref
 from bisect import bisect_right
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeAlias
@@ -35,7 +36,7 @@ from metatokens.errors import DataError, UsageError, printable
 from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from tokenizers import Tokenizer
 
@@ -220,7 +221,9 @@ class TokenDataset:
                 (shard.name, opened, shard.sha256),
                 (index, _open_regular(self.path / index), shard.index_sha256),
             ):
-                if file_sha256(file) != sha256:
+                with _unreadable(self.path / name):
+                    digest = file_sha256(file)
+                if digest != sha256:
                     raise _broken(self.path / name, f"SHA-256 {sha256[:12]}...", "another digest")
 
     @property
@@ -251,7 +254,7 @@ class TokenDataset:
 
         Raises:
             ValueError: The range is not inside the split.
-            DataError: A shard has become shorter since it was opened.
+            DataError: A shard has become shorter since it was opened, or cannot be read.
         """
         ends = self._ends[split]
         if start < 0 or count < 0 or start + count > self.num_tokens(split):
@@ -284,7 +287,8 @@ class TokenDataset:
         content = b""
         # one call reads everything, unless the range is longer than the kernel's limit of 2 GiB
         while len(content) < num_bytes:
-            piece = os.pread(descriptor, num_bytes - len(content), at + len(content))
+            with _unreadable(self.path / shard.name):
+                piece = os.pread(descriptor, num_bytes - len(content), at + len(content))
             if not piece:
                 raise _broken(self.path / shard.name, f"{shard.bytes} bytes", f"{os.fstat(descriptor).st_size} bytes")
             content += piece
@@ -383,8 +387,17 @@ def _open_regular(path: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Name the file that a disk could not read."""
+    try:
+        yield
+    except OSError as error:
+        raise _broken(path, "a readable file", error.strerror or str(error)) from error
+
+
 def _read_regular(path: Path, max_bytes: int) -> bytes:
-    with os.fdopen(_open_regular(path), "rb") as file:
+    with os.fdopen(_open_regular(path), "rb") as file, _unreadable(path):
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise _broken(path, f"at most {max_bytes} bytes", f"{size} bytes")

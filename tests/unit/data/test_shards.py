@@ -163,6 +163,15 @@ def test_shard_truncated_under_an_open_dataset_is_a_data_error(prepared, fails):
             dataset.read("train", 0, dataset.num_tokens("train"))
 
 
+def test_a_shard_that_the_disk_cannot_read_is_a_data_error_with_its_name(prepared, fails):
+    with TokenDataset.open(prepared) as dataset:
+        unreadable = os.open("/proc/self/mem", os.O_RDONLY)  # no page is mapped at its start: EIO, as of a bad disk
+        os.dup2(unreadable, dataset._descriptors["train-00001.ds"])
+        os.close(unreadable)
+        with fails(3, "train-00001.ds", "a readable file", "Input/output error"):
+            dataset.read("train", 0, dataset.num_tokens("train"))
+
+
 def test_extra_file_is_a_warning(prepared, caplog):
     (prepared / "train-99999.ds").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
