@@ -7,7 +7,7 @@ BIN := .venv/bin
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
+.PHONY: demo test test-long test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -18,8 +18,11 @@ IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 demo: .venv/installed ## train two tiny models on the text that comes with Python and compare them
 	$(BIN)/metatokens demo $(DEMO_FLAGS)
 
-test: .venv/installed ## every test
-	$(BIN)/pytest $(IN_PARALLEL)
+test: .venv/installed ## every test but the long ones
+	$(BIN)/pytest $(IN_PARALLEL) -m "not long"
+
+test-long: .venv/installed ## whole trainings, jobs of several processes, every block of the documents
+	$(BIN)/pytest $(IN_PARALLEL) -m long
 
 test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims

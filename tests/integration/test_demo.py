@@ -17,6 +17,7 @@ SMALL = ("--text-tokens", "10000", "--recall-steps", "3")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_path):
     command = ("demo", "--out", tmp_path / "demo", *SMALL)
     shown = metatokens(*command)

@@ -89,6 +89,7 @@ def provide(made: Path, folder: Path, block: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
 def test_every_block_of_a_page_runs(page, docs, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

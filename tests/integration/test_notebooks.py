@@ -36,6 +36,7 @@ def test_a_notebook_is_kept_without_outputs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_shows_its_meta_tokens_what_zeroing_does_and_two_plots(tmp_path, monkeypatch):
     outputs = run("meet_a_meta_token_model", tmp_path, monkeypatch)
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")

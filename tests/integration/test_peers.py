@@ -15,7 +15,7 @@ from metatokens.config.schema import PretrainConfig
 STEPS = 8
 TWO = ("--training.micro_batch_blocks", "6")
 Config = Callable[..., PretrainConfig]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

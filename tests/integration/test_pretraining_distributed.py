@@ -58,6 +58,7 @@ open(f"{sys.argv[2]}.rank{os.environ['RANK']}", "w").write(digest)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_under_torchrun_train_as_one_does_and_hold_equal_weights(
     config: Config, alone: Path, tmp_path: Path
 ):
@@ -74,6 +75,7 @@ def test_two_processes_under_torchrun_train_as_one_does_and_hold_equal_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("world_size", "micro_batch_blocks"), [(2, 6), (3, 2)])
 def test_processes_that_are_killed_go_on_with_the_same_bits(
     config: Config, alone: Path, tmp_path: Path, world_size: int, micro_batch_blocks: int
@@ -116,6 +118,7 @@ def test_an_error_of_the_main_process_alone_ends_every_process_with_it(config: C
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_error_under_torchrun_is_one_line(config: Config, alone: Path, tmp_path: Path):
     (tmp_path / "config.yaml").write_text(to_yaml(config("--optimizer.learning_rate", "1e-3")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

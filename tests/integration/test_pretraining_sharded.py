@@ -16,7 +16,7 @@ from metatokens.training.pretraining import pretrain
 STEPS = 12
 FSDP2 = ("--training.parallel.kind", "fsdp2", "--training.micro_batch_blocks", "3")
 Config = Callable[..., PretrainConfig]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_block_of_the_guide_runs_in_order(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = {}

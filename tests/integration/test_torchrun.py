@@ -26,6 +26,7 @@ def worker_of(out: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_is_stopped_as_a_whole_and_loses_a_process_later_ends_with_the_same_bits(
     tokens: Path, tmp_path: Path
 ):

@@ -28,14 +28,15 @@ def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
     """
     folder = ModelFolder(checkpoint)
     model = folder.open_model()
-    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer))
+    made = Training("export", base_model=str(checkpoint))
+    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made)
     return {"model": str(out), "num_parameters": model.num_parameters()}
 
 
 def write_new_model(
-    model: Any, out: Path, tokenizer: Any, *, made: Training | None = None, dry_run: bool = False
+    model: Any, out: Path, tokenizer: Any, *, made: Training, dry_run: bool = False
 ) -> None:
-    """Write a model with its manifest, and a card if it is told how the model was made; a dry run only checks.
+    """Write a model with its manifest and card into the new folder `out`; a dry run only checks.
 
     Raises:
         UsageError: if `out` exists or cannot be written.
@@ -48,6 +49,5 @@ def write_new_model(
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as folder:
             save_model(model, folder, tokenizer)
-            if made is not None:
-                write_model_card(folder, model, made, name=out.name)
+            write_model_card(folder, model, made, name=out.name)
             write_manifest(folder)
