@@ -25,6 +25,7 @@ def errors(facts: Any, text: str) -> list[str]:
     return list(facts.check(text, everything=True))
 
 
+@pytest.mark.slow  # `make facts` does the same
 def test_every_number_of_the_documents_is_that_of_its_source() -> None:
     ended = subprocess.run([sys.executable, DOCS / "facts.py"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout

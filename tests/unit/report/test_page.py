@@ -32,6 +32,7 @@ def page() -> str:
     return render_page(*build_results())
 
 
+@pytest.mark.slow
 def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     results, arrays = build_results()
     write_results(tmp_path / "results", of_measures(results, FEW), arrays)
