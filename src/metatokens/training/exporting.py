@@ -33,9 +33,7 @@ def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
     return {"model": str(out), "num_parameters": model.num_parameters()}
 
 
-def write_new_model(
-    model: Any, out: Path, tokenizer: Any, *, made: Training, dry_run: bool = False
-) -> None:
+def write_new_model(model: Any, out: Path, tokenizer: Any, *, made: Training, dry_run: bool = False) -> None:
     """Write a model with its manifest and card into the new folder `out`; a dry run only checks.
 
     Raises:
