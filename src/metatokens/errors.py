@@ -119,3 +119,10 @@ class Preempted(BaseException):
 
     exit_code = 75
     is_repeated = False
+
+    @classmethod
+    def repeat(cls, line: str) -> Self:
+        """Return the exception that another process raised with this line."""
+        preempted = cls(line)
+        preempted.is_repeated = True
+        return preempted

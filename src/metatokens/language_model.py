@@ -50,6 +50,7 @@ from metatokens.model.export import save_model
 from metatokens.report.attention_figure import Attention
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import find_task
+from metatokens.training.checkpoint import MANIFEST, write_manifest
 from metatokens.training.initialization import build_model
 from metatokens.training.loading import ModelFolder, evaluation_config_of
 
@@ -140,7 +141,10 @@ class LanguageModel:
 
     def save(self, path: str | Path) -> None:
         """Write model and tokenizer into a folder that `load` and `from_pretrained` open."""
-        save_model(getattr(self.model, "wrapped", self.model), Path(path), self.tokenizer)
+        folder = Path(path)
+        save_model(getattr(self.model, "wrapped", self.model), folder, self.tokenizer)
+        if (folder / MANIFEST).exists():
+            write_manifest(folder)
 
     def __repr__(self) -> str:
         """Show what kind of model it is, and how large."""

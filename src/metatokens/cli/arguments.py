@@ -31,6 +31,7 @@ INTERVENTIONS = {
 }
 """The kinds of `metatokens.evaluation.interventions`, which imports torch, and how each is written."""
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_LONGEST_SECONDS = 10 * 366 * 24 * 3600
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -219,7 +220,10 @@ def duration(text: str) -> float:
     if parts is None or not any(parts.groups()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 3h50m or 90s")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+    whole = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if whole > _LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text} is more than ten years")
+    return float(whole)
 
 
 def finite_number(text: str) -> float:

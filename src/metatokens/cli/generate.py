@@ -17,7 +17,9 @@ def add(verbs: Any) -> None:
     parser = add_verb(verbs, "generate", _run, "continue a prompt, with meta-tokens on a schedule")
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - reads standard input")
-    parser.add_argument("--max-text-tokens", type=at_least(1), default=100, help="most text tokens to write")
+    parser.add_argument(
+        "--max-text-tokens", type=at_least(1), help="most text tokens to write (100, or as many as the window holds)"
+    )
     add_schedule(parser)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest tokens")

@@ -7,6 +7,7 @@ from typing import Any
 from metatokens.cli.arguments import add_verb, at_least
 from metatokens.cli.output import announce, emit, say
 from metatokens.cli.schedules import add_schedule, schedule_of
+from metatokens.errors import UsageError
 
 
 def add(verbs: Any) -> None:
@@ -31,9 +32,17 @@ def _run(options: argparse.Namespace) -> int:
 
     from metatokens.generation.serving import check_server, serve
     from metatokens.training.checkpoint import verify_model
+    from metatokens.training.untrusted import WEIGHT_SHARDS
 
     check_server(options.host, options.port)
     verify_model(path)
+    if any(path.glob(WEIGHT_SHARDS)):
+        raise UsageError(
+            str(options.checkpoint),
+            expected="a model in one piece",
+            found="the parts of several processes",
+            remedy=f"write `metatokens export {options.checkpoint} --out DIR` first",
+        )
     stated = GenerationConfig.from_pretrained(path) if (path / "generation_config.json").is_file() else None
     schedule = schedule_of(options, stated)
     url = f"http://{options.host}:{options.port}/v1"

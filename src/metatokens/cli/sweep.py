@@ -10,7 +10,7 @@ from metatokens.cli.output import announce, emit, say
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "fine-tune and evaluate a grid of runs; skips runs that are done and continues where it stopped"
+    text = "train and evaluate a grid of runs; skips runs that are done and continues where it stopped"
     parser = add_verb(verbs, "sweep", _run, text, long=True)
     parser.add_argument("file", type=Path, help="YAML file of the sweep")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the results")
@@ -48,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
     results = run_and_write(sweep, runs, options.out, slots, figures=options.figures)
     from metatokens.report.console import PlainConsole
 
-    analyze = ("metatokens", "analyze", runs[0].folder.path, "--out", options.out / "analysis")
+    text = () if sweep.training == "finetune" else ("--text", "python-docs")
+    analyze = ("metatokens", "analyze", runs[0].folder.path, *text, "--out", options.out / "analysis")
     following = None if results.failed else analyze
     emit(options, results, lambda: PlainConsole().print(*to_rich(results)), following=following)
     for failure in results.failed:

@@ -285,6 +285,8 @@ def _load_tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:
         )
     try:
         tree = yaml.load(_read_preset(preset), _StrictLoader)
+    except UsageError:  # a ValueError, as others of YAML are
+        raise
     except (OSError, *_NOT_YAML) as error:
         raise UsageError(f"preset {preset}", expected="YAML", found=str(error), remedy="correct the file") from None
     if not isinstance(tree, dict | None):

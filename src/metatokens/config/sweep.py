@@ -258,9 +258,18 @@ def evaluations_of(sweep: SweepConfig, point: GridPoint, origin: str) -> Iterato
         if all(point.labels[axis] in labels for axis, labels in evaluation.where.items()):
             where = f"{origin}, {point.name}: evaluations {evaluation.name}: ask"
             question = override_fields(base, evaluation.ask, where)
+            _check_injection(point.config, evaluation.ask, where)
             if isinstance(question, PerplexityConfig) and not question.text:
                 raise UsageError(where, expected="a text to score", found="none", remedy="add text: SOURCE to ask")
             yield evaluation, question
+
+
+def _check_injection(config: SweptConfig, ask: Mapping[str, Any], where: str) -> None:
+    """Refuse to score a model without the injection of its training, unless that is asked for."""
+    known = ("none", "periodic", "uniform")
+    if isinstance(config, PretrainConfig) and config.injection.kind not in known and "injection" not in ask:
+        expected = f"an injection that texts can be scored with: {', '.join(known)}"
+        raise UsageError(where, expected=expected, found=config.injection.kind, remedy="add injection: to ask")
 
 
 def _question_as_trained(config: SweptConfig) -> Question:

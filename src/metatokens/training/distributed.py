@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from metatokens.config.parallel import Single
 from metatokens.config.schema import StepConfig
-from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.errors import MetaTokensError, Preempted, ResourceError, UsageError
 from metatokens.training.watch import PeerWatch
 
 _SECONDS_TO_LEAVE = 60.0
@@ -73,17 +73,18 @@ class Processes:
 
         The block itself must not wait for another process.
         """
-        own: MetaTokensError | None = None
+        own: MetaTokensError | Preempted | None = None
         try:
             yield
-        except MetaTokensError as error:
+        except (MetaTokensError, Preempted) as error:
             own = error
         outcomes = self.gather(own and (type(own), str(own)))
         first = next((rank for rank, outcome in enumerate(outcomes) if outcome), None)
         if first is None:
             return
         if own is not None and first == self.rank:
-            if first:  # the main process was well, so what is wrong is with this one
+            if first and isinstance(own, MetaTokensError):
+                # the main process was well, so what is wrong is with this one
                 own.args = (f"rank {first}: {own}",)
             raise own
         kind, line = outcomes[first]  # type: ignore[misc]
@@ -137,7 +138,7 @@ def join_processes(config: StepConfig) -> Iterator[Processes]:
             _check_number(config, processes.world_size)
         yield processes
     except RuntimeError as error:
-        if processes.watch is None or not _is_of_transport(error):
+        if processes.watch is None or not is_of_transport(error):
             raise
         raise processes.watch.explain() from error
     finally:
@@ -211,7 +212,7 @@ def _leave(processes: Processes) -> None:
         processes.watch.stop()
 
 
-def _is_of_transport(error: RuntimeError) -> bool:
+def is_of_transport(error: RuntimeError) -> bool:
     """Tell whether an error says that a peer could not be reached; gloo has no type of its own for that."""
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 

@@ -1,6 +1,7 @@
 """Exporting: it writes a model, whose weights may lie in parts, as one folder for `from_pretrained`."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
 from metatokens.model.export import save_model
 from metatokens.storage import LEAST_BYTES, check_folder, new_folder
-from metatokens.training.checkpoint import write_manifest
+from metatokens.training.checkpoint import MODEL_CARD, write_manifest
 from metatokens.training.loading import ModelFolder
 from metatokens.training.model_card import Training, write_model_card
 
@@ -29,12 +30,15 @@ def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
     folder = ModelFolder(checkpoint)
     model = folder.open_model()
     made = Training("export", base_model=str(checkpoint))
-    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made)
+    card = folder.path / MODEL_CARD
+    write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made, card=card if card.is_file() else None)
     return {"model": str(out), "num_parameters": model.num_parameters()}
 
 
-def write_new_model(model: Any, out: Path, tokenizer: Any, *, made: Training, dry_run: bool = False) -> None:
-    """Write a model with its manifest and card into the new folder `out`; a dry run only checks.
+def write_new_model(
+    model: Any, out: Path, tokenizer: Any, *, made: Training, card: Path | None = None, dry_run: bool = False
+) -> None:
+    """Write a model with its manifest and card, a new one or a copy, into the new folder `out`; a dry run only checks.
 
     Raises:
         UsageError: if `out` exists or cannot be written.
@@ -47,5 +51,7 @@ def write_new_model(model: Any, out: Path, tokenizer: Any, *, made: Training, dr
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as folder:
             save_model(model, folder, tokenizer)
+            if card is not None:
+                shutil.copyfile(card, folder / MODEL_CARD)
             write_model_card(folder, model, made, name=out.name)
             write_manifest(folder)

@@ -34,7 +34,7 @@ from metatokens.training.checkpoint import (
     own_weights,
     write_manifest,
 )
-from metatokens.training.distributed import Processes
+from metatokens.training.distributed import Processes, is_of_transport
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
 from metatokens.training.model_card import Training, write_model_card
 from metatokens.training.optimizer import build_optimizer
@@ -135,9 +135,20 @@ def train(
             run = _Run(config, job, folder, processes, stop)
             return run.train(show_progress=show_progress, label=label or folder.path.name)
         except Preempted as preempted:
-            if processes.is_main:
-                folder.mark_preempted(stop.cause, str(preempted))
+            _mark(folder, processes, stop, preempted)
             raise
+        except RuntimeError as error:
+            if not (stop and is_of_transport(error)):
+                raise
+            # another process that was asked to stop has ended at once
+            ended = stop.preempted()
+            _mark(folder, processes, stop, ended)
+            raise ended from error
+
+
+def _mark(folder: RunFolder, processes: Processes, stop: StopRequest, preempted: Preempted) -> None:
+    if processes.is_main:
+        folder.mark_preempted(stop.cause or "a signal to another process", str(preempted))
 
 
 def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> None:
@@ -145,6 +156,8 @@ def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> Non
     folder.check_writable()
     folder.check_config(config)
     check_trackers(config.logging.trackers)
+    if config.checkpoint.copy_to is not None:
+        RemoteCopies(config.checkpoint.copy_to)
     find_start(config, folder, job.content_id, Processes())
     check_disk(folder, job.model.num_parameters())
 

@@ -1,7 +1,7 @@
 """Copies of checkpoints at an address that fsspec knows, such as s3://bucket/run, gs://... or memory://...
 
 A copy is complete when its manifest is there, which is written last and removed first. A run whose folder has no
-checkpoint, as on a new machine, fetches the newest copy and verifies it like any other.
+checkpoint or only older ones, as on a new machine, fetches the newest copy and verifies it like any other.
 """
 
 import posixpath
@@ -36,17 +36,22 @@ class RemoteCopies:
                 remedy="correct it, or install the package of its file system",
             ) from None
 
-    def update(self, folder: Path) -> None:
+    def update(self, folder: Path, keep_interval: int | None = None) -> None:
         """Copy what the folder has and the address lacks, and remove there what the folder has no more.
 
-        A failure is a warning: the checkpoints of the folder are as good as before.
+        Copies of later steps than the folder has stay, and so do those that are kept for ever: every `keep_interval`
+        steps. A failure is a warning: the checkpoints of the folder are as good as before.
         """
         try:
             local = {path.name: path for path in step_folders(folder)}
             there = set(self._complete())
             for name in sorted(local.keys() - there):
                 self._copy(local[name])
+            newest = max(local, default="")
             for name in sorted(there - local.keys()):
+                step = int(name.removeprefix("step-"))
+                if name > newest or (keep_interval is not None and step % keep_interval == 0):
+                    continue
                 self._files.rm_file(self._path(name, MANIFEST))
                 self._files.rm(self._path(name), recursive=True)
         except Exception as error:  # noqa: BLE001 - each file system raises errors of its own
@@ -54,22 +59,25 @@ class RemoteCopies:
             warnings.warn(f"checkpoints are not copied to {self._address}: {problem}", stacklevel=2)
 
     def fetch_newest(self, folder: Path) -> None:
-        """Fetch the newest copy into a folder, if it has no checkpoint and there is a copy.
+        """Fetch the newest copy into a folder whose own checkpoints are all older.
 
         Raises:
-            CheckpointError: the address cannot be read.
+            CheckpointError: the address cannot be read, and the folder has no checkpoint to go on from.
             ResourceError: the folder cannot be written.
         """
-        if step_folders(folder):
-            return
+        newest = max((path.name for path in step_folders(folder)), default="")
         try:
-            name = max(self._complete(), default=None)
-            if name is not None:
+            name = max(self._complete(), default="")
+            if name > newest:
                 with new_folder(folder / name) as temporary:
                     self._fetch(name, temporary)
         except MetaTokensError:
             raise
         except Exception as error:
+            if newest:
+                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(f"copies at {self._address} are not looked at: {problem}", stacklevel=2)
+                return
             raise CheckpointError(
                 self._address,
                 expected="copies of checkpoints that can be read",

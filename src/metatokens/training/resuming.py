@@ -26,15 +26,16 @@ def find_start(
     path = find_checkpoint(folder.checkpoints_path, processes)
     if path is None:
         return None, TrainingState(0, content_id, 1)
-    state = read_state(path)
-    if state.content_id != content_id:
-        raise DataError(
-            str(folder.path),
-            expected=f"the data and weights that the run began with, content_id {state.content_id}",
-            found=content_id,
-            remedy="pass the same data and weights, or choose another --out",
-        )
-    _check_run(config, path, state)
+    with processes.raise_together():
+        state = read_state(path)
+        if state.content_id != content_id:
+            raise DataError(
+                str(folder.path),
+                expected=f"the data and weights that the run began with, content_id {state.content_id}",
+                found=content_id,
+                remedy="pass the same data and weights, or choose another --out",
+            )
+        _check_run(config, path, state)
     return path, state
 
 

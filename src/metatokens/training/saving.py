@@ -159,7 +159,7 @@ class Saver:
                     stack.close()
                     self._rotate(final)
                     if self._copies is not None:
-                        self._copies.update(self._folder)
+                        self._copies.update(self._folder, self._config.keep_interval_steps)
 
     @contextlib.contextmanager
     def _together(self, path: Path) -> Iterator[None]:

@@ -52,8 +52,9 @@ class StopRequest:
 
     def note(self, number: int) -> None:
         """Take note of a signal; the first one counts."""
+        is_first = not self.cause
         self.cause = self.cause or ("--stop-after" if number == TIME_LIMIT else signal.Signals(number).name)
-        if self._is_interruptible:
+        if is_first and self._is_interruptible:
             raise self.preempted()
 
 

@@ -59,3 +59,31 @@ def test_a_copy_that_fails_is_a_warning_and_the_checkpoint_is_kept(training: Tra
 def test_an_address_of_no_file_system_is_refused():
     with pytest.raises(UsageError, match=r"checkpoint\.copy_to: expected an address that fsspec knows"):
         RemoteCopies("nowhere://run")
+
+
+def save_step(training: Training, folder: Path, step: int) -> None:
+    folder.mkdir(exist_ok=True)
+    saver = Saver(folder, CheckpointConfig(keep=9), Processes(), is_sharded=False, tokenizer=training.tokenizer)
+    saver.save(training.model, training.optimizer, TrainingState(step, "the content", 1))
+
+
+def test_copies_of_later_steps_and_those_kept_for_ever_stay(training: Training, tmp_path: Path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    copies = RemoteCopies(f"file://{tmp_path}/copies")
+    for step in (2, 4, 9):
+        save_step(training, folder, step)
+    copies.update(folder)
+    save_step(training, other, 6)
+    copies.update(other, keep_interval=4)
+    left = sorted(path.name for path in (tmp_path / "copies").iterdir())
+    assert left == ["step-00000004", "step-00000006", "step-00000009"]
+
+
+def test_a_folder_of_older_checkpoints_gets_the_newest_copy(training: Training, tmp_path: Path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    copies = RemoteCopies(f"file://{tmp_path}/copies")
+    save_step(training, folder, 4)
+    copies.update(folder)
+    save_step(training, other, 2)
+    copies.fetch_newest(other)
+    assert find_checkpoint(other) == other / "step-00000004"
