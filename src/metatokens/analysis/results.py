@@ -153,7 +153,9 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
             raise ValueError(f"more than {_LARGEST_JSON} bytes")
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(str(path), expected="results of metatokens analyze", found=str(error), remedy=remedy) from error
+        raise DataError(
+            str(path), expected="results of metatokens analyze", found=_cause(error), remedy=remedy
+        ) from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:
         raise DataError(str(path), expected=f"schema_version {SCHEMA_VERSION}", found=repr(version), remedy=remedy)
@@ -169,7 +171,7 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
             raise ValueError(f"theory_points of shape {arrays['theory_points'].shape}")
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
-            str(folder / ARRAYS_NAME), expected="the arrays of the results", found=str(error), remedy=remedy
+            str(folder / ARRAYS_NAME), expected="the arrays of the results", found=_cause(error), remedy=remedy
         ) from error
     missing = sorted({key for view in results.token_views for key in view.arrays.values()} - arrays.keys())
     if missing:
@@ -201,3 +203,8 @@ def _stated_bytes(content: IO[bytes]) -> int:
         raise ValueError(f"a .npy of version {version}")
     shape, _, dtype = read_header[version](content)
     return math.prod(shape) * dtype.itemsize
+
+
+def _cause(error: Exception) -> str:
+    """Say what went wrong, of a path without its number and name."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -110,7 +110,7 @@ def preset_purpose(name: str) -> str:
     """Return the first sentence of the comment that begins a preset of the package."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), _read_preset(name).splitlines())
     comment = " ".join(line.removeprefix("#").strip() for line in lines)
-    return re.split(r"(?<=\.) (?=[A-Z`-])", comment, maxsplit=1)[0].rstrip(".")
+    return re.split(r"(?<=[^.]\.) (?=[A-Z`-])", comment, maxsplit=1)[0].rstrip(".")
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
@@ -323,8 +323,8 @@ def _read_preset(preset: str) -> str:
         return known[preset].read_text(encoding="utf-8")
     raise UsageError(
         f"preset {preset!r}",
-        expected=f"a .yaml file or one of {', '.join(sorted(known))}",
-        found="neither",
+        expected="a .yaml file or a name that `metatokens info --presets` lists",
+        found="no such file" if path.suffix in YAML_SUFFIXES else "neither",
         remedy=nearest_name(preset, list(known)) or "see `metatokens info --presets`",
     )
 

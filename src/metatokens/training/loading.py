@@ -54,11 +54,12 @@ class ModelFolder:
         if _HUB_ID.fullmatch(str(self.name)) and not self.name.parent.exists():
             folder = _hub_folder(str(self.name))
         if not (folder / "config.json").is_file():
+            newest = max((self.name / "checkpoints").glob("step-*"), default=None)
             raise CheckpointError(
                 str(self.name),
                 expected="a folder with config.json",
-                found="none",
-                remedy="name a run, its model/ or a checkpoint",
+                found="none" if newest is None else "a run that has not ended",
+                remedy="name a run, its model/ or a checkpoint" if newest is None else f"name its checkpoint {newest}",
             )
         check_files(folder)
         return folder
