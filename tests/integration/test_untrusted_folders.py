@@ -203,7 +203,7 @@ def held_by(text: str) -> set[str]:
 
 
 def test_a_file_name_or_key_with_terminal_escapes_is_shown_with_pictures(tmp_path: Path) -> None:
-    shown = error_line("info", tmp_path / ESCAPE, code=2)
+    shown = error_line("generate", tmp_path / ESCAPE, "Once", code=4)
     assert "\u241b]0;owned\u2407" in shown
     assert held_by(shown) == set()
     (tmp_path / "preset.yaml").write_text(json.dumps({"model": {ESCAPE: 1}}))
