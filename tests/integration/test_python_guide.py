@@ -1,6 +1,7 @@
 """The guide to the Python API and the notebook run as they stand, on a small model of their own."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def folder(tmp_path_factory):
     assert main([*prepare, "--vocab-size", "300"]) == 0
     run = str(folder / "demo/meta")
     assert main(["pretrain", str(folder / "tiny.yaml"), "--data.path", tokens, "--out", run]) == 0
+    shutil.copytree(run, folder / "demo/recall/meta-attention")  # any model can be asked for its recall
     return folder
 
 
