@@ -114,7 +114,7 @@ class UniformSchedule:
 
 
 MetaSchedule = NoSchedule | PeriodicSchedule | UniformSchedule
-"""`is_due(num_text, num_meta, after_meta)` tells whether a meta-token comes next in a sequence of so many tokens."""
+"""`is_due(num_text, num_meta, after_meta)` tells whether a meta-token comes next after these counts of tokens."""
 
 _KINDS: dict[str, type[NoSchedule] | type[PeriodicSchedule] | type[UniformSchedule]] = {
     schedule.kind: schedule for schedule in (NoSchedule, PeriodicSchedule, UniformSchedule)

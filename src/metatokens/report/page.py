@@ -288,7 +288,7 @@ def _table(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_PackedView], list[_PackedView]]:
-    """Return the token views that fit into so many bytes, in their order, and those that do not."""
+    """Return the token views that fit into `room` bytes, in their order, and those that do not."""
     chosen, left_out = [], []
     for view in views:
         if len(view.json) <= room:

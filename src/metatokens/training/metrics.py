@@ -130,7 +130,7 @@ def _start_tracker(name: str, folder: Path, config: dict[str, Any]) -> Any:
         return _TRACKERS[name](folder, config)
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # each tracker package raises errors of its own
         if isinstance(error, ResourceError) or (isinstance(error, OSError) and error.errno in FULL_DISK):
             problem = f"{name} did not start ({_in_one_line(error)})"
             warnings.warn(f"{problem}; it gets no numbers, metrics.jsonl does", stacklevel=4)

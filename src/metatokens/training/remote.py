@@ -73,7 +73,7 @@ class RemoteCopies:
                     self._fetch(name, temporary)
         except MetaTokensError:
             raise
-        except Exception as error:
+        except Exception as error:  # each file system raises errors of its own
             if newest:
                 problem = " ".join(f"{type(error).__name__}: {error}".split())
                 warnings.warn(f"copies at {self._address} are not looked at: {problem}", stacklevel=2)

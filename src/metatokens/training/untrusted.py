@@ -29,7 +29,7 @@ _SIZES = {
     *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "max_position_embeddings", "n_positions"),
 }
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-_MOST_TIMES = 64  # a config that describes so many times the weights that there are is no mistake of a user's
+_MOST_TIMES = 64  # no honest mistake makes a config describe this many times the weights in the folder
 
 
 def check_files(folder: Path) -> None:
