@@ -24,6 +24,7 @@ STAGES = (
     {"training", "generation", "evaluation", "analysis"},
     {"report"},
     {"demo", "language_model", "sweep"},
+    {"replication"},
     {"cli", "__main__"},
 )
 STAGE_OF = {part: stage for stage, parts in enumerate(STAGES) for part in parts}

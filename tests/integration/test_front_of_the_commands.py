@@ -25,6 +25,7 @@ WRONG_PATHS = {
     "finetune": ["tiny/recall", "--start.kind", "checkpoint", "--start.path", MISSING],
     "evaluate": [MISSING],
     "sweep": [MISSING, "--out", "grid"],
+    "replicate": ["--scale", MISSING, "--out", "replication"],
     "perplexity": [MISSING, "text.txt"],
     "analyze": [MISSING, "--out", "analysis"],
     "report": [MISSING],

@@ -25,6 +25,7 @@ from metatokens.cli import (
     plan,
     prepare,
     pretrain,
+    replicate,
     report,
     serve,
     sweep,
@@ -37,7 +38,7 @@ from metatokens.names import nearest_name
 
 # in the order of the help
 VERBS = (
-    *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, perplexity),
+    *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
     *(analyze, report, generate, serve, export, info, plan),
 )
 

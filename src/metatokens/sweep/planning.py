@@ -6,10 +6,11 @@ its operations as `metatokens.model.accounting` counts them. It is a pure functi
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig, FreshStart
 from metatokens.config.loading import override_fields
 from metatokens.config.sweep import GridPoint, Question, SweepConfig, SweptConfig, evaluations_of, expand
 from metatokens.config.tasks import Difficulty, length_bin
@@ -17,17 +18,20 @@ from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import check_interventions, parse_intervention
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model.accounting import training_flops
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import make_instance
 from metatokens.training.finetuning import build_on_meta_device, training_batches
+from metatokens.training.initialization import build_model_on_meta_device
 from metatokens.training.loop import count_batch_flops
 from metatokens.training.pretraining import first_batch
 from metatokens.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from metatokens.config.schema import ModelConfig, PretrainConfig
     from metatokens.data.loader import Batch
 
 _SAMPLED_INSTANCES = 512  # the fewest instances of each stage, or all of a shorter one
@@ -92,6 +96,16 @@ class SweepRun:
 
 
 @dataclass(frozen=True)
+class Promised:
+    """What other commands will have made before a sweep runs, so that it can be planned before they do."""
+
+    models: Mapping[str, ModelConfig]
+    """By the paths that runs start from."""
+    text_vocab_size: int
+    """Of the tokens that runs pre-train on, and of the models."""
+
+
+@dataclass(frozen=True)
 class _Arm:
     """A combination of labels with the costs of a step in each of its stages."""
 
@@ -112,18 +126,20 @@ class _Arm:
         )
 
 
-def plan_sweep(sweep: SweepConfig, out: Path, origin: str) -> list[SweepRun]:
+def plan_sweep(sweep: SweepConfig, out: Path, origin: str, *, promised: Promised | None = None) -> list[SweepRun]:
     """Return the runs in order, with seeds outermost, so that a grid cut short has whole seeds.
 
     Args:
         sweep: its config.
         out: folder of the sweep; nothing is written.
         origin: name of the sweep's file, for messages.
+        promised: models and tokens that need not exist yet. Trained models then count with a tokenizer of the task's
+            words; the output layer makes logits for answers alone, so that the difference is small.
 
     Raises:
         UsageError: a run cannot be trained or evaluated, or arms cannot share a budget.
     """
-    estimator = _CostEstimator()
+    estimator = _CostEstimator(promised)
     arms = [estimator.arm(sweep, point, origin) for point in expand(sweep, origin)]
     configs = [_match_budget(sweep, arm, _reference_of(sweep, arm, arms), origin) for arm in arms]
     return [
@@ -183,20 +199,26 @@ def describe_plan(sweep: SweepConfig, runs: Sequence[SweepRun]) -> dict[str, Any
 class _CostEstimator:
     """Measures costs of combinations and checks them; work that several share is done once."""
 
-    def __init__(self) -> None:
+    def __init__(self, promised: Promised | None) -> None:
+        self._promised = promised
         self._batches: dict[str, list[list[Batch]]] = {}
         self._fillable: set[tuple[str, str]] = set()
 
     def arm(self, sweep: SweepConfig, point: GridPoint, origin: str) -> _Arm:
         """Return a combination with its costs, after all checks that need no training."""
-        config = point.with_seed(point.config, sweep.seeds[0])
+        config = self._from_promised_model(point.with_seed(point.config, sweep.seeds[0]))
+        tokenizer = None
         if isinstance(config, FinetuneConfig):
             model, tokenizer = build_on_meta_device(config)
             stages = self._sample(config, model, tokenizer)
             _check_window(stages, model, f"{origin}, {point.name}")
+            costs = [_mean_cost(model, batches) for batches in stages]
+        elif self._promised is None:
+            model, _, batch = first_batch(config)
+            costs = [_mean_cost(model, [batch])]
         else:
-            model, tokenizer, batch = first_batch(config)
-            stages = [[batch]]
+            model, cost = _cost_of_a_shape(config, self._promised.text_vocab_size)
+            costs = [cost]
         evaluations = tuple(
             EvaluationRequest(evaluation.name, question, evaluation.interventions)
             for evaluation, question in evaluations_of(sweep, point, origin)
@@ -218,9 +240,19 @@ class _CostEstimator:
             evaluations=evaluations,
             parameters=model.num_parameters(),
             windows=WindowSizes.of(model),
-            text_tokens=tuple(_mean([batch.num_text for batch in batches]) for batches in stages),
-            flops=tuple(_mean([count_batch_flops(model, b) for b in batches]) for batches in stages),
+            text_tokens=tuple(text_tokens for text_tokens, _ in costs),
+            flops=tuple(flops for _, flops in costs),
         )
+
+    def _from_promised_model(self, config: SweptConfig) -> SweptConfig:
+        """Return the config with a new model of the same shape in place of one that is still to be trained."""
+        if self._promised is None or not isinstance(config, FinetuneConfig) or isinstance(config.start, FreshStart):
+            return config
+        path = posixpath.normpath(config.start.path)
+        if path not in self._promised.models:
+            expected = f"a model that an earlier command makes: {', '.join(self._promised.models) or 'none does'}"
+            raise UsageError("start.path", expected=expected, found=path, remedy="correct the path or the plan")
+        return config.model_copy(update={"start": FreshStart(model=self._promised.models[path])})
 
     def _sample(self, config: FinetuneConfig, model: Any, tokenizer: Any) -> list[list[Batch]]:
         """Return the first groups of batches of each stage; arms that read the same share them."""
@@ -252,6 +284,20 @@ class _CostEstimator:
                 difficulty = Difficulty(size=config.size, prompt_tokens=length_bin(length))
                 make_instance(config.task, difficulty, encoder=encoder, seed=config.seed, split="test", index=0)
                 self._fillable.add(key)
+
+
+def _mean_cost(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Return the text tokens and the operations of a step."""
+    return _mean([batch.num_text for batch in batches]), _mean([count_batch_flops(model, batch) for batch in batches])
+
+
+def _cost_of_a_shape(config: PretrainConfig, text_vocab_size: int) -> tuple[Any, tuple[float, float]]:
+    """Return the model on the meta device, and the text tokens and the operations of a step of pre-training."""
+    model = build_model_on_meta_device(config.model, text_vocab_size=text_vocab_size, eos_token_id=text_vocab_size - 1)
+    num_text, blocks = config.text_tokens_per_block, config.training.batch_blocks
+    num_positions = config.data.block_size
+    flops = training_flops(model.config, num_positions=num_positions, num_meta=num_positions - num_text)
+    return model, (float(blocks * num_text), float(blocks * flops))
 
 
 def _check_window(stages: Sequence[Sequence[Batch]], model: Any, origin: str) -> None:

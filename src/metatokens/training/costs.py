@@ -131,7 +131,7 @@ def plan_run(
             remedy="change either setting or --gpus",
         )
     model = build_config(config.model, text_vocab_size=text_vocab_size, eos_token_id=text_vocab_size - 1)
-    device = _find_gpu(gpu)
+    device = find_gpu(gpu)
     flops = training_flops(model, num_positions=block_size, num_meta=block_size - num_text)
     work = flops * (4 / 3 if training.gradient_checkpointing else 1)  # the forward pass once more
     peak = device.bfloat16_flops if training.precision == "bfloat16" else device.float32_flops
@@ -164,7 +164,12 @@ def plan_run(
     )
 
 
-def _find_gpu(name: str) -> Gpu:
+def find_gpu(name: str) -> Gpu:
+    """Return the kind of GPU of this name.
+
+    Raises:
+        UsageError: it is not known; the message has the nearest name.
+    """
     if name not in GPUS:
         close = difflib.get_close_matches(name.lower(), GPUS, n=1)
         raise UsageError(

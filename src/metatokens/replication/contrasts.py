@@ -1,12 +1,10 @@
-"""The contrasts of E1, from the results of its sweeps: how many times as long does an arm take as another?
+"""Pre-named contrasts between arms: how many times as long does an arm take to solve a task as another?
 
-contrasts.yaml names the contrasts, the margin and the level, and was fixed before the first run. A contrast is drawn
-from the seeds that every arm has finished, so a sweep that is still running gives an interim result.
-
-    python experiments/decomposition/analyse.py OUT --write     # OUT as of run.sh; e1.json, e1.md and e1.png here
+A file of contrasts names them, their margin and their level, and is fixed before the first run. Each of its tasks is a
+sweep of the same name. A contrast is drawn from the seeds that every arm has finished, so a sweep that is still running
+gives an interim result.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,6 +15,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from metatokens.config.finetuning import FinetuneConfig
+from metatokens.config.loading import load_preset
+from metatokens.config.sweep import load_sweep
 from metatokens.evaluation.significance import holm, least_units
 from metatokens.evaluation.survival import (
     Times,
@@ -29,28 +30,49 @@ from metatokens.evaluation.survival import (
     time_ratio,
 )
 from metatokens.report.sweep_results import CellResult, load_results
+from metatokens.storage import write_atomically
+from metatokens.training.costs import SECONDS_PER_HOUR
 
-HERE = Path(__file__).parent
 FEWEST_SEEDS = 3
-SECONDS_OF_AN_HOUR = 3600
 
 
-def times_of(cell: CellResult, seeds: list[int], horizon: int) -> Times:
+def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> None:
+    """Judge the contrasts so far, and write NAME.json, NAME.md and NAME.png; nothing, if no task has enough seeds.
+
+    Args:
+        files: folder of the sweeps.
+        contrasts: name of the file of contrasts in it.
+        out: folder of the results, which also gets the files.
+        name: of the part.
+    """
+    text = (files / contrasts).read_text(encoding="utf-8")
+    plan = yaml.safe_load(text)
+    reports = list(_analyse(plan, files, out))
+    if not reports:
+        return
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    tree = {"contrasts_sha256": digest, "tasks": reports}
+    write_atomically(out / f"{name}.json", json.dumps(tree, indent=1) + "\n")
+    write_atomically(out / f"{name}.md", _to_markdown(plan, reports))
+    _draw(reports, out / f"{name}.png")
+
+
+def _times_of(cell: CellResult, seeds: list[int], horizon: int) -> Times:
     """Return the steps to solve of some seeds."""
     trainings = {one.seed: one for one in cell.trainings}
     steps = [trainings[seed].steps for seed in seeds]
     return Times.of(steps, [bool(trainings[seed].solved) for seed in seeds], horizon)
 
 
-def operations_of_a_step(cell: CellResult) -> float:
+def _operations_of_a_step(cell: CellResult) -> float:
     return sum(one.training_flops for one in cell.trainings) / sum(one.steps for one in cell.trainings)
 
 
-def arm_report(arm: str, cell: CellResult, times: Times) -> dict[str, Any]:
+def _arm_report(arm: str, cell: CellResult, times: Times) -> dict[str, Any]:
     return {
         "arm": arm,
         "parameters": cell.parameters,
-        "operations_of_a_step": operations_of_a_step(cell),
+        "operations_of_a_step": _operations_of_a_step(cell),
         "solved": int(times.observed.sum()),
         "censored": int((~times.observed).sum()),
         "steps": times.times.tolist(),
@@ -59,7 +81,7 @@ def arm_report(arm: str, cell: CellResult, times: Times) -> dict[str, Any]:
     }
 
 
-def verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
+def _verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
     differs, alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
     if differs:
         found = "supported" if row["ratio"]["estimate"] < 1 else "opposite"
@@ -67,7 +89,7 @@ def verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
     return "equivalent" if alike else "too few seeds" if too_few else "cannot tell"
 
 
-def compare(plan: dict[str, Any], times: dict[str, Times]) -> list[dict[str, Any]]:
+def _compare(plan: dict[str, Any], times: dict[str, Times]) -> list[dict[str, Any]]:
     """Return the pre-named contrasts of one task, with Holm's correction over them."""
     rows = []
     for contrast in plan["contrasts"]:
@@ -87,10 +109,10 @@ def compare(plan: dict[str, Any], times: dict[str, Times]) -> list[dict[str, Any
         for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
             row[f"{key}_holm"] = adjusted
     too_few = rows[0]["seeds"] < least_units(len(rows), plan["level"])
-    return [{**row, "verdict": verdict(row, plan["level"], too_few)} for row in rows]
+    return [{**row, "verdict": _verdict(row, plan["level"], too_few)} for row in rows]
 
 
-def power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
+def _power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
     """Return the smallest ratio of the planned design that the strictest of Holm's tests finds in 80% of cases."""
     logs = [np.log(arm.times[arm.observed]) for arm in times.values()]
     spread = [log.var(ddof=1) for log in logs if len(log) >= FEWEST_SEEDS]
@@ -107,8 +129,14 @@ def power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) -> 
     return {"log_deviation": deviation, "smallest_ratio": ratio, "seeds": planned_seeds}
 
 
-def analyse(plan: dict[str, Any], out: Path) -> Iterator[dict[str, Any]]:
-    """Yield the report of each task that has finished enough seeds."""
+def _analyse(plan: dict[str, Any], files: Path, out: Path) -> Iterator[dict[str, Any]]:
+    """Yield the report of each task that has finished enough seeds.
+
+    Args:
+        plan: what the file of contrasts holds.
+        files: its folder, with the sweeps.
+        out: folder with the results of each task's sweep.
+    """
     for task, planned_seeds in plan["tasks"].items():
         if not (out / task / "results.json").is_file():
             continue
@@ -120,33 +148,32 @@ def analyse(plan: dict[str, Any], out: Path) -> Iterator[dict[str, Any]]:
         seeds = sorted(set.intersection(*(set(cells[name].seeds) for name in names)))
         if len(seeds) < FEWEST_SEEDS:
             continue
-        preset = yaml.safe_load((HERE / "presets" / f"{task}.yaml").read_text())
-        horizon = sum(stage["steps"] for stage in preset["curriculum"])
+        horizon = load_preset(load_sweep(files / f"{task}.yaml").preset, schema=FinetuneConfig).total_steps
         arms = {arm: cells[arm] for arm in cells if arm in names}
-        times = {arm: times_of(cell, seeds, horizon) for arm, cell in arms.items()}
-        operations = {arm: times[arm].scaled(operations_of_a_step(cell)) for arm, cell in arms.items()}
+        times = {arm: _times_of(cell, seeds, horizon) for arm, cell in arms.items()}
+        operations = {arm: times[arm].scaled(_operations_of_a_step(cell)) for arm, cell in arms.items()}
         yield {
             "task": task,
             "seeds": seeds,
             "planned_seeds": planned_seeds,
             "horizon": horizon,
-            "cpu_hours": sum(one.cpu_seconds for cell in results.cells for one in cell.trainings) / SECONDS_OF_AN_HOUR,
-            "power": power(plan, times, planned_seeds),
-            "arms": [arm_report(arm, cell, times[arm]) for arm, cell in arms.items()],
-            "at_equal_steps": compare(plan, times),
-            "at_equal_operations": compare(plan, operations),
+            "cpu_hours": sum(one.cpu_seconds for cell in results.cells for one in cell.trainings) / SECONDS_PER_HOUR,
+            "power": _power(plan, times, planned_seeds),
+            "arms": [_arm_report(arm, cell, times[arm]) for arm, cell in arms.items()],
+            "at_equal_steps": _compare(plan, times),
+            "at_equal_operations": _compare(plan, operations),
             "versions": results.versions,
         }
 
 
-def bounds(interval: dict[str, Any], form: str) -> str:
+def _bounds(interval: dict[str, Any], form: str) -> str:
     if interval["estimate"] is None:
         return "neither arm solved it"
     low, high = ("" if interval[key] is None else format(interval[key], form) for key in ("low", "high"))
     return f"{interval['estimate']:{form}} ({low or 'open'} to {high or 'open'})"
 
 
-def to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
+def _to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
     lines = ["# E1: steps until a task is solved", ""]
     for report in reports:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
@@ -161,7 +188,7 @@ def to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
         lines += [f"| arm | solved | censored at {report['horizon']:,} | restricted mean of the steps |"]
         lines += ["|---|---:|---:|---:|"]
         for arm in report["arms"]:
-            mean = bounds(arm["restricted_mean"], ",.0f")
+            mean = _bounds(arm["restricted_mean"], ",.0f")
             lines.append(f"| {arm['arm']} | {arm['solved']} | {arm['censored']} | {mean} |")
         for key in ("at_equal_steps", "at_equal_operations"):
             lines += ["", f"Ratios {key.replace('_', ' ')}; equivalent: within a factor of {plan['margin']:g}.", ""]
@@ -171,7 +198,7 @@ def to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
             ]
             for row in report[key]:
                 solved = " : ".join(f"{number} of {row['seeds']}" for number in row["solved"])
-                ratio = bounds(row["ratio"], ".2f")
+                ratio = _bounds(row["ratio"], ".2f")
                 lines.append(
                     f"| {row['explains']} | {row['first']} : {row['second']} | {solved} | {ratio} | "
                     f"{row['p_holm']:.3f} | {row['p_equivalence_holm']:.3f} | {row['verdict']} |"
@@ -180,7 +207,7 @@ def to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(reports: list[dict[str, Any]], path: Path) -> None:
+def _draw(reports: list[dict[str, Any]], path: Path) -> None:
     """Draw the share of trainings that have not solved their task yet, one panel for each task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -190,7 +217,7 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(reports) + 1.6, 3.2), layout="constrained")
     for number, report in enumerate(reports, start=1):
         axes = figure.add_subplot(1, len(reports), number)
-        for colour, arm in zip(COLOURS, report["arms"], strict=True):
+        for colour, arm in zip(COLOURS, report["arms"], strict=False):
             sample = Times.of(arm["steps"], arm["is_solved"], report["horizon"])
             at, shares = survival_curve(sample)
             axes.step([0, *at, report["horizon"]], [1, *shares, shares[-1] if len(shares) else 1], where="post",
@@ -203,23 +230,3 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--write", action="store_true", help="write e1.json, e1.md and e1.png beside this file")
-    options = parser.parse_args()
-    text = (HERE / "contrasts.yaml").read_text()
-    plan = yaml.safe_load(text)
-    reports = list(analyse(plan, options.out))
-    if options.write and reports:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (HERE / "e1.json").write_text(json.dumps({"contrasts_sha256": digest, "tasks": reports}, indent=1) + "\n")
-        (HERE / "e1.md").write_text(to_markdown(plan, reports))
-        draw(reports, HERE / "e1.png")
-    print(to_markdown(plan, reports))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,79 @@
+"""The contrasts of a finished sweep: an arm that is faster, one that is as fast, and seeds that are still missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metatokens.replication.contrasts import write_contrasts
+
+HORIZON = 2000
+CONTRASTS = """
+level: 0.05
+margin: 1.5
+tasks: {parity: 16}
+contrasts:
+  - {explains: hint, first: twice-as-fast, second: none, expected: faster}
+  - {explains: parameters, first: alike, second: none, expected: faster}
+  - {explains: channel, first: none, second: twice-as-fast, expected: faster}
+"""
+SWEEP = "preset: parity-preset.yaml\naxes: {arm: {none: , twice-as-fast: , alike: }}\n"
+PRESET = f"extends: tiny/recall\ncurriculum: [{{steps: {HORIZON}, size: [2, 3], prompt_tokens: [1, 22]}}]\n"
+
+
+def cell(arm: str, steps: list[int]) -> dict[str, Any]:
+    trainings = [
+        {"seed": seed, "steps": n, "solved": n < HORIZON, "training_flops": n * 1e6, "cpu_seconds": 36.0}
+        for seed, n in enumerate(steps)
+    ]
+    return {
+        **{"labels": {"arm": arm}, "task": "parity", "matching": "", "seeds": list(range(len(steps))), "models": []},
+        **{"parameters": 1, "steps": 1, "text_tokens": 1.0, "meta_tokens": 0.0, "training_flops": 1.0},
+        **{"trained_to": 22, "curve": [], "evaluations": [], "trainings": trainings},
+    }
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name, text in {"contrasts": CONTRASTS, "parity": SWEEP, "parity-preset": PRESET}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "out" / "parity").mkdir(parents=True)
+    return tmp_path
+
+
+def judge(files: Path, num_seeds: int) -> list[dict[str, Any]]:
+    draws = np.random.default_rng(0)
+    slow = 600 * np.exp(0.3 * draws.standard_normal(num_seeds))
+    noise = np.resize([0.95, 1.05], num_seeds)
+    arms = {"none": slow, "twice-as-fast": slow / 2 * noise, "alike": slow * noise[::-1]}
+    cells = [cell(arm, times.astype(int).tolist()) for arm, times in arms.items()]
+    results = {
+        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 48, "done": 48, "failed": [], "versions": {}},
+        "cells": cells,
+    }
+    (files / "out" / "parity" / "results.json").write_text(json.dumps(results))
+    write_contrasts(files, "contrasts.yaml", files / "out", name="e1")
+    rows: list[dict[str, Any]] = json.loads((files / "out" / "e1.json").read_text())["tasks"][0]["at_equal_steps"]
+    return rows
+
+
+def test_a_faster_arm_a_slower_one_and_an_equal_one_are_told_apart(files: Path) -> None:
+    faster, alike, slower = judge(files, 16)
+    assert (faster["verdict"], alike["verdict"], slower["verdict"]) == ("supported", "equivalent", "opposite")
+    assert 0.4 < faster["ratio"]["low"] < faster["ratio"]["high"] < 1 / 1.5
+    assert slower["ratio"]["estimate"] == pytest.approx(1 / faster["ratio"]["estimate"], rel=0.02)
+
+
+def test_three_seeds_decide_nothing_and_say_so(files: Path) -> None:
+    assert {row["verdict"] for row in judge(files, 3)} == {"too few seeds"}
+
+
+def test_the_page_and_the_figure_show_every_arm_with_its_counts(files: Path) -> None:
+    judge(files, 16)
+    page = (files / "out" / "e1.md").read_text()
+    assert page.count("| hint |") == 2  # at equal steps and at equal operations
+    assert "| twice-as-fast | 16 | 0 |" in page
+    assert "0.48 CPU-hours" in page
+    assert (files / "out" / "e1.png").stat().st_size > 10_000
