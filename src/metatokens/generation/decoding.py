@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
+from metatokens.generation.stepping import Sampler, decode, follows_steps
 from metatokens.model.compatibility import BaseStreamer
 from metatokens.model.generation import MetaTokenGenerationMixin
 from metatokens.model.schedule import (
@@ -75,6 +76,21 @@ class GeneratedText:
     seconds: float
     """From the prompt's tokens to the last new one."""
     stopped_by: Literal["length", "end_of_text"]
+
+
+class _Continuation(NamedTuple):
+    """What to generate after a prompt."""
+
+    prompt_ids: list[int]
+    """With their meta-tokens."""
+    schedule: MetaSchedule
+    num_new: int
+    """New tokens at most, meta-tokens among them."""
+    eos_token_id: int
+    suppressed: list[int]
+    """Ids that no step may choose."""
+    sampling: dict[str, Any]
+    """temperature, top_k and top_p."""
 
 
 def generate_text(  # noqa: PLR0913 every option of sampling
@@ -141,34 +157,60 @@ def generate_text(  # noqa: PLR0913 every option of sampling
             stacklevel=2,
         )
 
-    pad_token_id: int | None = getattr(model.config, "pad_token_id", None)
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": num_new}
     # rows that pad the vocabulary belong to no token of this tokenizer
     unowned = range(encoder.vocab_size, model.config.vocab_size)
-    settings["suppress_tokens"] = sorted({*(model.generation_config.suppress_tokens or ()), *unowned}) or None
-    if temperature > 0:
-        settings |= {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    suppressed = sorted({*(model.generation_config.suppress_tokens or ()), *unowned})
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    wanted = _Continuation(prompt_ids, schedule, num_new, encoder.eos_token_id, suppressed, sampling)
     prompt_text = text_ids if prompt else []
     writer = _TextWriter(tokenizer, prompt_text, encoder.eos_token_id, meta_token_id, stream, show_meta)
-    inputs = torch.tensor([prompt_ids], device=model.device)
     started = time.perf_counter()
     with evaluating(model), _seeded(seed):
-        generate(
-            model=getattr(model, "wrapped", model),
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            meta_schedule=schedule,
-            streamer=writer,
-            eos_token_id=encoder.eos_token_id,
-            pad_token_id=encoder.eos_token_id if pad_token_id is None else pad_token_id,
-            **settings,
-        )
+        (_in_own_steps if follows_steps(model) else _by_generate)(model, wanted, writer)
     return GeneratedText(
         text="".join(writer.pieces),
         text_tokens=writer.num_text,
         meta_tokens=writer.num_meta,
         seconds=time.perf_counter() - started,
         stopped_by="end_of_text" if writer.has_ended else "length",
+    )
+
+
+def _in_own_steps(model: Any, wanted: _Continuation, writer: _TextWriter) -> None:
+    """Continue a prompt with meta-tokens that take no step of their own."""
+    suppressed = {*wanted.suppressed, *model._ids_never_sampled()} - {wanted.eos_token_id}
+    sampler = Sampler(**wanted.sampling, suppressed=sorted(suppressed), device=model.device)
+    decode(
+        model,
+        wanted.prompt_ids,
+        schedule=wanted.schedule,
+        num_new=wanted.num_new,
+        eos_token_id=wanted.eos_token_id,
+        sampler=sampler,
+        emit=writer.write,
+    )
+    writer.end()
+
+
+def _by_generate(model: Any, wanted: _Continuation, writer: _TextWriter) -> None:
+    """Continue a prompt with all that transformers can do, and a step for each meta-token."""
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    temperature, top_k, top_p = wanted.sampling.values()
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    pad_token_id: int | None = getattr(model.config, "pad_token_id", None)
+    inputs = torch.tensor([wanted.prompt_ids], device=model.device)
+    generate(
+        model=getattr(model, "wrapped", model),
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        meta_schedule=wanted.schedule,
+        streamer=writer,
+        max_new_tokens=wanted.num_new,
+        suppress_tokens=wanted.suppressed or None,
+        eos_token_id=wanted.eos_token_id,
+        pad_token_id=wanted.eos_token_id if pad_token_id is None else pad_token_id,
+        **settings,
     )
 
 
@@ -274,16 +316,20 @@ class _TextWriter(BaseStreamer):
             self._is_prompt = False
             return
         for token in value.flatten().tolist():
-            if token == self._eos_token_id:
-                self.has_ended = True
-            elif token == self._meta_token_id:
-                self.num_meta += 1
-                if self._show_meta:
-                    self._write(META_TOKEN)
-            else:
-                self.num_text += 1
-                self._text_ids.append(token)
-                self._write_new_text()
+            self.write(token)
+
+    def write(self, token: int) -> None:
+        """Take a new token."""
+        if token == self._eos_token_id:
+            self.has_ended = True
+        elif token == self._meta_token_id:
+            self.num_meta += 1
+            if self._show_meta:
+                self._write(META_TOKEN)
+        else:
+            self.num_text += 1
+            self._text_ids.append(token)
+            self._write_new_text()
 
     def end(self) -> None:
         """Write the rest, even if its last character is incomplete."""

@@ -1,0 +1,114 @@
+"""Decoding in which meta-tokens ride along gives what `generate` gives, in fewer forward passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from metatokens.generation import stepping
+from metatokens.generation.stepping import Sampler, decode, follows_steps
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from metatokens.model.schedule import NoSchedule, PeriodicSchedule, UniformSchedule, generate, schedule_meta_tokens
+
+EOS, META = 0, 40
+SCHEDULES = [NoSchedule(), PeriodicSchedule(1), PeriodicSchedule(3), UniformSchedule(0.4, seed=5)]
+SAMPLINGS = [
+    {"temperature": 0.0, "top_k": None, "top_p": None},
+    {"temperature": 1.0, "top_k": None, "top_p": None},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> MetaTokenForCausalLM:
+    torch.manual_seed(0)
+    config = MetaTokenConfig(
+        vocab_size=42,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        tie_word_embeddings=False,
+        meta_token_id=META,
+        pad_token_id=41,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    return MetaTokenForCausalLM(config).double().eval()
+
+
+@contextmanager
+def counted_passes(model: MetaTokenForCausalLM) -> Iterator[list[int]]:
+    """Note how many positions each forward pass reads."""
+    passes: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    yield passes
+    handle.remove()
+
+
+def by_generate(model, prompt_ids, schedule, sampling, num_new):
+    top_k, top_p = sampling["top_k"] or 0, sampling["top_p"] or 1.0
+    how = {"do_sample": sampling["temperature"] > 0, "max_new_tokens": num_new}
+    if how["do_sample"]:
+        how |= {"temperature": sampling["temperature"], "top_k": top_k, "top_p": top_p}
+    torch.manual_seed(7)
+    inputs = torch.tensor([prompt_ids])
+    found = generate(
+        model=model, input_ids=inputs, attention_mask=torch.ones_like(inputs), meta_schedule=schedule, **how
+    )
+    return found[0, len(prompt_ids) :].tolist()
+
+
+def by_steps(model, prompt_ids, schedule, sampling, num_new):
+    found: list[int] = []
+    sampler = Sampler(**sampling, suppressed=model._ids_never_sampled(), device="cpu")
+    torch.manual_seed(7)
+    decode(
+        *(model, prompt_ids),
+        schedule=schedule,
+        num_new=num_new,
+        eos_token_id=EOS,
+        sampler=sampler,
+        emit=found.append,
+    )
+    return found
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_the_text_is_that_of_generate(model, schedule, sampling) -> None:
+    for seed in range(4):
+        text = torch.randint(1, META, (6 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = schedule_meta_tokens(text, schedule, meta_token_id=META)
+        for num_new in (1, 2, 25):
+            expected = by_generate(model, prompt, schedule, sampling, num_new)
+            assert by_steps(model, prompt, schedule, sampling, num_new) == expected
+
+
+def test_meta_tokens_take_no_pass_of_their_own(model) -> None:
+    prompt = [1, 2, 3, META, 4, 5, 6]  # a meta-token is due right behind it
+    with counted_passes(model) as passes:
+        found = by_steps(model, prompt, PeriodicSchedule(3), SAMPLINGS[0], num_new=9)
+    assert [token == META for token in found] == [True, False, False, False, True, False, False, False, True]
+    assert passes == [8, 1, 1, 2, 1, 1]
+
+
+def test_a_long_prompt_is_read_in_parts(model, monkeypatch) -> None:
+    text = list(range(1, 30))
+    whole = by_steps(model, text, NoSchedule(), SAMPLINGS[0], 5)
+    monkeypatch.setattr(stepping, "PREFILL_POSITIONS", 8)
+    with counted_passes(model) as passes:
+        assert by_steps(model, text, NoSchedule(), SAMPLINGS[0], 5) == whole
+    assert passes == [8, 8, 8, 5, 1, 1, 1, 1]
+
+
+def test_settings_that_are_not_followed_leave_the_way_of_generate(model) -> None:
+    assert follows_steps(model)
+    model.generation_config.repetition_penalty = 1.2
+    assert not follows_steps(model)
+    model.generation_config.repetition_penalty = None
+    assert follows_steps(model)
