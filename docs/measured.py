@@ -71,6 +71,22 @@ def rows_cost(length: int, way: str, key: str = "cpu_seconds") -> float:
     return float(found[key])
 
 
+# decomposition -----------------------------------------------------------------------------------------------
+
+
+def solve_contrasts(task: str, at_equal: str, verdict: str) -> int:
+    """Return how many of the contrasts of E1 have a verdict; `at_equal` is steps or operations."""
+    (found,) = [one for one in load("experiments/decomposition/e1.json")["tasks"] if one["task"] == task]
+    return sum(row["verdict"] == verdict for row in found[f"at_equal_{at_equal}"])
+
+
+def solve_ratio(task: str, first: str, second: str) -> str:
+    """Return the ratio of the steps of two arms, with its interval."""
+    (found,) = [one for one in load("experiments/decomposition/e1.json")["tasks"] if one["task"] == task]
+    (row,) = [row for row in found["at_equal_steps"] if (row["first"], row["second"]) == (first, second)]
+    return span(row["ratio"], ".2f")
+
+
 # tiny-recall -------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
+    *(solve_contrasts, solve_ratio),
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""

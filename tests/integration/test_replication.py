@@ -96,6 +96,10 @@ def test_a_replication_runs_every_step_once_and_gathers_the_tables(scale: Path, 
     assert "extend" not in again.stderr
     assert "prepare" not in again.stderr
 
+    (tmp_path / "out" / "replication.md").unlink()
+    metatokens(*command, "--tables")
+    assert (tmp_path / "out" / "replication.md").read_text() == summary
+
 
 def test_a_part_that_needs_books_says_so_before_anything_runs(scale: Path, tmp_path: Path) -> None:
     line = error_line("replicate", "--scale", scale, "--out", tmp_path / "out", "--part", "texts", "--json", code=2)

@@ -28,6 +28,7 @@ def add(verbs: Any) -> None:
     places.add_argument("--jobs", type=at_least(1), default=2, help="number of runs at a time on this machine")
     places.add_argument("--gpus", help="indices such as 0,1,2,3; each GPU runs one run at a time")
     parser.add_argument("--gpu", help="kind of GPU for the estimate, such as h100")
+    parser.add_argument("--tables", action="store_true", help="run nothing; write the tables of what is done so far")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -41,35 +42,33 @@ def _run(options: argparse.Namespace) -> int:
     announce(options, f"planning {options.scale}")
     from metatokens.cli import main
     from metatokens.replication.cost import estimate
-    from metatokens.replication.running import check_books, choose_parts, run_part, write_summary
+    from metatokens.replication.running import check_books, choose_parts, run_part, write_tables
     from metatokens.report.console import show_rows
 
     out = options.out.resolve()
     parts = choose_parts(scale, options.part)
-    names = [part.name for part in parts]
-    gpu = options.gpu or scale.plan.gpu
-    costs = [cost for cost in estimate(scale, out, gpu=gpu) if cost.name in names]
-    result = {"scale": scale.name, "purpose": scale.plan.purpose, "hours_of": gpu or "core", "parts": costs}
-    shown = {**result, "parts": [asdict(cost) for cost in costs]}
+    if options.tables:
+        tables = write_tables(scale, out)
+        return emit(options, {"tables": str(tables)}, lambda: print(tables))
+    one = options.gpu or scale.plan.gpu or "core"
+    costs = [cost for cost in estimate(scale, out, gpu=options.gpu) if cost.name in {part.name for part in parts}]
+    result = {"scale": scale.name, "hours_of": one, "parts": [asdict(cost) for cost in costs]}
     if options.dry_run:
-        return emit(options, shown, lambda: show_rows(_title(scale.name, gpu), [_row(cost) for cost in costs]))
+        title = f"replicate {scale.name} would train, in hours on one {one} if no training ends early"
+        return emit(options, result, lambda: show_rows(title, [_row(cost) for cost in costs]))
     check_books(parts, out, options.books)
     for cost in costs:
         left = f"{cost.to_do} of {cost.trainings} trainings to do"
-        say(f"{cost.name}: {left}, at most {cost.hours:,.1f} hours of one {gpu or 'core'}")
+        say(f"{cost.name}: {left}, {cost.hours:,.1f} hours on one {one} if none ends early")
     slots = ("--gpus", options.gpus) if options.gpus else ("--jobs", str(options.jobs))
     failed = 0
     for part in parts:
         code = run_part(scale, part, out, slots=slots, books=options.books, command=main, say=say)
-        summary = write_summary(scale, out)
         if code > 1:
             return code
+        tables = write_tables(scale, out)
         failed = max(failed, code)
-    return emit(options, {**shown, "summary": str(summary)}, lambda: print(summary)) or failed
-
-
-def _title(scale: str, gpu: str | None) -> str:
-    return f"replicate {scale} would do, in hours of one {gpu or 'core'}"
+    return emit(options, {**result, "tables": str(tables)}, lambda: print(tables)) or failed
 
 
 def _row(cost: "PartCost") -> dict[str, Any]:
@@ -78,5 +77,5 @@ def _row(cost: "PartCost") -> dict[str, Any]:
         "question": cost.question,
         "trainings": cost.trainings,
         "to do": cost.to_do,
-        "hours, at most": round(cost.hours, 1),
+        "hours": round(cost.hours, 1),
     }

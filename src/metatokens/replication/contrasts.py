@@ -174,7 +174,7 @@ def _bounds(interval: dict[str, Any], form: str) -> str:
 
 
 def _to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
-    lines = ["# E1: steps until a task is solved", ""]
+    lines = []
     for report in reports:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
         lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
@@ -224,7 +224,9 @@ def _draw(reports: list[dict[str, Any]], path: Path) -> None:
                       color=colour, label=arm["arm"])  # fmt: skip
             axes.axvline(restricted_mean(sample), color=colour, linewidth=0.6, linestyle=":")
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
-        axes.set_xlabel("steps")
+        axes.set_xlabel("steps (dotted: restricted means)")
+        all_solved = all(all(arm["is_solved"]) for arm in report["arms"])
+        axes.set_xlim(0, 1.05 * max(max(arm["steps"]) for arm in report["arms"]) if all_solved else report["horizon"])
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("not solved yet" if number == 1 else "")
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

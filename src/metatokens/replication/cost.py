@@ -2,7 +2,7 @@
 
 Models and tokens that earlier commands make are counted by their shape, so the cost of all parts is known at the start,
 and every sweep is checked as a dry run of it would be. Trainings that stop once their task is solved count with all
-their steps. Evaluations and the preparation of text are not counted.
+their steps. Starts, evaluations and the preparation of text are not counted.
 """
 
 import posixpath
@@ -22,14 +22,14 @@ from metatokens.training.costs import SECONDS_PER_HOUR, UTILISATION, find_gpu
 
 @dataclass(frozen=True)
 class PartCost:
-    """The trainings of a part, and the most that those still to do take."""
+    """The trainings of a part, and what those still to do take if none ends early."""
 
     name: str
     question: str
     trainings: int
     to_do: int
     training_flops: float
-    """Of the trainings to do, at most."""
+    """Of the trainings to do."""
     hours: float
     """Of one core, or of one GPU."""
 

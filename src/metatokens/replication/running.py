@@ -82,16 +82,16 @@ def run_part(
                 failed = code  # must not keep the others from running
             elif code:
                 return code
-        if part.contrasts is not None:
-            write_contrasts(scale.folder, part.contrasts, Path(), name=part.name.lower())
     return failed
 
 
-def write_summary(scale: Scale, out: Path) -> Path:
-    """Write replication.md, the tables of all parts so far, and return its path."""
+def write_tables(scale: Scale, out: Path) -> Path:
+    """Judge the contrasts and write replication.md, the tables of all parts so far; return its path."""
     lines = [f"# Replication, scale {scale.name}", ""]
     for part in scale.plan.parts:
         lines += [f"# {part.name}: {part.question}", ""]
+        if part.contrasts is not None:
+            write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
         tables = list(_tables(scale, part, out))
         lines += tables or ["Nothing has been measured yet.", ""]
     path = out / "replication.md"

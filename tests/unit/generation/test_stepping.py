@@ -6,12 +6,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from metatokens.config.loading import is_finetuning, load_preset, preset_names
 from metatokens.generation import stepping
 from metatokens.generation.stepping import Sampler, decode, follows_steps
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.model.schedule import NoSchedule, PeriodicSchedule, UniformSchedule, generate, schedule_meta_tokens
+from metatokens.training.initialization import build_model
 
 EOS, META = 0, 40
+ARMS = [
+    name
+    for name in preset_names()
+    if name.startswith("tiny/") and not is_finetuning(name) and name not in {"tiny/extend"}
+]
 SCHEDULES = [NoSchedule(), PeriodicSchedule(1), PeriodicSchedule(3), UniformSchedule(0.4, seed=5)]
 SAMPLINGS = [
     {"temperature": 0.0, "top_k": None, "top_p": None},
@@ -87,6 +94,23 @@ def test_the_text_is_that_of_generate(model, schedule, sampling) -> None:
         for num_new in (1, 2, 25):
             expected = by_generate(model, prompt, schedule, sampling, num_new)
             assert by_steps(model, prompt, schedule, sampling, num_new) == expected
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_continues_beyond_its_windows_and_blocks_as_by_generate(arm: str) -> None:
+    shape = ("--model.hidden_size", "16", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2")
+    config = load_preset(arm, shape).model
+    model = build_model(config, text_vocab_size=META, eos_token_id=EOS, seed=0).double().eval()
+    draws = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # random weights that do not just repeat the last token
+        for weight in (weight for weight in model.parameters() if weight.ndim > 1):
+            weight.copy_(torch.randn(weight.shape, generator=draws) / 2)
+        head = torch.randn(model.lm_head.weight.shape, generator=draws, dtype=torch.float64)
+        model.lm_head.weight = torch.nn.Parameter(head)
+    prompt = schedule_meta_tokens(list(range(1, META)) * 2, SCHEDULES[2], meta_token_id=META)
+    expected = by_generate(model, prompt, SCHEDULES[2], SAMPLINGS[1], 40)
+    assert by_steps(model, prompt, SCHEDULES[2], SAMPLINGS[1], 40) == expected
+    assert len(set(expected)) > 2
 
 
 def test_meta_tokens_take_no_pass_of_their_own(model) -> None:

@@ -7,13 +7,13 @@ import pytest
 
 from metatokens.errors import DataError, UsageError
 from metatokens.replication.cost import estimate
-from metatokens.replication.plan import Plan, load_scale, scale_names
+from metatokens.replication.plan import SCALES, Plan, load_scale
 
 PARTS = {"E1", "E2", "E3", "E4", "E5"}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", scale_names())
+@pytest.mark.parametrize("name", SCALES)
 def test_every_command_of_a_scale_can_be_planned_before_the_first_has_run(name: str, tmp_path: Path) -> None:
     costs = {cost.name: cost for cost in estimate(load_scale(name), tmp_path / "out")}
     assert costs.keys() == PARTS
@@ -22,9 +22,7 @@ def test_every_command_of_a_scale_can_be_planned_before_the_first_has_run(name: 
 
 
 def test_contrasts_are_the_same_at_every_scale() -> None:
-    texts = [
-        (load_scale(name).folder / "contrasts.yaml").read_text().partition("contrasts:")[2] for name in scale_names()
-    ]
+    texts = [(load_scale(name).folder / "contrasts.yaml").read_text().partition("contrasts:")[2] for name in SCALES]
     assert texts == texts[:1] * len(texts)
 
 
