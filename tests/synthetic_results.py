@@ -122,7 +122,9 @@ def causal_records() -> list[Record]:
             ),
             record("knockout", 0.2 * layer, layer=layer, mode="zero"),
         ]
-    rows += [record("capacity", 1 - 0.08 * size, size=size) for size in (2, 4, 6, 8)]
+    for size in (2, 4, 6, 8):
+        rows += [record("capacity", 1 - 0.08 * size, size=size), record("chance", 1 / (4 * size), size=size)]
+    rows.append(record("chance", 0.07))
     for policy, slope in (("meta", 0.5), ("even", 0.8), ("sinks and window", 0.6)):
         for kept in (0.05, 0.1, 0.25, 0.5):
             rows.append(record("eviction_cost", slope * (1 - kept), policy=policy, kept=kept))

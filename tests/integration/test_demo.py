@@ -45,7 +45,7 @@ def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_
 def arm(name: str, right: int, **changed: int) -> CopyingArm:
     def rows(right: int) -> tuple[RecallRow, ...]:
         accuracy = wilson_interval(right, 100)
-        asked = ("copying", "17-32", (2, 4), (17, 32), "task", (), 100, 1)
+        asked = ("copying", "17-32", (2, 4), (17, 32), "task", (), 100, 1, 0.05)
         return (
             RecallRow(
                 *asked, token_accuracy=accuracy, sequence_accuracy=accuracy, token_outcomes=(), sequence_outcomes=()

@@ -261,7 +261,7 @@ def finish(run: SweepRun, outcomes: dict[str, list[float] | None], seed: int = 0
     for evaluation in run.evaluations:
         rows = [
             {
-                **{"length": length, "prompt_tokens": [1, 32], "size": [2, 3], "instances": 6},
+                **{"length": length, "prompt_tokens": [1, 32], "size": [2, 3], "instances": 6, "chance": 0.04},
                 **{f"{kind}_accuracy": right and {"estimate": sum(right) / 6, "low": 0, "high": 1} for kind in KINDS},
                 **{f"{kind}_outcomes": right and [right] for kind in KINDS},
             }
@@ -309,6 +309,10 @@ def test_results_compare_each_arm_with_the_reference_on_the_same_seeds_and_insta
     table = to_markdown(results)
     assert "| n/a |" in table
     assert "| 83.3% (83.3 / 83.3) |" in table  # no interval from two seeds
+    guessing, *_ = (line for line in table.splitlines() if line.startswith("| guessing |"))
+    header = next(line for line in table.splitlines() if "17-32 tokens" in line)
+    cells = dict(zip(header.split("|"), guessing.split("|"), strict=True))
+    assert (cells[" 17-32 tokens "], cells[" 33-64 tokens "], cells[" 17-32 diff "]) == (" 4.0% ", " 4.0% ", "  ")
     assert "| too few seeds (1, at least 6 needed) |" in table
 
 

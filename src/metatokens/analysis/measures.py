@@ -78,6 +78,8 @@ class Lines:
     x: str
     by: str | None = None
     panels: str | None = None
+    level: str | None = None
+    """The measure of what chance gives, drawn as a dashed line."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Dots:
 
     x: str
     by: str | None = None
+    level: str | None = None
+    """The measure of what chance gives, drawn as a dashed line."""
 
 
 Plot: TypeAlias = HeadMaps | Lines | Dots | None

@@ -5,6 +5,8 @@ once. An answer is right if each of its tokens is the most likely text token at 
 the same: as long as every token so far is right, both have read the same. If a task gives choices, the model's answer
 is the most probable choice instead, scored over a cache of the prompt.
 
+Guessing is right now and then, too: each task states how often (`metatokens.tasks.registry.chance_of`).
+
 Token accuracy is the share of answer tokens that are right; sequence accuracy is the share of whole answers. One model
 has Wilson's interval if each instance has one answer, else a bootstrap over instances. Several models of one arm have a
 bootstrap over seeds and instances. If all or none of the answers are right, no draw would differ from another, so
@@ -54,6 +56,8 @@ class RecallRow:
     interventions: tuple[str, ...]
     instances: int
     models: int
+    chance: float
+    """Share of whole answers that guesses get right, as each task states it; mean over the instances."""
     token_accuracy: Interval | None
     """None if the model cannot read prompts of this length; tables then show n/a."""
     sequence_accuracy: Interval | None
@@ -256,7 +260,7 @@ def evaluate_recall(
                     counts[length].append(count_right_answers(model, encoded, batch_size=config.batch_size))
             if progress:
                 progress(f"{config.task.kind}, {length}, model {number}")
-    return tuple(_row(config, length, counts[length], interventions) for length in config.lengths)
+    return tuple(_row(config, length, counts[length], instances[length], interventions) for length in config.lengths)
 
 
 def _has_no_last_position(model: Any) -> bool:
@@ -291,6 +295,7 @@ def _row(
     config: EvaluateConfig,
     length: str,
     counts: Sequence[AnswerCounts | None],
+    encoded: Sequence[EncodedInstance],
     interventions: Sequence[Intervention],
 ) -> RecallRow:
     known = [count for count in counts if count is not None]
@@ -304,6 +309,7 @@ def _row(
         interventions=tuple(intervention.kind for intervention in interventions),
         instances=config.instances,
         models=len(counts),
+        chance=float(np.mean([row.chance for row in encoded])),
         token_accuracy=_accuracy([(c.right_tokens, c.tokens) for c in known], config.seed) if whole else None,
         sequence_accuracy=_accuracy([(c.right_answers, c.answers) for c in known], config.seed) if whole else None,
         token_outcomes=tuple(tuple((c.right_tokens / c.tokens).tolist()) for c in known) if whole else (),

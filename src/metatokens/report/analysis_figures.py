@@ -147,7 +147,9 @@ def _figure_of(group: Sequence[Measure]) -> AnalysisFigure:
         return AnalysisFigure(f"{first.part}-{_MAPS}", first.part, title, names, _Maps(names), text)
     title = words(" and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}")
     draw = _Plotted(names, first.plot) if isinstance(first.plot, Lines | Dots) else _Maps(names)
-    return AnalysisFigure(first.name.replace("_", "-"), first.part, title[0].upper() + title[1:], names, draw)
+    level = MEASURES[first.plot.level] if isinstance(first.plot, Lines | Dots) and first.plot.level else None
+    text = f"Dashed: chance. {level.definition}" if level else ""
+    return AnalysisFigure(first.name.replace("_", "-"), first.part, title[0].upper() + title[1:], names, draw, text)
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,14 @@ class _Plotted:
         rows = list(product(*(_some(_values(records, key)) for key in others)))
         styles = self._styles(records)
         panels: list[Panel] = []
-        limits = _limits(records)
+        levels = [record for record in results.find(plot.level or "") if record.value is not None]
+        limits = _limits([*records, *levels])
         for row, column in product(rows, columns):
             at = dict(zip(others, row, strict=True)) | ({named[2]: column} if column is not None else {})
             chosen = [record for record in records if at.items() <= record.at.items()]
             if chosen:
-                panels.append(self._panel(chosen, at, styles, limits))
+                own = [level for level in levels if _agree(level.at, at)]
+                panels.append(self._panel(chosen, at, styles, limits, own))
         return Chart(panels, len(columns), styles if len(styles) > 1 else {})
 
     def _styles(self, records: Sequence[Record]) -> dict[str, Style]:
@@ -227,7 +231,12 @@ class _Plotted:
         return {_name(self.plot.by, value): Style(step, True) for value, step in zip(values, steps, strict=True)}
 
     def _panel(
-        self, records: Sequence[Record], at: Mapping[str, Any], styles: Mapping[str, Style], limits: tuple[float, float]
+        self,
+        records: Sequence[Record],
+        at: Mapping[str, Any],
+        styles: Mapping[str, Style],
+        limits: tuple[float, float],
+        levels: Sequence[Record],
     ) -> Panel:
         plot = self.plot
         title = ", ".join(_name(key, value) for key, value in reversed(list(at.items())))
@@ -246,7 +255,8 @@ class _Plotted:
         measured = words(records[0].measure) if len(self.measures) == 1 else ""
         label = _with_unit(measured, records[0].unit)
         if not is_number:
-            return DotPanel(title, series, [words(str(place)) for place in places], label)
+            level = next((_value(one) for one in levels if not one.at), None)
+            return DotPanel(title, series, [words(str(place)) for place in places], label, level=level)
         is_line = isinstance(plot, Lines) and plot.x != "layer"  # nothing lies between two layers
         return LinePanel(
             *(title, series if is_line else dodged(series), words(plot.x), label),
@@ -254,10 +264,26 @@ class _Plotted:
             is_count=all(isinstance(place, int) for place in places) and plot.x not in _LOGARITHMIC,
             scale="log" if plot.x in _LOGARITHMIC else "linear",
             limits=limits,
+            rules=_rules_of(levels, plot.x, places),
         )
 
     def _series_of(self, record: Record) -> str:
         return words(record.measure) if self.plot.by is None else _name(self.plot.by, record.at[self.plot.by])
+
+
+def _agree(at: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether coordinates are equal where both have them."""
+    return all(other[key] == value for key, value in at.items() if key in other)
+
+
+def _rules_of(levels: Sequence[Record], x: str, places: Sequence[float]) -> list[Rule]:
+    """Return the lines of chance: over the axis where it is known at each place, else one for all of the axis."""
+    along = {float(one.at[x]): _value(one) for one in levels if x in one.at}
+    if len(along) > 1:
+        known = sorted(place for place in along if place in places)
+        return [Rule(known, [along[place] for place in known], "--")]
+    values = dict.fromkeys(along.values() or [_value(one) for one in levels])
+    return [Rule(None, 2 * [value], "--") for value in values]
 
 
 def _limits(records: Sequence[Record]) -> tuple[float, float]:

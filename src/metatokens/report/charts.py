@@ -225,6 +225,8 @@ class DotPanel:
     names: Sequence[str]
     label: str
     width: float = 3.0
+    level: float | None = None
+    """Where a dashed line stands, such as chance."""
 
     @property
     def height(self) -> float:
@@ -241,6 +243,8 @@ class DotPanel:
     def draw(self, axes: Axes, tips: Tips) -> None:
         """Draw, and leave behind what the marks stand for."""
         axes.axvline(0, color=_INK, linewidth=0.5)
+        if self.level is not None:
+            axes.axvline(self.level, color=_INK, linewidth=0.8, linestyle="--")
         for number, series in enumerate(self.series):
             shift = 0.5 * ((number + 0.5) / len(self.series) - 0.5)  # side by side
             colour = series.style.colour

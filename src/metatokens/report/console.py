@@ -10,7 +10,7 @@ from rich.text import Text
 
 from metatokens.errors import printable
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
-from metatokens.report.numbers import format_estimate, format_large, format_value
+from metatokens.report.numbers import format_estimate, format_large, format_share, format_value
 
 
 class PlainConsole(Console):
@@ -87,11 +87,12 @@ def show_recall(result: Any) -> None:
     """Show a `RecallReport`."""
     table = Table(title=f"{result.rows[0].task}, accuracy (95% interval, or each model)", title_justify="left")
     table.add_column("prompt tokens")
-    for column in ("of tokens", "of whole answers"):
+    for column in ("of tokens", "of whole answers", "guessing"):
         table.add_column(column, justify="right")
     for row in result.rows:
         cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)
-        table.add_row(row.length, *(_of_models(interval, outcomes) for interval, outcomes in cells))
+        accuracies = [_of_models(interval, outcomes) for interval, outcomes in cells]
+        table.add_row(row.length, *accuracies, format_share(row.chance))
     PlainConsole().print(table)
 
 

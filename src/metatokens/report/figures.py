@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
 from metatokens.report.sweep_results import AccuracyRow, CellResult, SweepResults, arm_name, panels
-from metatokens.report.tables import evaluation_names, find_evaluation
+from metatokens.report.tables import GUESSING, evaluation_names, find_evaluation
 from metatokens.storage import no_follow
 
 # Okabe, Ito 2008, "Color Universal Design"; yellow last, as it is faint on white
@@ -45,6 +45,8 @@ class _Point(NamedTuple):
     """None leaves the point out; without `low` and `high` there is no band."""
     by_seed: Sequence[float] = ()
     """Dots instead of a band."""
+    chance: float | None = None
+    """Accuracy of guessing there, if it is known."""
 
 
 def draw_sweep(results: SweepResults, folder: Path) -> list[Path]:
@@ -124,7 +126,11 @@ def draw_by_flops(results: SweepResults) -> Figure | None:
     for panel, cells in panels(results).items():
         for cell in cells:
             lines[panel, arm_name(results, cell)] = [
-                _Point(point.training_flops, Interval(point.sequence_accuracy, point.lowest, point.highest))
+                _Point(
+                    point.training_flops,
+                    Interval(point.sequence_accuracy, point.lowest, point.highest),
+                    chance=point.chance,
+                )
                 for point in cell.curve
             ]
     counts = sorted({len(cell.seeds) for cell in results.cells})
@@ -158,8 +164,8 @@ def _point(x: float, row: AccuracyRow) -> _Point:
     """Return the point of a row: seeds that are too few for an interval show one by one, as far as they are known."""
     accuracy = row.sequence_accuracy
     if accuracy is None or not 1 < len(row.seeds) < MINIMUM_SEEDS:
-        return _Point(x, accuracy)
-    return _Point(x, Interval(accuracy.estimate, None, None), row.sequence_by_seed)
+        return _Point(x, accuracy, chance=row.chance)
+    return _Point(x, Interval(accuracy.estimate, None, None), row.sequence_by_seed, row.chance)
 
 
 def _varies(results: SweepResults, axis: str, value: Callable[[CellResult], Any]) -> bool:
@@ -240,6 +246,7 @@ def _draw_lines(
             # side by side where they share their lengths
             shift = 2 ** (_DODGE * (index - (len(own) - 1) / 2)) if is_length else 1 / scale
             _line(axes, [point._replace(x=point.x * shift) for point in points], styles[arm], arm)
+        _draw_chance(axes, [point for points in own.values() for point in points], 1 / scale)
         _dress(axes, name, [point.x for points in own.values() for point in points], is_length=is_length)
     handles = {text: h for axes in panels_ for h, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in panels_:
@@ -290,6 +297,15 @@ def _line(axes: Axes, points: Sequence[_Point], style: _Style, label: str) -> No
         axes.vlines(x, low, high, color=style.colour, linewidth=1.2, zorder=2)
     else:
         axes.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0, zorder=2)
+
+
+def _draw_chance(axes: Axes, points: Sequence[_Point], factor: float) -> None:
+    """Draw a line of what guesses get right, from one place to the next, where it is known."""
+    known = sorted({(factor * point.x, 100 * point.chance) for point in points if point.chance is not None})
+    if not known:
+        return
+    x, chance = zip(*known, strict=True)
+    axes.plot(x, chance, color="0.35", linewidth=1, linestyle="--", marker="_", label=GUESSING, zorder=2)
 
 
 def _scale(values: Sequence[float]) -> float:

@@ -28,6 +28,11 @@ def format_number(value: float | None) -> str:
     return f"{value:.2g}" if abs(value) < 1 else f"{value:,.0f}"
 
 
+def format_share(share: float | None) -> str:
+    """Return a share in percent; a small one keeps two digits."""
+    return "n/a" if share is None else f"{100 * share:.1f}%" if share >= 0.001 else f"{100 * share:.2g}%"
+
+
 def format_p(value: float) -> str:
     """Return a p-value as a relation, such as "= 0.031"."""
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"

@@ -41,6 +41,8 @@ class AccuracyRow:
     few is too narrow. Empty where `token_accuracy` is None, and in files older than this field."""
     difference_by_seed: tuple[float, ...] = ()
     """`difference` of each seed that both arms have; empty where it is None, and in older files."""
+    chance: float | None = None
+    """Share of whole answers that guesses get right; None in files older than this field."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class CurvePoint:
     """Of the seeds."""
     highest: float
     """Of the seeds."""
+    chance: float | None = None
+    """Share of whole answers that guesses get right; None in files older than this field."""
 
 
 @dataclass(frozen=True)

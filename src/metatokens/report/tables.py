@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
 from metatokens.evaluation.survival import restricted_mean, restricted_mean_interval
 from metatokens.report.contrasts import MARGIN, Contrast, contrasts
+from metatokens.report.numbers import format_share
 from metatokens.report.sweep_results import (
     AccuracyRow,
     CellResult,
@@ -23,6 +24,8 @@ _PERPLEXITY_LEGEND = (
     "Sliding windows; means of the seeds with the 95% interval over documents, which does not hold the spread of the "
     "seeds. Differences are from the reference on the same documents, in nats per word."
 )
+GUESSING = "guessing"
+"""The row of what guesses get right, as each task states it."""
 _SOLVE_LEGEND = (
     "Mean up to the last step of the curriculum (the area below the Kaplan-Meier curve), with its 95% interval over "
     "seeds; +: not solved by then."
@@ -57,6 +60,9 @@ def to_markdown(results: SweepResults) -> str:
             for row in _rows_at(evaluation, lengths):
                 texts += [_percent(row)] + ([_points(row)] if compared else [])
             lines.append(_line(texts))
+        if guesses := _guesses(cells, lengths):
+            per_length = [text for guess in guesses for text in (guess, *([""] if compared else []))]
+            lines.append(_line([GUESSING, *[""] * (len(header) - 1 - len(per_length)), *per_length]))
         lines.append("")
     for table in _plain_tables(results):
         lines += [
@@ -93,6 +99,8 @@ def to_rich(results: SweepResults) -> Iterator["Table"]:
                 f"{cell.trained_to:,}",
             )
             table.add_row(*spent, *(_percent(row, digits=0) for row in _rows_at(evaluation, lengths)))
+        if guesses := _guesses(cells, lengths):
+            table.add_row(GUESSING, *[""] * (len(table.columns) - 1 - len(guesses)), *guesses)
         yield table
     for plain in _plain_tables(results):
         table = Table(*plain.header, title=plain.title, title_justify="left")
@@ -198,6 +206,16 @@ def _tables(results: SweepResults) -> Iterator[tuple[str, list[tuple[CellResult,
                 changed = ", ".join(measured[0][1].interventions)
                 lengths = list(dict.fromkeys(row.length for _, evaluation in measured for row in evaluation.rows))
                 yield f"{panel}: {name}" + (f" ({changed})" if changed else ""), measured, lengths
+
+
+def _guesses(cells: Sequence[tuple[CellResult, EvaluationResult]], lengths: list[str]) -> list[str]:
+    """Return what guesses get right at each length; nothing where no row knows it."""
+    by_length = [_rows_at(evaluation, lengths) for _, evaluation in cells]
+    guesses = []
+    for rows in zip(*by_length, strict=True):
+        texts = {format_share(row.chance) for row in rows if row is not None and row.chance is not None}
+        guesses.append(" or ".join(sorted(texts)))
+    return guesses if any(guesses) else []
 
 
 def _rows_at(evaluation: EvaluationResult, lengths: list[str]) -> list[AccuracyRow | None]:

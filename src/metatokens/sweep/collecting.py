@@ -161,6 +161,7 @@ def _rows(
             difference=difference,
             sequence_by_seed=_means(_outcomes(rows, "sequence")) if known else (),
             difference_by_seed=by_seed,
+            chance=row.get("chance"),
         )
 
 
@@ -234,19 +235,20 @@ def _curve(runs: Sequence[SweepRun], total_flops: float) -> Iterator[CurvePoint]
     curves = [_logged(run) for run in runs]
     estimated = runs[0].budget.training_flops
     for step in sorted(set.intersection(*(set(curve) for curve in curves))):
-        accuracies = [curve[step] for curve in curves]
+        accuracies = [curve[step]["sequence_accuracy"] for curve in curves]
         yield CurvePoint(
             step=step,
             training_flops=total_flops * flops_after(runs[0], step) / estimated,
             sequence_accuracy=sum(accuracies) / len(accuracies),
             lowest=min(accuracies),
             highest=max(accuracies),
+            chance=curves[0][step].get("chance"),
         )
 
 
-def _logged(run: SweepRun) -> dict[int, float]:
-    """Return the sequence accuracy of the evaluations during training, by step."""
+def _logged(run: SweepRun) -> dict[int, dict[str, float]]:
+    """Return the figures of the evaluations during training, by step."""
     if not run.folder.metrics_path.is_file():
         return {}
     lines = (json.loads(line) for line in run.folder.metrics_path.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["sequence_accuracy"] for line in lines if "sequence_accuracy" in line}
+    return {line["step"]: line for line in lines if "sequence_accuracy" in line}

@@ -109,6 +109,13 @@ class Solve(Protocol):
         """Return the answer to each question, in order."""
 
 
+class Chance(Protocol):
+    """The accuracy of guessing an answer of a prompt."""
+
+    def __call__(self, task: Any, instance: Instance) -> float:
+        """Return the share of right answers of who knows the task and reads the text, but not which place is meant."""
+
+
 class PieceEncoder:
     """Encoder of pieces: the ids of each are looked up once.
 

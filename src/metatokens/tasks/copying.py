@@ -37,6 +37,8 @@ from metatokens.tasks.words import ITEMS
 if TYPE_CHECKING:
     from metatokens.config.tasks import CopyingTask
 
+_WORDS = frozenset(f" {item}" for item in ITEMS)
+
 
 def generate(
     task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
@@ -74,3 +76,11 @@ def generate(
 def solve(prompt_text: str) -> list[str]:
     """Return the answer to each question of a prompt, from the text alone."""
     return [span.strip() for span in re.findall(r"\[([^\[\]]+)\]", prompt_text)]
+
+
+def chance(task: CopyingTask, instance: Instance) -> float:
+    """Return the share of right answers of copying any stretch of the text as long as the span and not at its end."""
+    del task
+    start, stop = instance.answer_pieces[0]
+    num_words = sum(piece in _WORDS for piece in instance.pieces[: instance.body_stop])
+    return 1 / (num_words - (stop - start))

@@ -15,6 +15,7 @@ import numpy as np
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_into_prompt
 from metatokens.tasks.base import META
+from metatokens.tasks.registry import chance_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,8 @@ class EncodedInstance(NamedTuple):
     """Text tokens before the last answer."""
     choices: tuple[tuple[int, ...], ...]
     """The tokens of each choice; empty if the task has no choices."""
+    chance: float
+    """The accuracy of guessing one of its answers."""
 
 
 class RecallBatch(NamedTuple):
@@ -127,6 +130,7 @@ def encode_instance(
         tuple((int(text_positions[start]), int(text_positions[start]) + stop - start) for start, stop in spans),
         prompt_length,
         tuple(encoder.ids(choice) for choice in instance.choices),
+        chance_of(instance, task),
     )
 
 

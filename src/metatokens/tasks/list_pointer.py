@@ -23,14 +23,12 @@ import re
 from typing import TYPE_CHECKING
 
 from metatokens.tasks.list_recall import generate_recall, read_lists
-from metatokens.tasks.words import ITEMS
+from metatokens.tasks.lists import items_of
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import ListPointerTask
     from metatokens.data.keyed_random import KeyedRandom
     from metatokens.tasks.base import Instance, LengthRange, PieceEncoder
-
-_ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 
 
 def generate(
@@ -38,16 +36,19 @@ def generate(
 ) -> Instance | None:
     """Draw lists of `size` items, the questions and their choices; None if the prompt misses the range."""
     instance = generate_recall(task, size, length_range, word_question=_word_question, encoder=encoder, random=random)
-    if instance is None:
-        return None
-    body = instance.pieces[: instance.body_stop]
-    return instance._replace(choices=tuple(dict.fromkeys(piece for piece in body if piece in _ITEM_PIECES)))
+    return None if instance is None else instance._replace(choices=items_of(instance))
 
 
 def solve(prompt_text: str) -> list[str]:
     """Return the answer to each question of a prompt, from the text alone."""
     lists = read_lists(prompt_text)
     return [lists[name][int(number)] for number, name in re.findall(r"Point to item (\d+) of (\w+):", prompt_text)]
+
+
+def chance(task: ListPointerTask, instance: Instance) -> float:
+    """Return the share of right answers of any choice: one of the items of the prompt."""
+    del task
+    return 1 / len(instance.choices)
 
 
 def _word_question(number: int, name: str) -> list[str]:

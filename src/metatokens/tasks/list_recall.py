@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.data.keyed_random import KeyedRandom
 from metatokens.tasks.base import META, Instance, LengthRange, PieceEncoder, Question, assemble, count_question_tokens
-from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, write_lists
+from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, items_of, write_lists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,6 +102,12 @@ def read_lists(prompt_text: str) -> dict[str, dict[int, str]]:
             int(entry[0]) if len(entry) == 2 else place: entry[-1] for place, entry in enumerate(entries, start=1)
         }
     return lists
+
+
+def chance(task: ListRecallTask, instance: Instance) -> float:
+    """Return the share of right answers of naming any item of the prompt."""
+    del task
+    return 1 / len(items_of(instance))
 
 
 def _word_question(number: int, name: str) -> list[str]:

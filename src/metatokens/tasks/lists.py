@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from metatokens.config.tasks import ListPointerTask, ListRecallTask, SegmentCountingTask
     from metatokens.data.keyed_random import KeyedRandom
-    from metatokens.tasks.base import LengthRange, PieceEncoder
+    from metatokens.tasks.base import Instance, LengthRange, PieceEncoder
+
+
+_ITEM_PIECES = frozenset(f" {item}" for item in ITEMS)
 
 
 class NamedList(NamedTuple):
@@ -39,6 +42,12 @@ class NamedList(NamedTuple):
             for number, item in enumerate(self.items, start=1)
         ]
         return [" List", f" {self.name}", ":", *interleave(items, inserted)]
+
+
+def items_of(instance: Instance) -> tuple[str, ...]:
+    """Return the pieces of the different items of a prompt, in the order in which they first occur."""
+    body = instance.pieces[: instance.body_stop]
+    return tuple(dict.fromkeys(piece for piece in body if piece in _ITEM_PIECES))
 
 
 def draw_items(count: int, random: KeyedRandom, *, key: str) -> list[str]:

@@ -18,7 +18,7 @@ from metatokens.config import tasks as config
 from metatokens.data.keyed_random import KeyedRandom, hash_key
 from metatokens.errors import UsageError
 from metatokens.tasks import copying, list_pointer, list_recall, parity, segment_counting
-from metatokens.tasks.base import Generate, Instance, LengthRange, PieceEncoder, Solve, Split
+from metatokens.tasks.base import Chance, Generate, Instance, LengthRange, PieceEncoder, Solve, Split
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import Difficulty, Task
@@ -38,15 +38,21 @@ class TaskParts(NamedTuple):
     """Draws instances."""
     solve: Solve
     """Answers a prompt from its text alone."""
+    chance: Chance
+    """The accuracy of guessing, which charts and tables show beside a model's."""
 
 
 TASKS = MappingProxyType(
     {
-        "list_recall": TaskParts(config.ListRecallTask, list_recall.generate, list_recall.solve),
-        "segment_counting": TaskParts(config.SegmentCountingTask, segment_counting.generate, segment_counting.solve),
-        "parity": TaskParts(config.ParityTask, parity.generate, parity.solve),
-        "copying": TaskParts(config.CopyingTask, copying.generate, copying.solve),
-        "list_pointer": TaskParts(config.ListPointerTask, list_pointer.generate, list_pointer.solve),
+        "list_recall": TaskParts(config.ListRecallTask, list_recall.generate, list_recall.solve, list_recall.chance),
+        "segment_counting": TaskParts(
+            config.SegmentCountingTask, segment_counting.generate, segment_counting.solve, segment_counting.chance
+        ),
+        "parity": TaskParts(config.ParityTask, parity.generate, parity.solve, parity.chance),
+        "copying": TaskParts(config.CopyingTask, copying.generate, copying.solve, copying.chance),
+        "list_pointer": TaskParts(
+            config.ListPointerTask, list_pointer.generate, list_pointer.solve, list_pointer.chance
+        ),
     }
 )
 
@@ -131,6 +137,11 @@ def _shortest_prompt(task: Task, size: tuple[int, int], encoder: PieceEncoder) -
             assert instance is not None, "every prompt fits this range"
             lengths.append(prompt_length(instance, encoder))
     return min(lengths)
+
+
+def chance_of(instance: Instance, task: Task) -> float:
+    """Return the accuracy of guessing an answer of an instance; see `Chance`."""
+    return TASKS[task.kind].chance(task, instance)
 
 
 def prompt_length(instance: Instance, encoder: PieceEncoder) -> int:

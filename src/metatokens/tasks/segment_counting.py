@@ -24,7 +24,9 @@ a prompt are `num_items` different words, and each question asks for a different
 
 from __future__ import annotations
 
+import math
 import re
+from functools import cache
 from typing import TYPE_CHECKING
 
 from metatokens.data.keyed_random import KeyedRandom
@@ -37,7 +39,7 @@ from metatokens.tasks.base import (
     count_question_tokens,
     mark_places,
 )
-from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, write_lists
+from metatokens.tasks.lists import NamedList, draw_items, draw_names, draw_other_lists, items_of, write_lists
 
 if TYPE_CHECKING:
     from metatokens.config.tasks import SegmentCountingTask
@@ -80,6 +82,24 @@ def solve(prompt_text: str) -> list[str]:
     inside = prompt_text.partition("[")[2].partition("]")[0]
     words = re.findall(r"[a-z]+", inside)
     return [str(words.count(item)) for item in re.findall(r"Count of (\w+) is", prompt_text)]
+
+
+def chance(task: SegmentCountingTask, instance: Instance) -> float:
+    """Return the share of right answers of always giving the most frequent count, for lists of this size."""
+    words = items_of(instance)
+    first_list = instance.pieces[: instance.pieces.index(".")]
+    return _share_of_most_frequent(sum(piece in words for piece in first_list), task.num_items)
+
+
+@cache
+def _share_of_most_frequent(size: int, num_items: int) -> float:
+    """Return the largest probability of a count: binomial in a segment whose length is uniform from 1 to `size`."""
+    hit = 1 / num_items
+    counts = [0.0] * (size + 1)
+    for length in range(1, size + 1):
+        for count in range(length + 1):
+            counts[count] += math.comb(length, count) * hit**count * (1 - hit) ** (length - count) / size
+    return max(counts)
 
 
 def _draw_segment(size: int, random: KeyedRandom) -> tuple[int, int]:

@@ -220,9 +220,10 @@ class _Validation:
         self._instances = instances[processes.rank :: processes.world_size]
 
     def measure(self) -> dict[str, tuple[float, float]]:
-        """Return how many tokens and whole answers of this process's instances were right, and out of how many."""
+        """Return sum and count of what is averaged over instances: right tokens, right answers, chance."""
         counts = count_right_answers(self._model, self._instances, batch_size=_EVALUATION_BATCH)
         return {
             "token_accuracy": (float(counts.right_tokens.sum()), float(counts.tokens.sum())),
             "sequence_accuracy": (float(counts.right_answers.sum()), float(counts.answers.sum())),
+            "chance": (sum(instance.chance for instance in self._instances), float(len(self._instances))),
         }

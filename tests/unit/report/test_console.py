@@ -22,7 +22,7 @@ def recall(*models: tuple[float, ...]) -> SimpleNamespace:
     accuracy = Interval(sum(map(sum, models)) / sum(map(len, models)), 0.25, 0.85)
     outcomes = {"token_outcomes": models, "sequence_outcomes": models}
     row = SimpleNamespace(
-        task="copying", length="1-32", token_accuracy=accuracy, sequence_accuracy=accuracy, **outcomes
+        task="copying", length="1-32", chance=0.023, token_accuracy=accuracy, sequence_accuracy=accuracy, **outcomes
     )
     return SimpleNamespace(rows=[row])
 
@@ -38,6 +38,8 @@ def test_two_models_are_listed_one_by_one(capsys: pytest.CaptureFixture[str]) ->
     show_recall(recall((1, 1, 0, 1), (0, 1, 0, 0)))
     text = capsys.readouterr().out
     assert "50.0% (75.0% / 25.0%)" in text
+    assert "guessing" in text
+    assert "2.3%" in text
     assert "85" not in text
 
 

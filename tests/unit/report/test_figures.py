@@ -28,10 +28,11 @@ def cell(task: str, arm: str, trained_to: int, accuracies: list[float | None]) -
         AccuracyRow(
             *(length, tuple(map(int, length.split("-"))), (2, 4), 200, (0, 1), accuracy, accuracy, None),
             sequence_by_seed=() if accuracy is None else (accuracy.estimate - 0.05, accuracy.estimate + 0.05),
+            chance=1 / int(length.partition("-")[0]),
         )
         for length, accuracy in zip(lengths, intervals, strict=True)
     )
-    curve = tuple(CurvePoint(step, 1e10 * step, step / 200, step / 250, step / 190) for step in (50, 100))
+    curve = tuple(CurvePoint(step, 1e10 * step, step / 200, step / 250, step / 190, chance=0.02) for step in (50, 100))
     labels = {"task": task, "length": f"L{trained_to}", "arm": arm}
     evaluation = EvaluationResult("lengths", "task", (), rows)
     return CellResult(
@@ -84,7 +85,8 @@ def test_there_is_a_panel_for_each_task_and_a_line_for_each_arm(two_arms: SweepR
     assert [axes.get_title() for axes in figure.axes] == ["copying", "list recall"]
     for axes in figure.axes:
         lines = {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
-        assert list(lines) == ["a", "b"]
+        assert list(lines) == ["a", "b", "guessing"]
+        assert list(lines["guessing"].get_ydata()) == pytest.approx([100 / 33, 100 / 65])
         assert list(lines["a"].get_ydata()) == [90, 50]
         assert list(lines["b"].get_ydata()) == [90]  # longer is n/a
     caption = " ".join(figure.texts[0].get_text().split())
@@ -110,6 +112,9 @@ def test_accuracy_is_drawn_against_the_operations_of_training(two_arms: SweepRes
     assert figure is not None
     line = next(line for line in figure.axes[0].get_lines() if line.get_label() == "a")
     assert list(line.get_xdata()) == [0.5, 1.0]
+    guessing = next(line for line in figure.axes[0].get_lines() if line.get_label() == "guessing")
+    assert list(guessing.get_xdata()) == [0.5, 1.0]
+    assert list(guessing.get_ydata()) == [2, 2]
     assert "Training FLOPs, $10^{12}$" in figure.axes[0].get_xlabel()
 
 

@@ -91,6 +91,18 @@ def test_each_record_of_measures_that_come_alone_is_on_the_page() -> None:
         assert all(format_estimate(record) in text for record in alone.records)
 
 
+def test_accuracies_are_drawn_beside_what_guesses_get_right() -> None:
+    results, arrays = build_results()
+    charts = {figure.id: figure for figure in FIGURES}
+    capacity, accuracy = (charts[name].draw(results, arrays) for name in ("capacity", "accuracy"))
+    (rule,) = capacity.panels[0].rules
+    assert (rule.x, rule.y) == ([2, 4, 6, 8], pytest.approx([1 / 8, 1 / 16, 1 / 24, 1 / 32]))
+    assert accuracy.panels[0].level == 0.07
+    assert "guesses" in charts["capacity"].text
+    older = of_measures(results, {record.measure for record in results.records} - {"chance"})
+    assert charts["capacity"].draw(older, arrays).panels[0].rules == []
+
+
 def test_records_without_the_coordinates_of_their_plot_are_in_tables_alone() -> None:
     results, _ = build_results()
     names = ("excess_cosine", "meta_lift", "area")

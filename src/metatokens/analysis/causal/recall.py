@@ -39,7 +39,14 @@ def accuracies_of(inputs: Inputs) -> dict[str, Array]:
     return found
 
 
-@measure("causal", "1", axes=("intervention",), statistic="accuracy", subject="task", plot=Dots("intervention"))
+@measure(
+    "causal",
+    "1",
+    axes=("intervention",),
+    statistic="accuracy",
+    subject="task",
+    plot=Dots("intervention", level="chance"),
+)
 def accuracy(inputs: Inputs) -> Rows:
     """Share of right answers on the task's instances, with something taken from the meta-tokens."""
     for kind, shares in accuracies_of(inputs).items():
@@ -54,11 +61,12 @@ def accuracy_change(inputs: Inputs) -> Rows:
         yield Row({"intervention": kind}, shares[kind] - shares["none"])
 
 
-@measure("causal", "1", axes=("size",), statistic="accuracy", subject="task", plot=Lines("size"))
-def capacity(inputs: Inputs) -> Rows:
-    """Share of right answers by the task's own size, such as items of a list, up to twice the largest asked."""
+@shared
+def capacities_of(inputs: Inputs) -> dict[int, tuple[Array, Array]]:
+    """Return the share of right answers of each instance, and that of guessing, by the task's own size."""
     task, difficulty = inputs.task.task, inputs.task.difficulty
     low, high = difficulty.size
+    found = {}
     for size in sorted({round(size) for size in np.linspace(low, 2 * high, min(MOST_SIZES, 2 * high - low + 1))}):
         try:
             instances = make_test_instances(
@@ -72,8 +80,24 @@ def capacity(inputs: Inputs) -> Rows:
         except UsageError:
             inputs.skip(f"capacity at size {size}: no prompt of these lengths")
             continue
-        found = count_right_answers(inputs.lens.model, instances, batch_size=_BATCH)
-        yield Row({"size": size}, found.right_answers / found.answers)
+        counts = count_right_answers(inputs.lens.model, instances, batch_size=_BATCH)
+        found[size] = counts.right_answers / counts.answers, np.array([one.chance for one in instances])
+    return found
+
+
+@measure("causal", "1", axes=("size",), statistic="accuracy", subject="task", plot=Lines("size", level="chance"))
+def capacity(inputs: Inputs) -> Rows:
+    """Share of right answers by the task's own size, such as items of a list, up to twice the largest asked."""
+    for size, (shares, _) in capacities_of(inputs).items():
+        yield Row({"size": size}, shares)
+
+
+@measure("causal", "1", axes=("size",), subject="task")
+def chance(inputs: Inputs) -> Rows:
+    """Share of answers that guesses get right, as the task states it, on its instances and by its own size."""
+    yield Row({}, np.array([one.chance for one in inputs.subject.instances]))
+    for size, (_, chances) in capacities_of(inputs).items():
+        yield Row({"size": size}, chances)
 
 
 def _accuracy(inputs: Inputs, interventions: tuple[Intervention, ...]) -> Array:

@@ -310,7 +310,12 @@ def decodability(inputs: Inputs) -> Rows:
             yield Row(at, np.stack([read.residual_squares, read.total_squares], axis=1))
 
 
-@measure("decodability", "1", axes=("state", "layer", "window"), plot=Lines("layer", by="state", panels="window"))
+@measure(
+    "decodability",
+    "1",
+    axes=("state", "layer", "window"),
+    plot=Lines("layer", by="state", panels="window", level="prefix_rank_chance"),
+)
 def prefix_rank(inputs: Inputs) -> Rows:
     """Mean reciprocal rank at which the regression finds the own prefix among those of other documents."""
     for reading in readings_of(inputs):

@@ -14,4 +14,8 @@ def test_recall_by_size_goes_beyond_the_sizes_that_were_asked(size, sizes):
     found = records_of("capacity", inputs)
     assert [one.at["size"] for one in found] == sizes
     assert all(one.num_documents == 8 for one in found)
+    guessed = {one.at.get("size"): one.value for one in records_of("chance", inputs)}
+    assert list(guessed) == [None, *sizes]
+    # there are at least two lists, and the items of one differ
+    assert all(0 < guessed[size] <= 1 / size for size in sizes)
     assert any("no prompt of these lengths" in line for line in inputs.skipped) == (not sizes)

@@ -38,7 +38,7 @@ def circuit_samples() -> list[Sample]:
     rows = []
     for pair in hand_made_pairs() * 6:
         ids = np.append(pair.clean, pair.answer)
-        row = EncodedInstance(ids, np.full_like(ids, -100), ((len(pair.clean), len(ids)),), len(pair.clean), ())
+        row = EncodedInstance(ids, np.full_like(ids, -100), ((len(pair.clean), len(ids)),), len(pair.clean), (), 0.5)
         rows.append(Sample(row, int(pair.meta_positions[-1]), WRITER_AT + 1, QUESTION_AT))
     return rows
 

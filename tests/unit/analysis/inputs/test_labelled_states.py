@@ -67,5 +67,5 @@ def test_the_untrained_model_is_another_one_of_the_same_shape_and_seeded():
 def test_an_instance_whose_answer_a_meta_token_predicts_is_left_out():
     for behind, kept in ((False, True), (True, False)):
         prompt = [5, META, 2, *([META] if behind else [6])]
-        row = EncodedInstance(np.array([*prompt, 3]), np.full(5, -100), ((4, 5),), 3, ())
+        row = EncodedInstance(np.array([*prompt, 3]), np.full(5, -100), ((4, 5),), 3, (), 0.5)
         assert (sample_of(row, META) is not None) == kept
