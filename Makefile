@@ -46,7 +46,7 @@ check: .venv/installed ## format, lint, types and the quick tests
 	$(BIN)/mypy
 	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/unit tests/claims tests/test_architecture.py
 
-test-faults: .venv/installed ## kill runs at random points, in steps and in saves; FAULTS="--times 10 --out faults.json" for more
+test-faults: .venv/installed ## kill runs and saves at random points, and harm files; FAULTS="--rounds 20 --out faults.json" for more
 	$(BIN)/python tests/faults/campaign.py $(FAULTS)
 
 facts: .venv/installed ## every number that the documents quote, against the committed JSON it comes from

@@ -1,10 +1,13 @@
 """A campaign of faults against real runs; `make test-faults`, or for longer ones
 
-    nice -n 19 .venv/bin/python tests/faults/campaign.py --times 100 --seed 1 --out campaign.json
+    nice -n 19 .venv/bin/python tests/faults/campaign.py --rounds 20 --seed 1 --out campaign.json
 
 Each fault is a function with `@fault(...)`: it does one piece of work on a run of its own, harms it, and returns how
 often; it fails by an assertion if a result differs or something was lost. A new kind is one function, in a file that
 `MODULES` names. Everything that a fault draws comes from `case.random`, so the seed that a failure prints repeats it.
+
+A round does every kind under one seed. The JSON is written after each round, and the same command goes on behind the
+rounds that it holds.
 """
 
 import argparse
@@ -16,13 +19,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-MODULES = ("kills",)
+MODULES = ("kills", "corruptions")
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Case:
     """An empty folder of its own."""
     shared: Path
     """A folder of the whole campaign, for what is made once, such as runs to compare with."""
+    tally: Counter[str] = field(default_factory=Counter)
+    """What the fault wants to be counted besides, such as how many kills were of which kind of run."""
 
 
 Fault = Callable[[Case], int]
@@ -47,7 +54,7 @@ class Kind:
     counts: str
     """What the number that it returns counts, such as "kills survived"."""
     times: int
-    """How many in a short campaign; `--times` multiplies it."""
+    """How many in a round; `--times` multiplies it."""
 
 
 KINDS: dict[str, Kind] = {}
@@ -72,6 +79,15 @@ class Outcome:
     cases: int = 0
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
+    tally: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "Outcome") -> None:
+        """Count another round in."""
+        self.done += other.done
+        self.cases += other.cases
+        self.seconds = round(self.seconds + other.seconds, 1)
+        self.failures += other.failures
+        self.tally = dict(sorted((Counter(self.tally) + Counter(other.tally)).items()))
 
 
 def run_kind(name: str, kind: Kind, times: int, seed: int, shared: Path) -> Outcome:
@@ -81,14 +97,15 @@ def run_kind(name: str, kind: Kind, times: int, seed: int, shared: Path) -> Outc
     while outcome.done < times and len(outcome.failures) < 1 + times // 10:
         own_seed = f"{seed}/{name}/{outcome.cases}"
         with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+            case = Case(random.Random(own_seed), Path(folder), shared)
             try:
-                outcome.done += kind.act(Case(random.Random(own_seed), Path(folder), shared))
+                outcome.done += kind.act(case)
             except Exception as error:  # noqa: BLE001 - whatever went wrong is the result
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 outcome.failures.append(f"seed {own_seed}: {type(error).__name__}: {error} ({where.name})")
-        outcome.cases += 1
-        outcome.seconds = round(time.monotonic() - began, 1)
-        say(f"{name:28} {outcome.done:6} of {times} {kind.counts}, {len(outcome.failures)} failed")
+        outcome.add(Outcome(kind.counts, cases=1, tally=case.tally))
+    outcome.seconds = round(time.monotonic() - began, 1)
+    say(f"seed {seed}: {name:28} {outcome.done:5} {kind.counts} in {outcome.seconds} s, {len(outcome.failures)} failed")
     return outcome
 
 
@@ -97,30 +114,66 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+class Campaign:
+    """Rounds of faults, and their outcomes in a file if it is named."""
+
+    def __init__(self, command: str, out: Path | None) -> None:
+        """Go on with what the file holds, if it was written by the same command."""
+        self._command, self._out = command, out
+        self.seeds: list[int] = []
+        self.outcomes: dict[str, Outcome] = {}
+        if out is not None and out.exists():
+            document = json.loads(out.read_text())
+            if document["command"] != command:
+                raise SystemExit(f"{out} is of another campaign: {document['command']}")
+            self.seeds = document["seeds"]
+            self.outcomes = {name: Outcome(**outcome) for name, outcome in document["outcomes"].items()}
+
+    def do_round(self, kinds: Sequence[str], seed: int, times: float, shared: Path) -> None:
+        """Do each kind of fault under a seed; a round that the file holds is passed over."""
+        if seed in self.seeds:
+            return
+        found = {name: run_kind(name, KINDS[name], round(KINDS[name].times * times), seed, shared) for name in kinds}
+        for name, outcome in found.items():
+            self.outcomes.setdefault(name, Outcome(outcome.counts)).add(outcome)
+        self.seeds.append(seed)
+        if self._out is not None:
+            part = self._out.with_name(f"{self._out.name}.part")
+            part.write_text(json.dumps(self._document(), indent=2) + "\n")
+            part.replace(self._out)
+
+    def _document(self) -> dict[str, Any]:
+        from metatokens.training.run_folder import versions
+
+        outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+        return {"command": self._command, "seeds": self.seeds, "versions": versions(), "outcomes": outcomes}
+
+    def show(self) -> None:
+        say("")
+        for name, outcome in self.outcomes.items():
+            say(f"{name:28} {outcome.done:6} {outcome.counts}, {len(outcome.failures)} failed")
+            for failure in outcome.failures:
+                say(f"  {failure}")
+
+
 def main() -> int:
     for name in MODULES:
         import_module(name)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)} (default: all)")
-    parser.add_argument("--times", type=float, default=1.0, help="multiple of a short campaign")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON with the outcome, written after every kind")
+    parser.add_argument("--times", type=float, default=1.0, help="multiple of a short round")
+    parser.add_argument("--rounds", type=int, default=1, help="each under a seed of its own")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    parser.add_argument("--out", type=Path, help="JSON with the outcome; rounds that it holds are not done again")
     options = parser.parse_args()
-    command = " ".join(["python", "tests/faults/campaign.py", *sys.argv[1:]])
-    outcomes: dict[str, Outcome] = {}
+    kinds = options.kinds or list(KINDS)
+    command = " ".join(["python tests/faults/campaign.py", *options.kinds, f"--times {options.times:g}"])
+    campaign = Campaign(command, options.out)
     with tempfile.TemporaryDirectory(prefix="campaign-") as shared:
-        for name in options.kinds or KINDS:
-            kind = KINDS[name]
-            outcomes[name] = run_kind(name, kind, round(kind.times * options.times), options.seed, Path(shared))
-            if options.out is not None:
-                document = {"command": command, "outcomes": {key: asdict(value) for key, value in outcomes.items()}}
-                options.out.write_text(json.dumps(document, indent=2) + "\n")
-    say("")
-    for name, outcome in outcomes.items():
-        say(f"{name:28} {outcome.done:6} {outcome.counts}, {len(outcome.failures)} failed")
-        for failure in outcome.failures:
-            say(f"  {failure}")
-    return int(any(outcome.failures for outcome in outcomes.values()))
+        for seed in range(options.seed, options.seed + options.rounds):
+            campaign.do_round(kinds, seed, options.times, Path(shared))
+    campaign.show()
+    return int(any(outcome.failures for outcome in campaign.outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def kill_and_resume(case: Case, way: str, config: PretrainConfig, moment: Callab
         kill(started)
         assert_nothing_lost(out, committed)
         kills += is_met
+        case.tally[kind_of_run(way, config)] += is_met
         step = max(step, steps_done(out))
     assert run(config, out, world_size=world_size) == [0] * world_size, out.with_name("run.error").read_text()
     assert not list(out.glob("**/.*.tmp-*")), "left something behind"
@@ -108,6 +109,10 @@ def is_past(out: Path, step: int) -> bool:
 
 def saves_after(out: Path, step: int) -> bool:
     return any(path.name > f".step-{step:08d}" for path in (out / "checkpoints").glob(".step-*.tmp-*"))
+
+
+def kind_of_run(way: str, config: PretrainConfig) -> str:
+    return f"{way}, saving in the background" if config.checkpoint.background else way
 
 
 def background(random: random.Random) -> tuple[str, str]:
@@ -138,7 +143,8 @@ def kill_a_worker_of_torchrun(case: Case) -> int:
     way, out, kills = case.random.choice(["ddp", "fsdp2"]), case.folder / "run", 0
     whole(case, way)
     preset = case.folder / "config.yaml"
-    preset.write_text(to_yaml(config_of(case, way, *background(case.random))))
+    config = config_of(case, way, *background(case.random))
+    preset.write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "10", "-m", "metatokens.cli", "pretrain", str(preset), "--out", str(out)]
     with (case.folder / "errors").open("w") as errors:
@@ -152,6 +158,7 @@ def kill_a_worker_of_torchrun(case: Case) -> int:
             main = int((out / "lock").read_text().split()[1])
             os.kill(case.random.choice([main, *siblings(main)]), signal.SIGKILL)
             kills += 1
+            case.tally[kind_of_run(way, config)] += 1
         assert job.wait(SECONDS) == 0, (case.folder / "errors").read_text()[-2000:]
     finally:
         if job.poll() is None:
