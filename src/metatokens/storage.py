@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = 2**20
 """Free space that results need at least."""
+_POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
@@ -165,7 +166,7 @@ def json_sha256(document: Any) -> str:
 
 
 @contextmanager
-def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
+def hold_lock(lock: Path, *, folder: Path, work: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock on a lock file, and make the file and its folder first if they do not exist.
 
     However the process ends, the lock ends with it.
@@ -174,9 +175,10 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
         lock: the file; it names its holder.
         folder: the folder that the lock protects, for messages.
         work: the message if another process holds the lock, such as "another run uses this folder".
+        waiting: called with a line of text if another process holds the lock, which is then waited for; None refuses.
 
     Raises:
-        UsageError: another process holds the lock, or the file cannot be written.
+        UsageError: another process holds the lock and is not waited for, or the file cannot be written.
         ResourceError: the disk is full.
     """
     from filelock import Timeout
@@ -187,11 +189,14 @@ def hold_lock(lock: Path, *, folder: Path, work: str) -> Iterator[None]:
         try:
             held.acquire()
         except Timeout:
-            raise UsageError.plain(
-                str(folder),
-                happened=f"{work} ({_holder(lock)})",
-                remedy="wait for it to end or choose another --out",
-            ) from None
+            if waiting is None:
+                raise UsageError.plain(
+                    str(folder),
+                    happened=f"{work} ({_holder(lock)})",
+                    remedy="wait for it to end or choose another --out",
+                ) from None
+            waiting(f"{folder}: {work} ({_holder(lock)}); waiting for it to end")
+            held.acquire(timeout=-1, poll_interval=_POLL_SECONDS)
     try:
         # on a full disk the holder stays unnamed; the next write reports the full disk
         with suppress(OSError), open(lock, "w", opener=no_follow) as file:

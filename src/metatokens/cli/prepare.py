@@ -25,6 +25,17 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--shard-tokens", type=at_least(1), default=2**28, help="approximate number of tokens in a shard"
     )
+    parser.add_argument(
+        "--jobs",
+        type=at_least(1),
+        default=1,
+        help="processes that tokenise; with 1 the command does it itself, with a thread for each core",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait for another process that writes the folder; what it finishes of the same source is the result",
+    )
     add_source_options(parser)
 
 
@@ -42,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         "options": source_options(options),
     }
     if options.dry_run:
-        check(options.source, options.out, **arguments)
+        check(options.source, options.out, **arguments, may_be_finished=options.wait)
         found = survey_source(options.source)
         plan = {
             "source": options.source,
@@ -63,6 +74,8 @@ def _run(options: argparse.Namespace) -> int:
                 options.out,
                 **arguments,
                 vocab_size=options.vocab_size,
+                jobs=options.jobs,
+                wait=options.wait,
                 progress=lambda done, num_tokens: progress.show(
                     f"{done / 1e6:,.1f} MB, {num_tokens:,} tokens", min(done / total, 1) if total else None
                 ),

@@ -214,6 +214,10 @@ class TextEncoder:
 
     A text without such strings gets the same ids as from the tokenizer.
 
+    Args:
+        tokenizer: The text tokenizer, or what `as_text_tokenizer` makes one of.
+        threads: Most threads of tiktoken; None means the cores that this process may use.
+
     Attributes:
         vocab_size: V, the text vocabulary with its end-of-text token.
         eos_token_id: The id that ends a document; text never encodes to it.
@@ -230,13 +234,15 @@ class TextEncoder:
     sha256: str
     backend: Literal["tiktoken", "tokenizers"]
 
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, *, threads: int | None = None) -> None:
         tokenizer = as_text_tokenizer(tokenizer)
         canonical = tokenizer.to_str()
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
         self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[end_of_text_token(tokenizer)]
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = threads or (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self._encoders = _checked_encoders(canonical, self.eos_token_id)
         self.backend = "tokenizers" if self._encoders.fast is None else "tiktoken"
 
@@ -250,7 +256,7 @@ class TextEncoder:
             DataError: A text holds a lone surrogate, which UTF-8 cannot express.
         """
         for text in texts:
-            _require_utf8(text)
+            require_utf8(text)
         if self.backend == "tokenizers":
             encodings = self._encoders.plain.encode_batch_fast(list(texts), add_special_tokens=False)
             return [_frozen(encoding.ids) for encoding in encodings]
@@ -492,7 +498,12 @@ def _frozen(ids: list[int]) -> TokenIds:
     return array
 
 
-def _require_utf8(text: str) -> None:
+def require_utf8(text: str) -> None:
+    """Refuse a text with a lone surrogate.
+
+    Raises:
+        DataError: It has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

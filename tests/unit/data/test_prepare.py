@@ -5,15 +5,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from metatokens.data import encoding_processes
 from metatokens.data import prepare as prepare_module
+from metatokens.data.encoding_processes import encode_batches_in_processes
 from metatokens.data.prepare import check, prepare, split_of
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
@@ -57,6 +62,61 @@ def test_prepare_on_one_core_gives_the_same_bytes(corpus, tokenizer_file, tmp_pa
     finally:
         os.sched_setaffinity(0, cores)
     assert contents(tmp_path / "all") == contents(tmp_path / "one")
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encoding_processes, "_WAITING_CHARACTERS", 1000)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_prepare_gives_the_same_bytes_for_any_number_of_processes_killed_or_not(corpus, tokenizer_file, tmp_path):
+    run(corpus, tmp_path / "one", tokenizer_file, shard_tokens=300)
+    calls = []
+    run(corpus, tmp_path / "two", tokenizer_file, shard_tokens=300, jobs=2, progress=lambda *done: calls.append(done))
+    assert len(calls) > 20
+    assert calls == sorted(calls)
+    partial_folder = kill(corpus, tmp_path / "three", tokenizer_file, 12, jobs=3)
+    finished = {path: path.stat().st_mtime_ns for path in partial_folder.glob("*.ds")}
+    assert len(list(partial_folder.glob("*.done"))) > 3
+    run(corpus, tmp_path / "three", tokenizer_file, shard_tokens=300, jobs=3)
+    kept = [tmp_path / "three" / path.name for path, time_ns in finished.items()]
+    assert sum(path.stat().st_mtime_ns == finished[partial_folder / path.name] for path in kept) > 3
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+
+
+def test_batches_are_drawn_no_further_than_the_processes_need(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding_processes, "_WAITING_CHARACTERS", 100)
+    drawn = []
+
+    def batches():
+        for number in range(40):
+            drawn.append(number)
+            yield SimpleNamespace(texts=[f"text {number} " * 5], number=number)
+
+    for batch, ids in encode_batches_in_processes(batches(), tokenizer.to_str().encode(), 2):
+        assert tokenizer.decode(ids[0].tolist()) == batch.texts[0]
+        assert len(drawn) - batch.number <= 2 * 100 // len(batch.texts[0]) + 2
+    assert batch.number == 39
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_encoding_process_that_is_killed_is_a_resource_error_of_one_line(corpus, tokenizer_file, tmp_path, fails):
+    def kill_all(*_):
+        for pid, (parent, _) in processes().items():
+            if parent == os.getpid():
+                os.kill(pid, signal.SIGKILL)
+
+    with fails(6, "encoding process", "ended by SIGKILL", "--jobs"):
+        run(corpus, tmp_path / "tokens", tokenizer_file, jobs=2, progress=kill_all)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoding_process_that_fails_tells_its_error_in_one_line(fails):
+    batches = [SimpleNamespace(texts=["text"])]
+    with fails(6, "encoding process", "UsageError", "a tokenizer.json of Hugging Face"):
+        list(encode_batches_in_processes(batches, b"{}", 1))
 
 
 def test_prepare_leaves_nothing_but_the_folder_behind(corpus, tokenizer_file, tmp_path):
@@ -277,7 +337,7 @@ def test_error_after_finished_shards_keeps_them_and_names_them(corpus, tokenizer
     (tmp_path / "out").mkdir()
     out, partial_folder = tmp_path / "out" / "tokens", tmp_path / "out" / ".tokens.partial"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "_BATCH_BYTES", 500)
+        patch.setattr(prepare_module, "_BATCH_CHARACTERS", 500)
         with fails(3, last.name, "finished shards are kept in", partial_folder):
             run(damaged, out, tokenizer_file, shard_tokens=300)
     assert list(partial_folder.glob("*.done"))
@@ -315,22 +375,78 @@ def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, t
     run(corpus, tmp_path / "tokens", tokenizer_file)
 
 
+def test_prepare_that_waits_takes_what_the_other_process_made_of_the_same(
+    corpus, tokenizer_file, tmp_path, prepared_once, fails
+):
+    out, said = tmp_path / "tokens", []
+    with ThreadPoolExecutor(1) as pool:
+        with (tmp_path / ".tokens.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = pool.submit(run, corpus, out, tokenizer_file, wait=True, say=said.append)
+            wait_until(lambda: said)
+            shutil.copytree(prepared_once, out)
+            assert not waiting.done()
+        assert waiting.result() == TokenDataset.open(prepared_once).manifest
+    assert "waiting for it to end" in said[0]
+    assert "finished already" in said[1]
+    with fails(2, "options"):
+        run(corpus, out, None, wait=True)
+    (corpus_changed := shutil.copytree(corpus, tmp_path / corpus.name) / "000.txt").write_text("changed")
+    with fails(2, "source_files"):
+        run(corpus_changed.parent, out, tokenizer_file, wait=True)
+
+
+def test_prepare_that_waits_does_the_work_if_the_other_process_gives_up(corpus, tokenizer_file, tmp_path):
+    said = []
+    with ThreadPoolExecutor(1) as pool, (tmp_path / ".tokens.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(run, corpus, tmp_path / "tokens", tokenizer_file, wait=True, say=said.append)
+        wait_until(lambda: said)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result().shards
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
 KILLED = """if True:
     import os, signal, sys
     from pathlib import Path
-    from metatokens.data import prepare as module
+    from metatokens.data import encoding_processes, prepare as module
     from metatokens.data.sources import SourceOptions
-    module._BATCH_BYTES = 500
+    module._BATCH_CHARACTERS = 500
+    encoding_processes._WAITING_CHARACTERS = 1000
     calls = iter(range(int(sys.argv[4])))
     module.prepare(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3], vocab_size=0, validation_fraction=0.2,
-                   shard_tokens=300, options=SourceOptions(),
+                   shard_tokens=300, options=SourceOptions(), jobs=int(sys.argv[5]),
                    progress=lambda *_: next(calls, None) is None and os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
-def kill(source, out, tokenizer, after_batches):
-    command = [sys.executable, "-c", KILLED, source, out, tokenizer, str(after_batches)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+def processes():
+    """The parent and the session of each process that has not ended."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent), int(session)
+    return found
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill(source, out, tokenizer, after_batches, jobs=1):
+    command = [sys.executable, "-c", KILLED, source, out, tokenizer, str(after_batches), str(jobs)]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        assert process.wait() == -signal.SIGKILL
+    # the processes that encode end by themselves
+    wait_until(lambda: all(session != process.pid for _, session in processes().values()))
     assert not out.exists()
     (partial,) = out.parent.glob(".*.partial")
     return partial
