@@ -27,7 +27,7 @@ PROVIDED = {
         "runs/8k-to-8k",
         *(f"runs/seed-{seed}" for seed in range(3)),
     ),
-    "tokens": ("tokens", "c4"),
+    "tokens": ("tokens", "c4", "openwebtext", "tokenized", "held-out"),
     "run/model": ("gpt2",),
     "gpt2": ("path/to/gpt2",),
     "books": ("books",),

@@ -20,6 +20,7 @@ MISSING = "no/such/place.yaml"
 WRONG_PATHS = {
     "demo": ["--out", f"{__file__}/demo"],
     "prepare": [MISSING, "--out", "tokens"],
+    "adopt": [MISSING, "--out", "tokens"],
     "pretrain": ["tiny/meta", "--data.path", MISSING],
     "extend": [MISSING, "--out", "longer"],
     "finetune": ["tiny/recall", "--start.kind", "checkpoint", "--start.path", MISSING],

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from metatokens.cli import (
+    adopt,
     analyze,
     demo,
     evaluate,
@@ -38,7 +39,7 @@ from metatokens.names import nearest_name
 
 # in the order of the help
 VERBS = (
-    *(demo, prepare, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
+    *(demo, prepare, adopt, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
     *(analyze, report, generate, serve, export, info, plan),
 )
 

@@ -3,11 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metatokens.cli.arguments import add_verb, at_least, share
 from metatokens.cli.output import emit
 from metatokens.cli.reading import SOURCE_HELP, Progress, add_source_options, source_options
+
+if TYPE_CHECKING:
+    from metatokens.data.shards import Manifest
 
 
 def add(verbs: Any) -> None:
@@ -83,19 +86,24 @@ def _run(options: argparse.Namespace) -> int:
             )
     finally:
         progress.close()
+    result = summary_of(options.out, manifest)
+    following = ("metatokens", "pretrain", "tiny/meta", "--data.path", options.out)
+    return emit(options, result, lambda: show_table("prepared", result), following=following)
+
+
+def summary_of(out: Path, manifest: "Manifest") -> dict[str, Any]:
+    """Return what a person is told of a new dataset."""
     splits = ("train", "validation")
     tokens = {split: sum(shard.num_tokens for shard in manifest.shards if shard.split == split) for split in splits}
     documents = {split: sum(s.num_documents for s in manifest.shards if s.split == split) for split in splits}
-    result = {
-        "out": str(options.out),
+    return {
+        "out": str(out),
         "vocab_size": manifest.vocab_size,
         **{f"{split}_tokens": count for split, count in tokens.items()},
         **{f"{split}_documents": count for split, count in documents.items()},
         "documents_skipped": manifest.num_documents_skipped,
         "content_id": manifest.content_id,
     }
-    following = ("metatokens", "pretrain", "tiny/meta", "--data.path", options.out)
-    return emit(options, result, lambda: show_table("prepared", result), following=following)
 
 
 def _text_bytes(files: Sequence[Path], options: argparse.Namespace) -> int | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from metatokens.data.shard_writer import holds_finished_shards
@@ -16,6 +18,13 @@ from metatokens.storage import hold_lock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+_TOOLS = ("metatokens", "numpy", "tokenizers", "tiktoken")
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that make tokens, for the manifest."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _TOOLS}
 
 
 def check_place(out: Path) -> None:
@@ -132,3 +141,10 @@ def _keep_finished_work(folder: Path, error: MetaTokensError) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     error.args = (f"{error}; {kept}",)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

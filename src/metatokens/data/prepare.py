@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from contextlib import closing
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from metatokens.data.encoding_processes import encode_batches, encode_batches_in_processes
-from metatokens.data.new_dataset import check_free, check_place, disk_error, locked, unfinished
+from metatokens.data.new_dataset import check_free, check_place, disk_error, locked, tool_versions, unfinished
 from metatokens.data.shard_writer import ShardWriter, remove_markers
 from metatokens.data.shards import (
     MANIFEST_NAME,
@@ -60,7 +58,6 @@ __all__ = ["check", "prepare", "split_of"]
 TOKENIZER_SAMPLE_BYTES = 64 << 20  # a byte-level BPE gains little from more, and its training holds the sample
 
 _BATCH_CHARACTERS = 4 << 20  # text handed to the encoder at once: enough documents for every core
-_TOOLS = ("metatokens", "numpy", "tokenizers", "tiktoken")
 
 
 def prepare(  # noqa: PLR0913 every choice that the tokens depend on, and how the work is done
@@ -212,7 +209,7 @@ def _write(
     encoder = TextEncoder(work.tokenizer)
     dtype = _dtype(encoder.vocab_size, dtype)
     counts = SourceCounts()
-    tools = {"python": platform.python_version()} | {name: _version(name) for name in _TOOLS}
+    tools = tool_versions()
     plan = json.dumps([work.source, dtype, encoder.sha256, work.validation_fraction, work.recorded, tools])
     writers: dict[Split, ShardWriter] = {
         split: ShardWriter(
@@ -350,10 +347,3 @@ def _dtype(vocab_size: int, dtype: TokenDtype | None) -> TokenDtype:
             remedy="use uint32, or leave dtype out",
         )
     return dtype or ("uint16" if fits else "uint32")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
