@@ -24,7 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -44,7 +44,6 @@ __all__ = [
     "GenericForSequenceClassification",
     "GenericForTokenClassification",
     "LlamaRotaryEmbedding",
-    "apply_rotary_pos_emb",
     "can_return_tuple",
     "capture_outputs",
     "create_causal_mask",

@@ -95,7 +95,9 @@ def loss_and_logits(
     else:
         total, logits = _sum_in_chunks(head, hidden, targets, vocab_size), None
     num_targets = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1), logits
+    if isinstance(num_targets, Tensor):
+        return total / num_targets.to(total.device).clamp(min=1), logits
+    return total / max(num_targets, 1), logits  # copied to no device, which would wait
 
 
 def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
@@ -172,8 +174,9 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden, targets = hidden[valid], targets[valid]
     else:
         targets, keep = torch.where(valid, targets, 0), valid
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if not torch.is_grad_enabled():
         # autograd would ask a custom function for the gradient of a parameter even then

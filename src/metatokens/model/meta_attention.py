@@ -10,6 +10,7 @@ Two controls with the same parameters separate possible causes of a gain (`meta_
 attention among all tokens at full cost, "random" packs pseudo-random text tokens in place of the meta-tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,28 +49,59 @@ class MetaPack(NamedTuple):
     columns: Tensor
     """(B, M) int64: column of each meta-token in the cache of all tokens, -1 where not valid."""
 
+    rows: Tensor | None
+    """(B * M,) int64: the packed meta-tokens among all B * T tokens of this forward; None as `index`."""
+
     def gather(self, hidden_BTC: Tensor) -> Tensor:
         """Return the meta rows, (B, M, C)."""
-        if self.index is None:
+        if self.index is None or self.rows is None:
             return hidden_BTC
-        flat = hidden_BTC.reshape(-1, hidden_BTC.shape[-1])
-        return flat.index_select(0, _flat_index(self.index, hidden_BTC)).view(*self.index.shape, -1)
+        return hidden_BTC.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, -1)
 
     def add(self, hidden_BTC: Tensor, update_BMC: Tensor) -> Tensor:
         """Return `hidden_BTC` with the update added to its meta rows; every other row keeps its bits."""
-        update_BMC = update_BMC.to(hidden_BTC.dtype)
-        if self.index is None:
-            return hidden_BTC + update_BMC
+        if self.rows is None:
+            return hidden_BTC + update_BMC.to(hidden_BTC.dtype)
+        # unique indices: index_add is exact and deterministic; a zero-filled full-size tensor would cost far more
+        update = self._rows_of(update_BMC, hidden_BTC.dtype)
+        return hidden_BTC.flatten(0, 1).index_add(0, self.rows, update).view_as(hidden_BTC)
+
+    def add_both(self, hidden_BTC: Tensor, update_BTC: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the sum of the first two, with `attend` of the sum's meta rows (B, M, C) added to these rows.
+
+        Equal to `add` on the sum, but no tensor of all rows is made for it beside the sum, and one for its gradient.
+        """
+        if self.index is None or self.rows is None:
+            total = hidden_BTC + update_BTC
+            return total + attend(total).to(total.dtype)
+        both = hidden_BTC.flatten(0, 1), update_BTC.flatten(0, 1)
+        summed: tuple[Tensor, Tensor] = _SumAndRows.apply(*both, self.rows)  # type: ignore[no-untyped-call]
+        total, packed = summed
+        update = self._rows_of(attend(packed.view(*self.index.shape, -1)), total.dtype)
+        # in place: nothing else holds the sum, and addition keeps nothing for the backward pass
+        return total.index_add_(0, self.rows, update).view_as(hidden_BTC)
+
+    def _rows_of(self, update_BMC: Tensor, dtype: torch.dtype) -> Tensor:
+        update_BMC = update_BMC.to(dtype)
         if self.valid is not None:
             update_BMC = torch.where(self.valid[..., None], update_BMC, 0)
-        # unique indices: index_add is exact and deterministic; a zero-filled full-size tensor would cost far more
-        flat = hidden_BTC.reshape(-1, hidden_BTC.shape[-1])
-        return flat.index_add(0, _flat_index(self.index, hidden_BTC), update_BMC.flatten(0, 1)).view_as(hidden_BTC)
+        return update_BMC.flatten(0, 1)
 
 
-def _flat_index(index_BM: Tensor, hidden_BTC: Tensor) -> Tensor:
-    offsets = torch.arange(hidden_BTC.shape[0], device=index_BM.device) * hidden_BTC.shape[1]
-    return (index_BM + offsets[:, None]).flatten()
+class _SumAndRows(torch.autograd.Function):
+    """A sum (N, C) and some rows of it, whose gradients meet without a tensor of zeros for the other rows."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        total = first + second
+        return total, total.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad_rows: Tensor) -> tuple[Tensor, Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad = grad_total.index_add(0, rows, grad_rows)
+        return grad, grad, None
 
 
 class MetaAttention(Attention):
@@ -193,7 +225,7 @@ def hash_integers(*values: Tensor) -> Tensor:
 def pack_all_tokens(hidden: Tensor, *, rotary: Rotary | None, mask: Any, seen: int | Tensor) -> MetaPack:
     """Prepare a second causal attention of all tokens (B, T, C), under the mask of the first; nothing is gathered."""
     columns = (torch.arange(hidden.shape[1], device=hidden.device) + seen).expand(hidden.shape[:2])
-    return MetaPack(index=None, valid=None, rotary=rotary, mask=mask, columns=columns)
+    return MetaPack(index=None, valid=None, rotary=rotary, mask=mask, columns=columns, rows=None)
 
 
 def pack_meta_tokens(
@@ -257,29 +289,39 @@ def pack_meta_tokens(
         mask = to_additive(mask, hidden.dtype)
 
     rotary = None if rotary is None else rotary.at(index)
-    return MetaPack(index=index, valid=valid, rotary=rotary, mask=mask, columns=columns)
+    offsets = torch.arange(len(index), device=index.device)[:, None] * hidden.shape[1]
+    rows = (index + offsets).flatten()
+    return MetaPack(index=index, valid=valid, rotary=rotary, mask=mask, columns=columns, rows=rows)
 
 
 def _find_meta_tokens(
     meta_token_mask: Tensor, meta_indices: Tensor | None, *, keep_shape: bool, always: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return indices (B, M) of the meta-tokens in order, and which of them are real."""
-    num_tokens = meta_token_mask.shape[1]
-    columns = torch.arange(num_tokens, device=meta_token_mask.device)
-    # distinct numbers, since exporters lack a stable sort
-    order = torch.argsort(torch.where(meta_token_mask, columns, columns + num_tokens), dim=-1)
+    count_so_far = meta_token_mask.cumsum(-1)
+    order = _meta_tokens_first(meta_token_mask, count_so_far)
     if meta_indices is not None:
         index = order[:, : meta_indices.shape[1]]
         return index, meta_token_mask.gather(1, index)
-    if is_traced() or (keep_shape and num_tokens == 1):
+    if is_traced() or (keep_shape and meta_token_mask.shape[1] == 1):
         return order, meta_token_mask.gather(1, order)  # static shapes, no host synchronisation
-    counts = meta_token_mask.sum(-1)
-    fewest, most = (int(count) for count in torch.stack(torch.aminmax(counts)).tolist())
+    # the one wait for the device of a forward pass: how many meta-tokens there are decides the shapes of all layers
+    fewest, most = (int(count) for count in torch.stack(torch.aminmax(count_so_far[:, -1])).tolist())
     if most == 0 and not always:
         return None
     num_meta = max(most, 1)
     index = order[:, :num_meta]
     return index, None if fewest == num_meta else meta_token_mask.gather(1, index)
+
+
+def _meta_tokens_first(meta_token_mask: Tensor, count_so_far: Tensor) -> Tensor:
+    """Return the columns (B, T) of each row, those of its meta-tokens first and both kinds in order.
+
+    A stable sort by the mask. Every token's place follows from the number of meta-tokens up to it, (B, T).
+    """
+    columns = torch.arange(meta_token_mask.shape[1], device=meta_token_mask.device)
+    places = torch.where(meta_token_mask, count_so_far - 1, count_so_far[:, -1:] + columns - count_so_far)
+    return torch.empty_like(places).scatter(1, places, columns.expand_as(places))
 
 
 def _growing_mask(

@@ -92,17 +92,26 @@ class MetaTokenBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """Map hidden states (B, T, C) to (B, T, C)."""
         update, _ = self.self_attn(self.input_layernorm(hidden), rotary, mask, past_key_values, **kwargs)
-        hidden = hidden + self.dropout(update)
+        update = self.dropout(update)
         if self.meta_attn is not None and pack is not None:
-            hidden = self.add_meta_attention(hidden, pack, past_key_values)
+            hidden = self.add_meta_attention(hidden, update, pack, past_key_values)
+        else:
+            hidden = hidden + update
         output: Tensor = hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
         return output
 
-    def add_meta_attention(self, hidden: Tensor, pack: MetaPack, past_key_values: Cache | None) -> Tensor:
-        """Add the meta-attention of the meta rows to those rows of (B, T, C)."""
-        assert self.meta_attn is not None
-        update, _ = self.meta_attn(self.meta_layernorm(pack.gather(hidden)), pack, past_key_values)
-        return pack.add(hidden, self.dropout(update))
+    def add_meta_attention(
+        self, hidden: Tensor, update: Tensor, pack: MetaPack, past_key_values: Cache | None
+    ) -> Tensor:
+        """Add an update, and then the meta-attention of the meta rows to those rows; all (B, T, C)."""
+        meta_attn = self.meta_attn
+        assert meta_attn is not None
+
+        def attend(packed: Tensor) -> Tensor:
+            change, _ = meta_attn(self.meta_layernorm(packed), pack, past_key_values)
+            return self.dropout(change)  # type: ignore[no-any-return]
+
+        return pack.add_both(hidden, update, attend)
 
 
 class MetaTokenPreTrainedModel(PreTrainedModel):
@@ -382,6 +391,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         """
         # not in the signature: Trainer requires a batch to have every argument with "label" in its name
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        if labels is not None and meta_token_mask is None and (input_ids is None) != (inputs_embeds is None):
+            meta_token_mask = self.model.find_meta_tokens(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -394,10 +405,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             **kwargs,
         )
         if labels is not None:
-            if meta_token_mask is None:
-                is_meta = self.model.find_meta_tokens(input_ids, inputs_embeds)
-            else:
-                is_meta = meta_token_mask.bool()
+            assert meta_token_mask is not None  # or the decoder has refused its inputs
+            is_meta = meta_token_mask.bool()
             labels = labels.masked_fill(is_meta, IGNORE_INDEX)
             if shift_labels is None:
                 documents = None

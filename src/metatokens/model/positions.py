@@ -6,12 +6,12 @@ packed meta-attention sees the distances that its tokens have in the whole seque
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from .compatibility import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from .compatibility import LlamaRotaryEmbedding
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
 # positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py
@@ -41,12 +41,52 @@ class RotaryTables(NamedTuple):
 
     def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys by their positions; the shapes stay."""
-        query_BHTD, key_BHTD = apply_rotary_pos_emb(query_BHTD, key_BHTD, self.cos, self.sin)
-        return query_BHTD, key_BHTD
+        return rotate(query_BHTD, self.cos, self.sin), rotate(key_BHTD, self.cos, self.sin)
 
     def at(self, index_BM: Tensor) -> Self:
         """Return the tables (B, M, D) of the tokens at `index_BM`."""
         return self._replace(cos=_take_positions(self.cos, index_BM), sin=_take_positions(self.sin, index_BM))
+
+
+def rotate(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate dimension d together with dimension d + D / 2.
+
+    Equal to transformers' `apply_rotary_pos_emb`, which makes five tensors of this size and nine for the gradient. Here
+    one is made and filled in place, both ways. The tables, (B or 1, T, D), get no gradient.
+
+    Returns:
+        (B, H, T, D) in the wider dtype of states and tables.
+    """
+    cos, sin = cos.detach()[:, None], sin.detach()[:, None]
+    if torch.is_grad_enabled() and states_BHTD.requires_grad:
+        rotated: Tensor = _Rotation.apply(states_BHTD, cos, sin, False)  # type: ignore[no-untyped-call]
+        return rotated
+    return _turn(states_BHTD, cos, sin, back=False)
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """Multiply by the matrix of the rotation, or by its transpose."""
+    turned = states * cos
+    (first, second), (of_first, of_second) = turned.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    from_first, from_second = states.chunk(2, dim=-1)
+    first.addcmul_(from_second, of_second if back else of_first, value=1 if back else -1)
+    second.addcmul_(from_first, of_first if back else of_second, value=-1 if back else 1)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation as one step of the graph, which keeps the tables alone."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.back = back
+        return _turn(states, cos, sin, back=back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grad, cos, sin, not ctx.back), None, None, None  # type: ignore[no-untyped-call]
 
 
 class XposTables(NamedTuple):

@@ -61,10 +61,11 @@ def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePa
 class DenseReferenceBlock(MetaTokenBlock):
     """A block whose meta-attention is the definition."""
 
-    def add_meta_attention(self, hidden: Tensor, pack: Any, past_key_values: Cache | None) -> Tensor:
-        """Add the dense meta-attention to every row of (B, T, C)."""
+    def add_meta_attention(self, hidden: Tensor, update: Tensor, pack: Any, past_key_values: Cache | None) -> Tensor:
+        """Add an update and then the dense meta-attention to every row of (B, T, C)."""
         del past_key_values  # empty: see DenseReferenceModel
         assert self.meta_attn is not None
+        hidden = hidden + update
         return hidden + dense_meta_attention(self.meta_attn, self.meta_layernorm(hidden), pack)
 
 

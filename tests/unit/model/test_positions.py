@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from metatokens.model import MetaTokenConfig
-from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes
+from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes, rotate
 from tiny_models import assert_close, tiny_config, tiny_model, tokens
 from tolerances import tolerance
 
@@ -49,6 +50,20 @@ def test_scaled_tables_equal_those_of_transformers_functions(scaling: str) -> No
     cos, sin = tables(config, positions)
     assert_close(cos[0], angles.cos() * factor, 1e-5)
     assert_close(sin[0], angles.sin() * factor, 1e-5)
+
+
+def test_rotation_is_that_of_transformers_with_its_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.float64)  # of no angles: halves that differ
+    states, weights = torch.randn(2, 2, 9, 3, 8, generator=generator, dtype=torch.float64).transpose(2, 3)
+    states.requires_grad_()
+    expected, _ = apply_rotary_pos_emb(states, states, cos, sin)
+    rotated = rotate(states, cos, sin)
+    assert_close(rotated, expected, 1e-14)
+    assert_close(rotate(states.detach(), cos, sin), expected.detach(), 1e-14)
+    gradients = [torch.autograd.grad((out * weights).sum(), states)[0] for out in (rotated, expected)]
+    assert_close(*gradients, 1e-14)
+    assert torch.autograd.gradgradcheck(lambda given: rotate(given, cos, sin), states)
 
 
 def test_linear_scaling_divides_the_positions() -> None:
