@@ -2,8 +2,8 @@
 
 The checks write nothing, so dry runs make them too. The writers write under a hidden name beside the final one, flush
 to the disk, rename, and flush the folder that holds the name; none follows a link that lies in the place of its file.
-`keep_elsewhere` covers failures that no check can
-foresee, such as a disk that other processes fill meanwhile.
+A sealed file begins with the digest of its own text, so that it is never read after it was altered (`write_sealed`).
+`keep_elsewhere` covers failures that no check can foresee, such as a disk that other processes fill meanwhile.
 """
 
 import errno
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from metatokens.errors import FULL_DISK, MetaTokensError, ResourceError, UsageError
+from metatokens.errors import FULL_DISK, DataError, MetaTokensError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 LEAST_BYTES = 2**20
 """Free space that results need at least."""
 _POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
+_LARGEST_SEALED = 1 << 28
+# how a seal stands at the start of a file: what the text begins with, what stands before and behind the digest
+_SEALS = (
+    ("{", '{"sha256": "', '",'),
+    ("", "# sha256 ", " of the lines below; remove this line if you change them\n"),
+)
+_HEX_DIGITS = 64
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
@@ -100,6 +107,66 @@ def write_atomically(path: Path, text: str) -> None:
         raise ResourceError.no_room(path, error) from None
 
 
+def write_sealed(path: Path, text: str) -> None:
+    """Write a small JSON or YAML file as `write_atomically` does, headed by its own digest; `read_sealed` reads it.
+
+    A seal stops accidents, not attackers: whoever changes the text can change the digest.
+
+    Raises:
+        ResourceError: the file cannot be written, as on a full disk; its old content stays.
+    """
+    write_atomically(path, seal(text))
+
+
+def read_sealed(path: Path, *, remedy: str) -> str:
+    """Return the text that `write_sealed` was given; a file without a seal is returned as it is.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, is larger than 256 MiB, or is not what was written.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_SEALED + 1)
+        if len(content) > _LARGEST_SEALED:
+            raise ValueError(f"more than {_LARGEST_SEALED} bytes")
+        text = content.decode()
+    except (OSError, ValueError) as error:
+        found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(str(path), expected="a readable text file", found=found, remedy=remedy) from None
+    return unseal(text, str(path), remedy=remedy)
+
+
+def seal(text: str) -> str:
+    """Return a text headed by its SHA-256: a JSON object gets it as a key, any other text as a comment line."""
+    start, before, behind = next(form for form in _SEALS if text.startswith(form[0]))
+    return before + text_sha256(text) + behind + text[len(start) :]
+
+
+def unseal(text: str, name: str, *, remedy: str, error: type[MetaTokensError] = DataError) -> str:
+    """Return a text without its seal, if it has one.
+
+    Raises:
+        DataError, or `error`: naming the file, if the text is not the one that was sealed.
+    """
+    for start, before, behind in _SEALS:
+        if text.startswith(before):
+            expected, rest = text[len(before) :][:_HEX_DIGITS], text[len(before) + _HEX_DIGITS :]
+            found = text_sha256(start + rest.removeprefix(behind))
+            if found != expected or not rest.startswith(behind):
+                raise error(
+                    name, expected=f"its text to have the SHA-256 {expected} of its head", found=found, remedy=remedy
+                )
+            return start + rest.removeprefix(behind)
+    return text
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file has a seal, which may be broken."""
+    with path.open("rb") as file:
+        head = file.read(max(len(before) for _, before, _ in _SEALS)).decode(errors="replace")
+    return any(head.startswith(before) for _, before, _ in _SEALS)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Create a file with this content and flush it to the disk; an existing one is refused."""
     with path.open("xb") as file:
@@ -158,6 +225,11 @@ def file_sha256(file: Path | int) -> str:
     """Return the hex SHA-256 of a file, given by path or by descriptor; a descriptor is closed."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """Return the hex SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def json_sha256(document: Any) -> str:

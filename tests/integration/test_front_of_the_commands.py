@@ -33,6 +33,7 @@ WRONG_PATHS = {
     "generate": [MISSING, "Once"],
     "serve": [MISSING],
     "export": [MISSING, "--out", "exported"],
+    "verify": [MISSING],
     "info": [MISSING],
     "plan": [MISSING],
 }

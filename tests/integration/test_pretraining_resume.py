@@ -202,6 +202,7 @@ def checkpoint_alone(reference: Path, out: Path, change: Callable[[dict[str, Any
     content = json.dumps(state).encode()
     manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "state.json").write_bytes(content)
+    del manifest["sha256"]  # the seal
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return out
 

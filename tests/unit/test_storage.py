@@ -1,15 +1,18 @@
 """What is written: refused at the start where it cannot be, whole or not at all, and never lost."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from metatokens.errors import MetaTokensError, ResourceError, UsageError
+from metatokens.errors import DataError, MetaTokensError, ResourceError, UsageError
 from metatokens.storage import (
     check_file,
     check_folder,
@@ -18,8 +21,10 @@ from metatokens.storage import (
     json_sha256,
     keep_elsewhere,
     lock_holder,
+    read_sealed,
     to_json,
     write_atomically,
+    write_sealed,
 )
 
 LONG = "x" * 256
@@ -173,3 +178,48 @@ def test_digests_are_of_the_bytes_and_of_the_values_whatever_their_order(tmp_pat
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert file_sha256(tmp_path / "file") == abc
     assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize(
+    ("text", "parse"),
+    [('{"steps": 4, "word": "ü"}\n', json.loads), ("seed: 1\nmodel:\n  word: ü\n", yaml.safe_load)],
+    ids=["JSON", "YAML"],
+)
+def test_a_sealed_file_with_any_bit_flipped_is_refused_or_says_the_same(
+    tmp_path: Path, text: str, parse: Callable[[str], Any]
+):
+    path = tmp_path / "file"
+    write_sealed(path, text)
+    whole, content = path.read_bytes(), parse(text)
+    assert parse(whole.decode()).items() >= content.items()  # it is still a file of its kind
+    assert read_sealed(path, remedy="go on") == text
+    refused = 0
+    for position in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+            try:
+                found = parse(read_sealed(path, remedy="go on"))
+            except (DataError, json.JSONDecodeError, yaml.YAMLError):
+                refused += 1
+            else:  # the mark of the seal itself was hit
+                assert found.items() >= content.items()
+                assert len(found) <= len(content) + 1
+    assert refused > 8 * (len(text) + 64)
+
+
+@pytest.mark.parametrize("text", ['{"steps": 4}\n', "seed: 1\nsize: 2\n"])
+def test_a_sealed_file_that_is_cut_off_never_gives_a_part_of_its_text(tmp_path: Path, text: str):
+    path = tmp_path / "file"
+    write_sealed(path, text)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with contextlib.suppress(DataError):
+            found = read_sealed(path, remedy="go on")
+            assert any(mark.startswith(found) for mark in ('{"sha256": "', "# sha256 "))
+
+
+def test_a_sealed_file_that_a_disk_cannot_read_is_named(tmp_path: Path):
+    (tmp_path / "file").symlink_to("/proc/self/mem")  # reading its first byte is an EIO
+    with pytest.raises(DataError, match=r"file: expected a readable text file, found Input/output error; go on"):
+        read_sealed(tmp_path / "file", remedy="go on")

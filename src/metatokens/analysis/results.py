@@ -24,12 +24,14 @@ from pydantic import Field, ValidationError
 
 from metatokens.config.base import Frozen
 from metatokens.errors import DataError
-from metatokens.storage import no_follow, write_atomically
+from metatokens.storage import file_sha256, no_follow, read_sealed, write_sealed
 
 SCHEMA_VERSION = 3
 RESULTS_NAME = "results.json"
 ARRAYS_NAME = "arrays.npz"
-_LARGEST_JSON, _LARGEST_ARRAYS = 1 << 28, 1 << 32  # bytes, unpacked
+_ARRAYS_DIGEST = "arrays_sha256"
+_LARGEST_ARRAYS = 1 << 32  # bytes, unpacked
+_WRITE_ANEW = "write it anew with metatokens analyze"
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -124,7 +126,7 @@ class Results(Frozen):
 
 
 def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
-    """Write both files; the archive first, so that results.json says that all is there."""
+    """Write both files; the archive first, because results.json, which is sealed, holds its digest."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
         open(folder / ARRAYS_NAME, "wb", opener=no_follow) as file,
@@ -136,49 +138,57 @@ def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
             member = zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME)
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, data.getvalue())
-    text = json.dumps(results.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False)
-    write_atomically(folder / RESULTS_NAME, f"{text}\n")
+    document = {_ARRAYS_DIGEST: file_sha256(folder / ARRAYS_NAME), **results.model_dump(mode="json")}
+    text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False)
+    write_sealed(folder / RESULTS_NAME, f"{text}\n")
 
 
 def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     """Return what `write_results` wrote.
 
     Raises:
-        DataError: files that are missing, broken or of another version.
+        DataError: files that are missing, broken, altered or of another version.
     """
-    remedy = "write it anew with metatokens analyze"
-    path = folder / RESULTS_NAME
+    results, digest = read_results_file(folder / RESULTS_NAME)
+    path = folder / ARRAYS_NAME
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"more than {_LARGEST_JSON} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            str(path), expected="results of metatokens analyze", found=_cause(error), remedy=remedy
-        ) from error
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
-        raise DataError(str(path), expected=f"schema_version {SCHEMA_VERSION}", found=repr(version), remedy=remedy)
-    try:
-        results = Results.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DataError(str(path), expected="the declared schema", found=found, remedy=remedy) from error
-    try:
-        arrays = _read_arrays(folder / ARRAYS_NAME)
+        arrays = _read_arrays(path)
+        if digest is not None and (found := file_sha256(path)) != digest:
+            raise ValueError(f"the SHA-256 {found} in place of {digest}")
         if "theory_points" in arrays and arrays["theory_points"].shape[1:] != (4,):
             raise ValueError(f"theory_points of shape {arrays['theory_points'].shape}")
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
-            str(folder / ARRAYS_NAME), expected="the arrays of the results", found=_cause(error), remedy=remedy
+            str(path), expected="the arrays of the results", found=_cause(error), remedy=_WRITE_ANEW
         ) from error
     missing = sorted({key for view in results.token_views for key in view.arrays.values()} - arrays.keys())
     if missing:
-        raise DataError(
-            str(folder / ARRAYS_NAME), expected=f"an array {missing[0]}", found="none of that name", remedy=remedy
-        )
+        raise DataError(str(path), expected=f"an array {missing[0]}", found="none of that name", remedy=_WRITE_ANEW)
     return results, arrays
+
+
+def read_results_file(path: Path) -> tuple[Results, str | None]:
+    """Return what a results.json holds, and the SHA-256 of its arrays; None in a file that is not sealed.
+
+    Raises:
+        DataError: see `read_results`.
+    """
+    try:
+        document = json.loads(read_sealed(path, remedy=_WRITE_ANEW))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            str(path), expected="results of metatokens analyze", found=_cause(error), remedy=_WRITE_ANEW
+        ) from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(str(path), expected=f"schema_version {SCHEMA_VERSION}", found=repr(version), remedy=_WRITE_ANEW)
+    digest = document.pop(_ARRAYS_DIGEST, None)
+    try:
+        return Results.model_validate(document), digest
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DataError(str(path), expected="the declared schema", found=found, remedy=_WRITE_ANEW) from error
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

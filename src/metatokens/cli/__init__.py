@@ -30,6 +30,7 @@ from metatokens.cli import (
     report,
     serve,
     sweep,
+    verify,
 )
 from metatokens.cli.arguments import Parser, Verb
 from metatokens.cli.completion import SHELLS, PrintCompletion
@@ -40,7 +41,7 @@ from metatokens.names import nearest_name
 # in the order of the help
 VERBS = (
     *(demo, prepare, adopt, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
-    *(analyze, report, generate, serve, export, info, plan),
+    *(analyze, report, generate, serve, export, verify, info, plan),
 )
 
 

@@ -21,7 +21,7 @@ from metatokens.config.fields import kind_of, nearest_key
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
 from metatokens.names import nearest_name
-from metatokens.storage import json_sha256
+from metatokens.storage import json_sha256, read_sealed
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -317,7 +317,7 @@ def _read_preset(preset: str) -> str:
                 found=str(path.stat().st_size),
                 remedy="shorten it",
             )
-        return path.read_text(encoding="utf-8")
+        return read_sealed(path, remedy="take another copy; if the change is yours, remove the first line")
     known = dict(_walk(files("metatokens.presets"), ""))
     if preset in known:
         return known[preset].read_text(encoding="utf-8")

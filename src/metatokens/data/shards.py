@@ -7,10 +7,11 @@
       validation-00000.ds    and its index
       tokenizer.json         the text tokenizer, which has no meta-token
 
-The `.ds` and `.index` files have datatrove's layout. The manifest holds the size and SHA-256 of every file, but no
-time, host or absolute path. `content_id` is the SHA-256 of everything that determines the tokens; checkpoints record
-it. Files are read with pread: if one is truncated while a job runs, the short read can be reported, where a memory
-map would end the process with SIGBUS. Meta-tokens are never stored (see `injection`).
+The `.ds` and `.index` files have datatrove's layout. The manifest holds the size and SHA-256 of every file and, at its
+head, the SHA-256 of its own text, but no time, host or absolute path. `content_id` is the SHA-256 of everything that
+determines the tokens; checkpoints record it. Files are read with pread: if one is truncated while a job runs, the short
+read can be reported, where a memory map would end the process with SIGBUS. Meta-tokens are never stored (see
+`injection`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metatokens.data.tokenizer import MAX_TOKENIZER_BYTES, tokenizer_from_json
 from metatokens.errors import DataError, UsageError, printable
-from metatokens.storage import file_sha256
+from metatokens.storage import file_sha256, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -140,8 +141,8 @@ class Manifest(_Frozen):
         return self
 
     def to_json(self) -> str:
-        """Return the text of `manifest.json`; equal manifests give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        """Return the text of `manifest.json`, sealed; equal manifests give equal bytes."""
+        return seal(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
 
 
 def compute_content_id(
@@ -352,7 +353,8 @@ def read_manifest(folder: Path) -> Manifest:
             remedy="make one with `metatokens prepare SOURCE --out DIR`",
         )
     try:
-        values = json.loads(_read_regular(path, _MAX_MANIFEST_BYTES))
+        text = _read_regular(path, _MAX_MANIFEST_BYTES).decode()
+        values = json.loads(unseal(text, str(path), remedy=_PREPARE_AGAIN))
     except (ValueError, RecursionError) as error:
         raise _broken(path, "JSON", str(error)) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:

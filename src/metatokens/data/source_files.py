@@ -4,6 +4,9 @@ A file's kind is known by its suffix, in any case: `.txt`, `.jsonl` and `.json`,
 `.zst`, `.bz2`, `.xz`), and `.parquet`. Hidden files are ignored. Everything else that is left out is counted and named:
 files of other kinds, links to folders, unreadable files and folders, and `.json` files beside other text, because
 these mostly hold metadata.
+
+A file whose SHA-256 is written beside it, in NAME.sha256 or in SHA256SUMS as the command sha256sum writes them, is
+compared with that before it is read. Parquet has no other protection, unless its writer put checksums into the pages.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metatokens.errors import DataError, UsageError
+from metatokens.storage import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +40,9 @@ _CHUNK_BYTES = 1 << 20
 _ZSTD_CHUNK_BYTES = 1 << 10  # a zstd block may hold 128 KiB in 4 bytes; this bounds one step to 32 MiB
 _ZSTD_LONGEST_WINDOW = 1 << 31  # of `zstd --ultra --long=31`; the library's own bound is 128 MiB
 _DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_DIGEST_SUFFIX, _DIGESTS_NAME = ".sha256", "SHA256SUMS"
+_DIGEST_LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](.+))?")
+_LARGEST_DIGESTS = 1 << 24
 _NAMED = 3  # how many of the files left out for one reason are named
 
 
@@ -124,6 +131,49 @@ def unpacked_chunks(path: Path, packed: str) -> Iterator[bytes]:
         raise malformed(f"{path}, after {num_bytes} unpacked bytes", "a readable file", str(error)) from error
 
 
+def check_digest(path: Path) -> None:
+    """Compare a file with the SHA-256 that stands beside it, if one does.
+
+    Raises:
+        DataError: They differ, or a file cannot be read.
+    """
+    expected = _digest_beside(path)
+    if expected is None:
+        return
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise malformed(str(path), "a readable file", error.strerror or str(error)) from error
+    if found != expected:
+        raise malformed(str(path), f"the SHA-256 {expected} that stands beside it", found)
+
+
+def _digest_beside(path: Path) -> str | None:
+    """Return the SHA-256 that NAME.sha256, which may hold a bare digest, or SHA256SUMS gives for a file."""
+    own, common = path.with_name(path.name + _DIGEST_SUFFIX), path.with_name(_DIGESTS_NAME)
+    for file, names in ((own, {path.name, ""}), (common, {path.name})):
+        if file.is_file():
+            for digest, name in _read_digests(file):
+                if name in names:
+                    return digest
+    return None
+
+
+def _read_digests(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield each digest of a file and the name that it is for; empty if it names none."""
+    try:
+        with file.open(encoding="utf-8") as content:
+            lines = content.read(_LARGEST_DIGESTS).splitlines()
+    except (OSError, ValueError) as error:
+        raise malformed(str(file), "lines of sha256sum", str(error)) from error
+    for row, line in enumerate(lines, start=1):
+        parts = _DIGEST_LINE.fullmatch(line.rstrip())
+        if parts is not None:
+            yield parts[1].lower(), (parts[2] or "").removeprefix("./")
+        elif line.strip():
+            raise malformed(f"{file}, row {row}", "a line of sha256sum", line)
+
+
 def optional_package(module: str) -> ModuleType | Any:
     """Import a module of the extra `data`.
 
@@ -159,6 +209,8 @@ def _survey_folder(root: Path) -> SourceFiles:
             if path.is_symlink():
                 left_out["linked folder"].append(path)
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.name == _DIGESTS_NAME or path.suffix == _DIGEST_SUFFIX:
+                continue
             if file_kind(path) is None:
                 left_out["file of another kind"].append(path)
             elif not path.is_file():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from metatokens.data.python_docs import python_docs
 from metatokens.data.source_files import (
     PYTHON_DOCS,
+    check_digest,
     file_kind,
     malformed,
     optional_package,
@@ -143,6 +144,7 @@ class _Reader:
         kind = file_kind(path)
         if kind is None:
             raise AssertionError(f"{path} is not among the files of a source")
+        check_digest(path)
         if kind.suffix == ".parquet":
             yield from self._read_parquet(path, name)
         elif kind.suffix == ".jsonl" or (kind.suffix == ".json" and self._holds_json_lines(path, kind.packed)):
@@ -231,7 +233,7 @@ class _Reader:
         field = self._options.text_field
         row = 0
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 columns = file.schema_arrow.names
                 if field not in columns:
                     raise self._missing_field(str(path), columns)

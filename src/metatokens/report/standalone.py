@@ -7,13 +7,12 @@ Its colours are the page's variables, which a style element defines for both sch
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from metatokens.analysis.results import Results
+from metatokens.analysis.results import Results, read_results_file
 from metatokens.report.analysis_figures import HAND_OVER, count_documents, describe_model
 from metatokens.report.assets import read_asset
 from metatokens.report.charts import Chart, to_svg
@@ -70,5 +69,4 @@ def interchange_svg(results: Results) -> str:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    found = Results.model_validate(json.loads(source.read_text(encoding="utf-8")))
-    target.write_text(interchange_svg(found), encoding="utf-8")
+    target.write_text(interchange_svg(read_results_file(source)[0]), encoding="utf-8")

@@ -212,12 +212,14 @@ def load_results(path: Path) -> SweepResults:
     """Read results.json.
 
     Raises:
-        DataError: no file, or one of another format.
+        DataError: no file, one that was altered, or one of another format.
     """
+    remedy = "run the sweep again"
+    text = storage.read_sealed(path, remedy=remedy)
     try:
-        return TypeAdapter(SweepResults).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return TypeAdapter(SweepResults).validate_json(text)
+    except ValidationError as error:
         found = str(error).splitlines()[0]
         raise DataError(
-            str(path), expected=f"results of the format {RESULTS_FORMAT}", found=found, remedy="run the sweep again"
+            str(path), expected=f"results of the format {RESULTS_FORMAT}", found=found, remedy=remedy
         ) from None

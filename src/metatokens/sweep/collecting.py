@@ -90,7 +90,7 @@ def _combination(
     sweep: SweepConfig, runs: Sequence[SweepRun], references: Sequence[SweepRun], answers: Answers, out: Path
 ) -> CellResult:
     first, config = runs[0], runs[0].config
-    measured = [json.loads(run.folder.result_path.read_text(encoding="utf-8")) for run in runs]
+    measured = [run.folder.read_result() for run in runs]
 
     def mean(key: str) -> float:
         return float(sum(result[key] for result in measured) / len(measured))

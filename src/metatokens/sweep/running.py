@@ -30,9 +30,9 @@ from typing import IO, TYPE_CHECKING, Any
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import to_yaml
 from metatokens.config.sweep import PerplexityConfig
-from metatokens.errors import UsageError
+from metatokens.errors import DataError, UsageError
 from metatokens.report.sweep_results import FailedRun
-from metatokens.storage import hold_lock, no_follow, write_atomically
+from metatokens.storage import hold_lock, no_follow, read_sealed, write_sealed
 from metatokens.sweep.progress import SweepDisplay
 from metatokens.training.signals import StopRequest, collect_stop_signals
 
@@ -97,8 +97,7 @@ def is_done(run: SweepRun) -> bool:
 
 def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
     """Return the stored reports of a run's evaluations, by name, that match what the sweep requests."""
-    path = run.folder.path / "evaluation.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = _read_json(run.folder.path / "evaluation.json", default={})
     return {
         evaluation.name: stored[evaluation.name]["report"]
         for evaluation in run.evaluations
@@ -108,8 +107,9 @@ def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
 
 def read_cpu_seconds(run: SweepRun) -> float:
     """Return the processor time of a run's processes, but for those that outlived a sweep that was killed."""
-    path = run.folder.path / "cpu_seconds.json"
-    return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
+    stored = _read_json(run.folder.path / "cpu_seconds.json", default=0.0)
+    # older files hold the bare number
+    return float(stored["cpu_seconds"] if isinstance(stored, dict) else stored)
 
 
 def run_sweep(
@@ -203,7 +203,7 @@ class _Scheduler:
             else:
                 self._waiting.remove(run)
                 run.folder.path.mkdir(parents=True, exist_ok=True)
-                write_atomically(run.folder.path / "preset.yaml", to_yaml(run.config))
+                write_sealed(run.folder.path / "preset.yaml", to_yaml(run.config))
                 self._go_on(run, self._free.pop(0))
 
     def _go_on(self, run: SweepRun, slot: Slot) -> None:
@@ -224,7 +224,8 @@ class _Scheduler:
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
-        write_atomically(run.folder.path / "cpu_seconds.json", f"{read_cpu_seconds(run) + process.cpu_seconds:.2f}\n")
+        spent = {"cpu_seconds": round(read_cpu_seconds(run) + process.cpu_seconds, 2)}
+        write_sealed(run.folder.path / "cpu_seconds.json", json.dumps(spent) + "\n")
         error, output = process.error(code), process.take_output()
         if error is None and process.evaluation is not None:
             store_answer(run, process.evaluation, output)
@@ -332,14 +333,25 @@ def _unanswered(run: SweepRun) -> list[EvaluationRequest]:
 def store_answer(run: SweepRun, request: EvaluationRequest, report: str) -> None:
     """Keep what an evaluation wrote as JSON, beside the answers to others."""
     path = run.folder.path / "evaluation.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = _read_json(path, default={})
     asked = request.config.model_dump(mode="json")
     stored[request.name] = {
         "interventions": list(request.interventions),
         "asked": asked,
         "report": json.loads(report),
     }
-    write_atomically(path, json.dumps(stored) + "\n")
+    write_sealed(path, json.dumps(stored) + "\n")
+
+
+def _read_json(path: Path, *, default: Any) -> Any:
+    """Return the content of a file of a run; the default if there is none."""
+    if not path.is_file():
+        return default
+    remedy = "remove it, and the same command measures it again"
+    try:
+        return json.loads(read_sealed(path, remedy=remedy))
+    except (ValueError, RecursionError) as error:
+        raise DataError(str(path), expected="JSON", found=str(error), remedy=remedy) from None
 
 
 def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:

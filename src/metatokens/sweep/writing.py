@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.report.sweep_results import SweepResults, load_results, to_json
 from metatokens.report.tables import to_markdown
-from metatokens.storage import write_atomically
+from metatokens.storage import write_atomically, write_sealed
 from metatokens.sweep.collecting import collect
 from metatokens.sweep.running import Slot, run_sweep
 
@@ -36,7 +36,7 @@ def run_and_write(
 
     def write(failed: Sequence[FailedRun]) -> None:
         results = collect(sweep, runs, out, failed)
-        write_atomically(out / "results.json", to_json(results))
+        write_sealed(out / "results.json", to_json(results))
         write_atomically(out / "table.md", to_markdown(results))
 
     failed = run_sweep(runs, out, slots, show_progress=show_progress, on_finished=write)

@@ -1,10 +1,10 @@
 """Checkpoints that are either complete and verified, or absent; `metatokens.training.saving` writes them.
 
-A checkpoint is a folder with the hashes of its files in `manifest.json`. The newest that verifies is the latest, so
-there is no pointer that could go stale. Tensors are stored as safetensors and everything else as JSON, so loading
-cannot run code. A process that holds whole tensors writes one file of weights and one of moments; processes that hold
-parts write a file of each. Every run reads either kind. Learning rate, sample order and injection are functions of the
-step, so the step, the weights and the optimizer's moments are the whole state.
+A checkpoint is a folder with the hashes of its files in `manifest.json`, which has its own at its head. The newest that
+verifies is the latest, so there is no pointer that could go stale. Tensors are stored as safetensors and everything
+else as JSON, so loading cannot run code. A process that holds whole tensors writes one file of weights and one of
+moments; processes that hold parts write a file of each. Every run reads either kind. Learning rate, sample order and
+injection are functions of the step, so the step, the weights and the optimizer's moments are the whole state.
 """
 
 import json
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 
 from metatokens.errors import CheckpointError
 from metatokens.model import MetaTokenForCausalLM
-from metatokens.storage import file_sha256
+from metatokens.storage import file_sha256, seal, unseal
 from metatokens.training.distributed import Processes
 
 MANIFEST = "manifest.json"
@@ -112,7 +112,11 @@ def find_checkpoint(folder: Path, processes: Processes | None = None) -> Path | 
 
 
 def _digest(file: Path) -> str | None:
-    return file_sha256(file) if file.is_file() else None
+    """Return the digest of a file, or None if it cannot be read, which `verify_checkpoint` reports."""
+    try:
+        return file_sha256(file)
+    except OSError:
+        return None
 
 
 def describe_files(folder: Path, paths: Iterable[Path]) -> FileEntries:
@@ -131,20 +135,23 @@ def write_manifest(folder: Path, files: FileEntries | None = None) -> None:
     """Write a manifest into a folder, with these entries; by default with those of all of its files."""
     entries = describe_files(folder, folder.rglob("*")) if files is None else files
     document = {"format": FORMAT, "files": dict(sorted(entries.items()))}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+    (folder / MANIFEST).write_text(seal(json.dumps(document, indent=2) + "\n"))
 
 
-def verify_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
+def verify_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
     """Compare every file of a checkpoint with its manifest.
 
     Args:
         path: the checkpoint.
         share: index and number of the processes that divide the hashing among them; each checks every size.
 
+    Returns:
+        The SHA-256 of each file by the manifest.
+
     Raises:
         CheckpointError: naming the file.
     """
-    _verify(path, needed={CONFIG, STATE}, share=share, remedy="use another checkpoint")
+    return _verify(path, needed={CONFIG, STATE}, share=share, remedy="use another checkpoint")
 
 
 def verify_model(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
@@ -178,15 +185,19 @@ def _verify(
     index, number = share
     for position, (name, (size, sha256)) in enumerate(sorted(expected.items())):
         file = path / name
-        if not file.is_file():
-            if file.suffix in may_lack:
-                continue
-            raise CheckpointError(str(file), expected=f"{size} bytes", found="no file", remedy=remedy)
-        found = file.stat().st_size
-        if found != size:
-            raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{found} bytes", remedy=remedy)
-        if position % number == index and (digest := file_sha256(file)) != sha256:
-            raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=digest, remedy=remedy)
+        try:
+            if not file.is_file():
+                if file.suffix in may_lack:
+                    continue
+                raise CheckpointError(str(file), expected=f"{size} bytes", found="no file", remedy=remedy)
+            found = file.stat().st_size
+            if found != size:
+                raise CheckpointError(str(file), expected=f"{size} bytes", found=f"{found} bytes", remedy=remedy)
+            if position % number == index and (digest := file_sha256(file)) != sha256:
+                raise CheckpointError(str(file), expected=f"SHA-256 {sha256}", found=digest, remedy=remedy)
+        except OSError as error:  # a disk that cannot be read
+            reason = error.strerror or str(error)
+            raise CheckpointError(str(file), expected="a readable file", found=reason, remedy=remedy) from error
     return {name: sha256 for name, (_, sha256) in expected.items()}
 
 
@@ -196,7 +207,8 @@ def _read_manifest(path: Path, *, needed: set[str], remedy: str) -> dict[str, tu
     try:
         if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError("too large")
-        manifest = json.loads(manifest_path.read_text())
+        text = manifest_path.read_text(encoding="utf-8")
+        manifest = json.loads(unseal(text, str(manifest_path), remedy=remedy, error=CheckpointError))
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         if manifest["format"] != FORMAT:
             raise ValueError(f"the format {manifest['format']!r}")

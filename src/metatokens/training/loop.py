@@ -6,7 +6,6 @@ and batches are functions of the step, so a run that was killed continues to the
 """
 
 import contextlib
-import json
 import math
 import time
 import warnings
@@ -26,7 +25,7 @@ from metatokens.data.loader import Batch, Batches
 from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
-from metatokens.storage import new_folder, remove_leftovers, to_json, write_atomically
+from metatokens.storage import new_folder, remove_leftovers
 from metatokens.training.checkpoint import (
     TrainingState,
     describe_newest,
@@ -270,8 +269,7 @@ class _Run:
         self._finish(result)
         if first < self.state.step:
             return result
-        measured = json.loads(self.folder.result_path.read_text())
-        return TrainingResult(**{**measured, "run": result.run, "model": result.model})
+        return TrainingResult(**{**self.folder.read_result(), "run": result.run, "model": result.model})
 
     def _enter(self, place: str, seconds: int | None = None) -> None:
         limit = self.config.training.distributed_timeout_seconds
@@ -389,7 +387,7 @@ class _Run:
         weights = None if is_written else self._gather_weights()
         with self.processes.raise_together():
             if self.processes.is_main and not self.folder.result_path.exists():
-                write_atomically(self.folder.result_path, to_json(asdict(result)) + "\n")
+                self.folder.write_result(asdict(result))
             if self.processes.is_main and not is_written:
                 with new_folder(self.folder.model_path) as path:
                     save_model(self.model, path, self.job.tokenizer, weights=weights)

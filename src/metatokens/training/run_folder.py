@@ -1,12 +1,12 @@
 """A run's folder: resolved config, versions, metrics and checkpoints; one run at a time may use it.
 
 RUN/
-  config.yaml       the resolved config, a valid preset
+  config.yaml       the resolved config, a valid preset, sealed
   versions.json     python, torch, transformers, metatokens
   metrics.jsonl     one line per logged step, losses also as exact hexadecimal floats
   checkpoints/      step-00001000/ ...
   model/            the trained model, loadable with from_pretrained; written last
-  result.json       the measurements of the finished run
+  result.json       the measurements of the finished run, sealed
   preempted.json    there while the run has been asked to stop and waits to be continued
   lock              names the process that holds it
 """
@@ -24,8 +24,8 @@ import torch
 import transformers
 from pydantic import BaseModel
 
-from metatokens.config.loading import digest, load_preset, override_fields, to_yaml
-from metatokens.errors import UsageError, redact
+from metatokens.config.loading import Config, digest, load_preset, override_fields, to_yaml
+from metatokens.errors import DataError, UsageError, redact
 from metatokens.storage import (
     check_file,
     check_folder,
@@ -33,7 +33,10 @@ from metatokens.storage import (
     json_sha256,
     lock_holder,
     make_folder,
+    read_sealed,
+    to_json,
     write_atomically,
+    write_sealed,
 )
 from metatokens.training.checkpoint import MANIFEST
 
@@ -93,7 +96,7 @@ class RunFolder:
         """
         if not (self.result_path.is_file() and self.model_path.is_dir() and self.config_path.is_file()):
             return False
-        stored = load_preset(self.config_path, schema=type(config))
+        stored = self._stored(type(config))
         starts = [{key: tree.get(key) for key in _STARTS} for tree in (stored.model_dump(), config.model_dump())]
         return starts[0] == starts[1] and not any(_differences(stored, config))
 
@@ -121,9 +124,10 @@ class RunFolder:
 
         Raises:
             UsageError: naming the first key that makes it another run.
+            DataError: config.yaml is not what the run wrote.
         """
         if self.config_path.exists():
-            stored = load_preset(self.config_path, schema=type(config))
+            stored = self._stored(type(config))
             for key, old, new in _differences(stored, config):
                 raise UsageError(
                     f"{self.path}: {key}",
@@ -132,12 +136,42 @@ class RunFolder:
                     remedy="take the old value, or another --out",
                 )
 
+    def _stored(self, schema: type[Config]) -> Config:
+        """Return the config in config.yaml."""
+        remedy = "remove it: the checkpoints hold the config too"
+        lines = read_sealed(self.config_path, remedy=remedy).splitlines()
+        if all(line.startswith("#") for line in lines):  # it was cut off, and the seal with it
+            raise DataError(str(self.config_path), expected="the config of a run", found="no key", remedy=remedy)
+        return load_preset(self.config_path, schema=schema)
+
     def write_config(self, config: BaseModel) -> None:
         """Write config and versions, which ties the folder to this run; call once no check can refuse the start."""
-        write_atomically(self.config_path, redact(to_yaml(config)))
+        write_sealed(self.config_path, redact(to_yaml(config)))
         document = {**versions(), "config_sha256": digest(config)}
         write_atomically(self.path / "versions.json", json.dumps(document, indent=2) + "\n")
         self.marker_path.unlink(missing_ok=True)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write the measurements of the finished run."""
+        write_sealed(self.result_path, to_json(result) + "\n")
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the measurements of the finished run.
+
+        Raises:
+            DataError: there is no result.json, or it is not what was written.
+        """
+        remedy = "remove it, and the same command writes it again from the last checkpoint"
+        text = read_sealed(self.result_path, remedy=remedy)
+        try:
+            result = json.loads(text)
+            if not isinstance(result, dict):
+                raise ValueError(type(result).__name__)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                str(self.result_path), expected="the measurements of a run", found=str(error), remedy=remedy
+            ) from None
+        return result
 
     def mark_preempted(self, cause: str, message: str) -> None:
         """Leave the marker that the run was asked to stop and can be continued; `write_config` removes it."""

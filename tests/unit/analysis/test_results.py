@@ -10,6 +10,7 @@ import pytest
 from metatokens.analysis import results as results_module
 from metatokens.analysis.results import Record, Results, TokenView, Verdict, read_results, write_results
 from metatokens.errors import DataError
+from metatokens.storage import read_sealed
 
 
 def sample() -> tuple[Results, dict[str, np.ndarray]]:
@@ -79,7 +80,7 @@ def test_results_come_back_and_writing_again_gives_the_same_bytes(tmp_path: Path
 def test_another_schema_is_refused(tmp_path: Path, change: object, message: str) -> None:
     write_results(tmp_path, *sample())
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))  # type: ignore[operator]
+    path.write_text(json.dumps(change(json.loads(read_sealed(path, remedy="")))))  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         read_results(tmp_path)
 
@@ -96,6 +97,15 @@ def test_broken_or_missing_files_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="expected results of metatokens analyze"):
+        read_results(tmp_path)
+
+
+def test_arrays_of_another_analysis_are_refused(tmp_path: Path) -> None:
+    results, arrays = sample()
+    write_results(tmp_path, results, arrays)
+    write_results(tmp_path / "other", results, arrays | {"a": np.ones(3)})
+    (tmp_path / "other" / "arrays.npz").replace(tmp_path / "arrays.npz")
+    with pytest.raises(DataError, match="expected the arrays of the results, found the SHA-256"):
         read_results(tmp_path)
 
 

@@ -16,7 +16,9 @@ from metatokens.errors import DataError
 
 def edit_manifest(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = json.loads(path.read_text()) | changes
+    del manifest["sha256"]  # the seal
+    path.write_text(json.dumps(manifest))
 
 
 def writer(folder, **changes):

@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -339,3 +340,26 @@ def test_an_archive_of_blank_lines_is_refused_before_it_takes_hours(tmp_path, fa
 def test_some_blank_lines_between_rows_are_no_document(tmp_path):
     (tmp_path / "a.jsonl").write_bytes((b"\n" * 900 + b'{"text": "a"}\n') * 3)
     assert texts_of(tmp_path / "a.jsonl", max_document_bytes=1000) == ["a"] * 3
+
+
+@pytest.mark.parametrize("name", ["a.parquet.sha256", "SHA256SUMS"])
+def test_a_file_that_differs_from_the_digest_beside_it_is_a_data_error(tmp_path, fails, name):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / name).write_text(f"{'0' * 64}  b.parquet\n{digest} *a.parquet\n")
+    assert texts_of(tmp_path) == ["one"]
+    pq.write_table(pa.table({"text": ["two"]}), path)
+    with fails(3, "a.parquet", f"the SHA-256 {digest} that stands beside it"):
+        texts_of(tmp_path)
+    (tmp_path / name).write_text("no digest\n")
+    with fails(3, f"{name}, row 1", "a line of sha256sum"):
+        texts_of(tmp_path)
+
+
+def test_a_parquet_page_that_differs_from_its_own_checksum_is_a_data_error(tmp_path, fails):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a long word"]}), path, write_page_checksum=True, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"a long word", b"a lonG word", 1))
+    with fails(3, "a.parquet", "CRC checksum verification failed"):
+        texts_of(path)
