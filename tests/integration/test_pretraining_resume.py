@@ -21,7 +21,7 @@ from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
 from metatokens.training.pretraining import pretrain
-from metatokens.training.run_folder import run_sha256
+from metatokens.training.run_folder import RunFolder, run_sha256
 
 Config = Callable[..., PretrainConfig]
 
@@ -107,7 +107,7 @@ def test_resuming_a_finished_run_does_nothing_and_ends_well(config: Config, unin
     out = shutil.copytree(uninterrupted, tmp_path / "run")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "checkpoints" in path.parts}
     result = pretrain(config(), out, show_progress=False)
-    measured = json.loads((uninterrupted / "result.json").read_text())
+    measured = RunFolder(uninterrupted).read_result()
     assert asdict(result) == {**measured, "run": str(out), "model": str(out / "model")}
     assert all(path.read_bytes() == content for path, content in before.items())
     assert_identical(out, uninterrupted)
