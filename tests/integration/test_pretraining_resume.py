@@ -117,8 +117,47 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     config: Config, uninterrupted: Path, tmp_path: Path
 ):
     out = cut_off_after(uninterrupted, 0, tmp_path / "run")
+    log = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    # it had logged the step after which it would have saved, and lost power within the next line
+    (out / "metrics.jsonl").write_text("".join([*log[:4], log[4][:10], "\n"]))
+    (out / "result.json").unlink()
     pretrain(config(), out, show_progress=False)
+    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text().replace(log[4][:10] + "\n", ""))
     assert_identical(out, uninterrupted)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(config: Config, uninterrupted: Path, tmp_path: Path):
+    out = cut_off_after(uninterrupted, 0, tmp_path / "run")
+    (out / "result.json").unlink()
+    with pytest.raises(CheckpointError, match=r"expected the checkpoints of a run that has logged step 40 and saves"):
+        pretrain(config("--checkpoint.interval_steps", "off"), out, show_progress=False)
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    result = pretrain(config(), out, show_progress=False)
+    assert asdict(result) == {
+        **RunFolder(uninterrupted).read_result(),
+        "run": str(out),
+        "model": str(out / "model"),
+    }
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_a_run_that_dies_between_its_last_checkpoint_and_its_result_loses_no_figure(
+    config: Config, uninterrupted: Path, tmp_path: Path
+):
+    out = cut_off_after(uninterrupted, STEPS, tmp_path / "run")
+    (out / "result.json").unlink()
+    pretrain(config(), out, show_progress=False)
+    found, expected = (RunFolder(path).read_result() for path in (out, uninterrupted))
+    assert found == {**expected, "run": str(out), "model": str(out / "model")}
+    assert expected["validation"].keys() == {"validation_loss"}
+    assert expected["text_tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])

@@ -6,7 +6,6 @@ the interval is about that training alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -248,7 +247,5 @@ def _curve(runs: Sequence[SweepRun], total_flops: float) -> Iterator[CurvePoint]
 
 def _logged(run: SweepRun) -> dict[int, dict[str, float]]:
     """Return the figures of the evaluations during training, by step."""
-    if not run.folder.metrics_path.is_file():
-        return {}
-    lines = (json.loads(line) for line in run.folder.metrics_path.read_text(encoding="utf-8").splitlines())
+    lines = run.folder.read_metrics()
     return {line["step"]: line for line in lines if "sequence_accuracy" in line}

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class TrainingState:
     """Evaluations in a row, up to the last, that count towards `SolveConfig.evaluations`."""
     evaluation_due: bool = False
     """Whether the evaluation after the last step was cut short, so that a resume begins with it."""
+    final_loss: float | None = None
+    """Mean training loss of the last step done, nats per target; None if it was not finite."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """The last evaluation; empty before the first one."""
     config: dict[str, Any] | None = None
     """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
     run_sha256: str | None = None

@@ -31,6 +31,8 @@ from metatokens.training.checkpoint import (
     describe_newest,
     load_checkpoint,
     own_weights,
+    step_folders,
+    verify_model,
     write_manifest,
 )
 from metatokens.training.distributed import Processes, is_of_transport
@@ -128,6 +130,8 @@ def train(
                     RemoteCopies(config.checkpoint.copy_to).fetch_newest(folder.checkpoints_path)
         if isinstance(config.training.parallel, Fsdp2):
             _agree_on_disk(folder, processes)
+        if (measured := _measured_before(config, folder, processes)) is not None:
+            return measured
         try:
             with processes.raise_together(), stop.at_once():
                 job = make_job()
@@ -145,6 +149,19 @@ def train(
             raise ended from error
 
 
+def _measured_before(config: RunConfig, folder: RunFolder, processes: Processes) -> TrainingResult | None:
+    """Return the result of a run that has ended and whose checkpoints were removed; None for any other run."""
+    measured = None
+    with processes.raise_together():
+        if processes.is_main and not step_folders(folder.checkpoints_path) and folder.is_finished(config):
+            verify_model(folder.model_path)
+            measured = folder.read_result()
+    measured = processes.gather(measured)[0]
+    if measured is None:
+        return None
+    return TrainingResult(**{**measured, "run": str(folder.path), "model": str(folder.model_path)})
+
+
 def _mark(folder: RunFolder, processes: Processes, stop: StopRequest, preempted: Preempted) -> None:
     if processes.is_main:
         folder.mark_preempted(stop.cause or "a signal to another process", str(preempted))
@@ -157,7 +174,8 @@ def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> Non
     check_trackers(config.logging.trackers)
     if config.checkpoint.copy_to is not None:
         RemoteCopies(config.checkpoint.copy_to)
-    find_start(config, folder, job.content_id, Processes())
+    if _measured_before(config, folder, Processes()) is None:
+        find_start(config, folder, job.content_id, Processes())
     check_disk(folder, job.model.num_parameters())
 
 
@@ -219,9 +237,8 @@ class _Run:
 
     def train(self, *, show_progress: bool, label: str) -> TrainingResult:
         config, total = self.config, self.config.total_steps
-        start, seconds, loss = self.state, 0.0, None
+        start, seconds = self.state, 0.0
         first, metrics = start.step, None
-        validation: dict[str, float] = {}
         shown = show_progress and self.processes.is_main
         with contextlib.ExitStack() as stack:
             stack.callback(self.shared.release)
@@ -239,7 +256,7 @@ class _Run:
             if first:
                 display.say(f"{label} continues after step {first}")
             if self.state.evaluation_due and self.job.evaluate:
-                validation = self._evaluate(report)
+                self._evaluate(report)
             if not self._is_over:
                 with self.stop.at_once():
                     optimizer_step.settle_buckets(lambda: self.job.batches.batch_at(first))
@@ -253,19 +270,19 @@ class _Run:
                     batch = next(batches)
                     counts = self._count(batch)
                     loss, grad_norm = optimizer_step.take(step, batch, counts[0])
-                self._advance(step, counts, is_finite=math.isfinite(loss) and math.isfinite(grad_norm))
+                self._advance(step, counts, loss, is_finite=math.isfinite(loss) and math.isfinite(grad_norm))
                 seconds += time.perf_counter() - started
                 self._enter(f"what follows step {step + 1}")
                 if _due(step + 1, config.logging.interval_steps, total):
                     numbers = {"learning_rate": optimizer_step.learning_rate(step)}
-                    report.step(self.state, loss, grad_norm, self._rates(start, seconds), **numbers)
+                    report.step(self.state, loss, grad_norm, self._speed(start, seconds), **numbers)
                 if self.job.evaluate and _due(step + 1, self.job.evaluation_steps, total):
-                    validation = self._evaluate(report)
+                    self._evaluate(report)
                 if _due(step + 1, config.checkpoint.interval_steps, total) or self._is_over:
                     self._save()
             self.saver.finish()
         self._check_end()
-        result = self._result(start, seconds, loss, validation)
+        result = self._result(start, seconds)
         self._finish(result)
         if first < self.state.step:
             return result
@@ -304,7 +321,7 @@ class _Run:
         preempted.is_repeated = not self.processes.is_main
         raise preempted
 
-    def _advance(self, step: int, counts: list[float], *, is_finite: bool) -> None:
+    def _advance(self, step: int, counts: list[float], loss: float, *, is_finite: bool) -> None:
         """Count a step that is done."""
         _, num_text, num_meta, flops = counts
         self.state = replace(
@@ -316,6 +333,7 @@ class _Run:
             training_flops=self.state.training_flops + flops,
             consecutive_skips=0 if is_finite else self.state.consecutive_skips + 1,
             skipped_steps=self.state.skipped_steps + (not is_finite),
+            final_loss=loss if math.isfinite(loss) else None,
         )
         if is_finite:
             return
@@ -337,7 +355,7 @@ class _Run:
         return error
 
     @torch.no_grad()
-    def _evaluate(self, report: "_Report") -> dict[str, float]:
+    def _evaluate(self, report: "_Report") -> None:
         """Evaluate on all processes; a request to stop cuts it short, and a resume begins with it."""
         assert self.job.evaluate is not None
         self.model.eval()
@@ -363,10 +381,10 @@ class _Run:
                 where = f"evaluation after step {self.state.step}"
                 raise self._diverged(where, f"a finite {name.replace('_', ' ')}", str(value))
         report.evaluation(self.state.step, figures)
+        self.state = replace(self.state, validation=figures)
         if rule := self.job.solve:
             reached = figures["sequence_accuracy"] >= rule.accuracy
             self.state = replace(self.state, solved_evaluations=self.state.solved_evaluations + 1 if reached else 0)
-        return figures
 
     @property
     def _is_solved(self) -> bool:
@@ -413,15 +431,17 @@ class _Run:
 
     # Numbers -------------------------------------------------------------------------------------------------
 
-    def _rates(self, start: TrainingState, seconds: float) -> tuple[float, float]:
-        """Return text and meta-tokens per second over all processes, since the run last started."""
-        text = self.state.text_tokens - start.text_tokens
-        return text / seconds, (self.state.meta_tokens - start.meta_tokens) / seconds
+    def _speed(self, start: TrainingState, seconds: float) -> dict[str, float]:
+        """Return tokens per second over all processes, and the share of time spent waiting, since the last start."""
+        return {
+            "text_tokens_per_second": (self.state.text_tokens - start.text_tokens) / seconds,
+            "meta_tokens_per_second": (self.state.meta_tokens - start.meta_tokens) / seconds,
+            "waited_for_batches": self.job.batches.seconds_waited / seconds,
+        }
 
-    def _result(
-        self, start: TrainingState, seconds: float, loss: float | None, validation: dict[str, float]
-    ) -> TrainingResult:
-        rates = self._rates(start, seconds) if seconds else (None, None)
+    def _result(self, start: TrainingState, seconds: float) -> TrainingResult:
+        """Return what was measured; nothing of it is lost if the run died after its last checkpoint."""
+        speed = self._speed(start, seconds) if seconds else self.folder.logged_at(self.state.step)
         return TrainingResult(
             run=str(self.folder.path),
             model=str(self.folder.model_path),
@@ -430,11 +450,11 @@ class _Run:
             text_tokens=self.state.text_tokens,
             meta_tokens=self.state.meta_tokens,
             training_flops=self.state.training_flops,
-            final_loss=loss,
-            validation=validation,
-            text_tokens_per_second=rates[0],
-            meta_tokens_per_second=rates[1],
-            waited_for_batches=self.job.batches.seconds_waited / seconds if seconds else 0.0,
+            final_loss=self.state.final_loss,
+            validation=self.state.validation,
+            text_tokens_per_second=speed.get("text_tokens_per_second"),
+            meta_tokens_per_second=speed.get("meta_tokens_per_second"),
+            waited_for_batches=speed.get("waited_for_batches", 0.0),
             solved=self._is_solved if self.job.solve else None,
         )
 
@@ -449,10 +469,10 @@ class _Report:
     metrics: MetricsWriter | None
 
     def step(
-        self, state: TrainingState, loss: float, grad_norm: float, rates: tuple[float, float], **numbers: float
+        self, state: TrainingState, loss: float, grad_norm: float, speed: Mapping[str, float], **numbers: float
     ) -> None:
-        text_rate, meta_rate = rates
-        self.display.update(state.step, f"loss {loss:.3f}  {text_rate:,.0f} text + {meta_rate:,.0f} meta tokens/s")
+        text, meta = speed["text_tokens_per_second"], speed["meta_tokens_per_second"]
+        self.display.update(state.step, f"loss {loss:.3f}  {text:,.0f} text + {meta:,.0f} meta tokens/s")
         if self.metrics:
             self.metrics.write(
                 state.step,
@@ -460,8 +480,7 @@ class _Report:
                 grad_norm=grad_norm,
                 **numbers,
                 skipped_steps=state.skipped_steps,
-                text_tokens_per_second=text_rate,
-                meta_tokens_per_second=meta_rate,
+                **speed,
             )
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:

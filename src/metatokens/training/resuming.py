@@ -20,11 +20,14 @@ def find_start(
     Every process of the run must call this; see `find_checkpoint`.
 
     Raises:
-        CheckpointError: if there are checkpoints but none that this run can continue from.
+        CheckpointError: if there are checkpoints but none that this run can continue from, or if there were some.
         DataError: if the newest one was made with other data or initial weights.
     """
     path = find_checkpoint(folder.checkpoints_path, processes)
     if path is None:
+        with processes.raise_together():
+            if processes.is_main:
+                _check_new(config, folder)
         return None, TrainingState(0, content_id, 1)
     with processes.raise_together():
         state = read_state(path)
@@ -37,6 +40,22 @@ def find_start(
             )
         _check_run(config, path, state)
     return path, state
+
+
+def _check_new(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse to start from scratch a run that has gone past its first checkpoint."""
+    furthest = max((line["step"] for line in folder.read_metrics() if "loss" in line), default=0)
+    settings = folder.stored(type(config)) if folder.config_path.exists() else config
+    interval = settings.checkpoint.interval_steps
+    first = settings.total_steps if interval is None else min(interval, settings.total_steps)
+    # a step is logged before it is saved, and a save in the background is known to be there when the next one begins
+    if furthest > first * (2 if settings.checkpoint.background else 1):
+        raise CheckpointError(
+            str(folder.checkpoints_path),
+            expected=f"the checkpoints of a run that has logged step {furthest} and saves after step {first}",
+            found="none",
+            remedy="put them back, or start anew with another --out",
+        )
 
 
 def _check_run(config: RunConfig, path: Path, state: TrainingState) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class RunFolder:
         """
         if not (self.result_path.is_file() and self.model_path.is_dir() and self.config_path.is_file()):
             return False
-        stored = self._stored(type(config))
+        stored = self.stored(type(config))
         starts = [{key: tree.get(key) for key in _STARTS} for tree in (stored.model_dump(), config.model_dump())]
         return starts[0] == starts[1] and not any(_differences(stored, config))
 
@@ -127,7 +127,7 @@ class RunFolder:
             DataError: config.yaml is not what the run wrote.
         """
         if self.config_path.exists():
-            stored = self._stored(type(config))
+            stored = self.stored(type(config))
             for key, old, new in _differences(stored, config):
                 raise UsageError(
                     f"{self.path}: {key}",
@@ -136,8 +136,13 @@ class RunFolder:
                     remedy="take the old value, or another --out",
                 )
 
-    def _stored(self, schema: type[Config]) -> Config:
-        """Return the config in config.yaml."""
+    def stored(self, schema: type[Config]) -> Config:
+        """Return the config in config.yaml.
+
+        Raises:
+            DataError: it is not what the run wrote.
+            UsageError: it is not a config of this schema.
+        """
         remedy = "remove it: the checkpoints hold the config too"
         lines = read_sealed(self.config_path, remedy=remedy).splitlines()
         if all(line.startswith("#") for line in lines):  # it was cut off, and the seal with it
@@ -172,6 +177,34 @@ class RunFolder:
                 str(self.result_path), expected="the measurements of a run", found=str(error), remedy=remedy
             ) from None
         return result
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of metrics.jsonl; one that is not whole, as after a loss of power, is left out.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if not self.metrics_path.exists():
+            return
+        try:
+            with self.metrics_path.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    with suppress(ValueError, RecursionError):
+                        found = json.loads(line)
+                        if isinstance(found, dict) and isinstance(found.get("step"), int):
+                            yield found
+        except OSError as error:
+            raise DataError(
+                str(self.metrics_path),
+                expected="a readable log",
+                found=error.strerror or str(error),
+                remedy="move it away: the run needs it only to know how far it was",
+            ) from None
+
+    def logged_at(self, step: int) -> dict[str, Any]:
+        """Return the last numbers that were logged after this many training steps; none if there are none."""
+        logged = [line for line in self.read_metrics() if line["step"] == step and "loss" in line]
+        return logged[-1] if logged else {}
 
     def mark_preempted(self, cause: str, message: str) -> None:
         """Leave the marker that the run was asked to stop and can be continued; `write_config` removes it."""
