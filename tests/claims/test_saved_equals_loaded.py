@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"position_encoding": "learned"},
     "alibi": {"position_encoding": "alibi"},
     "none": {"position_encoding": "none"},
+    "memory": {"memory": {"window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},
     "some_layers": {"meta_attention_layers": [1]},
 }
@@ -95,9 +96,10 @@ torch.save(outputs, sys.argv[3])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["yarn", "memory"])
 @torch.no_grad()
-def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS["yarn"], dtype=torch.float32)
+def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(**VARIANTS[variant], dtype=torch.float32)
     checkpoint, empty = tmp_path / "checkpoint", tmp_path / "elsewhere"
     empty.mkdir()
     save_model(model, tmp_path / "first")

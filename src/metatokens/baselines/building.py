@@ -8,6 +8,7 @@ from metatokens.model.modeling import MetaTokenForCausalLM
 
 CONFIG_CLASSES: dict[str, type[MetaTokenConfig]] = {
     "full": MetaTokenConfig,
+    "memory": MetaTokenConfig,
     "sliding_window": SparseAttentionConfig,
     "longformer": SparseAttentionConfig,
     "bigbird": SparseAttentionConfig,

@@ -1,6 +1,6 @@
-"""What the causal self-attention sees: everything, a sparse pattern, or blocks by their landmarks.
+"""What the causal self-attention sees: everything, what memory mode keeps, a sparse pattern, or blocks by landmarks.
 
-The models of all kinds but the first are in `metatokens.baselines`.
+The models of all kinds but the first two are in `metatokens.baselines`.
 """
 
 from collections.abc import Mapping
@@ -81,14 +81,45 @@ class LandmarkAttention(Frozen):
         return {"landmark_every": self.every}
 
 
+class MemoryAttention(SparseAttention):
+    """A window of text, the first tokens, and anchors of the rest; what leaves the window also leaves the cache."""
+
+    kind: Literal["memory"] = "memory"
+    window: int = Field(256, ge=1)
+    """Tokens of text that a token sees, itself among them."""
+    num_sinks: int = Field(4, ge=0)
+    """First tokens of the text, which stay visible for ever."""
+    anchors: Literal["meta", "every"] = "meta"
+    """What stays of old text. meta: its meta-tokens; every: every n-th token of text, the control."""
+    every: int = Field(9, ge=1)
+    """n, for anchors every."""
+    reveal: Literal["evicted", "always"] = "evicted"
+    """evicted: text sees a meta-token once the text before it has left the window; always: at once."""
+    memory_limit: int | None = Field(None, ge=1)
+    """Newest anchors that stay; off means all."""
+    positions: Literal["all", "text"] = "all"
+    """What positions count: all tokens, or text alone, so that a meta-token has the position of the token before it."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the fields of the Hugging Face config."""
+        return {"memory": self.model_dump(mode="json", exclude={"kind"})}
+
+
 Attention = Annotated[
-    FullAttention | SlidingWindowAttention | LongformerAttention | BigBirdAttention | LandmarkAttention,
+    FullAttention
+    | MemoryAttention
+    | SlidingWindowAttention
+    | LongformerAttention
+    | BigBirdAttention
+    | LandmarkAttention,
     Field(discriminator="kind"),
 ]
 
 
 def attention_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attention, as plain values, that `to_hf` turned into `fields`."""
+    if fields.get("memory"):
+        return {"kind": "memory", **fields["memory"]}
     if "landmark_every" in fields:
         return {"kind": "landmark", "every": fields["landmark_every"]}
     return dict(fields.get("attention_pattern") or {"kind": "full"})

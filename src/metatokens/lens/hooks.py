@@ -24,6 +24,7 @@ from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
 from metatokens.lens.masks import cut_mask, window_mask
 from metatokens.model.compatibility import find_cache
+from metatokens.model.memory import MemoryMask
 
 _MASKS_ARE_TENSORS = ("eager", "sdpa")
 
@@ -266,6 +267,9 @@ class Hooks(ModuleHooks):
         """Note the mask of an attention, and return its arguments with the edges cut and the rotation tapped."""
         arguments = _Arguments(args, kwargs)
         given = arguments.get(site.mask_argument)
+        if isinstance(given, MemoryMask) and (cuts or self._observers):
+            given = given.dense()  # the edges one by one
+            arguments.set(site.mask_argument, given)
         look = partial(self._look_at_rotated, site)
         if site.branch == "attn":
             new = mask = self._cut(site, cuts, given, arguments)

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from .compatibility import ALL_ATTENTION_FUNCTIONS
 from .configuration import MetaTokenConfig
+from .memory import MemoryMask, take_columns
 from .positions import Rotary
 
 
@@ -74,6 +75,12 @@ class Attention(nn.Module):
             key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if isinstance(mask, MemoryMask):
+            if self.config._attn_implementation != "flex_attention":
+                output = mask.attend(query, key, value, scaling=self.scaling, dropout=dropout)
+                return self.o_proj(output.reshape(*output.shape[:2], -1)), None
+            key, value = (take_columns(tensor, mask.permutation) for tensor in (key, value))
+            mask = mask.flex
         output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
 

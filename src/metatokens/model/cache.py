@@ -101,6 +101,9 @@ class MetaDynamicLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens and the meta-tokens among them."""
         super().crop(tokens_to_remove)
+        self._crop_meta()
+
+    def _crop_meta(self) -> None:
         if self.meta_columns is None:
             return
         columns = self.meta_columns.masked_fill(self.meta_columns >= self.get_seq_length(), -1)

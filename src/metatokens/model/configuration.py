@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .export import AUTO_MAP, copy_code
+from .memory import MemoryPolicy, count_pairs
+from .memory_cache import MEMORY_LAYER
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
@@ -44,6 +46,8 @@ class MetaTokenConfig(PreTrainedConfig):
             "random", pseudo-random text tokens in place of the meta-tokens.
         random_ratio: Share of the text tokens that are members if meta_attention_over is "random".
         meta_token_id: The id of the meta-token, the first behind the text vocabulary; None means a model without one.
+        memory: The fields of `MemoryPolicy`: self-attention sees a window, the first tokens and kept anchors, and the
+            cache drops the rest; None means that it sees everything.
         loss_policy: "skip" drops the loss term whose target is a meta-token (paper); "retarget" predicts the next
             text token from the last text token and uses no output at a meta-token.
         pad_token_id: The id of padding, which is not the meta-token.
@@ -86,6 +90,7 @@ class MetaTokenConfig(PreTrainedConfig):
     meta_attention_over: str = "meta"
     random_ratio: float | int = 0.1
     meta_token_id: int | None = None
+    memory: dict[str, Any] | None = None
     loss_policy: str = "skip"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -118,7 +123,24 @@ class MetaTokenConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Return the cache layer type of each block; transformers builds its caches from these."""
-        return ["meta_attention" if self.has_meta_attention(i) else "full_attention" for i in range(self.num_layers)]
+        policy = self.memory_policy
+        return [
+            MEMORY_LAYER
+            if policy is not None and policy.applies_to(i)
+            else "meta_attention"
+            if self.has_meta_attention(i)
+            else "full_attention"
+            for i in range(self.num_layers)
+        ]
+
+    @property
+    def memory_policy(self) -> MemoryPolicy | None:
+        """What memory mode keeps; None without memory mode.
+
+        Raises:
+            ValueError: for an unknown, missing or wrong field of `memory`.
+        """
+        return None if self.memory is None else MemoryPolicy.read(self.memory)
 
     @property
     def has_rotation(self) -> bool:
@@ -176,7 +198,9 @@ class MetaTokenConfig(PreTrainedConfig):
 
     def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
         """Count the (query, key) pairs of the self-attention of a block over T positions, M of them meta-tokens."""
-        del layer_index, num_meta
+        policy = self.memory_policy
+        if policy is not None and policy.applies_to(layer_index):
+            return count_pairs(policy, num_positions, num_meta)
         return num_positions * (num_positions + 1) // 2
 
     def count_meta_attention_members(self, num_positions: int, num_meta: int) -> int:
@@ -195,6 +219,27 @@ class MetaTokenConfig(PreTrainedConfig):
         outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
         if outside:
             raise ValueError(f"meta_attention_layers {outside} are outside 0..{self.num_hidden_layers - 1}")
+
+    def validate_memory(self) -> None:
+        """Check the memory's fields, and that the rest of the config can do with it."""
+        policy = self.memory_policy
+        if policy is None:
+            return
+        if self.model_type != MetaTokenConfig.model_type:
+            raise ValueError(f"memory is a mode of {MetaTokenConfig.model_type}, not of {self.model_type}")
+        if policy.anchors == "meta" and self.meta_token_id is None:
+            raise ValueError('memory.anchors "meta" needs a meta_token_id; "every" keeps every n-th token of text')
+        if self.meta_attention_over != "meta" and self.meta_attention_layers != "none":
+            raise ValueError(
+                f'memory needs meta_attention_over "meta", not {self.meta_attention_over!r}, whose members are evicted'
+            )
+        if policy.memory_limit is not None and policy.layers != "all" and self.meta_attention_layers != "none":
+            raise ValueError(
+                'memory.memory_limit with meta-attention needs memory.layers "all": one limit for all blocks'
+            )
+        outside = [] if isinstance(policy.layers, str) else [i for i in policy.layers if not 0 <= i < self.num_layers]
+        if outside:
+            raise ValueError(f"memory.layers {outside} are outside 0..{self.num_layers - 1}")
 
     def validate_choices(self) -> None:
         """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""

@@ -24,6 +24,8 @@ REMOTE_CODE = (
     "heads",
     "loss",
     "masks",
+    "memory",
+    "memory_cache",
     "meta_attention",
     "modeling",
     "outputs",

@@ -116,6 +116,9 @@ class MetaTokenGenerationMixin(GenerationMixin):
         Meta-tokens after the prompt are found by their id.
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        policy = self.config.memory_policy
+        if policy is not None and policy.positions == "text":
+            inputs.pop("position_ids", None)  # transformers' count the meta-tokens too; the model's own do not
         if meta_token_mask is None:
             return inputs
         past, embeds = find_cache(inputs), inputs.get("inputs_embeds")

@@ -120,6 +120,8 @@ def find_documents(
         ValueError: for packed documents with a cache, or with flash attention.
     """
     backend = config._attn_implementation
+    if config.memory_policy is not None and config.memory_policy.positions == "text":
+        return None  # a meta-token repeats the position before it, which opens no document
     if backend.startswith("paged|") or (past_key_values is not None and is_traced()):
         return None
     if cu_seq_lens is not None:

@@ -22,7 +22,7 @@ from .attention import Attention
 from .cache import MetaDynamicLayer, MetaStaticLayer
 from .compatibility import create_causal_mask
 from .configuration import MetaTokenConfig
-from .masks import TokenLayout, combine_masks, is_traced, same_document, take_pairs, to_additive
+from .masks import MaskFunction, TokenLayout, combine_masks, is_traced, same_document, take_pairs, to_additive
 from .positions import Rotary, add_alibi
 
 HASH_BITS = 32
@@ -346,6 +346,8 @@ def _growing_mask(
     if layout.documents is not None:
         documents = layout.documents.expand(len(index), -1)
         pattern = same_document(documents.gather(1, index), len(index))
+    elif config.memory_policy is not None and config.memory_policy.memory_limit is not None:
+        pattern = newest_members(key_columns, config.memory_policy.memory_limit)
     mask = create_causal_mask(
         config=config,
         inputs_embeds=hidden[:, : columns.shape[1]],
@@ -356,6 +358,22 @@ def _growing_mask(
         allow_is_causal_skip=not (num_past or explicit),
     )
     return mask, key_columns
+
+
+def newest_members(key_columns: Tensor, limit: int) -> MaskFunction:
+    """Return the pattern by which each member sees the newest `limit` ones, itself among them.
+
+    Args:
+        key_columns: (B, K) int64, -1 where a row has no member.
+        limit: the members that memory mode remembers.
+    """
+    rank = (key_columns >= 0).long().cumsum(-1)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del head
+        return rank[batch, query] - rank[batch, key] < limit
+
+    return sees
 
 
 def _static_mask(layer: MetaStaticLayer, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ nothing that they cannot hold, and the model has exactly the paper's 152M parame
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,9 @@ from .compatibility import (
 from .configuration import MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labels
-from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask
+from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask, to_additive
+from .memory import CHUNK, Columns, MemoryMask, MemoryPolicy, describe_tokens
+from .memory_cache import shared_state
 from .meta_attention import (
     MetaAttention,
     MetaPack,
@@ -213,13 +216,20 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             check_cache(self.config, past_key_values)
         past_key_values = self._usable_cache(past_key_values)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        policy = self.config.memory_policy
+        tokens = None
+        if policy is not None:
+            tokens = self._tokens_of_memory(policy, attention_mask, position_ids, past_key_values, meta_token_mask)
+            position_ids = tokens.positions if policy.positions == "text" else position_ids
         layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
         if use_cache and past_key_values is None and layout.documents is None:
             past_key_values = self._usable_cache(DynamicCache(config=self.config))
         if self.config.position_encoding == "learned":
             hidden = hidden + self.embed_positions(layout.position_ids)
         rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
-        mask = make_causal_mask(self.config, hidden, layout, past_key_values)
+        mask = None
+        if policy is None or not all(map(policy.applies_to, range(len(self.layers)))):
+            mask = make_causal_mask(self.config, hidden, layout, past_key_values)
 
         pack = None
         if self.has_meta_attention:
@@ -236,6 +246,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 mask=mask,
             )
         masks = self._masks_of_layers(mask, hidden, layout, past_key_values, meta_token_mask)
+        if policy is not None and tokens is not None:
+            memory = self._mask_of_memory(policy, tokens, hidden, layout, past_key_values)
+            masks = [memory if policy.applies_to(i) else mask for i, mask in enumerate(masks)]
         hidden = self.dropout(hidden)
         for layer, layer_mask in zip(self.layers, masks, strict=True):
             hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
@@ -327,6 +340,52 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         """Return the mask of each block's self-attention; a subclass may narrow the causal one."""
         del hidden, layout, past_key_values, meta_token_mask
         return [mask] * len(self.layers)
+
+    def _tokens_of_memory(
+        self,
+        policy: MemoryPolicy,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        meta_token_mask: Tensor,
+    ) -> Columns:
+        """Describe the new tokens (B, T) by what the cache knows of those before them."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("memory mode makes its own mask: give attention_mask as (batch, tokens), 0 at padding")
+        num_tokens = meta_token_mask.shape[1]
+        is_real = None if attention_mask is None else attention_mask[:, -num_tokens:].bool()
+        state = shared_state(policy, past_key_values)
+        before = None if state is None else state.counts
+        return describe_tokens(policy, meta_token_mask, is_real, position_ids=position_ids, before=before)
+
+    def _mask_of_memory(
+        self,
+        policy: MemoryPolicy,
+        tokens: Columns,
+        hidden: Tensor,
+        layout: TokenLayout,
+        past_key_values: Cache | None,
+    ) -> Any:
+        """Return the mask of the layers in memory mode in the backend's format, and tell the cache what stays."""
+        backend = self.config._attn_implementation
+        if backend not in ("sdpa", "eager", "flex_attention"):
+            raise ValueError(
+                f'memory mode needs attn_implementation "sdpa", "eager" or "flex_attention", not "{backend}"'
+            )
+        if layout.documents is not None:
+            raise ValueError("memory mode takes one document a row: leave out position_ids that start anew")
+        tokens = replace(tokens, positions=layout.position_ids.expand(tokens.shape))
+        state = shared_state(policy, past_key_values)
+        is_first = state is None or state.columns is None
+        causal = make_causal_mask(self.config, hidden, layout, past_key_values) if is_first else None
+        keys = tokens if state is None else state.read(tokens)
+        mask = MemoryMask(policy, tokens, keys, layout.slopes)
+        if is_first and not is_traced() and mask.sees_all_before():
+            return causal  # the plain model, to the bit
+        num_queries = tokens.shape[1]
+        if backend == "flex_attention" or (backend == "sdpa" and num_queries > CHUNK and not is_traced()):
+            return mask
+        return to_additive(mask.dense(), hidden.dtype) if backend == "eager" else mask.dense()
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":

@@ -14,6 +14,7 @@ from metatokens.config.attention import (
     BigBirdAttention,
     LandmarkAttention,
     LongformerAttention,
+    MemoryAttention,
     SlidingWindowAttention,
 )
 from metatokens.config.loading import load_preset, preset_names
@@ -39,6 +40,7 @@ def build(**changes: object) -> MetaTokenForCausalLM:
 @pytest.mark.parametrize(
     ("attention", "model_class"),
     [
+        (MemoryAttention(window=8), MetaTokenForCausalLM),
         (SlidingWindowAttention(window=8), SparseAttentionForCausalLM),
         (LongformerAttention(window=8), SparseAttentionForCausalLM),
         (BigBirdAttention(block_size=4), SparseAttentionForCausalLM),

@@ -1,12 +1,13 @@
 """One source per number: the schema, the Hugging Face config and the documentation agree."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from metatokens.baselines.building import build_config
-from metatokens.config.attention import LandmarkAttention
+from metatokens.config.attention import LandmarkAttention, MemoryAttention
 from metatokens.config.fields import describe_fields
 from metatokens.config.loading import load_preset, preset_names, to_yaml
 from metatokens.config.schema import (
@@ -19,6 +20,7 @@ from metatokens.config.schema import (
     YarnScaling,
 )
 from metatokens.model import MetaTokenConfig
+from metatokens.model.memory import MemoryPolicy
 
 TEXT_VOCAB_SIZE, EOS = 50_257, 50_256
 FROM_THE_TOKENIZER = {"meta_token_id", "pad_token_id", "bos_token_id", "eos_token_id"}
@@ -70,6 +72,24 @@ def test_every_field_of_the_schema_reaches_the_hugging_face_config(field: str):
     assert value != getattr(hf_config(ModelConfig(num_attention_heads=2)), name, None)
     if name == field:
         assert value == (list(CHANGED[field]) if isinstance(CHANGED[field], tuple) else CHANGED[field])
+
+
+def test_every_field_of_memory_mode_reaches_the_hugging_face_config_and_comes_back(tmp_path: Path):
+    memory = MemoryAttention(
+        window=8, num_sinks=1, anchors="every", every=3, reveal="always", memory_limit=5, positions="text", layers=(1,)
+    )
+    model = ModelConfig(num_attention_heads=2, attention=memory, meta_attention_layers="none")
+    policy = hf_config(model).memory_policy
+    assert policy is not None
+    fields = {field.name for field in dataclasses.fields(policy)}
+    assert fields == set(MemoryAttention.model_fields) - {"kind"}
+    default = MemoryPolicy(window=256)
+    for field in fields:
+        value = getattr(memory, field)
+        assert getattr(policy, field) == (list(value) if isinstance(value, tuple) else value), field
+        assert getattr(policy, field) != getattr(default, field), field
+        assert getattr(MemoryAttention(), field) == getattr(default, field), field
+    assert read_back(model, tmp_path) == model
 
 
 def test_the_defaults_of_both_configs_agree():

@@ -16,7 +16,7 @@ from metatokens.lens import Lens, edits
 from metatokens.lens.lens import AttentionCall
 from metatokens.model.attention import eager_attention
 from metatokens.model.compatibility import CACHE_NAME
-from tiny_models import tokens
+from tiny_models import assert_close, tiny_model, tokens
 
 
 @pytest.fixture(params=MODELS, name="model")
@@ -193,6 +193,20 @@ def test_baselines_are_read_as_they_are(name: str) -> None:
     with lens.capture(["*"]) as captured, lens.observe([].append):
         assert torch.equal(lens(ids).logits, plain)
     assert set(captured) == set(lens.names)
+
+
+def test_a_long_text_in_memory_mode_is_read_edge_by_edge() -> None:
+    # so long that the model attends in chunks, whose mask is no tensor
+    model = tiny_model(memory={"window": 8}, max_position_embeddings=200)
+    ids, calls = tokens("xxxxxxxx_" * 20), []
+    lens = Lens(model)
+    plain = lens(ids).logits
+    with lens.observe([calls.append]):
+        observed = lens(ids).logits
+    assert_close(observed, plain, 1e-10)
+    masks = [call.mask for call in calls if call.branch == "attn"]
+    assert [tuple(mask.shape) for mask in masks] == [(1, 1, 180, 180)] * 2
+    assert not masks[0][0, 0, 100, 80]
 
 
 @pytest.mark.slow  # a block mask is compiled

@@ -59,12 +59,33 @@ def test_caches_of_transformers_have_a_meta_part_in_blocks_with_meta_attention()
         ({"meta_attention_layers": [0, 2]}, ("meta_attention_layers", "[2]", "0..1")),
         ({"meta_attention_layers": [-1]}, ("meta_attention_layers", "[-1]", "0..1")),
         ({"pad_token_id": META}, ("pad_token_id", "meta_token_id", str(META))),
+        ({"memory": {"window": 4, "layers": [0, 2]}}, ("memory.layers", "[2]", "0..1")),
+        ({"memory": {"window": 4}, "meta_token_id": None}, ("memory.anchors", "meta_token_id", "every")),
+        ({"memory": {"window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
+        ({"memory": {"window": 4, "memory_limit": 2, "layers": "odd"}}, ("memory_limit", "memory.layers", "all")),
     ],
 )
 def test_wrong_value_raises_an_error_that_names_it(changes: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(StrictDataclassClassValidationError) as caught:
         tiny_config(**changes)
     assert isinstance(caught.value.__cause__, ValueError)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ({}, ("memory", "window")),
+        ({"window": 0}, ("memory.window", "at least 1", "0")),
+        ({"window": 2.5}, ("memory.window", "whole number", "2.5")),
+        ({"window": 4, "sinks": 2}, ("sinks", "num_sinks")),
+        ({"window": 4, "reveal": "never"}, ("memory.reveal", "never", "evicted", "always")),
+    ],
+)
+def test_wrong_field_of_the_memory_is_named(memory: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="memory") as caught:
+        tiny_config(memory=memory)
     for word in words:
         assert word in str(caught.value)
 

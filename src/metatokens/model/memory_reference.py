@@ -1,0 +1,71 @@
+"""The definition of memory mode, kept as the oracle that tests hold the fast forms and the cache to.
+
+Count the text tokens of a row from its start. A query q sees itself, and a key k before it that is not padding and
+
+    - is text, and fewer than `window` text tokens follow it up to q (itself counted if it is text), or
+    - is one of the first `num_sinks` text tokens, or
+    - is an anchor among the newest `memory_limit` ones up to q, and may be seen: an anchor of "every" at any time, a
+      meta-token by meta-tokens at any time and by text once the text before it has left the window (or at any time with
+      reveal "always").
+
+Meta-tokens are text where the anchors are "every". This builds the whole (B, T, T) mask and evicts nothing.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .masks import TokenLayout, to_additive
+from .memory import Columns, MemoryPolicy
+from .modeling import MetaTokenForCausalLM, MetaTokenModel
+from .positions import add_alibi
+
+
+def visible_pairs(policy: MemoryPolicy, is_meta: Tensor, is_real: Tensor) -> Tensor:
+    """Tell which of T tokens see which, (B, T, T) bool, given which are meta-tokens and not padding, (B, T) bool."""
+    is_text = is_real & ~is_meta if policy.anchors == "meta" else is_real
+    num_text = is_text.long().cumsum(-1)
+    follow = num_text[:, :, None] - num_text[:, None]  # text tokens behind the key up to the query
+    in_window = follow < policy.window
+    is_sink = is_text & (num_text <= policy.num_sinks)
+    if policy.anchors == "meta":
+        is_anchor = is_real & is_meta
+        may_be_seen = ~in_window | is_anchor[:, :, None] | (policy.reveal == "always")
+    else:
+        is_anchor = is_text & ~is_sink & (num_text % policy.every == 0)
+        may_be_seen = torch.ones_like(in_window)
+    if policy.memory_limit is not None:
+        num_anchors = is_anchor.long().cumsum(-1)
+        may_be_seen = may_be_seen & (num_anchors[:, :, None] - num_anchors[:, None] < policy.memory_limit)
+    columns = torch.arange(is_meta.shape[1], device=is_meta.device)
+    is_past, is_itself = columns <= columns[:, None], columns == columns[:, None]
+    seen = (is_text[:, None] & in_window) | is_sink[:, None] | (is_anchor[:, None] & may_be_seen)
+    return (seen & is_real[:, None] & is_past) | is_itself
+
+
+class MemoryReferenceModel(MetaTokenModel):
+    """The decoder with the defining mask."""
+
+    def _mask_of_memory(
+        self,
+        policy: MemoryPolicy,
+        tokens: Columns,
+        hidden: Tensor,
+        layout: TokenLayout,
+        past_key_values: Cache | None,
+    ) -> Any:
+        if past_key_values is not None:
+            raise ValueError("the reference takes whole sequences without a cache: use_cache=False")
+        is_meta = tokens.is_anchor if policy.anchors == "meta" else torch.zeros_like(tokens.is_anchor)
+        mask = visible_pairs(policy, is_meta, tokens.is_real)[:, None]
+        if layout.slopes is not None:
+            return add_alibi(mask, layout.position_ids, layout.position_ids, layout.slopes)
+        return to_additive(mask, hidden.dtype) if self.config._attn_implementation == "eager" else mask
+
+
+class MemoryReferenceForCausalLM(MetaTokenForCausalLM):
+    """The language model with the defining mask; loads the weights of `MetaTokenForCausalLM` unchanged."""
+
+    model_class: ClassVar[type[MetaTokenModel]] = MemoryReferenceModel
