@@ -190,8 +190,8 @@ def verdict(folder: str, claim: str) -> Any:
 
 
 def entropy_falls() -> tuple[int, int]:
-    """Return the number of models whose entropy drop has an interval above 0, and the number of all models."""
-    lows = [record(folder, "entropy_drop")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
+    """Return the number of models whose sharpening has an interval above 0, and the number of all models."""
+    lows = [record(folder, "sharpening")["low"] for folder in (*FOLDERS, *load(f"{INSIDE}/seeds.json"))]
     return sum(low > 0 for low in lows), len(lows)
 
 
@@ -308,9 +308,9 @@ def inside_seeds() -> str:
         cut = [f"{value(folder, 'logit_difference', condition=one):.1f}" for one in conditions]
         cut.append(f"{value(folder, 'logit_difference', condition='meta-attention off'):.1f}")
         right = percent(value(folder, "accuracy", intervention="none"))
-        drop = span(record(folder, "entropy_drop"), ".2f")
+        drop = span(record(folder, "sharpening"), ".2f")
         rows.append([f"{task}, {name}", right, *cut, drop])
-    header = ["model", "right of 64", "whole", *conditions[1:], "meta-attention off", "entropy drop, nats"]
+    header = ["model", "right of 64", "whole", *conditions[1:], "meta-attention off", "sharpening, nats"]
     return _table(header, rows)
 
 

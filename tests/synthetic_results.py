@@ -38,7 +38,7 @@ def attention_records() -> list[Record]:
         for head in range(NUM_HEADS):
             wave = math.sin(1 + layer * 1.3 + head)
             rows += [
-                record("entropy_drop", 0.3 * wave, layer=layer, head=head),
+                record("sharpening", 0.3 * wave, layer=layer, head=head),
                 record("log_odds_boost", 0.8 * wave - 0.1, layer=layer, head=head),
                 record("meta_mass", 0.2 + 0.15 * wave, layer=layer, head=head),
             ]
@@ -47,8 +47,8 @@ def attention_records() -> list[Record]:
                 share = (0.2 - 0.1 * number) / (1 + distance)
                 rows.append(record("mass_by_distance", share, layer=layer, to=to, distance=distance))
         rows += [
-            record("entropy_change_by_meta_logits", -0.05 * layer, layer=layer),
-            record("entropy_change", 0.04 - 0.06 * layer, layer=layer),
+            record("row_sharpening_by_meta_logits", 0.05 * layer, layer=layer),
+            record("row_sharpening", 0.06 * layer - 0.04, layer=layer),
             record("share_above", 0.3, layer=layer),
         ]
     return rows
@@ -100,7 +100,7 @@ def readout_records() -> list[Record]:
             share = 0.7 * layer - number
             rows.append(record("attribution", share, component=component, layer=layer))
             rows.append(record("branch_strength", 0.3 + 0.1 * number, branch=component, layer=layer))
-    rows.append(record("loss_drop", 0.031, place="text behind"))
+    rows.append(record("loss_saved", 0.031, place="text behind"))
     return rows
 
 
@@ -111,7 +111,7 @@ def causal_records() -> list[Record]:
     for intervention, accuracy in (("none", 0.9), ("zero_embedding", 0.31), ("zero_position", 0.88)):
         rows.append(record("accuracy", accuracy, intervention=intervention))
     rows.append(record("knockout", 1.234, mode="zero"))
-    rows.append(record("loss_change", 0.0417, layer=1))
+    rows.append(record("loss_saved_by_meta_attention", 0.0417, layer=1))
     for layer in range(NUM_LAYERS):
         rows += [
             *(
@@ -174,7 +174,7 @@ def attention_of_documents() -> dict[str, np.ndarray]:
     """Numbers of documents whose means are the records of the heat maps; two documents have none."""
     generator = np.random.Generator(np.random.PCG64(3))
     arrays = {}
-    for name in ("entropy_drop", "log_odds_boost", "meta_mass"):
+    for name in ("sharpening", "log_odds_boost", "meta_mass"):
         means = np.zeros((NUM_LAYERS, NUM_HEADS))
         for one in attention_records():
             if one.measure == name:
@@ -224,7 +224,7 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
         Verdict(
             claim="Attention entropy falls with meta-tokens",
             paper="+1.40 nats",
-            endpoint="mean entropy drop over heads and layers",
+            endpoint="mean sharpening over heads and layers",
             verdict="supported",
             share_of_paper=0.2 / 1.40,
             value=0.2,

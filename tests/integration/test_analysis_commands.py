@@ -76,7 +76,7 @@ def test_a_recall_run_is_analysed_on_its_task(
     assert printed == results.model_dump(mode="json")
     parts = {MEASURES[record.measure].part for record in results.records}
     assert parts == {"attention", "causal", "decodability", "output", "rate_distortion", "probes"}
-    assert len(results.find("entropy_drop", layer=1)) == 2
+    assert len(results.find("sharpening", layer=1)) == 2
     assert {record.at["intervention"] for record in results.find("accuracy")} == {
         "none",
         "zero_embedding",
@@ -91,9 +91,9 @@ def test_a_recall_run_is_analysed_on_its_task(
     tested = {verdict.claim for verdict in results.verdicts if verdict.verdict != "not tested"}
     assert "The meta-tokens' embedding lowers the entropy of attention" in tested
     assert "theory_points" in arrays
-    for record in results.find("entropy_drop"):
+    for record in results.find("sharpening"):
         if record.at:
-            behind = arrays["entropy_drop"][:, record.at["layer"], record.at["head"]]
+            behind = arrays["sharpening"][:, record.at["layer"], record.at["head"]]
             assert behind.shape == (8,)
             assert np.nanmean(behind) == pytest.approx(record.value, abs=1e-5)
     view, pair_view = results.token_views
@@ -134,7 +134,7 @@ def test_a_model_is_analysed_on_text(
         "ordinary token",
     }
     assert results.find("attribution", component="meta-attention", layer=1)
-    for record in results.find("loss_change"):
+    for record in results.find("loss_saved_by_meta_attention"):
         assert record.value is not None
         assert abs(record.value) < 0.5  # an untrained model loses next to nothing with its meta-attention
 

@@ -138,7 +138,7 @@ ORDER = """svg => [...svg.querySelectorAll("path, use")].map((mark) => (
   mark.classList.contains("chosen") ? "chosen" : mark.dataset.layer ? "cell" : mark.tagName
 ))"""
 CELLS = "#figure-attention-maps .chart [data-layer]"
-MEASURES = ("entropy_drop", "log_odds_boost", "meta_mass")
+MEASURES = ("sharpening", "log_odds_boost", "meta_mass")
 
 
 def cell_at(page: Any, layer: int, head: int) -> Any:
@@ -149,7 +149,7 @@ def test_the_pointer_on_a_cell_shows_its_number(open_page: Any) -> None:
     page = open_page()
     assert not page.locator("#hover").is_visible()
     cell_at(page, 0, 0).hover()  # the dot on it lets the pointer through
-    record = RESULTS.find("entropy_drop", layer=0, head=0)[0]
+    record = RESULTS.find("sharpening", layer=0, head=0)[0]
     tip = page.locator("#hover").text_content()
     assert f"{record.value:.3f} ({record.low:.3f} to {record.high:.3f}) nats" in tip
     assert "layer: 0" in tip
@@ -226,7 +226,7 @@ def test_a_dot_stands_at_its_document_and_its_number(open_page: Any) -> None:
     for key in ("layer", "head"):
         page.locator(f"#cell-{key}").select_option("1")
     dots = page.locator(".cell .charts > div").first.locator("circle")
-    behind = ARRAYS["entropy_drop"][:, 1, 1]
+    behind = ARRAYS["sharpening"][:, 1, 1]
     places = []
     for dot in (dots.nth(4), dots.nth(0), dots.nth(20)):
         dot.hover(force=True)

@@ -56,7 +56,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "+1.40 nats",
         "entropy without minus with the meta-tokens' embedding, mean over layers, heads and queries",
         "nats",
-        "entropy_drop",
+        "sharpening",
         paper_value=1.40,
     ),
     "max_score_boost": Claim(
@@ -142,17 +142,17 @@ CLAIMS: dict[Endpoint, Claim] = {
         "0.0-44.4 -> 22.2-66.7% with RoPE",
         "accuracy with the position zeroed minus in full",
         "1",
-        "accuracy_change",
+        "accuracy_gain",
         at={"intervention": "zero_position"},
+        sign=-1,
     ),
     "zero_embedding": Claim(
         "Zeroing the embedding of meta-tokens hurts recall",
         "falls on almost every task",
         "accuracy in full minus with the embedding zeroed",
         "1",
-        "accuracy_change",
+        "accuracy_gain",
         at={"intervention": "zero_embedding"},
-        sign=-1,
     ),
 }
 

@@ -1,13 +1,18 @@
 """Measures: each is one decorated function that yields what it found, document by document.
 
-    @measure("attention", "nats", axes=("layer", "head"), test=True, plot=HeadMaps())
-    def entropy_drop(inputs: Inputs) -> Rows:
+    @measure("attention", "nats", axes=("layer", "head"), test=True, positive="it sharpens the row", plot=HeadMaps())
+    def sharpening(inputs: Inputs) -> Rows:
         \"\"\"Entropy of an attention row without the meta-tokens' embedding minus with it, the same row.\"\"\"
-        yield from over_layers_and_heads(attention_effects(inputs).entropy_drop)
+        yield from over_layers_and_heads(attention_effects(inputs).sharpening)
 
 The function's name is the measure's id, its docstring the definition. Intervals and tests, the records of
 `results.json`, the table of the guide and the figures of the page all follow from the decorator. To add a measure,
 write such a function in the room that it belongs to.
+
+Differences have one sign: positive where the meta-tokens, or what of them the measure takes away, do what the measure
+is named for. So a measure of the entropy that they take from a row is `sharpening`, without minus with, and one of the
+accuracy that they bring is whole minus changed. `positive` says in words what a positive number means; the test of
+the registry asks every difference for it.
 
 A row is a value of every document at some coordinates: {"layer": 3, "head": 0}, or {} for the mean over all. What
 several measures need is computed once by a `shared` function. A measure that a model or its documents do not allow
@@ -116,11 +121,14 @@ class Measure:
     keep: bool
     """Leave the values of all documents in arrays.npz, as `NAME`, (documents, one axis for each of `axes`)."""
     plot: Plot
+    positive: str | None
+    """Of a difference: what a positive number means."""
 
     @property
     def definition(self) -> str:
-        """The first paragraph of the function's docstring, on one line."""
-        return " ".join((self.rows.__doc__ or "").strip().split("\n\n")[0].split())
+        """The first paragraph of the function's docstring, on one line, and what a positive difference means."""
+        text = " ".join((self.rows.__doc__ or "").strip().split("\n\n")[0].split())
+        return text if self.positive is None else f"{text} Positive: {self.positive}."
 
 
 MEASURES: dict[str, Measure] = {}
@@ -137,11 +145,13 @@ def measure(
     subject: Literal["task", "text"] | None = None,
     keep: bool = False,
     plot: Plot = None,
+    positive: str | None = None,
 ) -> Callable[[Callable[[Inputs], Rows]], Callable[[Inputs], Rows]]:
     """Register the decorated function as a measure; the arguments are the fields of `Measure`.
 
     Raises:
-        ValueError: A name that another measure has, or a test or kept values of what is no mean.
+        ValueError: A name that another measure has, a test or kept values of what is no mean, or a tested difference
+            that does not say what a positive one means.
     """
 
     def register(rows: Callable[[Inputs], Rows]) -> Callable[[Inputs], Rows]:
@@ -150,7 +160,9 @@ def measure(
             raise ValueError(f"there is already a measure {name}, in {MEASURES[name].rows.__module__}")
         if (test or keep) and statistic != "mean":
             raise ValueError(f"measure {name} has the statistic {statistic}; only means are tested and kept")
-        MEASURES[name] = Measure(name, part, unit, rows, axes, statistic, test, subject, keep, plot)
+        if test and positive is None:
+            raise ValueError(f"measure {name} is tested against 0; say with positive= what a positive number means")
+        MEASURES[name] = Measure(name, part, unit, rows, axes, statistic, test, subject, keep, plot, positive)
         return rows
 
     return register

@@ -26,7 +26,7 @@ from metatokens.config.base import Frozen
 from metatokens.errors import DataError
 from metatokens.storage import file_sha256, no_follow, read_sealed, write_sealed
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RESULTS_NAME = "results.json"
 ARRAYS_NAME = "arrays.npz"
 _ARRAYS_DIGEST = "arrays_sha256"
@@ -100,7 +100,7 @@ class TokenView(Frozen):
 class Results(Frozen):
     """All that a report needs."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     title: str
     checkpoint: dict[str, Any]
     config: dict[str, Any]

@@ -136,6 +136,7 @@ FittedState = Literal[
     "untrained", "mean embedding",
 ]  # fmt: skip
 """The states that bottlenecks and probes are fitted to; `metatokens.analysis.inputs.labelled_states` defines them."""
+# a claim keeps its name for ever: hashes of what was named before a run are over these
 Endpoint = Literal[
     "entropy_drop",
     "max_score_boost",

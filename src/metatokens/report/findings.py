@@ -37,20 +37,20 @@ def findings_of(results: Results) -> list[Finding]:
 
 def zeroed_embedding(results: Results) -> Finding | None:
     """What accuracy loses without the meta-tokens' embedding."""
-    full, changed = _one(results, "accuracy", intervention="none"), _one(results, "accuracy_change", **_ZEROED)
+    full, gain = _one(results, "accuracy", intervention="none"), _one(results, "accuracy_gain", **_ZEROED)
     after = _one(results, "accuracy", **_ZEROED)
-    if full is None or after is None or changed is None:
+    if full is None or after is None or gain is None:
         return None
     anchor = "figure-accuracy"
-    if not _differs(changed):
+    if not _differs(gain):
         return Finding(
             f"Cannot tell whether zeroing the meta-tokens' embedding changes accuracy: {_percent(full.value)} with it, "
-            f"{_percent(after.value)} without{_points(changed)}.",
+            f"{_percent(after.value)} without{_points(gain)}.",
             anchor,
         )
     return Finding(
         f"Zeroing the meta-tokens' embedding takes accuracy from {_percent(full.value)} to {_percent(after.value)}"
-        f"{_points(changed)}.",
+        f"{_points(gain)}.",
         anchor,
     )
 
@@ -100,16 +100,15 @@ def hand_over(results: Results) -> Finding | None:
 
 def loss_behind(results: Results) -> Finding | None:
     """What the text behind meta-tokens gains from their embedding."""
-    drop = _one(results, "loss_drop", place="text behind")
-    if drop is None or _is_task(results):
+    saved = _one(results, "loss_saved", place="text behind")
+    if saved is None or _is_task(results):
         return None
-    if not _differs(drop):
-        text = (
-            f"Cannot tell whether the meta-tokens' embedding changes the loss of the text behind (fall: {_span(drop)})."
-        )
+    if not _differs(saved):
+        text = "Cannot tell whether the meta-tokens' embedding lowers the loss of the text behind"
+        text += f" (saved: {_span(saved)})."
     else:
-        direction = "lowers" if (drop.value or 0) > 0 else "raises"
-        text = f"The meta-tokens' embedding {direction} the loss of the text behind them (fall: {_span(drop)})."
+        direction = "lowers" if (saved.value or 0) > 0 else "raises"
+        text = f"The meta-tokens' embedding {direction} the loss of the text behind them (saved: {_span(saved)})."
     return Finding(text, "output")
 
 
@@ -150,7 +149,7 @@ def sharpening(results: Results) -> Finding | None:
     }
     text = texts.get(verdict.verdict, "Cannot tell whether the meta-tokens' embedding makes attention sharper")
     beside = f", {verdict.beside_paper}" if verdict.beside_paper else ""
-    return Finding(f"{text} (entropy drop: {_span(verdict)}{beside}).", "attention")
+    return Finding(f"{text} (entropy taken: {_span(verdict)}{beside}).", "attention")
 
 
 FINDINGS: tuple[Callable[[Results], Finding | None], ...] = (
@@ -199,10 +198,10 @@ def _percent(value: float | None, digits: int = 0) -> str:
     return "n/a" if value is None else f"{100 * value:.{digits}f}%"
 
 
-def _points(change: Record) -> str:
-    if change.low is None or change.high is None:
-        return f", of {change.num_documents} instances: too few for an interval"
-    return f" (95% interval of the change: {100 * change.low:+.0f} to {100 * change.high:+.0f} points)"
+def _points(gain: Record) -> str:
+    if gain.low is None or gain.high is None:
+        return f", of {gain.num_documents} instances: too few for an interval"
+    return f" (95% interval of what it brings: {100 * gain.low:.0f} to {100 * gain.high:.0f} points)"
 
 
 def _share(record: Record) -> str:

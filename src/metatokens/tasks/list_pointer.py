@@ -48,7 +48,7 @@ def solve(prompt_text: str) -> list[str]:
 def chance(task: ListPointerTask, instance: Instance) -> float:
     """Return the share of right answers of any choice: one of the items of the prompt."""
     del task
-    return 1 / len(instance.choices)
+    return 1 / len(items_of(instance))
 
 
 def _word_question(number: int, name: str) -> list[str]:

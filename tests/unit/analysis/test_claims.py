@@ -115,9 +115,10 @@ def test_every_claim_is_decided_by_a_measure_that_there_is() -> None:
         assert claim.unit == MEASURES[claim.measure].unit
 
 
-def test_a_claim_that_a_number_falls_turns_its_sign() -> None:
-    assert verdict_of("zero_embedding", {"zero_embedding": -RISING}) == ("supported", None)
-    assert verdict_of("zero_position", {"zero_position": -RISING}) == ("the opposite holds", None)
+def test_a_claim_that_meta_tokens_cost_accuracy_turns_the_sign_of_what_they_bring() -> None:
+    assert verdict_of("zero_embedding", {"zero_embedding": RISING}) == ("supported", None)
+    assert verdict_of("zero_position", {"zero_position": RISING}) == ("the opposite holds", None)
+    assert verdict_of("zero_position", {"zero_position": -RISING}) == ("supported", None)
 
 
 def test_a_ratio_decides_by_the_mean_of_the_documents_own_ratios() -> None:

@@ -182,7 +182,7 @@ def test_a_measure_of_the_other_subject_is_told_to_declare_its_own() -> None:
 
 
 def test_the_mean_leaves_out_documents_without_the_number() -> None:
-    found = recorded([*RISING, np.nan], test=True)
+    found = recorded([*RISING, np.nan], test=True, positive="more")
     assert (found.num_documents, found.measure, found.unit) == (12, "example", "nats")
     assert found.value == pytest.approx(RISING.mean())
     assert found.low < found.value < found.high  # type: ignore[operator]
@@ -242,13 +242,13 @@ def test_a_given_interval_that_is_not_finite_has_no_bounds(interval: Interval) -
 
 
 def test_a_coordinate_of_numpy_is_recorded_as_the_number_it_is() -> None:
-    found = record_of(MEASURES["entropy_drop"], Row({"layer": np.int64(1)}, RISING), seed=0)  # type: ignore[dict-item]
+    found = record_of(MEASURES["sharpening"], Row({"layer": np.int64(1)}, RISING), seed=0)  # type: ignore[dict-item]
     assert [type(place) for place in found.at.values()] == [int]
 
 
 @pytest.mark.parametrize("statistic", ["mean", "accuracy"])
 def test_few_documents_have_a_value_without_an_interval(statistic: str) -> None:
-    found = recorded(RISING[:3], statistic, test=statistic == "mean")
+    found = recorded(RISING[:3], statistic, test=statistic == "mean", positive="more")
     assert found.value == pytest.approx(RISING[:3].mean())
     assert (found.low, found.high, found.p_value) == (None, None, None)
     assert found.note == "fewer than 8 documents: no interval"
@@ -264,7 +264,7 @@ def test_p_values_are_corrected_over_the_rows_of_one_measure_that_have_coordinat
     def example(_: Inputs) -> Rows:
         yield Row({}, RISING)
 
-    chosen = registered(example, axes=("layer",), test=True)
+    chosen = registered(example, axes=("layer",), test=True, positive="more")
     rows = [Row({}, RISING), Row({"layer": 0}, RISING), Row({"layer": 1}, RISING - 0.2)]
     overall, first, second = correct([record_of(chosen, row, seed=0) for row in rows])
     assert overall.adjusted_p is None
@@ -321,6 +321,27 @@ def test_the_example_of_contributing_is_a_measure_in_one_function(inputs: Inputs
         for length, one in zip(lengths, inputs.subject.documents, strict=True)
     ]
     assert records[2].value == pytest.approx(np.mean(expected))
+
+
+def test_every_difference_says_what_a_positive_number_means_and_none_is_named_for_a_fall() -> None:
+    is_difference = re.compile(
+        r"\bminus\b|\bRise of\b|\bChange of\b|\bArea between\b|\bsaves over\b|\bhow much more\b", re.I
+    )
+    for one in MEASURES.values():
+        text = " ".join((one.rows.__doc__ or "").split())
+        assert (one.positive is not None) >= bool(one.test or is_difference.search(text)), f"{one.name}: {text}"
+        if one.positive is not None:
+            assert one.definition.endswith(f" Positive: {one.positive}.")
+            assert not re.search("drop|fall|change|decline", one.name), f"{one.name}: name what meta-tokens bring"
+
+
+def test_a_tested_difference_cannot_leave_its_sign_open() -> None:
+    with pytest.raises(ValueError, match="say with positive= what a positive number means"):
+
+        @measure("attention", "nats", test=True)
+        def unsigned(inputs: Inputs) -> Rows:
+            """Something minus something."""
+            yield Row({}, np.ones(len(inputs.subject.documents)))
 
 
 def test_the_guide_lists_every_measure_with_its_definition() -> None:

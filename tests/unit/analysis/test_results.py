@@ -16,7 +16,7 @@ from metatokens.storage import read_sealed
 def sample() -> tuple[Results, dict[str, np.ndarray]]:
     records = [
         Record(
-            measure="entropy_drop",
+            measure="sharpening",
             unit="nats",
             at={"layer": layer, "head": 1},
             value=0.1 * layer,
@@ -29,7 +29,7 @@ def sample() -> tuple[Results, dict[str, np.ndarray]]:
     verdict = Verdict(
         claim="Entropy falls",
         paper="1.40",
-        endpoint="mean entropy_drop",
+        endpoint="mean sharpening",
         verdict="supported",
         value=0.2,
         low=0.1,
@@ -65,14 +65,14 @@ def test_results_come_back_and_writing_again_gives_the_same_bytes(tmp_path: Path
     write_results(tmp_path / "two", found, dict(reversed(found_arrays.items())))
     for name in ("results.json", "arrays.npz"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert [record.value for record in found.find("entropy_drop", layer=2)] == [0.2]
-    assert len(found.find("entropy_drop", head=1)) == 3
+    assert [record.value for record in found.find("sharpening", layer=2)] == [0.2]
+    assert len(found.find("sharpening", head=1)) == 3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document | {"schema_version": 2}, "expected schema_version 3, found 2"),
+        (lambda document: document | {"schema_version": 3}, "expected schema_version 4, found 3"),
         (lambda document: document | {"colour": 1}, "colour: Extra inputs are not permitted"),
         (lambda document: {k: v for k, v in document.items() if k != "records"}, "records: Field required"),
     ],

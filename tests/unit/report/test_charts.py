@@ -54,7 +54,7 @@ def new_measure(inputs: object) -> list[object]:
 
 
 def test_measures_that_are_drawn_alike_share_a_figure_of_one_unit() -> None:
-    assert figure("entropy-change").measures == ("entropy_change", "entropy_change_by_meta_logits")
+    assert figure("row-sharpening").measures == ("row_sharpening", "row_sharpening_by_meta_logits")
     for one in FIGURES:
         plots = {MEASURES[name].plot for name in one.measures if MEASURES[name].plot}
         assert len(plots) < 2
@@ -76,8 +76,8 @@ def test_a_coordinate_that_a_plot_does_not_name_has_panels_of_its_own() -> None:
     ("measure", "plot", "joined"),
     [
         ("mass_by_distance", Lines("distance", by="to", panels="layer"), True),
-        ("entropy_change", Lines("layer"), False),
-        ("entropy_change", Dots("layer"), False),
+        ("row_sharpening", Lines("layer"), False),
+        ("row_sharpening", Dots("layer"), False),
     ],
 )
 def test_a_line_is_joined_but_not_over_layers(measure: str, plot: Lines | Dots, joined: bool) -> None:
@@ -99,12 +99,12 @@ def test_every_mark_of_a_panel_says_what_it_stands_for(kind: type) -> None:
 def test_a_heat_map_has_a_cell_for_every_head_of_every_layer() -> None:
     chart = figure("attention-maps").draw(RESULTS, ARRAYS)
     assert chart is not None
-    assert [panel.title for panel in chart.panels] == ["entropy drop, nats", "log odds boost, nats", "meta mass"]
+    assert [panel.title for panel in chart.panels] == ["sharpening, nats", "log odds boost, nats", "meta mass"]
     panel = chart.panels[0]
     assert isinstance(panel, MapPanel)
     cells = [cell for cell in ET.fromstring(to_svg(panel, "map")).iter() if cell.get("data-layer")]
     assert len(cells) == NUM_LAYERS * NUM_HEADS
-    (record,) = RESULTS.find("entropy_drop", layer=2, head=1)
+    (record,) = RESULTS.find("sharpening", layer=2, head=1)
     (cell,) = [one for one in cells if (one.get("data-layer"), one.get("data-head")) == ("2", "1")]
     assert f"{record.value:.3f} ({record.low:.3f} to {record.high:.3f}) nats" in cell.get("data-tip")
 

@@ -28,7 +28,7 @@ def zeroed(low: float | None, high: float | None) -> Results:
     return results_of(
         record("accuracy", 0.9, 0.8, 0.95, intervention="none"),
         record("accuracy", 0.3, 0.2, 0.4, intervention="zero_embedding"),
-        record("accuracy_change", -0.6, low, high, intervention="zero_embedding"),
+        record("accuracy_gain", 0.6, low, high, intervention="zero_embedding"),
     )
 
 
@@ -42,7 +42,7 @@ def carried(value: float, low: float, high: float) -> Results:
 
 @pytest.mark.parametrize(
     ("low", "high", "says"),
-    [(-0.7, -0.5, "takes accuracy from 90% to 30%"), (-0.7, 0.1, "Cannot tell"), (None, None, "Cannot tell")],
+    [(0.5, 0.7, "takes accuracy from 90% to 30%"), (-0.1, 0.7, "Cannot tell"), (None, None, "Cannot tell")],
 )
 def test_a_change_is_stated_only_where_its_interval_leaves_out_zero(
     low: float | None, high: float | None, says: str

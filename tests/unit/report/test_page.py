@@ -18,7 +18,7 @@ from metatokens.report.numbers import format_estimate
 from metatokens.report.page import render_page, write_report
 from synthetic_results import HOSTILE, build_results
 
-FEW = ("entropy_drop", "mass_by_distance", "logit_difference", "rate", "distortion")
+FEW = ("sharpening", "mass_by_distance", "logit_difference", "rate", "distortion")
 """Measures that are drawn in all ways."""
 
 
@@ -135,11 +135,11 @@ def test_an_array_is_packed_small_and_comes_back(dtype: str) -> None:
 
 def test_documents_behind_the_maps_are_embedded_with_none_for_what_one_does_not_have() -> None:
     results, arrays = build_results()
-    results = of_measures(results, ["entropy_drop", "log_odds_boost", "meta_mass"])
+    results = of_measures(results, ["sharpening", "log_odds_boost", "meta_mass"])
     text = render_page(results, arrays)
     (embedded,) = re.findall(r'id="documents">(.*?)</script>', text)
     behind = json.loads(embedded)
-    assert sorted(behind) == ["entropy_drop", "log_odds_boost", "meta_mass"]
+    assert sorted(behind) == ["log_odds_boost", "meta_mass", "sharpening"]
     for measure, one in behind.items():
         found = np.array(one["documents"], dtype=float)
         np.testing.assert_allclose(found, arrays[measure], atol=1e-5)

@@ -101,7 +101,7 @@ def _effects_on_rows(without: AttentionCall, full: AttentionCall, is_meta: Tenso
     before, after = (row_statistics(call, is_meta=is_meta, rows=rows) for call in (without, full))
     per_row = {
         "entropy": after.entropy,
-        "entropy_drop": before.entropy - after.entropy,
+        "sharpening": before.entropy - after.entropy,
         "log_odds_boost": after.meta_log_odds - before.meta_log_odds,
         "max_score_boost": after.max_score - before.max_score,
         "meta_mass": after.meta_mass,
@@ -187,19 +187,35 @@ def entropy(inputs: Inputs) -> Rows:
     yield from over_layers_and_heads(effects_of(inputs)["entropy"])
 
 
-@measure("attention", "nats", axes=("layer", "head"), test=True, keep=True, plot=HeadMaps())
-def entropy_drop(inputs: Inputs) -> Rows:
+@measure(
+    "attention",
+    "nats",
+    axes=("layer", "head"),
+    test=True,
+    keep=True,
+    plot=HeadMaps(),
+    positive="the meta-tokens' embedding sharpens the row",
+)
+def sharpening(inputs: Inputs) -> Rows:
     """Entropy of an attention row with the meta-tokens' embedding zeroed minus with it, the same row."""
-    yield from over_layers_and_heads(effects_of(inputs)["entropy_drop"])
+    yield from over_layers_and_heads(effects_of(inputs)["sharpening"])
 
 
-@measure("attention", "nats", axes=("layer", "head"), test=True, keep=True, plot=HeadMaps())
+@measure(
+    "attention",
+    "nats",
+    axes=("layer", "head"),
+    test=True,
+    keep=True,
+    plot=HeadMaps(),
+    positive="the meta-tokens' embedding draws attention to them",
+)
 def log_odds_boost(inputs: Inputs) -> Rows:
     """Log-odds ln P / (1 - P) of the mass P on meta keys, with their embedding minus with it zeroed."""
     yield from over_layers_and_heads(effects_of(inputs)["log_odds_boost"])
 
 
-@measure("attention", "logits", axes=("layer", "head"), test=True, plot=HeadMaps())
+@measure("attention", "logits", axes=("layer", "head"), test=True, plot=HeadMaps(), positive="the embedding raises it")
 def max_score_boost(inputs: Inputs) -> Rows:
     """Largest score of a row, with the embedding minus with it zeroed; not free of a common shift of all scores."""
     yield from over_layers_and_heads(effects_of(inputs)["max_score_boost"])
@@ -241,27 +257,29 @@ def share_beyond(inputs: Inputs) -> Rows:
     yield from _by_layer(effects_of(inputs)["edges"], lambda edges: edges[:, [3, 2]])
 
 
-@measure("attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"))
-def entropy_change(inputs: Inputs) -> Rows:
-    """Change of a row's entropy, with the embedding minus with it zeroed."""
-    yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [1, 0]])
+@measure(
+    "attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"), positive="the embedding sharpens"
+)
+def row_sharpening(inputs: Inputs) -> Rows:
+    """Entropy of a row with the embedding zeroed minus with it, mean over all rows of a layer."""
+    yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [1, 0]] * (-1, 1))
 
 
-@measure("attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"))
-def entropy_change_by_meta_logits(inputs: Inputs) -> Rows:
-    """Change of a row's entropy that the logits of its meta keys make by themselves."""
-    yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [3, 0]])
+@measure("attention", "nats", axes=("layer",), statistic="ratio", plot=Lines("layer"), positive="they sharpen")
+def row_sharpening_by_meta_logits(inputs: Inputs) -> Rows:
+    """What the logits of a row's meta keys take from its entropy by themselves, mean over all rows of a layer."""
+    yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [3, 0]] * (-1, 1))
 
 
 @measure("attention", "1", axes=("layer",), statistic="r_squared", plot=Lines("layer"))
 def mechanism_r_squared(inputs: Inputs) -> Rows:
-    """R^2 over rows of the whole change of entropy by the change that the meta keys' logits make."""
+    """R^2 over rows of the whole sharpening by the one that the meta keys' logits make."""
     yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [0, 1, 2, 4]])
 
 
 @measure("attention", "1", axes=("layer",), statistic="ratio", plot=Lines("layer"))
 def sign_agreement(inputs: Inputs) -> Rows:
-    """Share of rows in which both changes have one sign, of those where neither is 0."""
+    """Share of rows in which both have one sign, of those where neither is 0."""
     yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [5, 6]])
 
 

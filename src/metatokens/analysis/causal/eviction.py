@@ -252,7 +252,14 @@ def losses_of(inputs: Inputs) -> dict[Condition | None, FloatArray]:
     )
 
 
-@measure("eviction", "nats/token", axes=("policy", "kept"), subject="text", plot=Lines("kept", by="policy"))
+@measure(
+    "eviction",
+    "nats/token",
+    axes=("policy", "kept"),
+    subject="text",
+    plot=Lines("kept", by="policy"),
+    positive="what is dropped helps",
+)
 def eviction_cost(inputs: Inputs) -> Rows:
     """Loss of a continuation with a share of the prefix's cache kept, minus that with all of it."""
     losses = losses_of(inputs)
@@ -261,7 +268,7 @@ def eviction_cost(inputs: Inputs) -> Rows:
             yield Row({"policy": condition.policy, "kept": float(condition.budget)}, loss - losses[None])
 
 
-@measure("eviction", "nats/token", test=True, subject="text")
+@measure("eviction", "nats/token", test=True, subject="text", positive="meta-tokens are worth more")
 def worth_of_meta_columns(inputs: Inputs) -> Rows:
     """Cost of keeping evenly spaced columns minus that of keeping meta-tokens, at the smallest budget."""
     prefix_length, smallest = _prefix_length(inputs), min(inputs.config.budgets)

@@ -131,7 +131,14 @@ def _mean_outputs(lens: Lens, batches: Iterator[PairBatch]) -> dict[int, Tensor]
     return {layer: total / count for layer, total in sums.items()}
 
 
-@measure("causal", "nats", axes=("layer", "mode"), subject="task", plot=Dots("layer", by="mode"))
+@measure(
+    "causal",
+    "nats",
+    axes=("layer", "mode"),
+    subject="task",
+    plot=Dots("layer", by="mode"),
+    positive="what is taken away helps",
+)
 def knockout(inputs: Inputs) -> Rows:
     """Rise of the answer's loss with meta-attention removed, its mean in its place, or its older edges cut."""
     outs = list_knock_outs(inputs.lens)
@@ -142,8 +149,8 @@ def knockout(inputs: Inputs) -> Rows:
         yield Row({"mode": mode, **_layer_of(one.layers)}, left.cross_entropy - full)
 
 
-@measure("knockout", "nats/token", axes=("layer",), test=True, subject="text", plot=Dots("layer"))
-def loss_change(inputs: Inputs) -> Rows:
+@measure("knockout", "nats/token", axes=("layer",), test=True, subject="text", plot=Dots("layer"), positive="it helps")
+def loss_saved_by_meta_attention(inputs: Inputs) -> Rows:
     """Loss on text without meta-attention minus with it, in one layer or in all together."""
     layer_sets = [one.layers for one in list_knock_outs(inputs.lens) if one.kind == "zero"]
     documents = [document.input_ids for document in inputs.subject.documents]

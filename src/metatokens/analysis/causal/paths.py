@@ -90,7 +90,14 @@ def blocking_of(inputs: Inputs) -> dict[str, Scores]:
     return block_paths(inputs.lens, pairs_of(inputs))
 
 
-@measure("causal", "logits", axes=("condition",), subject="task", plot=Dots("condition"))
+@measure(
+    "causal",
+    "logits",
+    axes=("condition",),
+    subject="task",
+    plot=Dots("condition"),
+    positive="the model prefers the answer",
+)
 def logit_difference(inputs: Inputs) -> Rows:
     """Logit of the answer minus the foil's with paths cut in all layers, mean over both prompts of a pair."""
     for condition, scores in blocking_of(inputs).items():
@@ -104,13 +111,13 @@ def pair_accuracy(inputs: Inputs) -> Rows:
         yield Row({"condition": condition}, scores.accuracy)
 
 
-@measure("causal", "logits", test=True, subject="task")
+@measure("causal", "logits", test=True, subject="task", positive="either path alone would do")
 def interaction(inputs: Inputs) -> Rows:
     """By how much more a cut of the meta path costs once the direct path is cut; 0 where one path does it all."""
     yield Row({}, interaction_of(blocking_of(inputs)))
 
 
-@measure("causal", "logits", test=True, subject="task")
+@measure("causal", "logits", test=True, subject="task", positive="meta-tokens carry the answer")
 def meta_path(inputs: Inputs) -> Rows:
     """What the meta path carries once the direct path is cut: logit difference, direct cut minus both cut."""
     scores = blocking_of(inputs)

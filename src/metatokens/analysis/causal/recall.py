@@ -53,12 +53,12 @@ def accuracy(inputs: Inputs) -> Rows:
         yield Row({"intervention": kind}, shares)
 
 
-@measure("causal", "1", axes=("intervention",), test=True, subject="task")
-def accuracy_change(inputs: Inputs) -> Rows:
-    """Share of right answers under an intervention minus that of the whole model."""
+@measure("causal", "1", axes=("intervention",), test=True, subject="task", positive="what is taken away helps")
+def accuracy_gain(inputs: Inputs) -> Rows:
+    """Share of right answers of the whole model minus that with something taken from the meta-tokens."""
     shares = accuracies_of(inputs)
     for kind in (kind for kind in shares if kind != "none"):
-        yield Row({"intervention": kind}, shares[kind] - shares["none"])
+        yield Row({"intervention": kind}, shares["none"] - shares[kind])
 
 
 @shared

@@ -144,7 +144,14 @@ def erasures_of(inputs: Inputs) -> Erasures:
     return Erasures(tested, found)
 
 
-@measure("probes", "nats", axes=("layer", "erased"), subject="task", plot=Dots("layer", by="erased"))
+@measure(
+    "probes",
+    "nats",
+    axes=("layer", "erased"),
+    subject="task",
+    plot=Dots("layer", by="erased"),
+    positive="the model uses what was erased",
+)
 def erasure_loss(inputs: Inputs) -> Rows:
     """Rise of the answer's loss once the answer, or shuffled labels, are erased from the meta-tokens."""
     for one in erasures_of(inputs).found:
@@ -152,19 +159,27 @@ def erasure_loss(inputs: Inputs) -> Rows:
         yield Row({**one.at, "erased": "shuffled"}, one.loss_of_shuffled)
 
 
-@measure("probes", "nats", axes=("layer",), test=True, subject="task", plot=Dots("layer"))
+@measure(
+    "probes",
+    "nats",
+    axes=("layer",),
+    test=True,
+    subject="task",
+    plot=Dots("layer"),
+    positive="the model uses what was erased",
+)
 def erasure_excess(inputs: Inputs) -> Rows:
     """Rise of the answer's loss once it is erased, minus that of erasing shuffled labels."""
     for one in erasures_of(inputs).found:
         yield Row(one.at, one.loss - one.loss_of_shuffled)
 
 
-@measure("probes", "1", axes=("layer", "erased"), subject="task")
-def erasure_accuracy(inputs: Inputs) -> Rows:
-    """Change of the accuracy once the answer, or shuffled labels, are erased."""
+@measure("probes", "1", axes=("layer", "erased"), subject="task", positive="the model uses what was erased")
+def answers_lost_to_erasure(inputs: Inputs) -> Rows:
+    """Accuracy of the whole model minus that once the answer, or shuffled labels, are erased."""
     for one in erasures_of(inputs).found:
-        yield Row({**one.at, "erased": "answer"}, one.accuracy)
-        yield Row({**one.at, "erased": "shuffled"}, one.accuracy_of_shuffled)
+        yield Row({**one.at, "erased": "answer"}, -one.accuracy)
+        yield Row({**one.at, "erased": "shuffled"}, -one.accuracy_of_shuffled)
 
 
 @measure("probes", "nats", axes=("layer", "erased"), subject="task")

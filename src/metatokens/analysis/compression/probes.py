@@ -270,14 +270,28 @@ def _probe(inputs: Inputs, name: str, states: States, target: str, labels: IntAr
     return found
 
 
-@measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
+@measure(
+    "probes",
+    "nats",
+    axes=("state", "target"),
+    subject="task",
+    plot=Dots("state", by="target"),
+    positive="the state tells the label",
+)
 def usable_information(inputs: Inputs) -> Rows:
     """Usable information of a probe about a label: what it saves over the labels' frequencies."""
     for (state, target), found in probes_of(inputs).items():
         yield Row({"state": state, "target": target}, found.pointwise.mean(axis=0))
 
 
-@measure("probes", "nats", axes=("state", "target"), subject="task", plot=Dots("state", by="target"))
+@measure(
+    "probes",
+    "nats",
+    axes=("state", "target"),
+    subject="task",
+    plot=Dots("state", by="target"),
+    positive="the state tells the label",
+)
 def selectivity(inputs: Inputs) -> Rows:
     """Usable information minus what a probe of shuffled labels finds."""
     for (state, target), found in probes_of(inputs).items():

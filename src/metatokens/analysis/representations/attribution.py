@@ -181,7 +181,13 @@ def attribute_tokens(lens: Lens, input_ids: Tensor) -> dict[str, npt.NDArray[np.
 # Measures --------------------------------------------------------------------------------------------------------
 
 
-@measure("output", "logits", axes=("component", "layer"), plot=Lines("layer", by="component"))
+@measure(
+    "output",
+    "logits",
+    axes=("component", "layer"),
+    plot=Lines("layer", by="component"),
+    positive="towards the answer, or the token",
+)
 def attribution(inputs: Inputs) -> Rows:
     """What a component adds to the answer's logit over its foil's or, of a text, to a token's logit over the mean."""
     is_task = isinstance(inputs.config.subject, TaskSubject)

@@ -373,26 +373,32 @@ def output_changes_of(inputs: Inputs) -> dict[tuple[str, str], FloatArray]:
     return {key: np.array(values) for key, values in changes.items()}
 
 
-@measure("output", "logits", axes=("place",), test=True, plot=Dots("place"))
+@measure(
+    "output", "logits", axes=("place",), test=True, plot=Dots("place"), positive="the embedding makes the model surer"
+)
 def max_logit_boost(inputs: Inputs) -> Rows:
     """Largest logit of the output over the mean one, with the meta-tokens' embedding minus with it zeroed."""
     yield from _change_rows(inputs, "max_over_mean", 1)
 
 
-@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
+@measure(
+    "output", "nats", axes=("place",), test=True, plot=Dots("place"), positive="the embedding makes the model surer"
+)
 def max_log_probability_boost(inputs: Inputs) -> Rows:
     """Largest log-probability of the output, with the meta-tokens' embedding minus with it zeroed."""
     yield from _change_rows(inputs, "max_log_probability", 1)
 
 
-@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
-def output_entropy_drop(inputs: Inputs) -> Rows:
+@measure(
+    "output", "nats", axes=("place",), test=True, plot=Dots("place"), positive="the embedding makes the model surer"
+)
+def output_sharpening(inputs: Inputs) -> Rows:
     """Entropy of the output, with the meta-tokens' embedding zeroed minus with it."""
     yield from _change_rows(inputs, "entropy", -1)
 
 
-@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"))
-def loss_drop(inputs: Inputs) -> Rows:
+@measure("output", "nats", axes=("place",), test=True, plot=Dots("place"), positive="the embedding helps")
+def loss_saved(inputs: Inputs) -> Rows:
     """Loss with the meta-tokens' embedding zeroed minus with it."""
     yield from _change_rows(inputs, "cross_entropy", -1)
 

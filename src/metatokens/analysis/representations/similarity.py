@@ -284,14 +284,22 @@ def cosine(inputs: Inputs) -> Rows:
             yield row._replace(at={"kind": kind, **row.at})
 
 
-@measure("similarity", "1", axes=("layer", "distance"), test=True, subject="text", plot=Lines("distance", by="layer"))
+@measure(
+    "similarity",
+    "1",
+    axes=("layer", "distance"),
+    test=True,
+    subject="text",
+    plot=Lines("distance", by="layer"),
+    positive="the meta-token resembles that text more",
+)
 def excess_cosine(inputs: Inputs) -> Rows:
     """Centred cosine of a meta-token minus that of an ordinary token at the same place."""
     excess = cosines_of(inputs).excess[:, CENTRED]
     yield from rows_over(excess, range(excess.shape[1]), distances_of(inputs), names=("layer", "distance"))
 
 
-@measure("similarity", "1", test=True, subject="text")
+@measure("similarity", "1", test=True, subject="text", positive="the meta-token resembles the text before it more")
 def near_excess_cosine(inputs: Inputs) -> Rows:
     """Excess cosine at distance 1, mean over the layers behind the first block's entry."""
     if 1 not in distances_of(inputs):
@@ -300,7 +308,7 @@ def near_excess_cosine(inputs: Inputs) -> Rows:
     yield Row({}, cosines_of(inputs).excess[:, CENTRED, 1:, 0].mean(axis=1))
 
 
-@measure("similarity", "1", test=True, subject="text")
+@measure("similarity", "1", test=True, subject="text", positive="the resemblance fades")
 def fading_cosine(inputs: Inputs) -> Rows:
     """Centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers."""
     distances = distances_of(inputs)

@@ -35,7 +35,7 @@ def test_effects_are_differences_of_the_models_own_weights() -> None:
         for layer in range(2):
             entropies = [torch.special.entr(weights[layer]).sum(-1)[0, :, 4:] for weights in (zeroed, full)]
             drop = (entropies[0] - entropies[1]).mean(-1)
-            np.testing.assert_allclose(found["entropy_drop"][number, layer], drop.numpy(), atol=1e-5)
+            np.testing.assert_allclose(found["sharpening"][number, layer], drop.numpy(), atol=1e-5)
             np.testing.assert_allclose(found["entropy"][number, layer], entropies[1].mean(-1).numpy(), atol=1e-5)
             masses = [(weights[layer] * one.is_meta[:, None, None]).sum(-1)[0, :, 4:] for weights in (zeroed, full)]
             boost = (torch.logit(masses[1]) - torch.logit(masses[0])).mean(-1)
@@ -43,12 +43,12 @@ def test_effects_are_differences_of_the_models_own_weights() -> None:
             np.testing.assert_allclose(found["meta_mass"][number, layer], masses[1].mean(-1).numpy(), atol=1e-5)
             rows = found["changes"][number, layer]
             assert rows[0] == 2 * 16
-            np.testing.assert_allclose(rows[1], -found["entropy_drop"][number, layer].sum() * 16, atol=1e-3)
+            np.testing.assert_allclose(rows[1], -found["sharpening"][number, layer].sum() * 16, atol=1e-3)
             edges, above, boosted, beyond = found["edges"][number, layer]
             assert edges == 2 * sum(20 - place for place in (4, 9, 15))
             assert 0 <= above < edges
             assert 0 <= beyond <= boosted < edges
-    assert found["entropy_drop"].shape == (3, 2, 2)
+    assert found["sharpening"].shape == (3, 2, 2)
     assert found["points"].shape == (3 * 2 * 40, 4)
     layers, margin, boost, critical = found["points"].T
     assert set(layers) == {0, 1}

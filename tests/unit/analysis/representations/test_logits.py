@@ -221,7 +221,7 @@ def test_changes_of_the_output_are_those_between_two_runs() -> None:
         with intervene(lens.model, [ZeroEmbedding()]):
             without = measure_outputs(lens, one.input_ids, at=at)["cross_entropy"]
         drops.append(float((without - full).nanmean()))
-    (record,) = records_of("loss_drop", inputs, place="text behind")
+    (record,) = records_of("loss_saved", inputs, place="text behind")
     assert record.value == pytest.approx(np.mean(drops), abs=1e-6)  # losses of a few nats in float32
     assert record.p_value is not None
     assert math.isfinite(value_of("max_logit_boost", inputs, place="meta-tokens"))
