@@ -138,7 +138,7 @@ ORDER = """svg => [...svg.querySelectorAll("path, use")].map((mark) => (
   mark.classList.contains("chosen") ? "chosen" : mark.dataset.layer ? "cell" : mark.tagName
 ))"""
 CELLS = "#figure-attention-maps .chart [data-layer]"
-MEASURES = ("sharpening", "log_odds_boost", "meta_mass")
+MEASURES = ("log_odds_boost", "meta_mass", "sharpening")  # by name
 
 
 def cell_at(page: Any, layer: int, head: int) -> Any:
