@@ -226,7 +226,7 @@ def test_a_dot_stands_at_its_document_and_its_number(open_page: Any) -> None:
     for key in ("layer", "head"):
         page.locator(f"#cell-{key}").select_option("1")
     dots = page.locator(".cell .charts > div").first.locator("circle")
-    behind = ARRAYS["sharpening"][:, 1, 1]
+    behind = ARRAYS[MEASURES[0]][:, 1, 1]
     places = []
     for dot in (dots.nth(4), dots.nth(0), dots.nth(20)):
         dot.hover(force=True)
