@@ -111,7 +111,7 @@ def causal_records() -> list[Record]:
     for intervention, accuracy in (("none", 0.9), ("zero_embedding", 0.31), ("zero_position", 0.88)):
         rows.append(record("accuracy", accuracy, intervention=intervention))
     rows.append(record("knockout", 1.234, mode="zero"))
-    rows.append(record("loss_saved_by_meta_attention", 0.0417, layer=1))
+    rows.append(record("meta_branch_gain", 0.0417, layer=1))
     for layer in range(NUM_LAYERS):
         rows += [
             *(

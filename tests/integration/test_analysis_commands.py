@@ -134,7 +134,7 @@ def test_a_model_is_analysed_on_text(
         "ordinary token",
     }
     assert results.find("attribution", component="meta-attention", layer=1)
-    for record in results.find("loss_saved_by_meta_attention"):
+    for record in results.find("meta_branch_gain"):
         assert record.value is not None
         assert abs(record.value) < 0.5  # an untrained model loses next to nothing with its meta-attention
 

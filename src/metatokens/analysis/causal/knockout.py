@@ -150,7 +150,7 @@ def knockout(inputs: Inputs) -> Rows:
 
 
 @measure("knockout", "nats/token", axes=("layer",), test=True, subject="text", plot=Dots("layer"), positive="it helps")
-def loss_saved_by_meta_attention(inputs: Inputs) -> Rows:
+def meta_branch_gain(inputs: Inputs) -> Rows:
     """Loss on text without meta-attention minus with it, in one layer or in all together."""
     layer_sets = [one.layers for one in list_knock_outs(inputs.lens) if one.kind == "zero"]
     documents = [document.input_ids for document in inputs.subject.documents]
