@@ -91,11 +91,12 @@ def tiktoken_encode(specification: Specification) -> Callable[[str], TokenIds] |
     if not is_gpt2_like:
         return None
     vocabulary, byte_of = model["vocab"], byte_alphabet()
+    latin = str.maketrans({char: chr(byte) for char, byte in byte_of.items()})
     merged = [left + right for left, right in model["merges"]]
     if any(a >= b for a, b in pairwise(vocabulary[token] for token in merged)):
         return None
     alphabet = [char for char in byte_of if char in vocabulary]
-    ranks = {bytes(byte_of[char] for char in token): vocabulary[token] for token in [*alphabet, *merged]}
+    ranks = {token.translate(latin).encode("latin-1"): vocabulary[token] for token in [*alphabet, *merged]}
     encoding = tiktoken.Encoding("text", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(text: str) -> TokenIds:

@@ -239,7 +239,7 @@ class TextEncoder:
         canonical = tokenizer.to_str()
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
-        self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[end_of_text_token(tokenizer)]
+        self.eos_token_id = tokenizer.token_to_id(end_of_text_token(tokenizer))
         self._threads = threads or (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
@@ -453,10 +453,11 @@ def _probe_text(tokenizer: Tokenizer) -> str:
 
 def _ids_of(tokenizer: Tokenizer, text_tokenizer: Tokenizer) -> list[int]:
     """Return a tokenizer's ids of another's probe text, without padding, truncation or added tokens."""
-    bare = Tokenizer.from_str(tokenizer.to_str())
-    bare.no_padding()
-    bare.no_truncation()
-    ids: list[int] = bare.encode(_probe_text(text_tokenizer), add_special_tokens=False).ids
+    if tokenizer.padding or tokenizer.truncation:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, which may be changed
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    ids: list[int] = tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False).ids
     return ids
 
 
