@@ -239,7 +239,7 @@ class TextEncoder:
         canonical = tokenizer.to_str()
         self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = text_vocab_size(tokenizer)
-        self.eos_token_id = tokenizer.token_to_id(end_of_text_token(tokenizer))
+        self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[end_of_text_token(tokenizer)]
         self._threads = threads or (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
