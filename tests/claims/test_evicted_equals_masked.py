@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from cached_passes import PIECES, feed, uncached
 from memory_policies import BATCHES, POLICIES
+from metatokens.model.accounting import cache_bytes
 from metatokens.model.memory_reference import MemoryReferenceForCausalLM
 from pairwise import all_pairs
 from tiny_models import ENCODINGS, META, PAD, assert_close, attention_mask_of, tiny_model, tokens
@@ -82,6 +83,35 @@ def test_the_cache_holds_sinks_anchors_and_the_window_alone(name: str) -> None:
         num_meta = int(is_meta.sum())
         limit = policy["memory_limit"] or num_meta
         assert layer.meta_keys.shape[2] == min(num_meta, limit)
+
+
+@pytest.mark.slow  # reads 64k positions
+@pytest.mark.parametrize(
+    "memory", [{"window": 256, "memory_limit": 2_000}, {"window": 256, "anchors": "every", "every": 9}]
+)
+@torch.no_grad()
+def test_bytes_of_the_cache_are_those_of_the_formula(memory: dict[str, Any]) -> None:
+    ids = tokens("xxxxxxxxx_" * 6_554)[:, : 2**16]
+    model = tiny_model(memory=memory, max_position_embeddings=2**16, num_hidden_layers=1, dtype=torch.float32)
+    cache, read = DynamicCache(config=model.config), 0
+    for length in (2**10, 2**13, 2**16):
+        while read < length:
+            model.model(ids[:, read : read + 1024], past_key_values=cache)
+            read += 1024
+        layer = cache.layers[0]
+        kept = (layer.keys, layer.values, layer.meta_keys, layer.meta_values)
+        expected = cache_bytes(model.config, num_positions=length, num_meta=int((ids[0, :length] == META).sum()))
+        assert sum(tensor.nbytes for tensor in kept) == expected.total
+        assert layer.meta_keys.nbytes + layer.meta_values.nbytes == expected.meta_attention
+
+
+@all_pairs(name=POLICIES, length=(1, 5, 20, 33, 60))
+@torch.no_grad()
+def test_columns_of_any_length_are_those_of_the_formula(name: str, length: int) -> None:
+    model, ids = tiny_model(memory=POLICIES[name]), tokens("xxx_xx_xxxxxxx_" * 4)[:, :length]
+    cache = model(ids, use_cache=True).past_key_values
+    expected = cache_bytes(model.config, num_positions=length, num_meta=int((ids == META).sum()), bytes_per_number=8)
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == expected.text + expected.anchors
 
 
 @pytest.mark.parametrize("name", POLICIES)

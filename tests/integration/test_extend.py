@@ -249,6 +249,18 @@ def test_a_model_of_another_shape_does_not_start_from_the_weights(
         pretrain(config, tmp_path / "run", show_progress=False)
 
 
+def test_a_model_of_full_attention_is_trained_on_in_memory_mode(base: Path, tokens: Path, tmp_path: Path):
+    steps = ("--training.duration.steps", "2", "--optimizer.learning_rate", "1e-9")
+    start = ("--start_from", str(base), "--injection.ratio", "0.2", *steps)
+    memory = ("--model.attention.kind", "memory", "--model.attention.window", "3")
+    for name, change in (("full", ()), ("memory", memory)):
+        pretrain(small_config(tmp_path / "small.yaml", tokens, *start, *change), tmp_path / name, show_progress=False)
+    assert open_model(tmp_path / "memory").config.memory_policy.window == 3
+    full, narrow = (numbers(tmp_path / name)[0] for name in ("full", "memory"))
+    assert full != narrow
+    assert narrow == pytest.approx(full, abs=1)  # the trained weights, not new ones
+
+
 def test_a_factor_of_one_and_a_block_beyond_the_window_are_refused(
     base: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -15,6 +15,7 @@ from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.errors import UsageError
 from metatokens.training.finetuning import finetune
+from metatokens.training.loading import open_model
 
 SMALL = """
 extends: tiny/recall
@@ -122,6 +123,32 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint(config: Config, done: Pat
     result = finetune(again, tmp_path / "run", show_progress=False)
     assert numbers(tmp_path / "run")[0] < numbers(done)[0] - 1
     assert result.training_flops == json.loads((done / "result.json").read_text())["training_flops"]
+
+
+SHORT_CURRICULUM = "[{steps: 2, size: [3, 3], prompt_tokens: [1, 64]}]"
+
+
+def test_a_model_of_full_attention_is_fine_tuned_in_memory_mode(config: Config, done: Path, tmp_path: Path):
+    start_there = ["--start.kind", "checkpoint", "--start.path", str(done), "--optimizer.learning_rate", "1e-9"]
+    curriculum = ["--curriculum", SHORT_CURRICULUM]
+    first_losses = []
+    for memory in ([], ["--start.memory", "{window: 64}"], ["--start.memory", "{window: 2, num_sinks: 0}"]):
+        folder = tmp_path / f"run {len(first_losses)}"
+        changed = config(*start_there, *curriculum, *memory, "--evaluation.instances", "10")
+        finetune(changed, folder, show_progress=False)
+        first_losses.append(numbers(folder)[0])
+    assert open_model(folder).config.memory_policy.window == 2
+    # a window of the whole prompt hides the anchors alone, a short one the text as well
+    assert len(set(first_losses)) == 3
+    assert first_losses == pytest.approx([first_losses[0]] * 3, abs=1)  # the trained weights, not new ones
+
+
+def test_memory_mode_is_refused_for_a_model_of_another_attention(config: Config, tmp_path: Path):
+    landmark = config("--start.model.attention.kind", "landmark", "--curriculum", SHORT_CURRICULUM)
+    finetune(landmark, tmp_path / "landmark", show_progress=False)
+    start = ["--start.kind", "checkpoint", "--start.path", str(tmp_path / "landmark")]
+    with pytest.raises(UsageError, match=r"start\.memory: expected a metatokens model.*landmark"):
+        finetune(config(*start, "--start.memory", "{window: 2}"), tmp_path / "run", show_progress=False)
 
 
 def test_a_model_learns_to_repeat_a_bit(config: Config, tmp_path: Path):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from metatokens.config.attention import MemoryAttention
 from metatokens.config.base import UserPath
 from metatokens.config.schema import Frozen, ModelConfig, RunConfig, check_schedule
 from metatokens.config.tasks import CopyingTask, Difficulty, Range, Task, check_bin
@@ -28,6 +29,8 @@ class CheckpointStart(Frozen):
     kind: Literal["checkpoint"] = "checkpoint"
     path: Annotated[str, AfterValidator(os.path.expanduser)]
     """A run folder, a model folder, or the id of a causal language model on the Hugging Face hub."""
+    memory: MemoryAttention | None = None
+    """Put a model of this package into memory mode, which has no weights of its own; off means as it was trained."""
 
 
 Start = Annotated[FreshStart | CheckpointStart, Field(discriminator="kind")]

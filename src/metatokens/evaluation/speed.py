@@ -6,6 +6,7 @@ Tasks that are compared take turns in one run, so a drift of the machine's speed
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.generation.decoding import sequence_limit
 from metatokens.model import MetaTokenConfig
-from metatokens.model.accounting import count_parameters, training_flops
+from metatokens.model.accounting import cache_bytes, count_parameters, training_flops
 
 FLOAT32_BYTES = 4
+CACHE_POSITIONS = (1_024, 8_192, 65_536)
 
 
 def time_in_turns(tasks: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -78,7 +80,19 @@ def describe_model(
         "cache_bytes_per_meta_token_more": per_key
         * sum(config.has_meta_attention(i) for i in range(config.num_hidden_layers))
         // config.num_hidden_layers,
+        **_describe_memory(config, num_meta / block_size),
     }
+
+
+def _describe_memory(config: MetaTokenConfig, meta_ratio: float) -> dict[str, int]:
+    """Return the bytes of the cache of memory mode at some lengths; nothing for other models."""
+    if config.memory_policy is None:
+        return {}
+    rows: dict[str, int] = {}
+    for positions in CACHE_POSITIONS:
+        kept = cache_bytes(config, num_positions=positions, num_meta=round(meta_ratio * positions))
+        rows |= {f"cache_of_{positions}_positions_{part}_bytes": size for part, size in asdict(kept).items()}
+    return rows
 
 
 def describe_pretrained(model: PretrainedCausalLM) -> dict[str, Any]:

@@ -7,6 +7,7 @@ its pattern allow, so a utilisation computed from these figures does not count w
 from dataclasses import dataclass
 
 from .configuration import MetaTokenConfig
+from .memory import count_columns
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,50 @@ def training_flops(
 ) -> int:
     """Count the operations of forward and backward pass over one sequence; the backward pass does twice the work."""
     return 3 * forward_flops(config, num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a sequence takes in the cache, in bytes."""
+
+    text: int
+    """Keys and values of self-attention: all tokens, or in memory mode the sinks and the window."""
+    anchors: int
+    """Those that memory mode keeps beyond these."""
+    meta_attention: int
+    """The second cache, of meta-attention."""
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.text + self.anchors + self.meta_attention
+
+
+def cache_bytes(
+    config: MetaTokenConfig, *, num_positions: int, num_meta: int = 0, bytes_per_number: int = 4
+) -> CacheBytes:
+    """Count the bytes of the cache of one sequence after a step; rows of a batch take as much as the largest each.
+
+    Args:
+        config: the model.
+        num_positions: T tokens read, text and meta-tokens, without padding.
+        num_meta: M, meta-tokens among them.
+        bytes_per_number: 4 for float32, 2 for half precision.
+    """
+    assert config.head_dim is not None
+    per_column = 2 * config.num_attention_heads * config.head_dim * bytes_per_number
+    policy = config.memory_policy
+    columns, anchors = 0, 0
+    for layer_index in range(config.num_hidden_layers):
+        if policy is None or not policy.applies_to(layer_index):
+            columns += num_positions
+            continue
+        of_text, of_anchors = count_columns(policy, num_positions, num_meta)
+        columns, anchors = columns + of_text, anchors + of_anchors
+    members = config.count_meta_attention_members(num_positions, num_meta)
+    if policy is not None and policy.memory_limit is not None:
+        members = min(members, policy.memory_limit)
+    return CacheBytes(per_column * columns, per_column * anchors, per_column * members * _num_meta_layers(config))
 
 
 def activation_bytes(

@@ -230,6 +230,20 @@ def count_pairs(policy: MemoryPolicy, num_positions: int, num_meta: int) -> int:
     return total
 
 
+def count_columns(policy: MemoryPolicy, num_positions: int, num_meta: int) -> tuple[int, int]:
+    """Return the columns that a cache keeps of T positions, M of them meta-tokens: sinks and window; anchors beyond."""
+    num_text = num_positions - num_meta if policy.anchors == "meta" else num_positions
+    limit = num_text + num_meta if policy.memory_limit is None else policy.memory_limit
+    of_text = min(num_text, policy.num_sinks + policy.window)
+    if policy.anchors == "meta":
+        return of_text, min(num_meta, limit)
+    evicted_until = max(num_text - policy.window, policy.num_sinks)
+    num_sinks = policy.num_sinks // policy.every
+    in_window = num_text // policy.every - min(evicted_until, num_text) // policy.every
+    beyond = max(evicted_until // policy.every - num_sinks, 0)
+    return of_text, max(0, min(in_window + beyond, limit) - in_window) if num_text > of_text else 0
+
+
 def stay(policy: MemoryPolicy, columns: Columns, counts: Counts) -> Tensor:
     """Tell which columns (B, K) a token that is read after `counts` may still see."""
     is_recent = columns.is_text & (columns.clock >= counts.num_text[:, None] - policy.window)

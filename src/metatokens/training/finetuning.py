@@ -8,13 +8,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from metatokens.config.finetuning import FinetuneConfig, FreshStart, Stage
+from metatokens.config.finetuning import CheckpointStart, FinetuneConfig, FreshStart, Stage
 from metatokens.config.tasks import Task
 from metatokens.data.keyed_random import KeyedRandom
 from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.evaluation.recall import count_right_answers, make_test_instances
 from metatokens.generation.decoding import sequence_limit
+from metatokens.model import MetaTokenConfig
 from metatokens.model.schedule import state_schedule
 from metatokens.tasks.base import LengthRange, PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches
@@ -105,6 +106,7 @@ def _start(config: FinetuneConfig) -> tuple[Any, Tokenizer, str]:
         folder = ModelFolder(Path(start.path))
         model, identity = folder.open_model(seed=config.seed).train(), f"+{folder.sha256}"
         state_schedule(model.generation_config, None)  # the task says where meta-tokens stand
+        _put_into_memory_mode(model, start)
     _check_length(config, model, tokenizer)
     return model, tokenizer, identity
 
@@ -120,8 +122,32 @@ def build_on_meta_device(config: FinetuneConfig) -> tuple[Any, Tokenizer]:
         )
     else:
         model = ModelFolder(Path(start.path)).build_on_meta_device()
+        _put_into_memory_mode(model, start)
     _check_length(config, model, tokenizer)
     return model, tokenizer
+
+
+def _put_into_memory_mode(model: Any, start: CheckpointStart) -> None:
+    """Change the attention of a trained model as its start says.
+
+    Raises:
+        UsageError: the model is not one of this package, or its config does not go with memory mode.
+    """
+    if start.memory is None:
+        return
+    found = model.config.model_type
+    try:
+        if found != MetaTokenConfig.model_type:
+            raise ValueError(f"a model of the kind {found}")
+        model.config.memory = start.memory.to_hf()["memory"]
+        model.config.validate_memory()
+    except ValueError as error:
+        raise UsageError(
+            "start.memory",
+            expected=f"a {MetaTokenConfig.model_type} model that can have it",
+            found=str(error),
+            remedy="leave start.memory off, or start from a model that was pre-trained with full attention",
+        ) from None
 
 
 def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:

@@ -20,6 +20,7 @@ _MAY_CHANGE = {
     "hidden_dropout",
     "initializer_range",
     "loss_policy",
+    "memory",
 }
 
 

@@ -100,6 +100,40 @@ def test_the_parameter_matched_model_misses_by_what_its_preset_says_and_no_depth
     assert abs(matched - target) == min(abs(plain + layers * per_layer - target) for layers in range(8))
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_memory_has_its_arms_at_every_scale_and_the_matched_one_the_fitting_depth(scale: str) -> None:
+    memory, pause, matched, every = (
+        load_preset(f"{scale}/memory{arm}") for arm in ("", "-pause", "-parameter-matched", "-every")
+    )
+    assert memory.model.attention == pause.model.attention == matched.model.attention
+    assert memory.text_tokens_per_block == pause.text_tokens_per_block == every.text_tokens_per_block
+    assert (memory.model.meta_attention_layers, pause.model.meta_attention_layers) == ("all", "none")
+    assert every.injection.kind == "none"
+    num_anchors = memory.injection.num_meta(memory.data.block_size)
+    assert abs(every.text_tokens_per_block // every.model.attention.every - num_anchors) <= 1
+    target, least = parameters(f"{scale}/memory"), parameters(f"{scale}/memory-pause")
+    per_layer = (parameters(f"{scale}/memory-parameter-matched") - least) // (
+        matched.model.num_hidden_layers - pause.model.num_hidden_layers
+    )
+    missed = abs(parameters(f"{scale}/memory-parameter-matched") - target)
+    assert missed == min(abs(least + layers * per_layer - target) for layers in range(8))
+
+
+def test_info_counts_the_bytes_of_a_cache_in_memory_mode() -> None:
+    preset = load_preset("tiny/memory")
+    config = build_config(preset.model, text_vocab_size=4096, eos_token_id=0)
+    num_meta = preset.injection.num_meta(preset.data.block_size)
+    description = describe_model(config, block_size=preset.data.block_size, num_meta=num_meta)
+    column = 2 * 4 * 128 * 4  # key and value in four layers of width 128, float32
+    assert description["cache_of_8192_positions_text_bytes"] == (64 + 4) * column
+    assert description["cache_of_8192_positions_anchors_bytes"] == 26 * 32 * column
+    assert description["cache_of_8192_positions_meta_attention_bytes"] == 26 * 32 * column
+    assert not any(
+        "cache_of" in name
+        for name in describe_model(build_config(load_preset("tiny/meta").model, text_vocab_size=9, eos_token_id=0))
+    )
+
+
 def test_the_second_attention_of_each_control_has_the_parameters_of_the_meta_model() -> None:
     for scale, meta in (("tiny", "tiny/meta"), ("paper", "paper/meta-rope-152m")):
         for control in ("double-attention", "random-attention"):
