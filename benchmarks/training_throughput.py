@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from metatokens.bench.turns import take_turns, timed
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
-from metatokens.evaluation.speed import time_in_turns
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import training_flops
 from metatokens.training.initialization import build_model
@@ -72,10 +72,11 @@ def main() -> None:
 
     configs = {name: load_preset(name) for name in options.presets}
     steps = {name: training_step(config, options) for name, config in configs.items()}
-    seconds = time_in_turns(steps, rounds=options.rounds, warmup=options.warmup)
+    turns = {name: lambda step=step: {"step": timed(step)} for name, step in steps.items()}
+    rounds = take_turns(turns, rounds=options.rounds, warmup=options.warmup)
     results = {}
     for name, config in configs.items():
-        median = statistics.median(seconds[name])
+        median = statistics.median(rounds[name]["step"])
         block, text = config.data.block_size, config.text_tokens_per_block
         hf_config = MetaTokenConfig(**config.model.to_hf(TEXT_VOCABULARY, TEXT_VOCABULARY - 1))
         flops = options.rows * training_flops(hf_config, num_positions=block, num_meta=block - text)

@@ -72,6 +72,7 @@ SMALLER_NUMBERS = {
     "--validation-fraction": "0.2",
     "--window": "40",
     "--stride": "10",
+    "--length": "64",
 }
 FEW = {
     "analyze": "--documents 8 --subject.pairs 8 --parts [attention]",
@@ -80,6 +81,7 @@ FEW = {
     "generate": "--max-text-tokens 8",
     "perplexity": "--window 40 --max-tokens 100",
     "extend": "--preset paper/extend",
+    "bench": "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --vocabulary 100 --rounds 2 --warmup 0",
 }
 """Options of a verb that a command does not give."""
 
@@ -122,7 +124,8 @@ def smaller(command: str, folder: Path) -> list[str]:
             words[words.index(flag) + 1] = number
     verb = words[1]
     given = {word for word in words if word.startswith("--")}
-    few = shlex.split(FEW.get("analyze text" if verb == "analyze" and "--text" in words else verb, ""))
+    kind = "analyze text" if verb == "analyze" and "--text" in words else " ".join(words[1:3])
+    few = shlex.split(FEW.get(kind, FEW.get(verb, "")))
     for flag, number in zip(few[::2], few[1::2], strict=True):
         if flag not in given:
             words += [flag, number]

@@ -23,7 +23,7 @@ STAGES = (
     {"lens"},
     {"training", "generation", "evaluation", "analysis"},
     {"report"},
-    {"demo", "language_model", "sweep", "verification"},
+    {"bench", "demo", "language_model", "sweep", "verification"},
     {"replication"},
     {"cli", "__main__"},
 )

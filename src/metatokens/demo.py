@@ -11,6 +11,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from metatokens.analysis.results import read_results, write_results
 from metatokens.analysis.run import Identity, analyze
+from metatokens.bench.turns import ratio, take_turns, timed
 from metatokens.config.analysis import AnalysisConfig, Part
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset
@@ -34,7 +36,6 @@ from metatokens.errors import DataError, UsageError
 from metatokens.evaluation.interventions import Intervention, NoMetaAttention, ZeroEmbedding, intervene
 from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
-from metatokens.evaluation.speed import median_ratio, time_in_turns
 from metatokens.evaluation.statistics import Interval
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
 from metatokens.report import require_packages
@@ -384,8 +385,8 @@ def _read(
     return Reading(
         **arms,
         documents=len(documents),
-        meta_attention_cost=median_ratio(seconds, "meta", "pause"),
-        cost_per_text_token=median_ratio(seconds, "meta", "plain"),
+        meta_attention_cost=ratio(seconds["meta"], seconds["pause"]).median,
+        cost_per_text_token=ratio(seconds["meta"], seconds["plain"]).median,
         sample=SAMPLE_PROMPT + sample.text,
     )
 
@@ -400,9 +401,14 @@ def _validation_documents() -> Iterator[tuple[str, str]]:
 def _time_steps(configs: Mapping[str, PretrainConfig], dataset: TokenDataset, rounds: int) -> dict[str, list[float]]:
     """Time training steps of plain, meta, and pause: the plain model on the meta model's very tokens."""
     meta = configs["meta"]
-    timed = {**configs, "pause": meta.model_copy(update={"model": configs["plain"].model})}
-    steps = {name: _training_step(config, config.injection, dataset) for name, config in timed.items()}
-    return time_in_turns(steps, rounds=rounds)
+    arms = {**configs, "pause": meta.model_copy(update={"model": configs["plain"].model})}
+    steps = {name: _training_step(config, config.injection, dataset) for name, config in arms.items()}
+    turns = {name: partial(_time_step, step) for name, step in steps.items()}
+    return {name: parts["step"] for name, parts in take_turns(turns, rounds=rounds).items()}
+
+
+def _time_step(step: Callable[[], None]) -> dict[str, float]:
+    return {"step": timed(step)}
 
 
 def _training_step(config: PretrainConfig, injection: Injection, dataset: TokenDataset) -> Callable[[], None]:

@@ -36,11 +36,14 @@ WRONG_PATHS = {
     "verify": [MISSING],
     "info": [MISSING],
     "plan": [MISSING],
+    "bench": ["training", "--out", f"{__file__}/bench.json"],
 }
 OTHER_MISTAKES = (
     ["pretrain", "tiny/mta"],
     ["pretrain", "tiny/meta"],
     ["pretrain", "tiny/meta", "--stpes", "3"],
+    ["bench", "trainign"],
+    ["bench", "training", "--lenght", "64"],
     ["finetune", "tiny/recal"],
     ["extend", MISSING, "--preset", "tiny/extnd", "--out", "longer"],
     ["evaluate", MISSING, "--intervention", "zero_embeding"],

@@ -15,6 +15,7 @@ from typing import Any
 from metatokens.cli import (
     adopt,
     analyze,
+    bench,
     demo,
     evaluate,
     export,
@@ -42,6 +43,7 @@ from metatokens.names import nearest_name
 VERBS = (
     *(demo, prepare, adopt, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
     *(analyze, report, generate, serve, export, verify, info, plan),
+    bench,
 )
 
 

@@ -1,15 +1,7 @@
-"""The cost of a model: counted from its config, and timed side by side with others.
+"""The cost of a model, counted from its config; `metatokens.bench` times it."""
 
-Tasks that are compared take turns in one run, so a drift of the machine's speed affects all of them alike.
-"""
-
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.generation.decoding import sequence_limit
@@ -18,35 +10,6 @@ from metatokens.model.accounting import cache_bytes, count_parameters, training_
 
 FLOAT32_BYTES = 4
 CACHE_POSITIONS = (1_024, 8_192, 65_536)
-
-
-def time_in_turns(tasks: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every task once per round, after `warmup` rounds that do not count.
-
-    Returns:
-        The seconds of each task in each round; on a GPU, until its work there is done.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for index in range(warmup + rounds):
-        for name, task in tasks.items():
-            _wait_for_device()
-            start = time.perf_counter()
-            task()
-            _wait_for_device()
-            if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median_ratio(seconds: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
-    """Return the median over rounds of the ratio of two tasks' times."""
-    pairs = zip(seconds[numerator], seconds[denominator], strict=True)
-    return statistics.median(above / below for above, below in pairs)
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def describe_model(

@@ -1,0 +1,66 @@
+"""The settings of `metatokens bench`: a class for each question, whose fields are overrides on the command line."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from metatokens.config.base import Frozen
+from metatokens.config.schema import DEFAULT_META_RATIO
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class Bench(Frozen):
+    """What every question has."""
+
+    contenders: tuple[str, ...] | None = None
+    """Those that take part, such as [meta, plain]; off means all whose packages are installed."""
+    rounds: int = Field(7, ge=1)
+    """Rounds that count; in each, every contender has one turn."""
+    warmup: int = Field(1, ge=0)
+    """Rounds before these, which do not count."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the models run."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of torch on the CPU; off leaves them as they are."""
+
+
+class ModelBench(Bench):
+    """What the questions about models have; the defaults are GPT-2's small width."""
+
+    hidden_size: int = Field(768, ge=1)
+    """C: width of the residual stream."""
+    num_hidden_layers: int = Field(4, ge=1)
+    """Number of blocks."""
+    num_attention_heads: int = Field(12, ge=1)
+    """H: heads of both attentions."""
+    vocabulary: int = Field(8_192, ge=2)
+    """Text tokens; GPT-2's are 50257."""
+    ratio: float = Field(DEFAULT_META_RATIO, gt=0, lt=1)
+    """Share k of meta-tokens among the positions."""
+    precision: Precision = "float32"
+    """bfloat16: under autocast."""
+    compile: bool = False
+    """Run the models under torch.compile; give at least two rounds of warm-up."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention backend of the models of this package and of transformers."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 2 x num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        return self
+
+
+class TrainingBench(ModelBench):
+    """What does a training step cost, with and without meta-tokens, here and elsewhere?"""
+
+    length: int = Field(1_024, ge=8)
+    """T: positions of a sequence, meta-tokens included."""
+    rows: int = Field(1, ge=1)
+    """B: sequences of a step."""
+    parts: tuple[Literal["decoder", "whole"], ...] = Field(("decoder", "whole"), min_length=1)
+    """decoder: forward and backward pass without the head; whole: with head and loss, and AdamW."""
