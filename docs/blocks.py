@@ -74,6 +74,7 @@ SMALLER_NUMBERS = {
     "--stride": "10",
     "--length": "64",
 }
+TINY_BENCH = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --vocabulary 100"
 FEW = {
     "analyze": "--documents 8 --subject.pairs 8 --parts [attention]",
     "analyze text": "--documents 8 --calibration_documents 1 --parts [attention]",
@@ -81,7 +82,9 @@ FEW = {
     "generate": "--max-text-tokens 8",
     "perplexity": "--window 40 --max-tokens 100",
     "extend": "--preset paper/extend",
-    "bench": "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --vocabulary 100 --rounds 2 --warmup 0",
+    "bench memory": f"{TINY_BENCH} --rounds 1 --length 64",
+    "bench generation": f"{TINY_BENCH} --rounds 2 --warmup 0 --prompt 40 --new 9",
+    "bench": f"{TINY_BENCH} --rounds 2 --warmup 0",
 }
 """Options of a verb that a command does not give."""
 

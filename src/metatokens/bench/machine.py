@@ -31,7 +31,7 @@ class _Sizes:
     repeats: int
 
 
-_SIZES = {"cpu": _Sizes(1024, 2**28, 4), "cuda": _Sizes(8192, 2**30, 20)}
+_SIZES = {"cpu": _Sizes(1024, 2**27, 2), "cuda": _Sizes(8192, 2**30, 20)}
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of one contender over those of another."""
+    """Seconds of one contender over those of another, or bytes where no time is taken."""
 
     part: str
     above: str

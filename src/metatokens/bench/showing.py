@@ -8,6 +8,7 @@ from typing import Any
 from metatokens.bench.measuring import BenchResult, Line
 from metatokens.bench.turns import Spread
 from metatokens.report.console import show_rows, show_table
+from metatokens.report.numbers import format_value
 from metatokens.storage import to_json, write_atomically
 
 DIGITS = 6
@@ -18,14 +19,14 @@ def show(result: BenchResult) -> None:
     """Print the times of each part, the ratios, and what was counted."""
     for part in _parts(result):
         show_rows(f"{result.question}: {part}", [_row(line) for line in result.lines if line.part == part])
-    if result.ratios:
-        for per in ("per_text_token", "per_position"):
-            title = f"ratios {per.replace('_', ' ')}: median, and half the width of the middle half of the rounds"
-            show_rows(title, [*_ratio_rows(result, per)])
-    for name, facts in result.facts.items():
-        show_table(name, facts)
-    for name, why in result.not_run.items():
-        show_table("not run", {name: why})
+    for per in ("per_text_token", "per_position"):
+        rows = [*_ratio_rows(result, per)]
+        if rows and (per == "per_text_token" or rows != [*_ratio_rows(result, "per_text_token")]):
+            show_rows(f"ratios {per.replace('_', ' ')}, +- half the quartiles' distance", rows)
+    if result.facts:
+        show_rows(f"{result.question}: counted", [_fact_row(name, facts) for name, facts in result.facts.items()])
+    if result.not_run:
+        show_table("not run", result.not_run)
 
 
 def plain_tree(result: BenchResult) -> Any:
@@ -86,12 +87,17 @@ def _row(line: Line) -> dict[str, Any]:
 
 def _ratio_rows(result: BenchResult, per: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each pair: its ratios by part."""
+    parts = dict.fromkeys(one.part for one in result.ratios)
     for pair in dict.fromkeys((one.above, one.below) for one in result.ratios):
         found = {one.part: getattr(one, per) for one in result.ratios if (one.above, one.below) == pair}
         yield {
             "seconds of": " / ".join(pair),
-            **{part: _briefly(found[part]) if part in found else "" for part in _parts(result)},
+            **{part: _briefly(found[part]) if part in found else "" for part in parts},
         }
+
+
+def _fact_row(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    return {"contender": name, **{fact: format_value(fact, value) for fact, value in facts.items()}}
 
 
 def _span(figure: Spread, scale: float = 1) -> str:

@@ -151,6 +151,8 @@ def gpt2(shape: Shape, sequences: Sequences) -> Candidate:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
+            bos_token_id=None,
+            eos_token_id=None,
             vocab_size=config.vocab_size,
             n_positions=shape.length,
             n_embd=config.hidden_size,

@@ -14,10 +14,18 @@ class Question(NamedTuple):
 
     settings: str
     text: str
+    draws: bool = True
+    """Whether there is a picture of times."""
 
 
 QUESTIONS = {
     "training": Question("TrainingBench", "a training step, decoder alone and whole: ours, plain, others' packages"),
+    "memory": Question(
+        "MemoryBench", "the peak memory of a training step, each contender in a process of its own", draws=False
+    ),
+    "generation": Question(
+        "GenerationBench", "first token and decoding: ours by both loops, plain, transformers' GPT-2"
+    ),
 }
 
 
@@ -29,7 +37,8 @@ def add(verbs: Any) -> None:
     for name, question in QUESTIONS.items():
         one = add_verb(questions, name, partial(_run, name, question), question.text, long=True)
         one.add_argument("--out", type=Path, help="JSON of the result, with the seconds of each round")
-        one.add_argument("--plot", type=Path, help="picture of the result, such as bench.png")
+        if question.draws:
+            one.add_argument("--plot", type=Path, help="picture of the result, such as bench.png")
         add_overrides(one, f"metatokens.config.bench:{question.settings}")
 
 
@@ -40,11 +49,12 @@ def _run(name: str, question: Question, options: argparse.Namespace) -> int:
     from metatokens.storage import check_file
 
     settings = override(getattr(config, question.settings)(), options.overrides, origin=f"bench {name}")
-    for path in (options.out, options.plot):
+    plot = options.plot if question.draws else None
+    for path in (options.out, plot):
         if path is not None:
             check_file(path)
-    if options.plot:
-        require_packages(f"the plot {options.plot}")
+    if plot:
+        require_packages(f"the plot {plot}")
     announce(options, f"bench {name}")
     from importlib import import_module
 
@@ -64,8 +74,8 @@ def _run(name: str, question: Question, options: argparse.Namespace) -> int:
     result = module.run(settings, quiet if options.json else say)
     if options.out:
         write_json(result, options.out)
-    if options.plot:
-        draw(result, options.plot)
+    if plot:
+        draw(result, plot)
     return emit(options, plain_tree(result), partial(show, result))
 
 

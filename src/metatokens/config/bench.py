@@ -39,9 +39,7 @@ class ModelBench(Bench):
     ratio: float = Field(DEFAULT_META_RATIO, gt=0, lt=1)
     """Share k of meta-tokens among the positions."""
     precision: Precision = "float32"
-    """bfloat16: under autocast."""
-    compile: bool = False
-    """Run the models under torch.compile; give at least two rounds of warm-up."""
+    """bfloat16: training under autocast, generation with weights of that type."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     """Attention backend of the models of this package and of transformers."""
 
@@ -55,12 +53,43 @@ class ModelBench(Bench):
         return self
 
 
-class TrainingBench(ModelBench):
-    """What does a training step cost, with and without meta-tokens, here and elsewhere?"""
+class StepBench(ModelBench):
+    """What the questions about a training step have."""
 
     length: int = Field(1_024, ge=8)
     """T: positions of a sequence, meta-tokens included."""
     rows: int = Field(1, ge=1)
     """B: sequences of a step."""
+    compile: bool = False
+    """Run the models under torch.compile; give at least two rounds of warm-up."""
+
+
+class TrainingBench(StepBench):
+    """What does a training step cost, with and without meta-tokens, here and elsewhere?"""
+
     parts: tuple[Literal["decoder", "whole"], ...] = Field(("decoder", "whole"), min_length=1)
     """decoder: forward and backward pass without the head; whole: with head and loss, and AdamW."""
+
+
+class MemoryBench(StepBench):
+    """How much memory does a training step take at its peak, with and without meta-tokens?"""
+
+    rounds: int = Field(3, ge=1)
+    """Processes of each contender."""
+    warmup: int = Field(0, ge=0)
+    """Rounds before these, which do not count."""
+
+
+class GenerationBench(ModelBench):
+    """How fast is generation, with and without meta-tokens?"""
+
+    num_hidden_layers: int = Field(12, ge=1)
+    """Number of blocks."""
+    vocabulary: int = Field(50_257, ge=2)
+    """Text tokens; by default GPT-2's."""
+    prompt: int = Field(1_024, ge=1)
+    """Text tokens of the longest prompt."""
+    new: int = Field(64, ge=2)
+    """Text tokens to write, about."""
+    batch: int = Field(1, ge=1)
+    """Prompts at a time; their lengths rise evenly to the longest."""
