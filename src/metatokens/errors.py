@@ -9,7 +9,7 @@ import errno
 import re
 import shutil
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # the errors of a write without room
 
@@ -26,15 +26,25 @@ _SECRETS = (
         re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|signature)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE),
         r"\1REDACTED",
     ),
-    (re.compile(r"\b(?:hf|ghp)_[A-Za-z0-9]{16,}"), "REDACTED"),
+    (re.compile(r"\b(?:hf|gh[oprsu]|github_pat|glpat|sk)[_-][A-Za-z0-9_-]{16,}"), "REDACTED"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "REDACTED"),
 )
 
 
 def redact(text: str) -> str:
-    """Return a text with REDACTED for tokens of the hub and for credentials in an address or its query."""
+    """Return a text with REDACTED for tokens of well-known services and for credentials in an address or its query."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def redact_values(tree: Any) -> Any:
+    """Return a tree of plain values with each text in it redacted."""
+    if isinstance(tree, dict):
+        return {key: redact_values(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact_values(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) else tree
 
 
 def printable(text: str) -> str:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from training_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
 
+from metatokens.config.changes import run_sha256
 from metatokens.config.schema import OptimizerConfig, PretrainConfig
 from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
 from metatokens.training.pretraining import pretrain
-from metatokens.training.run_folder import RunFolder, run_sha256
+from metatokens.training.run_folder import RunFolder
 
 Config = Callable[..., PretrainConfig]
 

@@ -15,7 +15,7 @@ from metatokens.training.pretraining import pretrain
 from metatokens.verification import verify_folder
 from synthetic_results import build_results
 
-UNPROTECTED = {"metrics.jsonl", "versions.json", "lock", "README.md"}
+UNPROTECTED = {"metrics.jsonl", "events.jsonl", "versions.json", "lock", "README.md"}
 """The log, what tells people of versions and processes, and text that its owner may edit: no figure comes from them."""
 
 

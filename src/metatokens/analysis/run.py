@@ -19,7 +19,7 @@ from metatokens.analysis.measures import MEASURES, Measure, Row, correct, record
 from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.token_view import views_of
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
-from metatokens.errors import NumericError, UsageError
+from metatokens.errors import NumericError, UsageError, redact_values
 from metatokens.storage import json_sha256
 
 Say = Callable[[str], None]
@@ -92,10 +92,10 @@ def analyze(
     results = Results(
         title=f"Inside {identity.name}",
         checkpoint=_describe(inputs.lens.model, identity),
-        config=config.model_dump(mode="json"),
+        config=redact_values(config.model_dump(mode="json")),
         config_sha256=json_sha256(config.model_dump(mode="json")),
         endpoints_sha256=json_sha256(sorted(config.endpoints)),
-        data=_describe_data(inputs),
+        data=redact_values(_describe_data(inputs)),
         seed=config.seed,
         versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
         | {"python": platform.python_version()},

@@ -148,6 +148,19 @@ def add_run(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, or for a file runs/ and its name)")
     add_stop_after(parser)
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="continue from this checkpoint and from no other (default: the newest of the run folder that is whole)",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="a key of the schedule that may differ from the run's, such as optimizer.learning_rate; repeat the flag",
+    )
     add_overrides(parser, schema)
 
 

@@ -16,6 +16,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.changes import check_allowed
     from metatokens.config.finetuning import CheckpointStart, FinetuneConfig
     from metatokens.config.loading import check_kind_of_run, load_preset
     from metatokens.report.console import show_table
@@ -26,15 +27,20 @@ def _run(options: argparse.Namespace) -> int:
     config, out = load_preset(options.preset, options.overrides, schema=FinetuneConfig), run_folder(options)
     if isinstance(config.start, CheckpointStart):
         ModelFolder(Path(config.start.path)).check_path()
+    check_allowed(options.allow_change, type(config))
+    if options.resume is not None:
+        ModelFolder(options.resume).check_path()
     check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.finetuning import finetune, plan
 
     if options.dry_run:
-        rows = {"out": str(out), **plan(config, out)}
+        rows = {"out": str(out), **plan(config, out, resume=options.resume, allow_change=options.allow_change)}
         return emit(options, rows, lambda: show_table("finetune would do", rows))
-    result = finetune(config, out, stop_after=options.stop_after)
+    result = finetune(
+        config, out, stop_after=options.stop_after, resume=options.resume, allow_change=options.allow_change
+    )
     if not is_main_process():
         return 0
     following = ("metatokens", "evaluate", out)

@@ -15,6 +15,7 @@ def add(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from metatokens.config.changes import check_allowed
     from metatokens.config.loading import check_kind_of_run, load_preset
     from metatokens.data.shards import read_manifest, require_path
     from metatokens.report.console import show_table
@@ -26,15 +27,20 @@ def _run(options: argparse.Namespace) -> int:
     read_manifest(require_path(config.data.path))
     if config.start_from is not None:
         ModelFolder(config.start_from).check_path()
+    check_allowed(options.allow_change, type(config))
+    if options.resume is not None:
+        ModelFolder(options.resume).check_path()
     check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process
     from metatokens.training.pretraining import plan, pretrain
 
     if options.dry_run:
-        rows = {"out": str(out), **plan(config, out)}
+        rows = {"out": str(out), **plan(config, out, resume=options.resume, allow_change=options.allow_change)}
         return emit(options, rows, lambda: show_table("pretrain would do", rows))
-    result = pretrain(config, out, stop_after=options.stop_after)
+    result = pretrain(
+        config, out, stop_after=options.stop_after, resume=options.resume, allow_change=options.allow_change
+    )
     if not is_main_process():
         return 0
     following = ("metatokens", "perplexity", out, "python-docs", "--max-documents", "5")

@@ -16,6 +16,7 @@ import transformers
 
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.sweep import PerplexityConfig, SweepConfig
+from metatokens.errors import redact_values
 from metatokens.evaluation.statistics import (
     Interval,
     accuracy_interval,
@@ -60,7 +61,7 @@ def collect(sweep: SweepConfig, runs: Sequence[SweepRun], out: Path, failed: Seq
     ]
     return SweepResults(
         format=RESULTS_FORMAT,
-        sweep=sweep.model_dump(mode="json"),
+        sweep=redact_values(sweep.model_dump(mode="json")),
         arm_axis=sweep.arm_axis,
         runs=len(runs),
         done=len(done),

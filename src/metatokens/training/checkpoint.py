@@ -71,10 +71,16 @@ class TrainingState:
     """Mean training loss of the last step done, nats per target; None if it was not finite."""
     validation: dict[str, float] = field(default_factory=dict)
     """The last evaluation; empty before the first one."""
+    environment: dict[str, str | int] = field(default_factory=dict)
+    """What the bits of the last step depended on besides the config; see `run_folder.environment`."""
+    bit_exact: bool = True
+    """Whether the run has never gone on under conditions that change its bits."""
+    resumed_from: str | None = None
+    """The SHA-256 of the manifest of the checkpoint that `--resume` named when the run began; None without it."""
     config: dict[str, Any] | None = None
     """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
     run_sha256: str | None = None
-    """The digest that some older checkpoints have instead of `config` (see `run_folder.run_sha256`)."""
+    """The digest that some older checkpoints have instead of `config` (see `metatokens.config.changes`)."""
 
 
 def describe_newest(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Fine-tuning on a recall task under a curriculum (paper section 3), with the same loop as pre-training."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,8 +26,10 @@ from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.loop import TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.model_card import Training
+from metatokens.training.result import TrainingResult
+from metatokens.training.resuming import Resume
 from metatokens.training.run_folder import RunFolder
 from metatokens.training.signals import collect_stop_signals
 
@@ -42,6 +45,8 @@ def finetune(
     show_progress: bool = True,
     label: str = "",
     stop_after: float | None = None,
+    resume: str | Path | None = None,
+    allow_change: Sequence[str] = (),
 ) -> TrainingResult:
     """Train a model on the task of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
@@ -57,10 +62,13 @@ def finetune(
             stop=stop,
             show_progress=show_progress,
             label=label,
+            resume=Resume.of(resume, allow_change),
         )
 
 
-def plan(config: FinetuneConfig, out: str | Path) -> dict[str, Any]:
+def plan(
+    config: FinetuneConfig, out: str | Path, *, resume: str | Path | None = None, allow_change: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the plan of a run, for `--dry-run`; makes its first and last batch to measure them.
 
     Raises:
@@ -69,7 +77,7 @@ def plan(config: FinetuneConfig, out: str | Path) -> dict[str, Any]:
     """
     with join_processes(config.training) as processes:
         job = _make_job(config, processes)
-        check_start(config, RunFolder(Path(out)), job)
+        check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
     first, last = job.batches.batch_at(0), job.batches.batch_at(config.total_steps - 1)
     return {
         "parameters": job.model.num_parameters(),

@@ -22,7 +22,7 @@ from metatokens.config.loading import flatten
 from metatokens.config.parallel import Fsdp2
 from metatokens.config.schema import RunConfig
 from metatokens.data.loader import Batch, Batches
-from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError
+from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError, redact_values
 from metatokens.model.accounting import training_flops
 from metatokens.model.export import save_model
 from metatokens.storage import new_folder, remove_leftovers
@@ -31,18 +31,17 @@ from metatokens.training.checkpoint import (
     describe_newest,
     load_checkpoint,
     own_weights,
-    step_folders,
-    verify_model,
     write_manifest,
 )
 from metatokens.training.distributed import Processes, is_of_transport
-from metatokens.training.metrics import MetricsWriter, ProgressDisplay, check_trackers
+from metatokens.training.metrics import MetricsWriter, ProgressDisplay, TrainingReport, check_trackers
 from metatokens.training.model_card import Training, write_model_card
 from metatokens.training.optimizer import build_optimizer
 from metatokens.training.parallel import share_model, whole_tensor
 from metatokens.training.remote import RemoteCopies
-from metatokens.training.resuming import check_disk, find_start
-from metatokens.training.run_folder import RunFolder, versions
+from metatokens.training.result import TrainingResult, measured_before, written_before
+from metatokens.training.resuming import Resume, changes_of_bits, check_disk, find_start
+from metatokens.training.run_folder import RunFolder, environment, versions
 from metatokens.training.saving import Saver
 from metatokens.training.signals import StopRequest
 from metatokens.training.step import OptimizerStep
@@ -74,31 +73,6 @@ class TrainingSetup:
     """Ends the run once the sequence accuracy of `evaluate` has been high enough; None means after the last step."""
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """The measurements of a finished run."""
-
-    run: str
-    model: str
-    num_parameters: int
-    steps: int
-    text_tokens: int
-    meta_tokens: int
-    training_flops: float
-    """Operations of forward and backward passes, counted, not measured; see `metatokens.model.accounting`."""
-    final_loss: float | None
-    """Mean training loss of the last step, nats per target; None if there was no step."""
-    validation: dict[str, float]
-    """The last evaluation; empty if there was none."""
-    text_tokens_per_second: float | None
-    """Mean over the steps since the run last started, without evaluation and saving; None without a step."""
-    meta_tokens_per_second: float | None
-    waited_for_batches: float
-    """Time spent waiting for the loader, as a share of the training time."""
-    solved: bool | None = None
-    """Whether the run ended because its task was solved, after `steps`; None if it does not stop for that."""
-
-
 def train(
     config: RunConfig,
     folder: RunFolder,
@@ -108,8 +82,9 @@ def train(
     stop: StopRequest,
     show_progress: bool = True,
     label: str = "",
+    resume: Resume | None = None,
 ) -> TrainingResult:
-    """Run a training job in a run folder; continue from its last checkpoint, if any.
+    """Run a training job in a run folder; continue from its last checkpoint, or from the one that `resume` names.
 
     A request to stop ends the run after the current step, with a checkpoint and the marker `preempted.json`; where no
     step would be lost it ends the run at once.
@@ -118,24 +93,25 @@ def train(
         UsageError, DataError, CheckpointError, NumericError, ResourceError: see `metatokens.errors`.
         Preempted: after a request to stop, when the checkpoint is safe.
     """
-    _agree_on_command(config, folder, processes)
+    resume = resume or Resume()
+    _agree_on_command(config, folder, processes, resume)
     with contextlib.ExitStack() as stack:
         with processes.raise_together():
             if processes.is_main:
                 stack.enter_context(folder.locked())
-                folder.check_config(config)
+                folder.check_config(config, resume.allowed)
                 remove_leftovers(folder.path)
                 remove_leftovers(folder.checkpoints_path)
                 if config.checkpoint.copy_to is not None:
                     RemoteCopies(config.checkpoint.copy_to).fetch_newest(folder.checkpoints_path)
         if isinstance(config.training.parallel, Fsdp2):
             _agree_on_disk(folder, processes)
-        if (measured := _measured_before(config, folder, processes)) is not None:
+        if (measured := measured_before(config, folder, processes)) is not None:
             return measured
         try:
             with processes.raise_together(), stop.at_once():
                 job = make_job()
-            run = _Run(config, job, folder, processes, stop)
+            run = _Run(config, job, folder, processes, stop, resume)
             return run.train(show_progress=show_progress, label=label or folder.path.name)
         except Preempted as preempted:
             _mark(folder, processes, stop, preempted)
@@ -149,38 +125,27 @@ def train(
             raise ended from error
 
 
-def _measured_before(config: RunConfig, folder: RunFolder, processes: Processes) -> TrainingResult | None:
-    """Return the result of a run that has ended and whose checkpoints were removed; None for any other run."""
-    measured = None
-    with processes.raise_together():
-        if processes.is_main and not step_folders(folder.checkpoints_path) and folder.is_finished(config):
-            verify_model(folder.model_path)
-            measured = folder.read_result()
-    measured = processes.gather(measured)[0]
-    if measured is None:
-        return None
-    return TrainingResult(**{**measured, "run": str(folder.path), "model": str(folder.model_path)})
-
-
 def _mark(folder: RunFolder, processes: Processes, stop: StopRequest, preempted: Preempted) -> None:
     if processes.is_main:
         folder.mark_preempted(stop.cause or "a signal to another process", str(preempted))
 
 
-def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup) -> None:
+def check_start(config: RunConfig, folder: RunFolder, job: TrainingSetup, resume: Resume | None = None) -> None:
     """Raise the errors that `train` would before its first step, except for a held lock; write nothing."""
+    resume = resume or Resume()
     folder.check_writable()
-    folder.check_config(config)
+    folder.check_config(config, resume.allowed)
     check_trackers(config.logging.trackers)
     if config.checkpoint.copy_to is not None:
         RemoteCopies(config.checkpoint.copy_to)
-    if _measured_before(config, folder, Processes()) is None:
-        find_start(config, folder, job.content_id, Processes())
+    if measured_before(config, folder, Processes()) is None:
+        find_start(config, folder, job.content_id, Processes(), resume)
     check_disk(folder, job.model.num_parameters())
 
 
-def _agree_on_command(config: RunConfig, folder: RunFolder, processes: Processes) -> None:
-    facts = {"--out": str(folder.path), **versions(), **flatten(config.model_dump(mode="json"))}
+def _agree_on_command(config: RunConfig, folder: RunFolder, processes: Processes, resume: Resume) -> None:
+    own = {"--out": str(folder.path), "--resume": str(resume.path), "--allow-change": resume.allowed}
+    facts = {**own, **versions(), **flatten(config.model_dump(mode="json"))}
     remedy = "start all processes with the same command, packages and threads"
     processes.agree(facts, error=UsageError, remedy=remedy)
 
@@ -205,7 +170,13 @@ class _Run:
     """A run in progress."""
 
     def __init__(
-        self, config: RunConfig, job: TrainingSetup, folder: RunFolder, processes: Processes, stop: StopRequest
+        self,
+        config: RunConfig,
+        job: TrainingSetup,
+        folder: RunFolder,
+        processes: Processes,
+        stop: StopRequest,
+        resume: Resume,
     ) -> None:
         self.config, self.job, self.folder, self.processes, self.stop = config, job, folder, processes, stop
         self.model = job.model
@@ -218,13 +189,23 @@ class _Run:
         self.shared = share_model(config.training, processes)
         self.shared.place(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        checkpoint, state = find_start(config, folder, job.content_id, processes)
+        checkpoint, state = find_start(config, folder, job.content_id, processes, resume)
         with processes.raise_together(), stop.at_once():
             if checkpoint is not None:
                 load_checkpoint(checkpoint, self.model, self.optimizer)
         processes.agree({"step": state.step}, error=CheckpointError, remedy="give all processes the same --out")
-        self.state = replace(state, config=config.model_dump(mode="json"), run_sha256=None)
-        self.saved = self.state
+        found = environment(processes.device)
+        self.state = self.saved = state
+        self.inexact: list[str] = []
+        if checkpoint is not None and not self._is_over:
+            self.inexact = list(changes_of_bits(state, config, found, processes.world_size))
+        self.state = self.saved = replace(
+            state,
+            config=redact_values(config.model_dump(mode="json")),
+            run_sha256=None,
+            environment=found,
+            bit_exact=state.bit_exact and not self.inexact,
+        )
         self.saver = Saver(
             folder.checkpoints_path,
             config.checkpoint,
@@ -246,15 +227,18 @@ class _Run:
             with self.processes.raise_together():
                 if self.processes.is_main:
                     metrics = MetricsWriter(
-                        self.folder.metrics_path, config.logging.trackers, config.model_dump(mode="json")
+                        self.folder.metrics_path,
+                        config.logging.trackers,
+                        redact_values(config.model_dump(mode="json")),
                     )
                     stack.callback(metrics.close)
                     self.folder.write_config(config)
             optimizer_step = OptimizerStep(config, self.model, self.optimizer, self.processes, self.shared)
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
-            report = _Report(config, label, display, metrics)
+            report = TrainingReport(label, display, metrics)
             if first:
                 display.say(f"{label} continues after step {first}")
+                self._note_continuation()
             if self.state.evaluation_due and self.job.evaluate:
                 self._evaluate(report)
             if not self._is_over:
@@ -286,7 +270,15 @@ class _Run:
         self._finish(result)
         if first < self.state.step:
             return result
-        return TrainingResult(**{**self.folder.read_result(), "run": result.run, "model": result.model})
+        return written_before(self.folder, result)
+
+    def _note_continuation(self) -> None:
+        """Leave a record of a run that goes on, and warn if its bits will be others."""
+        if not self.processes.is_main or self._is_over:
+            return
+        self.folder.note(self.state.step, "continued", bit_exact=not self.inexact, reasons=self.inexact)
+        if self.inexact:
+            warnings.warn(f"bit_exact=false reason={', '.join(self.inexact)}", stacklevel=2)
 
     def _enter(self, place: str, seconds: int | None = None) -> None:
         limit = self.config.training.distributed_timeout_seconds
@@ -355,7 +347,7 @@ class _Run:
         return error
 
     @torch.no_grad()
-    def _evaluate(self, report: "_Report") -> None:
+    def _evaluate(self, report: TrainingReport) -> None:
         """Evaluate on all processes; a request to stop cuts it short, and a resume begins with it."""
         assert self.job.evaluate is not None
         self.model.eval()
@@ -456,38 +448,8 @@ class _Run:
             meta_tokens_per_second=speed.get("meta_tokens_per_second"),
             waited_for_batches=speed.get("waited_for_batches", 0.0),
             solved=self._is_solved if self.job.solve else None,
+            bit_exact=self.state.bit_exact,
         )
-
-
-@dataclass(frozen=True)
-class _Report:
-    """Says on the display and in the metrics what has been measured."""
-
-    config: RunConfig
-    label: str
-    display: ProgressDisplay
-    metrics: MetricsWriter | None
-
-    def step(
-        self, state: TrainingState, loss: float, grad_norm: float, speed: Mapping[str, float], **numbers: float
-    ) -> None:
-        text, meta = speed["text_tokens_per_second"], speed["meta_tokens_per_second"]
-        self.display.update(state.step, f"loss {loss:.3f}  {text:,.0f} text + {meta:,.0f} meta tokens/s")
-        if self.metrics:
-            self.metrics.write(
-                state.step,
-                loss=loss,
-                grad_norm=grad_norm,
-                **numbers,
-                skipped_steps=state.skipped_steps,
-                **speed,
-            )
-
-    def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-        self.display.say(f"{self.label} step {step} {words}")
-        if self.metrics:
-            self.metrics.write(step, **figures)
 
 
 def _due(step: int, interval: int | None, total: int) -> bool:

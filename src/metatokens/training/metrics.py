@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metatokens.errors import FULL_DISK, ResourceError, UsageError, printable
 from metatokens.storage import no_follow, write_atomically
+from metatokens.training.checkpoint import TrainingState
 
 PLAIN_LINE_SECONDS = 10  # least time between two progress lines without a terminal
 
@@ -207,3 +209,35 @@ class ProgressDisplay:
         if self._shown:
             with suppress(OSError):
                 self._bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Says on the display and in the metrics what has been measured."""
+
+    label: str
+    display: ProgressDisplay
+    metrics: MetricsWriter | None
+
+    def step(
+        self, state: TrainingState, loss: float, grad_norm: float, speed: Mapping[str, float], **numbers: float
+    ) -> None:
+        """Say what came of a training step; `speed` is that of `metatokens.training.loop`."""
+        text, meta = speed["text_tokens_per_second"], speed["meta_tokens_per_second"]
+        self.display.update(state.step, f"loss {loss:.3f}  {text:,.0f} text + {meta:,.0f} meta tokens/s")
+        if self.metrics:
+            self.metrics.write(
+                state.step,
+                loss=loss,
+                grad_norm=grad_norm,
+                **numbers,
+                skipped_steps=state.skipped_steps,
+                **speed,
+            )
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Say what came of an evaluation."""
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        self.display.say(f"{self.label} step {step} {words}")
+        if self.metrics:
+            self.metrics.write(step, **figures)

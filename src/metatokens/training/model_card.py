@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from metatokens.data.tokenizer import META_TOKEN
+from metatokens.errors import redact
 from metatokens.model import MetaTokenConfig
 from metatokens.training.checkpoint import MODEL_CARD
 
@@ -42,9 +43,8 @@ def write_model_card(folder: Path, model: Any, training: Training, *, name: str)
     """Write the card of a model that lies in `folder`; a card that is there already stays as it is."""
     path = folder / MODEL_CARD
     if not path.exists():
-        ModelCard(f"---\n{_metadata(model, training, name).to_yaml()}\n---\n\n{_text(model, training, name)}").save(
-            path
-        )
+        card = f"---\n{_metadata(model, training, name).to_yaml()}\n---\n\n{_text(model, training, name)}"
+        ModelCard(redact(card)).save(path)
 
 
 def _metadata(model: Any, training: Training, name: str) -> ModelCardData:

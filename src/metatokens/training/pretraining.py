@@ -1,6 +1,7 @@
 """Pre-training: it feeds verified tokens, with meta-tokens injected at load time, into the training loop."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ from metatokens.model.schedule import state_schedule
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import TrainingResult, TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.loop import TrainingSetup, check_start, count_batch_flops, train
 from metatokens.training.model_card import Training
-from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT
+from metatokens.training.result import TrainingResult
+from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT, Resume
 from metatokens.training.run_folder import RunFolder
 from metatokens.training.signals import collect_stop_signals
 from metatokens.training.starting import check_tokenizer, load_start
@@ -33,6 +35,8 @@ def pretrain(
     show_progress: bool = True,
     label: str = "",
     stop_after: float | None = None,
+    resume: str | Path | None = None,
+    allow_change: Sequence[str] = (),
 ) -> TrainingResult:
     """Train the model of `config` into the run folder `out`; continue from its last checkpoint, if any.
 
@@ -44,6 +48,9 @@ def pretrain(
         show_progress: whether to show progress on standard error.
         label: name of the run there; by default that of the folder.
         stop_after: seconds from now after which the run saves and ends as by a signal.
+        resume: checkpoint to continue from, in place of the newest of `out`; it must be whole, and no other is taken.
+        allow_change: keys of the schedule that may differ from those that the run was made with, such as
+            `optimizer.learning_rate`.
     """
     with (
         collect_stop_signals(stop_after) as stop,
@@ -59,10 +66,21 @@ def pretrain(
             return _make_job(config, dataset, processes)
 
         folder = RunFolder(Path(out))
-        return train(config, folder, processes, make_job, stop=stop, show_progress=show_progress, label=label)
+        return train(
+            config,
+            folder,
+            processes,
+            make_job,
+            stop=stop,
+            show_progress=show_progress,
+            label=label,
+            resume=Resume.of(resume, allow_change),
+        )
 
 
-def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
+def plan(
+    config: PretrainConfig, out: str | Path, *, resume: str | Path | None = None, allow_change: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the plan of a run, for `--dry-run`: sizes, steps, tokens and passes over the text.
 
     Raises:
@@ -71,7 +89,7 @@ def plan(config: PretrainConfig, out: str | Path) -> dict[str, Any]:
     """
     with join_processes(config.training) as processes, open_dataset(config) as dataset:
         job = _make_job(config, dataset, processes)
-        check_start(config, RunFolder(Path(out)), job)
+        check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
         num_blocks = len(TokenBlocks(dataset, "train", config.text_tokens_per_block))
     text, num_parameters = config.text_tokens_per_block, job.model.num_parameters()
     return {

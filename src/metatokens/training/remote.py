@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from metatokens.errors import CheckpointError, MetaTokensError, UsageError
+from metatokens.errors import CheckpointError, MetaTokensError, UsageError, redact
 from metatokens.storage import new_folder
 from metatokens.training.checkpoint import FILE_NAME, MANIFEST, STEP_FOLDER, step_folders
 
@@ -25,7 +25,7 @@ class RemoteCopies:
         Raises:
             UsageError: there is none, or its package is not installed.
         """
-        self._address = address
+        self._address = redact(address)
         try:
             self._files, self._root = fsspec.core.url_to_fs(address)
         except (ImportError, ValueError) as error:
@@ -56,7 +56,7 @@ class RemoteCopies:
                 self._files.rm(self._path(name), recursive=True)
         except Exception as error:  # noqa: BLE001 - each file system raises errors of its own
             problem = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(f"checkpoints are not copied to {self._address}: {problem}", stacklevel=2)
+            warnings.warn(redact(f"checkpoints are not copied to {self._address}: {problem}"), stacklevel=2)
 
     def fetch_newest(self, folder: Path) -> None:
         """Fetch the newest copy into a folder whose own checkpoints are all older.
@@ -76,7 +76,7 @@ class RemoteCopies:
         except Exception as error:  # each file system raises errors of its own
             if newest:
                 problem = " ".join(f"{type(error).__name__}: {error}".split())
-                warnings.warn(f"copies at {self._address} are not looked at: {problem}", stacklevel=2)
+                warnings.warn(redact(f"copies at {self._address} are not looked at: {problem}"), stacklevel=2)
                 return
             raise CheckpointError(
                 self._address,

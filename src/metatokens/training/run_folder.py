@@ -4,6 +4,7 @@ RUN/
   config.yaml       the resolved config, a valid preset, sealed
   versions.json     python, torch, transformers, metatokens
   metrics.jsonl     one line per logged step, losses also as exact hexadecimal floats
+  events.jsonl      one line for each continuation, skipped step and spike of the loss
   checkpoints/      step-00001000/ ...
   model/            the trained model, loadable with from_pretrained; written last
   result.json       the measurements of the finished run, sealed
@@ -14,7 +15,8 @@ RUN/
 import json
 import os
 import platform
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +26,16 @@ import torch
 import transformers
 from pydantic import BaseModel
 
-from metatokens.config.loading import Config, digest, load_preset, override_fields, to_yaml
-from metatokens.errors import DataError, UsageError, redact
+from metatokens.config.changes import differences, remedy_for
+from metatokens.config.loading import Config, digest, load_preset, to_yaml
+from metatokens.errors import DataError, UsageError, redact, redact_values
 from metatokens.storage import (
     check_file,
     check_folder,
     hold_lock,
-    json_sha256,
     lock_holder,
     make_folder,
+    no_follow,
     read_sealed,
     to_json,
     write_atomically,
@@ -40,17 +43,6 @@ from metatokens.storage import (
 )
 from metatokens.training.checkpoint import MANIFEST
 
-# keys that may change when a run continues; a change of any other key makes it another run. The path of the initial
-# weights may change too: TrainingSetup.content_id identifies the weights themselves.
-FREE_KEYS = {
-    "start": {"path"},
-    "data": {"path", "verify"},
-    "training": {
-        *("micro_batch_blocks", "compile", "gradient_checkpointing", "device"),
-        *("parallel", "distributed_timeout_seconds", "step_timeout_seconds"),
-    },
-}
-FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
 _STARTS = ("start", "start_from")
 
 
@@ -62,6 +54,7 @@ class RunFolder:
         self.path = path
         self.config_path = path / "config.yaml"
         self.metrics_path = path / "metrics.jsonl"
+        self.events_path = path / "events.jsonl"
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"
         self.result_path = path / "result.json"
@@ -98,7 +91,7 @@ class RunFolder:
             return False
         stored = self.stored(type(config))
         starts = [{key: tree.get(key) for key in _STARTS} for tree in (stored.model_dump(), config.model_dump())]
-        return starts[0] == starts[1] and not any(_differences(stored, config))
+        return starts[0] == starts[1] and not any(differences(stored, config))
 
     def check_writable(self) -> None:
         """Check that the folder can be written, or made if it does not exist; nothing is touched.
@@ -108,7 +101,15 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints_path):
             check_folder(folder, num_bytes=0)  # the space that a run needs is known once its model is built
-        for name in ("lock", "config.yaml", "versions.json", "metrics.jsonl", "result.json", "preempted.json"):
+        for name in (
+            "lock",
+            "config.yaml",
+            "versions.json",
+            "metrics.jsonl",
+            "events.jsonl",
+            "result.json",
+            "preempted.json",
+        ):
             check_file(self.path / name, num_bytes=0)
         is_in_the_way = os.path.lexists(self.model_path) and not (self.model_path / MANIFEST).is_file()
         if is_in_the_way and not self.result_path.exists():
@@ -119,8 +120,12 @@ class RunFolder:
                 remedy="move it away or choose another --out",
             )
 
-    def check_config(self, config: BaseModel) -> None:
+    def check_config(self, config: BaseModel, allowed: Sequence[str] = ()) -> None:
         """Check that the config continues the run that the folder holds, if it holds one.
+
+        Args:
+            config: of the run.
+            allowed: keys that may differ; see `metatokens.config.changes`.
 
         Raises:
             UsageError: naming the first key that makes it another run.
@@ -128,12 +133,12 @@ class RunFolder:
         """
         if self.config_path.exists():
             stored = self.stored(type(config))
-            for key, old, new in _differences(stored, config):
+            for key, old, new in differences(stored, config, allowed):
                 raise UsageError(
                     f"{self.path}: {key}",
                     expected=f"{old!r} as in its config.yaml",
                     found=repr(new),
-                    remedy="take the old value, or another --out",
+                    remedy=remedy_for(key, "take the old value, or another --out"),
                 )
 
     def stored(self, schema: type[Config]) -> Config:
@@ -178,6 +183,15 @@ class RunFolder:
             ) from None
         return result
 
+    def note(self, step: int, event: str, **facts: Any) -> None:
+        """Add a line to events.jsonl; if it cannot be written, it is lost with a warning, not the run."""
+        line = json.dumps({"step": step, "event": event, **redact_values(facts)}, default=str) + "\n"
+        try:
+            with open(self.events_path, "a", encoding="utf-8", opener=no_follow) as file:
+                file.write(line)
+        except OSError as error:
+            warnings.warn(f"{self.events_path} is not written: {error.strerror or error}", stacklevel=2)
+
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the lines of metrics.jsonl; one that is not whole, as after a loss of power, is left out.
 
@@ -211,6 +225,14 @@ class RunFolder:
         write_atomically(self.marker_path, json.dumps({"cause": cause, "message": message}, indent=2) + "\n")
 
 
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Return what the bits of a training step depend on besides its config and the number of processes."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found = versions()
+    del found["python"]
+    return {**found, "device": f"{device.type} {kind}"}
+
+
 def versions() -> dict[str, str | int]:
     """Return the versions and the number of threads on which the bits of a run depend."""
     return {
@@ -220,51 +242,3 @@ def versions() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def differences_from_checkpoint(
-    tree: dict[str, Any], config: BaseModel, origin: str
-) -> Iterator[tuple[str, object, object]]:
-    """Yield (key, old, new) for each difference between a config and a checkpoint that makes them different runs.
-
-    A checkpoint holds the whole config of its run. A key that the schema gained later is read as its default, so that
-    default must mean what runs did before the key existed. If a default has changed since, the stored value differs.
-
-    Args:
-        tree: `TrainingState.config`.
-        config: of the run that would continue from the checkpoint.
-        origin: name of the checkpoint, for messages.
-
-    Raises:
-        UsageError: if the tree is not a config of this version.
-    """
-    yield from _differences(override_fields(type(config)(), tree, origin), config)
-
-
-def run_sha256(config: BaseModel) -> str:
-    """Return the digest that older checkpoints have instead of the config; it leaves out the keys that may change.
-
-    Digests are comparable only while the schema has the same keys.
-    """
-    tree = {
-        section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}
-        if isinstance(keys, dict)
-        else keys
-        for section, keys in config.model_dump(mode="json", exclude=FREE_SECTIONS).items()
-    }
-    return json_sha256(tree)
-
-
-def _differences(stored: BaseModel, config: BaseModel) -> Iterator[tuple[str, object, object]]:
-    old_tree, new_tree = stored.model_dump(mode="json"), config.model_dump(mode="json")
-    for section, new in new_tree.items():
-        old = old_tree[section]
-        if section in FREE_SECTIONS or old == new:
-            continue
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            yield section, old, new
-            continue
-        # the kind first: the other keys follow from it
-        for key in sorted(new.keys() | old.keys(), key=lambda key: (key != "kind", key)):
-            if key not in FREE_KEYS.get(section, set()) and old.get(key) != new.get(key):
-                yield f"{section}.{key}", old.get(key), new.get(key)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from metatokens.config.changes import run_sha256
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import MetaTokensError, ResourceError, UsageError
 from metatokens.storage import write_atomically
-from metatokens.training.run_folder import RunFolder, run_sha256
+from metatokens.training.run_folder import RunFolder
 
 NOBODY = 65534
 PROCESSES = multiprocessing.get_context("fork")
