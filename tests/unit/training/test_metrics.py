@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_progress_goes_to_standard_error_and_only_where_it_is_shown(capsys: pyte
     assert captured.err.splitlines() == ["seen step 2/2 loss [bold]2.0", "seen ends"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_a_tracker_and_a_warning_and_not_the_run(tmp_path: Path):
     pytest.importorskip("tensorboard")
     writer = MetricsWriter(tmp_path / "metrics.jsonl", ("tensorboard",))
@@ -119,6 +121,9 @@ def test_a_full_disk_costs_a_tracker_and_a_warning_and_not_the_run(tmp_path: Pat
         ):
             writer.write(1, loss=1.0)
         writer.write(2, loss=1.0)  # a second warning would be an error here
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_AsyncWriterThread":
+                thread.join(60)  # tensorboard's own ends with the error too, which must not be found in another test
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     writer.close()
