@@ -21,7 +21,7 @@ from metatokens.config.fields import kind_of, nearest_key
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
 from metatokens.names import nearest_name
-from metatokens.storage import json_sha256, read_sealed
+from metatokens.storage import json_sha256, unseal
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -317,7 +317,8 @@ def _read_preset(preset: str) -> str:
                 found=str(path.stat().st_size),
                 remedy="shorten it",
             )
-        return read_sealed(path, remedy="take another copy; if the change is yours, remove the first line")
+        remedy = "take another copy; if the change is yours, remove the first line"
+        return unseal(path.read_bytes().decode(), preset, remedy=remedy)
     known = dict(_walk(files("metatokens.presets"), ""))
     if preset in known:
         return known[preset].read_text(encoding="utf-8")
