@@ -132,8 +132,9 @@ def run(folder: Path, not_sealed: list[str]) -> Checks:
             yield _sealed(folder / name, _read, not_sealed)
     if paths.model_path.is_dir():
         yield from model(paths.model_path, not_sealed)
-    for path in sorted(paths.checkpoints_path.glob("step-*")):
-        yield from checkpoint(path, not_sealed)
+    for path in (*sorted(paths.checkpoints_path.glob("step-*")), paths.diagnostic_path):
+        if path.is_dir():
+            yield from checkpoint(path, not_sealed)
 
 
 @kind(lambda folder: (folder / "state.json").exists())

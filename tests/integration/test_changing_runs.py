@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from commands import error_line, metatokens
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.training.checkpoint import TrainingState, read_state
-from metatokens.training.pretraining import pretrain
+from metatokens.training.pretraining import plan, pretrain
 from metatokens.training.resuming import changes_of_bits
 from metatokens.training.run_folder import RunFolder
 
@@ -196,3 +197,13 @@ def test_no_secret_of_a_config_is_written_anywhere(config: Config, tmp_path: Pat
     shutil.rmtree(tmp_path / "run" / "model")
     (tmp_path / "run" / "result.json").unlink()
     pretrain(own, tmp_path / "run", show_progress=False)  # and it goes on
+
+
+@pytest.mark.parametrize(("steps", "warns"), [("100", False), ("100000", True)])
+def test_a_dry_run_warns_of_thousands_of_passes_over_the_same_text(config: Config, steps: str, warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = plan(config("--training.duration.steps", steps), "never-made")
+    told = [str(one.message) for one in caught if "by heart" in str(one.message)]
+    assert [f"{found['passes_over_the_text']:,.0f} times" in line for line in told] == [True] * warns
+    assert (found["passes_over_the_text"] >= 1_000) == warns

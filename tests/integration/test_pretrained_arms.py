@@ -34,8 +34,8 @@ from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexi
 from metatokens.sweep.planning import plan_sweep
 from metatokens.training.finetuning import build_on_meta_device, finetune, training_batches, word_tokenizer
 from metatokens.training.loading import ModelFolder, open_model
-from metatokens.training.loop import count_batch_flops
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.setup import count_batch_flops
 from tiny_models import randomize
 
 PRESET = """

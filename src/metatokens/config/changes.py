@@ -26,7 +26,7 @@ FREE_KEYS = {
 }
 FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
 _PLANNED_SECTIONS = ("optimizer", "schedule", "solve")
-_PLANNED_KEYS = ("training.duration", "training.precision", "training.deterministic")
+_PLANNED_KEYS = ("training.duration", "training.precision", "training.deterministic", "training.skip_spikes")
 
 Difference = tuple[str, object, object]
 """A key, its old and its new value."""

@@ -333,6 +333,9 @@ class StepConfig(Frozen):
     """Compile the training step with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    skip_spikes: bool = False
+    """Change nothing at a step whose loss is six standard deviations above the mean of the last 128; every run warns of
+    such a step."""
     deterministic: bool = True
     """Use deterministic kernels only, so that a resumed run gives the same bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -153,6 +153,10 @@ class Batches(ABC):
     def batch_at(self, step: int) -> Batch:
         """Return this rank's rows of global batch `step`; a pure function, in any order, of any step."""
 
+    @abstractmethod
+    def sample_ids(self, step: int) -> list[int]:
+        """Return the ids of the samples of global batch `step`, of all ranks, for the record."""
+
     def prefetch(self, start_step: int, stop_step: int, depth: int = 2) -> Generator[Batch, None, None]:
         """Yield the batches of steps [start_step, stop_step); one thread makes up to `depth` of them ahead.
 
@@ -238,10 +242,18 @@ class BatchLoader(Batches):
             text, meta_positions, meta_token_id=self._meta_token_id, loss_policy=self._loss_policy
         )
 
+    def sample_ids(self, step: int) -> list[int]:
+        """Return the blocks of global batch `step`, of all ranks."""
+        blocks: list[int] = self._samples(step * self._batch_blocks, self._batch_blocks)[0].tolist()
+        return blocks
+
     def samples_at(self, step: int) -> tuple[IntArray, IntArray]:
         """Return the blocks and the epochs, (B,) int64 each, of this rank's rows of global batch `step`."""
         num_rows = self._batch_blocks // self._world_size
-        first = step * self._batch_blocks + self._rank * num_rows
+        return self._samples(step * self._batch_blocks + self._rank * num_rows, num_rows)
+
+    def _samples(self, first: int, num_rows: int) -> tuple[IntArray, IntArray]:
+        """Return the blocks and the epochs of some positions of the global stream."""
         epochs, positions = np.divmod(np.arange(first, first + num_rows), len(self.blocks))
         return permute(positions, len(self.blocks), hash_key(self._seed, epochs, Purpose.SAMPLE_ORDER)), epochs
 

@@ -23,9 +23,9 @@ from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import make_instance
 from metatokens.training.finetuning import build_on_meta_device, training_batches
 from metatokens.training.initialization import build_model_on_meta_device
-from metatokens.training.loop import count_batch_flops
 from metatokens.training.pretraining import first_batch
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.setup import count_batch_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

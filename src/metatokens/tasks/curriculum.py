@@ -88,20 +88,26 @@ class RecallBatches(Batches):
         """Return this rank's rows of the global batch of optimizer step `step`."""
         stage, step_in_stage = locate(self._config.curriculum, step)
         group, place = divmod(step_in_stage, self._config.bucket_batches)
-        rows = self._group(stage, group)[place]
         # every W-th row: neighbours are about equally long, so the ranks' work is about equal
-        rows = rows[self._rank :: self._world_size]
+        rows = [row for _, row in self._group(stage, group)[place][self._rank :: self._world_size]]
         return pad(rows, meta_token_id=self._meta_token_id, pad_token_id=self._pad_token_id)
 
-    def _make_group(self, stage_index: int, group: int) -> list[list[EncodedInstance]]:
-        """Return the batches of a group, in the order in which they come."""
+    def sample_ids(self, step: int) -> list[int]:
+        """Return the indices of the instances of the global batch of optimizer step `step`."""
+        stage, step_in_stage = locate(self._config.curriculum, step)
+        group, place = divmod(step_in_stage, self._config.bucket_batches)
+        return [index for index, _ in self._group(stage, group)[place]]
+
+    def _make_group(self, stage_index: int, group: int) -> list[list[tuple[int, EncodedInstance]]]:
+        """Return the batches of a group, in the order in which they come, each instance with its index."""
         config = self._config
         stage = config.curriculum[stage_index]
         batch_size, first_batch = config.training.batch_blocks, group * config.bucket_batches
         num_batches = min(config.bucket_batches, stage.steps - first_batch)
         places = np.arange(first_batch * batch_size, (first_batch + num_batches) * batch_size)
-        encoded = [self._encode(stage, index) for index in self._instances(stage_index, places).tolist()]
-        encoded.sort(key=lambda row: len(row.input_ids))
+        indices: list[int] = self._instances(stage_index, places).tolist()
+        encoded = [(index, self._encode(stage, index)) for index in indices]
+        encoded.sort(key=lambda row: len(row[1].input_ids))
         order = permute(
             np.arange(num_batches), num_batches, hash_key(config.seed, stage_index, group, Purpose.BATCH_ORDER)
         )

@@ -54,9 +54,13 @@ class TrainingState:
     world_size: int
     """Number of processes; with another number a run continues on the same samples, but not to the bit."""
     skipped_steps: int = 0
-    """Steps that changed nothing because their loss or gradient was not finite."""
+    """Steps that changed nothing: their loss or gradient was not finite, or a spike that the config skips."""
     consecutive_skips: int = 0
-    """Skipped steps since the last step that was not skipped."""
+    """Steps without a finite loss and gradient since the last one with them."""
+    loss_spikes: int = 0
+    """Steps whose loss was far above those before; see `metatokens.training.spikes`."""
+    recent_losses: list[float] = field(default_factory=list)
+    """The last finite losses, nats per target, at most `spikes.WINDOW`."""
     text_tokens: int = 0
     """Text tokens of the steps done, over all processes; padding does not count."""
     meta_tokens: int = 0

@@ -26,11 +26,12 @@ from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.loop import check_start, train
 from metatokens.training.model_card import Training
 from metatokens.training.result import TrainingResult
 from metatokens.training.resuming import Resume
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.setup import TrainingSetup, count_batch_flops
 from metatokens.training.signals import collect_stop_signals
 
 WORD_VOCABULARY = 4_096  # upper bound for a tokenizer trained on the tasks' words: each word fits as one token

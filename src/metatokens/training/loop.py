@@ -2,7 +2,7 @@
 
 `metatokens.training.step` does an optimizer step, `saving` commits checkpoints and `resuming` finds them. Learning rate
 and batches are functions of the step, so a run that was killed continues to the bit from its last checkpoint. A
-`TrainingSetup` holds the model, the batches and the evaluation of a run; `pretraining.py` and `finetuning.py` make it.
+`TrainingSetup` holds the model, the batches and the evaluation of a run.
 """
 
 import contextlib
@@ -10,20 +10,22 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 
-from metatokens.baselines.pretrained import PretrainedCausalLM
-from metatokens.config.finetuning import SolveConfig
 from metatokens.config.loading import flatten
 from metatokens.config.parallel import Fsdp2
 from metatokens.config.schema import RunConfig
-from metatokens.data.loader import Batch, Batches
-from metatokens.errors import CheckpointError, DataError, NumericError, Preempted, UsageError, redact_values
-from metatokens.model.accounting import training_flops
+from metatokens.data.loader import Batch
+from metatokens.errors import (
+    CheckpointError,
+    DataError,
+    NumericError,
+    Preempted,
+    UsageError,
+    redact_values,
+)
 from metatokens.model.export import save_model
 from metatokens.storage import new_folder, remove_leftovers
 from metatokens.training.checkpoint import (
@@ -35,7 +37,7 @@ from metatokens.training.checkpoint import (
 )
 from metatokens.training.distributed import Processes, is_of_transport
 from metatokens.training.metrics import MetricsWriter, ProgressDisplay, TrainingReport, check_trackers
-from metatokens.training.model_card import Training, write_model_card
+from metatokens.training.model_card import write_model_card
 from metatokens.training.optimizer import build_optimizer
 from metatokens.training.parallel import share_model, whole_tensor
 from metatokens.training.remote import RemoteCopies
@@ -43,34 +45,12 @@ from metatokens.training.result import TrainingResult, measured_before, written_
 from metatokens.training.resuming import Resume, changes_of_bits, check_disk, find_start
 from metatokens.training.run_folder import RunFolder, environment, versions
 from metatokens.training.saving import Saver
+from metatokens.training.setup import TrainingSetup
 from metatokens.training.signals import StopRequest
+from metatokens.training.spikes import JudgedStep, spike_limit
 from metatokens.training.step import OptimizerStep
 
 MAX_CONSECUTIVE_SKIPS = 3
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """The model, the batches and the evaluation of a run."""
-
-    model: Any
-    """In training mode, with the weights that the run starts from; not yet on a device."""
-    tokenizer: Any
-    """Saved with every checkpoint."""
-    content_id: str
-    """Identity of the data, and of the initial weights unless they are new; a run never continues on others."""
-    made: Training
-    """For the model card: the verb, what it reads and what it starts from."""
-    batches: Batches
-    count_flops: Callable[[Batch], int]
-    """Returns the floating-point operations of the forward and backward pass over a batch."""
-    evaluate: Callable[[], Mapping[str, tuple[float, float]]] | None = None
-    """Returns the sum and the count of each mean over this process's share; called by every process, without
-    gradients, with the model in evaluation mode. It must not wait for another process. None means no evaluation."""
-    evaluation_steps: int | None = None
-    """Optimizer steps between evaluations; one more after the last step."""
-    solve: SolveConfig | None = None
-    """Ends the run once the sequence accuracy of `evaluate` has been high enough; None means after the last step."""
 
 
 def train(
@@ -154,16 +134,6 @@ def _agree_on_disk(folder: RunFolder, processes: Processes) -> None:
     """Refuse a run folder that is another one for a process which has to write its part of a checkpoint there."""
     remedy = "put --out on a disk that all processes see"
     processes.agree({f"lock of {folder.path}": folder.holder_named()}, error=UsageError, remedy=remedy)
-
-
-def count_batch_flops(model: Any, batch: Batch) -> int:
-    """Count the operations of a training step over a batch, including those spent on padding."""
-    count = model.training_flops if isinstance(model, PretrainedCausalLM) else partial(training_flops, model.config)
-    num_positions = batch.input_ids.shape[1]
-    num_meta = round(batch.num_meta / batch.num_rows)
-    num_logits = round(batch.num_targets / batch.num_rows)
-    flops: int = count(num_positions=num_positions, num_meta=num_meta, num_logits=num_logits)
-    return batch.num_rows * flops
 
 
 class _Run:
@@ -253,19 +223,19 @@ class _Run:
                 with self.stop.at_once() if is_first else contextlib.nullcontext():
                     batch = next(batches)
                     counts = self._count(batch)
-                    loss, grad_norm = optimizer_step.take(step, batch, counts[0])
-                self._advance(step, counts, loss, is_finite=math.isfinite(loss) and math.isfinite(grad_norm))
+                    judged = optimizer_step.take(step, batch, counts[0], spike_limit(self.state.recent_losses))
+                self._advance(step, counts, judged)
                 seconds += time.perf_counter() - started
                 self._enter(f"what follows step {step + 1}")
                 if _due(step + 1, config.logging.interval_steps, total):
                     numbers = {"learning_rate": optimizer_step.learning_rate(step)}
-                    report.step(self.state, loss, grad_norm, self._speed(start, seconds), **numbers)
+                    report.step(self.state, judged.loss, judged.grad_norm, self._speed(start, seconds), **numbers)
                 if self.job.evaluate and _due(step + 1, self.job.evaluation_steps, total):
                     self._evaluate(report)
                 if _due(step + 1, config.checkpoint.interval_steps, total) or self._is_over:
                     self._save()
             self.saver.finish()
-        self._check_end()
+            self._check_end()
         result = self._result(start, seconds)
         self._finish(result)
         if first < self.state.step:
@@ -313,23 +283,30 @@ class _Run:
         preempted.is_repeated = not self.processes.is_main
         raise preempted
 
-    def _advance(self, step: int, counts: list[float], loss: float, *, is_finite: bool) -> None:
-        """Count a step that is done."""
+    def _advance(self, step: int, counts: list[float], judged: JudgedStep) -> None:
+        """Count a step that is done, and leave a record of one whose numbers are unusual."""
         _, num_text, num_meta, flops = counts
+        state = self.state
         self.state = replace(
-            self.state,
+            state,
             step=step + 1,
             world_size=self.processes.world_size,
-            text_tokens=self.state.text_tokens + int(num_text),
-            meta_tokens=self.state.meta_tokens + int(num_meta),
-            training_flops=self.state.training_flops + flops,
-            consecutive_skips=0 if is_finite else self.state.consecutive_skips + 1,
-            skipped_steps=self.state.skipped_steps + (not is_finite),
-            final_loss=loss if math.isfinite(loss) else None,
+            text_tokens=state.text_tokens + int(num_text),
+            meta_tokens=state.meta_tokens + int(num_meta),
+            training_flops=state.training_flops + flops,
+            consecutive_skips=0 if judged.is_finite else state.consecutive_skips + 1,
+            skipped_steps=state.skipped_steps + judged.is_skipped,
+            loss_spikes=state.loss_spikes + judged.is_spike,
+            recent_losses=judged.remembered(state.recent_losses),
+            final_loss=judged.loss if math.isfinite(judged.loss) else None,
         )
-        if is_finite:
+        if not judged.is_unusual:
             return
-        warnings.warn(f"step {step} changes nothing: its loss or its gradient is not finite", stacklevel=2)
+        if self.processes.is_main:
+            samples = self.job.batches.sample_ids(step)
+            self.folder.note(step + 1, "unusual step", **judged.record(), samples=samples)
+        if not judged.is_finite or self.state.loss_spikes.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ... spike
+            warnings.warn(f"step {step} {judged}", stacklevel=2)
         if (skips := self.state.consecutive_skips) > MAX_CONSECUTIVE_SKIPS:
             raise self._diverged(f"step {step}", "a finite loss and gradient", f"{skips} steps in a row without")
 
@@ -339,6 +316,7 @@ class _Run:
             raise self._diverged("end of the run", "a finite loss and gradient", f"none in the last {skips} steps")
 
     def _diverged(self, where: str, expected: str, found: str) -> NumericError:
+        self.saver.save_diagnostic(self.model, self.optimizer, self.state, self.folder.diagnostic_path)
         kept = describe_newest(self.folder.checkpoints_path)
         error = NumericError(
             where, expected=expected, found=found, remedy=f"lower optimizer.learning_rate, with another --out; {kept}"
@@ -388,7 +366,11 @@ class _Run:
         return self._is_solved or self.state.step >= self.config.total_steps
 
     def _save(self) -> None:
-        self.saver.save(self.model, self.optimizer, self.state)
+        try:
+            self.saver.save(self.model, self.optimizer, self.state)
+        except NumericError:
+            self.saver.save_diagnostic(self.model, self.optimizer, self.state, self.folder.diagnostic_path)
+            raise
         self.saved = self.state
 
     def _finish(self, result: TrainingResult) -> None:

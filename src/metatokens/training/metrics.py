@@ -232,6 +232,7 @@ class TrainingReport:
                 grad_norm=grad_norm,
                 **numbers,
                 skipped_steps=state.skipped_steps,
+                loss_spikes=state.loss_spikes,
                 **speed,
             )
 

@@ -1,6 +1,7 @@
 """Pre-training: it feeds verified tokens, with meta-tokens injected at load time, into the training loop."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,17 @@ from metatokens.model.schedule import state_schedule
 from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.initialization import build_model, build_model_on_meta_device
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import TrainingSetup, check_start, count_batch_flops, train
+from metatokens.training.loop import check_start, train
 from metatokens.training.model_card import Training
 from metatokens.training.result import TrainingResult
 from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT, Resume
 from metatokens.training.run_folder import RunFolder
+from metatokens.training.setup import TrainingSetup, count_batch_flops
 from metatokens.training.signals import collect_stop_signals
 from metatokens.training.starting import check_tokenizer, load_start
+
+MANY_PASSES = 1_000
+"""Passes over a text from which on a dry run warns; more than 40 gain nothing (Muennighoff et al. 2023)."""
 
 
 def pretrain(
@@ -92,13 +97,20 @@ def plan(
         check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
         num_blocks = len(TokenBlocks(dataset, "train", config.text_tokens_per_block))
     text, num_parameters = config.text_tokens_per_block, job.model.num_parameters()
+    passes = config.training.batch_blocks * config.total_steps / num_blocks
+    if passes >= MANY_PASSES:
+        warnings.warn(
+            f"the run reads the same {num_blocks * text:,} text tokens {passes:,.0f} times and will know them by "
+            f"heart: prepare more text, or lower the number of steps, {config.total_steps:,}",
+            stacklevel=2,
+        )
     return {
         "parameters": num_parameters,
         "steps": config.total_steps,
         "text_tokens_per_step": text * config.training.batch_blocks,
         "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
         "text_tokens": text * config.training.batch_blocks * config.total_steps,
-        "passes_over_the_text": config.training.batch_blocks * config.total_steps / num_blocks,
+        "passes_over_the_text": passes,
         "checkpoint_bytes": num_parameters * BYTES_PER_PARAMETER_OF_CHECKPOINT,
     }
 

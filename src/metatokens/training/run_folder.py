@@ -4,8 +4,9 @@ RUN/
   config.yaml       the resolved config, a valid preset, sealed
   versions.json     python, torch, transformers, metatokens
   metrics.jsonl     one line per logged step, losses also as exact hexadecimal floats
-  events.jsonl      one line for each continuation, skipped step and spike of the loss
+  events.jsonl      one line for each continuation and each step that was skipped or whose loss was a spike
   checkpoints/      step-00001000/ ...
+  diagnostic/       the state whose numbers went wrong, if they did; no run continues from it
   model/            the trained model, loadable with from_pretrained; written last
   result.json       the measurements of the finished run, sealed
   preempted.json    there while the run has been asked to stop and waits to be continued
@@ -56,6 +57,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.events_path = path / "events.jsonl"
         self.checkpoints_path = path / "checkpoints"
+        self.diagnostic_path = path / "diagnostic"
         self.model_path = path / "model"
         self.result_path = path / "result.json"
         self.marker_path = path / "preempted.json"

@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,6 +97,22 @@ class Saver:
         self._thread.daemon = True
         self._thread.start()
 
+    def save_diagnostic(
+        self, model: MetaTokenForCausalLM, optimizer: torch.optim.Optimizer, state: TrainingState, path: Path
+    ) -> None:
+        """Write a state whose numbers have gone wrong to `path`, in the form of a checkpoint, to find out why.
+
+        If it cannot be written, it is lost with a warning: the run ends for another reason.
+        """
+        weights, moments = self._collect(model, optimizer)
+        write = self._write_shards if self._is_sharded else self._write_whole
+        try:
+            self.finish()
+            self._commit(state, lambda folder: write(folder, model, weights, moments), path)
+        except ResourceError as error:
+            if self._processes.is_main:
+                warnings.warn(f"the state is not kept for a diagnosis: {error}", stacklevel=3)
+
     def finish(self) -> None:
         """Wait until the save in the background has ended.
 
@@ -132,8 +149,8 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - `finish` raises it in the main thread
             self._error = error
 
-    def _commit(self, state: TrainingState, write: Callable[[Path], None]) -> None:
-        final = self._path(state)
+    def _commit(self, state: TrainingState, write: Callable[[Path], None], other: Path | None = None) -> None:
+        final = other or self._path(state)
         with contextlib.ExitStack() as stack:
             temporary = final
             with self._together(final):
@@ -157,7 +174,9 @@ class Saver:
                         # it was damaged: the run passed over it, went on from an older one and is here again
                         shutil.rmtree(final)
                     stack.close()
-                    self._rotate(final)
+                    if other is not None:
+                        return
+                    self._rotate(final, state)
                     if self._copies is not None:
                         self._copies.update(self._folder, self._config.keep_interval_steps)
 
@@ -210,13 +229,21 @@ class Saver:
                     remedy="put --out on a disk that all processes see",
                 )
 
-    def _rotate(self, newest: Path) -> None:
+    def _rotate(self, newest: Path, state: TrainingState) -> None:
         # do not count a damaged checkpoint of a later step, or the new one would be removed as old
         folders = [path for path in step_folders(self._folder) if path.name <= newest.name]
         interval = self._config.keep_interval_steps
+        # the weights that have just begun to give no finite loss may be in every newer checkpoint
+        last_good_step = state.step - state.consecutive_skips - 1
+        proven = next((path for path in folders if _step_of(path) <= last_good_step), None)
         for old in folders[self._config.keep :]:
-            if interval is None or int(old.name.removeprefix("step-")) % interval:
+            is_kept = interval is not None and _step_of(old) % interval == 0
+            if not (is_kept or (state.consecutive_skips and old == proven)):
                 shutil.rmtree(old)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def save_checkpoint(

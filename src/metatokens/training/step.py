@@ -1,8 +1,8 @@
 """The optimizer step: from a batch to changed weights, or to nothing if a number is not finite.
 
 A step counts the valid targets of all its micro-batches and processes and divides every micro-batch's summed loss by
-that count. It changes nothing if the loss or gradient is not finite. Learning rate and dropout are functions of the
-step, so a step does not depend on the ones that this process did before.
+that count. It changes nothing if the loss or gradient is not finite, or the loss a spike that the config skips.
+Learning rate and dropout are functions of the step, so a step does not depend on the ones that this process did before.
 """
 
 import math
@@ -18,6 +18,7 @@ from metatokens.data.loader import Batch
 from metatokens.training.distributed import Processes
 from metatokens.training.optimizer import learning_rate_at
 from metatokens.training.parallel import Whole, whole_tensor
+from metatokens.training.spikes import JudgedStep
 
 
 class OptimizerStep:
@@ -35,15 +36,16 @@ class OptimizerStep:
             getattr(model.config, "attention_dropout", 0)
         )
 
-    def take(self, step: int, batch: Batch, num_targets: float) -> tuple[float, float]:
+    def take(self, step: int, batch: Batch, num_targets: float, limit: float = math.inf) -> JudgedStep:
         """Do step number `step` and return its mean loss and its gradient norm over all processes.
 
-        Weights and moments stay as they are, on all processes, unless both numbers are finite.
+        Weights and moments stay as they are, on all processes, if the step is to be skipped.
 
         Args:
             step: counted from 0.
             batch: this process's rows.
             num_targets: of the batches of all processes together.
+            limit: the loss above which it is a spike, nats per target.
         """
         device, world_size = self._processes.device, self._processes.world_size
         rows = min(self._config.training.micro_batch_blocks, batch.num_rows)
@@ -59,13 +61,14 @@ class OptimizerStep:
         clip = self._config.optimizer.gradient_clip or float("inf")
         grad_norm = float(whole_tensor(nn.utils.clip_grad_norm_(self._model.parameters(), clip)))
         loss = self._processes.sum(float(total))[0]
+        judged = JudgedStep(loss, grad_norm, limit, self._config.training.skip_spikes)
         # every process decides the same, because gradients are averaged and the loss is summed over processes
-        if math.isfinite(grad_norm) and math.isfinite(loss):
+        if not judged.is_skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
+        return judged
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

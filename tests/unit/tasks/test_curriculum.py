@@ -8,7 +8,8 @@ from metatokens.config.tasks import CopyingTask
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.curriculum import RecallBatches, locate
-from metatokens.tasks.encoding import RecallBatch
+from metatokens.tasks.encoding import RecallBatch, encode_instance
+from metatokens.tasks.registry import make_instance
 
 STAGES = (
     Stage(steps=3, size=(2, 3), prompt_tokens=(1, 200)),
@@ -60,6 +61,19 @@ def test_the_ranks_rows_together_are_the_batch_of_one_process(encoder: PieceEnco
         whole = rows_of(batches(encoder).batch_at(step), encoder)
         parts = [rows_of(batches(encoder, rank=rank, world_size=2).batch_at(step), encoder) for rank in range(2)]
         assert sorted(parts[0] + parts[1]) == sorted(whole)
+
+
+def test_the_record_of_a_batch_names_its_instances_on_every_rank(encoder: PieceEncoder):
+    task, split = CopyingTask(), "train"
+    for step in range(8):
+        loader = batches(encoder, rank=1, world_size=2)
+        ids = loader.sample_ids(step)
+        stage = STAGES[locate(STAGES, step).stage]
+        instances = [
+            make_instance(task, stage.difficulty, encoder=encoder, seed=0, split=split, index=index) for index in ids
+        ]
+        encoded = [encode_instance(one, task, encoder=encoder, meta_token_id=encoder.vocab_size) for one in instances]
+        assert [row.input_ids.tobytes() for row in encoded] == rows_of(batches(encoder).batch_at(step), encoder)
 
 
 def test_no_instance_comes_twice_without_a_limit(encoder: PieceEncoder):
