@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
@@ -83,8 +83,14 @@ def add_verb(verbs: Any, name: str, verb: Verb, text: str, *, long: bool = False
     return parser
 
 
-def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
-    """Let a verb take the fields of a config class, `module:name`, as overrides, and list them in its help."""
+def add_overrides(parser: argparse.ArgumentParser, schema: str, others: Mapping[str, str] | None = None) -> None:
+    """Let a verb take the fields of a config class, `module:name`, as overrides, and list them in its help.
+
+    Args:
+        parser: of the verb.
+        schema: the class.
+        others: other classes, each by the argument that puts it in the place of `schema`.
+    """
     own_arguments, given = parser.parse_known_args, []
 
     def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
@@ -97,7 +103,8 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str) -> None:
     def format_help() -> str:
         from metatokens.config.fields import HELP_WIDTH, format_fields
 
-        module, name = schema.split(":")
+        chosen = (other for argument, other in (others or {}).items() if argument in given)
+        module, name = next(chosen, schema).split(":")
         config_class = getattr(import_module(module), name)
         origin, tree = _preset_among(given, config_class)
         title = (

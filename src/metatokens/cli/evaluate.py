@@ -1,6 +1,7 @@
-"""`metatokens evaluate`: accuracy on a recall task."""
+"""`metatokens evaluate`: accuracy on a recall task, or the long-context suite."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -9,23 +10,41 @@ from typing import Any
 from metatokens.cli.arguments import add_interventions, add_overrides, add_verb
 from metatokens.cli.output import announce, emit
 from metatokens.cli.reading import Progress
+from metatokens.errors import CheckpointError, UsageError
+
+LONG_CONTEXT = "long-context"
 
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "accuracy on a recall task by length of the prompt and intervention, with intervals"
+    text = "accuracy on a recall task by length and intervention, or on long contexts by cache, with intervals"
     parser = add_verb(verbs, "evaluate", _run, text, long=True)
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, help="model, checkpoint or run folders; several count as seeds of one arm"
     )
+    parser.add_argument(
+        "--suite",
+        choices=("recall", LONG_CONTEXT),
+        default="recall",
+        help="recall: the task that the model was trained on, or --task.kind; long-context: needles, BABILong and "
+        "others for any causal language model of transformers, also a .gguf file, under caches that forget",
+    )
     add_interventions(parser)
     parser.add_argument("--out", type=Path, help="file that also gets the result as JSON")
-    add_overrides(parser, "metatokens.config.finetuning:EvaluateConfig")
+    add_overrides(
+        parser,
+        "metatokens.config.finetuning:EvaluateConfig",
+        {LONG_CONTEXT: "metatokens.config.long_context:LongContextConfig"},
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
+    return _run_long_context(options) if options.suite == LONG_CONTEXT else _run_recall(options)
+
+
+def _run_recall(options: argparse.Namespace) -> int:
     from metatokens.report.console import show_recall, show_table
-    from metatokens.storage import check_file, keep_elsewhere, to_json, write_atomically
+    from metatokens.storage import check_file
     from metatokens.training.loading import ModelFolder, check_one_arm, evaluation_config_of
 
     folders = [ModelFolder(path) for path in options.checkpoints]
@@ -60,11 +79,87 @@ def _run(options: argparse.Namespace) -> int:
     progress.close()
     result = report(rows, config, [str(path) for path in options.checkpoints], model)
     try:
-        if options.out:
-            written = to_json(asdict(result), indent=1) + "\n"
-            keep_elsewhere(options.out, lambda path: write_atomically(path.resolve(), written))
+        _write(options.out, result)
     finally:
         text = () if folders[0].finetuning else ("--text", "python-docs")
         following = ("metatokens", "analyze", options.checkpoints[0], *text, "--out", "analysis")
         emit(options, result, lambda: show_recall(result), following=following)
     return 0
+
+
+def _run_long_context(options: argparse.Namespace) -> int:
+    from metatokens.config.loading import override
+    from metatokens.config.long_context import LongContextConfig
+    from metatokens.evaluation.long_context.tasks import find_task
+    from metatokens.report.console import show_long_context, show_table
+    from metatokens.storage import check_file
+
+    path, *others = options.checkpoints
+    if others or options.intervention:
+        raise UsageError(
+            "--suite long-context",
+            expected="one model, and no --intervention",
+            found=f"{others[0]} too" if others else options.intervention[0],
+            remedy="evaluate models one by one" if others else "leave it out",
+        )
+    config = override(LongContextConfig(), options.overrides, origin="evaluate --suite long-context")
+    for task in config.tasks:
+        find_task(task)
+    for source in (config.books, config.babi):
+        if source is not None and not source.exists():
+            raise UsageError(
+                str(source), expected="a file or folder", found="no such path", remedy="check the spelling"
+            )
+    if options.out:
+        check_file(options.out)
+    open_subject = _opener(path)
+    announce(options, f"opening {path}")
+    from metatokens.evaluation.long_context.suite import check_suite, evaluate_long_context
+    from metatokens.training.distributed import choose_device
+
+    subject = open_subject(choose_device(config.device))
+    check_suite(subject, config)
+    if options.dry_run:
+        plan = {"texts": len(config.tasks) * len(config.lengths) * config.instances, **config.model_dump(mode="json")}
+        return emit(options, plan, lambda: show_table("evaluate would measure", plan))
+    progress = Progress()
+    try:
+        result = evaluate_long_context(subject, config, name=str(path), progress=progress.show)
+    finally:
+        progress.close()
+    try:
+        _write(options.out, result)
+    finally:
+        emit(options, result, lambda: show_long_context(result))
+    return 0
+
+
+def _opener(path: Path) -> Callable[[Any], Any]:
+    """Check the path of a model and return what opens it on a device, as a `Subject`."""
+    from metatokens.baselines.gguf import SUFFIX, load_gguf
+    from metatokens.training.loading import ModelFolder
+
+    is_gguf = path.suffix == SUFFIX
+    folder = ModelFolder(path)
+    if not is_gguf:
+        folder.check_path()
+    elif not path.is_file():
+        raise CheckpointError(str(path), expected="a GGUF file", found="none", remedy="check the spelling")
+
+    def open_on(device: Any) -> Any:
+        from metatokens.evaluation.long_context.subject import Subject
+
+        if is_gguf:
+            model, tokenizer = load_gguf(path)
+            return Subject(model.to(device), tokenizer)
+        return Subject(folder.open_model().to(device), folder.tokenizer, prefix=folder.prefix_ids)
+
+    return open_on
+
+
+def _write(path: Path | None, result: Any) -> None:
+    from metatokens.storage import keep_elsewhere, to_json, write_atomically
+
+    if path:
+        written = to_json(asdict(result), indent=1) + "\n"
+        keep_elsewhere(path, lambda path: write_atomically(path.resolve(), written))

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -342,6 +342,16 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     found = model_tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False, verbose=False)
     _require_equal_ids("tokenizer", text_tokenizer, found, "in the model tokenizer")
     return model_tokenizer
+
+
+def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that a tokenizer of transformers puts before a text, such as a beginning-of-text token."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return ()
+    probe = "a"
+    whole = list(tokenizer(probe).input_ids)
+    bare = list(tokenizer(probe, add_special_tokens=False).input_ids)
+    return tuple(whole[: whole.index(bare[0])]) if bare and bare[0] in whole else ()
 
 
 def ends_clause_table(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:

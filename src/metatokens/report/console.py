@@ -66,6 +66,36 @@ def show_presets(presets: Sequence[Any]) -> None:
         console.print(purpose, style="dim", highlight=False, markup=False)
 
 
+def show_long_context(result: Any) -> None:
+    """Show a `LongContextReport`."""
+    reference = result.config["policies"][0]
+
+    def interval(one: Any, scale: float, digits: int) -> str:
+        if one is None:
+            return "-"
+        return f"{scale * one.estimate:.{digits}f} ({scale * one.low:.{digits}f} to {scale * one.high:.{digits}f})"
+
+    def cache(row: Any) -> dict[str, Any]:
+        return {"columns": round(row.columns), "cache, MiB": round(row.cache_bytes / 2**20, 2)}
+
+    if result.rows:
+        rows = [
+            {"task": row.task, "length": row.length, "policy": row.policy, "right, %": interval(row.accuracy, 100, 0)}
+            | {f"minus {reference}, points": interval(row.difference, 100, 0), **cache(row)}
+            | {"peak, MiB": "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"}
+            for row in result.rows
+        ]
+        show_rows(f"exact match, {result.config['instances']} texts each", rows)
+    if result.losses:
+        rows = [
+            {"policy": loss.policy, "tokens before": f"{loss.distances[0]}-{loss.distances[1]}"}
+            | {"nats a token": interval(loss.nats_per_token, 1, 3)}
+            | {f"minus {reference}": interval(loss.difference, 1, 3), **cache(loss)}
+            for loss in result.losses
+        ]
+        show_rows(f"loss on {len(result.losses[0].nats)} books by distance from the start", rows)
+
+
 def show_perplexity(result: Any) -> None:
     """Show a `PerplexityResult`."""
     rows = {

@@ -104,6 +104,19 @@ class ModelFolder:
         return load_text_tokenizer(str(self.path))
 
     @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids that the tokenizer of another package's model puts before every text, such as a first token."""
+        from transformers import AutoTokenizer
+
+        from metatokens.data.tokenizer import prefix_ids
+
+        if self.is_ours or not (self.path / "tokenizer_config.json").is_file():
+            return ()
+        with _one_line_errors(self.path, "a tokenizer"):
+            whole = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        return prefix_ids(whole)
+
+    @cached_property
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
         config = {key: value for key, value in self._config_json.items() if key != "transformers_version"}

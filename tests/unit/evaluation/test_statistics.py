@@ -10,6 +10,7 @@ from metatokens.evaluation.statistics import (
     bootstrap_paired_seeds_and_instances,
     bootstrap_ratio,
     bootstrap_seeds_and_instances,
+    paired_shares_interval,
     wilson_interval,
 )
 
@@ -312,3 +313,40 @@ def test_accuracy_has_an_interval_where_all_or_none_is_right_and_a_bootstrap_els
 def test_an_interval_is_written_as_its_estimate_and_its_bounds():
     assert str(Interval(161.2901, 152.4622, 169.7087)) == "161.3 (152.5 to 169.7)"
     assert str(Interval(2.0, None, None)) == "2"
+
+
+def test_paired_interval_of_shares_covers_the_truth_for_every_table():
+    trials = 12
+    tables = [
+        (both, one, other, trials - both - one - other)
+        for both in range(trials + 1)
+        for one in range(trials + 1 - both)
+        for other in range(trials + 1 - both - one)
+    ]
+    intervals = []
+    for both, one, other, neither in tables:
+        first = [True] * both + [True] * one + [False] * other + [False] * neither
+        second = [True] * both + [False] * one + [True] * other + [False] * neither
+        intervals.append(paired_shares_interval(first, second))
+        assert intervals[-1].low < intervals[-1].estimate < intervals[-1].high or abs(intervals[-1].estimate) == 1
+    for chances in ((0.4, 0.2, 0.2, 0.2), (0.7, 0.2, 0.05, 0.05), (0.05, 0.05, 0.05, 0.85), (0.1, 0.6, 0.1, 0.2)):
+        truth = chances[1] - chances[2]
+        covered = 0.0
+        for table, interval in zip(tables, intervals, strict=True):
+            probability = math.factorial(trials)
+            for count, chance in zip(table, chances, strict=True):
+                probability *= chance**count / math.factorial(count)
+            covered += probability * (interval.low <= truth <= interval.high)
+        assert 0.93 < covered <= 1, chances
+
+
+def test_paired_interval_of_shares_turns_with_its_arguments_and_is_no_point_where_both_agree():
+    first, second = [True] * 9 + [False] * 6, [True] * 5 + [False] * 4 + [True] * 2 + [False] * 4
+    forth, back = paired_shares_interval(first, second), paired_shares_interval(second, first)
+    assert (forth.estimate, forth.low, forth.high) == pytest.approx((-back.estimate, -back.high, -back.low))
+    agreeing = paired_shares_interval([True] * 20, [True] * 20)
+    assert agreeing.estimate == 0
+    assert agreeing.low < -0.05
+    assert agreeing.high > 0.05
+    with pytest.raises(ValueError, match="every trial"):
+        paired_shares_interval([True], [True, False])

@@ -145,7 +145,7 @@ class Reader:
         Raises:
             UsageError: the policy drops columns, and the model cannot do without them.
         """
-        self._model = model
+        self.model = model
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._separators = separators
         self._read = 0
@@ -184,7 +184,7 @@ class Reader:
             inputs["attention_mask"] = self._four_dimensional(positions.masked_fill(is_token == 0, NOTHING), input_ids)
         elif not bool(self._mask.all()):
             inputs["attention_mask"] = self._mask
-        logits: Tensor = self._model(
+        logits: Tensor = self.model(
             input_ids=input_ids, use_cache=True, logits_to_keep=logits_to_keep, **{CACHE_NAME: self.cache}, **inputs
         ).logits
         return logits
@@ -195,7 +195,7 @@ class Reader:
         table = self._separators
         is_separator = torch.zeros_like(input_ids, dtype=torch.bool) if table is None else table[input_ids]
         visible = self.plan.begin(positions, is_separator)
-        dtype = self._model.dtype
+        dtype = self.model.dtype
         hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
         return hidden.masked_fill(visible, 0)[:, None]
 

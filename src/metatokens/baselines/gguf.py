@@ -1,0 +1,45 @@
+"""A causal language model in one GGUF file, which transformers turns back into ordinary weights."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from metatokens.errors import CheckpointError, UsageError
+
+SUFFIX = ".gguf"
+# what transformers raises for a file that is cut, of another format, or of a model that it does not know
+_DO_NOT_LOAD = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """Return the model of a GGUF file, in float32 and evaluation mode, and its tokenizer, both of transformers.
+
+    Raises:
+        UsageError: the package gguf is not installed.
+        CheckpointError: there is no such file, or transformers cannot read it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise CheckpointError(str(path), expected="a GGUF file", found="none", remedy="check the spelling")
+    try:
+        # trust_remote_code stays False: a GGUF file holds no code
+        options = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+    except ImportError as error:
+        raise UsageError(
+            str(path),
+            expected="the package gguf, which reads such a file",
+            found=str(error),
+            remedy="run `pip install gguf`",
+        ) from None
+    except (*_DO_NOT_LOAD, struct.error) as error:
+        raise CheckpointError(
+            str(path),
+            expected="a causal language model that transformers reads from GGUF",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            remedy="use another file, or a folder of safetensors",
+        ) from None
+    return model.eval(), tokenizer
