@@ -2,15 +2,18 @@
 
 A pattern decides by columns whether a query sees a key; causality and padding apply on top. Positions count the real
 tokens of a row from the start of the sequence, so neither padding nor a cache shifts them. Every query sees itself. The
-keys of all tokens stay in the cache, and the kernels of eager and sdpa still visit every pair: these models show what a
-pattern costs in quality, not what it saves in time. Flex attention skips the blocks in which no query sees a key.
+keys of all tokens stay in the cache.
+
+Under sdpa a long text is attended to in blocks of queries, each over the keys that it may see
+(`metatokens.baselines.blocks`), and flex attention skips the blocks in which no query sees a key. Eager, the reference,
+visits every pair; so do a compiled model, a static cache and dropout of attention weights.
 
 Sources: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird), transformers' GPT-Neo (`window_size`).
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +22,13 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import Cache
 
+from metatokens.baselines.blocks import SHORTEST, Alibi, BlockPlan, attend_in_blocks, plan_blocks
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
+from metatokens.model.attention import SelfAttention
 from metatokens.model.configuration import MetaTokenConfig
-from metatokens.model.masks import MaskFunction, TokenLayout, make_causal_mask
+from metatokens.model.masks import MaskFunction, TokenLayout, is_traced, make_causal_mask
 from metatokens.model.meta_attention import hash_integers
-from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,19 @@ class Pattern(ABC):
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern of a block."""
 
+    def keys_function(self, columns: Columns, layer_index: int) -> Callable[[Tensor], Tensor]:
+        """Return what tells which columns some of the queries may see, from (n,) int64 to (K,) bool.
+
+        It may name too many but none too few. This one visits every pair; a pattern overrides it to be faster.
+        """
+        sees = self.mask_function(columns, layer_index)
+        rows, keys = torch.arange(len(columns.positions))[:, None, None], torch.arange(columns.num_columns)
+        return lambda queries: sees(rows, rows, queries[:, None], keys).flatten(0, 1).any(0)
+
+    def sees_everything(self, columns: Columns) -> Tensor:
+        """Tell which queries see every earlier key in some row, (K,) bool; they would widen the blocks of others."""
+        return torch.zeros_like(columns.is_meta[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow(Pattern):
@@ -78,6 +96,12 @@ class SlidingWindow(Pattern):
 
         return sees
 
+    def keys_function(self, columns: Columns, layer_index: int) -> Callable[[Tensor], Tensor]:
+        """Return the keys in the window of the earliest of the queries."""
+        del layer_index
+        positions = columns.positions
+        return lambda queries: (positions > positions[:, queries].amin(1, keepdim=True) - self.window).any(0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Longformer(SlidingWindow):
@@ -91,14 +115,26 @@ class Longformer(SlidingWindow):
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern, the same for every block."""
         in_window = super().mask_function(columns, layer_index)
-        is_global = (columns.positions >= 0) & (columns.positions < self.num_global_tokens)
-        if self.meta_tokens_are_global:
-            is_global = is_global | columns.is_meta
+        is_global = self._is_global(columns)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return in_window(batch, head, query, key) | is_global[batch, query] | is_global[batch, key]
 
         return sees
+
+    def keys_function(self, columns: Columns, layer_index: int) -> Callable[[Tensor], Tensor]:
+        """Return the keys in the window of the earliest of the queries, and the global ones."""
+        in_window = super().keys_function(columns, layer_index)
+        is_global = self.sees_everything(columns)
+        return lambda queries: in_window(queries) | is_global
+
+    def sees_everything(self, columns: Columns) -> Tensor:
+        """Tell which columns are global in some row."""
+        return self._is_global(columns).any(0)
+
+    def _is_global(self, columns: Columns) -> Tensor:
+        is_first = (columns.positions >= 0) & (columns.positions < self.num_global_tokens)
+        return is_first | columns.is_meta if self.meta_tokens_are_global else is_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +157,25 @@ class BigBird(Pattern):
 
     def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
         """Return the pattern of a block."""
-        num_blocks = -(-columns.num_columns // self.block_size)
-        # padding on the left falls into block 0; the padding mask hides it
-        blocks = columns.positions.clamp(min=0) // self.block_size
-        table = self.visible_blocks(num_blocks, layer_index, blocks.device)
+        blocks, table = self._blocks(columns, layer_index)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             del head
             return table[blocks[batch, query], blocks[batch, key]]
 
         return sees
+
+    def keys_function(self, columns: Columns, layer_index: int) -> Callable[[Tensor], Tensor]:
+        """Return the keys of all blocks that a block of the queries sees."""
+        blocks, table = self._blocks(columns, layer_index)
+        return lambda queries: table[blocks[:, queries]].any(1).gather(1, blocks).any(0)
+
+    def _blocks(self, columns: Columns, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Return the block of each column, (B, K), and which blocks each block sees."""
+        num_blocks = -(-columns.num_columns // self.block_size)
+        # padding on the left falls into block 0; the padding mask hides it
+        blocks = columns.positions.clamp(min=0) // self.block_size
+        return blocks, self.visible_blocks(num_blocks, layer_index, blocks.device)
 
     def visible_blocks(self, num_blocks: int, layer_index: int, device: torch.device | None = None) -> Tensor:
         """Return which blocks each block sees, (blocks, blocks) bool."""
@@ -210,11 +255,33 @@ class SparseAttentionConfig(MetaTokenConfig):
                 raise ValueError(f"attention_pattern {name} must be at least {lowest}, not {value}")
 
 
+class SparseSelfAttention(SelfAttention):
+    """Self-attention whose mask may be a plan of blocks."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the projected output (B, T, C), and weights only if the backend returns them."""
+        if not isinstance(mask, BlockPlan):
+            return super().attend(query, key, value, mask, **kwargs)
+        if key.shape[-1] > query.shape[-1]:
+            key = key[..., : query.shape[-1]]
+        return self.o_proj(attend_in_blocks(query, key, value, mask, self.scaling).flatten(2)), None
+
+
+class SparseBlock(MetaTokenBlock):
+    """A block whose self-attention takes plans."""
+
+    attention_class: ClassVar[type[SelfAttention]] = SparseSelfAttention
+
+
 class SparseAttentionModel(MetaTokenModel):
     """The decoder whose self-attention follows a pattern."""
 
     config_class = SparseAttentionConfig
     config: SparseAttentionConfig
+    block_class: ClassVar[type[MetaTokenBlock]] = SparseBlock
+    _no_split_modules: ClassVar[list[str]] = ["SparseBlock"]
     _supports_flash_attn = False
 
     def _masks_of_layers(
@@ -234,10 +301,46 @@ class SparseAttentionModel(MetaTokenModel):
                 masks.append(mask)
                 continue
             if shared is None or isinstance(pattern, BigBird):
-                function = pattern.mask_function(columns, layer_index)
-                shared = make_causal_mask(self.config, hidden, layout, past_key_values, function)
+                if self._takes_blocks(hidden, past_key_values):
+                    shared = self._plan(hidden, layout, columns, layer_index)
+                else:
+                    function = pattern.mask_function(columns, layer_index)
+                    shared = make_causal_mask(self.config, hidden, layout, past_key_values, function)
             masks.append(shared)
         return masks
+
+    def _causal_mask(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None) -> Any:
+        takes_all = self.has_meta_attention and self.config.meta_attention_over == "all"
+        if takes_all or not all(self.config.pattern.applies_to(index) for index in range(len(self.layers))):
+            return super()._causal_mask(hidden, layout, past_key_values)
+        return None  # no layer takes it
+
+    def _takes_blocks(self, hidden: Tensor, past_key_values: Cache | None) -> bool:
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        drops = self.training and self.config.attention_dropout > 0
+        is_long = hidden.shape[1] >= SHORTEST
+        return is_long and self.config._attn_implementation == "sdpa" and not (is_static or drops or is_traced())
+
+    def _plan(self, hidden: Tensor, layout: TokenLayout, columns: Columns, layer_index: int) -> BlockPlan:
+        num_queries = hidden.shape[1]
+        # rows that are alike count as one; the plan's shapes depend on values, so it is made on the host
+        rows = slice(1 if layout.attention_mask is None and not columns.is_meta.any() else None)
+        is_real = real_tokens(layout, columns.is_meta)[rows].cpu()
+        columns = Columns(columns.positions[rows].cpu(), columns.is_meta[rows].cpu())
+        alibi = None
+        if layout.slopes is not None:
+            key_positions = layout.key_positions(columns.num_columns, columns.num_columns - num_queries)
+            alibi = Alibi(layout.position_ids.cpu(), key_positions.cpu(), layout.slopes.cpu())
+        pattern = self.config.pattern
+        return plan_blocks(
+            pattern.mask_function(columns, layer_index),
+            pattern.keys_function(columns, layer_index),
+            is_real,
+            num_queries,
+            sees_everything=pattern.sees_everything(columns),
+            alibi=alibi,
+            device=hidden.device,
+        )
 
     def _columns(
         self,
@@ -261,6 +364,7 @@ class SparseAttentionForCausalLM(MetaTokenForCausalLM):
 
     config_class = SparseAttentionConfig
     model_class: ClassVar[type[MetaTokenModel]] = SparseAttentionModel
+    _no_split_modules: ClassVar[list[str]] = ["SparseBlock"]
     _supports_flash_attn = False
 
     @staticmethod

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from metatokens.baselines.blocks import BlockPlan
 from metatokens.errors import UsageError
 from metatokens.lens.activations import AttentionCall, Captured
 from metatokens.lens.edits import EdgeCut, Edit
@@ -269,6 +270,9 @@ class Hooks(ModuleHooks):
         given = arguments.get(site.mask_argument)
         if isinstance(given, MemoryMask) and (cuts or self._observers):
             given = given.dense()  # the edges one by one
+            arguments.set(site.mask_argument, given)
+        elif isinstance(given, BlockPlan) and (cuts or self._observers):
+            given = given.dense(self._columns_of(site).shape[1])
             arguments.set(site.mask_argument, given)
         look = partial(self._look_at_rotated, site)
         if site.branch == "attn":

@@ -229,7 +229,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
         mask = None
         if policy is None or not all(map(policy.applies_to, range(len(self.layers)))):
-            mask = make_causal_mask(self.config, hidden, layout, past_key_values)
+            mask = self._causal_mask(hidden, layout, past_key_values)
 
         pack = None
         if self.has_meta_attention:
@@ -328,6 +328,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 f'"{self.config._attn_implementation}"'
             )
         return torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=hidden.dtype, device=hidden.device)
+
+    def _causal_mask(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None) -> Any:
+        return make_causal_mask(self.config, hidden, layout, past_key_values)
 
     def _masks_of_layers(
         self,
