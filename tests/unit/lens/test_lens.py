@@ -201,12 +201,13 @@ def test_a_long_text_in_memory_mode_is_read_edge_by_edge() -> None:
     ids, calls = tokens("xxxxxxxx_" * 20), []
     lens = Lens(model)
     plain = lens(ids).logits
-    with lens.observe([calls.append]):
+    with lens.observe(calls.append):
         observed = lens(ids).logits
     assert_close(observed, plain, 1e-10)
     masks = [call.mask for call in calls if call.branch == "attn"]
     assert [tuple(mask.shape) for mask in masks] == [(1, 1, 180, 180)] * 2
-    assert not masks[0][0, 0, 100, 80]
+    assert masks[0][0, 0, 100, 80]  # a meta-token, which stays
+    assert not masks[0][0, 0, 100, 82]
 
 
 @pytest.mark.slow  # a block mask is compiled
