@@ -22,6 +22,7 @@ REGISTRY = GENERATION
 PAIRS = (
     Pair("meta_steps", "plain_steps"),
     Pair("meta_generate", "plain_generate"),
+    Pair("meta_static", "plain_static"),
     Pair("meta_steps", "meta_generate"),
     Pair("plain_steps", "plain_generate"),
     Pair("plain_steps", "gpt2_generate"),

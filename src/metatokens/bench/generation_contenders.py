@@ -116,6 +116,19 @@ def meta_generate(settings: GenerationBench, prompts: Prompts) -> Continuation:
 
 
 @GENERATION.add()
+def plain_static(settings: GenerationBench, prompts: Prompts) -> Continuation:
+    """Plain model, by `generate` with a static cache, whose steps transformers compiles on a GPU."""
+    model = _build(settings, prompts, meta_attention_layers="none")
+    return _by_generate(model, prompts, NoSchedule(), cache_implementation="static")
+
+
+@GENERATION.add()
+def meta_static(settings: GenerationBench, prompts: Prompts) -> Continuation:
+    """Meta-attention with scheduled meta-tokens, by `generate` with a static cache."""
+    return _by_generate(_build(settings, prompts), prompts, prompts.schedule, cache_implementation="static")
+
+
+@GENERATION.add()
 def gpt2_generate(settings: GenerationBench, prompts: Prompts) -> Continuation:
     """GPT-2 of transformers, by its `generate`."""
     torch.manual_seed(0)
@@ -174,16 +187,15 @@ def _by_steps(model: MetaTokenForCausalLM, prompts: Prompts, schedule: MetaSched
     return Continuation(model, run, schedule, knows_prompt=True)
 
 
-def _by_generate(model: Any, prompts: Prompts, schedule: MetaSchedule | None) -> Continuation:
+def _by_generate(model: Any, prompts: Prompts, schedule: MetaSchedule | None, **options: Any) -> Continuation:
     longest = max(map(len, prompts.rows))
     padding = [longest - len(row) for row in prompts.rows]
     ids = [[0] * num_padding + row for num_padding, row in zip(padding, prompts.rows, strict=True)]
     mask = [[0] * num_padding + [1] * len(row) for num_padding, row in zip(padding, prompts.rows, strict=True)]
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    options: dict[str, Any] = {}
     if schedule is not None:
-        options = {"meta_schedule": schedule, "suppress_tokens": _not_text(model)}
+        options |= {"meta_schedule": schedule, "suppress_tokens": _not_text(model)}
 
     def run(clock: Clock) -> None:
         model.generate(**inputs, max_new_tokens=prompts.num_new, do_sample=False, streamer=clock, **options)

@@ -25,7 +25,7 @@ ADAMW_BYTES = 8  # two float32 moments
 MEMORY_SHARE = 0.9  # of a GPU; the rest is left to the framework, the kernels' workspaces and fragmentation
 UINT16_TOKENS = 2**16
 SECONDS_PER_HOUR = 3600
-UTILISATION = 0.4  # of the dense peak; an assumption, which `benchmarks/training_throughput.py` measures on a GPU
+UTILISATION = 0.4  # of the dense peak; an assumption, which `benchmarks/gpu.py` measures on a GPU
 DOLLARS_PER_GPU_HOUR = 2.0  # an assumption: prices change by the week
 
 

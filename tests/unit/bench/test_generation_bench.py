@@ -25,15 +25,15 @@ FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(valu
 
 
 @pytest.mark.parametrize("kind", ["plain", "meta"])
-def test_both_loops_write_the_same_tokens(kind: str) -> None:
+def test_all_loops_write_the_same_tokens(kind: str) -> None:
     settings = GenerationBench(**TINY)
     prompts = make_prompts(settings)
     written = []
-    for loop in ("steps", "generate"):
+    for loop in ("steps", "generate", "static"):
         continuation = GENERATION[f"{kind}_{loop}"](settings, prompts)
         continuation.model.double()  # no two logits are as near as rounding
         written.append(written_by(continuation))
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     assert len(written[0]) == 20
     num_meta = sum(token == [VOCABULARY] for token in written[0])
     # after 45 and 54 of the text's tokens; the prompt ended with the 40th
@@ -72,13 +72,13 @@ def test_the_command_compares_decoding_with_the_bytes_of_the_weights(tmp_path: P
     assert {name for name, _ in lines} == set(GENERATION)
     rows = {True: VOCABULARY, False: 128}  # of the embedding, which this package pads
     block = 4 * WIDTH * (WIDTH + 1) + WIDTH * 4 * WIDTH * 2 + 4 * WIDTH + WIDTH + 2 * 2 * WIDTH
-    for name in ("plain_steps", "plain_generate", "gpt2_generate"):
+    for name in ("plain_steps", "plain_generate", "plain_static", "gpt2_generate"):
         line = lines[name, "decode"]
         assert (line["text_tokens"], line["positions"]) == (19, 19)
         weights = 4 * (rows[name == "gpt2_generate"] * WIDTH + LAYERS * block + 2 * WIDTH)
         expected = 19 * weights / result["rates"]["copy"]["median"]
         assert line["limit_seconds"] == pytest.approx(expected, rel=1e-3)
-    for name in ("meta_steps", "meta_generate"):
+    for name in ("meta_steps", "meta_generate", "meta_static"):
         assert (lines[name, "decode"]["text_tokens"], lines[name, "decode"]["positions"]) == (17, 19)
         assert (lines[name, "first token"]["text_tokens"], lines[name, "first token"]["positions"]) == (40, 44)
         assert lines[name, "decode"]["limit_seconds"] > lines["plain_steps", "decode"]["limit_seconds"] * 17 / 19
