@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from metatokens.evaluation.perplexity import PerplexityOptions as PerplexityOptions
     from metatokens.evaluation.perplexity import measure_perplexity as measure_perplexity
     from metatokens.evaluation.recall import evaluate_recall as evaluate_recall
+    from metatokens.generation.compressed import CompressedDocument as CompressedDocument
     from metatokens.generation.decoding import MetaTokenSchedule as MetaTokenSchedule
     from metatokens.generation.decoding import NoSchedule as NoSchedule
     from metatokens.generation.decoding import PeriodicSchedule as PeriodicSchedule
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 register_with_transformers()
 
 _HOMES = {
+    "CompressedDocument": "metatokens.generation.compressed",
     "CopyingTask": "metatokens.config.tasks",
     "EvaluateConfig": "metatokens.config.finetuning",
     "ExplicitInjection": "metatokens.config.schema",

@@ -35,6 +35,7 @@ from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import Intervention, intervene, parse_intervention
 from metatokens.evaluation.perplexity import PerplexityOptions, PerplexityResult, measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
+from metatokens.generation.compressed import CompressedDocument, compress_document
 from metatokens.generation.decoding import (
     GeneratedText,
     MetaSchedule,
@@ -197,6 +198,7 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int = 0,
         show_meta: bool = False,
+        memory: CompressedDocument | None = None,
     ) -> GeneratedText:
         """Continue a prompt, which gets its meta-tokens by the same schedule; see `generate_text`.
 
@@ -211,6 +213,7 @@ class LanguageModel:
             top_p: Sample from the likeliest tokens that hold this probability.
             seed: Of the sampling.
             show_meta: Show meta-tokens in the text.
+            memory: A document that `compress` has read, which the prompt follows.
 
         Raises:
             TypeError: The prompt is no string, the schedule is none, or both `every` and `schedule` are given.
@@ -222,21 +225,42 @@ class LanguageModel:
             raise TypeError("give either every or schedule, not both")
         if schedule is not None and not hasattr(schedule, "is_due"):
             raise TypeError(f"a schedule is an object such as PeriodicSchedule(9), not {schedule!r}")
-        if schedule is None:
-            usual = _usual_schedule(self.model, self.injection)
-            schedule = usual if every is None else PeriodicSchedule(text_tokens=every)
+        if schedule is None and every is None and memory is not None:
+            schedule = memory.schedule
         return generate_text(
             self.model,
             self._text_tokenizer,
             prompt,
-            schedule=schedule,
+            schedule=self._schedule(every, schedule),
             max_text_tokens=max_text_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
             show_meta=show_meta,
+            memory=memory,
         )
+
+    def compress(
+        self, text: str, *, every: int | None = None, schedule: MetaSchedule | None = None
+    ) -> CompressedDocument:
+        """Read a text once, for many calls of `generate` with `memory`; the model must be in memory mode.
+
+        Args:
+            text: The document.
+            every: A meta-token after each `every` text tokens.
+            schedule: Where meta-tokens go, in place of `every`; None means as in `generate`.
+
+        Raises:
+            UsageError: See `compress_document`.
+        """
+        with evaluating(self.model):
+            return compress_document(self.model, self._text_tokenizer, text, schedule=self._schedule(every, schedule))
+
+    def _schedule(self, every: int | None, schedule: MetaSchedule | None) -> MetaSchedule:
+        if every is not None:
+            return PeriodicSchedule(text_tokens=every)
+        return _usual_schedule(self.model, self.injection) if schedule is None else schedule
 
     def perplexity(
         self,

@@ -1,5 +1,7 @@
 """Memory mode's fast masks see exactly the pairs of its definition, and attend alike, with gradients."""
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,3 +174,13 @@ def test_a_model_under_flex_attention_equals_the_definition() -> None:
         for fields in ({"attn_implementation": "flex_attention"}, {"model_class": MemoryReferenceForCausalLM})
     ]
     assert_close(logits[0], logits[1], 1e-4)
+
+
+def test_the_drawing_of_the_guide_is_drawn_from_the_definition() -> None:
+    folder = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("memory_drawing", folder / "memory_drawing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    assert (folder / "memory.svg").read_text() == drawing.draw()

@@ -32,6 +32,8 @@ PROVIDED = {
     "gpt2": ("path/to/gpt2",),
     "books": ("books",),
     "books/0.txt": ("test.txt",),
+    "run-memory": ("run-memory",),
+    "doc.txt": ("doc.txt",),
     "articles.jsonl.gz": ("articles.jsonl.gz",),
     "experiments": ("experiments",),
 }
@@ -56,12 +58,14 @@ def made(docs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(10):
         text = " ".join(f"Line {line} of book {number} says that {line * number} is a number." for line in range(150))
         (folder / "books" / f"{number}.txt").write_text(text)
+    (folder / "doc.txt").write_text("Line 3 of book 2 says that 6 is a number.")
     with gzip.open(folder / "articles.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"body": f"Article {number} has a body. " * 20}) + "\n" for number in range(20))
     (folder / "experiments").symlink_to(ROOT / "experiments")
     for command in (
         "metatokens prepare books --out tokens --validation-fraction 0.2",
         "metatokens pretrain tiny/meta --data.path tokens --out run",
+        "metatokens pretrain tiny/memory --data.path tokens --out run-memory",
         "metatokens finetune tiny/recall --out copying",
     ):
         metatokens(*docs.smaller(command, folder)[1:])

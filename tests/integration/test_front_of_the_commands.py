@@ -31,6 +31,7 @@ WRONG_PATHS = {
     "analyze": [MISSING, "--out", "analysis"],
     "report": [MISSING],
     "generate": [MISSING, "Once"],
+    "compress": [MISSING, "text.txt", "--out", "text.safetensors"],
     "serve": [MISSING],
     "export": [MISSING, "--out", "exported"],
     "verify": [MISSING],

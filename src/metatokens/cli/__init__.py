@@ -16,6 +16,7 @@ from metatokens.cli import (
     adopt,
     analyze,
     bench,
+    compress,
     demo,
     evaluate,
     export,
@@ -42,7 +43,7 @@ from metatokens.names import nearest_name
 # in the order of the help
 VERBS = (
     *(demo, prepare, adopt, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
-    *(analyze, report, generate, serve, export, verify, info, plan),
+    *(analyze, report, generate, compress, serve, export, verify, info, plan),
     bench,
 )
 

@@ -24,6 +24,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that hold this probability")
+    parser.add_argument("--memory", type=Path, help="file of `metatokens compress`, which the prompt follows")
     parser.add_argument("--show-meta", action="store_true", help="show meta-tokens in the text")
 
 
@@ -33,9 +34,14 @@ def _run(options: argparse.Namespace) -> int:
     folder = ModelFolder(options.checkpoint)
     folder.check_path()
     announce(options, f"opening {options.checkpoint}")
+    from metatokens.generation.compressed import CompressedDocument
     from metatokens.generation.decoding import generate_text
 
+    memory = None if options.memory is None else CompressedDocument.load(options.memory)
     model, tokenizer = folder.open_model(), folder.tokenizer
+    schedule = schedule_of(options, model.generation_config)
+    if memory is not None and (options.schedule, options.every, options.ratio) == (None, None, None):
+        schedule = memory.schedule
     if options.prompt == "-" and sys.stdin.isatty():
         say("reading the prompt from standard input; press Ctrl-D on an empty line to end it")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -45,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         model,
         tokenizer,
         prompt,
-        schedule=schedule_of(options, model.generation_config),
+        schedule=schedule,
         max_text_tokens=options.max_text_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -53,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         stream=stream,
         show_meta=options.show_meta,
+        memory=memory,
     )
     # a prompt from standard input cannot be typed again
     following = None if options.prompt == "-" else _without_meta_tokens(options)
@@ -65,6 +72,8 @@ def _show(text: str, end: str = "\n") -> None:
 
 
 def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object]:
+    if options.memory is not None:
+        return ("metatokens", "generate", options.checkpoint, options.prompt)
     if options.schedule == "none":
         return ("metatokens", "perplexity", options.checkpoint, "python-docs", "--max-documents", "5")
     return ("metatokens", "generate", options.checkpoint, options.prompt, "--schedule", "none")

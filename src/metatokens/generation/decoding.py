@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metatokens.data.tokenizer import META_TOKEN, TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
+from metatokens.generation.compressed import CompressedDocument, Read
 from metatokens.generation.stepping import Sampler, decode, follows_steps
 from metatokens.model.compatibility import BaseStreamer
 from metatokens.model.generation import MetaTokenGenerationMixin
@@ -91,6 +92,8 @@ class _Continuation(NamedTuple):
     """Ids that no step may choose."""
     sampling: dict[str, Any]
     """temperature, top_k and top_p."""
+    memory: CompressedDocument | None = None
+    """What was read before the prompt."""
 
 
 def generate_text(  # noqa: PLR0913 every option of sampling
@@ -106,6 +109,7 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
     show_meta: bool = False,
+    memory: CompressedDocument | None = None,
 ) -> GeneratedText:
     """Continue a prompt; the same arguments give the same text.
 
@@ -125,10 +129,11 @@ def generate_text(  # noqa: PLR0913 every option of sampling
         seed: Seed of the sampling.
         stream: Called with each new piece of text as soon as its characters are complete; the pieces add up to `text`.
         show_meta: Show generated meta-tokens.
+        memory: A document that the model has read before the prompt; its schedule should be the same.
 
     Raises:
         UsageError: A number is out of range, a schedule is given to a model without a meta-token, the tokenizer is not
-            the model's, or the prompt and its continuation do not fit the model.
+            the model's, the prompt and its continuation do not fit the model, or another model has read the document.
     """
     _check_sampling(max_text_tokens, temperature, top_k, top_p)
     tokenizer = as_text_tokenizer(tokenizer)
@@ -142,14 +147,17 @@ def generate_text(  # noqa: PLR0913 every option of sampling
             found="meta_token_id None",
             remedy="use the schedule none",
         )
+    if memory is not None:
+        _check_memory(model, memory, prompt)
+    before = Read() if memory is None else memory.read
     text_ids = encoder.encode_batch([prompt])[0].tolist() or [encoder.eos_token_id]
-    prompt_ids = (
-        text_ids if meta_token_id is None else schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id)
-    )
+    prompt_ids = text_ids
+    if meta_token_id is not None:
+        prompt_ids = schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id, **before._asdict())
     limit = sequence_limit(model)
     if max_text_tokens is None:
-        max_text_tokens = _text_tokens_that_fit(len(text_ids), schedule, limit)
-    num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, limit)
+        max_text_tokens = _text_tokens_that_fit(len(text_ids), schedule, limit, before)
+    num_new = _num_new_tokens(prompt_ids, len(text_ids), schedule, max_text_tokens, limit, before)
     if len(prompt_ids) + num_new == len(text_ids) + max_text_tokens and not schedule.is_empty:
         warnings.warn(
             f"schedule {schedule.kind} puts no meta-token into this prompt and {max_text_tokens} text tokens; generate "
@@ -161,12 +169,12 @@ def generate_text(  # noqa: PLR0913 every option of sampling
     unowned = range(encoder.vocab_size, model.config.vocab_size)
     suppressed = sorted({*(model.generation_config.suppress_tokens or ()), *unowned})
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    wanted = _Continuation(prompt_ids, schedule, num_new, encoder.eos_token_id, suppressed, sampling)
+    wanted = _Continuation(prompt_ids, schedule, num_new, encoder.eos_token_id, suppressed, sampling, memory)
     prompt_text = text_ids if prompt else []
     writer = _TextWriter(tokenizer, prompt_text, encoder.eos_token_id, meta_token_id, stream, show_meta)
     started = time.perf_counter()
     with evaluating(model), _seeded(seed):
-        (_in_own_steps if follows_steps(model) else _by_generate)(model, wanted, writer)
+        (_in_own_steps if memory is not None or follows_steps(model) else _by_generate)(model, wanted, writer)
     return GeneratedText(
         text="".join(writer.pieces),
         text_tokens=writer.num_text,
@@ -188,8 +196,33 @@ def _in_own_steps(model: Any, wanted: _Continuation, writer: _TextWriter) -> Non
         eos_token_id=wanted.eos_token_id,
         sampler=sampler,
         emit=writer.write,
+        **_continue_from(model, wanted.memory),
     )
     writer.end()
+
+
+def _continue_from(model: Any, memory: CompressedDocument | None) -> dict[str, Any]:
+    if memory is None:
+        return {}
+    return {"cache": memory.to_cache(model), "num_text": memory.read.num_text, "num_meta": memory.read.num_meta}
+
+
+def _check_memory(model: Any, memory: CompressedDocument, prompt: str) -> None:
+    memory.check_model(model)
+    if not prompt:
+        raise UsageError(
+            "prompt",
+            expected="the text that follows the compressed document",
+            found="none",
+            remedy="ask something about the document",
+        )
+    if not follows_steps(model):
+        raise UsageError(
+            "generation config",
+            expected="settings that generation from a compressed document follows: sampling, lengths, ids",
+            found=str(model.generation_config.to_diff_dict()),
+            remedy="leave out the others",
+        )
 
 
 def _by_generate(model: Any, wanted: _Continuation, writer: _TextWriter) -> None:
@@ -364,17 +397,19 @@ def _check_sampling(max_text_tokens: int | None, temperature: float, top_k: int 
             raise UsageError(name, expected=expected, found=str(value), remedy=f"change {name}")
 
 
-def _text_tokens_that_fit(num_text: int, schedule: MetaSchedule, limit: int | None) -> int:
+def _text_tokens_that_fit(num_text: int, schedule: MetaSchedule, limit: int | None, before: Read) -> int:
     """Return how many text tokens fit the window behind a prompt, from 1 to 100; the check of one may still fail."""
-    laid = schedule_meta_tokens([0] * (num_text + DEFAULT_TEXT_TOKENS), schedule, meta_token_id=-1)
-    return max(1, laid[:limit].count(0) - num_text)
+    laid = schedule_meta_tokens([0] * (num_text + DEFAULT_TEXT_TOKENS), schedule, meta_token_id=-1, **before._asdict())
+    room = None if limit is None else max(0, limit - before.num_positions)
+    return max(1, laid[:room].count(0) - num_text)
 
 
 def _num_new_tokens(
-    prompt_ids: list[int], num_text: int, schedule: MetaSchedule, max_text_tokens: int, limit: int | None
+    prompt_ids: list[int], num_text: int, schedule: MetaSchedule, max_text_tokens: int, limit: int | None, before: Read
 ) -> int:
     """Return how many positions the new text tokens take with their meta-tokens, which the schedule alone decides."""
-    num_meta = len(prompt_ids) - num_text
+    num_meta = len(prompt_ids) - num_text + before.num_meta
+    num_text += before.num_text
     last_text = num_text + max_text_tokens
     after_meta = False
     while num_text < last_text:
@@ -382,12 +417,13 @@ def _num_new_tokens(
             raise UsageError(
                 "prompt and continuation",
                 expected=f"at most {limit} positions (max_position_embeddings)",
-                found=f"a prompt of {len(prompt_ids)} and {max_text_tokens} text tokens with their meta-tokens",
+                found=f"a prompt of {len(prompt_ids) + before.num_positions} and {max_text_tokens} text tokens with "
+                "their meta-tokens",
                 remedy="shorten the prompt, generate less or extend the model",
             )
         after_meta = schedule.is_due(num_text, num_meta, after_meta)
         num_meta, num_text = num_meta + after_meta, num_text + (not after_meta)
-    return num_text + num_meta - len(prompt_ids)
+    return num_text + num_meta - len(prompt_ids) - before.num_positions
 
 
 @contextmanager

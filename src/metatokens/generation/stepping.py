@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 PREFILL_POSITIONS = 2048
 """Positions of a prompt that one forward pass reads, so that its activations stay small beside the cache."""
+MEMORY_PREFILL_POSITIONS = 512
+"""The same in memory mode, whose cache is smaller; a window that is longer than this is read at once."""
 # settings of a generation config that the caller of `decode` gives, or that do not change which token comes next
 _FOLLOWED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "meta_schedule", "transformers_version"),
@@ -94,6 +96,9 @@ def decode(
     eos_token_id: int,
     sampler: Sampler,
     emit: Callable[[int], None],
+    cache: DynamicCache | None = None,
+    num_text: int = 0,
+    num_meta: int = 0,
 ) -> None:
     """Continue a prompt until the end of text or the last new token.
 
@@ -105,11 +110,14 @@ def decode(
         eos_token_id: ends the text.
         sampler: chooses text tokens.
         emit: called with each new token.
+        cache: of what was read before the prompt; it is filled further.
+        num_text: text tokens in that cache.
+        num_meta: meta-tokens in it.
     """
     meta_token_id = model.config.meta_token_id
-    num_meta = sum(token == meta_token_id for token in prompt_ids)
-    num_text = len(prompt_ids) - num_meta
-    cache = DynamicCache(config=model.config)
+    num_in_prompt = sum(token == meta_token_id for token in prompt_ids)
+    num_text, num_meta = num_text + len(prompt_ids) - num_in_prompt, num_meta + num_in_prompt
+    cache = DynamicCache(config=model.config) if cache is None else cache
     unread = [*prompt_ids]
     while True:
         logits: Tensor | None = None
@@ -119,7 +127,7 @@ def decode(
             unread.append(meta_token_id)
             num_meta, num_new, num_due = num_meta + 1, num_new - 1, num_due + 1
         if num_new:
-            logits = _read(model, unread, cache)
+            logits = read_into(model, unread, cache)
         for _ in range(num_due):
             assert meta_token_id is not None
             emit(meta_token_id)
@@ -135,11 +143,13 @@ def decode(
         unread, num_text = [token], num_text + 1
 
 
-def _read(model: MetaTokenForCausalLM, ids: Sequence[int], cache: DynamicCache) -> Tensor:
+def read_into(model: MetaTokenForCausalLM, ids: Sequence[int], cache: DynamicCache) -> Tensor:
     """Read tokens into the cache, and return the logits (1, V) after the last one."""
+    policy = model.config.memory_policy
+    step = PREFILL_POSITIONS if policy is None else max(MEMORY_PREFILL_POSITIONS, policy.window)
     logits: Tensor | None = None
-    for start in range(0, len(ids), PREFILL_POSITIONS):
-        part = torch.tensor([ids[start : start + PREFILL_POSITIONS]], device=model.device)
+    for start in range(0, len(ids), step):
+        part = torch.tensor([ids[start : start + step]], device=model.device)
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     assert logits is not None
     return logits[:, -1]

@@ -5,7 +5,8 @@ transformers does to a cache (reorder, select, crop), and the others follow. `ge
 read, so masks and positions of transformers keep working.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -122,6 +123,26 @@ class MemoryState:
     def reset(self) -> None:
         """Forget everything."""
         self.columns = self.counts = self.index = self._lost = None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all that is known, by name; nothing must have been read with `records_past`."""
+        assert self.columns is not None
+        assert self.counts is not None
+        assert self._lost is not None
+        counts = {"num_text": self.counts.num_text, "num_anchors": self.counts.num_anchors}
+        lost = {"lost_text": self._lost.num_text, "lost_anchors": self._lost.num_anchors}
+        columns = {name: getattr(self.columns, name) for name in self._names()}
+        return {**columns, "num_read": torch.tensor(self.num_read), **counts, **lost}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `to_tensors` returned."""
+        self.columns = Columns(**{name: tensors[name] for name in self._names()})
+        self.counts = Counts(int(tensors["num_read"]), tensors["num_text"], tensors["num_anchors"])
+        self._lost = Counts(0, tensors["lost_text"], tensors["lost_anchors"])
+
+    @staticmethod
+    def _names() -> list[str]:
+        return [field.name for field in fields(Columns)]
 
 
 class MemoryDynamicLayer(MetaDynamicLayer):

@@ -148,12 +148,28 @@ def state_schedule(generation_config: GenerationConfig, schedule: MetaSchedule |
     generation_config._from_model_config = False
 
 
-def schedule_meta_tokens(text_ids: Sequence[int], schedule: MetaSchedule, *, meta_token_id: int) -> list[int]:
-    """Return a prompt with its scheduled meta-tokens; generation adds one that is due after the last text token."""
+def schedule_meta_tokens(
+    text_ids: Sequence[int],
+    schedule: MetaSchedule,
+    *,
+    meta_token_id: int,
+    num_text: int = 0,
+    num_meta: int = 0,
+    after_meta: bool = False,
+) -> list[int]:
+    """Return a prompt with its scheduled meta-tokens; generation adds one that is due after the last text token.
+
+    Args:
+        text_ids: The prompt.
+        schedule: Where meta-tokens go.
+        meta_token_id: The id to put there.
+        num_text: Text tokens before the prompt.
+        num_meta: Meta-tokens before the prompt.
+        after_meta: Whether the last token before the prompt is a meta-token.
+    """
     result: list[int] = []
-    num_meta = 0
-    for num_text, token in enumerate(text_ids):
-        while schedule.is_due(num_text, num_meta, result[-1:] == [meta_token_id]):
+    for num_before, token in enumerate(text_ids, start=num_text):
+        while schedule.is_due(num_before, num_meta, result[-1] == meta_token_id if result else after_meta):
             result.append(meta_token_id)
             num_meta += 1
         result.append(token)

@@ -1,0 +1,112 @@
+"""A compressed document goes on as the text itself would, with its model and no other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from commands import error_line, metatokens
+from metatokens.data.tokenizer import TextEncoder, train_tokenizer
+from metatokens.errors import DataError, UsageError
+from metatokens.generation.compressed import CompressedDocument, compress_document
+from metatokens.generation.decoding import generate_text
+from metatokens.language_model import LanguageModel
+from metatokens.model.accounting import cache_bytes
+from metatokens.model.schedule import NoSchedule, PeriodicSchedule, UniformSchedule, schedule_meta_tokens
+from tiny_models import tiny_model
+
+DOCUMENT = "the cat sat on the mat and the dog sat on the cat and it fell asleep there in the sun " * 2
+PROMPT = " and then the dog"
+SCHEDULES = [NoSchedule(), PeriodicSchedule(3), UniformSchedule(0.3, seed=2)]
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def fixture_tokenizer() -> Any:
+    return train_tokenizer([DOCUMENT] * 4, 280)
+
+
+def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
+    size = TextEncoder(tokenizer).vocab_size
+    fields = {"vocab_size": size + 2, "meta_token_id": size, "pad_token_id": size + 1, "max_position_embeddings": 256}
+    memory = {"window": 6, "num_sinks": 2}
+    return tiny_model(**{**fields, "memory": memory, "eos_token_id": 0, "bos_token_id": 0, **changes}, seed=seed)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"memory": {"window": 4, "memory_limit": 3}}, {"memory": {"window": 4, "anchors": "every", "layers": [1]}}],
+)
+def test_text_after_a_document_from_a_file_is_that_after_the_document_itself(
+    tokenizer: Any, schedule: Any, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = build(tokenizer, **({"meta_attention_layers": "none"} if "memory" in changes else {}), **changes)
+    options = {"schedule": schedule, "temperature": 0, "max_text_tokens": 20, "show_meta": True}
+    whole = generate_text(model, tokenizer, DOCUMENT + PROMPT, **options)
+    compress_document(model, tokenizer, DOCUMENT, schedule=schedule).save(tmp_path / "doc.safetensors")
+    document = CompressedDocument.load(tmp_path / "doc.safetensors")
+    assert document.schedule == schedule
+    for _ in range(2):  # asked twice
+        assert generate_text(model, tokenizer, PROMPT, memory=document, **options).text == whole.text
+    expected = cache_bytes(
+        model.config,
+        num_positions=document.read.num_positions,
+        num_meta=document.read.num_meta,
+        bytes_per_number=8,
+    )
+    assert document.num_bytes == expected.total < document.num_bytes_of_all(model.config)
+
+
+def test_a_prompt_goes_on_in_the_schedule_of_what_was_read() -> None:
+    for schedule in SCHEDULES:
+        whole = schedule_meta_tokens(range(40), schedule, meta_token_id=-1)
+        for cut in range(1, 40):
+            first = schedule_meta_tokens(range(cut), schedule, meta_token_id=-1)
+            counts = {"num_text": cut, "num_meta": len(first) - cut, "after_meta": first[-1] == -1}
+            assert first + schedule_meta_tokens(range(cut, 40), schedule, meta_token_id=-1, **counts) == whole
+
+
+def test_another_model_a_damaged_file_and_a_full_cache_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model, path = build(tokenizer), tmp_path / "doc.safetensors"
+    document = compress_document(model, tokenizer, DOCUMENT, schedule=PeriodicSchedule(3))
+    document.save(path)
+    options = {"schedule": PeriodicSchedule(3), "memory": document}
+    for other in (build(tokenizer, seed=1), build(tokenizer, memory={"window": 7, "num_sinks": 2})):
+        with pytest.raises(UsageError, match="compressed document: expected the model that read it"):
+            generate_text(other, tokenizer, PROMPT, **options)
+    with pytest.raises(UsageError, match="ask something"):
+        generate_text(model, tokenizer, "", **options)
+    with pytest.raises(UsageError, match="at most 256 positions"):
+        generate_text(model, tokenizer, PROMPT * 40, **options)
+    with pytest.raises(UsageError, match="1 to 256 positions"):
+        compress_document(model, tokenizer, DOCUMENT * 10, schedule=PeriodicSchedule(3))
+    with pytest.raises(UsageError, match="expected one in memory mode"):
+        compress_document(build(tokenizer, memory=None), tokenizer, DOCUMENT, schedule=PeriodicSchedule(3))
+
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    with pytest.raises(DataError, match="other tensors than were written"):
+        CompressedDocument.load(path)
+    save_file(load_file(path), path)
+    with pytest.raises(DataError, match="expected a metatokens compressed document"):
+        CompressedDocument.load(path)
+    with pytest.raises(DataError, match="metatokens compress"):
+        CompressedDocument.load(tmp_path / "none.safetensors")
+
+
+def test_both_commands_and_python_give_the_same_text(tokenizer: Any, tmp_path: Path) -> None:
+    model = LanguageModel(build(tokenizer).float(), tokenizer)
+    model.save(tmp_path / "model")
+    (tmp_path / "doc.txt").write_text(DOCUMENT)
+    out = tmp_path / "doc.safetensors"
+    metatokens("compress", tmp_path / "model", tmp_path / "doc.txt", "--every", 4, "--out", out)
+    asked = ("generate", tmp_path / "model", PROMPT, "--memory", out, "--temperature", 0, "--max-text-tokens", 9)
+    shown = metatokens(*asked).stdout
+    document = model.compress(DOCUMENT, every=4)
+    text = model.generate(PROMPT, memory=document, temperature=0, max_text_tokens=9).text
+    assert shown.strip() == (PROMPT + text).strip()
+    torch.testing.assert_close(dict(CompressedDocument.load(out).tensors), dict(document.tensors))
+    LanguageModel(build(tokenizer, seed=1).float(), tokenizer).save(tmp_path / "other")
+    assert "the model that read it" in error_line("generate", tmp_path / "other", *asked[2:], code=2)
