@@ -1,8 +1,8 @@
 """A hook of MkDocs: the site shows the repository's other pages too, and every file that a page links to.
 
 README.md is the start page. A file of the repository outside of docs/ keeps its path on the site, so links between
-pages hold there as they do in the repository. The comments after
-quoted numbers, which `make facts` reads, are left out.
+pages hold there as they do in the repository. A link to a folder with the results of an analysis leads to its page,
+which is drawn here. The comments after quoted numbers, which `make facts` reads, are left out.
 """
 
 import posixpath
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from metatokens.analysis.results import RESULTS_NAME, read_results
+from metatokens.report.page import PAGE_NAME, render_page
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(\]\()([^)#\s]+)([)#])")
@@ -25,11 +28,14 @@ def on_files(files: Files, *, config: Any) -> Files:
     seen = set()
     while waiting:
         path = waiting.pop()
-        if path in seen or not path.is_file():
+        is_analysis = path.name == PAGE_NAME and (path.parent / RESULTS_NAME).is_file()
+        if path in seen or not (is_analysis or path.is_file()):
             continue
         seen.add(path)
         uri = _site_path(path)
-        if files.get_file_from_path(uri) is None:
+        if is_analysis:
+            files.append(File.generated(config, uri, content=render_page(*read_results(path.parent))))
+        elif files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, abs_src_path=str(path)))
         if path.suffix == ".md":
             text = _CODE.sub("", path.read_text(encoding="utf-8"))
@@ -52,9 +58,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
 
 
 def _target(page: Path, link: str) -> Path:
-    """Return the file that a link leads to; of a folder with an analysis, its report."""
+    """Return the file that a link leads to; of a folder with an analysis, its page."""
     path = (page.parent / link).resolve()
-    return path / "report.html" if path.is_dir() else path
+    return path / PAGE_NAME if path.is_dir() else path
 
 
 def _site_path(path: Path) -> str:

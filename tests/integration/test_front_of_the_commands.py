@@ -10,7 +10,7 @@ import pytest
 
 from commands import error_line, metatokens
 from metatokens.cli import VERBS
-from metatokens.cli.arguments import INTERVENTIONS
+from metatokens.cli.arguments import INTERVENTIONS, _as_declared
 from metatokens.cli.output import announce
 from metatokens.config.loading import preset_names
 from metatokens.evaluation.interventions import KINDS
@@ -110,6 +110,23 @@ def test_a_command_without_a_verb_shows_the_help() -> None:
 )
 def test_a_misspelt_word_gets_the_nearest_one(command: list[str], meant: str) -> None:
     assert f"did you mean {meant!r}?" in error_line(*command, code=2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", MISSING, "Once", "--show_meta", "--max_text_tokens=3"],
+        ["perplexity", MISSING, "text.txt", "--dry_run"],
+        ["evaluate", MISSING, "--batch-size", "4", "--dry_run"],  # a field, and a flag among fields
+        ["analyze", MISSING, "--out", "analysis", "--view-tokens=64", "--dry_run"],
+    ],
+)
+def test_options_may_be_written_with_either_dash(command: list[str]) -> None:
+    assert MISSING in error_line(*command, code=4)
+
+
+def test_what_stands_behind_two_dashes_stays_as_it_is() -> None:
+    assert _as_declared(["--show_meta", "--", "--show_meta"], ["--show-meta"]) == ["--show-meta", "--", "--show_meta"]
 
 
 @pytest.mark.parametrize(

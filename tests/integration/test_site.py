@@ -24,4 +24,12 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)[^>]*href=\"?([^\"\s>]+)", text)
         assert [address for address in loaded if "//" in address] == [], page.name
         assert "<!-- =" not in text  # the sources of numbers
+    for name, says in (
+        ("parity", "The answer moves item"),
+        ("list_recall", "Zeroing"),
+        ("books", "resembles the text right before it more"),
+    ):
+        drawn = (tmp_path / "experiments/tiny-analysis" / name / "report.html").read_text()
+        assert says in drawn, "the page of an analysis opens with its findings"
+        assert "arrays.npz is not here" in drawn
     assert "inject_into_prompt" in (tmp_path / "api.html").read_text()

@@ -146,11 +146,17 @@ def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
 def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     """Return what `write_results` wrote.
 
+    Results that never had a digest of their arrays, such as those kept in a repository, may stand alone; a line of
+    `not_run` then says what is missing.
+
     Raises:
         DataError: files that are missing, broken, altered or of another version.
     """
     results, digest = read_results_file(folder / RESULTS_NAME)
     path = folder / ARRAYS_NAME
+    if digest is None and not path.exists():
+        line = f"token view, documents behind heat maps, points of the theorem: {ARRAYS_NAME} is not here"
+        return results.model_copy(update={"token_views": (), "not_run": (*results.not_run, line)}), {}
     try:
         arrays = _read_arrays(path)
         if digest is not None and (found := file_sha256(path)) != digest:

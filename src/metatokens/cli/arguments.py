@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +44,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.register("type", Path, path)
         self.register("type", float, finite_number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, with - and _ alike in the names of flags."""
+        return super().parse_known_args(_as_declared(args or [], self._option_string_actions), namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
@@ -95,8 +100,9 @@ def add_overrides(parser: argparse.ArgumentParser, schema: str, others: Mapping[
 
     def parse_known_args(arguments: Any = None, namespace: Any = None) -> Any:
         given.extend(arguments)
+        flags = parser._option_string_actions
         # argparse would take the value of an override for an argument of the verb
-        rest, overrides = _split_overrides(list(arguments), parser._option_string_actions)
+        rest, overrides = _split_overrides(_as_declared(arguments, flags), flags)
         options, unknown = own_arguments(rest, namespace)
         return options, [*unknown, *overrides]
 
@@ -127,6 +133,17 @@ def _preset_among(arguments: Sequence[str], schema: Any) -> tuple[str, dict[str,
         with suppress(UsageError, ValueError):
             return argument, load_preset(argument, schema=schema).model_dump(mode="json")
     return "the defaults", {}
+
+
+def _as_declared(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Return the arguments with each flag as it was declared, where one was written with _ for - or the reverse."""
+    declared = {flag.replace("_", "-"): flag for flag in flags}
+    options = list(takewhile(lambda argument: argument != "--", arguments))
+    written = []
+    for argument in options:
+        name, *value = argument.split("=", 1) if argument.startswith("--") else [argument]
+        written.append("=".join([declared.get(name.replace("_", "-"), name), *value]))
+    return [*written, *arguments[len(options) :]]
 
 
 def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:

@@ -46,6 +46,20 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
         assert one == two
 
 
+def test_results_that_are_kept_without_their_arrays_make_a_page_that_says_so(tmp_path: Path) -> None:
+    results, arrays = build_results()
+    kept = of_measures(results, ["entropy", "sharpening"])
+    (tmp_path / "results.json").write_text(json.dumps(kept.model_dump(mode="json")))
+    page = write_report(tmp_path).read_text()
+    assert "arrays.npz is not here" in page
+    assert 'id="figure-attention-maps"' in page
+    assert HOSTILE not in page
+    write_results(tmp_path, kept, arrays)  # which states the digest of its arrays
+    (tmp_path / "arrays.npz").unlink()
+    with pytest.raises(DataError, match=r"arrays\.npz"):
+        write_report(tmp_path)
+
+
 def test_figures_of_an_earlier_analysis_do_not_stay_behind(tmp_path: Path) -> None:
     results, _ = build_results()
     (tmp_path / "figures").mkdir()
