@@ -94,6 +94,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
+    options: argparse.Namespace
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:
         remedy = nearest_name(overrides[0].partition("=")[0], options.flags) or f"see `metatokens {arguments[0]} -h`"
