@@ -14,6 +14,8 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from commands import metatokens
+from long_texts import byte_tokenizer, write_model, write_stories
+from metatokens.data.tokenizer import build_hf_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,6 +38,8 @@ PROVIDED = {
     "doc.txt": ("doc.txt",),
     "articles.jsonl.gz": ("articles.jsonl.gz",),
     "experiments": ("experiments",),
+    "llm": ("llm",),
+    "babi": ("babi",),
 }
 
 
@@ -62,6 +66,8 @@ def made(docs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with gzip.open(folder / "articles.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"body": f"Article {number} has a body. " * 20}) + "\n" for number in range(20))
     (folder / "experiments").symlink_to(ROOT / "experiments")
+    build_hf_tokenizer(byte_tokenizer()).save_pretrained(write_model(folder / "llm"))
+    write_stories(folder / "babi")
     for command in (
         "metatokens prepare books --out tokens --validation-fraction 0.2",
         "metatokens pretrain tiny/meta --data.path tokens --out run",

@@ -117,7 +117,7 @@ def _run_long_context(options: argparse.Namespace) -> int:
     from metatokens.evaluation.long_context.suite import check_suite, evaluate_long_context
     from metatokens.training.distributed import choose_device
 
-    subject = open_subject(choose_device(config.device))
+    subject = open_subject(choose_device(config.device), config.dtype)
     check_suite(subject, config)
     if options.dry_run:
         plan = {"texts": len(config.tasks) * len(config.lengths) * config.instances, **config.model_dump(mode="json")}
@@ -134,8 +134,8 @@ def _run_long_context(options: argparse.Namespace) -> int:
     return 0
 
 
-def _opener(path: Path) -> Callable[[Any], Any]:
-    """Check the path of a model and return what opens it on a device, as a `Subject`."""
+def _opener(path: Path) -> Callable[[Any, str], Any]:
+    """Check the path of a model and return what opens it on a device, in a dtype, as a `Subject`."""
     from metatokens.baselines.gguf import SUFFIX, load_gguf
     from metatokens.training.loading import ModelFolder
 
@@ -146,13 +146,16 @@ def _opener(path: Path) -> Callable[[Any], Any]:
     elif not path.is_file():
         raise CheckpointError(str(path), expected="a GGUF file", found="none", remedy="check the spelling")
 
-    def open_on(device: Any) -> Any:
+    def open_on(device: Any, dtype: str) -> Any:
+        import torch
+
         from metatokens.evaluation.long_context.subject import Subject
 
         if is_gguf:
             model, tokenizer = load_gguf(path)
-            return Subject(model.to(device), tokenizer)
-        return Subject(folder.open_model().to(device), folder.tokenizer, prefix=folder.prefix_ids)
+            return Subject(model.to(device, getattr(torch, dtype)), tokenizer)
+        model = folder.open_model().to(device, getattr(torch, dtype))
+        return Subject(model, folder.tokenizer, prefix=folder.prefix_ids)
 
     return open_on
 

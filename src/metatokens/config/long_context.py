@@ -42,3 +42,5 @@ class LongContextConfig(Frozen):
     """Seed of the texts and of the bootstrap over books."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, keys and values; bfloat16 halves the bytes of a cache."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +31,35 @@ class Row:
     """Columns of the tokens that are scored, each by the logits of the column before it."""
 
 
+class SubjectTokens:
+    """The tokenizer of a model under test: text to ids, as the model is used to them."""
+
+    def __init__(self, tokenizer: AnyTokenizer, *, prefix: tuple[int, ...] | None = None) -> None:
+        """Take a tokenizer.
+
+        Args:
+            tokenizer: of the model.
+            prefix: ids before every text; None means those that a tokenizer of transformers puts there, or else none.
+        """
+        # not the bulk encoder, which refuses a vocabulary without every byte, such as SmolLM2's
+        self._tokenizer = as_text_tokenizer(tokenizer)
+        self._prefix = list(prefix_ids(tokenizer) if prefix is None else prefix)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of text tokens; a later id is never an answer."""
+        return text_vocab_size(self._tokenizer)
+
+    @cached_property
+    def ends_clause(self) -> npt.NDArray[np.bool_]:
+        """(V,), which tokens end a clause."""
+        return ends_clause_table(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text behind the prefix, without meta-tokens."""
+        return [*self._prefix, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+
+
 class Subject:
     """A causal language model of transformers, or of this package, with its tokenizer."""
 
@@ -39,30 +69,21 @@ class Subject:
         Args:
             model: in evaluation mode. One of this package reads its meta-tokens where its checkpoint says.
             tokenizer: of the model.
-            prefix: ids before every text; None means those that a tokenizer of transformers puts there, or else none.
+            prefix: as for `SubjectTokens`.
         """
         # what `metatokens.load` has wrapped is read as it came
         self.model = getattr(model, "wrapped", model)
-        # not the bulk encoder, which refuses a vocabulary without every byte, such as SmolLM2's
-        self._tokenizer = as_text_tokenizer(tokenizer)
-        self._prefix = list(prefix_ids(tokenizer) if prefix is None else prefix)
+        self.tokens = SubjectTokens(tokenizer, prefix=prefix)
+        self.encode = self.tokens.encode
+        self.vocab_size = self.tokens.vocab_size
         self._schedule = read_schedule(getattr(model.generation_config, "meta_schedule", None)) or NoSchedule()
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Number of text tokens; a later id is never an answer."""
-        return text_vocab_size(self._tokenizer)
 
     @cached_property
     def separators(self) -> Tensor:
         """(rows of the embedding,) bool, on the model's device: which tokens end a clause."""
-        table = ends_clause_table(self._tokenizer)
+        table = self.tokens.ends_clause
         rows = max(self.model.get_input_embeddings().weight.shape[0], len(table))
         return torch.from_numpy(np.pad(table, (0, rows - len(table)))).to(self.model.device)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text behind the tokenizer's prefix; meta-tokens come later."""
-        return [*self._prefix, *self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def row_of(self, item: Item) -> Row:
         """Return the row of an item, whose targets are its answer."""
