@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-MODULES = ("kills", "corruptions")
+MODULES = ("kills", "corruptions", "texts")
 
 
 @dataclass
@@ -103,6 +103,7 @@ def run_kind(name: str, kind: Kind, times: int, seed: int, shared: Path) -> Outc
             except Exception as error:  # noqa: BLE001 - whatever went wrong is the result
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 outcome.failures.append(f"seed {own_seed}: {type(error).__name__}: {error} ({where.name})")
+                outcome.failures[-1] += "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         outcome.add(Outcome(kind.counts, cases=1, tally=case.tally))
     outcome.seconds = round(time.monotonic() - began, 1)
     say(f"seed {seed}: {name:28} {outcome.done:5} {kind.counts} in {outcome.seconds} s, {len(outcome.failures)} failed")

@@ -160,6 +160,9 @@ def kill_a_worker_of_torchrun(case: Case) -> int:
             kills += 1
             case.tally[kind_of_run(way, config)] += 1
         assert job.wait(SECONDS) == 0, (case.folder / "errors").read_text()[-2000:]
+    except AssertionError as error:  # it has waited too long
+        error.add_note((case.folder / "errors").read_text()[-4000:])
+        raise
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ from pyarrow import parquet
 from small_corpus import prepare_corpus
 
 from metatokens import pretrain
+from metatokens.analysis.results import read_results, write_results
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.prepare import prepare
@@ -28,9 +29,12 @@ from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import load_text_tokenizer
 from metatokens.errors import DataError
+from metatokens.report.sweep_results import RESULTS_FORMAT, FailedRun, SweepResults, load_results, to_json
+from metatokens.storage import write_sealed
 from metatokens.training.checkpoint import find_checkpoint, load_checkpoint, read_state, step_folders
 from metatokens.training.loading import ModelFolder
 from metatokens.training.optimizer import build_optimizer
+from synthetic_results import build_results
 
 SPEEDS = ("run", "model", "text_tokens_per_second", "meta_tokens_per_second", "waited_for_batches")
 
@@ -65,7 +69,7 @@ def read_tokens(case: Case, folder: Path) -> Any:
     del case
     with TokenDataset.open(folder) as dataset:
         ids = [dataset.read(split, 0, dataset.num_tokens(split)).tobytes() for split in ("train", "validation")]
-        return dataset.content_id, ids, dataset.tokenizer().to_str()
+        return dataset.manifest, ids, dataset.tokenizer().to_str()
 
 
 def make_checkpoint(way: str) -> Callable[[Case, Path, int], object]:
@@ -134,6 +138,31 @@ def make_tokenizer(case: Case, folder: Path, variant: int) -> None:
         path.unlink()
 
 
+def make_analysis(case: Case, folder: Path, variant: int) -> None:
+    del case
+    results, arrays = build_results()
+    write_results(folder, results.model_copy(update={"seed": variant}), {k: v + variant for k, v in arrays.items()})
+
+
+def read_analysis(case: Case, folder: Path) -> Any:
+    del case
+    results, arrays = read_results(folder)
+    return results, {name: (array.shape, array.dtype.str, array.tobytes()) for name, array in arrays.items()}
+
+
+def make_sweep(case: Case, folder: Path, variant: int) -> None:
+    del case
+    folder.mkdir()
+    failed = (FailedRun("meta-0", f"loss {variant} is not finite"),)
+    results = SweepResults(RESULTS_FORMAT, {"axes": {"arm": ["meta"]}}, "arm", 3, 2, failed, {"torch": "2"}, ())
+    write_sealed(folder / "results.json", to_json(results))
+
+
+def read_sweep(case: Case, folder: Path) -> SweepResults:
+    del case
+    return load_results(folder / "results.json")
+
+
 def make_sources(case: Case, folder: Path, variant: int) -> None:
     """Write the same documents in each packed form; a plain text says nothing of whether it is whole."""
     del case
@@ -195,11 +224,13 @@ SUBJECTS = {
         frozenset({3}),
         ("pretrain", "tiny/meta", "--data.path", "{}", "--dry-run", "--out", "{}-out"),
     ),
-    "checkpoint": Subject(make_checkpoint("single"), read_checkpoint, frozenset({4})),
-    "checkpoint in parts": Subject(make_checkpoint("fsdp2"), read_checkpoint, frozenset({4})),
+    "checkpoint": Subject(make_checkpoint("single"), read_checkpoint, frozenset({4}), ("verify", "{}")),
+    "checkpoint in parts": Subject(make_checkpoint("fsdp2"), read_checkpoint, frozenset({4}), ("verify", "{}")),
     "run": Subject(make_run, read_run, frozenset({2, 3, 4}), spares=("README.md", "versions.json")),
     "model": Subject(make_model, read_model, frozenset({4}), ("perplexity", "{}", "{}.txt")),
     "tokenizer": Subject(make_tokenizer, read_tokenizer, frozenset({2, 4})),
+    "analysis": Subject(make_analysis, read_analysis, frozenset({3}), ("report", "{}", "--out", "{}-out")),
+    "sweep": Subject(make_sweep, read_sweep, frozenset({3}), ("verify", "{}"), is_closed=False),
     "packed sources": Subject(make_sources, read_sources, frozenset({3}), is_closed=False),
     "interrupted preparation": Subject(make_interrupted, read_interrupted, frozenset({3}), spares=("*.txt",)),
 }

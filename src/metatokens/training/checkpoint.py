@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,6 +47,8 @@ TensorForm = tuple[tuple[int, ...], torch.dtype]
 @dataclass(frozen=True)
 class TrainingState:
     """The part of a checkpoint besides tensors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # `read_state` checks keys and types
 
     step: int
     """Optimizer steps done, and so the number of the next one, counted from 0."""
@@ -245,10 +248,15 @@ def read_state(path: Path) -> TrainingState:
         CheckpointError: if the file is missing, or is not a state that this version can read.
     """
     try:
-        return TrainingState(**json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return TypeAdapter(TrainingState).validate_json((path / STATE).read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_context=False)[0]
+            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            found = error.strerror or str(error)
         raise CheckpointError(
-            str(path / STATE), expected="a training state", found=str(error), remedy="use another checkpoint"
+            str(path / STATE), expected="a training state", found=found, remedy="use another checkpoint"
         ) from None
 
 
