@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from metatokens.bench.turns import time_in_turns
 from metatokens.config.schema import PunctuationInjection, UniformInjection
 from metatokens.data.adopt import adopt
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
@@ -34,7 +35,6 @@ from metatokens.data.prepare import prepare
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
 from metatokens.data.tokenizer import TextEncoder, load_text_tokenizer
-from metatokens.evaluation.speed import time_in_turns
 
 BLOCK_SIZE, BATCH_BLOCKS, RATIO = 1024, 64, 0.1  # paper section 4.1; a batch that stays in cache
 COPIED_BYTES = 1 << 28  # more than any cache holds

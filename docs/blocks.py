@@ -27,7 +27,7 @@ NOT_RUN = {
     "from trl import ": "trl is in no extra of the package; docs/compatibility.md says what was tried",
     "metatokens demo --dry-run": "",
     "metatokens demo": "takes minutes; tests/integration/test_demo.py runs it at a small size",
-    "python benchmarks/gpu.py ": "wants a GPU; tests/integration/test_gpu_benchmark.py runs it on the CPU",
+    "python benchmarks/gpu.py ": "wants a GPU; tests/integration/test_benchmark_scripts.py runs it on the CPU",
     "metatokens prepare allenai/c4": "downloads",
     "metatokens sweep experiments/": "plans 60 runs; tests/integration/test_sweep_command.py runs a small grid",
     "metatokens finetune paper/recall-gpt-neo": "downloads; test_pretrained_arms.py runs a tiny GPT-Neo",

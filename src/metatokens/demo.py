@@ -11,7 +11,6 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 
 from metatokens.analysis.results import read_results, write_results
 from metatokens.analysis.run import Identity, analyze
-from metatokens.bench.turns import ratio, take_turns, timed
+from metatokens.bench.turns import ratio, time_in_turns
 from metatokens.config.analysis import AnalysisConfig, Part
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.loading import load_preset
@@ -403,12 +402,7 @@ def _time_steps(configs: Mapping[str, PretrainConfig], dataset: TokenDataset, ro
     meta = configs["meta"]
     arms = {**configs, "pause": meta.model_copy(update={"model": configs["plain"].model})}
     steps = {name: _training_step(config, config.injection, dataset) for name, config in arms.items()}
-    turns = {name: partial(_time_step, step) for name, step in steps.items()}
-    return {name: parts["step"] for name, parts in take_turns(turns, rounds=rounds).items()}
-
-
-def _time_step(step: Callable[[], None]) -> dict[str, float]:
-    return {"step": timed(step)}
+    return time_in_turns(steps, rounds=rounds)
 
 
 def _training_step(config: PretrainConfig, injection: Injection, dataset: TokenDataset) -> Callable[[], None]:

@@ -53,6 +53,12 @@ def take_turns(
     return seconds
 
 
+def time_in_turns(tasks: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Let tasks of a single part take turns, and return the seconds of each in each round."""
+    turns: dict[str, Turn] = {name: lambda task=task: {"all": timed(task)} for name, task in tasks.items()}  # type: ignore[misc]
+    return {name: parts["all"] for name, parts in take_turns(turns, rounds=rounds, warmup=warmup).items()}
+
+
 def timed(work: Callable[[], Any]) -> float:
     """Return the seconds that some work takes; on a GPU, until its work there is done."""
     _wait_for_device()

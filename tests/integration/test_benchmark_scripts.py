@@ -1,7 +1,8 @@
-"""The one command for a GPU runs all of its tasks on the CPU at a tiny size, and its checks can fail."""
+"""Scripts of the benchmarks start; the one for a GPU runs all of its tasks on the CPU, and its checks can fail."""
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,16 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "gpu.py"
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_every_script_finds_what_it_imports_and_shows_its_help(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "-h"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
 
 
 @pytest.fixture(scope="module")
