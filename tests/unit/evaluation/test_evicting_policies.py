@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
+from memory_policies import POLICIES as MEMORIES
 from metatokens.errors import UsageError
 from metatokens.evaluation.eviction import POLICIES, Budget, Reader
-from tiny_models import randomize, tiny_model
+from tiny_models import attention_mask_of, randomize, tiny_model, tokens
 
 LENGTH = 41
 BUDGET = Budget(columns=14, length=LENGTH, sinks=2, window=6)
@@ -195,6 +196,28 @@ def test_models_of_this_package_are_read_in_their_own_cache_and_plain_ones_under
         readers = [Reader(plain, POLICIES[policy], BUDGET, separators=separators) for _ in range(2)]
         pieces = [readers[0].read(text[:, i : i + 1]) for i in range(33)]
         assert largest(torch.cat(pieces, 1) - readers[1].read(text)) < 1e-10
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_model_in_memory_mode_is_read_in_its_own_cache_whose_columns_are_counted(name: str) -> None:
+    model = tiny_model(memory=MEMORIES[name])
+    rows = ("x_xxx_xx_xxxx_xxxxx_x_xx", "......xx_xxxx_xxxxx_x_xx")
+    batch = tokens(*rows)
+    mask = attention_mask_of(batch)
+    reader = Reader(model, POLICIES["full"], BUDGET)
+    together = torch.cat([reader.read(batch[:, i : i + 5], mask[:, i : i + 5]) for i in range(0, 24, 5)], 1)
+    counts = reader.count_columns()
+    for row, drawn in enumerate(rows):
+        text = batch[row : row + 1, drawn.count(".") :]
+        assert largest(together[row, drawn.count(".") :] - model(text, use_cache=False).logits[0]) < 1e-10
+        alone = Reader(model, POLICIES["full"], BUDGET)
+        alone.read(text)
+        assert alone.count_columns() == [counts[row]]
+        # the first layer's cache and that of its meta-attention
+        layer = alone.cache.layers[0]
+        assert counts[row] == layer.keys.shape[2] + layer.num_meta < 24 + 6
+    with pytest.raises(UsageError, match="layers of another kind"):
+        Reader(model, POLICIES["sinks"], BUDGET)
 
 
 def refusals() -> Iterator[tuple[Any, str]]:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, DynamicLayer
 from metatokens.errors import UsageError
 from metatokens.evaluation.eviction.policies import Budget, Columns, Policy
 from metatokens.model.compatibility import CACHE_NAME
+from metatokens.model.generation import MetaTokenGenerationMixin
 
 NOTHING = -1  # the position of a column that a row lacks
 
@@ -146,7 +147,9 @@ class Reader:
             UsageError: the policy drops columns, and the model cannot do without them.
         """
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        # a model of this package counts a padded row from its first token by itself, and memory mode in its own way
+        counts_itself = policy.name == "full" and isinstance(model, MetaTokenGenerationMixin)
+        self._needs_positions = "position_ids" in inspect.signature(model.forward).parameters and not counts_itself
         self._separators = separators
         self._read = 0
         self._mask: Tensor | None = None
@@ -178,12 +181,12 @@ class Reader:
         self._counts = positions[:, -1:] + 1
         self._mask = is_token if self._mask is None else torch.cat([self._mask, is_token], 1)
         inputs: dict[str, Any] = {}
-        if self._takes_positions:
-            inputs["position_ids"] = positions.clamp(min=0)
         if self.plan is not None:
             inputs["attention_mask"] = self._four_dimensional(positions.masked_fill(is_token == 0, NOTHING), input_ids)
         elif not bool(self._mask.all()):
             inputs["attention_mask"] = self._mask
+        if self._needs_positions and "attention_mask" in inputs:
+            inputs["position_ids"] = positions.clamp(min=0)
         logits: Tensor = self.model(
             input_ids=input_ids, use_cache=True, logits_to_keep=logits_to_keep, **{CACHE_NAME: self.cache}, **inputs
         ).logits
@@ -200,25 +203,29 @@ class Reader:
         return hidden.masked_fill(visible, 0)[:, None]
 
     def count_columns(self) -> list[int]:
-        """Return how many columns the fullest layer holds for each row, padding left out."""
+        """Return how many columns the fullest layer holds for each row: a second cache counts, padding does not."""
         assert self._mask is not None
         if self.plan is not None and self.plan.columns is not None:
             return [int(count) for count in (self.plan.columns.positions != NOTHING).sum(-1)]
-        held = max(
-            sum(
-                states.shape[-2]
-                for states in (getattr(layer, name, None) for name in ("keys", "meta_keys"))
-                if states is not None
-            )
-            for layer in self.cache.layers
-        )
         padding = (self._mask == 0).sum(-1)
-        return [held - int(count) for count in padding]
+        held = torch.stack([_held(layer, padding) for layer in self.cache.layers])
+        return [int(count) for count in held.amax(0)]
 
     def count_bytes(self) -> int:
         """Return the bytes of all keys, values and other states in the cache, for all rows together."""
         tensors = (value for layer in self.cache.layers for value in vars(layer).values())
         return sum(value.nbytes for value in tensors if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _held(layer: Any, padding: Tensor) -> Tensor:
+    """Return (B,) how many columns a layer of the model's own cache holds for each row."""
+    state = getattr(layer, "state", None)  # of memory mode, whose rows are ragged
+    if state is not None and state.columns is not None:
+        held: Tensor = state.columns.is_real.sum(-1)
+    else:
+        held = layer.keys.shape[-2] - padding
+    meta_columns = getattr(layer, "meta_columns", None)
+    return held if meta_columns is None else held + (meta_columns >= 0).sum(-1)
 
 
 def check_evictable(model: Any) -> None:
