@@ -176,8 +176,9 @@ def _block_statistics(scores: Tensor, visible: Tensor, is_meta: Tensor) -> RowSt
     seen = visible.expand(meta.shape)
     num_keys = seen.sum(-1)
     has_keys = num_keys > 0
-    meta_lse, meta_entropy = _softmax_over(scores, meta)
-    text_lse, text_entropy = _softmax_over(scores, seen & ~meta)
+    of_meta = is_meta.reshape(-1, is_meta.shape[-1]).any(0)  # few columns, which alone are looked at
+    meta_lse, meta_entropy, meta_largest = softmax_over(scores[..., of_meta], meta[..., of_meta])
+    text_lse, text_entropy, text_largest = softmax_over(scores, seen & ~meta)
     log_odds = meta_lse - text_lse
     mass, rest = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
     # a set without keys has no entropy, and no weight
@@ -191,17 +192,28 @@ def _block_statistics(scores: Tensor, visible: Tensor, is_meta: Tensor) -> RowSt
         sink_mass=torch.where(has_keys, sink, torch.nan),
         num_keys=num_keys,
         num_meta_keys=meta.sum(-1),
-        max_score=torch.where(seen, scores, -torch.inf).amax(-1),
+        max_score=torch.maximum(meta_largest, text_largest),
     )
 
 
-def _softmax_over(scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ln Z and H of each row over the given keys; minus infinity and NaN where it has none."""
+def softmax_over(scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ln Z, H and the largest score of each row (..., Q) over some keys.
+
+    Args:
+        scores: (..., Q, K).
+        keys: (..., Q, K) bool, True at the keys that count.
+
+    Returns:
+        Minus infinity, NaN and minus infinity where a row has none.
+    """
+    if not scores.shape[-1]:
+        none = scores.new_full(scores.shape[:-1], -torch.inf)
+        return none, torch.full_like(none, torch.nan), none
     kept = torch.where(keys, scores, -torch.inf)
     largest = kept.amax(-1)
-    shifted = kept - torch.where(largest.isfinite(), largest, 0)[..., None]
+    shifted = kept.sub_(torch.where(largest.isfinite(), largest, 0)[..., None])
     weights = shifted.exp()
     norm = weights.sum(-1)
     # H = ln Z' + U / Z' of the shifted scores: neither term is negative
-    mean = (weights * torch.where(keys, shifted, 0)).sum(-1) / norm
-    return largest + norm.log(), norm.log() - mean
+    mean = weights.mul_(shifted.masked_fill_(~keys, 0)).sum(-1) / norm
+    return largest + norm.log(), norm.log() - mean, largest

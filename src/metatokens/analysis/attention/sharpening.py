@@ -23,7 +23,7 @@ from metatokens.evaluation.interventions import ZeroEmbedding, intervene
 from metatokens.lens.lens import AttentionCall, Lens
 
 AUDITED_SCORES = 2**19
-"""Scores at a time in the audit, which holds about twenty float64 arrays of them: 80 MB."""
+"""Scores at a time in the audit, which holds about ten float64 arrays of them: 40 MB."""
 SAMPLED_EDGES = 40
 """Edges to meta keys that each document and layer leaves for the theorem's scatter plot."""
 
@@ -171,7 +171,11 @@ def _sample(points: Tensor, boosts: KeyBoosts, generator: torch.Generator) -> Te
 
 @shared
 def effects_of(inputs: Inputs) -> Mapping[str, Array]:
-    """Return the effects of the embedding on all documents, NaN at those without a meta-token that a query sees."""
+    """Return the effects of the embedding on all documents, NaN at those without a meta-token that a query sees.
+
+    In a narrow model this takes more than ten forward passes: each score of the two runs is looked at in float64, by
+    about ten operations, and heads of few dimensions make a score with as few.
+    """
     queries = StratifiedQueries(inputs.config.queries, inputs.config.seed)
     effects = attention_effects(inputs.lens, inputs.subject.documents, queries=queries)
     left_out = int(np.isnan(effects["edges"]).all(axis=(1, 2)).sum())

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metatokens.analysis.attention.rows import binary_entropy
+from metatokens.analysis.attention.rows import binary_entropy, softmax_over
 
 BISECTIONS = 60
 """Halvings of the bracket of the critical boost: to the last bit of float64."""
@@ -86,7 +86,16 @@ class RowAudit(NamedTuple):
     """Of each edge to a meta key."""
 
 
-def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, keys: Tensor) -> KeyBoosts:
+class _RowSums(NamedTuple):
+    """Of rows, or of one set of their keys; (B, H, Q) float64 each."""
+
+    log_norm: Tensor
+    """Logarithm of the sum of e^score."""
+    entropy: Tensor
+    """Of the softmax over these keys alone, nats."""
+
+
+def _key_boosts(before: Tensor, after: Tensor, *, visible: Tensor, keys: Tensor, ablated: _RowSums) -> KeyBoosts:
     """Return the margin of some keys in the ablated run, and their boosts.
 
     The boost is the rise of a key's score minus the mean rise of its competitors, weighted as in the ablated run:
@@ -94,17 +103,16 @@ def key_boosts(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
     nothing is known of the others.
 
     Args:
-        scores_without: (B, H, Q, K) scores of the ablated run.
-        scores_with: (B, H, Q, K) scores of the full run.
+        before: (B, H, Q, K) float64 scores of the ablated run.
+        after: (B, H, Q, K) float64 scores of the full run.
         visible: (B, H, Q, K) bool.
         keys: (B, M) int64, indices of the keys to look at; -1 for none.
+        ablated: The rows of the ablated run.
     """
-    before, after = scores_without.double(), scores_with.double()
-    weights = _weights(before, visible)
-    before, after = torch.where(visible, before, 0), torch.where(visible, after, 0)
-    log_norm = torch.where(visible, before, -torch.inf).logsumexp(-1, keepdim=True)
-    mean_before, mean_after = ((weights * scores).sum(-1, keepdim=True) for scores in (before, after))
-    entropy = torch.special.entr(weights).sum(-1, keepdim=True)
+    log_norm, entropy = ablated.log_norm[..., None], ablated.entropy[..., None]
+    weights = torch.where(visible, before, -torch.inf).sub_(log_norm).exp_()
+    mean_before = log_norm - entropy  # H = ln Z - E[s]
+    mean_after = weights.mul_(torch.where(visible, after, 0)).sum(-1, keepdim=True)
 
     index = keys.clamp(min=0)[:, None, None, :].expand(*before.shape[:3], -1)
     before, after, sees = before.gather(-1, index), after.gather(-1, index), visible.gather(-1, index)
@@ -132,14 +140,17 @@ def audit_rows(scores_without: Tensor, scores_with: Tensor, *, visible: Tensor, 
     """
     before, after = scores_without.double(), scores_with.double()
     visible = visible.expand(before.shape)
-    meta = visible & is_meta[:, None, None, :]
-    mixed = torch.where(meta, after, before), torch.where(meta, before, after)
-    entropies = [_row_entropy(scores, visible) for scores in (before, after, *mixed)]
+    of_meta = is_meta.any(0)  # few columns, which alone are looked at
+    meta, text = visible & is_meta[:, None, None, :], visible & ~is_meta[:, None, None, :]
+    meta_before, meta_after = (_sums(scores[..., of_meta], meta[..., of_meta]) for scores in (before, after))
+    text_before, text_after = (_sums(scores, text) for scores in (before, after))
+    without, with_all = _join(meta_before, text_before), _join(meta_after, text_after)
+    meta_first, meta_last = _join(meta_after, text_before), _join(meta_before, text_after)
     return RowAudit(
-        entropies[0],
-        entropies[1],
-        ((entropies[2] - entropies[0]) + (entropies[1] - entropies[3])) / 2,
-        key_boosts(before, after, visible=visible, keys=_indices_of(is_meta)),
+        without.entropy,
+        with_all.entropy,
+        ((meta_first.entropy - without.entropy) + (with_all.entropy - meta_last.entropy)) / 2,
+        _key_boosts(before, after, visible=visible, keys=_indices_of(is_meta), ablated=without),
     )
 
 
@@ -150,10 +161,15 @@ def _indices_of(members: Tensor) -> Tensor:
     return torch.where(members.gather(1, order), order, -1)
 
 
-def _weights(scores: Tensor, visible: Tensor) -> Tensor:
-    return torch.where(visible, scores, -torch.inf).softmax(-1)
+def _sums(scores: Tensor, keys: Tensor) -> _RowSums:
+    log_norm, entropy, _ = softmax_over(scores, keys)
+    return _RowSums(log_norm, entropy)
 
 
-def _row_entropy(scores: Tensor, visible: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(_weights(scores, visible)).sum(-1)
-    return entropy
+def _join(first: _RowSums, second: _RowSums) -> _RowSums:
+    """Return the sums over two sets of keys that have none in common, by the chain rule of entropy."""
+    log_odds = first.log_norm - second.log_norm
+    share, rest = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+    # a set without keys has no entropy, and no weight; a row without any has NaN for its share
+    within = (torch.where(part == 0, 0, part * one.entropy) for part, one in ((share, first), (rest, second)))
+    return _RowSums(torch.logaddexp(first.log_norm, second.log_norm), binary_entropy(share, rest) + sum(within))

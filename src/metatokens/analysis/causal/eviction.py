@@ -12,7 +12,7 @@ tokens and loses the same columns.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,7 @@ def evict(cache: Cache, columns: Tensor, *, with_meta_part: bool = False) -> Cac
     Args:
         cache: Growing, of one of this package's models or a plain one.
         columns: (B or 1, K) int64, rising; or (B or 1, layers or 1, heads or 1, K) where they differ.
+            With more rows than the cache's one, each gets a copy of it.
         with_meta_part: The meta part holds all tokens (`meta_attention_over` "all") and loses the same columns;
             otherwise it is kept whole.
 
@@ -67,6 +68,8 @@ def evict(cache: Cache, columns: Tensor, *, with_meta_part: bool = False) -> Cac
         is_plain = type(layer) is DynamicLayer
         if not (is_plain or _is_growing_meta_layer(layer)) or layer.keys is None:
             raise ValueError(f"an eviction needs a cache that grows and has been filled, not {type(layer).__name__}")
+        if len(layer.keys) == 1 < len(columns):
+            layer.batch_repeat_interleave(len(columns))
         of_layer = columns[:, min(number, columns.shape[1] - 1)]
         layer.keys, layer.values = _gather(layer.keys, of_layer), _gather(layer.values, of_layer)
         if not is_plain and layer.meta_columns is not None:
@@ -115,9 +118,16 @@ def measure_eviction(
         ids = document.to(lens.model.device)
         targets = _continuation_targets(lens, ids, prefix_length)
         prefix, cache = read_prefix(lens, ids[:, :prefix_length], key=int(hash_key(seed, number, Purpose.EVICTION)[0]))
-        for condition, columns in _all_columns(prefix, policies, kept, always_kept):
-            logits = continue_sequence(lens, cache, ids[:, prefix_length:], prefix_length, columns=columns)
-            losses.setdefault(condition, []).append(_mean_loss(logits, targets))
+        rest = ids[:, prefix_length:]
+        whole = _mean_losses(continue_sequence(lens, cache, rest, prefix_length), targets)[0]
+        losses.setdefault(None, []).append(whole)
+        for budget, num_kept in kept.items():
+            found = [whole] * len(policies)  # of all columns
+            if num_kept < prefix_length:
+                columns = [choose_columns(policy, prefix, num_kept, always_kept) for policy in policies]
+                found = _mean_losses(continue_in_ways(lens, cache, rest, prefix_length, columns), targets)
+            for policy, loss in zip(policies, found, strict=True):
+                losses.setdefault(Condition(policy, budget), []).append(loss)
     return {condition: np.array(values) for condition, values in losses.items()}
 
 
@@ -141,12 +151,22 @@ def continue_sequence(
 
     The given cache stays unchanged.
     """
-    model = lens.model
-    everything = np.arange(prefix_length)
-    index = torch.from_numpy(everything if columns is None else columns)[None].to(input_ids.device)
-    kept = evict(cache, index, with_meta_part=getattr(model.config, "meta_attention_over", "meta") == "all")
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + prefix_length
-    logits: Tensor = lens(input_ids, position_ids=positions, use_cache=True, **{CACHE_NAME: kept}).logits
+    return continue_in_ways(
+        lens, cache, input_ids, prefix_length, [np.arange(prefix_length) if columns is None else columns]
+    )
+
+
+def continue_in_ways(
+    lens: Lens, cache: Cache, input_ids: Tensor, prefix_length: int, columns: Sequence[IntArray]
+) -> Tensor:
+    """Do as `continue_sequence` for several choices of equally many columns at once; returns (choices, m, V)."""
+    together = np.broadcast_arrays(*columns)
+    index = torch.from_numpy(np.stack(together)).to(input_ids.device)
+    kept = evict(cache, index, with_meta_part=getattr(lens.model.config, "meta_attention_over", "meta") == "all")
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device) + prefix_length
+    rows = (len(columns), -1)
+    inputs = {"position_ids": positions.expand(rows), "use_cache": True, CACHE_NAME: kept}
+    logits: Tensor = lens(input_ids.expand(rows), **inputs).logits
     return logits
 
 
@@ -178,16 +198,6 @@ def check_evictable(model: Any) -> None:
             found=found,
             remedy="analyse a model with RoPE or learned positions and without local attention",
         )
-
-
-def _all_columns(
-    prefix: Prefix, policies: Sequence[Policy], kept: dict[float, int], always_kept: AlwaysKept
-) -> Iterator[tuple[Condition | None, IntArray | None]]:
-    """Yield every condition with its columns; the whole cache is (None, None)."""
-    yield None, None
-    for policy in policies:
-        for budget, num_kept in kept.items():
-            yield Condition(policy, budget), choose_columns(policy, prefix, num_kept, always_kept)
 
 
 # tensors -------------------------------------------------------------------------------------------------------
@@ -235,13 +245,18 @@ def _continuation_targets(lens: Lens, ids: Tensor, prefix_length: int) -> Tensor
     return targets
 
 
-def _mean_loss(logits: Tensor, targets: Tensor) -> float:
-    return float(nn.functional.cross_entropy(logits[0].double(), targets[0], ignore_index=IGNORE_INDEX))
+def _mean_losses(logits: Tensor, targets: Tensor) -> list[float]:
+    """Return the loss of each row of logits (n, m, V) towards the same targets (1, m)."""
+    return [float(nn.functional.cross_entropy(row.double(), targets[0], ignore_index=IGNORE_INDEX)) for row in logits]
 
 
 @shared
 def losses_of(inputs: Inputs) -> dict[Condition | None, FloatArray]:
-    """Return the losses of the documents' continuations."""
+    """Return the losses of the documents' continuations.
+
+    By default this takes more than ten forward passes: there are 24 ways to evict, and each reads a quarter of the
+    window and makes logits of it, which a forward pass of the other measures does not.
+    """
     return measure_eviction(
         inputs.lens,
         [document.input_ids for document in inputs.subject.documents],

@@ -80,6 +80,19 @@ def held_out_ridge(
         UsageError: fewer documents than folds.
         ValueError: fewer than 3 folds, or penalties that are not above 0.
     """
+    return held_out_ridges(states_NC, targets_NK[None], documents, seed=seed, penalties=penalties, folds=folds)[0]
+
+
+def held_out_ridges(
+    states_NC: Tensor,
+    targets_SNK: Tensor,
+    documents: npt.ArrayLike,
+    *,
+    seed: int,
+    penalties: Sequence[float] = PENALTIES,
+    folds: int = FOLDS,
+) -> list[Decodability]:
+    """Do as `held_out_ridge` for several targets, (S, n, K), of the same states, which are decomposed once for all."""
     if folds < MINIMUM_FOLDS or min(penalties, default=0) <= 0:
         raise ValueError(f"a held-out ridge needs penalties above 0, not {penalties}, and 3 folds or more, not {folds}")
     _, group, sizes = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
@@ -90,51 +103,80 @@ def held_out_ridge(
             found=str(len(sizes)),
             remedy="measure more documents",
         )
-    states, targets = states_NC.double().cpu(), targets_NK.double().cpu()
+    states, targets = states_NC.double().cpu(), targets_SNK.double().cpu()
     fold_of_document = np.random.Generator(np.random.PCG64(seed)).permutation(len(sizes)) % folds
     fold = torch.from_numpy(fold_of_document[group])
-    residual, total, ranks = (torch.zeros(len(states), dtype=torch.float64) for _ in range(3))
+    residual, total, ranks = (torch.zeros(targets.shape[:2], dtype=torch.float64) for _ in range(3))
     for tested in range(folds):
         choosing = fold == (tested + 1) % folds
         test = fold == tested
-        fit = RidgePath(states[~test & ~choosing], targets[~test & ~choosing])
-        errors = [float((fit.predict(states[choosing], p) - targets[choosing]).square().sum()) for p in penalties]
-        predicted = fit.predict(states[test], penalties[int(np.argmin(errors))])
-        residual[test] = (predicted - targets[test]).square().sum(-1)
-        total[test] = (targets[test] - fit.target_mean).square().sum(-1)
-        ranks[test] = reciprocal_ranks(
-            predicted - fit.target_mean, targets - fit.target_mean, own=test.nonzero()[:, 0], documents=group
+        spectrum = Spectrum(states[~test & ~choosing])
+        for number, of_set in enumerate(targets):
+            fit = RidgePath(spectrum, of_set[~test & ~choosing])
+            errors = fit.errors(states[choosing], of_set[choosing], penalties)
+            predicted = fit.predict(states[test], penalties[int(np.argmin(errors))])
+            residual[number, test] = (predicted - of_set[test]).square().sum(-1)
+            total[number, test] = (of_set[test] - fit.target_mean).square().sum(-1)
+            ranks[number, test] = reciprocal_ranks(
+                predicted - fit.target_mean, of_set - fit.target_mean, own=test.nonzero()[:, 0], documents=group
+            )
+    chance = np.array([chance_reciprocal_rank(len(group) - size + 1) for size in sizes.tolist()])
+    return [
+        Decodability(
+            residual_squares=sum_by_document(group, residual[number]),
+            total_squares=sum_by_document(group, total[number]),
+            reciprocal_rank=sum_by_document(group, ranks[number]) / sizes,
+            chance=chance,
         )
-    return Decodability(
-        residual_squares=sum_by_document(group, residual),
-        total_squares=sum_by_document(group, total),
-        reciprocal_rank=sum_by_document(group, ranks) / sizes,
-        chance=np.array([chance_reciprocal_rank(len(group) - size + 1) for size in sizes.tolist()]),
-    )
+        for number in range(len(targets))
+    ]
+
+
+class Spectrum:
+    """The states of a data set, z-scored, and the eigendecomposition of their correlations."""
+
+    def __init__(self, states: Tensor) -> None:
+        """Decompose states (n, C), float64."""
+        self.mean = states.mean(0)
+        deviation = states.std(0, correction=0)
+        self.scale = torch.where(deviation > 0, 1 / deviation, 0)
+        self.inputs = (states - self.mean) * self.scale
+        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.inputs.T @ self.inputs / len(states))
 
 
 class RidgePath:
-    """Ridge regressions of one data set for any penalty, by one eigendecomposition of the states' correlations."""
+    """Ridge regressions of one data set for any penalty."""
 
-    def __init__(self, states: Tensor, targets: Tensor) -> None:
-        """Prepare the regressions of targets (n, K) on states (n, C), float64; states are z-scored inside."""
-        self.state_mean, self.target_mean = states.mean(0), targets.mean(0)
-        deviation = states.std(0, correction=0)
-        self.scale = torch.where(deviation > 0, 1 / deviation, 0)
-        inputs = (states - self.state_mean) * self.scale
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
-        self.projected = self.eigenvectors.T @ (inputs.T @ (targets - self.target_mean) / len(inputs))
+    def __init__(self, states: Spectrum, targets: Tensor) -> None:
+        """Prepare the regressions of targets (n, K), float64, on states."""
+        self.states = states
+        self.target_mean = targets.mean(0)
+        self.projected = states.eigenvectors.T @ (states.inputs.T @ (targets - self.target_mean) / len(targets))
 
     def weights(self, penalty: float) -> Tensor:
-        """Return (C, K): a state less `state_mean` times these, plus `target_mean`, is the prediction."""
-        of_scaled = self.eigenvectors @ (self.projected / (self.eigenvalues.clamp(min=0) + penalty)[:, None])
-        weights: Tensor = self.scale[:, None] * of_scaled
+        """Return (C, K): a state less the mean of the states times these, plus `target_mean`, is the prediction."""
+        spectrum = self.states
+        of_scaled = spectrum.eigenvectors @ (self.projected / (spectrum.eigenvalues.clamp(min=0) + penalty)[:, None])
+        weights: Tensor = spectrum.scale[:, None] * of_scaled
         return weights
 
     def predict(self, states: Tensor, penalty: float) -> Tensor:
         """Return the predictions (n, K) for states (n, C)."""
-        predicted: Tensor = (states - self.state_mean) @ self.weights(penalty) + self.target_mean
+        predicted: Tensor = (states - self.states.mean) @ self.weights(penalty) + self.target_mean
         return predicted
+
+    def errors(self, states: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[float]:
+        """Return the squared error of the predictions of targets (n, K) for states (n, C) at each penalty.
+
+        In the basis of the eigenvectors a prediction is Z diag(d) P, where only d depends on the penalty, so that its
+        error is |Y|^2 - 2 d . diag(Z^T Y P^T) + d . (Z^T Z * P P^T) d: one product for all penalties.
+        """
+        turned = (states - self.states.mean) * self.states.scale @ self.states.eigenvectors
+        wanted = targets - self.target_mean
+        linear = ((turned.T @ wanted) * self.projected).sum(-1)
+        square = (turned.T @ turned) * (self.projected @ self.projected.T)
+        factors = [1 / (self.states.eigenvalues.clamp(min=0) + penalty) for penalty in penalties]
+        return [float(wanted.square().sum() - 2 * d @ linear + d @ square @ d) for d in factors]
 
 
 def reciprocal_ranks(predictions_NK: Tensor, targets_MK: Tensor, *, own: Tensor, documents: IntArray) -> Tensor:
@@ -284,14 +326,14 @@ def readings_of(inputs: Inputs) -> list[_Read]:
             remedy="analyse longer documents",
         )
 
-    def read(collected: PrefixStates, targets: Tensor) -> list[Decodability]:
-        seed = inputs.config.seed
-        return [held_out_ridge(states, targets, collected.documents, seed=seed) for states in collected.states]
-
     readings = []
     for places in places_of(inputs):
         collected = collect_prefix_states(inputs.lens, places, windows)
-        by_window = [read(collected, targets) for targets in collected.prefixes]
+        by_layer = [
+            held_out_ridges(states, collected.prefixes, collected.documents, seed=inputs.config.seed)
+            for states in collected.states
+        ]
+        by_window = [list(layers) for layers in zip(*by_layer, strict=True)]
         readings.append(_Read(places.name, collected, windows, by_window))
     return readings
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from metatokens.analysis.inputs.documents import FloatArray
 from metatokens.analysis.inputs.subject import Inputs, shared
 from metatokens.analysis.measures import Dots, Lines, Row, Rows, measure, over_layers, rows_over
-from metatokens.analysis.representations.decodability import PENALTIES, RidgePath
+from metatokens.analysis.representations.decodability import PENALTIES, RidgePath, Spectrum
 from metatokens.analysis.representations.places import places_of
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import ZeroEmbedding, intervene
@@ -127,14 +127,17 @@ def logit_lens(states: Sequence[Tensor], head: OutputHead, token_ids: Tensor) ->
     divergence = torch.zeros(shape[:2], dtype=torch.float64)
     for rows in _row_chunks(len(token_ids), len(head.weight)):
         final = head.log_probabilities(states[-1][rows])
+        final_p = final.exp()
         ids, there = token_ids[rows].clamp(min=0), exists[rows]
         for layer, layer_states in enumerate(states):
-            predicted = head.log_probabilities(layer_states[rows])
+            is_final = layer == len(states) - 1
+            predicted = final if is_final else head.log_probabilities(layer_states[rows])
             taken = predicted.gather(1, ids)
             ranks = torch.stack([_rank(predicted, column) for column in taken.T], dim=-1)
             rank[layer, rows] = torch.where(there, ranks, torch.nan).cpu()
             log_probability[layer, rows] = torch.where(there, taken.double(), torch.nan).cpu()
-            divergence[layer, rows] = (final.exp() * (final - predicted)).sum(-1).double().cpu()
+            if not is_final:
+                divergence[layer, rows] = (final_p * (final - predicted)).sum(-1).double().cpu()
     return LogitLens(rank, log_probability, divergence)
 
 
@@ -178,12 +181,13 @@ def fit_affine_maps(lens: Lens, documents: Sequence[Tensor]) -> list[AffineMap]:
     )
     maps = []
     for fit_states, choose_states in zip(fitted[:-1], choosing[:-1], strict=True):
-        path = RidgePath(fit_states, fitted[-1])
-        errors = [float((path.predict(choose_states, p) - choosing[-1]).square().sum()) for p in PENALTIES]
+        path = RidgePath(Spectrum(fit_states), fitted[-1])
+        errors = path.errors(choose_states, choosing[-1], PENALTIES)
         penalty = PENALTIES[int(np.argmin(errors))]
-        path = RidgePath(torch.cat([fit_states, choose_states]), torch.cat([fitted[-1], choosing[-1]]))
+        spectrum = Spectrum(torch.cat([fit_states, choose_states]))
+        path = RidgePath(spectrum, torch.cat([fitted[-1], choosing[-1]]))
         weight = path.weights(penalty)
-        bias = path.target_mean - path.state_mean @ weight
+        bias = path.target_mean - spectrum.mean @ weight
         maps.append(AffineMap(*(tensor.float().to(lens.model.device) for tensor in (weight, bias))))
     return maps
 
@@ -270,6 +274,19 @@ def measure_logit_lens(
         maps: of `fit_affine_maps`, through which the states of all layers but the last go; None takes them as they are.
     """
     states = capture_residuals(lens, input_ids, at=at)
+    return _lens_on(lens, input_ids, states, at=at, distances=distances, maps=maps)
+
+
+def _lens_on(
+    lens: Lens,
+    input_ids: Tensor,
+    states: Sequence[Tensor],
+    *,
+    at: Tensor,
+    distances: Sequence[int],
+    maps: Sequence[AffineMap] | None,
+) -> LogitLens:
+    """Do as `measure_logit_lens` with states that have been captured."""
     if maps is not None:
         states = [*(to_final(layer) for to_final, layer in zip(maps, states[:-1], strict=True)), states[-1]]
     text = preceding_text(input_ids, ~lens.is_meta(input_ids), distances)
@@ -305,8 +322,11 @@ def curves_of(inputs: Inputs) -> dict[tuple[str, str], dict[str, FloatArray]]:
     for places in places_of(inputs):
         if places.steps_back:
             continue  # its own token would stand where the others have the last one before them
+        texts = [(ids, ends, capture_residuals(lens, ids, at=ends)) for _, ids, ends in places.by_document()]
         for reading, through in readings:
-            lenses = [measure_logit_lens(lens, ids, at=ends, maps=through) for _, ids, ends in places.by_document()]
+            lenses = [
+                _lens_on(lens, ids, states, at=ends, distances=DISTANCES, maps=through) for ids, ends, states in texts
+            ]
             found[places.name, reading] = {
                 "reciprocal_rank": np.stack([(1 / one.rank).nanmean(1).numpy() for one in lenses]),
                 "log_probability": np.stack([one.log_probability.nanmean(1).numpy() for one in lenses]),

@@ -10,6 +10,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 from metatokens.analysis.causal.eviction import (
     Condition,
     check_evictable,
+    continue_in_ways,
     continue_sequence,
     count_kept,
     evict,
@@ -83,6 +84,16 @@ def test_the_whole_budget_costs_exactly_nothing(lens):
     for policy in POLICIES:
         assert (losses[Condition(policy, 1.0)] == losses[None]).all()
         assert (losses[Condition(policy, 0.4)] != losses[None]).all()
+
+
+def test_ways_to_evict_continue_together_as_they_would_alone(lens):
+    ids = tokens(ROW, seed=5)
+    prefix, cache = read_prefix(lens, ids[:, :PREFIX])
+    columns = [choose_columns(policy, prefix, 10, ALWAYS) for policy in POLICIES]
+    together = continue_in_ways(lens, cache, ids[:, PREFIX:], PREFIX, columns)
+    for row, one in zip(together, columns, strict=True):
+        alone = continue_sequence(lens, cache, ids[:, PREFIX:], PREFIX, columns=one)
+        torch.testing.assert_close(row, alone[0], rtol=1e-9, atol=1e-9)
 
 
 def test_a_budget_is_a_share_of_the_prefix():

@@ -11,12 +11,16 @@ from torch import Tensor
 from analysis_inputs import records_of, text_inputs, value_of
 from metatokens.analysis.inputs.documents import Document
 from metatokens.analysis.representations.decodability import (
+    PENALTIES,
     Decodability,
+    RidgePath,
+    Spectrum,
     chance_reciprocal_rank,
     cka_without_each_document,
     collect_prefix_states,
     debiased_linear_cka,
     held_out_ridge,
+    held_out_ridges,
     reciprocal_ranks,
 )
 from metatokens.analysis.representations.places import Places
@@ -166,6 +170,25 @@ def test_a_prediction_of_nothing_ranks_in_the_middle() -> None:
     targets = random_states(21, 4)
     ranks = reciprocal_ranks(torch.zeros(1, 4), targets, own=torch.tensor([3]), documents=np.arange(21))
     assert float(ranks) == pytest.approx(1 / 11)
+
+
+def test_errors_of_a_path_are_those_of_its_predictions() -> None:
+    states, targets = random_states(50, 6, seed=1), random_states(50, 4, seed=2)
+    targets += states[:, :4]
+    path = RidgePath(Spectrum(states[:30]), targets[:30])
+    expected = [float((path.predict(states[30:], one) - targets[30:]).square().sum()) for one in PENALTIES]
+    assert path.errors(states[30:], targets[30:], PENALTIES) == pytest.approx(expected, rel=1e-10)
+    assert len(set(expected)) == len(PENALTIES)
+
+
+def test_several_targets_of_the_same_states_are_read_as_one_by_one() -> None:
+    states, documents = random_states(60, 5, seed=1), np.arange(60) // 6
+    targets = torch.stack([random_states(60, 4, seed=seed) + states[:, :4] for seed in (2, 3)])
+    together = held_out_ridges(states, targets, documents, seed=0)
+    for one, of_set in zip(together, targets, strict=True):
+        for found, alone in zip(one, held_out_ridge(states, of_set, documents, seed=0), strict=True):
+            np.testing.assert_allclose(found, alone, rtol=1e-12)
+    assert (together[0].residual_squares != together[1].residual_squares).all()
 
 
 # CKA -------------------------------------------------------------------------------------------------------------
