@@ -116,14 +116,26 @@ class UniformPlaces(Frozen):
     """k: the share of meta-tokens in the instance without its answers."""
 
 
+class PeriodicPlaces(Frozen):
+    """After every n-th text token of the prompt, never inside an answer."""
+
+    kind: Literal["periodic"] = "periodic"
+    every: int = Field(9, ge=1)
+    """n."""
+
+
 class NoPlaces(Frozen):
     """No meta-token at all; marks stand at the task's places."""
 
     kind: Literal["none"] = "none"
 
 
-MetaPlaces = Annotated[TaskPlaces | EveryPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
-UnlistedPlaces = Annotated[TaskPlaces | DecoyPlaces | UniformPlaces | NoPlaces, Field(discriminator="kind")]
+MetaPlaces = Annotated[
+    TaskPlaces | EveryPlaces | DecoyPlaces | UniformPlaces | PeriodicPlaces | NoPlaces, Field(discriminator="kind")
+]
+UnlistedPlaces = Annotated[
+    TaskPlaces | DecoyPlaces | UniformPlaces | PeriodicPlaces | NoPlaces, Field(discriminator="kind")
+]
 """The places in a text without lists."""
 
 # Tasks -------------------------------------------------------------------------------------------------------
@@ -176,9 +188,10 @@ class _RecallTask(_ListTask):
 
     @model_validator(mode="after")
     def _check_marks(self) -> Self:
-        if self.marks and self.meta_places.kind == "uniform":
+        if self.marks and self.meta_places.kind in ("uniform", "periodic"):
             raise ValueError(
-                "marks true with meta_places uniform: uniform places are between tokens, where text cannot have marks"
+                f"marks true with meta_places {self.meta_places.kind}: these places are between tokens, where text "
+                "cannot have marks"
             )
         return self
 
@@ -219,6 +232,11 @@ class CopyingTask(_UnlistedTask):
     """The words between two marks, exactly."""
 
     kind: Literal["copying"] = "copying"
+    distance: int | None = Field(None, ge=1)
+    """Least number of words between the last span and the end of the text, so that a span lies beyond a window; off
+    means that it may stand anywhere."""
+    symbols: int | None = Field(None, ge=2, le=200)
+    """Number of different words in the spans, which then stand nowhere else in the text; off means any word."""
 
 
 Task = Annotated[

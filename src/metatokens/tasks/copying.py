@@ -10,9 +10,10 @@ Input, and targets for the two kinds of loss:
 
 The meta-tokens mark the span, and a bracket stands right after each for models without them. `size` is the number of
 words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
-more words around the spans; one of these words ends the text. Words may repeat. With `meta_places` decoy, the same
+more words around the spans; one of these words ends the text, or at least `distance` do. Words may repeat. With `meta_places` decoy, the same
 number of pairs of meta-tokens stands around stretches of the same length, drawn independently of the spans, and the
-brackets stay. Without `marks` there are no brackets.
+brackets stay. Without `marks` there are no brackets. With `symbols` the spans have this many
+different words and the rest of the text has others, so a model that has lost a span can only guess among them.
 """
 
 from __future__ import annotations
@@ -44,21 +45,23 @@ def generate(
     task: CopyingTask, size: int, length_range: LengthRange, *, encoder: PieceEncoder, random: KeyedRandom
 ) -> Instance | None:
     """Draw spans of `size` words and the words around them; None if the prompt misses the range."""
-    spans = [[f" {random.choose(ITEMS)}" for _ in range(size)] for _ in range(task.questions)]
+    of_spans, of_text = (ITEMS, ITEMS) if task.symbols is None else (ITEMS[: task.symbols], ITEMS[task.symbols :])
+    spans = [[f" {random.choose(of_spans)}" for _ in range(size)] for _ in range(task.questions)]
+    num_behind = task.distance or 1
     questions = [Question([" Copy", f" {number}", ":"], span) for number, span in enumerate(spans, start=1)]
     around = fill_prompt(
         length_range,
         encoder.count(("Text", ":", "."))
         + sum(encoder.count((" [", *span, " ]")) for span in spans)
         + count_question_tokens(questions, encoder),
-        lambda: [f" {random.choose(ITEMS)}"],
+        lambda: [f" {random.choose(of_text)}"],
         encoder=encoder,
         random=random,
-        num_parts=(1, length_range.highest),
+        num_parts=(num_behind, length_range.highest),
     )
     if around is None:
         return None
-    places = sorted(random.below(len(around)) for _ in spans)
+    places = sorted(random.below(len(around) - num_behind + 1) for _ in spans)
     words = list(around)
     ends: list[tuple[int, int]] = []
     for place, span in zip(places, spans, strict=True):
@@ -79,8 +82,12 @@ def solve(prompt_text: str) -> list[str]:
 
 
 def chance(task: CopyingTask, instance: Instance) -> float:
-    """Return the share of right answers of copying any stretch of the text as long as the span and not at its end."""
-    del task
+    """Return the share of right answers of copying any stretch of the text as long as the span and not at its end.
+
+    With `symbols`, which tell the span from the rest, that of drawing each of its words.
+    """
     start, stop = instance.answer_pieces[0]
+    if task.symbols is not None:
+        return float(task.symbols) ** (start - stop)
     num_words = sum(piece in _WORDS for piece in instance.pieces[: instance.body_stop])
     return 1 / (num_words - (stop - start))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from metatokens.config.schema import LossPolicy
-    from metatokens.config.tasks import Task, UniformPlaces
+    from metatokens.config.tasks import PeriodicPlaces, Task, UniformPlaces
     from metatokens.tasks.base import Instance, PieceEncoder
 
 
@@ -109,8 +109,8 @@ def encode_instance(
     """
     text_ids, is_target, spans, meta_places = _lay_out(instance, encoder)
     prompt_length = spans[-1][0]
-    if task.meta_places.kind == "uniform":
-        meta_places = _draw_places(task.meta_places, text_ids, spans, instance.key)
+    if task.meta_places.kind in ("uniform", "periodic"):
+        meta_places = _place_anywhere(task.meta_places, text_ids, spans, instance.key)
     elif task.meta_places.kind == "none":
         meta_places = []
     if task.loss == "full":
@@ -175,7 +175,9 @@ def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolA
     return np.array(ids, dtype=np.int64), is_answer, spans, meta_places
 
 
-def _draw_places(places: UniformPlaces, text_ids: IntArray, spans: Sequence[tuple[int, int]], key: int) -> list[int]:
+def _place_anywhere(
+    places: UniformPlaces | PeriodicPlaces, text_ids: IntArray, spans: Sequence[tuple[int, int]], key: int
+) -> list[int]:
     """Return the text token before which each meta-token stands, ascending; never inside or right after an answer.
 
     The positions are drawn over the text without its answers, so neither their number nor their places depend on
@@ -185,6 +187,8 @@ def _draw_places(places: UniformPlaces, text_ids: IntArray, spans: Sequence[tupl
     for start, stop in spans:
         is_prompt[start:stop] = False
     prompt = np.flatnonzero(is_prompt)
+    if places.kind == "periodic":
+        return [int(token) + 1 for token in prompt[places.every - 1 :: places.every] if token + 1 < len(text_ids)]
     # the row holds the numbers of its tokens, so -1 is free to stand for a meta-token
     row = inject_into_prompt(prompt.tolist(), UniformInjection(ratio=places.meta_ratio), meta_token_id=-1, seed=key)
     meta_places, place = [], 0

@@ -216,7 +216,7 @@ def training_batches(
 
 def _make_job(config: FinetuneConfig, processes: Processes) -> TrainingSetup:
     model, tokenizer, start_id = _start(config)
-    identity = f"{config.task.model_dump_json()}/{TextEncoder(tokenizer).sha256}"
+    identity = f"{config.task.model_dump_json(exclude_none=True)}/{TextEncoder(tokenizer).sha256}"
     evaluation = config.solve or config.evaluation
     return TrainingSetup(
         model=model,

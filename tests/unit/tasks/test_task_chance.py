@@ -67,6 +67,14 @@ def test_guesses_are_right_as_often_as_the_task_states(name):
     assert abs(right - stated) < 3.5 * spread
 
 
+def test_who_has_lost_a_span_of_few_symbols_guesses_each_of_its_words():
+    task, dice = CopyingTask(symbols=3, distance=8), random.Random(4)
+    instances = [instance_of(task, (2, 2), prompt_tokens=(20, 40), index=index) for index in range(INSTANCES)]
+    right = [dice.choice(ITEMS[:3]) + " " + dice.choice(ITEMS[:3]) == instance.answers[0] for instance in instances]
+    assert {chance_of(instance, task) for instance in instances} == {1 / 9}
+    assert abs(mean(right) - 1 / 9) < 3.5 * (8 / 81 / INSTANCES) ** 0.5
+
+
 def test_chance_travels_with_the_encoded_instance():
     task, encoder = ListRecallTask(num_lists=(2, 4)), word_encoder()
     instance = instance_of(task)

@@ -1,10 +1,19 @@
 """Instances as tokens: piece by piece as whole, meta-tokens at their places, targets under what predicts them."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from metatokens.config.tasks import CopyingTask, ListPointerTask, ListRecallTask, NoPlaces, ParityTask, UniformPlaces
+from metatokens.config.tasks import (
+    CopyingTask,
+    ListPointerTask,
+    ListRecallTask,
+    NoPlaces,
+    ParityTask,
+    PeriodicPlaces,
+    UniformPlaces,
+)
 from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.tasks.base import META, Instance, PieceEncoder
@@ -139,6 +148,23 @@ def test_uniform_places_have_the_ratio_and_every_slot_of_the_prompt():
     answers = (len(encoded.input_ids) - len(metas) - 1 - 5, len(encoded.input_ids) - len(metas) - 1)
     # before every text token but the one behind the first answer
     assert slots == set(range(21)) - {answers[0] + 1}
+
+
+@pytest.mark.parametrize("every", [1, 4, 9])
+def test_periodic_places_follow_every_nth_text_token_of_the_prompt(every):
+    task = CopyingTask(meta_places=PeriodicPlaces(every=every), questions=2)
+    encoder = word_encoder()
+    for index in range(20):
+        encoded = encode(instance_of(task, (3, 3), (40, 60), index=index), task)
+        is_answer = np.zeros(len(encoded.input_ids), dtype=bool)
+        for start, stop in encoded.answer_spans:
+            is_answer[start:stop] = True
+        is_meta = encoded.input_ids == encoder.vocab_size
+        assert not (is_meta & is_answer).any()
+        number = np.cumsum(~is_meta & ~is_answer)
+        # as many meta-tokens as periods, each after the text token that ends one; a period that ends the text has none
+        assert number[is_meta].tolist() == [every * k for k in range(1, is_meta.sum() + 1)]
+        assert is_meta.sum() == number[-1] // every
 
 
 def test_uniform_places_do_not_depend_on_the_answers():

@@ -1,5 +1,6 @@
 """Instances of the recall tasks: what is drawn, where meta-tokens stand, how long prompts are, what cannot be."""
 
+import hashlib
 import importlib
 import re
 from collections import Counter
@@ -193,10 +194,29 @@ def test_seed_split_and_index_each_change_the_instance(name):
     assert len(texts) == 24
 
 
+def test_a_distant_span_has_its_symbols_and_that_many_words_behind_it():
+    task, starts = CopyingTask(distance=12, symbols=4, questions=2), set()
+    for index in range(40):
+        instance = instance_of(task, (3, 5), (50, 70), index=index)
+        text = instance.text.partition(".")[0]
+        assert set(" ".join(instance.answers).split()) <= {*ITEMS[:4]}
+        assert not set(re.sub(r"\[.*?\]", "", text).split()) & {*ITEMS[:4]}
+        assert len(text.rpartition("]")[2].split()) >= 12
+        starts.add(text.index("["))
+    assert len(starts) > 5
+    near = [instance_of(CopyingTask(), (3, 5), (50, 70), index=index).text for index in range(40)]
+    assert min(len(text.partition(".")[0].rpartition("]")[2].split()) for text in near) < 12
+
+
+def test_fields_that_are_off_leave_the_instances_of_copying_as_they_were():
+    digest = hashlib.sha256(instance_of(CopyingTask(), (3, 5), (20, 60), index=3).text.encode()).hexdigest()
+    assert digest[:16] == "10aa7396f7657f27"
+
+
 @pytest.mark.parametrize("name", task_names())
 def test_arms_that_differ_in_places_and_loss_see_the_same_text(name):
     config = find_task(name).config
-    kinds = ["task", "decoy", "uniform", "none", *([] if name in {"parity", "copying"} else ["every"])]
+    kinds = ["task", "decoy", "uniform", "periodic", "none", *([] if name in {"parity", "copying"} else ["every"])]
     arms = [config(loss="full"), *(config(meta_places={"kind": kind}) for kind in kinds)]
     for index in range(20):
         assert len({instance_of(arm, index=index).text for arm in arms}) == 1
