@@ -10,10 +10,11 @@ Input, and targets for the two kinds of loss:
 
 The meta-tokens mark the span, and a bracket stands right after each for models without them. `size` is the number of
 words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
-more words around the spans; one of these words ends the text, or at least `distance` do. Words may repeat. With `meta_places` decoy, the same
-number of pairs of meta-tokens stands around stretches of the same length, drawn independently of the spans, and the
-brackets stay. Without `marks` there are no brackets. With `symbols` the spans have this many
-different words and the rest of the text has others, so a model that has lost a span can only guess among them.
+more words around the spans; one of these words ends the text, or at least `distance` do. Words may repeat. With
+`meta_places` decoy, the same number of pairs of meta-tokens stands around stretches of the same length, drawn
+independently of the spans, and the brackets stay. Without `marks` there are no brackets. With `symbols` the spans have
+this many different words and the rest of the text has others, so a model that has lost a span can only guess among
+them.
 """
 
 from __future__ import annotations
