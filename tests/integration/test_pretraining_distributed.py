@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import ROUNDING, losses, numbers, run, small_config, start, wait, wait_for_step, weights
+from training_runs import ROUNDING, losses, numbers, reasons, run, small_config, start, wait, wait_for_step, weights
 
 from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
@@ -100,6 +100,7 @@ def test_another_number_of_processes_continues_with_the_same_samples(config: Con
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
     assert run(config("--training.micro_batch_blocks", "6"), out, world_size=2) == [0, 0]
     assert_close(out, alone)
+    assert reasons(out)[0] == "world_size 1->2"
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_by_each(config: Config, tmp_path: Path):

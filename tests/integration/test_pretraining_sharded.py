@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import ROUNDING, losses, numbers, run, small_config, start, wait, wait_for_step, weights
+from training_runs import ROUNDING, losses, numbers, reasons, run, small_config, start, wait, wait_for_step, weights
 
 from commands import metatokens
 from metatokens.config.schema import PretrainConfig
+from metatokens.training.checkpoint import read_state
 from metatokens.training.pretraining import pretrain
+from metatokens.verification import verify_folder
 
 STEPS = 12
 FSDP2 = ("--training.parallel.kind", "fsdp2", "--training.micro_batch_blocks", "3")
@@ -97,11 +99,26 @@ def test_a_checkpoint_of_parts_opens_and_exports_as_the_model_that_it_is(config:
 
 def test_one_process_goes_on_from_the_parts_of_two(config: Config, sharded: Path, alone: Path, tmp_path: Path):
     out = cut_off_after(sharded, 8, tmp_path / "run")
-    pretrain(config("--training.micro_batch_blocks", "12"), out, show_progress=False)
+    with pytest.warns(UserWarning, match="bit_exact=false reason=world_size 2->1"):
+        pretrain(config("--training.micro_batch_blocks", "12"), out, show_progress=False)
     assert_close(out, alone)
+    assert reasons(out) == ["world_size 2->1", "micro_batch_blocks 3->12", "parallel.kind fsdp2->ddp"]
 
 
 def test_four_processes_with_parts_go_on_from_the_whole_of_one(config: Config, alone: Path, tmp_path: Path):
     out = cut_off_after(alone, 8, tmp_path / "run")
     assert run(config(*FSDP2), out, world_size=4) == [0] * 4
     assert_close(out, alone)
+    assert reasons(out)[0] == "world_size 1->4"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_processes_whose_numbers_blow_up_keep_their_state_together(config: Config, tmp_path: Path, kind: str):
+    far = ["--optimizer.learning_rate", "1e30", "--optimizer.gradient_clip", "off", "--schedule.warmup_steps", "0"]
+    wild = config(*FSDP2, *far, "--training.parallel.kind", kind, "--evaluation.interval_steps", "off")
+    assert run(wild, tmp_path / "run", world_size=2) == [5, 5]
+    found = verify_folder(tmp_path / "run")
+    assert found.problems == ()
+    state = read_state(tmp_path / "run" / "diagnostic")
+    assert (state.step, state.consecutive_skips, state.world_size) == (5, 4, 2)
+    assert len(list((tmp_path / "run" / "diagnostic").glob("*.safetensors"))) == (4 if kind == "fsdp2" else 2)

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def _run(config: RunConfig, out: Path, environment: dict[str, str], folder: Path
     if folder is not None:
         os.chdir(folder)
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
+    warnings.filterwarnings("ignore", "bit_exact=false")  # events.jsonl has it too
     os.environ.update(environment)  # with as many threads as the tests: their bits are compared
     train = finetune if isinstance(config, FinetuneConfig) else pretrain
     try:
@@ -122,3 +124,9 @@ def numbers(out: Path, name: str = "loss_hex") -> list[float]:
 
 def weights(out: Path) -> bytes:
     return (out / "model" / "model.safetensors").read_bytes()
+
+
+def reasons(out: Path) -> list[str]:
+    """Return why the bits of a run may differ from those of one that was never interrupted, as its record says."""
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [reason for event in events if event["event"] == "continued" for reason in event["reasons"]]
