@@ -1,0 +1,1 @@
+"""Task files of lm-evaluation-harness: one for each task of the suite; `documents` makes their texts."""
