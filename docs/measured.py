@@ -19,7 +19,7 @@ BOOKS, COST, PIPELINE, ROWS = (
     f"benchmarks/results/{name}.json"
     for name in ("books_perplexity", "meta_attention_cpu", "data_pipeline", "analysis_cpu")
 )
-RECALL, INSIDE = "experiments/tiny-recall", "experiments/tiny-analysis"
+RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -332,7 +332,16 @@ def measures() -> str:
     return _table(header, rows)
 
 
+def faults() -> str:
+    """Tell what the campaigns of tests/faults did, kind by kind."""
+    records = [load(f"{FAULTS}/{path.name}") for path in sorted((ROOT / FAULTS).glob("*.json"))]
+    outcomes = [outcome for record in records for outcome in record.get("outcomes", {}).values()]
+    rows = [f"| {one['counts']} | {one['done']:,} | {len(one['failures'])} |" for one in outcomes]
+    return "\n".join(["| | done | failed |", "|---|---:|---:|", *rows]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "faults": faults,
     "cost": cost_table,
     "recall-accuracy": recall_accuracy,
     "recall-interventions": recall_interventions,

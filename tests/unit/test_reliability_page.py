@@ -1,0 +1,28 @@
+"""docs/reliability.md has every row of the specification, and every test that it names exists."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "reliability.md").read_text()
+ROWS = [("R", 17), ("D", 17), ("M", 12), ("S", 7)]
+
+
+def rows() -> dict[str, str]:
+    return dict(re.findall(r"^\| ([RDMS]\d+) \|(.*)\|$", PAGE, re.MULTILINE))
+
+
+def test_the_page_has_every_row_once_and_in_order() -> None:
+    assert list(rows()) == [f"{letter}{number}" for letter, most in ROWS for number in range(1, most + 1)]
+    assert len(re.findall(r"^\| [RDMS]\d+ \|", PAGE, re.MULTILINE)) == len(rows())
+
+
+def test_every_row_names_a_test_or_says_why_there_is_none() -> None:
+    assert [name for name, row in rows().items() if ".py::" not in row and "Not tested here" not in row] == []
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)
+    assert len(named) > len(rows())
+    missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert missing == []
