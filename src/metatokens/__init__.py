@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from metatokens.evaluation.interventions import ZeroEmbedding as ZeroEmbedding
     from metatokens.evaluation.interventions import ZeroPosition as ZeroPosition
     from metatokens.evaluation.interventions import intervene as intervene
-    from metatokens.evaluation.perplexity import PerplexityOptions as PerplexityOptions
     from metatokens.evaluation.perplexity import measure_perplexity as measure_perplexity
     from metatokens.evaluation.recall import evaluate_recall as evaluate_recall
+    from metatokens.evaluation.windows import PerplexityOptions as PerplexityOptions
     from metatokens.generation.compressed import CompressedDocument as CompressedDocument
     from metatokens.generation.decoding import MetaTokenSchedule as MetaTokenSchedule
     from metatokens.generation.decoding import NoSchedule as NoSchedule
@@ -88,7 +88,7 @@ _HOMES = {
     "ParityTask": "metatokens.config.tasks",
     "PeriodicInjection": "metatokens.config.schema",
     "PeriodicSchedule": "metatokens.generation.decoding",
-    "PerplexityOptions": "metatokens.evaluation.perplexity",
+    "PerplexityOptions": "metatokens.evaluation.windows",
     "PunctuationInjection": "metatokens.config.schema",
     "SegmentCountingTask": "metatokens.config.tasks",
     "TokenEmbedding": "metatokens.evaluation.interventions",

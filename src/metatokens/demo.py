@@ -33,9 +33,10 @@ from metatokens.data.sources import PYTHON_DOCS, SourceOptions, iterate_document
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError, UsageError
 from metatokens.evaluation.interventions import Intervention, NoMetaAttention, ZeroEmbedding, intervene
-from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.perplexity import measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
 from metatokens.evaluation.statistics import Interval
+from metatokens.evaluation.windows import PerplexityOptions
 from metatokens.generation.decoding import PeriodicSchedule, generate_text
 from metatokens.report import require_packages
 from metatokens.storage import write_atomically

@@ -33,8 +33,9 @@ from metatokens.data.sources import iterate_documents
 from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer, build_hf_tokenizer, ends_clause_table
 from metatokens.errors import UsageError
 from metatokens.evaluation.interventions import Intervention, intervene, parse_intervention
-from metatokens.evaluation.perplexity import PerplexityOptions, PerplexityResult, measure_perplexity
+from metatokens.evaluation.perplexity import PerplexityResult, measure_perplexity
 from metatokens.evaluation.recall import RecallRow, evaluate_recall
+from metatokens.evaluation.windows import PerplexityOptions
 from metatokens.generation.compressed import CompressedDocument, compress_document
 from metatokens.generation.decoding import (
     GeneratedText,

@@ -30,7 +30,8 @@ from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
 from metatokens.data.tokenizer import META_TOKEN, load_text_tokenizer, text_vocab_size
 from metatokens.errors import DataError
-from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.perplexity import measure_perplexity
+from metatokens.evaluation.windows import PerplexityOptions
 from metatokens.sweep.planning import plan_sweep
 from metatokens.training.finetuning import build_on_meta_device, finetune, training_batches, word_tokenizer
 from metatokens.training.loading import ModelFolder, open_model

@@ -11,7 +11,8 @@ from training_runs import numbers, small_config, weights
 
 from metatokens.cli import main
 from metatokens.config.schema import NoInjection, PeriodicInjection, PretrainConfig
-from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.perplexity import measure_perplexity
+from metatokens.evaluation.windows import PerplexityOptions
 from metatokens.generation.decoding import NoSchedule, PeriodicSchedule, generate_text
 from metatokens.training.loading import ModelFolder, open_model
 from metatokens.training.pretraining import pretrain

@@ -47,7 +47,9 @@ def _run(options: argparse.Namespace) -> int:
     source_files(options.text)  # warns of files that are left out
     announce(options, f"opening {options.checkpoint}")
     from metatokens.evaluation.interventions import check_interventions, parse_intervention
-    from metatokens.evaluation.perplexity import PerplexityOptions, TokenScorer, measure_perplexity
+    from metatokens.evaluation.perplexity import measure_perplexity
+    from metatokens.evaluation.scoring import TokenScorer
+    from metatokens.evaluation.windows import PerplexityOptions
 
     interventions = tuple(parse_intervention(text) for text in options.intervention)
     model, tokenizer = folder.open_model(), folder.tokenizer

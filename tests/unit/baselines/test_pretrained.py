@@ -24,7 +24,8 @@ from metatokens.baselines.pretrained import PretrainedCausalLM, build_pretrained
 from metatokens.config.schema import ExplicitInjection
 from metatokens.data.injection import inject_meta_tokens
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
-from metatokens.evaluation.perplexity import PerplexityOptions, measure_perplexity
+from metatokens.evaluation.perplexity import measure_perplexity
+from metatokens.evaluation.windows import PerplexityOptions
 from metatokens.model.accounting import training_flops
 from metatokens.model.loss import targets_of_labels
 from metatokens.training.checkpoint import TrainingState, load_checkpoint

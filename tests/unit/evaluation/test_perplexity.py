@@ -36,15 +36,9 @@ from metatokens.evaluation.interventions import (
     ZeroPosition,
     intervene,
 )
-from metatokens.evaluation.perplexity import (
-    PerplexityOptions,
-    PerplexityResult,
-    TokenScorer,
-    Window,
-    lay_windows,
-    measure_perplexity,
-    token_losses,
-)
+from metatokens.evaluation.perplexity import PerplexityResult, measure_perplexity
+from metatokens.evaluation.scoring import TokenScorer, token_losses
+from metatokens.evaluation.windows import PerplexityOptions, Window, lay_windows
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 LONG = "the owl sat, and the owl saw: a mouse; the mouse ran! where did it run? into the night, owl."
