@@ -6,7 +6,7 @@ that of the measures of an analysis comes from their registry.
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,6 +64,21 @@ def cost(kind: str, ratio: str = "packed/plain", *, per_text_token: bool = False
     length = found["length"]
     num_meta = round(load(COST)["meta_ratio"] * length)
     return float(found["ratios"][ratio]) * (length / (length - num_meta) if per_text_token else 1)
+
+
+def bench_ratio(name: str, part: str, above: str, below: str, per: str = "text_token") -> Any:
+    """Return a ratio of a result of `metatokens bench`, in the form that `span` writes; `per` may be position."""
+    rows = load(f"benchmarks/results/{name}.json")["ratios"]
+    (found,) = [one for one in rows if (one["part"], one["above"], one["below"]) == (part, above, below)]
+    figure = found[f"per_{per}"]
+    return {"estimate": figure["median"], "low": figure["low"], "high": figure["high"]}
+
+
+def bench_line(name: str, contender: str, part: str, key: str) -> float:
+    """Return a figure of a contender of `metatokens bench`, such as share_of_limit."""
+    rows = load(f"benchmarks/results/{name}.json")["lines"]
+    (found,) = [one for one in rows if (one["contender"], one["part"]) == (contender, part)]
+    return float(found[key])
 
 
 def rows_cost(length: int, way: str, key: str = "cpu_seconds") -> float:
@@ -223,6 +238,24 @@ def cost_table() -> str:
     return _table(header, rows)
 
 
+def bench_table(name: str) -> str:
+    """Write all ratios of a result of `metatokens bench` with their quartiles."""
+    rows = load(f"benchmarks/results/{name}.json")["ratios"]
+    cells = [
+        (bench_ratio(name, *(one[key] for key in ("part", "above", "below")), per), one)
+        for one in rows
+        for per in ("text_token", "position")
+    ]
+    written = [span(figure, ".3f") for figure, _ in cells]
+    return _table(
+        ["seconds of", "part", "ratio per text token (quartiles)", "per position"],
+        [
+            [f"{one['above']} / {one['below']}", one["part"], text, position]
+            for one, text, position in zip(rows, written[::2], written[1::2], strict=True)
+        ],
+    )
+
+
 def recall_accuracy() -> str:
     rows = [
         [task, arm, *(_accuracy(recall(task, arm, length)) for length in LENGTHS), seeds(task, arm)]
@@ -343,6 +376,11 @@ def faults() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "cost": cost_table,
+    **{
+        f"bench-{name}": partial(bench_table, name)
+        for name in ("training_small_vocabulary", "training_full_vocabulary", "training_compiled")
+    },
+    "bench-generation": partial(bench_table, "generation"),
     "recall-accuracy": recall_accuracy,
     "recall-interventions": recall_interventions,
     "recall-contrasts": recall_contrasts,
@@ -354,7 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
-    *(solve_contrasts, solve_ratio),
+    *(bench_ratio, bench_line, solve_contrasts, solve_ratio),
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""

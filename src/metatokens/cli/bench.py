@@ -26,6 +26,8 @@ QUESTIONS = {
     "generation": Question(
         "GenerationBench", "first token and decoding: ours by both loops, plain, transformers' GPT-2"
     ),
+    "data": Question("DataBench", "tokenising, prepare, injection and the loader"),
+    "analysis": Question("AnalysisBench", "statistics of attention rows, beside the forward pass alone"),
 }
 
 

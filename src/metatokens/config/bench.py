@@ -25,7 +25,7 @@ class Bench(Frozen):
     """Threads of torch on the CPU; off leaves them as they are."""
 
 
-class ModelBench(Bench):
+class ShapeBench(Bench):
     """What the questions about models have; the defaults are GPT-2's small width."""
 
     hidden_size: int = Field(768, ge=1)
@@ -38,10 +38,6 @@ class ModelBench(Bench):
     """Text tokens; GPT-2's are 50257."""
     ratio: float = Field(DEFAULT_META_RATIO, gt=0, lt=1)
     """Share k of meta-tokens among the positions."""
-    precision: Precision = "float32"
-    """bfloat16: training under autocast, generation with weights of that type."""
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
-    """Attention backend of the models of this package and of transformers."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -51,6 +47,15 @@ class ModelBench(Bench):
                 f"{self.num_attention_heads}"
             )
         return self
+
+
+class ModelBench(ShapeBench):
+    """What the questions about models have that train or write."""
+
+    precision: Precision = "float32"
+    """bfloat16: training under autocast, generation with weights of that type."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention backend of the models of this package and of transformers."""
 
 
 class StepBench(ModelBench):
@@ -93,3 +98,35 @@ class GenerationBench(ModelBench):
     """Text tokens to write, about."""
     batch: int = Field(1, ge=1)
     """Prompts at a time; their lengths rise evenly to the longest."""
+
+
+class AnalysisBench(ShapeBench):
+    """What do statistics of attention rows cost beside the forward pass?"""
+
+    num_hidden_layers: int = Field(12, ge=1)
+    """Number of blocks."""
+    vocabulary: int = Field(50_257, ge=2)
+    """Text tokens; by default GPT-2's."""
+    length: int = Field(1_024, ge=8)
+    """T: positions, meta-tokens included."""
+    rounds: int = Field(3, ge=1)
+    """Rounds that count; in each, every contender has one turn."""
+
+
+class DataBench(Bench):
+    """How fast is the data pipeline?"""
+
+    device: Literal["cpu"] = "cpu"
+    """Where it runs."""
+    text: str = "python-docs"
+    """A file or folder of text, or another source of `metatokens prepare`."""
+    tokenizer: str | None = None
+    """As for `metatokens prepare`; off trains one on the text."""
+    megabytes: float = Field(4.0, gt=0)
+    """Text that is encoded without being written."""
+    length: int = Field(1_024, ge=8)
+    """T: positions of a block; 1,024 are the paper's."""
+    rows: int = Field(64, ge=1)
+    """Blocks of a batch."""
+    ratio: float = Field(DEFAULT_META_RATIO, gt=0, lt=1)
+    """Share k of meta-tokens among the positions."""

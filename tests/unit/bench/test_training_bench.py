@@ -86,9 +86,11 @@ def test_turns_alternate_their_order_and_warmup_does_not_count() -> None:
     )
 
 
-def test_the_command_keeps_every_round_and_compares_times_with_the_limits_of_the_same_run(tmp_path: Path) -> None:
+def test_the_command_keeps_every_round_and_compares_times_with_the_limits_of_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["plain", "plain_text", "meta"]
-    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    out, plot = tmp_path / "benchmarks" / "results" / "tiny.json", tmp_path / "bench.png"
     words = [*FLAGS, "--rounds", "3", "--contenders", f"[{', '.join(names)}]", "--out", out, "--plot", plot, "--json"]
     done = metatokens("bench", "training", *words)
     result = json.loads(out.read_text())
@@ -118,6 +120,18 @@ def test_the_command_keeps_every_round_and_compares_times_with_the_limits_of_the
     median = sorted(above / below for above, below in times)[1]
     assert one["per_text_token"]["median"] == pytest.approx(median, rel=1e-4)
     assert one["per_position"]["median"] == pytest.approx(median * num_text / (num_text + num_meta), rel=1e-4)
+
+    # the documents read it
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "docs")
+    import measured
+
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+    assert measured.bench_ratio("tiny", "step", "meta", "plain_text")["estimate"] == one["per_text_token"]["median"]
+    table = measured.bench_table("tiny").splitlines()
+    assert len(table) == 2 + len(result["ratios"])
+    assert f"| meta / plain_text | step | {one['per_text_token']['median']:.3f} (" in measured.bench_table("tiny")
+    share = lines["plain", "step"]["share_of_limit"]
+    assert measured.bench_line("tiny", "plain", "step", "share_of_limit") == share
 
 
 def test_a_dry_run_lists_the_contenders_and_an_unknown_one_gets_the_nearest() -> None:
