@@ -19,10 +19,12 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         CheckpointError: there is no such file, or transformers cannot read it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     if not path.is_file():
         raise CheckpointError(str(path), expected="a GGUF file", found="none", remedy="check the spelling")
+    bar_was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         # trust_remote_code stays False: a GGUF file holds no code
         options = {"gguf_file": path.name, "local_files_only": True}
@@ -42,4 +44,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
             found=f"{type(error).__name__}: {str(error)[:300]}",
             remedy="use another file, or a folder of safetensors",
         ) from None
+    finally:
+        if bar_was_shown:
+            logging.enable_progress_bar()
     return model.eval(), tokenizer

@@ -198,6 +198,21 @@ def test_models_of_this_package_are_read_in_their_own_cache_and_plain_ones_under
         assert largest(torch.cat(pieces, 1) - readers[1].read(text)) < 1e-10
 
 
+def test_a_model_with_a_sliding_window_is_read_in_its_own_cache() -> None:
+    fields = {"num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 8, **SHAPE}
+    model = randomize(transformers.MistralForCausalLM(transformers.MistralConfig(**fields))).double().eval()
+    text, short = ids(), ids(1, 29)
+    batch = torch.cat([text, torch.nn.functional.pad(short, (LENGTH - 29, 0))])
+    mask = torch.ones_like(batch)
+    mask[1, : LENGTH - 29] = 0
+    together = read(model, "full", batch, [17, 9, 8, *[1] * 7], mask)
+    for row, own in enumerate((text, short)):
+        assert largest(together[row, LENGTH - own.shape[1] :] - model(own, use_cache=False).logits[0]) < 1e-10
+    reader = Reader(model, POLICIES["full"], BUDGET)
+    reader.read(text)
+    assert reader.count_columns() == [7]  # and the token to come
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 def test_a_model_in_memory_mode_is_read_in_its_own_cache_whose_columns_are_counted(name: str) -> None:
     model = tiny_model(memory=MEMORIES[name])

@@ -208,8 +208,9 @@ class Reader:
         if self.plan is not None and self.plan.columns is not None:
             return [int(count) for count in (self.plan.columns.positions != NOTHING).sum(-1)]
         padding = (self._mask == 0).sum(-1)
-        held = torch.stack([_held(layer, padding) for layer in self.cache.layers])
-        return [int(count) for count in held.amax(0)]
+        # a layer without keys of its own, such as one of linear attention, has no columns
+        held = [_held(layer, padding) for layer in self.cache.layers if getattr(layer, "keys", None) is not None]
+        return [int(count) for count in torch.stack([torch.zeros_like(padding), *held]).amax(0)]
 
     def count_bytes(self) -> int:
         """Return the bytes of all keys, values and other states in the cache, for all rows together."""
