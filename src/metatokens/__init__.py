@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from metatokens.generation.decoding import PeriodicSchedule as PeriodicSchedule
     from metatokens.generation.decoding import UniformSchedule as UniformSchedule
     from metatokens.generation.decoding import generate_text as generate_text
+    from metatokens.generation.decoding import generate_texts as generate_texts
     from metatokens.language_model import LanguageModel as LanguageModel
     from metatokens.language_model import load as load
     from metatokens.lens import Lens as Lens
@@ -99,6 +100,7 @@ _HOMES = {
     "build_hf_tokenizer": "metatokens.data.tokenizer",
     "evaluate_recall": "metatokens.evaluation.recall",
     "generate_text": "metatokens.generation.decoding",
+    "generate_texts": "metatokens.generation.decoding",
     "inject_into_prompt": "metatokens.data.injection",
     "inject_meta_tokens": "metatokens.data.injection",
     "intervene": "metatokens.evaluation.interventions",

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from metatokens.data.tokenizer import META_TOKEN, TextEncoder, as_text_tokenizer
+from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.compressed import CompressedDocument, Read
-from metatokens.generation.stepping import Sampler, decode, follows_steps
-from metatokens.model.compatibility import BaseStreamer
+from metatokens.generation.stepping import Continuation, Sampler, decode_together, follows_steps
+from metatokens.generation.writing import GeneratedText, TextWriter
 from metatokens.model.generation import MetaTokenGenerationMixin
 from metatokens.model.schedule import (
     MetaSchedule,
@@ -36,7 +34,6 @@ from metatokens.model.schedule import (
 )
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
     from metatokens.config.schema import Injection
@@ -54,6 +51,7 @@ __all__ = [
     "evaluating",
     "follow_schedule",
     "generate_text",
+    "generate_texts",
     "read_schedule",
     "schedule_for",
     "schedule_meta_tokens",
@@ -61,39 +59,30 @@ __all__ = [
 ]
 
 DEFAULT_TEXT_TOKENS = 100
-_INCOMPLETE = "\ufffd"  # what the bytes of a character that is not finished decode to
 
 
-@dataclass(frozen=True)
-class GeneratedText:
-    """A continuation and its cost."""
-
-    text: str
-    """What follows the prompt, without the end of text; with `show_meta`, every generated meta-token as `_PAUSE_`."""
-    text_tokens: int
-    """Generated text tokens, without the end of text."""
-    meta_tokens: int
-    """Generated meta-tokens; those of the prompt do not count."""
-    seconds: float
-    """From the prompt's tokens to the last new one."""
-    stopped_by: Literal["length", "end_of_text"]
-
-
-class _Continuation(NamedTuple):
-    """What to generate after a prompt."""
+class _Task(NamedTuple):
+    """What to generate after a prompt, and where to write it."""
 
     prompt_ids: list[int]
     """With their meta-tokens."""
-    schedule: MetaSchedule
     num_new: int
     """New tokens at most, meta-tokens among them."""
+    writer: TextWriter
+
+
+class _Settings(NamedTuple):
+    """How to generate."""
+
+    schedule: MetaSchedule
     eos_token_id: int
     suppressed: list[int]
     """Ids that no step may choose."""
     sampling: dict[str, Any]
     """temperature, top_k and top_p."""
-    memory: CompressedDocument | None = None
-    """What was read before the prompt."""
+    seed: int
+    memory: CompressedDocument | None
+    """What was read before the prompts."""
 
 
 def generate_text(  # noqa: PLR0913 every option of sampling
@@ -135,6 +124,61 @@ def generate_text(  # noqa: PLR0913 every option of sampling
         UsageError: A number is out of range, a schedule is given to a model without a meta-token, the tokenizer is not
             the model's, the prompt and its continuation do not fit the model, or another model has read the document.
     """
+    (result,) = generate_texts(
+        *(model, tokenizer, [prompt]),
+        schedule=schedule,
+        max_text_tokens=max_text_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=None if stream is None else lambda _, piece: stream(piece),
+        show_meta=show_meta,
+        memory=memory,
+    )
+    return result
+
+
+def generate_texts(  # noqa: PLR0913 every option of sampling
+    model: PreTrainedModel | MetaTokenForCausalLM,
+    tokenizer: AnyTokenizer,
+    prompts: Sequence[str],
+    *,
+    schedule: MetaSchedule,
+    max_text_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stream: Callable[[int, str], None] | None = None,
+    show_meta: bool = False,
+    memory: CompressedDocument | None = None,
+) -> list[GeneratedText]:
+    """Continue prompts of any lengths together, each as `generate_text` would alone.
+
+    They share the passes over the weights, and each has random numbers of its own. Equal texts are promised as far as
+    equal numbers are: a batch is added up in another order, which may decide between two tokens that are as likely.
+
+    Args:
+        model: See `generate_text`, as for all arguments that are not named here.
+        tokenizer: See there.
+        prompts: What to continue.
+        schedule: See there.
+        max_text_tokens: See there.
+        temperature: See there.
+        top_k: See there.
+        top_p: See there.
+        seed: See there.
+        stream: Called with the number of a prompt and each new piece of its text.
+        show_meta: See there.
+        memory: See there; it was read before each of the prompts, which then do not share their passes.
+
+    Returns:
+        In the order of the prompts; `seconds` are those of all together.
+
+    Raises:
+        UsageError: See `generate_text`.
+    """
     _check_sampling(max_text_tokens, temperature, top_k, top_p)
     tokenizer = as_text_tokenizer(tokenizer)
     encoder = TextEncoder(tokenizer)
@@ -147,10 +191,36 @@ def generate_text(  # noqa: PLR0913 every option of sampling
             found="meta_token_id None",
             remedy="use the schedule none",
         )
-    if memory is not None:
-        _check_memory(model, memory, prompt)
-    before = Read() if memory is None else memory.read
-    text_ids = encoder.encode_batch([prompt])[0].tolist() or [encoder.eos_token_id]
+    tasks = []
+    for index, prompt in enumerate(prompts):
+        if memory is not None:
+            _check_memory(model, memory, prompt)
+        text_ids = encoder.encode_batch([prompt])[0].tolist() or [encoder.eos_token_id]
+        prompt_ids, num_new = _lay_out(
+            model, text_ids, schedule, max_text_tokens, Read() if memory is None else memory.read
+        )
+        write = None if stream is None else partial(stream, index)
+        shown = text_ids if prompt else []
+        writer = TextWriter(tokenizer, shown, encoder.eos_token_id, meta_token_id, write, show_meta)
+        tasks.append(_Task(prompt_ids, num_new, writer))
+
+    # rows that pad the vocabulary belong to no token of this tokenizer
+    unowned = range(encoder.vocab_size, model.config.vocab_size)
+    suppressed = sorted({*(model.generation_config.suppress_tokens or ()), *unowned})
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings = _Settings(schedule, encoder.eos_token_id, suppressed, sampling, seed, memory)
+    started = time.perf_counter()
+    with evaluating(model):
+        (_in_own_steps if memory is not None or follows_steps(model) else _by_generate)(model, tasks, settings)
+    seconds = time.perf_counter() - started
+    return [task.writer.result(seconds) for task in tasks]
+
+
+def _lay_out(
+    model: Any, text_ids: list[int], schedule: MetaSchedule, max_text_tokens: int | None, before: Read
+) -> tuple[list[int], int]:
+    """Return a prompt with its meta-tokens, and how many new tokens follow it."""
+    meta_token_id: int | None = getattr(model.config, "meta_token_id", None)
     prompt_ids = text_ids
     if meta_token_id is not None:
         prompt_ids = schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id, **before._asdict())
@@ -162,49 +232,28 @@ def generate_text(  # noqa: PLR0913 every option of sampling
         warnings.warn(
             f"schedule {schedule.kind} puts no meta-token into this prompt and {max_text_tokens} text tokens; generate "
             "more, or let meta-tokens come more often",
-            stacklevel=2,
+            stacklevel=3,
         )
-
-    # rows that pad the vocabulary belong to no token of this tokenizer
-    unowned = range(encoder.vocab_size, model.config.vocab_size)
-    suppressed = sorted({*(model.generation_config.suppress_tokens or ()), *unowned})
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    wanted = _Continuation(prompt_ids, schedule, num_new, encoder.eos_token_id, suppressed, sampling, memory)
-    prompt_text = text_ids if prompt else []
-    writer = _TextWriter(tokenizer, prompt_text, encoder.eos_token_id, meta_token_id, stream, show_meta)
-    started = time.perf_counter()
-    with evaluating(model), _seeded(seed):
-        (_in_own_steps if memory is not None or follows_steps(model) else _by_generate)(model, wanted, writer)
-    return GeneratedText(
-        text="".join(writer.pieces),
-        text_tokens=writer.num_text,
-        meta_tokens=writer.num_meta,
-        seconds=time.perf_counter() - started,
-        stopped_by="end_of_text" if writer.has_ended else "length",
-    )
+    return prompt_ids, num_new
 
 
-def _in_own_steps(model: Any, wanted: _Continuation, writer: _TextWriter) -> None:
-    """Continue a prompt with meta-tokens that take no step of their own."""
-    suppressed = {*wanted.suppressed, *model._ids_never_sampled()} - {wanted.eos_token_id}
-    sampler = Sampler(**wanted.sampling, suppressed=sorted(suppressed), device=model.device)
-    decode(
-        model,
-        wanted.prompt_ids,
-        schedule=wanted.schedule,
-        num_new=wanted.num_new,
-        eos_token_id=wanted.eos_token_id,
-        sampler=sampler,
-        emit=writer.write,
-        **_continue_from(model, wanted.memory),
-    )
-    writer.end()
-
-
-def _continue_from(model: Any, memory: CompressedDocument | None) -> dict[str, Any]:
-    if memory is None:
-        return {}
-    return {"cache": memory.to_cache(model), "num_text": memory.read.num_text, "num_meta": memory.read.num_meta}
+def _in_own_steps(model: Any, tasks: list[_Task], settings: _Settings) -> None:
+    """Continue prompts with meta-tokens that take no step of their own."""
+    suppressed = sorted({*settings.suppressed, *model._ids_never_sampled()} - {settings.eos_token_id})
+    wanted = []
+    for task in tasks:
+        generator = torch.Generator(model.device).manual_seed(settings.seed)
+        sampler = Sampler(**settings.sampling, suppressed=suppressed, device=model.device, generator=generator)
+        before = (0, 0) if settings.memory is None else settings.memory.read[:2]
+        wanted.append(Continuation(task.prompt_ids, task.num_new, sampler, task.writer.write, *before))
+    how: dict[str, Any] = {"schedule": settings.schedule, "eos_token_id": settings.eos_token_id}
+    if settings.memory is None:
+        decode_together(model, wanted, **how)
+    else:
+        for one in wanted:
+            decode_together(model, [one], cache=settings.memory.to_cache(model), **how)
+    for task in tasks:
+        task.writer.end()
 
 
 def _check_memory(model: Any, memory: CompressedDocument, prompt: str) -> None:
@@ -225,26 +274,28 @@ def _check_memory(model: Any, memory: CompressedDocument, prompt: str) -> None:
         )
 
 
-def _by_generate(model: Any, wanted: _Continuation, writer: _TextWriter) -> None:
-    """Continue a prompt with all that transformers can do, and a step for each meta-token."""
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-    temperature, top_k, top_p = wanted.sampling.values()
+def _by_generate(model: Any, tasks: list[_Task], settings: _Settings) -> None:
+    """Continue one prompt after another with all that transformers can do, and a step for each meta-token."""
+    how: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    temperature, top_k, top_p = settings.sampling.values()
     if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+        how = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     pad_token_id: int | None = getattr(model.config, "pad_token_id", None)
-    inputs = torch.tensor([wanted.prompt_ids], device=model.device)
-    generate(
-        model=getattr(model, "wrapped", model),
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        meta_schedule=wanted.schedule,
-        streamer=writer,
-        max_new_tokens=wanted.num_new,
-        suppress_tokens=wanted.suppressed or None,
-        eos_token_id=wanted.eos_token_id,
-        pad_token_id=wanted.eos_token_id if pad_token_id is None else pad_token_id,
-        **settings,
-    )
+    for task in tasks:
+        inputs = torch.tensor([task.prompt_ids], device=model.device)
+        with _seeded(settings.seed):
+            generate(
+                model=getattr(model, "wrapped", model),
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                meta_schedule=settings.schedule,
+                streamer=task.writer,
+                max_new_tokens=task.num_new,
+                suppress_tokens=settings.suppressed or None,
+                eos_token_id=settings.eos_token_id,
+                pad_token_id=settings.eos_token_id if pad_token_id is None else pad_token_id,
+                **how,
+            )
 
 
 def schedule_for(injection: Injection) -> MetaSchedule | None:
@@ -314,75 +365,6 @@ def sequence_limit(model: PreTrainedModel | MetaTokenForCausalLM) -> int | None:
     """Return the number of positions of the longest sequence, or None if the config states none."""
     limit: int | None = getattr(model.config, "max_sequence_length", None)
     return getattr(model.config, "max_position_embeddings", None) if limit is None else limit
-
-
-class _TextWriter(BaseStreamer):
-    """Turns generated ids into pieces of text; a piece ends with a complete character."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: list[int],
-        eos_token_id: int,
-        meta_token_id: int | None,
-        stream: Callable[[str], None] | None,
-        show_meta: bool,
-    ) -> None:
-        self.pieces: list[str] = []
-        self.num_text = 0
-        self.num_meta = 0
-        self.has_ended = False
-        self._tokenizer = tokenizer
-        self._eos_token_id = eos_token_id
-        self._meta_token_id = meta_token_id
-        self._stream = stream
-        self._show_meta = show_meta
-        self._is_prompt = True
-        # ids from `_context` on are decoded again, and those before `_written` have been shown. The context matters: a
-        # tokenizer that drops the space at the start of a text keeps it after other ids, such as the prompt's
-        self._text_ids = [*prompt_ids]
-        self._context, self._written = 0, len(prompt_ids)
-
-    def put(self, value: Tensor) -> None:
-        """Take new ids; the first call brings the prompt."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        for token in value.flatten().tolist():
-            self.write(token)
-
-    def write(self, token: int) -> None:
-        """Take a new token."""
-        if token == self._eos_token_id:
-            self.has_ended = True
-        elif token == self._meta_token_id:
-            self.num_meta += 1
-            if self._show_meta:
-                self._write(META_TOKEN)
-        else:
-            self.num_text += 1
-            self._text_ids.append(token)
-            self._write_new_text()
-
-    def end(self) -> None:
-        """Write the rest, even if its last character is incomplete."""
-        self._write_new_text(is_last=True)
-
-    def _write_new_text(self, is_last: bool = False) -> None:
-        shown = self._decode(self._text_ids[self._context : self._written])
-        text = self._decode(self._text_ids[self._context :])
-        if len(text) > len(shown) and (is_last or not text.endswith(_INCOMPLETE)):
-            self._context, self._written = self._written, len(self._text_ids)
-            self._write(text[len(shown) :])
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return text
-
-    def _write(self, piece: str) -> None:
-        self.pieces.append(piece)
-        if self._stream is not None:
-            self._stream(piece)
 
 
 def _check_sampling(max_text_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -19,6 +19,7 @@ from metatokens.generation.decoding import (
     PeriodicSchedule,
     UniformSchedule,
     generate_text,
+    generate_texts,
     schedule_for,
     schedule_meta_tokens,
 )
@@ -286,6 +287,22 @@ def test_pieces_of_the_stream_add_up_to_the_text(model, tokenizer):
     assert "".join(pieces) == result.text
     assert len(pieces) > 20
     assert META_TOKEN not in result.text
+
+
+def test_prompts_of_any_lengths_are_continued_together_as_each_alone(model, tokenizer):
+    prompts = ["the owl sat, and", "", "где мышь?", "owls"]
+    options = {"schedule": SCHEDULES[1], "max_text_tokens": 12, "seed": 3, "show_meta": True}
+    pieces = [[] for _ in prompts]
+    together = generate_texts(
+        model, tokenizer, prompts, stream=lambda index, piece: pieces[index].append(piece), **options
+    )
+    alone = [generate_text(model, tokenizer, prompt, **options) for prompt in prompts]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [(one.text_tokens, one.meta_tokens) for one in together] == [
+        (one.text_tokens, one.meta_tokens) for one in alone
+    ]
+    assert ["".join(of_one) for of_one in pieces] == [one.text for one in together]
+    assert generate_texts(model, tokenizer, [], **options) == []
 
 
 def test_metas_are_shown_where_they_stand_when_asked_for(model, tokenizer):

@@ -8,7 +8,7 @@ import torch
 
 from metatokens.config.loading import is_finetuning, load_preset, preset_names
 from metatokens.generation import stepping
-from metatokens.generation.stepping import Sampler, decode, follows_steps
+from metatokens.generation.stepping import Continuation, Sampler, decode, decode_together, follows_steps
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.model.schedule import NoSchedule, PeriodicSchedule, UniformSchedule, generate, schedule_meta_tokens
 from metatokens.training.initialization import build_model
@@ -85,6 +85,17 @@ def by_steps(model, prompt_ids, schedule, sampling, num_new):
     return found
 
 
+def by_steps_together(model, prompts, schedule, sampling, num_new):
+    found: list[list[int]] = [[] for _ in prompts]
+    wanted = []
+    for prompt, its_own, num in zip(prompts, found, num_new, strict=True):
+        generator = torch.Generator().manual_seed(7)
+        sampler = Sampler(**sampling, suppressed=model._ids_never_sampled(), device="cpu", generator=generator)
+        wanted.append(Continuation(prompt, num, sampler, its_own.append))
+    decode_together(model, wanted, schedule=schedule, eos_token_id=EOS)
+    return found
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
 def test_the_text_is_that_of_generate(model, schedule, sampling) -> None:
@@ -111,6 +122,9 @@ def test_every_arm_continues_beyond_its_windows_and_blocks_as_by_generate(arm: s
     expected = by_generate(model, prompt, SCHEDULES[2], SAMPLINGS[1], 40)
     assert by_steps(model, prompt, SCHEDULES[2], SAMPLINGS[1], 40) == expected
     assert len(set(expected)) > 2
+    shorter = [prompt[:5], prompt[:-2]]
+    alone = [by_steps(model, one, SCHEDULES[2], SAMPLINGS[1], 40) for one in shorter]
+    assert by_steps_together(model, [prompt, *shorter], SCHEDULES[2], SAMPLINGS[1], [40] * 3) == [expected, *alone]
 
 
 def test_meta_tokens_take_no_pass_of_their_own(model) -> None:
@@ -119,6 +133,20 @@ def test_meta_tokens_take_no_pass_of_their_own(model) -> None:
         found = by_steps(model, prompt, PeriodicSchedule(3), SAMPLINGS[0], num_new=9)
     assert [token == META for token in found] == [True, False, False, False, True, False, False, False, True]
     assert passes == [8, 1, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_ragged_prompts_are_continued_together_as_each_alone(model, schedule, monkeypatch) -> None:
+    monkeypatch.setattr(stepping, "PREFILL_POSITIONS", 4)  # a part of the longest prompt is padding in the others
+    draws = torch.Generator().manual_seed(3)
+    texts = [torch.randint(1, META, (length,), generator=draws).tolist() for length in (11, 1, 6, 6)]
+    prompts = [schedule_meta_tokens(text, schedule, meta_token_id=META) for text in texts]
+    num_new = [30, 9, 30, 1]  # some end before the others, and some by an end of text
+    for sampling in SAMPLINGS:
+        alone = [by_steps(model, prompt, schedule, sampling, num) for prompt, num in zip(prompts, num_new, strict=True)]
+        with counted_passes(model) as passes:
+            assert by_steps_together(model, prompts, schedule, sampling, num_new) == alone
+        assert len(passes) <= 30 + 4
 
 
 def test_a_long_prompt_is_read_in_parts(model, monkeypatch) -> None:
