@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from commands import error_line, metatokens
+from metatokens.analysis.results import write_results
 from metatokens.cli import VERBS
 from metatokens.cli.arguments import INTERVENTIONS, _as_declared
 from metatokens.cli.output import announce
 from metatokens.config.loading import preset_names
 from metatokens.evaluation.interventions import KINDS
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from synthetic_results import build_results
 
 MISSING = "no/such/place.yaml"
 # a wrong path for every verb, or for what a verb must know beside it
@@ -77,6 +80,84 @@ def test_no_verb_imports_torch_before_it_refuses_a_wrong_path_or_option(tmp_path
     assert len(lines) == len(commands)
     assert [line for line in lines if line.endswith("True") or " 0 " in line] == []
     assert len(done.stderr.splitlines()) == len(commands), done.stderr
+
+
+FIRST_WORDS = """
+import io, json, os, sys, time
+from importlib.machinery import ModuleSpec
+from metatokens.cli import main
+
+class Heavy(BaseException):
+    pass
+
+class Loader:
+    def create_module(self, spec):
+        raise Heavy
+
+    exec_module = create_module
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, Loader()) if name in ("torch", "transformers", "matplotlib") else None
+
+sys.meta_path.insert(0, Finder())
+for name, command in json.loads(sys.argv[1]).items():
+    sys.stdout.flush()
+    if os.fork():
+        os.wait()
+        continue
+    console, sys.stdout, sys.stderr = sys.stdout, io.StringIO(), io.StringIO()
+    try:
+        code = main(command)
+    except Heavy:
+        code = None
+    said = sys.stderr.getvalue() + sys.stdout.getvalue()
+    print(json.dumps([name, time.process_time(), code, said]), file=console, flush=True)
+    os._exit(0)
+"""
+
+
+def test_every_verb_says_what_it_does_before_its_slow_imports(tmp_path: Path, tokens: Path) -> None:
+    model = MetaTokenForCausalLM(
+        MetaTokenConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    model.save_pretrained(tmp_path / "model")
+    write_results(tmp_path / "analysis", *build_results())
+    (tmp_path / "text.txt").write_text("The owl sat, and the owl saw a mouse.")
+    (tmp_path / "sweep.yaml").write_text("preset: tiny/recall\naxes: {arm: {a: {}}}\n")
+    commands = {
+        "demo": ["--out", "demo"],
+        "prepare": ["text.txt", "--out", "prepared"],
+        "adopt": ["text.txt", "--out", "adopted"],
+        "pretrain": ["tiny/meta", "--data.path", str(tokens)],
+        "extend": ["model", "--out", "longer"],
+        "finetune": ["tiny/recall", "--out", "recall"],
+        "evaluate": ["model", "--task.kind", "parity"],
+        "sweep": ["sweep.yaml", "--out", "grid"],
+        "replicate": ["--out", "replication"],
+        "perplexity": ["model", "text.txt"],
+        "analyze": ["model", "--text", "text.txt", "--out", "looked"],
+        "report": ["analysis"],
+        "generate": ["model", "Once"],
+        "serve": ["model"],
+        "export": ["model", "--out", "exported"],
+        "compress": ["model", "text.txt", "--out", "memory"],
+        "bench": ["generation"],
+        "verify": ["analysis"],
+        "info": ["model"],
+        "plan": ["tiny/meta"],
+    }
+    assert commands.keys() == WRONG_PATHS.keys(), "a new verb says what it does, too"
+    given = json.dumps({verb: [verb, *arguments] for verb, arguments in commands.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_WORDS, given], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == list(commands)
+    refused = {name for name, _, code, _ in found if code not in (None, 0)}
+    assert refused <= {"adopt"}, found  # its text is no folder of tokens
+    assert [name for name, _, _, said in found if not said.strip()] == []
+    assert max(seconds for _, seconds, _, _ in found) < 2, "CPU seconds to the first words"
 
 
 def test_help_and_version_load_neither_rich_nor_numpy_nor_pydantic() -> None:

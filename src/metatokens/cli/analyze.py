@@ -32,10 +32,10 @@ def _run(options: argparse.Namespace) -> int:
     folder.check_path()
     if options.text is not None:
         source_files(options.text)
-    config = analysis_config_of(folder, options.text, options.overrides)
     for name in (ARRAYS_NAME, RESULTS_NAME):
         check_file(options.out / name)
     announce(options, f"opening {options.checkpoint}")
+    config = analysis_config_of(folder, options.text, options.overrides)  # asks a model without a run for its window
     from metatokens.analysis.inputs.subject import check_model
     from metatokens.analysis.run import Identity, analyze
 

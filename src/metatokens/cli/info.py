@@ -40,6 +40,7 @@ def _run(options: argparse.Namespace) -> int:
         ModelFolder(folder).check_path()
     else:
         is_finetuning(options.model)  # refuses a wrong name before the slow imports
+    announce(options, f"looking at {options.model}")
     from metatokens.baselines.building import build_config
     from metatokens.baselines.pretrained import PretrainedCausalLM
     from metatokens.config.finetuning import FinetuneConfig, FreshStart
