@@ -181,6 +181,45 @@ def test_generated_text_is_that_of_the_definition(name: str, options: dict[str, 
         assert torch.equal(logits.argmax(-1), expected[:, 16:])
 
 
+@all_pairs(
+    name=("evicted", "always", "limited", "every", "every_limited"),
+    batch=BATCHES,
+    chunks=CHUNKS,
+    meta_attention=("all", "none"),
+)
+@torch.no_grad()
+def test_compact_positions_equal_the_definition(name: str, batch: str, chunks: str, meta_attention: str) -> None:
+    memory = {**POLICIES[name], "positions": "compact"}
+    model, reference = models(memory=memory, meta_attention_layers=meta_attention)
+    ids = tokens(*BATCHES[batch])
+    real = attention_mask_of(ids).bool()
+    cached = feed(model, ids, DynamicCache(config=model.config), CHUNKS[chunks])[real]
+    assert_close(cached, uncached(model, ids)[real], TOLERANCE)
+    # RoPE's tables are float32, and the definition rotates by distances in place of positions
+    assert_close(cached, uncached(reference, ids)[real], 1e-6)
+    others = tiny_model(memory=POLICIES[name], meta_attention_layers=meta_attention)
+    assert (cached - uncached(others, ids)[real]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_compact_positions_and_a_limit_read_texts_without_end() -> None:
+    memory = {"window": 6, "num_sinks": 2, "memory_limit": 5, "positions": "compact"}
+    model = tiny_model(memory=memory, max_position_embeddings=16)
+    ids = tokens("xxx_xx_xxxxxxx_" * 20, "xxxxxxxxxx_xxx_" * 20)
+    cache = DynamicCache(config=model.config)
+    cached = feed(model, ids, cache, [140, 1, 1, 158], masked=False)
+    assert_close(cached, model(ids, use_cache=False).logits, TOLERANCE)
+    assert cache.layers[0].keys.shape[2] == 2 + 6 + 5
+    assert cache.layers[0].meta_keys.shape[2] == 5
+    written = model.generate(ids[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert written.shape == (1, 320)
+    for too_long in ({**memory, "memory_limit": None}, {**memory, "memory_limit": 14}):
+        with pytest.raises(ValueError, match=r"model has 16 \(max_position_embeddings\): set memory.memory_limit"):
+            tiny_model(memory=too_long, max_position_embeddings=16)(ids)
+    with pytest.raises(ValueError, match="longer than the model's 16"):
+        tiny_model(memory={**memory, "positions": "all"}, max_position_embeddings=16)(ids)
+
+
 @torch.no_grad()
 def test_wrong_caches_and_masks_are_refused_in_one_sentence() -> None:
     model, ids = tiny_model(memory={"window": 4}), tokens("xx_xx_xx")

@@ -97,8 +97,9 @@ class MemoryAttention(SparseAttention):
     """evicted: text sees a meta-token once the text before it has left the window; always: at once."""
     memory_limit: int | None = Field(None, ge=1)
     """Newest anchors that stay; off means all."""
-    positions: Literal["all", "text"] = "all"
-    """What positions count: all tokens, or text alone, so that a meta-token has the position of the token before it."""
+    positions: Literal["all", "text", "compact"] = "all"
+    """What positions count: all tokens; text: text alone, so that a meta-token has the position of the token before
+    it; compact: kept tokens are counted among themselves, for texts longer than those of the training."""
 
     def to_hf(self) -> dict[str, Any]:
         """Return the fields of the Hugging Face config."""

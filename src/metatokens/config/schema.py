@@ -17,6 +17,7 @@ from metatokens.config.attention import (
     Attention,
     FullAttention,
     LandmarkAttention,
+    MemoryAttention,
     SparseAttention,
     attention_from_hf,
 )
@@ -163,6 +164,8 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
             )
+        if isinstance(self.attention, MemoryAttention):
+            self._check_memory(self.attention)
         if isinstance(self.attention, SparseAttention):
             beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
             if beyond:
@@ -174,6 +177,20 @@ class ModelConfig(Frozen):
                     f"model.meta_attention_layers {outside} are beyond the {self.num_hidden_layers} layers"
                 )
         return self
+
+    def _check_memory(self, memory: MemoryAttention) -> None:
+        has_meta_attention = self.meta_attention_layers != "none"
+        if self.meta_attention_over != "meta" and has_meta_attention:
+            raise ValueError(
+                f"model.attention memory needs model.meta_attention_over meta, not {self.meta_attention_over}: the "
+                "others are evicted"
+            )
+        if memory.memory_limit is not None and memory.layers != "all" and has_meta_attention:
+            raise ValueError("model.attention.memory_limit with meta-attention needs model.attention.layers all")
+        if memory.positions == "compact" and (self.position_encoding != "rope" or memory.layers != "all"):
+            raise ValueError(
+                "model.attention.positions compact needs model.position_encoding rope and model.attention.layers all"
+            )
 
     @property
     def has_rotation(self) -> bool:

@@ -16,6 +16,7 @@ from .memory_cache import MEMORY_LAYER
 
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
+ENDLESS = 2**31 - 1  # positions of a text that may be of any length
 POSITION_ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
 
 
@@ -167,9 +168,11 @@ class MetaTokenConfig(PreTrainedConfig):
 
     @property
     def max_sequence_length(self) -> int:
-        """The longest input, in positions; dynamic RoPE scaling stretches it by its factor."""
+        """The longest input, in positions; dynamic RoPE scaling stretches it, and compact positions have no end."""
         rope = self.rope_parameters or {}
         factor = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
+        if self.memory is not None and self.memory.get("positions") == "compact":
+            return ENDLESS
         return int(self.max_position_embeddings * factor)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -233,6 +236,8 @@ class MetaTokenConfig(PreTrainedConfig):
             raise ValueError(
                 f'memory needs meta_attention_over "meta", not {self.meta_attention_over!r}, whose members are evicted'
             )
+        if policy.positions == "compact" and (self.position_encoding != "rope" or policy.layers != "all"):
+            raise ValueError('memory.positions "compact" needs position_encoding "rope" and memory.layers "all"')
         if policy.memory_limit is not None and policy.layers != "all" and self.meta_attention_layers != "none":
             raise ValueError(
                 'memory.memory_limit with meta-attention needs memory.layers "all": one limit for all blocks'

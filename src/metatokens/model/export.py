@@ -26,6 +26,7 @@ REMOTE_CODE = (
     "masks",
     "memory",
     "memory_cache",
+    "memory_compact",
     "meta_attention",
     "modeling",
     "outputs",

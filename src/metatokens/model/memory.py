@@ -42,8 +42,9 @@ class MemoryPolicy:
     """Whether text sees a meta-token only once the text before it has left the window; meta-tokens always see it."""
     memory_limit: int | None = None
     """Newest anchors that are remembered; None means all."""
-    positions: Literal["all", "text"] = "all"
-    """What positions count: all tokens, or text alone, so that a meta-token has the position of the token before it."""
+    positions: Literal["all", "text", "compact"] = "all"
+    """What positions count: all tokens; text alone, so that a meta-token has the position of the token before it; or
+    "compact", in which kept tokens are counted among themselves (`memory_compact.py`)."""
     layers: Literal["all", "odd"] | Sequence[int] = "all"
     """Blocks in memory mode; the others see everything."""
 
@@ -58,7 +59,11 @@ class MemoryPolicy:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= least):
                 raise ValueError(f"memory.{name} must be a whole number of at least {least}, not {value!r}")
-        choices = {"anchors": ("meta", "every"), "reveal": ("evicted", "always"), "positions": ("all", "text")}
+        choices = {
+            "anchors": ("meta", "every"),
+            "reveal": ("evicted", "always"),
+            "positions": ("all", "text", "compact"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"memory.{name} must be one of {allowed}, not {getattr(self, name)!r}")
@@ -263,7 +268,7 @@ class _Chunk(NamedTuple):
     band_start: int
     band_stop: int
     """And keys [band_start, band_stop): the text of the window."""
-    mask: Tensor
+    mask: Any = None
     """(B, 1, queries, keys) bool, or (B, H, queries, keys) additive with ALiBi."""
 
     def visit(self, states: Tensor) -> Tensor:
@@ -271,6 +276,10 @@ class _Chunk(NamedTuple):
         if self.num_kept == self.band_start:
             return states[:, :, : self.band_stop]
         return torch.cat([states[:, :, : self.num_kept], states[:, :, self.band_start : self.band_stop]], dim=2)
+
+    def visit_columns(self, keys: Columns) -> Columns:
+        """Return what is known of the visited columns of permuted keys."""
+        return keys.part(0, self.num_kept).join(keys.part(self.band_start, self.band_stop))
 
 
 @dataclass(frozen=True)
@@ -343,9 +352,9 @@ class MemoryMask:
         for start, stop, kept, band_start, band_stop in bounds.T.tolist():
             band_start = max(band_start, kept)  # noqa: PLW2901 - rows with fewer anchors have text among the kept
             band_stop = max(band_stop, band_start)  # noqa: PLW2901
-            visited = self.permuted_keys.part(0, kept).join(self.permuted_keys.part(band_start, band_stop))
-            mask = self._mask(self.queries.part(start, stop), visited)
-            plan.append(_Chunk(start, stop, kept, band_start, band_stop, mask))
+            chunk = _Chunk(start, stop, kept, band_start, band_stop)
+            mask = self._mask(self.queries.part(start, stop), chunk.visit_columns(self.permuted_keys))
+            plan.append(chunk._replace(mask=mask))
         return plan
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -396,10 +405,16 @@ def _attend_explicitly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, dropout: float
 ) -> Tensor:
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    return attend_to_scores(scores, mask, value, dropout=dropout)
+
+
+def attend_to_scores(scores: Tensor, mask: Tensor, value: Tensor, *, dropout: float) -> Tensor:
+    """Return the mean of values (B, H, K, D) by scores (B, H, Q, K) under a mask, bool or additive: (B, H, Q, D)."""
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    # the softmax of a half-precision row loses mass, so it is computed in float32
     precision = torch.promote_types(scores.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(value.dtype)
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout)
     return torch.matmul(weights, value)

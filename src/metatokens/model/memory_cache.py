@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticLayer
+from transformers import Cache, StaticLayer, logging
 
 from .cache import MetaDynamicLayer
 from .memory import Columns, Counts, MemoryPolicy, count_tokens, stay, take_columns
+
+logger = logging.get_logger(__name__)
 
 MEMORY_LAYER = "memory_attention"
 
@@ -89,6 +91,11 @@ class MemoryState:
         remains = torch.ones_like(columns.is_real) if is_removed is None else ~is_removed
         stays = stay(self.policy, columns, self.counts) & remains
         gone = columns.is_real & remains & ~stays
+        if self.policy.memory_limit is not None and bool((gone & columns.is_anchor).any()):
+            logger.warning_once(
+                f"the memory is full: the oldest anchors are forgotten, and the newest {self.policy.memory_limit} stay "
+                "(memory.memory_limit)"
+            )
         self._note_lost(columns, gone)
         if bool(stays.all()):
             return

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .masks import TokenLayout, to_additive
-from .memory import Columns, MemoryPolicy
+from .memory import Columns, MemoryMask, MemoryPolicy, attend_to_scores
 from .modeling import MetaTokenForCausalLM, MetaTokenModel
 from .positions import add_alibi
 
@@ -45,6 +45,42 @@ def visible_pairs(policy: MemoryPolicy, is_meta: Tensor, is_real: Tensor) -> Ten
     return (seen & is_real[:, None] & is_past) | is_itself
 
 
+def compact_distances(policy: MemoryPolicy, is_meta: Tensor, is_real: Tensor, positions: Tensor) -> Tensor:
+    """Return at what distance a query sees a key with compact positions, (B, T, T) int64.
+
+    Text in the window is at its ordinary distance. An anchor is as far as there are anchors behind it up to the query,
+    the query among them if it is one. A sink lies in front of the remembered anchors, at most `memory_limit`.
+    """
+    is_text = is_real & ~is_meta if policy.anchors == "meta" else is_real
+    num_text = is_text.long().cumsum(-1)
+    is_sink = is_text & (num_text <= policy.num_sinks)
+    every = is_text & ~is_sink & (num_text % policy.every == 0)
+    num_anchors = (is_real & is_meta if policy.anchors == "meta" else every).long().cumsum(-1)
+    behind = num_anchors[:, :, None] - num_anchors[:, None] + 1  # the anchor itself counts as one
+    limit = num_anchors if policy.memory_limit is None else num_anchors.clamp(max=policy.memory_limit)
+    to_sinks = limit[:, :, None] + policy.num_sinks - (num_text - 1)[:, None]
+    near = is_text[:, None] & (num_text[:, :, None] - num_text[:, None] < policy.window)
+    ordinary = positions[:, :, None] - positions[:, None]
+    return torch.where(near, ordinary, torch.where(is_sink[:, None], to_sinks, behind))
+
+
+class _CompactReference(MemoryMask):
+    """Rotates each query by its distance to each key."""
+
+    def __init__(self, mask: Tensor, distances: Tensor, rotary_emb: Any, hidden: Tensor) -> None:
+        self.mask, self.distances, self.rotary_emb, self.hidden = mask, distances, rotary_emb, hidden
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
+        """Attend over all pairs."""
+        del dropout
+        rows, heads, num_tokens, width = query.shape
+        table = self.rotary_emb(self.hidden, self.distances.flatten(1))
+        pairs = query[:, :, :, None].expand(-1, -1, -1, num_tokens, -1).reshape(rows, heads, -1, width)
+        turned, _ = table.apply(pairs, pairs.clone())
+        scores = (turned.view(rows, heads, num_tokens, num_tokens, width) * key[:, :, None]).sum(-1) * scaling
+        return attend_to_scores(scores, self.mask, value, dropout=0.0).transpose(1, 2)
+
+
 class MemoryReferenceModel(MetaTokenModel):
     """The decoder with the defining mask."""
 
@@ -60,6 +96,9 @@ class MemoryReferenceModel(MetaTokenModel):
             raise ValueError("the reference takes whole sequences without a cache: use_cache=False")
         is_meta = tokens.is_anchor if policy.anchors == "meta" else torch.zeros_like(tokens.is_anchor)
         mask = visible_pairs(policy, is_meta, tokens.is_real)[:, None]
+        if policy.positions == "compact":
+            distances = compact_distances(policy, is_meta, tokens.is_real, layout.position_ids.expand(tokens.shape))
+            return _CompactReference(mask, distances, self.rotary_emb, hidden)
         if layout.slopes is not None:
             return add_alibi(mask, layout.position_ids, layout.position_ids, layout.slopes)
         return to_additive(mask, hidden.dtype) if self.config._attn_implementation == "eager" else mask

@@ -34,6 +34,7 @@ from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labe
 from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask, to_additive
 from .memory import CHUNK, Columns, MemoryMask, MemoryPolicy, describe_tokens
 from .memory_cache import shared_state
+from .memory_compact import CompactMask
 from .meta_attention import (
     MetaAttention,
     MetaPack,
@@ -226,7 +227,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             past_key_values = self._usable_cache(DynamicCache(config=self.config))
         if self.config.position_encoding == "learned":
             hidden = hidden + self.embed_positions(layout.position_ids)
-        rotary = self.rotary_emb(hidden, layout.position_ids) if self.config.has_rotation else None
+        rotary, meta_rotary = self._rotations(hidden, layout, tokens)
         mask = None
         if policy is None or not all(map(policy.applies_to, range(len(self.layers)))):
             mask = self._causal_mask(hidden, layout, past_key_values)
@@ -240,7 +241,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 hidden,
                 meta_token_mask=members,
                 meta_indices=meta_indices if self.config.meta_attention_over == "meta" else None,
-                rotary=rotary,
+                rotary=meta_rotary,
                 layout=layout,
                 past_key_values=past_key_values,
                 mask=mask,
@@ -379,6 +380,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             raise ValueError("memory mode takes one document a row: leave out position_ids that start anew")
         tokens = replace(tokens, positions=layout.position_ids.expand(tokens.shape))
         state = shared_state(policy, past_key_values)
+        if policy.positions == "compact":
+            return self._compact_mask(policy, tokens, hidden, tokens if state is None else state.read(tokens))
         is_first = state is None or state.columns is None
         causal = make_causal_mask(self.config, hidden, layout, past_key_values) if is_first else None
         keys = tokens if state is None else state.read(tokens)
@@ -389,6 +392,29 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         if backend == "flex_attention" or (backend == "sdpa" and num_queries > CHUNK and not is_traced()):
             return mask
         return to_additive(mask.dense(), hidden.dtype) if backend == "eager" else mask.dense()
+
+    def _rotations(
+        self, hidden: Tensor, layout: TokenLayout, tokens: Columns | None
+    ) -> tuple[Rotary | None, Rotary | None]:
+        """Return how positions enter self-attention and meta-attention; a compact mask rotates by itself."""
+        if not self.config.has_rotation:
+            return None, None
+        policy = self.config.memory_policy
+        if policy is not None and tokens is not None and policy.positions == "compact":
+            return None, self.rotary_emb(hidden, tokens.rank)
+        rotary = self.rotary_emb(hidden, layout.position_ids)
+        return rotary, rotary
+
+    def _compact_mask(self, policy: MemoryPolicy, tokens: Columns, hidden: Tensor, keys: Columns) -> CompactMask:
+        if self.config._attn_implementation != "sdpa" or is_traced():
+            raise ValueError('memory.positions "compact" needs attn_implementation "sdpa", without torch.compile')
+        mask = CompactMask(policy, tokens, keys, rotate=lambda positions: self.rotary_emb(hidden, positions))
+        if mask.largest_distance >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"the memory holds anchors at {mask.largest_distance} positions, and the model has "
+                f"{self.config.max_position_embeddings} (max_position_embeddings): set memory.memory_limit"
+            )
+        return mask
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":

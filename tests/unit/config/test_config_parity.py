@@ -92,6 +92,21 @@ def test_every_field_of_memory_mode_reaches_the_hugging_face_config_and_comes_ba
     assert read_back(model, tmp_path) == model
 
 
+@pytest.mark.parametrize(
+    ("memory", "others", "named"),
+    [
+        ({"positions": "compact"}, {"position_encoding": "learned"}, r"positions compact needs .*rope"),
+        ({"positions": "compact", "layers": "odd"}, {}, r"attention\.layers all"),
+        ({"memory_limit": 4, "layers": "odd"}, {}, "memory_limit with meta-attention"),
+        ({}, {"meta_attention_over": "all"}, r"meta_attention_over meta, not all"),
+        ({"layers": [12]}, {}, r"\[12\] are beyond the 12 layers"),
+    ],
+)
+def test_what_memory_mode_cannot_do_is_named(memory: dict[str, object], others: dict[str, object], named: str):
+    with pytest.raises(ValidationError, match=named):
+        ModelConfig.model_validate({"attention": {"kind": "memory", **memory}, **others})
+
+
 def test_the_defaults_of_both_configs_agree():
     default, ours = MetaTokenConfig().to_dict(), hf_config(ModelConfig()).to_dict()
     assert {key for key in default if default[key] != ours[key]} == FROM_THE_TOKENIZER

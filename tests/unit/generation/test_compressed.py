@@ -37,7 +37,11 @@ def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"memory": {"window": 4, "memory_limit": 3}}, {"memory": {"window": 4, "anchors": "every", "layers": [1]}}],
+    [
+        {},
+        {"memory": {"window": 4, "memory_limit": 3, "positions": "compact"}},
+        {"memory": {"window": 4, "anchors": "every", "layers": [1]}},
+    ],
 )
 def test_text_after_a_document_from_a_file_is_that_after_the_document_itself(
     tokenizer: Any, schedule: Any, changes: dict[str, Any], tmp_path: Path

@@ -61,6 +61,7 @@ def test_caches_of_transformers_have_a_meta_part_in_blocks_with_meta_attention()
         ({"pad_token_id": META}, ("pad_token_id", "meta_token_id", str(META))),
         ({"memory": {"window": 4, "layers": [0, 2]}}, ("memory.layers", "[2]", "0..1")),
         ({"memory": {"window": 4}, "meta_token_id": None}, ("memory.anchors", "meta_token_id", "every")),
+        ({"memory": {"window": 4, "positions": "compact"}, "position_encoding": "alibi"}, ("compact", "rope")),
         ({"memory": {"window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
         ({"memory": {"window": 4, "memory_limit": 2, "layers": "odd"}}, ("memory_limit", "memory.layers", "all")),
     ],
