@@ -5,6 +5,7 @@ that of the measures of an analysis comes from their registry.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -367,9 +368,13 @@ def measures() -> str:
 
 def faults() -> str:
     """Tell what the campaigns of tests/faults did, kind by kind."""
-    records = [load(f"{FAULTS}/{path.name}") for path in sorted((ROOT / FAULTS).glob("*.json"))]
-    outcomes = [outcome for record in records for outcome in record.get("outcomes", {}).values()]
-    rows = [f"| {one['counts']} | {one['done']:,} | {len(one['failures'])} |" for one in outcomes]
+    done: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for path in sorted((ROOT / FAULTS).glob("*.json")):
+        for outcome in load(f"{FAULTS}/{path.name}").get("outcomes", {}).values():
+            done[outcome["counts"]] += outcome["done"]
+            failed[outcome["counts"]] += len(outcome["failures"])
+    rows = [f"| {counts} | {number:,} | {failed[counts]} |" for counts, number in done.items()]
     return "\n".join(["| | done | failed |", "|---|---:|---:|", *rows]) + "\n"
 
 

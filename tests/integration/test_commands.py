@@ -400,6 +400,12 @@ def test_a_tokenizer_that_does_not_match_the_shards_is_a_data_error(work, tmp_pa
     assert "tokenizer.json" in line
 
 
+def test_a_model_beyond_the_memory_is_a_resource_error_with_advice(work):
+    size = ("--model.hidden_size", str(2**42), "--model.num_attention_heads", "2")
+    done = metatokens("pretrain", "tiny/meta", "--data.path", work / "tokens", "--out", work / "huge", *size, code=6)
+    assert "lower training.micro_batch_blocks" in done.stderr.splitlines()[-1]
+
+
 def test_a_block_longer_than_the_model_is_refused(work):
     line = error_line("pretrain", work / "tiny.yaml", "--data.block_size", "128", code=2)
     assert "128" in line

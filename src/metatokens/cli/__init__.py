@@ -75,9 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and (error.filename or error.errno in FULL_DISK):
             return _end_of_path(error)
-        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        # of torch's errors without an import of torch; that of the CPU has no type of its own
+        of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        out_of_memory = isinstance(error, MemoryError) or of_torch
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = "lower training.micro_batch_blocks" if out_of_memory else "--debug shows where"
+        remedy = "lower training.micro_batch_blocks or take a smaller model" if out_of_memory else "--debug shows where"
         say(f"metatokens: {cause}; {remedy}")
         return ResourceError.exit_code if out_of_memory else 1
 
