@@ -259,6 +259,17 @@ class DataConfig(Frozen):
     """full: compare every shard's SHA-256 at the start; size: only its length."""
 
 
+class ReconstructConfig(Frozen):
+    """Training blocks that end with an earlier span of their text once more, which memory mode has evicted."""
+
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the blocks."""
+    tokens: int = Field(32, ge=1)
+    """Text tokens of a span."""
+    distance: int = Field(64, ge=1)
+    """Least text tokens between a span and its repetition; the window, so that the span is gone."""
+
+
 class OptimizerConfig(Frozen):
     """AdamW."""
 
@@ -450,6 +461,8 @@ class PretrainConfig(RunConfig):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     injection: Injection = UniformInjection()
+    reconstruct: ReconstructConfig | None = None
+    """Have the model give back spans from beyond its window; off means that blocks are plain text."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -468,8 +481,17 @@ class PretrainConfig(RunConfig):
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
             )
         self._check_landmarks()
+        self._check_reconstruction()
         check_schedule(self.schedule, self.total_steps, "training.duration")
         return self
+
+    def _check_reconstruction(self) -> None:
+        spans = self.reconstruct
+        if spans is not None and 2 * spans.tokens + spans.distance > self.text_tokens_per_block:
+            raise ValueError(
+                f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into the "
+                f"{self.text_tokens_per_block} text tokens of a block"
+            )
 
     def _check_landmarks(self) -> None:
         attention = self.model.attention

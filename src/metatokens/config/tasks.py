@@ -120,8 +120,8 @@ class PeriodicPlaces(Frozen):
     """After every n-th text token of the prompt, never inside an answer."""
 
     kind: Literal["periodic"] = "periodic"
-    every: int = Field(9, ge=1)
-    """n."""
+    every: Annotated[int, Field(ge=1)] | Range = 9
+    """n; or its bounds, between which each instance draws one."""
 
 
 class NoPlaces(Frozen):

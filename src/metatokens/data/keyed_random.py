@@ -47,6 +47,11 @@ class Purpose(IntEnum):
     PASSAGE = 8
     """Where a passage begins in its text."""
     PASSAGE_INJECTION = 9
+    RECONSTRUCTION = 10
+    """Which blocks end with an earlier span of their text."""
+    RECONSTRUCTED_SPAN = 11
+    META_PERIOD = 12
+    """Text tokens between the meta-tokens of an instance."""
 
 
 def splitmix64(state: Uint64Array) -> Uint64Array:

@@ -27,6 +27,7 @@ from metatokens.data.injection import (
     warn_without_meta_tokens,
 )
 from metatokens.data.keyed_random import Purpose, Uint64Array, hash_key, splitmix64
+from metatokens.data.reconstruction import repeat_spans
 from metatokens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from metatokens.config.schema import Injection, LossPolicy
+    from metatokens.config.schema import Injection, LossPolicy, ReconstructConfig
     from metatokens.data.shards import Split, TokenDataset
 
 _FEISTEL_ROUNDS = 6  # 4 already make a strong pseudorandom permutation (Luby, Rackoff 1988); 2 more for weak rounds
@@ -195,6 +196,7 @@ class BatchLoader(Batches):
         meta_token_id: The id to insert.
         loss_policy: Which position predicts which text token.
         ends_clause: (V,) bool, needed by the policy punctuation.
+        reconstruct: Which blocks end with an earlier span of their text; None means none.
 
     Raises:
         ValueError: The blocks do not fit the block size.
@@ -202,7 +204,7 @@ class BatchLoader(Batches):
             fewer blocks than a batch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a batch depends on
         self,
         blocks: TokenBlocks,
         *,
@@ -215,8 +217,9 @@ class BatchLoader(Batches):
         meta_token_id: int,
         loss_policy: LossPolicy,
         ends_clause: BoolArray | None = None,
+        reconstruct: ReconstructConfig | None = None,
     ) -> None:
-        self.blocks = blocks
+        self.blocks, self._reconstruct = blocks, reconstruct
         self._injection, self._block_size, self._batch_blocks = injection, block_size, batch_blocks
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._meta_token_id, self._loss_policy, self._ends_clause = meta_token_id, loss_policy, ends_clause
@@ -229,6 +232,8 @@ class BatchLoader(Batches):
     def make_batch(self, sample_ids: IntArray, epochs: IntArray | int) -> InjectedBatch:
         """Return the given blocks (B,) with the layouts that they have in the given epochs."""
         text = self.blocks.read(sample_ids)
+        if self._reconstruct is not None:
+            text = repeat_spans(text, self._reconstruct, sample_ids=sample_ids, seed=self._seed, epochs=epochs)
         meta_positions = sample_meta_positions(
             self._injection,
             sample_ids=sample_ids,

@@ -14,6 +14,7 @@ import numpy as np
 
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_into_prompt
+from metatokens.data.keyed_random import KeyedRandom, Purpose, hash_key
 from metatokens.tasks.base import META
 from metatokens.tasks.registry import chance_of
 
@@ -188,7 +189,10 @@ def _place_anywhere(
         is_prompt[start:stop] = False
     prompt = np.flatnonzero(is_prompt)
     if places.kind == "periodic":
-        return [int(token) + 1 for token in prompt[places.every - 1 :: places.every] if token + 1 < len(text_ids)]
+        every = places.every
+        if not isinstance(every, int):
+            every = KeyedRandom(int(hash_key(key, Purpose.META_PERIOD)[0])).between(*every)
+        return [int(token) + 1 for token in prompt[every - 1 :: every] if token + 1 < len(text_ids)]
     # the row holds the numbers of its tokens, so -1 is free to stand for a meta-token
     row = inject_into_prompt(prompt.tolist(), UniformInjection(ratio=places.meta_ratio), meta_token_id=-1, seed=key)
     meta_places, place = [], 0

@@ -179,6 +179,7 @@ def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share
         meta_token_id=dataset.vocab_size,
         loss_policy=config.model.loss_policy,
         ends_clause=ends_clause_table(dataset.tokenizer()) if punctuation else None,
+        reconstruct=config.reconstruct if split == "train" else None,
         **share,
     )
 

@@ -4,7 +4,13 @@ import threading
 import numpy as np
 import pytest
 
-from metatokens.config.schema import ExplicitInjection, NoInjection, PunctuationInjection, UniformInjection
+from metatokens.config.schema import (
+    ExplicitInjection,
+    NoInjection,
+    PunctuationInjection,
+    ReconstructConfig,
+    UniformInjection,
+)
 from metatokens.data.keyed_random import hash_key
 from metatokens.data.loader import BatchLoader, TokenBlocks, permute
 from metatokens.data.tokenizer import ends_clause_table
@@ -55,6 +61,16 @@ def test_blocks_tile_the_split_with_one_token_of_overlap(dataset):
     assert rows.dtype == np.int64
     np.testing.assert_array_equal(rows[:, :-1].ravel(), dataset.read("train", 0, rows[:, 1:].size))
     np.testing.assert_array_equal(rows[:-1, -1], rows[1:, 0])
+
+
+def test_a_batch_whose_blocks_repeat_a_span_keeps_its_layout_and_the_targets_of_its_text(dataset):
+    plain = make_loader(dataset).batch_at(3)
+    spans = make_loader(dataset, reconstruct=ReconstructConfig(share=1, tokens=4, distance=6)).batch_at(3)
+    np.testing.assert_array_equal(spans.input_ids == META, plain.input_ids == META)
+    texts = spans.input_ids[spans.input_ids != META].reshape(6, 24)
+    # the repetition begins among the inputs, and its last token is the last target alone
+    assert [row[-3:].tolist() in [row[i : i + 3].tolist() for i in range(21)] for row in texts] == [True] * 6
+    np.testing.assert_array_equal(texts[:, :-3], plain.input_ids[plain.input_ids != META].reshape(6, 24)[:, :-3])
 
 
 def test_block_too_short_for_a_meta_token_warns(dataset):

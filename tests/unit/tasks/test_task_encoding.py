@@ -167,6 +167,16 @@ def test_periodic_places_follow_every_nth_text_token_of_the_prompt(every):
         assert is_meta.sum() == number[-1] // every
 
 
+def test_a_range_of_periods_is_drawn_anew_for_each_instance():
+    task, periods = CopyingTask(meta_places=PeriodicPlaces(every=(3, 6))), []
+    for index in range(60):
+        ids = encode(instance_of(task, (3, 3), (40, 60), index=index), task).input_ids
+        periods.append(int(np.flatnonzero(ids == word_encoder().vocab_size)[0]))
+    assert {*periods} == {3, 4, 5, 6}
+    again = encode(instance_of(task, (3, 3), (40, 60), index=7), task).input_ids
+    assert int(np.flatnonzero(again == word_encoder().vocab_size)[0]) == periods[7]
+
+
 def test_uniform_places_do_not_depend_on_the_answers():
     task = ParityTask(meta_places=UniformPlaces(meta_ratio=0.3))
     instance = instance_of(task)
