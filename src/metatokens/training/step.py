@@ -91,9 +91,11 @@ class OptimizerStep:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, inputs: dict[str, Tensor], num_targets: float) -> Tensor:
+        # filled on the device, so nothing waits for a copy; a number would be a constant of a compiled graph
+        divisor = torch.full((), num_targets, dtype=torch.float32, device=self._processes.device)
         bfloat16 = self._config.training.precision == "bfloat16"
         with torch.autocast(self._processes.device.type, torch.bfloat16, enabled=bfloat16):
-            loss: Tensor = self._step_model(**inputs, use_cache=False, num_items_in_batch=num_targets).loss
+            loss: Tensor = self._step_model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
         return loss
 
     def _seed_dropout(self, step: int) -> None:

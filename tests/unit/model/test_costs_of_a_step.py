@@ -30,7 +30,10 @@ def steps(given: str) -> tuple[Watched, MetaTokenForCausalLM]:
     ids = IDS.to("meta")
     inputs = {
         "ids and labels": {},
-        "a collator's batch": {"meta_indices": INDICES.to("meta"), "num_items_in_batch": 7.0},
+        "a collator's batch": {
+            "meta_indices": INDICES.to("meta"),
+            "num_items_in_batch": torch.full((), 7.0, device="meta"),
+        },
     }[given]
     with Watched(answer=NUM_META) as watched:
         step(model, ids, **inputs)

@@ -372,24 +372,28 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_training_step_with_meta_indices_is_one_graph_with_the_same_gradients() -> None:
-    ids = tokens("x_xx_x_xx", "xxxx___xx")
-    meta_indices = (ids == META).nonzero()[:, 1].view(2, 3)
-    model = tiny_model().train()
-    loss, expected = step(model, ids, meta_indices=meta_indices, use_cache=False)
+def test_training_steps_of_many_batches_are_one_compiled_graph_with_the_same_gradients() -> None:
+    model, compiled_model = tiny_model().train(), tiny_model().train()
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()  # another test in this process may have compiled the same code for other shapes
-    model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
+    compiled_model.forward = torch.compile(compiled_model.forward, backend=counter, fullgraph=True)
+    rows = [("x_xx_x_xx", "xxxx___xx"), ("_x_xx_xxx", "xx_x_xx_x"), ("___xxxxxx", "xxxxxx___")]
     try:
-        compiled_loss, compiled = step(model, ids, meta_indices=meta_indices, use_cache=False)
-        other = ids.roll(1, dims=0)
-        step(model, other, meta_indices=meta_indices.roll(1, dims=0), use_cache=False)
+        for number, pictures in enumerate(rows):
+            ids = tokens(*pictures, seed=number)
+            inputs = {
+                "meta_indices": (ids == META).nonzero()[:, 1].view(2, 3),
+                "num_items_in_batch": torch.full((), 7.0 + number),
+                "use_cache": False,
+            }
+            loss, expected = step(model, ids, **inputs)
+            compiled_loss, compiled = step(compiled_model, ids, **inputs)
+            assert_close(compiled_loss, loss, 1e-12)
+            for name, gradient in expected.items():
+                assert_close(compiled[name], gradient, 1e-10)
     finally:
         torch._dynamo.reset()
     assert counter.frame_count == 1
-    assert_close(compiled_loss, loss, 1e-6)
-    for name, gradient in expected.items():
-        assert_close(compiled[name], gradient, 1e-5)
 
 
 @pytest.mark.parametrize("over", ["meta", "all", "random"])
