@@ -66,6 +66,8 @@ def format_value(name: str, value: Any) -> str:
     """Return a named value for people; the words bytes, seconds and flops in its name give the unit."""
     if isinstance(value, list):
         return "\n".join(str(item) for item in value)
+    if isinstance(value, dict):
+        return "\n".join(f"{key.replace('_', ' ')} {format_value(key, item)}" for key, item in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     words = name.split("_")

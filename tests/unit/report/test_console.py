@@ -60,6 +60,7 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
     ("name", "value", "written"),
     [
         ("weights_bytes", 25_000_000, "25 MB"),
+        ("validation", {"validation_loss": 8.056268547983409, "steps": 1200}, "validation loss 8.056\nsteps 1,200"),
         ("bytes_on_disk", 4_506, "4.51 kB"),
         ("training_seconds", 200, "3 min 20 s"),
         ("training_flops", 4.5e15, "4.5 PFLOP"),
