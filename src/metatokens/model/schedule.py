@@ -421,7 +421,9 @@ def _is_laid_out(options: dict[str, Any]) -> bool:
 
 def _sees_plain_text(config: Any, ids: Tensor | None, options: dict[str, Any]) -> bool:
     """Tell whether meta-attention over meta-tokens finds none in the prompt; of embeddings alone this is not known."""
-    if getattr(config, "meta_attention_over", None) != "meta" or "meta_attention" not in config.layer_types:
+    if getattr(config, "meta_attention_over", None) != "meta":
+        return False
+    if not any(config.has_meta_attention(layer) for layer in range(config.num_hidden_layers)):
         return False
     if config.meta_token_id is None or ids is None or _is_laid_out(options):
         return False

@@ -283,6 +283,11 @@ def test_model_with_meta_attention_that_gets_no_meta_token_warns_once(
     assert warned == [schedule.PLAIN_TEXT_WARNING]
 
 
+def test_memory_without_a_meta_token_warns_too(warned: list[str]) -> None:
+    generated(tiny_model(memory={"window": 4}, eos_token_id=None), PROMPT)
+    assert warned == [schedule.PLAIN_TEXT_WARNING]
+
+
 @pytest.mark.parametrize("stated", ["call", "config"])
 def test_warning_is_silenced_by_saying_so(model: MetaTokenForCausalLM, warned: list[str], stated: str) -> None:
     if stated == "config":
