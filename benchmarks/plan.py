@@ -1,7 +1,8 @@
 """Is the memory that `metatokens plan` computes what training takes? Real processes, real peaks.
 
 Each shape is trained for a few steps in a process of its own on the CPU. Its peak resident memory, less that of a
-process that trains a model of almost no size, stands beside the computed sum.
+process that trains a model of almost no size, stands beside the computed sum. FSDP2 is trained by two processes, which
+gloo connects; the larger of their peaks counts.
 
     python benchmarks/plan.py --out benchmarks/results/plan_cpu.json
 """
@@ -57,6 +58,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "accumulate": 1,
         "precision": "bfloat16",
     },
+    "fsdp2": {
+        "model": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
+        "rows": 2,
+        "accumulate": 1,
+        "processes": 2,
+    },
+    "fsdp2 accumulated": {
+        "model": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6},
+        "rows": 4,
+        "accumulate": 2,
+        "processes": 2,
+    },
 }
 # what the framework takes, with everything imported that a step imports
 NOTHING: dict[str, Any] = {
@@ -69,6 +82,7 @@ EXACT_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_":
 BLOCK_SIZE = 256
 VOCABULARY = 8_192
 STEPS = 2
+PEAK = "peak_megabytes "
 
 
 def make_config(shape: dict[str, Any]) -> Any:
@@ -80,12 +94,13 @@ def make_config(shape: dict[str, Any]) -> Any:
             "data": {"block_size": BLOCK_SIZE},
             "injection": {"kind": "uniform", "ratio": shape.get("ratio", 0.1)},
             "training": {
-                "batch_blocks": shape["rows"] * shape["accumulate"],
+                "batch_blocks": shape["rows"] * shape["accumulate"] * shape.get("processes", 1),
                 "micro_batch_blocks": shape["rows"],
                 "gradient_checkpointing": shape.get("gradient_checkpointing", False),
                 "precision": shape.get("precision", "float32"),
                 "duration": {"kind": "steps", "steps": STEPS},
                 "deterministic": False,
+                "parallel": {"kind": "fsdp2" if "processes" in shape else "ddp"},
             },
             "schedule": {"kind": "cosine", "warmup_steps": 0},
         }
@@ -93,16 +108,31 @@ def make_config(shape: dict[str, Any]) -> Any:
 
 
 def peak_megabytes(shape: dict[str, Any]) -> float:
-    """Return the peak resident memory of a process that trains the shape."""
-    command = [sys.executable, __file__, "--train", json.dumps(shape)]
+    """Return the peak resident memory of a process that trains the shape; of several, the largest."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(shape.get("processes", 1))]
+    command = [sys.executable, *(launcher if "processes" in shape else []), __file__, "--train", json.dumps(shape)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | EXACT_ALLOCATION)
-    return float(done.stdout.split()[-1])
+    return max(float(line.removeprefix(PEAK)) for line in done.stdout.splitlines() if line.startswith(PEAK))
 
 
 def train(shape: dict[str, Any]) -> None:
     """Take the steps of the training loop, as `metatokens.training.loop` does, and print the peak in MB."""
     import resource
 
+    from metatokens.training.distributed import join_processes
+    from metatokens.training.parallel import share_model
+
+    config = make_config(shape)
+    with join_processes(config.training) as processes:
+        shared = share_model(config.training, processes)
+        take_steps(config, shape, shared)
+        shared.release()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    sys.stdout.write(f"{PEAK}{peak}\n")  # in one piece, since processes share the output
+    sys.stdout.flush()
+
+
+def take_steps(config: Any, shape: dict[str, Any], shared: Any) -> None:
     import torch
 
     from metatokens.baselines.building import build_config
@@ -110,8 +140,8 @@ def train(shape: dict[str, Any]) -> None:
     from metatokens.model import MetaTokenForCausalLM
     from metatokens.training.optimizer import build_optimizer
 
-    config = make_config(shape)
     model = MetaTokenForCausalLM(build_config(config.model, text_vocab_size=VOCABULARY, eos_token_id=0))
+    shared.place(model)
     optimizer = build_optimizer(model, config.optimizer)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -132,12 +162,12 @@ def train(shape: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.train:
@@ -147,13 +177,18 @@ def main() -> None:
     from metatokens.baselines.building import build_config
     from metatokens.training.costs import count_memory
 
-    framework = peak_megabytes(NOTHING)
+    framework: dict[int, float] = {}
     rows = []
-    for name, shape in SHAPES.items():
+    for name in options.shapes:
+        shape = SHAPES[name]
+        number = shape.get("processes", 1)
+        if number not in framework:
+            framework[number] = peak_megabytes(NOTHING | ({"processes": number} if number > 1 else {}))
         config = make_config(shape)
         model = build_config(config.model, text_vocab_size=VOCABULARY, eos_token_id=0)
-        memory = count_memory(config, model, parallel="ddp", num_gpus=1, rows=shape["rows"])
-        measured = peak_megabytes(shape) - framework
+        parallel = config.training.parallel.kind
+        memory = count_memory(config, model, parallel=parallel, num_gpus=number, rows=shape["rows"])
+        measured = peak_megabytes(shape) - framework[number]
         row = {
             "shape": name,
             **shape,
@@ -171,7 +206,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "block_size": BLOCK_SIZE,
         "vocabulary": VOCABULARY,
-        "framework_megabytes": round(framework, 1),
+        "framework_megabytes": {str(number): round(value, 1) for number, value in framework.items()},
         "results": rows,
     }
     text = json.dumps(report, indent=2) + "\n"

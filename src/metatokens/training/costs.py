@@ -220,7 +220,8 @@ def count_memory(
     states = 2 * num_targets * model.hidden_size * narrow + head * (FLOAT32_BYTES + (narrow if bfloat16 else 0))
     shares = num_gpus if parallel == "fsdp2" else 1
     parameters = -(-count.total // shares)
-    accumulates = num_gpus > 1 or training.batch_blocks > num_gpus * rows
+    # DDP's buckets are there from the start; FSDP2 shares out each block's gradients behind its backward pass
+    accumulates = (num_gpus > 1 and parallel == "ddp") or training.batch_blocks > num_gpus * rows
     gradients = parameters * FLOAT32_BYTES
     if not accumulates:
         # gradients come as activations go

@@ -10,10 +10,11 @@ from metatokens.config.schema import PretrainConfig
 from metatokens.data.injection import inject_meta_tokens, sample_meta_positions
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.accounting import activation_bytes
-from metatokens.training.costs import count_memory, plan_run
+from metatokens.training.costs import Parallel, count_memory, plan_run
 
 BLOCK_SIZE = 120  # no weight has as many rows as a batch has positions
 ROWS = 2
+KINDS: tuple[Parallel, ...] = ("ddp", "fsdp2")
 VOCABULARY = 62  # so that the head is small beside the blocks
 
 
@@ -87,11 +88,21 @@ def test_checkpointing_keeps_less_than_all_blocks() -> None:
 def test_fsdp2_shares_weights_gradients_and_moments() -> None:
     config = make_config()
     model = build_config(config.model, text_vocab_size=VOCABULARY, eos_token_id=0)
-    whole = count_memory(config, model, parallel="ddp", num_gpus=4, rows=ROWS)
-    shared = count_memory(config, model, parallel="fsdp2", num_gpus=4, rows=ROWS)
+    whole, shared = (count_memory(config, model, parallel=kind, num_gpus=4, rows=ROWS // 2) for kind in KINDS)
     for part in ("weights", "gradients", "optimizer"):
         assert 4 * getattr(shared, part) == pytest.approx(getattr(whole, part), rel=1e-3)
     assert shared.activations == whole.activations
+
+
+def test_gradients_take_the_room_of_activations_unless_they_are_accumulated_or_lie_in_buckets() -> None:
+    config = make_config()
+    model = build_config(config.model, text_vocab_size=VOCABULARY, eos_token_id=0)
+    accumulated, at_once = (
+        {kind: count_memory(config, model, parallel=kind, num_gpus=4, rows=rows).gradients for kind in KINDS}
+        for rows in (ROWS // 2, ROWS)
+    )
+    assert at_once["ddp"] == accumulated["ddp"]
+    assert at_once["fsdp2"] < accumulated["fsdp2"]
 
 
 def test_time_halves_with_twice_the_gpus_and_grows_with_recomputation() -> None:
