@@ -124,6 +124,8 @@ def unpacked_chunks(path: Path, packed: str) -> Iterator[bytes]:
         errors += (optional_package("zstandard").ZstdError,)
     num_bytes = 0
     try:
+        if packed and not path.stat().st_size:  # Python's gzip takes it for the archive of an empty file
+            raise EOFError("no byte at all")
         for chunk in _zstd_chunks(path) if packed == ".zst" else _chunks(path, packed):
             num_bytes += len(chunk)
             yield chunk

@@ -277,6 +277,13 @@ def test_broken_archive_is_a_data_error_with_its_name(tmp_path, fails, name, con
         read(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_archive_without_a_byte_is_a_data_error(tmp_path, suffix):
+    (tmp_path / f"text.txt{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match="no byte at all"):
+        list(iterate_documents(str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst", "a.txt"])
 def test_document_over_the_limit_is_a_data_error_before_it_fills_the_memory(tmp_path, fails, name):
     pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(f".{name.rpartition('.')[2]}", bytes)
