@@ -19,7 +19,7 @@ FORBIDDEN_NAMES = {"utils", "common", "helpers"}
 STAGES = (
     {"config", "presets", "storage"},
     {"data", "tasks", "model"},
-    {"baselines"},
+    {"baselines", "graft"},
     {"lens"},
     {"training", "generation", "evaluation", "analysis"},
     {"report"},

@@ -1,0 +1,11 @@
+"""Meta-tokens and memory mode for a decoder of transformers that was trained without them.
+
+`graft` changes a model in place, by hooks alone: it goes on taking and returning text, and puts the anchors between the
+tokens by itself. `families.py` has one entry for each architecture, `spreading.py` where the anchors stand and who sees
+whom, `grafting.py` the hooks, `cache.py` what stays in the cache, `saving.py` the files.
+"""
+
+from metatokens.config.graft import GraftConfig
+from metatokens.graft.grafting import Graft, graft, switched_off, ungraft
+
+__all__ = ["Graft", "GraftConfig", "graft", "switched_off", "ungraft"]

@@ -1,0 +1,321 @@
+"""Meta-tokens for a decoder of transformers, by hooks: nothing of its code or of its weights is changed.
+
+A hook in front of the decoder turns T columns of input into W with anchors (`spreading.py`), gives the mask and fits
+the cache; a hook behind it returns the states of the T columns. So the model takes and returns text: its head, its loss
+and `generate` know nothing of anchors. New are
+
+- one row, zero at the start: an anchor's embedding is that of the token before it plus this row;
+- for every matrix of a block a change of low rank (LoRA: Hu et al. 2022) that acts at anchors alone, zero at the start.
+
+Not here: meta-attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from metatokens.config.graft import GraftConfig
+from metatokens.errors import UsageError
+from metatokens.graft.cache import is_filled, new_cache, state_of
+from metatokens.graft.families import Family, family_of
+from metatokens.graft.spreading import Spread, policy_of, spread, visible
+from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, find_cache
+from metatokens.model.memory import Columns
+
+NAME = "metatokens_graft"
+"""The module of the model that holds what is new."""
+
+
+class Graft(nn.Module):
+    """The new parameters of a grafted model and the pass that is under way.
+
+    Attributes:
+        config: of the graft.
+        row: (C,) added to the embedding of the token before an anchor.
+        down: (rank, in) for each matrix, by its name in the decoder with "-" for ".".
+        up: (out, rank) likewise.
+        is_on: whether the hooks do anything.
+    """
+
+    def __init__(self, config: GraftConfig, family: Family, decoder: Any) -> None:
+        """Draw the new parameters, which are in float32 where the model is in half precision."""
+        super().__init__()
+        self.config, self.family, self.is_on = config, family, True
+        self.handles: list[Any] = []
+        self.trained_before: dict[str, bool] = {}
+        embedding = decoder.get_input_embeddings().weight
+        factory: dict[str, Any] = {
+            "dtype": torch.promote_types(embedding.dtype, torch.float32),
+            "device": embedding.device,
+        }
+        self.row = nn.Parameter(torch.zeros(embedding.shape[1], **factory))
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, matrix in family.matrices_of(decoder) if config.lora_rank else ():
+            num_out, num_in = _shape(matrix)
+            drawn = torch.randn(config.lora_rank, num_in, generator=generator) / num_in**0.5
+            self.down[_key(name)] = nn.Parameter(drawn.to(**factory))
+            self.up[_key(name)] = nn.Parameter(torch.zeros(num_out, config.lora_rank, **factory))
+        self.spread: Spread | None = None
+        """Of the pass under way."""
+        self._anchors: tuple[Tensor, Tensor] | None = None
+        self._too_far: dict[int, Tensor] = {}
+
+    def attach(self, decoder: Any) -> None:
+        """Hang the hooks on a decoder."""
+        hang = self.handles.append
+        hang(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
+        hang(decoder.register_forward_hook(self._behind, always_call=True))
+        for name, matrix in self.family.matrices_of(decoder):
+            if _key(name) in self.down:
+                hang(matrix.register_forward_hook(partial(self._change, _key(name))))
+        for block in self.family.blocks_of(decoder):
+            if self.family.own_mask:
+                self._replace_mask(block)
+
+    def _before(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = _by_name(decoder, args, kwargs)
+        cache = find_cache(given)
+        if not self.is_on:
+            if is_filled(cache):
+                raise _refusal("a new cache while the graft is switched off", "one that the graft has filled")
+            return None
+        _check_input(decoder, given)
+        embeddings = given.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = decoder.get_input_embeddings()(given["input_ids"])
+        num_rows, num_columns = embeddings.shape[:2]
+        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        is_real = torch.ones(num_rows, num_columns, dtype=torch.bool, device=embeddings.device)
+        if mask is not None:
+            is_real &= mask[:, -num_columns:].bool()
+        _check_positions(position_ids, is_real)
+        layers = self.family.blocks_of(decoder)
+        wants_cache = given.get("use_cache")
+        wants_cache = decoder.config.use_cache and not decoder.training if wants_cache is None else wants_cache
+        if cache is None and wants_cache:
+            cache = new_cache(policy_of(self.config), len(layers))
+        state = None if cache is None else state_of(cache, self.config, len(layers))
+        before = None if state is None else state.counts
+        found = spread(self.config, is_real, position_ids=position_ids, before=before)
+        self._check_length(decoder, found.tokens, num_columns + (0 if state is None else state.num_columns))
+        keys = found.tokens
+        if state is not None:
+            keys, state.num_columns = state.read(found.tokens), state.num_columns + num_columns
+        self._begin(found, keys, layers)
+        given = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
+        pairs = visible(self.config, found.tokens, keys)[:, None]
+        # the form that both sdpa and eager attention take
+        lowest = torch.finfo(embeddings.dtype).min
+        given["attention_mask"] = embeddings.new_zeros(pairs.shape).masked_fill(~pairs, lowest)
+        given["position_ids"] = found.tokens.positions
+        given["inputs_embeds"] = self._add(found.apply(embeddings), self.row.expand(self._num_anchors, -1))
+        given["use_cache"] = cache is not None
+        if cache is not None:
+            given[CACHE_NAME] = cache
+        return (), given
+
+    def _begin(self, found: Spread, keys: Columns, layers: list[Any]) -> None:
+        rows, columns = found.is_anchor.nonzero(as_tuple=True)
+        self.spread, self._anchors = found, (rows, columns)
+        queries = found.tokens
+        windows = {window for layer in layers if (window := self.family.local_window(layer)) is not None}
+        distance = queries.positions[:, None, :, None] - keys.positions[:, None, None]
+        self._too_far = {window: distance >= window for window in windows}
+
+    @property
+    def _num_anchors(self) -> int:
+        return 0 if self._anchors is None else len(self._anchors[0])
+
+    def _add(self, states: Tensor, change: Tensor) -> Tensor:
+        """Return states (B, W, C) with a change (anchors, C) added at the anchors."""
+        assert self._anchors is not None
+        return states.index_put(self._anchors, change.to(states.dtype), accumulate=True)
+
+    def _change(self, key: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.spread is None or not self._num_anchors:
+            return None
+        anchors = args[0][self._anchors]
+        down, up = (matrices[key].to(anchors.dtype) for matrices in (self.down, self.up))
+        return self._add(output, nn.functional.linear(nn.functional.linear(anchors, down), up))
+
+    def _replace_mask(self, block: Any) -> None:
+        """Let a window that a block counts in columns count positions, since columns are dropped and added."""
+        holder = block.get_submodule(self.family.own_mask)
+        before = partial(self._before_own_mask, self.family.local_window(block))
+        self.handles.append(holder.register_forward_pre_hook(before, with_kwargs=True))
+        behind = partial(self._behind_own_mask, holder.bias)
+        self.handles.append(holder.register_forward_hook(behind, always_call=True))
+
+    def _before_own_mask(
+        self, window: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.spread is None:
+            return None
+        pairs = kwargs["attention_mask"]
+        num_keys = pairs.shape[-1]
+        # of all columns, in the memory of one
+        module.bias = module.bias.new_ones(1, 1, 1, 1).expand(1, 1, num_keys, num_keys)
+        if window is not None:
+            pairs = pairs.masked_fill(self._too_far[window], torch.finfo(pairs.dtype).min)
+        return args, {**kwargs, "attention_mask": pairs}
+
+    @staticmethod
+    def _behind_own_mask(own: Tensor, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        del args, output
+        module.bias = own.to(module.bias.device)
+
+    def _behind(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
+        del decoder, args
+        found, self.spread, self._anchors, self._too_far = self.spread, None, None, {}
+        if found is None or output is None:
+            return output
+        if isinstance(output, tuple):
+            return (found.undo(output[0]), *output[1:])
+        output.last_hidden_state = found.undo(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(found.undo(states) for states in output.hidden_states)
+        return output
+
+    @staticmethod
+    def _check_length(decoder: Any, tokens: Columns, num_columns: int) -> None:
+        limit = getattr(decoder.config, "max_position_embeddings", None)
+        if limit is None or num_columns <= limit:
+            return
+        longest = int(tokens.positions.max()) + 1
+        if longest > limit:
+            raise UsageError(
+                "text of a grafted model",
+                expected=f"at most the {limit} positions of the model",
+                found=f"{longest}",
+                remedy="give a shorter text; a graft does not count kept tokens anew",
+            )
+
+
+def graft(model: Any, config: GraftConfig | None = None, *, tokenizer: Any = None) -> Any:
+    """Give a decoder of transformers anchors and memory mode, in place; returns the model.
+
+    It takes and returns text as before, anchors are put in by itself. What was there is frozen; only the module
+    `metatokens_graft`, a `Graft`, is left to train. Text beyond the window is dropped from the cache.
+
+    Args:
+        model: a decoder of one of the families in `metatokens.graft.families.FAMILIES`.
+        config: by default `GraftConfig()`.
+        tokenizer: checked against the model's embedding, if given.
+
+    Raises:
+        UsageError: the model cannot be grafted, has been already, or does not match the tokenizer.
+    """
+    family, config = family_of(model), config or GraftConfig()
+    if hasattr(model, NAME):
+        raise UsageError(
+            type(model).__name__, expected="a plain model", found="a grafted one", remedy="call ungraft first"
+        )
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > num_ids:
+        raise UsageError(
+            "tokenizer",
+            expected=f"at most the {num_ids} ids of the model's embedding",
+            found=f"{len(tokenizer)}",
+            remedy="give the tokenizer that belongs to the model",
+        )
+    decoder = model.base_model
+    added = Graft(config, family, decoder)
+    for name, parameter in model.named_parameters():
+        added.trained_before[name] = parameter.requires_grad
+        parameter.requires_grad_(False)
+    model.add_module(NAME, added)
+    added.train(model.training)
+    added.attach(decoder)
+    return model
+
+
+def ungraft(model: Any) -> Any:
+    """Take the graft away, in place; returns the model as it was.
+
+    Raises:
+        UsageError: the model has none.
+    """
+    added = graft_of(model)
+    for handle in added.handles:
+        handle.remove()
+    delattr(model, NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(added.trained_before.get(name, parameter.requires_grad))
+    return model
+
+
+@contextmanager
+def switched_off(model: Any) -> Iterator[Any]:
+    """Let a grafted model compute what the plain one does, bit for bit, for a while.
+
+    Raises:
+        UsageError: the model has no graft.
+    """
+    added = graft_of(model)
+    was_on, added.is_on = added.is_on, False
+    try:
+        yield model
+    finally:
+        added.is_on = was_on
+
+
+def graft_of(model: Any) -> Graft:
+    """Return the graft of a model.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not hasattr(model, NAME):
+        raise UsageError(
+            type(model).__name__, expected="a grafted model", found="a plain one", remedy="call graft first"
+        )
+    return cast("Graft", getattr(model, NAME))
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-")
+
+
+def _shape(matrix: Any) -> tuple[int, int]:
+    """Return the numbers of outputs and of inputs; GPT-2's matrices are stored the other way round."""
+    if isinstance(matrix, nn.Linear):
+        return matrix.out_features, matrix.in_features
+    num_in, num_out = matrix.weight.shape
+    return num_out, num_in
+
+
+def _by_name(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    rest = bound.pop("kwargs", {})
+    return {name: value for name, value in {**bound, **rest}.items() if value is not None}
+
+
+def _refusal(expected: str, found: str) -> UsageError:
+    return UsageError("input of a grafted model", expected=expected, found=found, remedy="change the call")
+
+
+def _check_input(decoder: Any, given: dict[str, Any]) -> None:
+    mask = given.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        raise _refusal("attention_mask (batch, tokens), 0 at padding", "a mask of another form")
+    for name in ("token_type_ids", "encoder_hidden_states"):
+        if given.get(name) is not None:
+            raise _refusal("text alone", name)
+    if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
+        raise _refusal("training without gradient checkpointing", "gradient checkpointing")
+
+
+def _check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:
+    if position_ids is None or is_real.shape[1] == 1:
+        return
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if bool((falls & is_real[:, 1:] & is_real[:, :-1]).any()):
+        raise _refusal("one document a row", "position_ids that start anew")

@@ -1,0 +1,151 @@
+"""Tiny decoders of every family, plain and grafted, and the slow definitions of what a graft computes."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from metatokens.graft import GraftConfig, graft
+from tiny_models import randomize
+
+VOCAB_SIZE = 40
+LENGTH = 41
+CONFIG = GraftConfig(window=6, num_sinks=2, every=3, lora_rank=2)
+SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48, **SHAPE}
+NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None, **GROUPED}),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8, **GROUPED}),
+    "smollm3": ("SmolLM3ForCausalLM", {**GROUPED, **NO_IDS}),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 8, **GROUPED, **NO_IDS}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 48,
+            "window_size": 16,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", {"intermediate_size": 48, **SHAPE}),
+}
+# attention of GPT-Neo computes in float32, whatever the model's dtype
+TOLERANCES = {"gpt_neo": 1e-4}
+
+
+def make(family: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """Return a model of a family with weights that matter."""
+    name, fields = FAMILIES[family]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**{**fields, **changes})
+    torch.manual_seed(0)
+    return randomize(model_class(config)).to(dtype).eval()
+
+
+plain = cache(make)
+"""The same, made once: for tests that change nothing about it."""
+
+
+def trained(family: str, config: GraftConfig = CONFIG, **changes: Any) -> Any:
+    """Return a grafted model whose new weights matter, as if it had been trained."""
+    model = graft(make(family, **changes), config)
+    randomize(model.metatokens_graft)
+    return model
+
+
+def ids(seed: int = 0, length: int = LENGTH, rows: int = 1) -> Tensor:
+    """Return (rows, length) random ids."""
+    return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# the definitions, slowly ----------------------------------------------------------------------------------------
+
+
+def is_followed(place: int, config: GraftConfig) -> bool:
+    """Tell whether an anchor follows the text token at a place."""
+    return place >= config.num_sinks and (place + 1) % config.every == 0
+
+
+def every_nth(config: GraftConfig, length: int) -> Tensor:
+    """Return (T, T): what text sees if every n-th token stays."""
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        for key in range(query + 1):
+            seen[query, key] = key > query - config.window or key < config.num_sinks or is_followed(key, config)
+    return seen
+
+
+def layout(config: GraftConfig, length: int) -> list[tuple[int, bool]]:
+    """Return place and whether it is an anchor, for each column of a text with its anchors."""
+    columns = []
+    for place in range(length):
+        columns.append((place, False))
+        if is_followed(place, config):
+            columns.append((place, True))
+    return columns
+
+
+def seen_with_anchors(config: GraftConfig, length: int) -> Tensor:
+    """Return (W, W): who sees whom among text and anchors."""
+    columns = layout(config, length)
+    seen = torch.zeros(len(columns), len(columns), dtype=torch.bool)
+    for query, (at, is_anchor) in enumerate(columns):
+        for key, (place, is_kept) in enumerate(columns[: query + 1]):
+            is_near = place > at - config.window
+            if key == query:
+                sees = True
+            elif is_kept:
+                sees = config.reveal == "always" or not is_near
+                newest = [n for n, (_, other) in enumerate(columns[: query + 1]) if other]
+                sees = sees and (config.memory_limit is None or key in newest[-config.memory_limit :])
+            else:
+                stands_for = is_anchor and place == at and config.reveal == "evicted"
+                sees = place < config.num_sinks or (is_near and not stands_for)
+            seen[query, key] = sees
+    return seen
+
+
+def additive(seen: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return a mask (1, 1, T, T) as transformers take it."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@torch.no_grad()
+def by_definition(model: Any, grafted: Any, text: Tensor, config: GraftConfig) -> Tensor:
+    """Return the logits of text (1, T) by a plain model whose matrices are changed at anchors, one after another."""
+    new = grafted.metatokens_graft
+    columns = layout(config, text.shape[1])
+    embeddings = model.get_input_embeddings()(text)[0]
+    rows = torch.stack([embeddings[place] + (new.row if is_anchor else 0) for place, is_anchor in columns])[None]
+    handles = []
+    for name, matrix in new.family.matrices_of(model.base_model):
+        weights = new.up[name.replace(".", "-")] @ new.down[name.replace(".", "-")]
+
+        def change(_: Any, args: Any, output: Tensor, weights: Tensor = weights) -> Tensor:
+            out = output.clone()
+            for index, (_, is_anchor) in enumerate(columns):
+                if is_anchor:
+                    out[0, index] += weights @ args[0][0, index]
+            return out
+
+        handles.append(matrix.register_forward_hook(change))
+    places = torch.tensor([[place for place, _ in columns]])
+    mask = additive(seen_with_anchors(config, text.shape[1]))
+    logits = model(inputs_embeds=rows, attention_mask=mask, position_ids=places, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits[:, [index for index, (_, is_anchor) in enumerate(columns) if not is_anchor]]
+
+
+def largest(difference: Tensor) -> float:
+    """Return the largest absolute value."""
+    return float(difference.detach().abs().max())

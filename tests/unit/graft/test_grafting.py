@@ -1,0 +1,218 @@
+"""A grafted decoder is the plain one when off, every-n-th when untrained, and its definition when trained."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from grafted_models import (
+    CONFIG,
+    FAMILIES,
+    GROUPED,
+    LENGTH,
+    TOLERANCES,
+    VOCAB_SIZE,
+    additive,
+    by_definition,
+    every_nth,
+    ids,
+    largest,
+    make,
+    plain,
+    trained,
+)
+from metatokens.errors import UsageError
+from metatokens.graft import GraftConfig, graft, switched_off, ungraft
+from metatokens.graft.families import FAMILIES as KNOWN
+
+CONFIGS = {
+    "evicted": CONFIG,
+    "always": CONFIG.model_copy(update={"reveal": "always", "num_sinks": 0, "window": 4}),
+    "limited": CONFIG.model_copy(update={"memory_limit": 2}),
+}
+CHUNKS = {"at once": [LENGTH], "chunks, then one by one": [17, 9, 8, *[1] * 7], "one by one": [1] * LENGTH}
+
+
+@torch.no_grad()
+def read(model: Any, text: Tensor, chunks: list[int], mask: Tensor | None = None, cache: Any = None) -> Tensor:
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    logits, start = [], 0
+    for piece in chunks:
+        seen = None if mask is None else mask[:, : start + piece]
+        part = model(text[:, start : start + piece], attention_mask=seen, past_key_values=cache, use_cache=True)
+        logits.append(part.logits)
+        start += piece
+    return torch.cat(logits, 1)
+
+
+def test_every_family_has_a_test() -> None:
+    assert FAMILIES.keys() == KNOWN.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_graft_is_the_plain_model_when_off_and_every_nth_when_untrained(family: str) -> None:
+    text, base, tolerance = ids(rows=2), plain(family), TOLERANCES.get(family, 1e-10)
+    full = base(text, use_cache=False).logits
+    expected = base(
+        text,
+        attention_mask=additive(every_nth(CONFIG, LENGTH)),
+        position_ids=torch.arange(LENGTH)[None],
+        use_cache=False,
+    ).logits
+    assert largest(full - expected) > 1e-3  # or the mask would not matter
+    model = graft(make(family), CONFIG)
+    assert largest(model(text, use_cache=False).logits - expected) < tolerance
+    with switched_off(model):
+        assert torch.equal(model(text, use_cache=False).logits, full)
+    ungraft(model)
+    assert torch.equal(model(text, use_cache=False).logits, full)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_columns_that_are_really_dropped_give_the_logits_of_the_mask(family: str) -> None:
+    text, model, tolerance = ids(), trained(family), TOLERANCES.get(family, 1e-10)
+    expected = model(text, use_cache=False).logits
+    assert largest(expected - graft(make(family), CONFIG)(text, use_cache=False).logits) > 1e-3
+    assert largest(read(model, text, CHUNKS["chunks, then one by one"]) - expected) < tolerance
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_trained_graft_is_its_definition(family: str, name: str) -> None:
+    text, config = ids(3), CONFIGS[name]
+    model = trained(family, config)
+    expected = by_definition(plain(family), model, text, config)
+    for chunks in CHUNKS.values():
+        assert largest(read(model, text, chunks) - expected) < 1e-10
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
+def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str) -> None:
+    model, lengths = trained(family), (LENGTH, 29, 3)
+    texts = [ids(seed, length) for seed, length in enumerate(lengths)]
+    batch = torch.cat([torch.nn.functional.pad(text, (LENGTH - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[int(column >= LENGTH - length) for column in range(LENGTH)] for length in lengths])
+    together = read(model, batch, CHUNKS["chunks, then one by one"], mask)
+    for row, text in enumerate(texts):
+        alone = read(model, text, [text.shape[1]])
+        assert largest(together[row, LENGTH - text.shape[1] :] - alone[0]) < TOLERANCES.get(family, 1e-10)
+
+
+def test_the_cache_holds_sinks_window_and_anchors_and_its_length_is_that_of_the_text() -> None:
+    model, cache, text = trained("llama"), DynamicCache(), ids()
+    for place in range(LENGTH):
+        read(model, text[:, place : place + 1], [1], cache=cache)
+        assert cache.get_seq_length() == place + 1
+        num_anchors = sum((earlier + 1) % 3 == 0 for earlier in range(2, place + 1))
+        held = {layer.keys.shape[2] for layer in cache.layers}
+        assert held == {min(place + 1, 2 + 6) + num_anchors}
+
+
+def test_generate_continues_prompts_of_a_batch_as_each_alone() -> None:
+    model, length = trained("llama"), 20
+    texts = [ids(5, length), ids(6, 13)]
+    batch = torch.cat([torch.nn.functional.pad(text, (length - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[1] * length, [0] * 7 + [1] * 13])
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(batch, attention_mask=mask, **options)
+    for row, text in enumerate(texts):
+        expected = text
+        for _ in range(12):  # without a cache
+            newest = model(expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, newest], 1)
+        assert together[row, length - text.shape[1] :].tolist() == expected[0].tolist()
+    chunked = model.generate(batch, attention_mask=mask, prefill_chunk_size=6, **options)
+    assert chunked.tolist() == together.tolist()
+    beams = [
+        model.generate(texts[0], num_beams=3, use_cache=use_cache, **options).tolist() for use_cache in (True, False)
+    ]
+    assert beams[0] == beams[1]
+
+
+def test_only_the_new_parameters_are_trained_and_the_loss_is_that_of_the_text() -> None:
+    model, text = graft(make("llama"), CONFIG).train(), ids()
+    outputs = model(text, labels=text, output_hidden_states=True)
+    losses = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], text[0, 1:])
+    assert largest(losses - outputs.loss) < 1e-5  # transformers takes the loss in float32
+    assert {states.shape[1] for states in outputs.hidden_states} == {LENGTH}
+    outputs.loss.backward()
+    trained_names = {name.split(".")[0] for name, one in model.named_parameters() if one.grad is not None}
+    assert trained_names == {"metatokens_graft"}
+    added = model.metatokens_graft
+    assert added.row.grad.norm() > 0
+    # those of the last layer change no anchor that another token sees
+    for name, parameter in added.up.items():
+        is_read = "layers-0" in name or "k_proj" in name or "v_proj" in name
+        assert (parameter.grad.norm() > 0) == is_read, name
+
+
+def test_a_copy_of_a_grafted_model_has_hooks_of_its_own() -> None:
+    model, text = trained("gpt_neo", dtype=torch.float32), ids()
+    twin = copy.deepcopy(model)
+    expected = model(text, use_cache=False).logits
+    with torch.no_grad():
+        for parameter in model.metatokens_graft.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(text, use_cache=False).logits, expected)
+    assert largest(model(text, use_cache=False).logits - expected) > 1e-3
+
+
+def refused_models() -> Iterator[tuple[Any, str]]:
+    t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    yield transformers.T5ForConditionalGeneration(t5), "an encoder-decoder"
+    mamba = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
+    yield transformers.MambaForCausalLM(mamba), "the architecture mamba"
+    yield make("mistral", sliding_window=8), "layers that see less than the past"
+    quantised = make("llama")
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    yield quantised, "quantised weights"
+    yield make("llama", attn_implementation="flex_attention"), "attention by flex_attention"
+
+
+def test_a_model_that_cannot_be_grafted_is_refused_in_one_line() -> None:
+    for model, found in refused_models():
+        with pytest.raises(UsageError, match=f"found {found}"):
+            graft(model)
+    model = graft(make("llama"))
+    with pytest.raises(UsageError, match="found a grafted one"):
+        graft(model)
+    with pytest.raises(UsageError, match="found a plain one"):
+        ungraft(make("llama"))
+    with pytest.raises(UsageError, match=f"tokenizer.*{VOCAB_SIZE} ids.*found {VOCAB_SIZE + 1}"):
+        graft(make("llama"), tokenizer=range(VOCAB_SIZE + 1))
+
+
+def test_a_call_that_a_graft_cannot_serve_is_refused_in_one_line() -> None:
+    model, text = graft(make("llama", max_position_embeddings=LENGTH), CONFIG), ids()
+    base, filled = plain("llama"), DynamicCache()
+    base(text, past_key_values=filled)
+    own = DynamicCache()
+    model(text[:, :9], past_key_values=own)
+    calls: dict[str, dict[str, Any]] = {
+        "a mask of another form": {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)},
+        "position_ids that start anew": {"position_ids": torch.arange(LENGTH)[None] % 20},
+        "filled without the graft": {"past_key_values": filled},
+        "a StaticCache": {"past_key_values": StaticCache(config=model.config, max_cache_len=50)},
+        f"at most the {LENGTH} positions.*found {LENGTH + 9}": {"past_key_values": own},
+    }
+    for message, arguments in calls.items():
+        with pytest.raises(UsageError, match=message):
+            model(text, **arguments)
+    with pytest.raises(UsageError, match="going back"):
+        own.crop(-2)
+    with switched_off(model), pytest.raises(UsageError, match="while the graft is switched off"):
+        model(text[:, :3], past_key_values=own)
+    other = graft(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)), GraftConfig(window=3))
+    with pytest.raises(UsageError, match="another window"):
+        other(text, past_key_values=own)
+    # and a call that failed leaves nothing behind
+    assert model(text).logits.shape == (1, LENGTH, VOCAB_SIZE)
