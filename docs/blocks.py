@@ -85,6 +85,7 @@ FEW = {
     "extend": "--preset paper/extend",
     "bench memory": f"{TINY_BENCH} --rounds 1 --length 64",
     "bench generation": f"{TINY_BENCH} --rounds 2 --warmup 0 --prompt 40 --new 9",
+    "bench long": f"{TINY_BENCH} --rounds 2 --warmup 0 --length 64 --window 16 --prefills 0",
     "bench": f"{TINY_BENCH} --rounds 2 --warmup 0 --length 64",
 }
 """Options of a verb that a command does not give."""

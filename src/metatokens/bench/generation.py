@@ -83,10 +83,18 @@ def cache_bytes(model: Any, rows: list[list[int]]) -> dict[str, int]:
         with torch.no_grad():
             ids = torch.tensor([row], device=model.device)
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        for layer in cache.layers:
-            found["text_part_bytes"] += layer.keys.nbytes + layer.values.nbytes
-            if getattr(layer, "meta_keys", None) is not None:
-                found["meta_part_bytes"] += layer.meta_keys.nbytes + layer.meta_values.nbytes
+        for part, count in bytes_of_cache(cache).items():
+            found[part] += count
+    return found
+
+
+def bytes_of_cache(cache: Any) -> dict[str, int]:
+    """Return the bytes of the keys and values that a cache holds: of all tokens, and of meta-tokens."""
+    found = {"text_part_bytes": 0, "meta_part_bytes": 0}
+    for layer in cache.layers:
+        found["text_part_bytes"] += layer.keys.nbytes + layer.values.nbytes
+        if getattr(layer, "meta_keys", None) is not None:
+            found["meta_part_bytes"] += layer.meta_keys.nbytes + layer.meta_values.nbytes
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from metatokens.bench.measuring import Registry
-from metatokens.config.bench import GenerationBench
+from metatokens.config.bench import GenerationBench, ModelBench
 from metatokens.config.schema import ModelConfig
 from metatokens.generation.stepping import Sampler, decode
 from metatokens.model import MetaTokenForCausalLM
@@ -141,7 +141,7 @@ def gpt2_generate(settings: GenerationBench, prompts: Prompts) -> Continuation:
         n_layer=settings.num_hidden_layers,
         n_head=settings.num_attention_heads,
     )
-    return _by_generate(_prepare(GPT2LMHeadModel(config), settings), prompts, None)
+    return _by_generate(prepare(GPT2LMHeadModel(config), settings), prompts, None)
 
 
 def _build(settings: GenerationBench, prompts: Prompts, **changes: Any) -> MetaTokenForCausalLM:
@@ -155,11 +155,12 @@ def _build(settings: GenerationBench, prompts: Prompts, **changes: Any) -> MetaT
     )
     vocabulary = settings.vocabulary
     model = build_model(config, text_vocab_size=vocabulary, eos_token_id=vocabulary - 1, seed=0)
-    prepared: MetaTokenForCausalLM = _prepare(model, settings)
+    prepared: MetaTokenForCausalLM = prepare(model, settings)
     return prepared
 
 
-def _prepare(model: Any, settings: GenerationBench) -> Any:
+def prepare(model: Any, settings: ModelBench) -> Any:
+    """Set backend, device and precision, and let nothing end the text."""
     model.set_attn_implementation(settings.attention)
     # no end of text, so that all write as much
     model.generation_config.eos_token_id = None

@@ -26,6 +26,9 @@ QUESTIONS = {
     "generation": Question(
         "GenerationBench", "first token and decoding: ours by both loops, plain, transformers' GPT-2"
     ),
+    "long": Question(
+        "LongBench", "decoding behind a long text, and the memory to read it: memory mode and full attention"
+    ),
     "data": Question("DataBench", "tokenising, prepare, injection and the loader"),
     "analysis": Question("AnalysisBench", "statistics of attention rows, beside the forward pass alone"),
 }

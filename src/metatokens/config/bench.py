@@ -1,6 +1,6 @@
 """The settings of `metatokens bench`: a class for each question, whose fields are overrides on the command line."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -98,6 +98,27 @@ class GenerationBench(ModelBench):
     """Text tokens to write, about."""
     batch: int = Field(1, ge=1)
     """Prompts at a time; their lengths rise evenly to the longest."""
+
+
+class LongBench(ModelBench):
+    """How fast does a model write behind a long text, and what memory does it take to read it?"""
+
+    hidden_size: int = Field(256, ge=1)
+    """C: width of the residual stream."""
+    num_attention_heads: int = Field(4, ge=1)
+    """H: heads of both attentions."""
+    length: int = Field(32_768, ge=2)
+    """Positions to read, meta-tokens included, at least; the text ends with a meta-token."""
+    chunks: tuple[Annotated[int, Field(ge=1)], ...] = Field((512,), min_length=1)
+    """Positions that are read at a time; each is tried for its memory, the first reads the text for decoding."""
+    prefills: int = Field(1, ge=0)
+    """Processes of each contender that read the text, for their time and memory; 0 leaves them out."""
+    new: int = Field(36, ge=1)
+    """Text tokens to write in a turn, at least; a turn ends with a meta-token. The text grows with each turn."""
+    window: int = Field(256, ge=1)
+    """Tokens of text that a token sees in memory mode."""
+    num_sinks: int = Field(4, ge=0)
+    """First tokens that it sees."""
 
 
 class AnalysisBench(ShapeBench):
