@@ -7,5 +7,6 @@ whom, `grafting.py` the hooks, `cache.py` what stays in the cache, `saving.py` t
 
 from metatokens.config.graft import GraftConfig
 from metatokens.graft.grafting import Graft, graft, switched_off, ungraft
+from metatokens.graft.saving import load_graft, save_graft
 
-__all__ = ["Graft", "GraftConfig", "graft", "switched_off", "ungraft"]
+__all__ = ["Graft", "GraftConfig", "graft", "load_graft", "save_graft", "switched_off", "ungraft"]
