@@ -23,9 +23,10 @@ from transformers import Cache
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.baselines.landmark_retrieval import BlockTable, attend_to_best_blocks, tabulate_blocks
 from metatokens.model.attention import SelfAttention
+from metatokens.model.block import MetaTokenBlock
 from metatokens.model.configuration import MetaTokenConfig
 from metatokens.model.masks import TokenLayout
-from metatokens.model.modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
 
 
 @strict

@@ -25,10 +25,11 @@ from transformers import Cache
 from metatokens.baselines.blocks import SHORTEST, Alibi, BlockPlan, attend_in_blocks, plan_blocks
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.model.attention import SelfAttention
+from metatokens.model.block import MetaTokenBlock
 from metatokens.model.configuration import MetaTokenConfig
 from metatokens.model.masks import MaskFunction, TokenLayout, is_traced, make_causal_mask
 from metatokens.model.meta_attention import hash_integers
-from metatokens.model.modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from metatokens.config.base import Frozen
-from metatokens.config.schema import DEFAULT_META_RATIO
+from metatokens.config.injection import DEFAULT_META_RATIO
 from metatokens.config.tasks import Difficulty, Task
 
 MINIMUM_DOCUMENTS = 8

@@ -40,9 +40,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from metatokens.config.base import Frozen
 from metatokens.config.finetuning import CheckpointStart, EvaluateConfig, FinetuneConfig
+from metatokens.config.injection import DEFAULT_META_RATIO, PeriodicInjection, UniformInjection
 from metatokens.config.loading import YAML_SUFFIXES, load_preset, override_fields
-from metatokens.config.schema import DEFAULT_META_RATIO, Frozen, PeriodicInjection, PretrainConfig, UniformInjection
+from metatokens.config.schema import PretrainConfig
 from metatokens.errors import UsageError
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from metatokens.config.schema import DEFAULT_META_RATIO, Frozen
+from metatokens.config.base import Frozen
+from metatokens.config.injection import DEFAULT_META_RATIO
 from metatokens.errors import UsageError
 
 LENGTH_BINS = MappingProxyType(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REMOTE_CODE = (
     "attention",
+    "block",
     "cache",
     "compatibility",
     "configuration",

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .block import MetaTokenBlock
 from .masks import TokenLayout
 from .meta_attention import MetaAttention
-from .modeling import MetaTokenBlock, MetaTokenForCausalLM, MetaTokenModel
+from .modeling import MetaTokenForCausalLM, MetaTokenModel
 from .positions import Rotary
 
 
