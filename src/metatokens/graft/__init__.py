@@ -2,7 +2,8 @@
 
 `graft` changes a model in place, by hooks alone: it goes on taking and returning text, and puts the anchors between the
 tokens by itself. `families.py` has one entry for each architecture, `spreading.py` where the anchors stand and who sees
-whom, `grafting.py` the hooks, `cache.py` what stays in the cache, `saving.py` the files.
+whom, `grafting.py` the hooks, `attending.py` the attention of long passes, `cache.py` what stays in the cache,
+`saving.py` the files.
 """
 
 from metatokens.config.graft import GraftConfig

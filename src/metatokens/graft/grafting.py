@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from metatokens.config.graft import GraftConfig
 from metatokens.errors import UsageError
+from metatokens.graft.attending import ARGUMENT, IMPLEMENTATION, GraftMask
 from metatokens.graft.cache import is_filled, new_cache, state_of
 from metatokens.graft.families import Family, family_of
 from metatokens.graft.spreading import Spread, policy_of, spread, visible
 from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, find_cache
-from metatokens.model.memory import Columns
+from metatokens.model.memory import CHUNK, Columns
 
 NAME = "metatokens_graft"
 """The module of the model that holds what is new."""
@@ -67,6 +68,7 @@ class Graft(nn.Module):
         """Of the pass under way."""
         self._anchors: tuple[Tensor, Tensor] | None = None
         self._too_far: dict[int, Tensor] = {}
+        self._own_attention: str | None = None
 
     def attach(self, decoder: Any) -> None:
         """Hang the hooks on a decoder."""
@@ -111,16 +113,29 @@ class Graft(nn.Module):
             keys, state.num_columns = state.read(found.tokens), state.num_columns + num_columns
         self._begin(found, keys, layers)
         given = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
-        pairs = visible(self.config, found.tokens, keys)[:, None]
-        # the form that both sdpa and eager attention take
-        lowest = torch.finfo(embeddings.dtype).min
-        given["attention_mask"] = embeddings.new_zeros(pairs.shape).masked_fill(~pairs, lowest)
+        if self._is_long(decoder):
+            mask = GraftMask(policy=policy_of(self.config), queries=found.tokens, keys=keys, config=self.config)
+            # one of four dimensions is passed on as it is
+            given |= {ARGUMENT: mask, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
+            self._own_attention = decoder.config._attn_implementation
+            decoder.config._attn_implementation = IMPLEMENTATION
+        else:
+            pairs = visible(self.config, found.tokens, keys)[:, None]
+            # the form that both sdpa and eager attention take
+            lowest = torch.finfo(embeddings.dtype).min
+            given["attention_mask"] = embeddings.new_zeros(pairs.shape).masked_fill(~pairs, lowest)
         given["position_ids"] = found.tokens.positions
         given["inputs_embeds"] = self._add(found.apply(embeddings), self.row.expand(self._num_anchors, -1))
         given["use_cache"] = cache is not None
         if cache is not None:
             given[CACHE_NAME] = cache
         return (), given
+
+    def _is_long(self, decoder: Any) -> bool:
+        """Tell whether the pass under way is worth a plan of what its queries visit."""
+        assert self.spread is not None
+        is_open = decoder.config._attn_implementation == "sdpa" and not self.family.own_mask
+        return is_open and self.spread.is_anchor.shape[1] > CHUNK
 
     def _begin(self, found: Spread, keys: Columns, layers: list[Any]) -> None:
         rows, columns = found.is_anchor.nonzero(as_tuple=True)
@@ -173,7 +188,9 @@ class Graft(nn.Module):
         module.bias = own.to(module.bias.device)
 
     def _behind(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
-        del decoder, args
+        del args
+        if self._own_attention is not None:
+            decoder.config._attn_implementation, self._own_attention = self._own_attention, None
         found, self.spread, self._anchors, self._too_far = self.spread, None, None, {}
         if found is None or output is None:
             return output

@@ -138,6 +138,31 @@ def test_generate_continues_prompts_of_a_batch_as_each_alone() -> None:
     assert beams[0] == beams[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_long_pass_attends_chunk_by_chunk_as_by_one_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model = ids(4, 300, rows=2), trained(family)
+    mask = torch.ones_like(text)
+    mask[1, :50] = 0
+    results, seen = [], []
+    for longest in (128, 10_000):  # by the plan, and then by one mask
+        monkeypatch.setattr("metatokens.graft.grafting.CHUNK", longest)
+        hook = model.base_model.register_forward_pre_hook(
+            lambda decoder, *_, **__: seen.append(decoder.config._attn_implementation), with_kwargs=True
+        )
+        model.zero_grad()
+        logits = model(text, attention_mask=mask, use_cache=False).logits
+        logits[mask.bool()].square().mean().backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.metatokens_graft.parameters()])
+        cached = read(model, text, [140, 160], mask)
+        assert model.config._attn_implementation == "sdpa"
+        results.append((logits[mask.bool()], gradients, cached[mask.bool()]))
+        hook.remove()
+    assert seen == ["metatokens_graft"] * 3 + ["sdpa"] * 3
+    for fast, slow in zip(*results, strict=True):
+        assert largest(fast - slow) < 1e-10
+        assert largest(slow) > 1e-3
+
+
 def test_only_the_new_parameters_are_trained_and_the_loss_is_that_of_the_text() -> None:
     model, text = graft(make("llama"), CONFIG).train(), ids()
     outputs = model(text, labels=text, output_hidden_states=True)
