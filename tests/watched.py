@@ -1,5 +1,6 @@
-"""What a computation asks of its device, seen from below autograd: host reads, copies to it, tensors written."""
+"""What a computation asks of its device, seen from below autograd: host reads, copies to it, tensors, memory."""
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -52,3 +53,33 @@ class Watched(TorchDispatchMode):
                     self.written[name, tuple(tensor.shape)] += 1
                     self.largest = max(self.largest, tensor.numel())
         return made
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations inside of the block made and that are still held."""
+
+    def __init__(self) -> None:
+        """Count nothing yet."""
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        del types
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and storage not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _release(self, number: int) -> None:
+        self.now -= number

@@ -53,11 +53,13 @@ def test_cached_logits_equal_the_definition(
 
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
-def test_prefill_in_chunks_longer_than_those_of_the_mask_equals_the_definition(name: str) -> None:
+def test_prefill_in_chunks_longer_than_those_of_the_mask_before_and_behind_steps_equals_the_definition(
+    name: str,
+) -> None:
     ids = tokens("xxx_xx_xxxxxxx_" * 30, "xxxxxxxxxx_xxx_" * 30)
     fields = {"memory": {**POLICIES[name], "window": 20}, "max_position_embeddings": 450}
     model, reference = models(**fields)
-    cached = feed(model, ids, DynamicCache(config=model.config), [200, 150, 1, 99], masked=False)
+    cached = feed(model, ids, DynamicCache(config=model.config), [200, *[1] * 10, 150, 1, 89], masked=False)
     assert_close(cached, reference(ids, use_cache=False).logits, TOLERANCE)
 
 

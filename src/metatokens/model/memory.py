@@ -144,6 +144,15 @@ class Columns:
             }
         )
 
+    def put(self, slots: Tensor, new: Columns) -> Columns:
+        """Return these columns with new ones (B, G) in place of those at `slots` (B, G)."""
+        return Columns(
+            **{
+                field.name: getattr(self, field.name).scatter(1, slots, getattr(new, field.name))
+                for field in fields(self)
+            }
+        )
+
     @property
     def is_kept(self) -> Tensor:
         """Which columns stay when text is evicted, before any limit."""

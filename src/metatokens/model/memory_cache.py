@@ -1,7 +1,8 @@
 """The cache of memory mode: columns of old text are really dropped, sinks, anchors and the window stay.
 
 `MemoryState` knows the columns that are left, once for all layers; the first layer in memory mode carries out what
-transformers does to a cache (reorder, select, crop), and the others follow. `get_seq_length` stays the number of tokens
+transformers does to a cache (reorder, select, crop), and the others follow. In a step of decoding new columns take the
+places of those that leave, so the window is a ring and nothing is copied. `get_seq_length` stays the number of tokens
 read, so masks and positions of transformers keep working.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, StaticLayer, logging
 
 from .cache import MetaDynamicLayer
-from .memory import Columns, Counts, MemoryPolicy, count_tokens, stay, take_columns
+from .memory import CHUNK, Columns, Counts, MemoryPolicy, count_tokens, see, stay, take_columns
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,11 @@ class MemoryState:
         self.counts: Counts | None = None
         self.index: Tensor | None = None
         """(B, K') int64: where the columns that are left stood before the last change, -1 where a row has none."""
+        self.slots: Tensor | None = None
+        """(B, G) int64: the old columns whose places the first G of the last new ones took; None: all were appended."""
+        self.sorting: Tensor | None = None
+        """(B, K) int64: how the old columns were put into the order of reading before new ones were appended."""
+        self._is_sorted = True
         self._lost: Counts | None = None
         """Of the newest columns that were evicted: their clock and rank, plus one."""
 
@@ -43,12 +49,52 @@ class MemoryState:
 
     def read(self, new: Columns) -> Columns:
         """Take new columns; returns all that their queries may attend to. What they leave behind goes with `index`."""
-        joined = new if self.columns is None else self.columns.join(new)
+        self._forget_changes()
         self.counts = count_tokens(new, self.counts)
-        self.columns, self.index = joined, None
+        if self._take_places(new):
+            assert self.columns is not None
+            return self.columns
+        if self.columns is not None and not self._is_sorted:
+            self.sorting, self._is_sorted = self.columns.order.argsort(dim=-1, stable=True), True
+            self.columns = self.columns.take(self.sorting)
+        joined = new if self.columns is None else self.columns.join(new)
+        self.columns = joined
         if not self.records_past:
             self._evict()
         return joined
+
+    def _take_places(self, new: Columns) -> bool:
+        """Put new columns in the places of those that leave, the rest behind; False if their queries still see these.
+
+        The chunks of a mask need columns in the order of reading, so this is for passes of few tokens.
+        """
+        if self.columns is None or self.records_past or self.policy.positions == "compact":
+            return False
+        if new.shape[1] > CHUNK or torch.is_grad_enabled():
+            return False
+        assert self.counts is not None
+        columns = self.columns
+        gone = columns.is_real & ~stay(self.policy, columns, self.counts)
+        num_gone = gone.sum(-1)
+        is_needed = gone & (columns.is_anchor | see(self.policy, new, columns).any(1))
+        leaves_at_once = ~stay(self.policy, new, self.counts)
+        most, least, is_hindered = torch.stack(
+            [num_gone.max(), num_gone.min(), is_needed.any() | leaves_at_once.any()]
+        ).tolist()
+        if most != least or most > new.shape[1] or is_hindered:
+            return False
+        self._note_lost(columns, gone)
+        if most:
+            slots = gone.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+            self.slots, self._is_sorted = slots, False
+            columns = columns.put(slots, new.part(0, most))
+        else:
+            self.slots = gone.new_zeros((len(gone), 0), dtype=torch.long)
+        self.columns = columns.join(new.part(most, new.shape[1]))
+        return True
+
+    def _forget_changes(self) -> None:
+        self.index = self.slots = self.sorting = None
 
     def crop(self, num_removed: int) -> None:
         """Forget the newest tokens, and evict what the rest leaves behind.
@@ -56,7 +102,7 @@ class MemoryState:
         Raises:
             ValueError: if the remaining tokens would need text that is gone.
         """
-        self.index = None
+        self._forget_changes()
         if self.columns is None or self.counts is None:
             return
         num_removed = min(self.num_read, num_removed)
@@ -118,7 +164,7 @@ class MemoryState:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a function of rows to everything that is known of them."""
-        self.index = None
+        self._forget_changes()
         if self.columns is None or self.counts is None:
             return
         self.columns = self.columns.map(fn)
@@ -129,7 +175,9 @@ class MemoryState:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.columns = self.counts = self.index = self._lost = None
+        self.columns = self.counts = self._lost = None
+        self._forget_changes()
+        self._is_sorted = True
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all that is known, by name; nothing must have been read with `records_past`."""
@@ -146,6 +194,7 @@ class MemoryState:
         self.columns = Columns(**{name: tensors[name] for name in self._names()})
         self.counts = Counts(int(tensors["num_read"]), tensors["num_text"], tensors["num_anchors"])
         self._lost = Counts(0, tensors["lost_text"], tensors["lost_anchors"])
+        self._is_sorted = False  # which is not known
 
     @staticmethod
     def _names() -> list[str]:
@@ -164,6 +213,8 @@ class MemoryDynamicLayer(MetaDynamicLayer):
     leads: bool = False
     """Whether this layer, the first one, tells the state of what is done to the cache."""
     _records_past: bool = False
+    _own: Tensor | None = None
+    """The keys, if this layer made them: others may share the tensors that they put here."""
 
     def join(self, state: MemoryState, *, leads: bool) -> None:
         """Share a state with the other layers."""
@@ -177,10 +228,30 @@ class MemoryDynamicLayer(MetaDynamicLayer):
             self.state.records_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new columns and return all; those that their tokens leave behind are dropped at once."""
+        """Add new columns and return all; those that their tokens leave behind are dropped at once."""
+        assert self.state is not None
+        slots, sorting = self.state.slots, self.state.sorting
+        if slots is not None:
+            self._write(slots, key_states, value_states)
+            rest = slots.shape[1]
+            if rest < key_states.shape[2]:
+                super().update(key_states[:, :, rest:], value_states[:, :, rest:], *args, **kwargs)
+            self._own = self.keys
+            return self.keys, self.values
+        if sorting is not None:
+            self.keys, self.values = take_columns(self.keys, sorting), take_columns(self.values, sorting)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self._drop()
+        self._own = self.keys
         return keys, values
+
+    def _write(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        """Write the first of new columns to slots (B, G)."""
+        if self.keys is not self._own:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        index, number = slots[:, None, :, None], slots.shape[1]
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held.scatter_(2, index.expand(-1, *new.shape[1:2], -1, new.shape[3]), new[:, :, :number])
 
     def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all; beyond the memory's limit the oldest ones are dropped."""
