@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ class Outcome:
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     tally: dict[str, int] = field(default_factory=dict)
+    revisions: list[str] = field(default_factory=list)
+    """Of the package that was harmed, each once, in the order of the rounds."""
 
     def add(self, other: "Outcome") -> None:
         """Count another round in."""
@@ -88,11 +92,12 @@ class Outcome:
         self.seconds = round(self.seconds + other.seconds, 1)
         self.failures += other.failures
         self.tally = dict(sorted((Counter(self.tally) + Counter(other.tally)).items()))
+        self.revisions = list(dict.fromkeys(self.revisions + other.revisions))
 
 
 def run_kind(name: str, kind: Kind, times: int, seed: int, shared: Path) -> Outcome:
     """Do one kind of fault until it was done so often."""
-    outcome, began = Outcome(kind.counts), time.monotonic()
+    outcome, began = Outcome(kind.counts, revisions=[revision()]), time.monotonic()
     # a fault that fails every time must end too
     while outcome.done < times and len(outcome.failures) < 1 + times // 10:
         own_seed = f"{seed}/{name}/{outcome.cases}"
@@ -108,6 +113,16 @@ def run_kind(name: str, kind: Kind, times: int, seed: int, shared: Path) -> Outc
     outcome.seconds = round(time.monotonic() - began, 1)
     say(f"seed {seed}: {name:28} {outcome.done:5} {kind.counts} in {outcome.seconds} s, {len(outcome.failures)} failed")
     return outcome
+
+
+def revision() -> str:
+    """Return the version of the package and the commit it is of, with `-dirty` behind it if files were changed."""
+    git = ["git", "-C", str(TESTS), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "commit unknown"
+    return f"{version('metatokens')}, {commit}"
 
 
 def say(line: str) -> None:

@@ -108,11 +108,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    from campaign import revision
     from small_corpus import prepare_corpus
 
     from metatokens.training.run_folder import versions
 
-    began, samples, expected = time.monotonic(), [], b""
+    began_at, began, samples, expected = revision(), time.monotonic(), [], b""
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         folder = Path(place)
         tokens = prepare_corpus(folder, num_documents=40, vocab_size=300)
@@ -126,6 +127,7 @@ def main() -> int:
                 document = {
                     "command": f"python tests/faults/soak.py --minutes {options.minutes:g}",
                     "versions": versions(),
+                    "revision": began_at,
                     "minutes": samples[-1].minutes,
                     "cycles": len(samples),
                     **judge(samples),
@@ -138,6 +140,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(TESTS / "integration"), str(TESTS)]
+    sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "integration"), str(TESTS)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

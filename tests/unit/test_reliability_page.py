@@ -1,6 +1,10 @@
 """docs/reliability.md has every row of the specification, and every test that it names exists."""
 
+import json
 import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,3 +30,11 @@ def test_every_test_that_the_page_names_exists() -> None:
     assert len(named) > len(rows())
     missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
     assert missing == []
+
+
+def test_the_record_of_a_campaign_says_which_revision_was_harmed(tmp_path: Path) -> None:
+    command = [ROOT / "tests/faults/campaign.py", "flip_bytes", "--times", "0", "--out", tmp_path / "faults.json"]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    (outcome,) = json.loads((tmp_path / "faults.json").read_text())["outcomes"].values()
+    (revision,) = outcome["revisions"]
+    assert re.fullmatch(rf"{re.escape(version('metatokens'))}, ([0-9a-f]{{7,}}(-dirty)?|commit unknown)", revision)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metatokens.data.new_dataset import check_free, check_place, disk_error, locked, tool_versions, unfinished
+from metatokens.data.new_dataset import (
+    check_free,
+    check_place,
+    check_unstarted,
+    disk_error,
+    locked,
+    tool_versions,
+    unfinished,
+)
 from metatokens.data.shards import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
@@ -63,25 +71,28 @@ def adopt(
         sources: Token files, or folders of them. In a folder, files with `val`, `valid` or `validation` in their name
             are for validation, those with `test` are left out, and all others are for training.
         out: The folder to make; it must not exist, or be empty.
-        validation: Token files, or folders of them, that are all for validation.
+        validation: Token files, or folders of them, that are all for validation; a folder in `sources` gives them up.
         tokenizer: As for `load_text_tokenizer`; None takes the one that the files name.
         dtype: Type of the ids in a file that does not say; None takes uint16 if the vocabulary fits.
         progress: Called with the bytes that were read and their total.
         say: Called with a line of text before each long part of the work.
 
     Raises:
-        UsageError: `out` is taken or cannot be written, no tokenizer is known, or a path is no token file.
-        DataError: A file does not fit its format, the type of its ids or the vocabulary.
+        UsageError: `out` is taken, begun or cannot be written, no tokenizer is known, or a path is no token file or is
+            named twice.
+        DataError: A file does not fit its format, the type of its ids or the vocabulary, or repeats another's tokens.
         ResourceError: The disk is full.
     """
     plan = check_adoption(sources, out, validation=validation, tokenizer=tokenizer, dtype=dtype)
     out = out.resolve()
     try:
-        with locked(out, None), unfinished(out) as folder:
-            for path in folder.iterdir():  # left by a process that was killed
-                path.unlink()
-            manifest = _adopt(plan, folder, progress, say)
-            commit(folder, out)
+        with locked(out, None):
+            check_unstarted(out)  # again, now that no other process can begin it
+            with unfinished(out) as folder:
+                for path in folder.iterdir():  # left by an adoption that was killed
+                    path.unlink()
+                manifest = _adopt(plan, folder, progress, say)
+                commit(folder, out)
     except OSError as error:
         raise disk_error(out, error) from error
     return manifest
@@ -113,7 +124,12 @@ def check_adoption(
     """
     check_place(out)
     check_free(out)
-    found = [*(one for path in sources for one in _find(path)), *((path, "validation") for path in _all(validation))]
+    check_unstarted(out)
+    held_out = _all(validation)
+    elsewhere = {path.resolve() for path in held_out}
+    found: list[tuple[Path, Split]] = [one for path in sources for one in _find(path, elsewhere)]
+    found += [(path, "validation") for path in held_out]
+    _refuse_repeats([path for path, _ in found])
     files = sorted(((split, *_read(path)) for path, split in found), key=lambda one: one[0])
     if not any(split == "train" for split, *_ in files):
         raise UsageError(
@@ -145,18 +161,30 @@ def check_adoption(
     return Adoption(files, text_tokenizer, dtypes.pop(), ", ".join(path.name for path in (*sources, *validation)))
 
 
-def _find(path: Path) -> list[tuple[Path, Split]]:
-    """Return the token files of a path with their splits."""
+def _find(path: Path, elsewhere: set[Path]) -> list[tuple[Path, Split]]:
+    """Return the token files of a path with their splits; of a folder without those that stand elsewhere."""
     if not path.is_dir():
         return [(path, "train")]
     found: list[tuple[Path, Split]] = []
     for file in _all([path]):
+        if file.resolve() in elsewhere:
+            continue
         words = set(re.split(r"[^a-z]+", file.name.lower()))
         if "test" in words:
             warnings.warn(f"left out of {path}: {file.name}, a test set by its name", stacklevel=2)
         else:
             found.append((file, "validation" if words & _VALIDATION_WORDS else "train"))
     return found
+
+
+def _refuse_repeats(paths: Sequence[Path]) -> None:
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            raise UsageError(
+                str(path), expected="each token file once", found=f"the same file as {other}", remedy="name it once"
+            )
 
 
 def _all(paths: Sequence[Path]) -> list[Path]:
@@ -217,6 +245,7 @@ def _adopt(
             say(f"copied {file.path}, which could not be linked")
         scan = _scan(shard, file, plan.dtype, encoder, lambda num: progress and progress(done + num, total))  # noqa: B023
         done += file.path.stat().st_size
+        _refuse_copy(scan.sha256, file.path, plan, shards)
         _probe(shard, file.path, plan, scan.ends)
         index = scan.ends.astype("<u8").tobytes()
         write_durably(shard.with_name(shard.name + INDEX_SUFFIX), index)
@@ -256,21 +285,30 @@ def _adopt(
     return manifest
 
 
+def _refuse_copy(sha256: str, path: Path, plan: Adoption, shards: Sequence[ShardEntry]) -> None:
+    """Refuse the tokens of an earlier file, which may be of the other split."""
+    for (*_, file), entry in zip(plan.files, shards, strict=False):
+        if entry.sha256 == sha256:
+            raise DataError(
+                str(path), expected="each text once", found=f"the tokens of {file.path} again", remedy="leave one out"
+            )
+
+
 def _place(file: TokenFile, shard: Path) -> bool:
     """Put the tokens of a file into the new folder; tells whether without a copy."""
     source = file.path.resolve()
-    if not file.offset:
+    is_link = not file.offset
+    if is_link:
         try:
             os.link(source, shard)
         except OSError:  # another disk, or one without hard links; a full disk fails again below
-            pass
-        else:
-            return True
-    with source.open("rb") as read, shard.open("xb") as written:
-        read.seek(file.offset)
-        shutil.copyfileobj(read, written, _CHUNK_BYTES)
-    flush_path(shard)
-    return False
+            is_link = False
+    if not is_link:
+        with source.open("rb") as read, shard.open("xb") as written:
+            read.seek(file.offset)
+            shutil.copyfileobj(read, written, _CHUNK_BYTES)
+    flush_path(shard)  # a link too: the other package may not have flushed the file
+    return is_link
 
 
 class _Scan(NamedTuple):

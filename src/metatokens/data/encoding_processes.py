@@ -59,7 +59,7 @@ def encode_batches_in_processes(
     Batches are drawn while others are at work, as long as fewer than 8 Mi characters for each process wait.
 
     Raises:
-        ResourceError: A process could not encode its texts, or has ended.
+        ResourceError: A process could not start or encode its texts, or has ended.
         DataError: A text holds a lone surrogate, which UTF-8 cannot express.
     """
     pending: deque[tuple[_Batch, int, Future[list[TokenIds]]]] = deque()
@@ -82,14 +82,18 @@ class _Process:
 
     def __init__(self, tokenizer_json: bytes) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `kill` closes it
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", _START.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            # one thread each: `tokenizers` would start one for every core
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-c", _START.format(path=sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                # one thread each: `tokenizers` would start one for every core
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            )
+        except OSError as error:
+            self._errors.close()
+            raise _failure("encoding process", "one that starts", error.strerror or str(error)) from error
         if self._popen.stdin is None or self._popen.stdout is None:
             raise AssertionError("both are pipes")
         self._requests, self._replies = self._popen.stdin, self._popen.stdout
@@ -101,7 +105,7 @@ class _Process:
         self._send([text.encode() for text in texts])
         error, *ids = self._receive()
         if error:
-            raise self._failure(error.decode())
+            raise self._no_ids(error.decode())
         return [np.frombuffer(piece, dtype="<u4") for piece in ids]
 
     def kill(self) -> None:
@@ -122,15 +126,15 @@ class _Process:
         code = self._popen.wait()
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-        raise self._failure(last or (f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"))
+        raise self._no_ids(last or (f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"))
 
-    def _failure(self, found: str) -> ResourceError:
-        return ResourceError(
-            f"encoding process {self._popen.pid}",
-            expected="the ids of its texts",
-            found=found,
-            remedy="use fewer --jobs, which need less memory, or report the error",
-        )
+    def _no_ids(self, found: str) -> ResourceError:
+        return _failure(f"encoding process {self._popen.pid}", "the ids of its texts", found)
+
+
+def _failure(process: str, expected: str, found: str) -> ResourceError:
+    remedy = "use fewer --jobs, which need less memory, or report the error"
+    return ResourceError(process, expected=expected, found=found, remedy=remedy)
 
 
 @contextmanager

@@ -66,6 +66,23 @@ def check_free(out: Path) -> None:
         )
 
 
+def check_unstarted(out: Path) -> None:
+    """Refuse a path whose dataset is begun, for work that cannot go on with what is finished.
+
+    Raises:
+        UsageError: The hidden folder beside it holds finished work.
+    """
+    folder = _partial_folder(out.resolve())
+    is_whole = (folder / MANIFEST_NAME).exists()
+    if is_whole or holds_finished_shards(folder):
+        raise UsageError(
+            str(folder),
+            expected="no finished work of a command that was interrupted",
+            found="a finished dataset" if is_whole else "finished shards of `metatokens prepare`",
+            remedy="rename it" if is_whole else "run that command again, remove the folder or choose another --out",
+        )
+
+
 @contextmanager
 def locked(out: Path, waiting: Callable[[str], None] | None) -> Iterator[None]:
     """Keep other processes from `out`.
@@ -78,7 +95,7 @@ def locked(out: Path, waiting: Callable[[str], None] | None) -> Iterator[None]:
         UsageError: Another process has it and is not waited for.
     """
     lock = out.parent / f".{out.name}.lock"
-    work = "another `metatokens prepare` is writing this folder"
+    work = "another `metatokens prepare` or `metatokens adopt` is writing this folder"
     with hold_lock(lock, folder=out, work=work, waiting=waiting):
         try:
             yield

@@ -5,8 +5,9 @@ A file's kind is known by its suffix, in any case: `.txt`, `.jsonl` and `.json`,
 files of other kinds, links to folders, unreadable files and folders, and `.json` files beside other text, because
 these mostly hold metadata.
 
-A file whose SHA-256 is written beside it, in NAME.sha256 or in SHA256SUMS as the command sha256sum writes them, is
-compared with that before it is read. Parquet has no other protection, unless its writer put checksums into the pages.
+A file whose SHA-256 is written beside it, in NAME.sha256 or in SHA256SUMS as the command sha256sum writes them, or in
+SHA256SUMS at the root of a source folder, is compared with that before it is read. Parquet has no other protection,
+unless its writer put checksums into the pages.
 """
 
 from __future__ import annotations
@@ -133,13 +134,13 @@ def unpacked_chunks(path: Path, packed: str) -> Iterator[bytes]:
         raise malformed(f"{path}, after {num_bytes} unpacked bytes", "a readable file", str(error)) from error
 
 
-def check_digest(path: Path) -> None:
-    """Compare a file with the SHA-256 that stands beside it, if one does.
+def check_digest(path: Path, root: Path) -> None:
+    """Compare a file with the SHA-256 that stands beside it or at the root of its source, if one does.
 
     Raises:
-        DataError: They differ, or a file cannot be read.
+        DataError: They differ, the digest of its own is for other files, or a file cannot be read.
     """
-    expected = _digest_beside(path)
+    expected = _digest_of(path, root)
     if expected is None:
         return
     try:
@@ -150,13 +151,19 @@ def check_digest(path: Path) -> None:
         raise malformed(str(path), f"the SHA-256 {expected} that stands beside it", found)
 
 
-def _digest_beside(path: Path) -> str | None:
+def _digest_of(path: Path, root: Path) -> str | None:
     """Return the SHA-256 that NAME.sha256, which may hold a bare digest, or SHA256SUMS gives for a file."""
-    own, common = path.with_name(path.name + _DIGEST_SUFFIX), path.with_name(_DIGESTS_NAME)
-    for file, names in ((own, {path.name, ""}), (common, {path.name})):
-        if file.is_file():
-            for digest, name in _read_digests(file):
-                if name in names:
+    own = path.with_name(path.name + _DIGEST_SUFFIX)
+    if own.is_file():
+        for digest, name in _read_digests(own):
+            # with the folder in which sha256sum was run, which need not be this one
+            if name.rpartition("/")[2] in {path.name, ""}:
+                return digest
+        raise malformed(str(own), f"the SHA-256 of {path.name}", "none")
+    for folder in (path.parent, root):
+        if (folder / _DIGESTS_NAME).is_file():
+            for digest, name in _read_digests(folder / _DIGESTS_NAME):
+                if name == path.relative_to(folder).as_posix():
                     return digest
     return None
 

@@ -136,6 +136,7 @@ class _Reader:
     def read(self, source: str) -> Iterator[Document]:
         found = survey_source(source)
         for path in found.files:
+            check_digest(path, found.root)
             yield from self._read_file(path, path.relative_to(found.root).as_posix())
         if not found.files:
             yield from map(Document._make, python_docs()) if source == PYTHON_DOCS else self._read_dataset(source)
@@ -144,7 +145,6 @@ class _Reader:
         kind = file_kind(path)
         if kind is None:
             raise AssertionError(f"{path} is not among the files of a source")
-        check_digest(path)
         if kind.suffix == ".parquet":
             yield from self._read_parquet(path, name)
         elif kind.suffix == ".jsonl" or (kind.suffix == ".json" and self._holds_json_lines(path, kind.packed)):

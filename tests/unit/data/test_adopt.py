@@ -240,3 +240,50 @@ def test_what_datatrove_itself_writes_is_adopted_token_for_token(tmp_path, texts
         ids = dataset.read("train", 0, dataset.num_tokens("train"))
         pieces = np.split(ids, np.flatnonzero(ids == dataset.eos_token_id) + 1)[:-1]
     assert sorted(map(tuple, pieces)) == sorted(map(tuple, documents))
+
+
+def test_a_file_for_validation_leaves_the_folder_and_no_other_text_is_taken_twice(
+    tmp_path, documents, tokenizer_file, fails
+):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, part in (("corpus", documents[:60]), ("heldout", documents[60:])):
+        np.concatenate(part).astype("<u2").tofile(folder / f"{name}.bin")
+    heldout, given = folder / "heldout.bin", {"tokenizer": str(tokenizer_file)}
+    manifest = adopt([folder], tmp_path / "one", validation=[folder / ".." / "files" / "heldout.bin"], **given)
+    assert [(shard.split, shard.num_documents) for shard in manifest.shards] == [("train", 60), ("validation", 60)]
+    (tmp_path / "link.bin").symlink_to(heldout)
+    for sources, validation in (([folder / "corpus.bin", heldout], [tmp_path / "link.bin"]), ([folder, heldout], [])):
+        with fails(2, "each token file once", heldout):
+            adopt(sources, tmp_path / "two", validation=validation, **given)
+    (tmp_path / "copy.bin").write_bytes(heldout.read_bytes())
+    with fails(3, "copy.bin", "the tokens of", heldout):
+        adopt([folder], tmp_path / "two", validation=[tmp_path / "copy.bin"], **given)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(("left", "found"), [("train-00000.ds.done", "finished shards"), ("manifest.json", "dataset")])
+def test_finished_work_of_an_interrupted_preparation_is_not_removed(
+    tmp_path, documents, tokenizer_file, fails, left, found
+):
+    write_nanogpt(tmp_path, documents, "<u2")
+    partial = tmp_path / ".tokens.partial"
+    partial.mkdir()
+    (partial / left).touch()
+    (partial / "train-00000.ds").write_bytes(b"work")
+    with fails(2, partial, found):
+        adopt([tmp_path / "tokens.bin"], tmp_path / "tokens", tokenizer=str(tokenizer_file))
+    assert (partial / "train-00000.ds").read_bytes() == b"work"
+
+
+def test_tokens_that_are_linked_are_flushed_to_the_disk(tmp_path, documents, tokenizer_file, monkeypatch):
+    flushed, fsync = set(), os.fsync
+
+    def record(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    write_nanogpt(tmp_path, documents, "<u2")
+    monkeypatch.setattr(os, "fsync", record)
+    adopt([tmp_path / "tokens.bin"], tmp_path / "tokens", tokenizer=str(tokenizer_file))
+    assert (tmp_path / "tokens.bin").stat().st_ino in flushed

@@ -101,6 +101,18 @@ def test_batches_are_drawn_no_further_than_the_processes_need(tokenizer, monkeyp
     assert batch.number == 39
 
 
+def test_encoding_process_that_cannot_start_is_a_resource_error_and_leaves_nothing_open(
+    corpus, tokenizer_file, tmp_path, fails, monkeypatch
+):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    before = len(os.listdir("/proc/self/fd"))
+    with fails(6, "encoding process", "No such file", "--jobs") as caught:
+        run(corpus, tmp_path / "tokens", tokenizer_file, jobs=2)
+    del caught
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_encoding_process_that_is_killed_is_a_resource_error_of_one_line(corpus, tokenizer_file, tmp_path, fails):
     def kill_all(*_):
@@ -370,7 +382,9 @@ def test_second_process_on_one_folder_is_a_usage_error(corpus, tokenizer_file, t
     # as the first process would hold it; flock conflicts between two opens of one process as well
     with (tmp_path / ".tokens.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="tokens: another `metatokens prepare` is writing this folder"):
+        with pytest.raises(
+            UsageError, match="tokens: another `metatokens prepare` or `metatokens adopt` is writing this folder"
+        ):
             run(corpus, tmp_path / "tokens", tokenizer_file)
     run(corpus, tmp_path / "tokens", tokenizer_file)
 

@@ -364,6 +364,33 @@ def test_a_file_that_differs_from_the_digest_beside_it_is_a_data_error(tmp_path,
         texts_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("part/a.txt.sha256", "/elsewhere/part/a.txt"),
+        ("part/a.txt.sha256", "part/a.txt"),
+        ("SHA256SUMS", "./part/a.txt"),
+    ],
+)
+def test_a_digest_that_names_folders_is_compared(tmp_path, fails, name, listed):
+    path = tmp_path / "part" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("one")
+    (tmp_path / name).write_text(f"{hashlib.sha256(b'one').hexdigest()}  {listed}\n")
+    assert texts_of(tmp_path) == ["one"]
+    path.write_text("two")
+    with fails(3, "a.txt", "that stands beside it"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", f"{'0' * 64}  b.txt\n"])
+def test_a_digest_of_a_file_itself_that_is_for_no_file_or_another_is_a_data_error(tmp_path, fails, content):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.txt.sha256").write_text(content)
+    with fails(3, "a.txt.sha256", "the SHA-256 of a.txt"):
+        texts_of(tmp_path)
+
+
 def test_a_parquet_page_that_differs_from_its_own_checksum_is_a_data_error(tmp_path, fails):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a long word"]}), path, write_page_checksum=True, compression="none")
