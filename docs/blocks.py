@@ -28,6 +28,8 @@ NOT_RUN = {
     "metatokens demo --dry-run": "",
     "metatokens demo": "takes minutes; tests/integration/test_demo.py runs it at a small size",
     "python benchmarks/gpu.py ": "wants a GPU; tests/integration/test_benchmark_scripts.py runs it on the CPU",
+    "make test-faults": "takes minutes; continuous integration runs a round of it",
+    "python tests/faults/": "takes minutes, or an hour; `make test-faults` runs the same cases",
     "metatokens prepare allenai/c4": "downloads",
     "metatokens sweep experiments/": "plans 60 runs; tests/integration/test_sweep_command.py runs a small grid",
     "metatokens finetune paper/recall-gpt-neo": "downloads; test_pretrained_arms.py runs a tiny GPT-Neo",
