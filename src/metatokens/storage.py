@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 import warnings
@@ -35,6 +36,7 @@ _SEALS = (
     ("", "# sha256 ", " of the lines below; remove this line if you change them\n"),
 )
 _HEX_DIGITS = 64
+_DIGEST = re.compile(rf"[0-9a-f]{{{_HEX_DIGITS}}}")
 
 
 def check_folder(path: Path, *, num_bytes: int = LEAST_BYTES) -> None:
@@ -146,11 +148,14 @@ def unseal(text: str, name: str, *, remedy: str, error: type[MetaTokensError] = 
     """Return a text without its seal, if it has one.
 
     Raises:
-        DataError, or `error`: naming the file, if the text is not the one that was sealed.
+        DataError, or `error`: naming the file, if the text is not the one that was sealed, or the mark of its seal
+            is damaged.
     """
     for start, before, behind in _SEALS:
-        if text.startswith(before):
-            expected, rest = text[len(before) :][:_HEX_DIGITS], text[len(before) + _HEX_DIGITS :]
+        expected, rest = text[len(before) :][:_HEX_DIGITS], text[len(before) + _HEX_DIGITS :]
+        if text.startswith(before) or _DIGEST.fullmatch(expected):
+            if not text.startswith(before):
+                raise error(name, expected=f"{before!r} before its SHA-256", found="a damaged head", remedy=remedy)
             found = text_sha256(start + rest.removeprefix(behind))
             if found != expected or not rest.startswith(behind):
                 raise error(

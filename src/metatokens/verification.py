@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metatokens.errors import DataError, MetaTokensError, UsageError
+import yaml
+
+from metatokens.errors import CheckpointError, DataError, MetaTokensError, UsageError
 from metatokens.storage import is_sealed, read_sealed
 
 Check = Callable[[], int]
@@ -102,10 +104,25 @@ def _find(folder: Path) -> Iterator[tuple[str, Callable[[Path, list[str]], Check
 
 def _inside(folder: Path, not_sealed: list[str]) -> Checks:
     """Yield the checks of the folders inside that have a kind; links are not followed."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-            _, checks = next(_find(path), (None, None))
-            yield from (checks or _inside)(path, not_sealed)
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        folders = [path for path in paths if path.is_dir() and not path.is_symlink()]
+    except OSError as error:
+        yield _unreadable(folder, error)
+        return
+    for path in folders:
+        _, checks = next(_find(path), (None, None))
+        yield from (checks or _inside)(path, not_sealed)
+
+
+def _unreadable(folder: Path, error: OSError) -> Check:
+    found = error.strerror or str(error)
+    problem = DataError(str(folder), expected="a readable folder", found=found, remedy=_ANOTHER_COPY)
+
+    def check() -> int:
+        raise problem
+
+    return check
 
 
 # Kinds, the surest marks first ---------------------------------------------------------------------------------
@@ -115,23 +132,24 @@ def _inside(folder: Path, not_sealed: list[str]) -> Checks:
 def run(folder: Path, not_sealed: list[str]) -> Checks:
     """Check config and result of a run, its checkpoints, its model, and what a sweep measured of it."""
     from metatokens.config.finetuning import FinetuneConfig
-    from metatokens.config.loading import is_finetuning, load_preset
+    from metatokens.config.loading import is_finetuning
     from metatokens.config.schema import PretrainConfig
+    from metatokens.training.result import read_result
     from metatokens.training.run_folder import RunFolder
 
     def read_config(path: Path) -> Any:
-        return load_preset(path, schema=FinetuneConfig if is_finetuning(str(path)) else PretrainConfig)
+        return paths.stored(FinetuneConfig if is_finetuning(str(path)) else PretrainConfig)
 
     paths = RunFolder(folder)
     if paths.config_path.exists():
         yield _sealed(paths.config_path, read_config, not_sealed)
     if paths.result_path.exists():
-        yield _sealed(paths.result_path, lambda _: paths.read_result(), not_sealed)
+        yield _sealed(paths.result_path, lambda _: read_result(paths), not_sealed)
     for name in ("preset.yaml", "evaluation.json", "cpu_seconds.json"):
         if (folder / name).exists():
             yield _sealed(folder / name, _read, not_sealed)
     if paths.model_path.is_dir():
-        yield from model(paths.model_path, not_sealed)
+        yield lambda: _check_model(paths.model_path)
     for path in (*sorted(paths.checkpoints_path.glob("step-*")), paths.diagnostic_path):
         if path.is_dir():
             yield from checkpoint(path, not_sealed)
@@ -171,15 +189,12 @@ def tokens(folder: Path, not_sealed: list[str]) -> Checks:
 @kind(lambda folder: (folder / "config.json").exists() or (folder / "manifest.json").exists())
 def model(folder: Path, not_sealed: list[str]) -> Checks:
     """Check the folder of a model; one of others has no digests."""
-    from metatokens.training.checkpoint import verify_model
-    from metatokens.training.untrusted import check_files
 
     def check() -> int:
-        digests = verify_model(folder)
-        if not digests:
+        files = _check_model(folder, may_lack_manifest=True)
+        if not files:
             not_sealed.append(str(folder))
-        check_files(folder)
-        return len(digests)
+        return files
 
     yield check
 
@@ -208,6 +223,18 @@ def sweep(folder: Path, not_sealed: list[str]) -> Checks:
     yield from _inside(folder, not_sealed)
 
 
+def _check_model(folder: Path, *, may_lack_manifest: bool = False) -> int:
+    from metatokens.training.checkpoint import MANIFEST, verify_model
+    from metatokens.training.untrusted import check_files
+
+    digests = verify_model(folder)
+    if not digests and not may_lack_manifest:
+        name = str(folder / MANIFEST)
+        raise CheckpointError(name, expected="the manifest of a run's model", found="none", remedy=_ANOTHER_COPY)
+    check_files(folder)
+    return len(digests)
+
+
 def _sealed(path: Path, read: Callable[[Path], Any], not_sealed: list[str]) -> Check:
     """Return the check of a sealed file that `read` reads whole."""
 
@@ -221,8 +248,13 @@ def _sealed(path: Path, read: Callable[[Path], Any], not_sealed: list[str]) -> C
     return check
 
 
-def _read(path: Path) -> str:
-    return read_sealed(path, remedy=_ANOTHER_COPY)
+def _read(path: Path) -> None:
+    """Read a sealed JSON or YAML file whole; one that was cut off within its seal holds nothing."""
+    text = read_sealed(path, remedy=_ANOTHER_COPY)
+    with suppress(ValueError, RecursionError, yaml.YAMLError):
+        if (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) is not None:
+            return
+    raise DataError(str(path), expected=f"{path.suffix[1:].upper()} with content", found="none", remedy=_ANOTHER_COPY)
 
 
 def _peek(path: Path) -> dict[str, Any]:

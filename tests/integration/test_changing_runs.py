@@ -17,6 +17,7 @@ from metatokens.training.checkpoint import TrainingState, read_state
 from metatokens.training.pretraining import plan, pretrain
 from metatokens.training.resuming import changes_of_bits
 from metatokens.training.run_folder import RunFolder
+from metatokens.verification import verify_folder
 
 Config = Callable[..., PretrainConfig]
 SECRET = "hunter2-of-the-bucket"
@@ -151,6 +152,58 @@ def test_a_run_begins_with_the_checkpoint_that_is_named_and_goes_on_with_its_own
         pretrain(config(), gone, show_progress=False, resume=named)
 
 
+def test_a_run_that_began_with_a_named_checkpoint_does_not_begin_at_step_0_when_none_is_named(
+    config: Config, uninterrupted: Path, tmp_path: Path
+) -> None:
+    named, out = uninterrupted / "checkpoints" / "step-00000004", tmp_path / "run"
+    own = config("--checkpoint.interval_steps", "8")
+    pretrain(own, out, show_progress=False, resume=named)
+    killed = cut_off_after(out, 0, tmp_path / "killed")
+    log = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(log[:1]))
+    assert list(losses(killed)) == [5]
+    event = (killed / "events.jsonl").read_text()
+    for metrics, record in ((log[0], event), (log[0], ""), ("", event)):
+        (killed / "metrics.jsonl").write_text(metrics)
+        (killed / "events.jsonl").write_text(record)
+        with pytest.raises(CheckpointError, match=r"did not begin at step 0, found none; name the one .* --resume"):
+            pretrain(own, killed, show_progress=False)
+    pretrain(own, killed, show_progress=False, resume=named)
+    assert weights(killed) == weights(uninterrupted)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["whole", "killed between result and model"])
+def test_a_finished_run_that_is_lengthened_has_the_result_and_the_model_of_its_new_end(
+    config: Config, uninterrupted: Path, tmp_path: Path, killed: bool
+) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    if killed:  # while the old result and then the old model were removed
+        (out / "result.json").unlink()
+    longer = config("--training.duration.steps", "16")
+    with pytest.warns(UserWarning, match=r"reason=training\.duration .*16"):
+        result = pretrain(longer, out, show_progress=False, allow_change=["training.duration"])
+    state = read_state(out / "checkpoints" / "step-00000016")
+    written = RunFolder(out).read_result()
+    assert (result.steps, written["steps"], written["text_tokens"]) == (16, 16, state.text_tokens)
+    assert written["final_loss"] == state.final_loss
+    assert weights(out) == (out / "checkpoints" / "step-00000016" / "model.safetensors").read_bytes()
+    assert weights(out) != weights(uninterrupted)
+    assert verify_folder(out).problems == ()
+    assert not list(out.glob(".*"))
+
+
+def test_a_finished_run_refuses_a_value_that_would_train_nothing_and_keeps_its_config(
+    config: Config, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = (out / "config.yaml").read_bytes()
+    lower = config("--optimizer.learning_rate", "1e-4")
+    with pytest.raises(UsageError, match=r"0\.002 for a run that has no step left after step 12, found 0\.0001"):
+        pretrain(lower, out, show_progress=False, allow_change=["optimizer.learning_rate"])
+    pretrain(config("--training.micro_batch_blocks", "2"), out, show_progress=False)  # free, and it trains nothing
+    assert (out / "config.yaml").read_bytes() == before
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused_although_another_is_whole(
     config: Config, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -181,7 +234,11 @@ def test_the_command_resumes_from_a_named_checkpoint_with_an_allowed_change(
     assert "warning: bit_exact=false reason=schedule.floor 0.1->0.2" in done.stderr
     assert json.loads(done.stdout)["steps"] == 12
     missing = error_line(*command[:5], tmp_path / "nothing", code=4)
-    assert "nothing: expected a folder with config.json" in missing
+    assert "nothing: expected a checkpoint, a folder with state.json and manifest.json, found no such folder" in missing
+    # nor is one looked for on the hub
+    assert "OWNER/NAME: expected a checkpoint, a folder" in error_line(*command[:5], "OWNER/NAME", code=4)
+    task = ("finetune", "tiny/recall", "--out", tmp_path / "task", "--resume", "OWNER/NAME")
+    assert "OWNER/NAME: expected a checkpoint, a folder" in error_line(*task, code=4)
 
 
 def test_no_secret_of_a_config_is_written_anywhere(config: Config, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from training_runs import STEPS, losses, run, small_config, start, wait, wait_for_step, wait_until, weights
 
-from metatokens.config.changes import run_sha256
 from metatokens.config.schema import OptimizerConfig, PretrainConfig
 from metatokens.data.shards import TokenDataset
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
@@ -289,24 +288,34 @@ def test_a_checkpoint_with_a_key_that_is_no_more_is_refused_by_name(
         pretrain(config(), out, show_progress=False)
 
 
-def test_a_checkpoint_from_before_configs_were_kept_has_their_digest(
-    config: Config, uninterrupted: Path, tmp_path: Path
+@pytest.mark.parametrize("older", [{}, {"run_sha256": "0" * 64}])
+def test_a_checkpoint_from_before_configs_were_kept_is_refused(
+    config: Config, uninterrupted: Path, tmp_path: Path, older: dict[str, str]
 ):
-    digest = run_sha256(config())
-    out = checkpoint_alone(uninterrupted, tmp_path / "run", lambda state: state.update(config=None, run_sha256=digest))
-    with pytest.raises(CheckpointError, match=f"found one of another, {digest[:12]}"):
-        pretrain(config("--optimizer.learning_rate", "1e-3"), out, show_progress=False)
-    pretrain(config(), out, show_progress=False)
-    assert weights(out) == weights(uninterrupted)
-
-
-def test_a_checkpoint_from_before_runs_had_an_identity_goes_on(config: Config, uninterrupted: Path, tmp_path: Path):
     def forget(state: dict[str, Any]) -> None:
         del state["config"], state["run_sha256"]
+        state.update(older)
 
     out = checkpoint_alone(uninterrupted, tmp_path / "run", forget)
-    pretrain(config(), out, show_progress=False)
-    assert weights(out) == weights(uninterrupted)
+    with pytest.raises(CheckpointError, match="made by an older version, which kept no config"):
+        pretrain(config(), out, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [('"steps"', '"stepz"', "steps: "), (": 40,", ': "40",', "steps: Input should be a valid integer")],
+)
+def test_a_result_with_another_key_or_type_is_refused(
+    config: Config, uninterrupted: Path, tmp_path: Path, old: str, new: str, reason: str
+):
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    document = json.loads((out / "result.json").read_text())
+    del document["sha256"]  # as an older version wrote it
+    (out / "result.json").write_text(json.dumps(document).replace(old, new))
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"expected the measurements of a run, found {reason}"):
+            pretrain(config(), out, show_progress=False)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def test_a_resume_with_other_tokens_is_refused(config: Config, uninterrupted: Path, other_tokens: Path):

@@ -67,7 +67,7 @@ def test_spikes_are_skipped_until_they_are_usual_recorded_with_their_samples_and
 ) -> None:
     own = config(*SKIP, "--checkpoint.keep", "9")
     out = with_low_losses_before(begun, tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"step 4 changes nothing: its loss 5.* is a spike, limit 0\.5"):
+    with pytest.warns(UserWarning, match=r"step 5 changes nothing: its loss 5.* is a spike, limit 0\.5"):
         pretrain(own, out, show_progress=False)
     steps = {name: out / "checkpoints" / f"step-0000{name}" for name in ("0004", "0008", "0012")}
     four, eight, last = ((path / "model.safetensors").read_bytes() for path in steps.values())
@@ -91,10 +91,10 @@ def test_a_spike_is_learnt_from_with_a_warning_and_a_count_unless_the_run_skips_
     config: Config, begun: Path, tmp_path: Path
 ) -> None:
     out = with_low_losses_before(begun, tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"step 4 is learnt from: its loss 5.* is a spike") as caught:
+    with pytest.warns(UserWarning, match=r"step 5 is learnt from: its loss 5.* is a spike") as caught:
         pretrain(config(), out, show_progress=False, allow_change=["training.skip_spikes"])
     told = [str(one.message).split()[1] for one in caught if "spike" in str(one.message) and "step" in str(one.message)]
-    assert told[:3] == ["4", "5", "7"]  # the first, second and fourth of four
+    assert told[:3] == ["5", "6", "8"]  # the first, second and fourth of four
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss_spikes"] == len(unusual(out)) >= 3
     assert last["skipped_steps"] == 0
@@ -107,7 +107,7 @@ def test_a_spike_is_learnt_from_with_a_warning_and_a_count_unless_the_run_skips_
     ("learning_rate", "message", "kept"),
     [
         # weights so large that the forward pass overflows from then on, each saved as good as the numbers say
-        ("1e30", "step 8: expected a finite loss and gradient, found 4 steps in a row without", [4, 7, 8]),
+        ("1e30", "step 9: expected a finite loss and gradient, found 4 steps in a row without", [4, 7, 8]),
         ("1e300", "step-00000005: expected finite weights, found infinities or NaN", [4]),
     ],
 )

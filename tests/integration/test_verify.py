@@ -1,6 +1,7 @@
 """`metatokens verify`: one flipped bit in any file of any folder that this package wrote is found and named."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,10 @@ def test_a_flipped_bit_in_any_file_is_found_and_its_folder_named(everything: Pat
             (problem,) = verify_folder(copy / place.parts[0]).problems
             assert problem.exit_code == (4 if "model" in place.parts or "checkpoints" in place.parts else 3), problem
             assert str(path.parent) in str(problem), problem
+        for length in (0, 5):  # the second ends within the seal
+            path.write_bytes(whole[:length])
+            (problem,) = verify_folder(copy / place.parts[0]).problems
+            assert str(path.parent) in str(problem), problem
         path.write_bytes(whole)
     assert verify_folder(copy).problems == ()
 
@@ -90,6 +95,34 @@ def test_a_file_of_an_older_version_is_named_as_one_without_a_digest(everything:
     del document["sha256"]
     (copy / "result.json").write_text(json.dumps(document))
     assert "result.json: no digest to compare with" in metatokens("verify", copy).stderr
+
+
+def test_a_model_of_a_run_without_its_manifest_is_a_problem_and_any_other_has_no_digest(
+    everything: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(everything / "run", tmp_path / "run")
+    (copy / "model" / "manifest.json").unlink()
+    (problem,) = verify_folder(copy).problems
+    assert "model/manifest.json: expected the manifest of a run's model, found none" in str(problem)
+    assert verify_folder(copy / "model").not_sealed == (str(copy / "model"),)
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem_and_the_others_are_verified(
+    everything: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(everything / "analysis", tmp_path / "z" / "analysis")
+    (tmp_path / "a").mkdir()
+    here = os.open(tmp_path / "a", os.O_RDONLY)
+    for _ in range(20):  # at last the path is too long for any call, whoever makes it
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    found = verify_folder(tmp_path)
+    assert [problem.exit_code for problem in found.problems] == [3]
+    assert "expected a readable folder, found File name too long" in str(found.problems[0])
+    assert found.files == 2
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

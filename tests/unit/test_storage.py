@@ -185,26 +185,17 @@ def test_digests_are_of_the_bytes_and_of_the_values_whatever_their_order(tmp_pat
     [('{"steps": 4, "word": "ü"}\n', json.loads), ("seed: 1\nmodel:\n  word: ü\n", yaml.safe_load)],
     ids=["JSON", "YAML"],
 )
-def test_a_sealed_file_with_any_bit_flipped_is_refused_or_says_the_same(
-    tmp_path: Path, text: str, parse: Callable[[str], Any]
-):
+def test_a_sealed_file_with_any_bit_flipped_is_refused(tmp_path: Path, text: str, parse: Callable[[str], Any]):
     path = tmp_path / "file"
     write_sealed(path, text)
-    whole, content = path.read_bytes(), parse(text)
-    assert parse(whole.decode()).items() >= content.items()  # it is still a file of its kind
+    whole = path.read_bytes()
+    assert parse(whole.decode()).items() >= parse(text).items()  # it is still a file of its kind
     assert read_sealed(path, remedy="go on") == text
-    refused = 0
-    for position in range(len(whole)):
+    for position in range(len(whole)):  # the mark of the seal too
         for bit in range(8):
             path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
-            try:
-                found = parse(read_sealed(path, remedy="go on"))
-            except (DataError, json.JSONDecodeError, yaml.YAMLError):
-                refused += 1
-            else:  # the mark of the seal itself was hit
-                assert found.items() >= content.items()
-                assert len(found) <= len(content) + 1
-    assert refused > 8 * (len(text) + 64)
+            with pytest.raises(DataError):
+                read_sealed(path, remedy="go on")
 
 
 @pytest.mark.parametrize("text", ['{"steps": 4}\n', "seed: 1\nsize: 2\n"])

@@ -29,7 +29,9 @@ def _run(options: argparse.Namespace) -> int:
         ModelFolder(Path(config.start.path)).check_path()
     check_allowed(options.allow_change, type(config))
     if options.resume is not None:
-        ModelFolder(options.resume).check_path()
+        from metatokens.training.checkpoint import check_checkpoint
+
+        check_checkpoint(Path(options.resume))
     check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from metatokens.cli.arguments import add_run, add_verb, run_folder
@@ -29,7 +30,9 @@ def _run(options: argparse.Namespace) -> int:
         ModelFolder(config.start_from).check_path()
     check_allowed(options.allow_change, type(config))
     if options.resume is not None:
-        ModelFolder(options.resume).check_path()
+        from metatokens.training.checkpoint import check_checkpoint
+
+        check_checkpoint(Path(options.resume))
     check_folder(out)
     announce(options, f"preparing {options.preset}")
     from metatokens.training.distributed import is_main_process

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from metatokens.config.loading import flatten, override_fields
 from metatokens.errors import UsageError, redact_values
 from metatokens.names import nearest_name
-from metatokens.storage import json_sha256
 
 # the path of the initial weights is free too: TrainingSetup.content_id identifies the weights themselves
 FREE_KEYS = {
@@ -74,20 +73,6 @@ def differences_from_tree(
         UsageError: if the tree is not a config of this version.
     """
     yield from differences(override_fields(type(config)(), tree, origin), config, allowed)
-
-
-def run_sha256(config: BaseModel) -> str:
-    """Return the digest that older checkpoints have instead of the config; it leaves out the keys that may change.
-
-    Digests are comparable only while the schema has the same keys.
-    """
-    tree = {
-        section: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(section, set())}
-        if isinstance(keys, dict)
-        else keys
-        for section, keys in config.model_dump(mode="json", exclude=FREE_SECTIONS).items()
-    }
-    return json_sha256(tree)
 
 
 def remedy_for(key: str, otherwise: str) -> str:

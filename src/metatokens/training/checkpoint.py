@@ -85,9 +85,9 @@ class TrainingState:
     resumed_from: str | None = None
     """The SHA-256 of the manifest of the checkpoint that `--resume` named when the run began; None without it."""
     config: dict[str, Any] | None = None
-    """The resolved config of the run, as plain values; None in older checkpoints, which did not keep it."""
+    """The resolved config of the run, as plain values; None in those of older versions, from which no run continues."""
     run_sha256: str | None = None
-    """The digest that some older checkpoints have instead of `config` (see `metatokens.config.changes`)."""
+    """A digest that older versions wrote; it is read and not used."""
 
 
 def describe_newest(folder: Path) -> str:
@@ -169,6 +169,18 @@ def verify_checkpoint(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[st
         CheckpointError: naming the file.
     """
     return _verify(path, needed={CONFIG, STATE}, share=share, remedy="use another checkpoint")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise CheckpointError unless the folder has the files that tell a checkpoint; none of them is opened."""
+    for name in (STATE, MANIFEST):
+        if not (path / name).is_file():
+            raise CheckpointError(
+                str(path),
+                expected=f"a checkpoint, a folder with {STATE} and {MANIFEST}",
+                found=f"no {name}" if path.is_dir() else "no such folder",
+                remedy="name one of RUN/checkpoints",
+            )
 
 
 def verify_model(path: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, str]:

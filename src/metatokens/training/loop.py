@@ -42,7 +42,7 @@ from metatokens.training.optimizer import build_optimizer
 from metatokens.training.parallel import share_model, whole_tensor
 from metatokens.training.remote import RemoteCopies
 from metatokens.training.result import TrainingResult, measured_before, written_before
-from metatokens.training.resuming import Resume, changes_of_bits, check_disk, find_start
+from metatokens.training.resuming import Resume, changes_of_bits, check_disk, find_start, has_ended
 from metatokens.training.run_folder import RunFolder, environment, versions
 from metatokens.training.saving import Saver
 from metatokens.training.setup import TrainingSetup
@@ -202,7 +202,7 @@ class _Run:
                         redact_values(config.model_dump(mode="json")),
                     )
                     stack.callback(metrics.close)
-                    self.folder.write_config(config)
+                    self._begin()
             optimizer_step = OptimizerStep(config, self.model, self.optimizer, self.processes, self.shared)
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
             report = TrainingReport(label, display, metrics)
@@ -241,6 +241,15 @@ class _Run:
         if first < self.state.step:
             return result
         return written_before(self.folder, result)
+
+    def _begin(self) -> None:
+        """Tie the folder to this start of the run, which nothing can refuse any more."""
+        if not self._is_over:
+            self.folder.remove_outcome()
+        # a run that only ends keeps the config that made it
+        if not self._is_over or self.state.evaluation_due or not self.folder.config_path.exists():
+            self.folder.write_config(self.config)
+        self.folder.unmark()
 
     def _note_continuation(self) -> None:
         """Leave a record of a run that goes on, and warn if its bits will be others."""
@@ -306,9 +315,9 @@ class _Run:
             samples = self.job.batches.sample_ids(step)
             self.folder.note(step + 1, "unusual step", **judged.record(), samples=samples)
         if not judged.is_finite or self.state.loss_spikes.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ... spike
-            warnings.warn(f"step {step} {judged}", stacklevel=2)
+            warnings.warn(f"step {step + 1} {judged}", stacklevel=2)
         if (skips := self.state.consecutive_skips) > MAX_CONSECUTIVE_SKIPS:
-            raise self._diverged(f"step {step}", "a finite loss and gradient", f"{skips} steps in a row without")
+            raise self._diverged(f"step {step + 1}", "a finite loss and gradient", f"{skips} steps in a row without")
 
     def _check_end(self) -> None:
         """Refuse to end as a success a run whose last steps changed nothing."""
@@ -363,7 +372,7 @@ class _Run:
 
     @property
     def _is_over(self) -> bool:
-        return self._is_solved or self.state.step >= self.config.total_steps
+        return has_ended(self.config, self.state)
 
     def _save(self) -> None:
         try:

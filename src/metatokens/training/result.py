@@ -1,6 +1,9 @@
 """The result of a training: what result.json holds, and the results of runs that have ended before."""
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from metatokens.config.schema import RunConfig
 from metatokens.errors import DataError
@@ -15,6 +18,8 @@ _OF_THE_RUN = ("num_parameters", "steps", "text_tokens", "meta_tokens", "final_l
 @dataclass(frozen=True)
 class TrainingResult:
     """The measurements of a finished run."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # `read_result` checks keys and types
 
     run: str
     model: str
@@ -45,11 +50,29 @@ def measured_before(config: RunConfig, folder: RunFolder, processes: Processes) 
     with processes.raise_together():
         if processes.is_main and not step_folders(folder.checkpoints_path) and folder.is_finished(config):
             verify_model(folder.model_path)
-            measured = folder.read_result()
+            measured = read_result(folder)
     measured = processes.gather(measured)[0]
     if measured is None:
         return None
-    return TrainingResult(**{**measured, "run": str(folder.path), "model": str(folder.model_path)})
+    return replace(measured, run=str(folder.path), model=str(folder.model_path))
+
+
+def read_result(folder: RunFolder) -> TrainingResult:
+    """Return the result that a run has written.
+
+    Raises:
+        DataError: there is no result.json, it is not what was written, or its keys or types are others.
+    """
+    try:
+        return TypeAdapter(TrainingResult).validate_json(json.dumps(folder.read_result()), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise DataError(
+            str(folder.result_path),
+            expected="the measurements of a run",
+            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            remedy="remove it, and the same command writes it again from the last checkpoint",
+        ) from None
 
 
 def written_before(folder: RunFolder, result: TrainingResult) -> TrainingResult:
@@ -62,15 +85,16 @@ def written_before(folder: RunFolder, result: TrainingResult) -> TrainingResult:
     Raises:
         DataError: it is not what was written, or not one of this run.
     """
-    written, expected = folder.read_result(), asdict(result)
+    read = read_result(folder)
+    written, expected = asdict(read), asdict(result)
     for key in _OF_THE_RUN:
         # older checkpoints did not keep the loss and the evaluation
         is_known = key not in {"final_loss", "validation"} or result.final_loss is not None
-        if is_known and written.get(key) != expected[key]:
+        if is_known and written[key] != expected[key]:
             raise DataError(
                 str(folder.result_path),
                 expected=f"{key} {expected[key]!r} as in the last checkpoint",
-                found=repr(written.get(key)),
+                found=repr(written[key]),
                 remedy="remove it, and the same command writes it again",
             )
-    return TrainingResult(**{**written, "run": result.run, "model": result.model})
+    return replace(read, run=result.run, model=result.model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from metatokens.config.changes import differences_from_tree, remedy_for, run_sha256
+from metatokens.config.changes import differences_from_tree, remedy_for
 from metatokens.config.loading import flatten
 from metatokens.config.schema import RunConfig
 from metatokens.errors import CheckpointError, DataError, ResourceError, UsageError
@@ -69,6 +69,7 @@ def find_start(
         with processes.raise_together():
             if processes.is_main:
                 _check_logged(config, folder, begun=0)
+                _check_begun_anew(config, folder)
         return None, TrainingState(0, content_id, 1)
     with processes.raise_together():
         state = read_state(path)
@@ -92,6 +93,12 @@ def find_start(
             )
         _check_run(config, path, state, resume)
     return path, state
+
+
+def has_ended(config: RunConfig, state: TrainingState) -> bool:
+    """Tell whether a run has no step left to make: all are done, or its task is solved."""
+    rule = getattr(config, "solve", None)
+    return state.step >= config.total_steps or (rule is not None and state.solved_evaluations >= rule.evaluations)
 
 
 def changes_of_bits(state: TrainingState, config: RunConfig, found: dict[str, Any], world_size: int) -> Iterator[str]:
@@ -144,19 +151,30 @@ def _check_logged(config: RunConfig, folder: RunFolder, *, begun: int) -> None:
         )
 
 
+def _check_begun_anew(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse to start at step 0 a run that was begun from a checkpoint which now nobody names."""
+    first = next((line["step"] for line in folder.read_metrics() if "loss" in line), 0)
+    settings = folder.stored(type(config)) if folder.config_path.exists() else config
+    has_continued = any(event.get("event") == "continued" for event in folder.read_events())
+    if has_continued or first > max(settings.logging.interval_steps, config.logging.interval_steps):
+        raise CheckpointError(
+            str(folder.checkpoints_path),
+            expected="a checkpoint, for the log says that this run did not begin at step 0",
+            found="none",
+            remedy="name the one that it was begun from with --resume, or start anew with another --out",
+        )
+
+
 def _check_run(config: RunConfig, path: Path, state: TrainingState, resume: Resume) -> None:
     """Refuse the checkpoint of another run."""
     remedy = "take the config that it was made with, or another --out"
     if state.config is None:
-        run = run_sha256(config)
-        if state.run_sha256 not in (None, run):
-            raise CheckpointError(
-                str(path),
-                expected=f"a checkpoint of this config, run_sha256 {run[:12]}...",
-                found=f"one of another, {state.run_sha256[:12]}...",
-                remedy=remedy,
-            )
-        return
+        raise CheckpointError(
+            str(path),
+            expected="a checkpoint with the config of its run",
+            found="one made by an older version, which kept no config",
+            remedy="go on with that version, or start anew with another --out",
+        )
     for key, old, new in differences_from_tree(state.config, config, str(path), resume.allowed):
         raise CheckpointError(
             str(path),
@@ -164,6 +182,14 @@ def _check_run(config: RunConfig, path: Path, state: TrainingState, resume: Resu
             found=f"{old!r}",
             remedy=remedy_for(key, remedy),
         )
+    if has_ended(config, state):
+        for key, old, new in differences_from_tree(state.config, config, str(path)):
+            raise UsageError(
+                f"--allow-change {key}",
+                expected=f"{old!r} for a run that has no step left after step {state.step}",
+                found=f"{new!r}, which would train nothing",
+                remedy="take the old value, lengthen the run, or choose another --out",
+            )
 
 
 def check_disk(folder: RunFolder, num_parameters: int) -> None:

@@ -16,6 +16,7 @@ RUN/
 import json
 import os
 import platform
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ from metatokens.errors import DataError, UsageError, redact, redact_values
 from metatokens.storage import (
     check_file,
     check_folder,
+    commit,
+    flush_path,
     hold_lock,
     lock_holder,
     make_folder,
@@ -161,7 +164,18 @@ class RunFolder:
         write_sealed(self.config_path, redact(to_yaml(config)))
         document = {**versions(), "config_sha256": digest(config)}
         write_atomically(self.path / "versions.json", json.dumps(document, indent=2) + "\n")
-        self.marker_path.unlink(missing_ok=True)
+
+    def remove_outcome(self) -> None:
+        """Remove the result and then the model of a run that is to make further steps, each at once."""
+        self.result_path.unlink(missing_ok=True)
+        flush_path(self.path)
+        if self.model_path.is_symlink():
+            self.model_path.unlink()
+        elif self.model_path.exists():
+            # a model of which some files are gone would be in the way of the next start
+            hidden = self.model_path.with_name(f".{self.model_path.name}.tmp-{os.getpid()}")
+            commit(self.model_path, hidden)
+            shutil.rmtree(hidden)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the measurements of the finished run."""
@@ -200,22 +214,11 @@ class RunFolder:
         Raises:
             DataError: the file cannot be read.
         """
-        if not self.metrics_path.exists():
-            return
-        try:
-            with self.metrics_path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    with suppress(ValueError, RecursionError):
-                        found = json.loads(line)
-                        if isinstance(found, dict) and isinstance(found.get("step"), int):
-                            yield found
-        except OSError as error:
-            raise DataError(
-                str(self.metrics_path),
-                expected="a readable log",
-                found=error.strerror or str(error),
-                remedy="move it away: the run needs it only to know how far it was",
-            ) from None
+        return _read_log(self.metrics_path)
+
+    def read_events(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of events.jsonl, as `read_metrics` does."""
+        return _read_log(self.events_path)
 
     def logged_at(self, step: int) -> dict[str, Any]:
         """Return the last numbers that were logged after this many training steps; none if there are none."""
@@ -223,8 +226,31 @@ class RunFolder:
         return logged[-1] if logged else {}
 
     def mark_preempted(self, cause: str, message: str) -> None:
-        """Leave the marker that the run was asked to stop and can be continued; `write_config` removes it."""
+        """Leave the marker that the run was asked to stop and can be continued; `unmark` removes it."""
         write_atomically(self.marker_path, json.dumps({"cause": cause, "message": message}, indent=2) + "\n")
+
+    def unmark(self) -> None:
+        """Remove the marker: the run has been continued."""
+        self.marker_path.unlink(missing_ok=True)
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError, RecursionError):
+                    found = json.loads(line)
+                    if isinstance(found, dict) and isinstance(found.get("step"), int):
+                        yield found
+    except OSError as error:
+        raise DataError(
+            str(path),
+            expected="a readable log",
+            found=error.strerror or str(error),
+            remedy="move it away: the run needs it only to know how far it was",
+        ) from None
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -14,6 +14,8 @@ WINDOW = 128
 """Losses that a new one is compared with; before there are as many, none is a spike."""
 SIGMAS = 6.0
 """Standard deviations above their mean from which on it is one."""
+LEAST_RISE = 0.01
+"""Share of their mean by which it rises at least: losses that hardly differ would make the last bit of one a spike."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class JudgedStep:
         return {"reason": "spike" if self.is_spike else "not finite", "skipped": self.is_skipped, **finite}
 
     def __str__(self) -> str:
+        """Say what is unusual about the step."""
         if not self.is_finite:
             return "changes nothing: its loss or its gradient is not finite"
         verb = "changes nothing" if self.is_skipped else "is learnt from"
-        return f"{verb}: its loss {self.loss:.4g} is {'a spike' if self.is_spike else 'usual'}, limit {self.limit:.4g}"
+        return f"{verb}: its loss {self.loss:.4g} is a spike, limit {self.limit:.4g}"
 
 
 def spike_limit(losses: Sequence[float]) -> float:
@@ -74,4 +77,4 @@ def spike_limit(losses: Sequence[float]) -> float:
         return math.inf
     mean = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / len(losses)
-    return mean + SIGMAS * math.sqrt(variance)
+    return mean + max(SIGMAS * math.sqrt(variance), LEAST_RISE * mean)

@@ -25,6 +25,12 @@ def test_a_spike_is_a_loss_six_deviations_above_the_mean_of_the_last_128() -> No
     assert spike_limit(window[1:]) == math.inf  # too few to tell
 
 
+def test_after_losses_that_are_all_equal_a_last_bit_is_no_spike() -> None:
+    for loss in (0.1, 3.0, 0.0):
+        assert not judge([loss] * WINDOW, math.nextafter(loss, 9.0) if loss else 0.0)[0].is_spike
+        assert judge([loss] * WINDOW, 1.02 * loss + 1e-9)[0].is_spike
+
+
 def test_ordinary_training_has_no_spike() -> None:
     draw, losses = random.Random(1), []
     for step in range(2_000):
