@@ -21,6 +21,7 @@ BOOKS, COST, PIPELINE, ROWS = (
     for name in ("books_perplexity", "meta_attention_cpu", "data_pipeline", "analysis_cpu")
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
+LONG = "experiments/long-context"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -101,6 +102,15 @@ def solve_ratio(task: str, first: str, second: str) -> str:
     (found,) = [one for one in load("experiments/decomposition/e1.json")["tasks"] if one["task"] == task]
     (row,) = [row for row in found["at_equal_steps"] if (row["first"], row["second"]) == (first, second)]
     return span(row["ratio"], ".2f")
+
+
+# long-context ------------------------------------------------------------------------------------------------
+
+
+def needle(name: str) -> str:
+    """Return the share of single needles that SmolLM2-135M finds with its whole cache."""
+    (row,) = load(f"{LONG}/{name}.json")["rows"]
+    return span(row["accuracy"], ".0f", 100, "%")
 
 
 # tiny-recall -------------------------------------------------------------------------------------------------
@@ -307,6 +317,35 @@ def recall_extension() -> str:
     return _table(header, rows)
 
 
+def long_context_needle() -> str:
+    rows = [
+        [
+            row["policy"],
+            span(row["accuracy"], ".0f", 100),
+            "" if row["difference"] is None else span(row["difference"], ".0f", 100),
+            f"{row['columns']:.0f}",
+            f"{row['cache_bytes'] / 2**20:.1f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+        ]
+        for row in load(f"{LONG}/policies.json")["rows"]
+    ]
+    header = ["policy", "right, %", "minus full, points", "columns", "cache, MiB", "peak of the process, MiB"]
+    return _table(header, rows)
+
+
+def long_context_loss() -> str:
+    losses = load(f"{LONG}/loss.json")["losses"]
+    ranges = list(dict.fromkeys(tuple(one["distances"]) for one in losses))
+    rows = []
+    for policy in dict.fromkeys(one["policy"] for one in losses if one["difference"]):
+        own = {tuple(one["distances"]): one for one in losses if one["policy"] == policy}
+        cells = [span(own[distances]["difference"], ".3f") for distances in ranges]
+        rows.append(
+            [policy, *cells, f"{own[ranges[0]]['columns']:.0f}", f"{own[ranges[0]]['cache_bytes'] / 2**20:.1f}"]
+        )
+    return _table(["policy", *(f"{low}-{high}" for low, high in ranges), "columns", "cache, MiB"], rows)
+
+
 def inside_verdicts() -> str:
     found = [load(f"{INSIDE}/{folder}/results.json")["verdicts"] for folder in FOLDERS]
     rows = [[one[0]["claim"], one[0]["paper"], *map(_verdict, one)] for one in zip(*found, strict=True)]
@@ -390,6 +429,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-interventions": recall_interventions,
     "recall-contrasts": recall_contrasts,
     "recall-extension": recall_extension,
+    "long-context-needle": long_context_needle,
+    "long-context-loss": long_context_loss,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,
@@ -397,7 +438,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
-    *(bench_ratio, bench_line, solve_contrasts, solve_ratio),
+    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle),
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""
