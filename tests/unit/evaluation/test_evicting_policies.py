@@ -252,5 +252,15 @@ def test_a_model_whose_columns_cannot_be_dropped_is_refused_in_one_line() -> Non
 
 
 def test_a_budget_without_room_is_refused() -> None:
-    with pytest.raises(UsageError, match="0 columns left"):
-        Budget(columns=10, length=100, sinks=4, window=6)
+    model = model_of("Llama")
+    for name in ("every", "separators", "pooled"):
+        with pytest.raises(UsageError, match="0 columns left"):
+            Reader(model, POLICIES[name], Budget(columns=10, length=100, sinks=4, window=6))
+    with pytest.raises(UsageError, match="more than 4 sinks"):
+        Reader(model, POLICIES["sinks"], Budget(columns=4, length=100))
+
+
+def test_a_policy_is_not_asked_for_columns_that_it_does_not_keep() -> None:
+    for name, columns in (("full", 1), ("window", 1), ("sinks", 5)):
+        budget = Budget(columns=columns, length=100, window=256)
+        Reader(model_of("Llama"), POLICIES[name], budget)

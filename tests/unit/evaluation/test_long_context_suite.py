@@ -1,5 +1,6 @@
 """The long-context suite: scores equal greedy decoding, losses equal a plain forward pass, errors are one line."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from commands import error_line, metatokens
 from long_texts import byte_tokenizer, decoder, write_books, write_model, write_stories
 from metatokens.config.long_context import LongContextConfig
+from metatokens.errors import NumericError
 from metatokens.evaluation.eviction import POLICIES, Budget, Reader
 from metatokens.evaluation.long_context.loss_by_distance import ranges_of
 from metatokens.evaluation.long_context.subject import Row, Subject
@@ -102,6 +104,33 @@ def test_the_loss_by_distance_is_that_of_one_forward_pass(subject: Subject, fold
     assert (far.columns, far_window.columns) == (65, 24)
 
 
+def test_what_a_policy_keeps_does_not_depend_on_the_batches(subject: Subject, folder: Path) -> None:
+    def kept(batch_size: int) -> list[float]:
+        config = LongContextConfig(
+            tasks=("babilong-qa1",),  # of unequal lengths
+            lengths=(700,),
+            instances=8,
+            policies=("every", "pooled"),
+            babi=folder / "babi",
+            books=folder / "books",
+            columns=69,
+            window=8,
+            batch_size=batch_size,
+        )
+        return [row.columns for row in evaluate_long_context(subject, config).rows]
+
+    assert kept(1) == kept(8)
+
+
+def test_losses_that_are_not_finite_are_an_error(folder: Path) -> None:
+    model = copy.deepcopy(decoder())
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    config = LongContextConfig(tasks=(), loss_tokens=65, books=folder / "books")
+    with pytest.raises(NumericError, match="logits of the books"):
+        evaluate_long_context(Subject(model, byte_tokenizer()), config)
+
+
 def test_the_command_writes_scores_caches_and_paired_differences(folder: Path) -> None:
     words = ["evaluate", folder / "model", "--suite", "long-context", "--instances", "8", "--lengths", "[700]"]
     words += ["--tasks", "[passkey, babilong-qa1]", "--policies", "[full, every]", "--columns", "40"]
@@ -137,7 +166,7 @@ def test_the_command_writes_scores_caches_and_paired_differences(folder: Path) -
         (["--books", "no/such/books"], 2, "no such path"),
         (["--tasks", "[babilong-qa1]"], 2, "name one with --babi"),
         (["--loss_tokens", "64"], 2, "name one with --books"),
-        (["--columns", "5"], 2, "cache of 5 columns"),
+        (["--columns", "5", "--policies", "[every]"], 2, "cache of 5 columns"),
         (["--intervention", "zero_embedding"], 2, "leave it out"),
     ],
 )

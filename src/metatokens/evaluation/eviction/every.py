@@ -5,7 +5,7 @@ from torch import Tensor
 from metatokens.evaluation.eviction.policies import Budget, Columns, in_window, is_sink, policy
 
 
-@policy("every")
+@policy("every", check=Budget.require_anchors)
 def every(columns: Columns, queries: Tensor, budget: Budget) -> Tensor:
     """See the first tokens, the newest, and every n-th in between, spread over the whole text."""
     place = columns.positions - budget.sinks

@@ -28,14 +28,31 @@ class Budget:
     """The newest tokens that a policy with other columns to keep holds; None means half of the columns."""
 
     def __post_init__(self) -> None:
-        """Refuse a budget that leaves nothing between sinks and window."""
-        if self.sinks < 0 or self.newest < 1 or self.anchors < 1:
+        """Refuse a budget without a column; what more is needed, its policy says."""
+        if self.sinks < 0 or self.columns < 1:
             raise UsageError(
-                f"cache of {self.columns} columns",
-                expected=f"more than {self.sinks} sinks and a window of {self.newest}, which is at least 1",
-                found=f"{self.anchors} columns left between them",
-                remedy="raise the number of columns, or lower sinks or window",
+                f"cache of {self.columns} columns and {self.sinks} sinks",
+                expected="at least 1 column, and sinks that are not negative",
+                found=f"{self.columns} and {self.sinks}",
+                remedy="raise them",
             )
+
+    def require_window(self) -> None:
+        """Refuse a budget of sinks alone, for a policy that keeps them and the newest columns."""
+        if self.columns <= self.sinks:
+            raise self._too_small(f"more than {self.sinks} sinks", f"{self.columns} columns")
+
+    def require_anchors(self) -> None:
+        """Refuse a budget that leaves nothing between sinks and window, for a policy that keeps columns there."""
+        if self.newest < 1 or self.anchors < 1:
+            raise self._too_small(
+                f"more than {self.sinks} sinks and a window of {self.newest}, which is at least 1",
+                f"{self.anchors} columns left between them",
+            )
+
+    def _too_small(self, expected: str, found: str) -> UsageError:
+        remedy = "raise the number of columns, or lower sinks or window"
+        return UsageError(f"cache of {self.columns} columns", expected=expected, found=found, remedy=remedy)
 
     @property
     def newest(self) -> int:
@@ -85,6 +102,8 @@ class Policy:
 
     name: str
     sees: Sees
+    check: Callable[[Budget], None]
+    """Refuses a budget that is too small for it."""
     tokens_in_pool: Callable[[Budget], int] | None = None
     """How many tokens share a pool; None means that there are no pools."""
 
@@ -98,11 +117,16 @@ POLICIES: dict[str, Policy] = {}
 """By name, in the order of the files."""
 
 
-def policy(name: str, *, tokens_in_pool: Callable[[Budget], int] | None = None) -> Callable[[Sees], Sees]:
+def policy(
+    name: str,
+    *,
+    check: Callable[[Budget], None] = lambda _: None,
+    tokens_in_pool: Callable[[Budget], int] | None = None,
+) -> Callable[[Sees], Sees]:
     """Register the decorated function as a policy."""
 
     def register(sees: Sees) -> Sees:
-        POLICIES[name] = Policy(name, sees, tokens_in_pool)
+        POLICIES[name] = Policy(name, sees, check, tokens_in_pool)
         return sees
 
     return register

@@ -13,7 +13,7 @@ def _span(budget: Budget) -> int:
     return min(budget.spacing, budget.newest)
 
 
-@policy("pooled", tokens_in_pool=_span)
+@policy("pooled", check=Budget.require_anchors, tokens_in_pool=_span)
 def pooled(columns: Columns, queries: Tensor, budget: Budget) -> Tensor:
     """See the first tokens, the tokens of spans that reach into the window, and the pools of all earlier spans."""
     span = _span(budget)

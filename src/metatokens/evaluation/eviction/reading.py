@@ -150,6 +150,7 @@ class Reader:
         # a model of this package counts a padded row from its first token by itself, and memory mode in its own way
         counts_itself = policy.name == "full" and isinstance(model, MetaTokenGenerationMixin)
         self._needs_positions = "position_ids" in inspect.signature(model.forward).parameters and not counts_itself
+        policy.check(budget)
         self._separators = separators
         self._read = 0
         self._mask: Tensor | None = None

@@ -5,7 +5,7 @@ from torch import Tensor
 from metatokens.evaluation.eviction.policies import Budget, Columns, in_window, is_sink, newest, policy
 
 
-@policy("separators")
+@policy("separators", check=Budget.require_anchors)
 def separators(columns: Columns, queries: Tensor, budget: Budget) -> Tensor:
     """See the first tokens, the newest, and the newest separators in between."""
     always = is_sink(columns, budget) | in_window(columns, queries, budget.newest)

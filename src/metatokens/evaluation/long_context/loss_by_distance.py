@@ -16,7 +16,7 @@ import torch
 from metatokens.config.long_context import LongContextConfig
 from metatokens.evaluation.eviction import Budget, Policy, Reader
 from metatokens.evaluation.long_context.material import Book, Material
-from metatokens.evaluation.long_context.subject import Subject
+from metatokens.evaluation.long_context.subject import Subject, require_finite
 from metatokens.evaluation.significance import check_documents
 from metatokens.evaluation.statistics import Interval, bootstrap_paired_ratio, bootstrap_ratio
 
@@ -50,6 +50,7 @@ def loss_by_distance(
 
     Raises:
         UsageError: fewer books than an interval needs are long enough.
+        NumericError: logits are not finite.
     """
     assert config.loss_tokens is not None
     texts = [ids for book in material.books if (ids := _text_of(book, subject, config.loss_tokens))]
@@ -112,6 +113,7 @@ def _read_all(
         for start in range(0, len(row.ids), config.chunk):
             here = slice(start, min(start + config.chunk, len(row.ids)))
             logits = reader.read(ids[:, here])[0][scored[here], : subject.vocab_size]
+            require_finite(logits, "the books")
             following = ids[0, 1:][scored[:-1]][int(scored[:start].sum()) :][: len(logits)]
             own.append(torch.nn.functional.cross_entropy(logits.float(), following, reduction="none"))
         nats.append(torch.cat(own).double().cpu().numpy())

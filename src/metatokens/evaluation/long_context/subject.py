@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metatokens.data.tokenizer import as_text_tokenizer, ends_clause_table, prefix_ids, text_vocab_size
-from metatokens.errors import UsageError
+from metatokens.errors import NumericError, UsageError
 from metatokens.evaluation.long_context.items import Item
 from metatokens.generation.decoding import sequence_limit
 from metatokens.model.schedule import NoSchedule, read_schedule, schedule_meta_tokens
@@ -116,3 +116,18 @@ class Subject:
         laid_out = schedule_meta_tokens(ids, self._schedule, meta_token_id=meta_token_id)
         columns = [column for column, token in enumerate(laid_out) if token != meta_token_id]
         return Row(laid_out, columns[first_target:])
+
+
+def require_finite(logits: Tensor, what: str) -> None:
+    """Refuse logits of `what` that cannot be scored.
+
+    Raises:
+        NumericError: one is not finite.
+    """
+    if not logits.isfinite().all():
+        raise NumericError(
+            f"logits of {what}",
+            expected="finite ones",
+            found="infinities or NaN",
+            remedy="check the weights, or load the model in float32",
+        )

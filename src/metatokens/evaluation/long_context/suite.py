@@ -17,14 +17,14 @@ from torch import Tensor
 
 from metatokens.config.analysis import MINIMUM_DOCUMENTS
 from metatokens.config.long_context import LongContextConfig
-from metatokens.errors import NumericError, UsageError
+from metatokens.errors import UsageError
 from metatokens.evaluation.eviction import Budget, Policy, Reader
 from metatokens.evaluation.eviction.policies import find_policy
 from metatokens.evaluation.long_context.items import Item, make_item
 from metatokens.evaluation.long_context.loss_by_distance import DistanceLoss, loss_by_distance
 from metatokens.evaluation.long_context.material import Material
 from metatokens.evaluation.long_context.peak import peak_memory
-from metatokens.evaluation.long_context.subject import Row, Subject
+from metatokens.evaluation.long_context.subject import Row, Subject, require_finite
 from metatokens.evaluation.long_context.tasks import find_task
 from metatokens.evaluation.statistics import Interval, paired_shares_interval, wilson_interval
 
@@ -162,14 +162,15 @@ def _score(
     first: Sequence[bool] | None,
 ) -> ScoreRow:
     rows = [subject.row_of(item) for item in items]
+    # of all rows, so that what a policy keeps does not depend on the batches
+    budget = _budget(config, max(len(row.ids) for row in rows))
     right: list[bool] = []
     columns: list[int] = []
     cache_bytes = 0
     with peak_memory(subject.model.device) as peak:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
-            longest = max(len(row.ids) for row in batch)
-            reader = Reader(subject.model, policy, _budget(config, longest), separators=subject.separators)
+            reader = Reader(subject.model, policy, budget, separators=subject.separators)
             right += answers_are_right(subject, reader, batch, config.chunk)
             columns += reader.count_columns()
             cache_bytes += reader.count_bytes()
@@ -196,13 +197,7 @@ def answers_are_right(subject: Subject, reader: Reader, batch: Sequence[Row], ch
     wanted = max(len(row.ids) - row.targets[0] for row in batch) + 1
     for logits, is_last in read_padded(reader, batch, chunk=chunk, last=wanted):
         if is_last:
-            if not logits.isfinite().all():
-                raise NumericError(
-                    "logits of the answers",
-                    expected="finite ones",
-                    found="infinities or NaN",
-                    remedy="check the weights, or load the model in float32",
-                )
+            require_finite(logits, "the answers")
             best = logits[..., : subject.vocab_size].argmax(-1).tolist()
     right = []
     for row, written in zip(batch, best, strict=True):
