@@ -15,7 +15,7 @@ IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable '.[dev]'
 	touch $@
 
-demo: .venv/installed ## train two tiny models on the text that comes with Python and compare them
+demo: .venv/installed ## train five tiny models on the text that comes with Python and compare them
 	$(BIN)/metatokens demo $(DEMO_FLAGS)
 
 test: .venv/installed ## every test but the long ones

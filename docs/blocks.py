@@ -27,6 +27,7 @@ NOT_RUN = {
     "from trl import ": "trl is in no extra of the package; docs/compatibility.md says what was tried",
     "metatokens demo --dry-run": "",
     "metatokens demo": "takes minutes; tests/integration/test_demo.py runs it at a small size",
+    "metatokens evaluate run --suite long-context": "the small tokenizer of the tests needs more tokens a text",
     "python benchmarks/gpu.py ": "wants a GPU; tests/integration/test_benchmark_scripts.py runs it on the CPU",
     "make test-faults": "takes minutes; continuous integration runs a round of it",
     "python tests/faults/": "takes minutes, or an hour; `make test-faults` runs the same cases",
@@ -68,6 +69,7 @@ evaluation: {{interval_steps: null}}
 """What a smaller preset changes, by what its name holds."""
 SMALLER_NUMBERS = {
     "--training.duration.tokens": "500",
+    "--tokens": "500",
     "--instances": "8",
     "--documents": "8",
     "--max-text-tokens": "8",
