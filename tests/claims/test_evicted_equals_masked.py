@@ -223,6 +223,24 @@ def test_compact_positions_and_a_limit_read_texts_without_end() -> None:
 
 
 @torch.no_grad()
+def test_a_refused_pass_leaves_the_cache_as_it_was() -> None:
+    model, reference = models(memory={"window": 6, "num_sinks": 2, "positions": "compact"}, max_position_embeddings=16)
+    ids = tokens("xxx_xx_xxxxxxx_" * 6)
+    cache = DynamicCache(config=model.config)
+    feed(model, ids, cache, [30], masked=False)
+    with pytest.raises(ValueError, match=r"at 18 positions.*set memory\.memory_limit"):
+        model(ids[:, 30:80], past_key_values=cache)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match='needs attn_implementation "sdpa"'):
+        model(ids[:, 30:32], past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    assert cache.get_seq_length() == 30
+    continued = feed(model, ids, cache, [4, 1, 5], start=30, masked=False)
+    # RoPE's tables are float32
+    assert_close(continued, reference(ids[:, :40], use_cache=False).logits[:, 30:], 1e-6)
+
+
+@torch.no_grad()
 def test_wrong_caches_and_masks_are_refused_in_one_sentence() -> None:
     model, ids = tiny_model(memory={"window": 4}), tokens("xx_xx_xx")
     with pytest.raises(ValueError, match="no static cache: use DynamicCache"):

@@ -31,6 +31,12 @@ def compact_clocks(policy: MemoryPolicy, queries: Columns, keys: Columns) -> tup
     return anchors, keys.rank, policy.num_sinks + remembered, keys.clock.clamp(min=0, max=policy.num_sinks)
 
 
+def largest_distance(policy: MemoryPolicy, queries: Columns) -> int:
+    """Return the largest distance of queries (B, Q) towards a kept token, a sink, which the positions must hold."""
+    _, _, to_sinks, _ = compact_clocks(policy, queries, queries)
+    return int(to_sinks.max())
+
+
 @dataclass(frozen=True)
 class CompactMask(MemoryMask):
     """Who sees whom, and at what distance; takes queries and keys that are not rotated."""
@@ -49,12 +55,6 @@ class CompactMask(MemoryMask):
             (to_sinks, of_sinks),
         )
         return [(self.rotate(of_query), self.rotate(of_key)) for of_query, of_key in pairs]
-
-    @cached_property
-    def largest_distance(self) -> int:
-        """The largest distance towards a kept token, the first one of the text, which the positions must hold."""
-        _, _, to_sinks, _ = compact_clocks(self.policy, self.queries, self.keys)
-        return int(to_sinks.max())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
         """Attend chunk by chunk, as `MemoryMask.attend` does."""

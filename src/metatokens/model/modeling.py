@@ -31,7 +31,7 @@ from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labe
 from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask, to_additive
 from .memory import CHUNK, Columns, MemoryMask, MemoryPolicy, describe_tokens
 from .memory_cache import shared_state
-from .memory_compact import CompactMask
+from .memory_compact import CompactMask, largest_distance
 from .meta_attention import (
     MetaAttention,
     MetaPack,
@@ -311,7 +311,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         tokens = replace(tokens, positions=layout.position_ids.expand(tokens.shape))
         state = shared_state(policy, past_key_values)
         if policy.positions == "compact":
-            return self._compact_mask(policy, tokens, hidden, tokens if state is None else state.read(tokens))
+            self._check_compact(policy, tokens)  # first: a refused pass must leave the cache as it was
+            keys = tokens if state is None else state.read(tokens)
+            return CompactMask(policy, tokens, keys, rotate=lambda positions: self.rotary_emb(hidden, positions))
         is_first = state is None or state.columns is None
         causal = make_causal_mask(self.config, hidden, layout, past_key_values) if is_first else None
         keys = tokens if state is None else state.read(tokens)
@@ -335,16 +337,15 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         rotary = self.rotary_emb(hidden, layout.position_ids)
         return rotary, rotary
 
-    def _compact_mask(self, policy: MemoryPolicy, tokens: Columns, hidden: Tensor, keys: Columns) -> CompactMask:
+    def _check_compact(self, policy: MemoryPolicy, tokens: Columns) -> None:
         if self.config._attn_implementation != "sdpa" or is_traced():
             raise ValueError('memory.positions "compact" needs attn_implementation "sdpa", without torch.compile')
-        mask = CompactMask(policy, tokens, keys, rotate=lambda positions: self.rotary_emb(hidden, positions))
-        if mask.largest_distance >= self.config.max_position_embeddings:
+        distance = largest_distance(policy, tokens)
+        if distance >= self.config.max_position_embeddings:
             raise ValueError(
-                f"the memory holds anchors at {mask.largest_distance} positions, and the model has "
+                f"the memory holds anchors at {distance} positions, and the model has "
                 f"{self.config.max_position_embeddings} (max_position_embeddings): set memory.memory_limit"
             )
-        return mask
 
     def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
         if self.config.meta_attention_over == "all":
