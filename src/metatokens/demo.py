@@ -230,6 +230,11 @@ def copying_configs(steps: int) -> dict[str, FinetuneConfig]:
     }
 
 
+def is_full_size(text_tokens: int, recall_steps: int) -> bool:
+    """Tell whether a demonstration of this size measures everything; a smaller one is a trial."""
+    return text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS
+
+
 def run_demo(
     folder: Path,
     *,
@@ -249,7 +254,7 @@ def run_demo(
         show: gets every chapter as soon as it is measured.
         show_progress: show that of the trainings.
     """
-    effort = EFFORT if text_tokens >= TEXT_TOKENS and recall_steps >= RECALL_STEPS else LESS_EFFORT
+    effort = EFFORT if is_full_size(text_tokens, recall_steps) else LESS_EFFORT
     copying = _copy(folder, copying_configs(recall_steps), effort, say=say, show_progress=show_progress)
     show(copying)
     reading = _read(folder, reading_configs(folder, text_tokens), effort, say=say, show_progress=show_progress)

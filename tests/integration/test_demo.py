@@ -25,6 +25,8 @@ def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_
     assert chapters == ["1 Copying", "2 Reading", "3 Inside", "Go on"]
     waits = [line for line in shown.stderr.splitlines() if line.endswith("...")]
     assert len(waits) == 8
+    assert "A trial" in shown.stderr
+    assert "seven" not in shown.stderr
     assert all("about" in line for line in waits)
     assert max(len(line) for line in shown.stdout.splitlines() if str(tmp_path) not in line) <= 80
 

@@ -51,6 +51,7 @@ OTHER_MISTAKES = (
     ["finetune", "tiny/recal"],
     ["extend", MISSING, "--preset", "tiny/extnd", "--out", "longer"],
     ["evaluate", MISSING, "--intervention", "zero_embeding"],
+    ["evaluate", MISSING, "--suite", "long-context"],
 )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from metatokens.errors import CheckpointError, UsageError
 
-SUFFIX = ".gguf"
 # what transformers raises for a file that is cut, of another format, or of a model that it does not know
 _DO_NOT_LOAD = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 

@@ -8,17 +8,28 @@ from metatokens.cli.arguments import add_verb, at_least
 from metatokens.cli.output import announce, emit, say
 
 OPENING = """\
-What does a language model do with meta-tokens? A demonstration in about seven
-minutes on two quiet cores; it downloads nothing.
+What does a language model do with meta-tokens? {size}
 
-  1 Copying   three tiny models learn to copy marked words     about 3 minutes
+  1 Copying   three tiny models learn to copy marked words{copying}
               one prompt, with its meta-tokens and with them zeroed; accuracy
-  2 Reading   two tiny models read Python's own documentation  about 3 minutes
+  2 Reading   two tiny models read Python's own documentation{reading}
               plain and with meta-tokens: perplexity, cost, a sample
-  3 Inside    a page on what the first model computes          about 1 minute
+  3 Inside    a page on what the first model computes{inside}
 
 All of it is kept in {folder}. If you stop it, the same command goes on.
 """
+_AT_FULL_SIZE = {
+    "size": "A demonstration in about seven\nminutes on two quiet cores; it downloads nothing.",
+    "copying": "     about 3 minutes",
+    "reading": "  about 3 minutes",
+    "inside": "          about 1 minute",
+}
+_AS_A_TRIAL = {
+    "size": "A trial: shorter than the\nwhole demonstration, and it measures less; it downloads nothing.",
+    "copying": "",
+    "reading": "",
+    "inside": "",
+}
 
 
 def add(verbs: Any) -> None:
@@ -39,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
 
     check_folder(options.out)
     announce(options, "starting")
-    from metatokens.demo import DEMO_BYTES, Copying, Reading, copying_configs, reading_configs, run_demo
+    from metatokens.demo import DEMO_BYTES, Copying, Reading, copying_configs, is_full_size, reading_configs, run_demo
     from metatokens.report.console import show_table
     from metatokens.report.demo_story import show_copying, show_inside, show_next, show_reading
 
@@ -53,7 +64,8 @@ def _run(options: argparse.Namespace) -> int:
         if not options.json:
             {Copying: show_copying, Reading: show_reading}.get(type(chapter), show_inside)(chapter)
 
-    say(OPENING.format(folder=options.out))
+    full = is_full_size(options.text_tokens, options.recall_steps)
+    say(OPENING.format(folder=options.out, **(_AT_FULL_SIZE if full else _AS_A_TRIAL)))
     result = run_demo(
         options.out, text_tokens=options.text_tokens, recall_steps=options.recall_steps, say=say, show=show
     )

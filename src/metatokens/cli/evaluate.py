@@ -103,6 +103,7 @@ def _run_long_context(options: argparse.Namespace) -> int:
             remedy="evaluate models one by one" if others else "leave it out",
         )
     config = override(LongContextConfig(), options.overrides, origin="evaluate --suite long-context")
+    open_subject = _opener(path)
     for task in config.tasks:
         find_task(task)
     for source in (config.books, config.babi):
@@ -112,7 +113,6 @@ def _run_long_context(options: argparse.Namespace) -> int:
             )
     if options.out:
         check_file(options.out)
-    open_subject = _opener(path)
     announce(options, f"opening {path}")
     from metatokens.evaluation.long_context.suite import check_suite, evaluate_long_context
     from metatokens.training.distributed import choose_device
@@ -136,10 +136,9 @@ def _run_long_context(options: argparse.Namespace) -> int:
 
 def _opener(path: Path) -> Callable[[Any, str], Any]:
     """Check the path of a model and return what opens it on a device, in a dtype, as a `Subject`."""
-    from metatokens.baselines.gguf import SUFFIX, load_gguf
     from metatokens.training.loading import ModelFolder
 
-    is_gguf = path.suffix == SUFFIX
+    is_gguf = path.suffix == ".gguf"
     folder = ModelFolder(path)
     if not is_gguf:
         folder.check_path()
@@ -152,6 +151,8 @@ def _opener(path: Path) -> Callable[[Any, str], Any]:
         from metatokens.evaluation.long_context.subject import Subject
 
         if is_gguf:
+            from metatokens.baselines.gguf import load_gguf
+
             model, tokenizer = load_gguf(path)
             return Subject(model.to(device, getattr(torch, dtype)), tokenizer)
         model = folder.open_model().to(device, getattr(torch, dtype))

@@ -192,7 +192,7 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
             "document",
             expected=f"1 to {limit} positions, as many as the model has",
             found=str(num_positions),
-            remedy="give it a text, shorten it, or extend the model",
+            remedy="shorten the text, or train with --model.attention.positions compact" if ids else "give it a text",
         )
     cache = DynamicCache(config=model.config)
     read_into(model, ids, cache)

@@ -115,9 +115,11 @@ def show_perplexity(result: Any) -> None:
 
 def show_recall(result: Any) -> None:
     """Show a `RecallReport`."""
-    table = Table(title=f"{result.rows[0].task}, accuracy (95% interval, or each model)", title_justify="left")
+    first = result.rows[0]
+    changed = f" with {' and '.join(first.interventions)}" if first.interventions else ""
+    table = Table(title=f"{first.task}{changed}, accuracy (95% interval, or each model)", title_justify="left")
     table.add_column("prompt tokens")
-    for column in ("of tokens", "of whole answers", "guessing"):
+    for column in ("of tokens", "of whole answers", "guessing whole answers"):
         table.add_column(column, justify="right")
     for row in result.rows:
         cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)

@@ -1,8 +1,9 @@
 """What the recall tasks share: an instance, the draws that make it, and how it grows to a wanted length.
 
 An instance is a row of pieces of text. A piece is a word or a number with the space before it, or a mark of
-punctuation, and GPT-2's split pattern always cuts between two of them, so a text's ids are the ids of its pieces
-and its length is known while it grows. `META` in the row is a place that the task gives to a meta-token.
+punctuation, and GPT-2's split pattern always cuts before a word, so a text's ids are the ids of its pieces and its
+length is known while it grows. A tokenizer may join marks that meet, as "]" and "."; the pieces stay apart here, in
+training and evaluation alike. `META` in the row is a place that the task gives to a meta-token.
 
 Where a question is about a marked place (the ends of a segment or a span, the end of the bits), the text carries a
 visible mark there, a bracket or a bar. So a model without meta-tokens is told as much as one with them. The lists of
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Hashable
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from metatokens.data.tokenizer import META_TOKEN
@@ -175,10 +177,20 @@ class PieceEncoder:
         marks = (" [", " lamb", " ]", " lamb", ",", " [", " 0", " |", " 1", ".", " ]", " List", ":", " 1", ",", " ]")
         bars = (".", " |", " List", ".", " |", " |", " Item", ".", " |", " Point")
         pieces = ("List", *words, *(piece for word in words for piece in (word, ",")), *titles, *marks, *bars, *titles)
-        apart = tuple(token for piece in pieces for token in self._encode(piece))
-        together = self._encode("".join(pieces))
+        # marks that meet may be one token of a tokenizer: no word is lost in it, and an answer is checked on its own
+        units: list[str] = []
+        for is_word, run in groupby(pieces, key=lambda piece: piece[-1].isalnum()):
+            run_of_pieces = list(run)
+            units += run_of_pieces if is_word else ["".join(run_of_pieces)]
+        apart = tuple(token for unit in units for token in self._encode(unit))
+        together = self._encode("".join(units))
         if together != apart:
-            raise _tokenizer_error("the words of the recall tasks in a sentence", together, apart)
+            seams = ((left, right) for left, right in pairwise(units) if not self._is_seam(left, right))
+            left, right = next(seams, ("the words of the recall tasks", "each other"))
+            raise _tokenizer_error(f"{right.strip()!r} after {left.strip()!r}", together, apart)
+
+    def _is_seam(self, left: str, right: str) -> bool:
+        return self._encode(left + right) == self._encode(left) + self._encode(right)
 
 
 def fill_prompt(

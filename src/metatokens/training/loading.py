@@ -55,6 +55,13 @@ class ModelFolder:
             folder = _hub_folder(str(self.name))
         if not (folder / "config.json").is_file():
             newest = max((self.name / "checkpoints").glob("step-*"), default=None)
+            if newest is None and (self.name / "checkpoints").is_dir():
+                raise CheckpointError(
+                    str(self.name),
+                    expected="a run with a checkpoint",
+                    found="none: this run has no checkpoint yet",
+                    remedy="wait for its first, or start the same training command again",
+                )
             raise CheckpointError(
                 str(self.name),
                 expected="a folder with config.json",

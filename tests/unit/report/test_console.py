@@ -18,12 +18,13 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def recall(*models: tuple[float, ...]) -> SimpleNamespace:
+def recall(*models: tuple[float, ...], interventions: tuple[str, ...] = ()) -> SimpleNamespace:
     accuracy = Interval(sum(map(sum, models)) / sum(map(len, models)), 0.25, 0.85)
     outcomes = {"token_outcomes": models, "sequence_outcomes": models}
     row = SimpleNamespace(
         task="copying", length="1-32", chance=0.023, token_accuracy=accuracy, sequence_accuracy=accuracy, **outcomes
     )
+    row.interventions = interventions
     return SimpleNamespace(rows=[row])
 
 
@@ -38,9 +39,12 @@ def test_two_models_are_listed_one_by_one(capsys: pytest.CaptureFixture[str]) ->
     show_recall(recall((1, 1, 0, 1), (0, 1, 0, 0)))
     text = capsys.readouterr().out
     assert "50.0% (75.0% / 25.0%)" in text
-    assert "guessing" in text
+    assert "guessing whole answers" in text
     assert "2.3%" in text
     assert "85" not in text
+    assert "copying, accuracy" in text
+    show_recall(recall((1, 0), interventions=("zero_embedding", "no_meta_attention")))
+    assert "copying with zero_embedding and no_meta_attention, accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [1, 5])

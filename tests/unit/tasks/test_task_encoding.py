@@ -228,10 +228,20 @@ def test_batch_of_nothing_or_with_the_meta_token_as_padding_is_a_value_error():
 
 def test_tokenizer_that_joins_words_is_a_usage_error():
     joins = merged(("e", "r"), ("er", ","))
-    with pytest.raises(UsageError, match="words of the recall tasks in a sentence") as caught:
+    with pytest.raises(UsageError, match=r"tokenizer: ',' after 'butter': expected") as caught:
         PieceEncoder(TextEncoder(joins))
     assert "\n" not in str(caught.value)
     PieceEncoder(TextEncoder(merged(("e", "r"), ("er", ","), use_regex=True)))
+
+
+def test_marks_that_a_tokenizer_joins_stay_apart():
+    encoder = PieceEncoder(TextEncoder(merged(("]", "."), use_regex=True)))
+    encoded = encoder.text_encoder.encode_batch(["a]."])[0]
+    assert len(encoded) == 2  # "]." is one token of a text
+    pieces = ("Text", ":", " cat", " [", " dog", " ]", ".", " Copy", " 1", ":", " dog")
+    ids = encode(Instance(pieces, ((10, 11),), 7), CopyingTask(), encoder).input_ids
+    assert set(ids.tolist()) > set(encoder.ids("."))
+    assert encoded[-1] not in ids
 
 
 def test_answer_that_the_tokenizer_joins_to_its_prompt_is_a_usage_error():

@@ -125,6 +125,9 @@ def test_a_folder_without_a_model_is_refused_when_something_of_it_is_asked_for(t
 
 
 def test_a_run_that_has_not_ended_is_told_from_no_run(tmp_path: Path) -> None:
-    (tmp_path / "run/checkpoints/step-00000004").mkdir(parents=True)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="this run has no checkpoint yet"):
+        ModelFolder(tmp_path / "run").check_path()
+    (tmp_path / "run/checkpoints/step-00000004").mkdir()
     with pytest.raises(CheckpointError, match=r"found a run that has not ended; name its checkpoint .*step-00000004"):
         ModelFolder(tmp_path / "run").check_path()
