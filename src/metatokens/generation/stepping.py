@@ -200,7 +200,8 @@ def decode_together(
     meta_token_id = model.config.meta_token_id
     for one in wanted:
         one.begin(meta_token_id)
-    reader = _Reader(model, DynamicCache(config=model.config) if cache is None else cache, filler=eos_token_id)
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    reader = _Reader(model, cache, num_rows=len(wanted), filler=eos_token_id)
     running = [*wanted]
     while running:
         for one in running:
@@ -219,17 +220,17 @@ def decode_together(
 
 def read_into(model: MetaTokenForCausalLM, ids: Sequence[int], cache: DynamicCache) -> Tensor:
     """Read tokens into the cache, and return the logits (1, V) after the last one."""
-    return _Reader(model, cache).read([ids])
+    return _Reader(model, cache, num_rows=1).read([ids])
 
 
 class _Reader:
     """Reads the tokens of several sequences into one cache."""
 
-    def __init__(self, model: MetaTokenForCausalLM, cache: DynamicCache, filler: int = 0) -> None:
+    def __init__(self, model: MetaTokenForCausalLM, cache: DynamicCache, *, num_rows: int, filler: int = 0) -> None:
         self._model = model
         self._filler = filler  # an id that stands for padding; it must not be the meta-token
         self._cache = cache
-        self._num_rows: int | None = None
+        self._num_rows = num_rows
         self._num_read = int(cache.get_seq_length())
         policy = model.config.memory_policy
         self._at_a_time = PREFILL_POSITIONS if policy is None else max(MEMORY_PREFILL_POSITIONS, policy.window)
@@ -237,12 +238,14 @@ class _Reader:
 
     def keep(self, rows: list[int]) -> None:
         """Forget all other rows."""
-        if self._num_rows is None or len(rows) == self._num_rows or not rows:
+        if len(rows) == self._num_rows or not rows:
+            return
+        self._num_rows = len(rows)
+        if not self._num_read:
             return
         index = torch.tensor(rows, device=self._model.device)
         self._cache.batch_select_indices(index)
         self._mask = None if self._mask is None else self._mask[index]
-        self._num_rows = len(rows)
 
     def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return the logits (B, V) after the last token of each row."""
@@ -260,6 +263,5 @@ class _Reader:
             logits = model(
                 input_ids=part, attention_mask=mask, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             ).logits
-        self._num_rows = len(rows)
         assert logits is not None
         return logits[:, -1]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from metatokens.config.loading import is_finetuning, load_preset, preset_names
 from metatokens.generation import stepping
@@ -85,14 +86,14 @@ def by_steps(model, prompt_ids, schedule, sampling, num_new):
     return found
 
 
-def by_steps_together(model, prompts, schedule, sampling, num_new):
+def by_steps_together(model, prompts, schedule, sampling, num_new, cache=None):
     found: list[list[int]] = [[] for _ in prompts]
     wanted = []
     for prompt, its_own, num in zip(prompts, found, num_new, strict=True):
         generator = torch.Generator().manual_seed(7)
         sampler = Sampler(**sampling, suppressed=model._ids_never_sampled(), device="cpu", generator=generator)
         wanted.append(Continuation(prompt, num, sampler, its_own.append))
-    decode_together(model, wanted, schedule=schedule, eos_token_id=EOS)
+    decode_together(model, wanted, schedule=schedule, eos_token_id=EOS, cache=cache)
     return found
 
 
@@ -147,6 +148,19 @@ def test_ragged_prompts_are_continued_together_as_each_alone(model, schedule, mo
         with counted_passes(model) as passes:
             assert by_steps_together(model, prompts, schedule, sampling, num_new) == alone
         assert len(passes) <= 30 + 4
+
+
+@pytest.mark.parametrize("num_new", [[0, 3], [3, 0], [2, 3], [0, 0]])
+@pytest.mark.parametrize("num_before", [0, 5])
+def test_rows_of_a_given_cache_go_with_their_continuations(model, num_new, num_before) -> None:
+    texts = [[*range(1, 9)], [*range(20, 28)]]
+    cache = DynamicCache(config=model.config)
+    if num_before:
+        with torch.no_grad():
+            model(torch.tensor([text[:num_before] for text in texts]), past_key_values=cache, use_cache=True)
+    rest = [text[num_before:] for text in texts]
+    alone = [by_steps(model, text, NoSchedule(), SAMPLINGS[0], num) for text, num in zip(texts, num_new, strict=True)]
+    assert by_steps_together(model, rest, NoSchedule(), SAMPLINGS[0], num_new, cache) == alone
 
 
 def test_a_long_prompt_is_read_in_parts(model, monkeypatch) -> None:
