@@ -155,6 +155,19 @@ def test_crop_forgets_tokens_and_refuses_to_bring_back_what_was_evicted(name: st
         cache.crop(-20)
 
 
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_inference_mode_may_begin_or_end_between_two_passes(modes: tuple[Any, Any]) -> None:
+    model, reference = models(memory={"window": 4})
+    ids = tokens("x_xxx_xx_xxxx_xxxxx_x_xx")
+    cache, logits = DynamicCache(config=model.config), []
+    for start, stop, mode in ((0, 10, 0), (10, 13, 1), (13, 16, 0), (16, 24, 1)):
+        with modes[mode]():
+            logits.append(feed(model, ids, cache, [1] * (stop - start) if start else [stop], start=start, masked=False))
+    with torch.no_grad():
+        expected = reference(ids, use_cache=False).logits
+    assert_close(torch.cat(logits, dim=1), expected, TOLERANCE)
+
+
 @torch.no_grad()
 def test_before_anything_was_evicted_crop_needs_no_record() -> None:
     model, reference = models(memory={"window": 30})

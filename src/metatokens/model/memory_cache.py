@@ -247,7 +247,9 @@ class MemoryDynamicLayer(MetaDynamicLayer):
 
     def _write(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         """Write the first of new columns to slots (B, G)."""
-        if self.keys is not self._own:
+        # nor may a tensor of inference mode be written to outside of it
+        is_frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if self.keys is not self._own or is_frozen:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         index, number = slots[:, None, :, None], slots.shape[1]
         for held, new in ((self.keys, key_states), (self.values, value_states)):
