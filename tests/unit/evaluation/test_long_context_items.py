@@ -134,10 +134,26 @@ def without_digits() -> Tokenizer:
     return tokenizer
 
 
-def test_a_tokenizer_without_a_token_for_the_answer_is_refused(material: Material) -> None:
-    bare = Subject(decoder(), without_digits())
-    with pytest.raises(UsageError, match=r"the answer ' \d{5}' of passkey: expected at least one token"):
-        make_item(TASKS["passkey"], LENGTH, encoder=bare, material=material, seed=0, index=0)
+def merging_over_the_seam() -> Tokenizer:
+    ends = "abcdefghijklmnopqrstuvwxyz?:."
+    vocabulary = {chr(code): code - 32 for code in range(32, 127)} | {"<|endoftext|>": 95}
+    vocabulary |= {f"{end} ": 96 + i for i, end in enumerate(ends)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(end, " ") for end in ends]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "found"),
+    [(without_digits(), "none"), (merging_over_the_seam(), "one that this tokenizer joins with the prompt")],
+)
+def test_a_tokenizer_that_gives_the_answer_no_tokens_of_its_own_is_refused(
+    tokenizer: Tokenizer, found: str, material: Material
+) -> None:
+    message = rf"the answer ' \d{{5}}' of passkey: expected at least one token of its own, found {found}"
+    with pytest.raises(UsageError, match=message):
+        make_item(TASKS["passkey"], LENGTH, encoder=Subject(decoder(), tokenizer), material=material, seed=0, index=0)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def make_item(
         index: from 0 on.
 
     Raises:
-        UsageError: the length has no room for the case, or its answer has no token of its own.
+        UsageError: the length has no room for the case, or its answer does not add tokens to those of the prompt.
     """
     draw = KeyedRandom(int(hash_key(seed, task.key, index)[0]))
     case = task.draw(draw, material)
@@ -70,11 +70,13 @@ def make_item(
         )
     num_filler = _most_that_fit(count, length)
     prompt = _prompt(case, filler, depths, num_filler)
-    if len(encoder.encode(prompt)) >= len(encoder.encode(prompt + case.answer)):
+    asked, whole = encoder.encode(prompt), encoder.encode(prompt + case.answer)
+    # a token that holds the end of the prompt too would move the targets
+    if whole[: len(asked)] != asked or len(whole) == len(asked):
         raise UsageError(
             f"the answer {case.answer!r} of {task.name}",
             expected="at least one token of its own",
-            found="none in this tokenizer",
+            found="none in this tokenizer" if whole == asked else "one that this tokenizer joins with the prompt",
             remedy="leave the task out, or use another tokenizer",
         )
     depth = depths[case.needed] / _STEPS if depths else 0.0
