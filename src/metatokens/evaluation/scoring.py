@@ -66,7 +66,8 @@ class TokenScorer:
     ) -> None:
         self._model: Any = model  # transformers' annotations lack attributes that every causal model has
         self._tokenizer = tokenizer
-        self.options = options = with_window(options, sequence_limit(model))
+        limit = sequence_limit(model)
+        self.options = options = with_window(options, getattr(model.config, "trained_window", limit))
         self.encoder = TextEncoder(tokenizer)
         check_tokenizer(model, self.encoder)
         self.loss_policy: LossPolicy = getattr(model.config, "loss_policy", "skip")
@@ -84,7 +85,6 @@ class TokenScorer:
         warn_without_meta_tokens(options.injection, num_meta, f"a window of {options.window}")
         if options.interventions and not num_meta:
             warnings.warn("interventions act at meta-tokens, but the injection puts none into a window", stacklevel=3)
-        limit = sequence_limit(model)
         if limit is not None and self.positions_per_window > limit:
             raise UsageError(
                 f"window of {options.window} ({options.window_unit})",

@@ -175,6 +175,12 @@ class MetaTokenConfig(PreTrainedConfig):
             return ENDLESS
         return int(self.max_position_embeddings * factor)
 
+    @property
+    def trained_window(self) -> int:
+        """The window where nobody names one: the longest input, or max_position_embeddings if that has no end."""
+        longest = self.max_sequence_length
+        return self.max_position_embeddings if longest == ENDLESS else longest
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config.json and the code that its `auto_map` names; a subclass names none and saves none."""
         if type(self) is MetaTokenConfig:

@@ -106,7 +106,7 @@ def save_configs(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any = Non
 def _save_tokenizer(model: "MetaTokenForCausalLM", path: Path, tokenizer: Any) -> None:
     if tokenizer is not None:
         # a config of another package states its window under this name, if at all
-        window = getattr(model.config, "max_sequence_length", getattr(model.config, "max_position_embeddings", None))
+        window = getattr(model.config, "trained_window", getattr(model.config, "max_position_embeddings", None))
         if window is not None:
             tokenizer.model_max_length = window
         tokenizer.save_pretrained(path)

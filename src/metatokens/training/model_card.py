@@ -86,7 +86,7 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
     config = model.config
     meta_attention = sum(p.numel() for key, p in model.named_parameters() if ".meta_attn." in key)
     base = training.base_model if _is_on_the_hub(training.base_model) else Path(training.base_model).name
-    window = getattr(config, "max_sequence_length", getattr(config, "max_position_embeddings", None))
+    window = getattr(config, "trained_window", getattr(config, "max_position_embeddings", None))
     return {
         "parameters": f"{model.num_parameters():,}"
         + (f", {meta_attention:,} in meta-attention" if meta_attention else ""),

@@ -259,6 +259,14 @@ def test_window_of_positions_holds_as_many_metas_as_a_training_block(skip_model,
     assert {batch.shape[1] for batch in seen} == {10}
 
 
+def test_default_window_of_a_model_without_a_longest_text_is_that_of_its_training(tokenizer):
+    endless = make_model(tokenizer, memory={"window": 8, "memory_limit": 4, "positions": "compact"})
+    result = measure_perplexity(endless, DOCUMENTS, tokenizer, PerplexityOptions(injection=UniformInjection(ratio=0.2)))
+    assert result.positions_per_window == 64
+    named = PerplexityOptions(window=100, injection=UniformInjection(ratio=0.2))
+    assert measure_perplexity(endless, DOCUMENTS, tokenizer, named).text_tokens_per_window == 100
+
+
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (12, 6), (17, 8)])
 def test_sliding_windows_overlap_by_default(skip_model, tokenizer, window, stride):
     assert TokenScorer(skip_model, tokenizer, PerplexityOptions(window=window)).stride == stride
