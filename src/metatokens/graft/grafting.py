@@ -195,7 +195,9 @@ class Graft(nn.Module):
         if found is None or output is None:
             return output
         if isinstance(output, tuple):
-            return (found.undo(output[0]), *output[1:])
+            # a tuple in it is of hidden states: attentions are refused, a cache is none
+            rest = (tuple(map(found.undo, part)) if isinstance(part, tuple) else part for part in output[1:])
+            return (found.undo(output[0]), *rest)
         output.last_hidden_state = found.undo(output.last_hidden_state)
         if output.hidden_states is not None:
             output.hidden_states = tuple(found.undo(states) for states in output.hidden_states)
@@ -326,6 +328,8 @@ def _check_input(decoder: Any, given: dict[str, Any]) -> None:
     for name in ("token_type_ids", "encoder_hidden_states"):
         if given.get(name) is not None:
             raise _refusal("text alone", name)
+    if given.get("output_attentions", decoder.config.output_attentions):
+        raise _refusal("no output_attentions, since anchors have rows and columns in them", "output_attentions")
     if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
         raise _refusal("training without gradient checkpointing", "gradient checkpointing")
 

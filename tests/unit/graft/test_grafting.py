@@ -180,6 +180,19 @@ def test_only_the_new_parameters_are_trained_and_the_loss_is_that_of_the_text() 
         assert (parameter.grad.norm() > 0) == is_read, name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_tuple_holds_what_an_output_by_name_does(family: str) -> None:
+    model, options = trained(family), {"output_hidden_states": True, "use_cache": False}
+    named = model.base_model(ids(), **options)
+    last, hidden_states = model.base_model(ids(), return_dict=False, **options)
+    assert torch.equal(last, named.last_hidden_state)
+    assert len(hidden_states) == len(named.hidden_states) > 1
+    for states, expected in zip(hidden_states, named.hidden_states, strict=True):
+        assert states.shape[1] == LENGTH
+        assert torch.equal(states, expected)
+
+
 def test_a_copy_of_a_grafted_model_has_hooks_of_its_own() -> None:
     model, text = trained("gpt_neo", dtype=torch.float32), ids()
     twin = copy.deepcopy(model)
@@ -225,6 +238,7 @@ def test_a_call_that_a_graft_cannot_serve_is_refused_in_one_line() -> None:
     calls: dict[str, dict[str, Any]] = {
         "a mask of another form": {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH)},
         "position_ids that start anew": {"position_ids": torch.arange(LENGTH)[None] % 20},
+        "found output_attentions": {"output_attentions": True},
         "filled without the graft": {"past_key_values": filled},
         "a StaticCache": {"past_key_values": StaticCache(config=model.config, max_cache_len=50)},
         f"at most the {LENGTH} positions.*found {LENGTH + 9}": {"past_key_values": own},
