@@ -205,7 +205,6 @@ class MemoryDynamicLayer(MetaDynamicLayer):
     """Keys and values of the columns that are left, and those of meta-attention, which are all kept."""
 
     _layer_type = MEMORY_LAYER
-    is_croppable = False
     keys: Tensor
     values: Tensor
     state: MemoryState | None = None
@@ -220,6 +219,11 @@ class MemoryDynamicLayer(MetaDynamicLayer):
         """Share a state with the other layers."""
         self.state, self.leads = state, leads
         state.records_past |= self._records_past
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back any tokens: as long as nothing was dropped. Asked by assisted generation."""
+        return self._records_past
 
     def activate_past_recording(self) -> None:
         """Keep everything until `crop` is called."""
