@@ -52,7 +52,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(config: Config, tmp_pa
 def test_steps_that_change_nothing_count_across_a_resume(config: Config, tmp_path: Path):
     run = config("--training.duration.steps", "8", "--checkpoint.interval_steps", "1", *UNJUDGED)
     line = error_of(run, tmp_path / "run")
-    assert "step 4: expected a finite loss and gradient, found 4 steps in a row without" in line
+    assert "step 5: expected a finite loss and gradient, found 4 steps in a row without" in line
     newest = tmp_path / "run" / "checkpoints" / "step-00000004"
     shutil.rmtree(newest)
     assert error_of(run, tmp_path / "run") == line  # two such steps before the resume, two after it
