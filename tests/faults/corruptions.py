@@ -60,7 +60,7 @@ def refusal_of(read: Callable[[], Any], expected: Any, what: str) -> MetaTokensE
         found = read()
     except MetaTokensError as error:
         return error
-    except Exception as error:
+    except Exception as error:  # any error that is not ours is a finding, and names its type
         raise AssertionError(f"{what} ended in {type(error).__name__}: {error}") from error
     assert found == expected, f"{what} was accepted in silence"
     return None

@@ -172,7 +172,7 @@ class RunFolder:
         if self.model_path.is_symlink():
             self.model_path.unlink()
         elif self.model_path.exists():
-            # a model of which some files are gone would be in the way of the next start
+            # a model that lacks some files would be in the way of the next start
             hidden = self.model_path.with_name(f".{self.model_path.name}.tmp-{os.getpid()}")
             commit(self.model_path, hidden)
             shutil.rmtree(hidden)

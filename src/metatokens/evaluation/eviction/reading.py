@@ -48,7 +48,7 @@ class Step:
 
 
 class EvictingLayer(DynamicLayer):
-    """A layer's keys and values, of which a step keeps only some."""
+    """A layer's keys and values, some of which a step drops."""
 
     def __init__(self, plan: Plan) -> None:
         """Follow a plan, which all layers share."""

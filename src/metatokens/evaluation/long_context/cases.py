@@ -92,7 +92,7 @@ def draw_keys(draw: KeyedRandom, count: int) -> list[str]:
 
 
 def draw_numbers(draw: KeyedRandom, count: int, digits: int) -> list[str]:
-    """Return different numbers of so many digits."""
+    """Return `count` different numbers, each with `digits` digits."""
     numbers: list[str] = []
     while len(numbers) < count:
         number = str(draw.between(10 ** (digits - 1), 10**digits - 1))

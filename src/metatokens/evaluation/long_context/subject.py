@@ -94,7 +94,7 @@ class Subject:
         return self._with_meta_tokens(ids, 1)
 
     def check_length(self, length: int, what: str) -> None:
-        """Refuse a text of so many text tokens if it has more positions than the model.
+        """Refuse a text of `length` text tokens if, with its meta-tokens, it is longer than the model.
 
         Raises:
             UsageError: it has.
