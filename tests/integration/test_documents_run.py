@@ -29,7 +29,8 @@ PROVIDED = {
         "runs/8k-to-8k",
         *(f"runs/seed-{seed}" for seed in range(3)),
     ),
-    "tokens": ("tokens", "c4", "openwebtext", "tokenized", "held-out"),
+    "tokens": ("tokens", "c4", "openwebtext", "tokenized"),
+    "held-out": ("held-out",),  # of other text: no text may be in both splits
     "run/model": ("gpt2",),
     "gpt2": ("path/to/gpt2",),
     "books": ("books",),
@@ -70,6 +71,7 @@ def made(docs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stories(folder / "babi")
     for command in (
         "metatokens prepare books --out tokens --validation-fraction 0.2",
+        "metatokens prepare doc.txt --tokenizer tokens/tokenizer.json --out held-out",
         "metatokens pretrain tiny/meta --data.path tokens --out run",
         "metatokens pretrain tiny/memory --data.path tokens --out run-memory",
         "metatokens finetune tiny/recall --out copying",
