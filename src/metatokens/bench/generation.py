@@ -1,7 +1,7 @@
 """How fast is generation, with and without meta-tokens, and where is the limit?
 
-Reading the prompt and decoding are timed apart: "first token" ends with the first new text token, "decode" is the rest.
-Decoding one sequence waits for memory: its limit is the copy rate over the bytes of the weights, which each text token
+Reading the prompt and decoding are timed apart: "first token" ends when each row has its first new text token, "decode"
+is the rest. Decoding waits for memory: its limit is the rate of reading over the bytes of the weights, which each step
 needs once. Weights of meta-attention count where a meta-token stands, and a meta-token itself needs no pass of its own.
 """
 
@@ -28,7 +28,6 @@ PAIRS = (
     Pair("plain_steps", "gpt2_generate"),
     Pair("plain_generate", "gpt2_generate"),
 )
-ONE_ROW = ("plain_steps", "meta_steps")
 FIRST, REST = "first token", "decode"
 _NO_TOKEN = -1
 
@@ -36,9 +35,6 @@ _NO_TOKEN = -1
 def run(settings: GenerationBench, say: Callable[[str], None] = quiet) -> BenchResult:
     """Measure; `say` is told of the progress."""
     names, not_run = GENERATION.choose(settings.contenders)
-    if settings.batch > 1:
-        not_run |= {name: "continues one sequence" for name in names if name in ONE_ROW}
-        names = [name for name in names if name not in ONE_ROW]
     set_threads(settings)
     prompts = make_prompts(settings)
     contenders = {}
@@ -60,7 +56,7 @@ def contend(continuation: Continuation, prompts: Prompts) -> Contender:
 
     def turn() -> Mapping[str, float]:
         clock = write()
-        first = clock.steps[_first_text(clock)][0]
+        first = clock.steps[_first_text(clock, len(prompts.rows))][0]
         return {FIRST: first - clock.started, REST: clock.steps[-1][0] - first}
 
     rows = [schedule_meta_tokens(row, continuation.schedule, meta_token_id=meta_token_id) for row in prompts.rows]
@@ -69,10 +65,14 @@ def contend(continuation: Continuation, prompts: Prompts) -> Contender:
 
 
 def written_by(continuation: Continuation) -> list[list[int]]:
-    """Return what a continuation writes, meta-tokens too: a list of the rows' tokens for each step."""
+    """Return what a continuation writes, meta-tokens too: the tokens of each row."""
     clock = Clock(_NO_TOKEN, knows_prompt=continuation.knows_prompt)
     continuation.run(clock)
-    return [tokens for _, tokens in clock.steps]
+    rows: dict[int, list[int]] = {}
+    for _, tokens in clock.steps:
+        for row, token in tokens.items():
+            rows.setdefault(row, []).append(token)
+    return [rows[row] for row in sorted(rows)]
 
 
 def cache_bytes(model: Any, rows: list[list[int]]) -> dict[str, int]:
@@ -98,9 +98,14 @@ def bytes_of_cache(cache: Any) -> dict[str, int]:
     return found
 
 
-def _first_text(clock: Clock) -> int:
-    """Return the first step in which a row gets a text token."""
-    return next(index for index, (_, tokens) in enumerate(clock.steps) if clock.num_text(tokens))
+def _first_text(clock: Clock, num_rows: int) -> int:
+    """Return the step after which every row has a text token."""
+    waiting = set(range(num_rows))
+    for index, (_, tokens) in enumerate(clock.steps):
+        waiting -= clock.text_of(tokens).keys()
+        if not waiting:
+            return index
+    raise AssertionError("a row got no text")
 
 
 def _work(model: Any, clock: Clock, prompts: Prompts, rows: list[list[int]], meta_token_id: int) -> dict[str, Work]:
@@ -120,11 +125,11 @@ def _work(model: Any, clock: Clock, prompts: Prompts, rows: list[list[int]], met
         for row, count in zip(rows, num_meta, strict=True)
     )
     reading = Work(text_tokens=sum(map(len, prompts.rows)), positions=sum(map(len, rows)), operations=operations)
-    after = [tokens for _, tokens in clock.steps[_first_text(clock) + 1 :]]
-    num_text = sum(map(clock.num_text, after))
+    after = [tokens for _, tokens in clock.steps[_first_text(clock, len(rows)) + 1 :]]
+    num_text = sum(len(clock.text_of(tokens)) for tokens in after)
     num_positions = sum(map(len, after))
     parameters, size = count_parameters(config), model.dtype.itemsize
     text_passes, meta_passes = num_text / len(rows), (num_positions - num_text) / len(rows)
     weights = size * (parameters.embedding + parameters.blocks)
-    moved = text_passes * weights + meta_passes * size * parameters.meta_attention
-    return {FIRST: reading, REST: Work(num_text, num_positions, moved_bytes=moved)}
+    needed = text_passes * weights + meta_passes * size * parameters.meta_attention
+    return {FIRST: reading, REST: Work(num_text, num_positions, read_bytes=needed)}

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from metatokens.bench.measuring import Registry
 from metatokens.config.bench import GenerationBench, ModelBench
 from metatokens.config.schema import ModelConfig
-from metatokens.generation.stepping import Sampler, decode
+from metatokens.generation import stepping
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.compatibility import BaseStreamer
 from metatokens.model.schedule import MetaSchedule, NoSchedule, PeriodicSchedule, schedule_meta_tokens
@@ -33,8 +33,8 @@ class Clock(BaseStreamer):
         """Start now."""
         self.meta_token_id = meta_token_id
         self.started = time.perf_counter()
-        self.steps: list[tuple[float, list[int]]] = []
-        """When each step was done, and the tokens of all rows."""
+        self.steps: list[tuple[float, dict[int, int]]] = []
+        """When each step was done, and the tokens that rows got in it."""
         self._is_prompt = not knows_prompt
 
     def put(self, value: Tensor) -> None:
@@ -42,18 +42,18 @@ class Clock(BaseStreamer):
         if self._is_prompt:
             self._is_prompt = False
             return
-        self.write(value.flatten().tolist())
+        self.write(dict(enumerate(value.flatten().tolist())))
 
-    def write(self, tokens: list[int]) -> None:
-        """Take the tokens of a step, one for each row."""
+    def write(self, tokens: dict[int, int]) -> None:
+        """Take the tokens of a step, by row."""
         self.steps.append((time.perf_counter(), tokens))
 
     def end(self) -> None:
         """Do nothing more."""
 
-    def num_text(self, tokens: list[int]) -> int:
-        """Count the text tokens of a step."""
-        return sum(token != self.meta_token_id for token in tokens)
+    def text_of(self, tokens: dict[int, int]) -> dict[int, int]:
+        """Leave the meta-tokens of a step out."""
+        return {row: token for row, token in tokens.items() if token != self.meta_token_id}
 
 
 class Prompts(NamedTuple):
@@ -172,18 +172,15 @@ def _by_steps(model: MetaTokenForCausalLM, prompts: Prompts, schedule: MetaSched
     meta_token_id = model.config.meta_token_id
     assert meta_token_id is not None
     suppressed = _not_text(model)
-    prompt_ids = schedule_meta_tokens(prompts.rows[0], schedule, meta_token_id=meta_token_id)
+    prompt_ids = [schedule_meta_tokens(row, schedule, meta_token_id=meta_token_id) for row in prompts.rows]
+    sampler = stepping.Sampler(temperature=0, top_k=None, top_p=None, suppressed=suppressed, device=model.device)
 
     def run(clock: Clock) -> None:
-        decode(
-            model,
-            prompt_ids,
-            schedule=schedule,
-            num_new=prompts.num_new,
-            eos_token_id=_NEVER,
-            sampler=Sampler(temperature=0, top_k=None, top_p=None, suppressed=suppressed, device=model.device),
-            emit=lambda token: clock.write([token]),
-        )
+        wanted = [
+            stepping.Continuation(ids, prompts.num_new, sampler, lambda token, row=row: clock.write({row: token}))
+            for row, ids in enumerate(prompt_ids)
+        ]
+        stepping.decode_together(model, wanted, schedule=schedule, eos_token_id=_NEVER)
 
     return Continuation(model, run, schedule, knows_prompt=True)
 

@@ -2,7 +2,7 @@
 
 Every contender reads the same text in chunks once, and writes some more in each turn, from where it stood. Reading is
 measured apart, in a process for each contender and size of the chunks: its seconds, and its peak beyond the model. The
-limit of decoding is the copy rate over the bytes of the weights and of the cache, which each step needs once.
+limit of decoding is the rate of reading over the bytes of the weights and of the cache, which each step needs once.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +12,13 @@ from typing import Any
 
 from metatokens.bench.generation import bytes_of_cache
 from metatokens.bench.long_contenders import LONG, Writer, draw_text, make_plan, read_in_chunks
+from metatokens.bench.machine import describe_machine
 from metatokens.bench.measuring import BenchResult, Contender, Pair, Ratio, Work, measure, quiet, set_threads
 from metatokens.bench.processes import bytes_of_process, run_apart
 from metatokens.bench.turns import ratio, spread, take_turns, timed
 from metatokens.config.bench import LongBench
+from metatokens.errors import UsageError
+from metatokens.evaluation.long_context.peak import peak_memory
 from metatokens.model.accounting import cache_bytes, count_parameters
 
 REGISTRY = LONG
@@ -32,6 +35,7 @@ def run(settings: LongBench, say: Callable[[str], None] = quiet) -> BenchResult:
     """Measure; `say` is told of the progress."""
     names, not_run = LONG.choose(settings.contenders)
     set_threads(settings)
+    machine = describe_machine(settings.device)
     plan = make_plan(settings)
     prefills = _measure_prefills(names, settings, say)
     contenders = {}
@@ -52,7 +56,7 @@ def run(settings: LongBench, say: Callable[[str], None] = quiet) -> BenchResult:
         for name in names
     }
     rounds = {name: result.rounds[name] | prefills.get(name, {}) for name in names}
-    return replace(result, ratios=[*result.ratios, *ratios], facts=facts, rounds=rounds)
+    return replace(result, machine=machine, ratios=[*result.ratios, *ratios], facts=facts, rounds=rounds)
 
 
 def contend(writer: Writer) -> Contender:
@@ -64,25 +68,28 @@ def contend(writer: Writer) -> Contender:
     parameters = count_parameters(config)
     weights = size * (parameters.embedding + parameters.blocks)
     text = plan.written * plan.every
-    moved = text * (weights + formula.text + formula.anchors)
-    moved += plan.written * (size * parameters.meta_attention + formula.meta_attention)
+    needed = text * (weights + formula.text + formula.anchors)
+    needed += plan.written * (size * parameters.meta_attention + formula.meta_attention)
     return Contender(
         lambda: {DECODE: timed(writer.write)},
-        {DECODE: Work(text, text + plan.written, moved_bytes=moved)},
+        {DECODE: Work(text, text + plan.written, read_bytes=needed)},
         {"positions": num_positions, **found, "cache_bytes": sum(found.values()), "formula_bytes": formula.total},
     )
 
 
 def measure_prefill(name: str, fields: Mapping[str, Any], chunk: int) -> dict[str, float]:
-    """Read the text in this process: the seconds, and the peak beyond the model. It must have done nothing before."""
+    """Read the text in this process: the seconds, and the peak beyond the model. It must have read nothing before."""
     settings = LongBench(**fields)
     set_threads(settings)
     model, plan = LONG[name](settings).model, make_plan(settings)
     ids = draw_text(plan, settings.vocabulary).to(model.device)
     before = bytes_of_process(settings.device, "VmRSS")
-    seconds = timed(lambda: read_in_chunks(model, ids, chunk))
-    peak = bytes_of_process(settings.device, "VmHWM")
-    return {f"prefill_{chunk}_seconds": seconds, f"prefill_{chunk}_peak_bytes": peak - before}
+    with peak_memory(model.device) as peak:
+        seconds = timed(lambda: read_in_chunks(model, ids, chunk))
+    if peak.num_bytes is None:
+        found = "a system that keeps no such figure"
+        raise UsageError("the peak of reading", expected="one that can be reset", found=found, remedy="--prefills 0")
+    return {f"prefill_{chunk}_seconds": seconds, f"prefill_{chunk}_peak_bytes": peak.num_bytes - before}
 
 
 def _measure_prefills(names: list[str], settings: LongBench, say: Callable[[str], None]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from metatokens.bench.machine import COPY, MATRIX, describe_machine, make_rates_turn
+from metatokens.bench.machine import COPY, MATRIX, READ, describe_machine, make_rates_turn
 from metatokens.bench.turns import Rounds, Spread, Turn, ratio, spread, take_turns
 from metatokens.config.bench import Bench
 from metatokens.errors import UsageError
@@ -29,6 +29,8 @@ class Work(NamedTuple):
     """Of matrix products, a multiply and an add apart."""
     moved_bytes: float = 0
     """Read or written where no product hides it."""
+    read_bytes: float = 0
+    """Only read, as weights in a decoding step."""
 
 
 class Contender(NamedTuple):
@@ -60,7 +62,8 @@ class Line:
     microseconds_per_text_token: float
     microseconds_per_position: float
     limit_seconds: float | None
-    """Operations over the measured matrix rate and bytes over the measured copy rate; None where neither is counted."""
+    """Operations over the measured matrix rate, and bytes over the measured rate of a copy, or of a read where they are
+    only read; None where nothing is counted."""
     share_of_limit: float | None
     """Limit over seconds: 1 is as fast as the machine allows."""
 
@@ -206,7 +209,8 @@ def _lines(
 ) -> Iterable[Line]:
     for part, values in parts.items():
         work, seconds = contender.work[part], spread(values)
-        limit = work.operations / rates[MATRIX].median + work.moved_bytes / rates[COPY].median
+        limit = work.operations / rates[MATRIX].median
+        limit += work.moved_bytes / rates[COPY].median + work.read_bytes / rates[READ].median
         yield Line(
             contender=name,
             part=part,

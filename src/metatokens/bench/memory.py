@@ -34,6 +34,8 @@ STEPS = 2
 def run(settings: MemoryBench, say: Callable[[str], None] = quiet) -> BenchResult:
     """Measure; `say` is told of the progress."""
     names, not_run = TRAINING.choose(settings.contenders)
+    set_threads(settings)
+    machine = describe_machine(settings.device)
     fields = settings.model_dump(mode="json") | {"parts": ["whole"]}
     turns = {name: partial(run_apart, measure_here, name, fields) for name in names}
     rounds = take_turns(
@@ -56,7 +58,7 @@ def run(settings: MemoryBench, say: Callable[[str], None] = quiet) -> BenchResul
         question="memory",
         command=" ".join(["metatokens", *sys.argv[1:]]),
         settings=settings.model_dump(mode="json"),
-        machine=describe_machine(settings.device),
+        machine=machine,
         rates={},
         contenders={name: TRAINING.describe(name) for name in names},
         not_run=not_run,
