@@ -6,6 +6,7 @@ many positions. A `Clock` notes when tokens come, so that reading the prompt and
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,6 @@ from metatokens.model.schedule import MetaSchedule, NoSchedule, PeriodicSchedule
 from metatokens.training.initialization import build_model
 
 GENERATION = Registry()
-_NEVER = -1
-"""An end of text that no token is."""
 
 
 class Clock(BaseStreamer):
@@ -47,6 +46,10 @@ class Clock(BaseStreamer):
     def write(self, tokens: dict[int, int]) -> None:
         """Take the tokens of a step, by row."""
         self.steps.append((time.perf_counter(), tokens))
+
+    def write_one(self, row: int, token: int) -> None:
+        """Take the token of one row."""
+        self.write({row: token})
 
     def end(self) -> None:
         """Do nothing more."""
@@ -172,15 +175,16 @@ def _by_steps(model: MetaTokenForCausalLM, prompts: Prompts, schedule: MetaSched
     meta_token_id = model.config.meta_token_id
     assert meta_token_id is not None
     suppressed = _not_text(model)
+    end_of_text, *_ = suppressed
     prompt_ids = [schedule_meta_tokens(row, schedule, meta_token_id=meta_token_id) for row in prompts.rows]
     sampler = stepping.Sampler(temperature=0, top_k=None, top_p=None, suppressed=suppressed, device=model.device)
 
     def run(clock: Clock) -> None:
         wanted = [
-            stepping.Continuation(ids, prompts.num_new, sampler, lambda token, row=row: clock.write({row: token}))
+            stepping.Continuation(ids, prompts.num_new, sampler, partial(clock.write_one, row))
             for row, ids in enumerate(prompt_ids)
         ]
-        stepping.decode_together(model, wanted, schedule=schedule, eos_token_id=_NEVER)
+        stepping.decode_together(model, wanted, schedule=schedule, eos_token_id=end_of_text)
 
     return Continuation(model, run, schedule, knows_prompt=True)
 
@@ -202,5 +206,5 @@ def _by_generate(model: Any, prompts: Prompts, schedule: MetaSchedule | None, **
 
 
 def _not_text(model: MetaTokenForCausalLM) -> list[int]:
-    """Return the ids that no text tokenizer owns, which `generate_text` suppresses."""
-    return [*range(model.config.meta_token_id or 0, model.config.vocab_size)]
+    """Return the ids that no text tokenizer owns, which `generate_text` suppresses, and the end of text."""
+    return [model.config.eos_token_id, *range(model.config.meta_token_id or 0, model.config.vocab_size)]
