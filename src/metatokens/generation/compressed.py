@@ -1,7 +1,7 @@
 """A text that a model in memory mode has read, as a file: read once, asked many times.
 
 The file is safetensors: the columns of the cache that memory mode keeps, what is known of them, and as metadata what
-was counted, the schedule of the meta-tokens, and the digests of the model and of the content. It fits no other model.
+was counted, the schedule of the meta-tokens, the digest of the model, and one of all of this. It fits no other model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from metatokens.storage import commit, json_sha256, write_durably
 if TYPE_CHECKING:
     from metatokens.data.tokenizer import AnyTokenizer
 
-FORMAT = "metatokens compressed document 1"
-_LAYER_PARTS = ("keys", "values", "meta_keys", "meta_values", "meta_columns")
+FORMAT = "metatokens compressed document 2"
+_META_PARTS = ("meta_keys", "meta_values", "meta_columns")
+_LAYER_PARTS = ("keys", "values", *_META_PARTS)
 
 
 class Read(NamedTuple):
@@ -48,6 +49,18 @@ class Read(NamedTuple):
     def num_positions(self) -> int:
         """All tokens."""
         return self.num_text + self.num_meta
+
+    @classmethod
+    def of_plain(cls, values: Any) -> Self:
+        """Return what was read, from the plain values of a file.
+
+        Raises:
+            ValueError: they are not two counts, of a text that is not empty, and a bool.
+        """
+        is_read = isinstance(values, list) and [type(value) for value in values] == [int, int, bool]
+        if not (is_read and values[0] >= 1 and values[1] >= 0):
+            raise ValueError(f"what was read as {values!r}")
+        return cls(*values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +108,11 @@ class CompressedDocument:
 
         Raises:
             UsageError: if it is another model than the one that read the text.
+            DataError: a part of the cache is missing.
         """
         self.check_model(model)
         cache = DynamicCache(config=model.config)
+        self._check_parts(len(cache.layers))
         tensors = {name: tensor.to(model.device, copy=True) for name, tensor in self.tensors.items()}
         for index, layer in enumerate(cache.layers):
             parts = {part: tensors.get(f"layers.{index}.{part}") for part in _LAYER_PARTS}
@@ -110,6 +125,22 @@ class CompressedDocument:
         state.restore({name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")})
         return cache
 
+    def _check_parts(self, num_layers: int) -> None:
+        """Raise DataError if one of the tensors that the cache of every model has is missing."""
+        needed = {f"layers.{index}.{part}" for index in range(num_layers) for part in ("keys", "values")}
+        needed |= {f"state.{name}" for name in MemoryState.names()}
+        # meta-attention has a cache of its own, in some layers, whose parts come together
+        for index in range(num_layers):
+            names = {f"layers.{index}.{part}" for part in _META_PARTS}
+            needed |= names if names & self.tensors.keys() else set()
+        if missing := sorted(needed - self.tensors.keys()):
+            raise DataError(
+                "compressed document",
+                expected=f"the cache of {num_layers} layers",
+                found=f"none of {', '.join(missing)}",
+                remedy="make it with `metatokens compress`",
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the file; it is complete or absent.
 
@@ -120,10 +151,10 @@ class CompressedDocument:
         content = {
             "format": FORMAT,
             "model": self.model,
-            "content": tensors_digest(self.tensors),
             "read": json.dumps(self.read),
             "schedule": json.dumps(dataclasses.asdict(self.schedule)),
         }
+        content["digest"] = content_digest(content, self.tensors)
         temporary = path.with_name(f".{path.name}.unfinished")
         try:
             temporary.unlink(missing_ok=True)
@@ -146,18 +177,21 @@ class CompressedDocument:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             if content.get("format") != FORMAT:
                 raise ValueError(f"the format {content.get('format')!r}")
-            if tensors_digest(tensors) != content["content"]:
-                raise ValueError("other tensors than were written")
+            if content_digest(content, tensors) != content.get("digest"):
+                raise ValueError("another content than was written")
             schedule = read_schedule(json.loads(content["schedule"]))
-            assert schedule is not None
-            return cls(tensors, Read(*json.loads(content["read"])), schedule, content["model"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise DataError(
-                str(path),
-                expected=f"a {FORMAT.rpartition(' ')[0]}",
-                found=str(error),
-                remedy="make it with `metatokens compress`",
-            ) from None
+            if schedule is None:
+                raise ValueError("no schedule of meta-tokens")
+            return cls(tensors, Read.of_plain(json.loads(content["read"])), schedule, content["model"])
+        except KeyError as error:
+            raise _no_document(path, f"no {error}") from None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise _no_document(path, str(error)) from None
+
+
+def _no_document(path: str | Path, found: str) -> DataError:
+    expected = f"a {FORMAT.rpartition(' ')[0]}"
+    return DataError(str(path), expected=expected, found=found, remedy="make it with `metatokens compress`")
 
 
 @torch.no_grad()
@@ -208,6 +242,12 @@ def model_digest(model: Any) -> str:
     config = {name: getattr(model.config, name, None) for name in fields if not name.startswith("_")}
     plain = json.loads(json.dumps(config, default=str))
     return hashlib.sha256((json_sha256(plain) + tensors_digest(model.state_dict())).encode()).hexdigest()
+
+
+def content_digest(content: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a file's metadata, but for the digest itself, and of its tensors."""
+    stated = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256((json_sha256(stated) + tensors_digest(tensors)).encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -186,19 +186,21 @@ class MemoryState:
         assert self._lost is not None
         counts = {"num_text": self.counts.num_text, "num_anchors": self.counts.num_anchors}
         lost = {"lost_text": self._lost.num_text, "lost_anchors": self._lost.num_anchors}
-        columns = {name: getattr(self.columns, name) for name in self._names()}
+        columns = {field.name: getattr(self.columns, field.name) for field in fields(Columns)}
         return {**columns, "num_read": torch.tensor(self.num_read), **counts, **lost}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `to_tensors` returned."""
-        self.columns = Columns(**{name: tensors[name] for name in self._names()})
+        self.columns = Columns(**{field.name: tensors[field.name] for field in fields(Columns)})
         self.counts = Counts(int(tensors["num_read"]), tensors["num_text"], tensors["num_anchors"])
         self._lost = Counts(0, tensors["lost_text"], tensors["lost_anchors"])
         self._is_sorted = False  # which is not known
 
     @staticmethod
-    def _names() -> list[str]:
-        return [field.name for field in fields(Columns)]
+    def names() -> list[str]:
+        """Return the names of the tensors that `to_tensors` returns."""
+        counted = ("num_read", "num_text", "num_anchors", "lost_text", "lost_anchors")
+        return [*(field.name for field in fields(Columns)), *counted]
 
 
 class MemoryDynamicLayer(MetaDynamicLayer):

@@ -85,7 +85,7 @@ def solve(prompt_text: str) -> list[str]:
 def chance(task: CopyingTask, instance: Instance) -> float:
     """Return the share of right answers of copying any stretch of the text as long as the span and not at its end.
 
-    With `symbols`, which tell the span from the rest, that of drawing each of its words.
+    With `symbols`, by which the text alone shows the span, that of one who has lost it and draws each of its words.
     """
     start, stop = instance.answer_pieces[0]
     if task.symbols is not None:

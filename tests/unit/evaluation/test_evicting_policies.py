@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AttentionInterface
 from memory_policies import POLICIES as MEMORIES
 from metatokens.errors import UsageError
 from metatokens.evaluation.eviction import POLICIES, Budget, Reader
+from metatokens.evaluation.eviction.reading import Plan
 from tiny_models import attention_mask_of, randomize, tiny_model, tokens
 
 LENGTH = 41
@@ -173,6 +175,24 @@ def test_the_cache_holds_no_more_than_the_budget_and_its_bytes_say_so() -> None:
     assert reader.count_columns() == [LENGTH]
 
 
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+def test_a_budget_of_any_shape_is_kept_or_refused(policy: str) -> None:
+    """Counted on the plan of the columns alone, which needs no model."""
+    kept = 0
+    for columns, sinks, window, length in product((6, 14, 25), (0, 2), (None, 1, 2, 5, 9), (20, 61, 150)):
+        budget = Budget(columns=columns, length=length, sinks=sinks, window=window)
+        try:
+            POLICIES[policy].check(budget)
+        except UsageError:
+            continue
+        plan, kept = Plan(POLICIES[policy], budget), kept + 1
+        for position in range(length):
+            plan.begin(torch.tensor([[position]]), SEPARATORS[position * 7 % VOCAB_SIZE][None, None])
+            assert plan.columns is not None
+            assert int((plan.columns.positions >= 0).sum()) <= columns, (budget, position)
+    assert kept > 15
+
+
 def test_a_text_longer_than_expected_is_read_too() -> None:
     text = ids(length=3 * LENGTH)
     for policy in POLICIES:
@@ -243,6 +263,9 @@ def refusals() -> Iterator[tuple[Any, str]]:
         transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)),
         "no position_ids",
     )
+    shape = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    neo = transformers.GPTNeoConfig(**shape, attention_types=[[["global", "local"], 1]], window_size=8)
+    yield transformers.GPTNeoForCausalLM(neo), "another kind .local"
 
 
 def test_a_model_whose_columns_cannot_be_dropped_is_refused_in_one_line() -> None:
@@ -256,6 +279,8 @@ def test_a_budget_without_room_is_refused() -> None:
     for name in ("every", "separators", "pooled"):
         with pytest.raises(UsageError, match="0 columns left"):
             Reader(model, POLICIES[name], Budget(columns=10, length=100, sinks=4, window=6))
+    with pytest.raises(UsageError, match="holds the 17 tokens of which one column is made, found a window of 6"):
+        Reader(model, POLICIES["pooled"], Budget(columns=16, length=112, sinks=4, window=6))
     with pytest.raises(UsageError, match="more than 4 sinks"):
         Reader(model, POLICIES["sinks"], Budget(columns=4, length=100))
 

@@ -1,16 +1,18 @@
 """A compressed document goes on as the text itself would, with its model and no other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from commands import error_line, metatokens
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.errors import DataError, UsageError
-from metatokens.generation.compressed import CompressedDocument, compress_document
+from metatokens.generation.compressed import CompressedDocument, compress_document, content_digest
 from metatokens.generation.decoding import generate_text
 from metatokens.language_model import LanguageModel
 from metatokens.model.accounting import cache_bytes
@@ -72,7 +74,7 @@ def test_a_prompt_goes_on_in_the_schedule_of_what_was_read() -> None:
             assert first + schedule_meta_tokens(range(cut, 40), schedule, meta_token_id=-1, **counts) == whole
 
 
-def test_another_model_a_damaged_file_and_a_full_cache_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_another_model_a_missing_file_and_a_full_cache_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     model, path = build(tokenizer), tmp_path / "doc.safetensors"
     document = compress_document(model, tokenizer, DOCUMENT, schedule=PeriodicSchedule(3))
     document.save(path)
@@ -89,15 +91,54 @@ def test_another_model_a_damaged_file_and_a_full_cache_are_refused(tokenizer: An
     with pytest.raises(UsageError, match="expected one in memory mode"):
         compress_document(build(tokenizer, memory=None), tokenizer, DOCUMENT, schedule=PeriodicSchedule(3))
 
-    content = path.read_bytes()
-    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    with pytest.raises(DataError, match="other tensors than were written"):
-        CompressedDocument.load(path)
-    save_file(load_file(path), path)
-    with pytest.raises(DataError, match="expected a metatokens compressed document"):
-        CompressedDocument.load(path)
     with pytest.raises(DataError, match="metatokens compress"):
         CompressedDocument.load(tmp_path / "none.safetensors")
+
+
+def resealed(content: dict[str, str], tensors: dict[str, Any]) -> dict[str, str]:
+    return {**content, "digest": content_digest(content, tensors)}
+
+
+def test_whatever_is_changed_in_a_file_is_refused_and_so_are_parts_that_say_nothing(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    model, path = build(tokenizer), tmp_path / "doc.safetensors"
+    compress_document(model, tokenizer, DOCUMENT, schedule=PeriodicSchedule(3)).save(path)
+    written = path.read_bytes()
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        content = file.metadata()
+    path.write_bytes(written[:-3] + bytes([written[-3] ^ 1]) + written[-2:])
+    with pytest.raises(DataError, match="another content than was written"):
+        CompressedDocument.load(path)
+    read = json.loads(content["read"])
+    changes = {
+        "model": "0" * 64,
+        "read": json.dumps([read[0] + 1, *read[1:]]),
+        "schedule": json.dumps({"kind": "periodic", "every": 4}),
+        "digest": "0" * 64,
+    }
+    assert content.keys() == {"format", *changes}, "a new part of the header needs a change here"
+    for name, value in changes.items():
+        for changed in ({**content, name: value}, {key: content[key] for key in content if key != name}):
+            save_file(tensors, path, changed)
+            with pytest.raises(DataError, match=r"doc.safetensors: expected a metatokens compressed document.*written"):
+                CompressedDocument.load(path)
+    # as from a program that seals what it cannot have read
+    bad = [("schedule", "null"), ("schedule", '{"kind": "some"}'), ("schedule", "{"), ("read", "[1, 2]"), ("read", "5")]
+    bad += [("read", "[-1, 2, false]"), ("read", '["1", 2, false]'), ("read", "[0, 0, false]")]
+    for name, value in bad:
+        save_file(tensors, path, resealed({**content, name: value}, tensors))
+        with pytest.raises(DataError, match="expected a metatokens compressed document"):
+            CompressedDocument.load(path)
+    for missing in ("layers.1.keys", "state.clock", "state.lost_text", "layers.0.meta_columns"):
+        fewer = {name: tensor for name, tensor in tensors.items() if name != missing}
+        save_file(fewer, path, resealed(content, fewer))
+        with pytest.raises(DataError, match=f"found none of {missing}"):
+            generate_text(model, tokenizer, PROMPT, schedule=PeriodicSchedule(3), memory=CompressedDocument.load(path))
+    save_file(tensors, path)
+    with pytest.raises(DataError, match="expected a metatokens compressed document"):
+        CompressedDocument.load(path)
 
 
 def test_both_commands_and_python_give_the_same_text(tokenizer: Any, tmp_path: Path) -> None:

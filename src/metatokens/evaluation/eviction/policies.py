@@ -50,6 +50,15 @@ class Budget:
                 f"{self.anchors} columns left between them",
             )
 
+    def require_spans(self) -> None:
+        """Refuse a budget whose window is shorter than a span of its spacing, for a policy that pools whole spans."""
+        self.require_anchors()
+        if self.spacing > self.newest:
+            raise self._too_small(
+                f"a window that holds the {self.spacing} tokens of which one column is made",
+                f"a window of {self.newest}",
+            )
+
     def _too_small(self, expected: str, found: str) -> UsageError:
         remedy = "raise the number of columns, or lower sinks or window"
         return UsageError(f"cache of {self.columns} columns", expected=expected, found=found, remedy=remedy)

@@ -246,6 +246,8 @@ def check_evictable(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None) is not None:
         found = f"layers of another kind ({', '.join(sorted(kinds)) or 'a sliding window'})"
+    elif "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        found = "layers of another kind (local, whose windows are counted in columns)"
     implementation = getattr(model.config, "_attn_implementation", "eager")
     if implementation not in ("eager", "sdpa"):
         found = f"attention by {implementation}"
