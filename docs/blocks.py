@@ -32,6 +32,7 @@ NOT_RUN = {
     "make test-faults": "takes minutes; continuous integration runs a round of it",
     "python tests/faults/": "takes minutes, or an hour; `make test-faults` runs the same cases",
     "metatokens prepare allenai/c4": "downloads",
+    "metatokens graft llm --data.path tokens-llm": "the page of grafts prepares its tokens and runs it",
     "metatokens sweep experiments/": "plans 60 runs; tests/integration/test_sweep_command.py runs a small grid",
     "metatokens finetune paper/recall-gpt-neo": "downloads; test_pretrained_arms.py runs a tiny GPT-Neo",
     "metatokens evaluate runs/gpt-neo": "needs the download before it",
@@ -57,6 +58,15 @@ test: {{instances: 8}}
     "extend": f"""
 schedule: {{warmup_steps: 0, decay_steps: 1}}
 training: {{duration: {{steps: 1}}, {BATCH}}}
+evaluation: {{interval_steps: null}}
+""",
+    "graft": f"""
+graft: {{window: 12, every: 3, lora_rank: 2}}
+data: {{block_size: 64}}
+reconstruct: {{tokens: 8, distance: 12}}
+sampled_positions: 8
+schedule: {{warmup_steps: 0}}
+training: {{duration: {{kind: text_tokens, tokens: 500}}, {BATCH}}}
 evaluation: {{interval_steps: null}}
 """,
     "": f"""

@@ -132,13 +132,16 @@ def _unreadable(folder: Path, error: OSError) -> Check:
 def run(folder: Path, not_sealed: list[str]) -> Checks:
     """Check config and result of a run, its checkpoints, its model, and what a sweep measured of it."""
     from metatokens.config.finetuning import FinetuneConfig
-    from metatokens.config.loading import is_finetuning
+    from metatokens.config.grafting import GraftRunConfig
+    from metatokens.config.loading import verb_of
     from metatokens.config.schema import PretrainConfig
     from metatokens.training.result import read_result
     from metatokens.training.run_folder import RunFolder
 
+    schemas = {"finetune": FinetuneConfig, "graft": GraftRunConfig}
+
     def read_config(path: Path) -> Any:
-        return paths.stored(FinetuneConfig if is_finetuning(str(path)) else PretrainConfig)
+        return paths.stored(schemas.get(verb_of(str(path)), PretrainConfig))
 
     paths = RunFolder(folder)
     if paths.config_path.exists():

@@ -16,9 +16,11 @@ import torch
 from forked import processes
 from metatokens import load_preset, pretrain
 from metatokens.config.finetuning import FinetuneConfig
+from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.schema import PretrainConfig, RunConfig
 from metatokens.errors import MetaTokensError, Preempted
 from metatokens.training.finetuning import finetune
+from metatokens.training.grafting import train_graft
 from tolerances import tolerance
 
 STEPS = 40
@@ -85,7 +87,7 @@ def _run(config: RunConfig, out: Path, environment: dict[str, str], folder: Path
     faulthandler.dump_traceback_later(DEADLINE_SECONDS - 5)  # says where it hangs, should it do so
     warnings.filterwarnings("ignore", "bit_exact=false")  # events.jsonl has it too
     os.environ.update(environment)  # with as many threads as the tests: their bits are compared
-    train = finetune if isinstance(config, FinetuneConfig) else pretrain
+    train = {FinetuneConfig: finetune, GraftRunConfig: train_graft}.get(type(config), pretrain)
     try:
         train(config, out, show_progress=False)
     except (MetaTokensError, Preempted) as error:

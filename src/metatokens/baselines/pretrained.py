@@ -235,19 +235,7 @@ def load_pretrained(
             some text token, or if its head is not linear.
         OSError: if there is no such model, or none in safetensors.
     """
-    wrapped, loaded = AutoModelForCausalLM.from_pretrained(
-        source,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-        use_safetensors=True,
-        trust_remote_code=False,
-        **{"dtype": torch.float32, **options},
-    )
-    # unexpected weights do no harm: they are of other heads, or masks that older versions of transformers stored
-    wrong = [f"no {name}" for name in sorted(loaded["missing_keys"])]
-    wrong += [f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])]
-    if wrong:
-        raise ValueError(f"the weights of {source} are not those that its config describes: {wrong[0]}")
+    wrapped: Any = load_plain(source, **options)
     config = wrapped.config
     rows = _check_rows(config, wrapped.get_input_embeddings().weight.shape[0], source, text_vocab_size)
     if getattr(config, "meta_token_id", None) != text_vocab_size:
@@ -260,6 +248,34 @@ def load_pretrained(
     wrapped.generation_config.suppress_tokens = [config.meta_token_id, config.pad_token_id]
     wrapped.generation_config.pad_token_id = config.pad_token_id
     return PretrainedCausalLM(wrapped)
+
+
+def load_plain(source: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a causal language model of transformers as it is, from safetensors alone.
+
+    Args:
+        source: an id on the hub or a folder.
+        **options: passed to `from_pretrained`; `dtype` is float32 unless it is among them.
+
+    Raises:
+        ValueError: if weights that its config describes are missing or have another shape.
+        OSError: if there is no such model, or none in safetensors.
+    """
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        use_safetensors=True,
+        trust_remote_code=False,
+        **{"dtype": torch.float32, **options},
+    )
+    # unexpected weights do no harm: they are of other heads, or masks that older versions of transformers stored
+    wrong = [f"no {name}" for name in sorted(loaded["missing_keys"])]
+    wrong += [f"{name} of {tuple(found)}, not {tuple(own)}" for name, found, own in sorted(loaded["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"the weights of {source} are not those that its config describes: {wrong[0]}")
+    loaded_model: PreTrainedModel = model
+    return loaded_model
 
 
 def build_pretrained_on_meta_device(folder: Path, *, text_vocab_size: int) -> PretrainedCausalLM:

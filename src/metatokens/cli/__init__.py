@@ -23,6 +23,7 @@ from metatokens.cli import (
     extend,
     finetune,
     generate,
+    graft,
     info,
     perplexity,
     plan,
@@ -42,7 +43,7 @@ from metatokens.names import nearest_name
 
 # in the order of the help
 VERBS = (
-    *(demo, prepare, adopt, pretrain, extend, finetune, evaluate, sweep, replicate, perplexity),
+    *(demo, prepare, adopt, pretrain, extend, finetune, graft, evaluate, sweep, replicate, perplexity),
     *(analyze, report, generate, compress, serve, export, verify, info, plan),
     bench,
 )

@@ -170,6 +170,11 @@ def _split_overrides(arguments: list[str], flags: Collection[str]) -> tuple[list
 def add_run(parser: argparse.ArgumentParser, schema: str) -> None:
     """Add the arguments of a verb that trains a preset."""
     parser.add_argument("preset", help="name of a preset (see `metatokens info --presets`) or a YAML file")
+    add_run_options(parser, schema)
+
+
+def add_run_options(parser: argparse.ArgumentParser, schema: str) -> None:
+    """Add the flags of a verb that trains, but for the preset."""
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET, or for a file runs/ and its name)")
     add_stop_after(parser)
     parser.add_argument(

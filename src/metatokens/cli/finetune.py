@@ -23,7 +23,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.storage import check_folder
     from metatokens.training.loading import ModelFolder
 
-    check_kind_of_run(options.preset, finetuning=True)
+    check_kind_of_run(options.preset, "finetune")
     config, out = load_preset(options.preset, options.overrides, schema=FinetuneConfig), run_folder(options)
     if isinstance(config.start, CheckpointStart):
         ModelFolder(Path(config.start.path)).check_path()

@@ -32,14 +32,14 @@ def _run(options: argparse.Namespace) -> int:
         following = ("metatokens", "info", "tiny/meta")
         listed = {"presets": [asdict(preset) for preset in presets]}
         return emit(options, listed, lambda: show_presets(presets), following=following)
-    from metatokens.config.loading import differences_from_paper, is_finetuning, load_preset
+    from metatokens.config.loading import differences_from_paper, load_preset, verb_of
     from metatokens.training.loading import ModelFolder
 
-    folder = Path(options.model)
+    folder, verb = Path(options.model), ""
     if folder.is_dir():
         ModelFolder(folder).check_path()
     else:
-        is_finetuning(options.model)  # refuses a wrong name before the slow imports
+        verb = verb_of(options.model)  # refuses a wrong name before the slow imports
     announce(options, f"looking at {options.model}")
     from metatokens.baselines.building import build_config
     from metatokens.baselines.pretrained import PretrainedCausalLM
@@ -56,7 +56,14 @@ def _run(options: argparse.Namespace) -> int:
             result = describe_pretrained(model)
             return emit(options, result, lambda: show_table(options.model, result))
         config, run = model.config, opened.pretraining
-    elif is_finetuning(options.model):
+    elif verb == "graft":
+        raise UsageError(
+            options.model,
+            expected="a preset with a model of its own",
+            found="one that grafts a trained model",
+            remedy=f"write `metatokens graft BASE --preset {options.model} --dry-run`",
+        )
+    elif verb == "finetune":
         start = load_preset(options.model, schema=FinetuneConfig).start
         if not isinstance(start, FreshStart):
             raise UsageError(

@@ -34,7 +34,7 @@ def _positive_share(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     from metatokens.config.loading import check_kind_of_run, load_preset
 
-    check_kind_of_run(options.preset, finetuning=False)
+    check_kind_of_run(options.preset, "pretrain")
     config = load_preset(options.preset, options.overrides)
     announce(options, f"planning {options.preset}")
     from metatokens.report.console import show_table

@@ -23,7 +23,7 @@ def _run(options: argparse.Namespace) -> int:
     from metatokens.storage import check_folder
     from metatokens.training.loading import ModelFolder
 
-    check_kind_of_run(options.preset, finetuning=False)
+    check_kind_of_run(options.preset, "pretrain")
     config, out = load_preset(options.preset, options.overrides), run_folder(options)
     read_manifest(require_path(config.data.path))
     if config.start_from is not None:

@@ -23,7 +23,7 @@ FREE_KEYS = {
         *("parallel", "distributed_timeout_seconds", "step_timeout_seconds"),
     },
 }
-FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from"}
+FREE_SECTIONS = {"evaluation", "checkpoint", "logging", "test", "start_from", "base"}
 _PLANNED_SECTIONS = ("optimizer", "schedule", "solve")
 _PLANNED_KEYS = ("training.duration", "training.precision", "training.deterministic", "training.skip_spikes")
 

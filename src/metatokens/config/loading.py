@@ -28,6 +28,12 @@ Config = TypeVar("Config", bound=BaseModel)
 MAX_PRESET_BYTES = 2**20
 YAML_SUFFIXES = (".yaml", ".yml")
 NOT_DECIMAL = re.compile(r"[-+]?0[0-9]+|.*:.*")
+# keys that only presets of a verb have, in the order in which they are looked for
+_KEYS_OF_VERBS = {
+    "graft": {"graft", "base", "objectives"},
+    "finetune": {"task", "curriculum", "start"},
+    "pretrain": {"model", "data", "injection", "start_from"},
+}
 NOT_SCIENCE = {
     "path",
     "verify",
@@ -142,26 +148,31 @@ def load_preset(
     return _override_tree(tree, overrides, origin=str(preset), schema=schema)
 
 
+def verb_of(preset: str | Path) -> str:
+    """Return the verb that runs a preset: pretrain, finetune or graft; empty if its keys are those of all three."""
+    keys = _load_tree(str(preset), seen=()).keys()
+    return next((verb for verb, own in _KEYS_OF_VERBS.items() if not keys.isdisjoint(own)), "")
+
+
 def is_finetuning(preset: str | Path) -> bool:
-    """Tell whether a preset describes fine-tuning on a recall task rather than pre-training."""
-    return not _load_tree(str(preset), seen=()).keys().isdisjoint({"task", "curriculum", "start"})
+    """Tell whether a preset describes fine-tuning on a recall task."""
+    return verb_of(preset) == "finetune"
 
 
-def check_kind_of_run(preset: str | Path, *, finetuning: bool) -> None:
-    """Refuse a preset of the other kind of run, whose keys would each be refused as unknown.
+def check_kind_of_run(preset: str | Path, verb: str) -> None:
+    """Refuse a preset of another verb, whose keys would each be refused as unknown.
 
     Raises:
         UsageError: it has keys of the other kind, and none of the kind that is asked for.
     """
-    keys = _load_tree(str(preset), seen=()).keys()
-    of_pretraining = not keys.isdisjoint({"model", "data", "injection", "start_from"})
-    if finetuning != is_finetuning(preset) and (is_finetuning(preset) or of_pretraining):
-        verb, other = ("finetune", "pretrain") if finetuning else ("pretrain", "finetune")
+    other = verb_of(preset)
+    if other not in ("", verb):
+        command = f"graft BASE --preset {preset}" if other == "graft" else f"{other} {preset}"
         raise UsageError(
             f"preset {str(preset)!r}",
             expected=f"one of `metatokens {verb}`",
             found=f"one of `metatokens {other}`",
-            remedy=f"write `metatokens {other} {preset}`",
+            remedy=f"write `metatokens {command}`",
         )
 
 

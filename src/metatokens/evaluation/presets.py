@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from metatokens.baselines.building import build_config
 from metatokens.config.finetuning import FinetuneConfig, FreshStart
-from metatokens.config.loading import is_finetuning, load_preset, preset_names, preset_purpose
+from metatokens.config.grafting import GraftRunConfig
+from metatokens.config.loading import load_preset, preset_names, preset_purpose, verb_of
 from metatokens.config.schema import ModelConfig
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import count_parameters, training_flops
@@ -30,8 +31,12 @@ def describe_presets(text_vocab_size: int) -> list[PresetDescription]:
 
 
 def _describe(name: str, text_vocab_size: int) -> PresetDescription:
-    purpose = preset_purpose(name)
-    if is_finetuning(name):
+    purpose, verb = preset_purpose(name), verb_of(name)
+    if verb == "graft":
+        graft = load_preset(name, schema=GraftRunConfig)
+        blocks = graft.total_steps * graft.training.batch_blocks
+        return PresetDescription(name, purpose, None, graft.total_steps, blocks * graft.data.block_size, None)
+    if verb == "finetune":
         run = load_preset(name, schema=FinetuneConfig)
         fresh = run.start.model if isinstance(run.start, FreshStart) else None
         parameters = None if fresh is None else count_parameters(_build(fresh, text_vocab_size)).total

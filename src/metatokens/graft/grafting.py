@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -69,6 +69,9 @@ class Graft(nn.Module):
         self._anchors: tuple[Tensor, Tensor] | None = None
         self._too_far: dict[int, Tensor] = {}
         self._own_attention: str | None = None
+        self._model_config = decoder.config
+        self.recomputes = False
+        """Whether blocks that run anew in the backward pass do so in `recomputing`."""
 
     def attach(self, decoder: Any) -> None:
         """Hang the hooks on a decoder."""
@@ -89,7 +92,7 @@ class Graft(nn.Module):
             if is_filled(cache):
                 raise _refusal("a new cache while the graft is switched off", "one that the graft has filled")
             return None
-        _check_input(decoder, given)
+        self._check_input(decoder, given)
         embeddings = given.get("inputs_embeds")
         if embeddings is None:
             embeddings = decoder.get_input_embeddings()(given["input_ids"])
@@ -203,6 +206,39 @@ class Graft(nn.Module):
             output.hidden_states = tuple(found.undo(states) for states in output.hidden_states)
         return output
 
+    def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of a part that gradient checkpointing runs now, and once more in the backward pass.
+
+        Then the pass under way is over, so the second context brings back what the hooks and the attention of that
+        part read of it.
+        """
+        return nullcontext(), self._back_in(
+            (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation
+        )
+
+    @contextmanager
+    def _back_in(self, under_way: Any, attention: str) -> Iterator[None]:
+        before = (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation
+        (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation = under_way, attention
+        try:
+            yield
+        finally:
+            (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation = before
+
+    def _check_input(self, decoder: Any, given: dict[str, Any]) -> None:
+        mask = given.get("attention_mask")
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
+            raise _refusal("attention_mask (batch, tokens), 0 at padding", "a mask of another form")
+        for name in ("token_type_ids", "encoder_hidden_states"):
+            if given.get(name) is not None:
+                raise _refusal("text alone", name)
+        if given.get("output_attentions", decoder.config.output_attentions):
+            raise _refusal("no output_attentions, since anchors have rows and columns in them", "output_attentions")
+        if decoder.training and getattr(decoder, "is_gradient_checkpointing", False) and not self.recomputes:
+            raise _refusal(
+                "gradient checkpointing by metatokens.graft.enable_gradient_checkpointing", "the model's own"
+            )
+
     @staticmethod
     def _check_length(decoder: Any, tokens: Columns, num_columns: int) -> None:
         limit = getattr(decoder.config, "max_position_embeddings", None)
@@ -271,6 +307,19 @@ def ungraft(model: Any) -> Any:
     return model
 
 
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Let the blocks of a grafted model compute their activations anew in the backward pass, to save memory.
+
+    Raises:
+        UsageError: the model has no graft.
+    """
+    added = graft_of(model)
+    added.recomputes = True
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": added.recomputing}
+    )
+
+
 @contextmanager
 def switched_off(model: Any) -> Iterator[Any]:
     """Let a grafted model compute what the plain one does, bit for bit, for a while.
@@ -319,19 +368,6 @@ def _by_name(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 
 def _refusal(expected: str, found: str) -> UsageError:
     return UsageError("input of a grafted model", expected=expected, found=found, remedy="change the call")
-
-
-def _check_input(decoder: Any, given: dict[str, Any]) -> None:
-    mask = given.get("attention_mask")
-    if mask is not None and getattr(mask, "ndim", 0) != 2:
-        raise _refusal("attention_mask (batch, tokens), 0 at padding", "a mask of another form")
-    for name in ("token_type_ids", "encoder_hidden_states"):
-        if given.get(name) is not None:
-            raise _refusal("text alone", name)
-    if given.get("output_attentions", decoder.config.output_attentions):
-        raise _refusal("no output_attentions, since anchors have rows and columns in them", "output_attentions")
-    if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
-        raise _refusal("training without gradient checkpointing", "gradient checkpointing")
 
 
 def _check_positions(position_ids: Tensor | None, is_real: Tensor) -> None:

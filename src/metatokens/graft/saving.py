@@ -8,12 +8,14 @@ plain base, with or without this package.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from metatokens.config.graft import GraftConfig
@@ -48,17 +50,9 @@ def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer:
             found="adapters of PEFT in them",
             remedy="save the graft before, or take them off with unload()",
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in added.state_dict().items()}
-    header = {
-        "format": FORMAT,
-        "config": added.config.model_dump_json(),
-        "base": str(model.config._name_or_path),
-        "revision": str(getattr(model.config, "_commit_hash", None) or ""),
-        "digest": base_digest(model),
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as unfinished:
-        write_durably(unfinished / FILE, save(tensors, header))
+        write_adapter(unfinished, added.state_dict(), added.config, describe_base(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         if full:
@@ -67,6 +61,34 @@ def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer:
                 model.save_pretrained(unfinished)
             finally:
                 model.add_module(NAME, added)
+
+
+def describe_base(model: Any, name: str = "") -> dict[str, str]:
+    """Return what an adapter says of the model that it was grafted onto; the digest reads all of its weights.
+
+    Args:
+        model: plain or grafted.
+        name: a folder or an id of the hub; empty means the one that the model was loaded by.
+    """
+    return {
+        "base": name or str(model.config._name_or_path),
+        "revision": str(getattr(model.config, "_commit_hash", None) or ""),
+        "digest": base_digest(model),
+    }
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: GraftConfig, base: Mapping[str, str]) -> None:
+    """Write the file of a graft into a folder.
+
+    Args:
+        folder: must exist.
+        tensors: the state of a `Graft`.
+        config: of the graft.
+        base: from `describe_base`.
+    """
+    header = {"format": FORMAT, "config": config.model_dump_json(), **base}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_durably(folder / FILE, save(whole, header))
 
 
 def load_graft(folder: str | Path, model: Any = None) -> Any:
@@ -83,7 +105,7 @@ def load_graft(folder: str | Path, model: Any = None) -> Any:
     folder = Path(folder)
     header, tensors = _read(folder / FILE)
     if model is None:
-        own = (folder / "config.json").is_file()
+        own = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
         source, revision = (str(folder), None) if own else (header["base"], header["revision"] or None)
         try:
             model = AutoModelForCausalLM.from_pretrained(

@@ -209,6 +209,28 @@ class ModelFolder:
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
 
+    def open_plain(self, dtype: Any) -> Any:
+        """Return a model of another package as it came, in evaluation mode, without a meta-token.
+
+        Raises:
+            CheckpointError: as for `open_model`.
+        """
+        from metatokens.baselines.pretrained import load_plain
+        from metatokens.training.checkpoint import verify_model
+
+        verify_model(self.path)
+        with _one_line_errors(self.path, "a causal language model in safetensors"):
+            return load_plain(self.path, local_files_only=True, dtype=dtype).eval()
+
+    def build_plain_on_meta_device(self, dtype: Any) -> Any:
+        """Return the model as `open_plain` does, without its weights, on the meta device."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with _one_line_errors(self.path, "a causal language model"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
     def _build(self) -> Any:
         """Return a new model of this shape, whose weights are still to be loaded."""
         import torch

@@ -16,6 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from metatokens.data.tokenizer import META_TOKEN
 from metatokens.errors import redact
+from metatokens.graft.grafting import graft_of
+from metatokens.graft.student import Student
 from metatokens.model import MetaTokenConfig
 from metatokens.training.checkpoint import MODEL_CARD
 
@@ -52,7 +54,7 @@ def _metadata(model: Any, training: Training, name: str) -> ModelCardData:
     return ModelCardData(
         model_name=name,
         license="unknown",
-        library_name="transformers",
+        library_name="metatokens" if isinstance(model, Student) else "transformers",
         pipeline_tag="text-generation",
         tags=["metatokens", "meta-tokens", *(["custom_generate"] if has_code else [])],
         datasets=[training.data] if _is_on_the_hub(training.data) else None,
@@ -75,8 +77,7 @@ def _text(model: Any, training: Training, name: str) -> str:
             _table({key.replace("_", " "): f"{value:.4g}" for key, value in training.evaluation.items()})
             or "None is recorded."
         ),
-        _loading(model),
-        _meta_tokens(model),
+        *([_graft(model)] if isinstance(model, Student) else [_loading(model), _meta_tokens(model)]),
         "## License\n\nUnknown. Its owner sets `license` at the head of this file.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -88,7 +89,7 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
     base = training.base_model if _is_on_the_hub(training.base_model) else Path(training.base_model).name
     window = getattr(config, "trained_window", getattr(config, "max_position_embeddings", None))
     return {
-        "parameters": f"{model.num_parameters():,}"
+        "trained parameters" if isinstance(model, Student) else "parameters": f"{model.num_parameters():,}"
         + (f", {meta_attention:,} in meta-attention" if meta_attention else ""),
         "architecture": f"{type(getattr(model, 'wrapped', model)).__name__}, {config.num_hidden_layers} layers, width "
         f"{config.hidden_size}, {config.num_attention_heads} heads",
@@ -97,6 +98,21 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
         **({"started from": base} if base else {}),
         **{key: f"{value:,}" for key, value in training.numbers.items()},
     }
+
+
+def _graft(model: Student) -> str:
+    config = graft_of(model.wrapped).config
+    return f"""## How to load it
+
+```python
+from metatokens.graft import load_graft
+
+model = load_graft(path)
+```
+
+`path` is this folder, an adapter: it holds what was trained, names the model that it was trained on, and loads onto no
+other. The model takes and returns text. After every {config.every}. token it reads a meta-token by itself; text sees the
+last {config.window} tokens, the first {config.num_sinks}, and the meta-tokens of the text before."""
 
 
 def _loading(model: Any) -> str:

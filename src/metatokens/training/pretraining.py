@@ -2,14 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.schema import PretrainConfig
 from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset, require_path
@@ -31,6 +32,8 @@ from metatokens.training.starting import check_tokenizer, load_start
 
 MANY_PASSES = 1_000
 """Passes over a text from which on a dry run warns; more than 40 gain nothing (Muennighoff et al. 2023)."""
+
+AnyConfig = TypeVar("AnyConfig", PretrainConfig, GraftRunConfig)
 
 
 def pretrain(
@@ -57,6 +60,30 @@ def pretrain(
         allow_change: keys of the schedule that may differ from those that the run was made with, such as
             `optimizer.learning_rate`.
     """
+    return train_on_tokens(
+        config,
+        out,
+        _make_job,
+        show_progress=show_progress,
+        label=label,
+        stop_after=stop_after,
+        resume=resume,
+        allow_change=allow_change,
+    )
+
+
+def train_on_tokens(
+    config: AnyConfig,
+    out: str | Path,
+    make_job: Callable[[AnyConfig, TokenDataset, Processes], TrainingSetup],
+    *,
+    show_progress: bool,
+    label: str,
+    stop_after: float | None,
+    resume: str | Path | None,
+    allow_change: Sequence[str],
+) -> TrainingResult:
+    """Train what `make_job` makes of a config and of the verified tokens that it names; see `pretrain`."""
     with (
         collect_stop_signals(stop_after) as stop,
         join_processes(config.training) as processes,
@@ -65,17 +92,17 @@ def pretrain(
         with processes.raise_together():
             dataset = stack.enter_context(open_dataset(config, verify="size"))
 
-        def make_job() -> TrainingSetup:
+        def make_verified_job() -> TrainingSetup:
             if config.data.verify == "full":  # of many shards this takes minutes
                 dataset.verify_hashes(processes.node_share)
-            return _make_job(config, dataset, processes)
+            return make_job(config, dataset, processes)
 
         folder = RunFolder(Path(out))
         return train(
             config,
             folder,
             processes,
-            make_job,
+            make_verified_job,
             stop=stop,
             show_progress=show_progress,
             label=label,
@@ -123,7 +150,7 @@ def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
         return model, dataset.tokenizer(), loader.batch_at(0)
 
 
-def open_dataset(config: PretrainConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
+def open_dataset(config: PretrainConfig | GraftRunConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
     """Open the tokens that `config` names, and verify them as it says or as the caller does."""
     return TokenDataset.open(require_path(config.data.path), verify=verify or config.data.verify)
 

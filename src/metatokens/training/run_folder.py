@@ -47,7 +47,7 @@ from metatokens.storage import (
 )
 from metatokens.training.checkpoint import MANIFEST
 
-_STARTS = ("start", "start_from")
+_STARTS = ("start", "start_from", "base")
 
 
 class RunFolder:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from metatokens.baselines.building import build_config
 from metatokens.config.attention import LandmarkAttention, MemoryAttention
 from metatokens.config.fields import describe_fields
-from metatokens.config.loading import load_preset, preset_names, to_yaml
+from metatokens.config.loading import load_preset, preset_names, to_yaml, verb_of
 from metatokens.config.schema import (
     DynamicScaling,
     LinearScaling,
@@ -44,7 +44,7 @@ CHANGED = {
     "random_ratio": 0.25,
     "loss_policy": "retarget",
 }
-PRETRAINING = [name for name in preset_names() if "recall" not in name]
+PRETRAINING = [name for name in preset_names() if verb_of(name) == "pretrain"]
 RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters", "attention": "landmark_every"}
 
 

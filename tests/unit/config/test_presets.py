@@ -7,7 +7,8 @@ import yaml
 
 from metatokens.config.extension import extend_model
 from metatokens.config.finetuning import FinetuneConfig
-from metatokens.config.loading import digest, load_preset, preset_names, to_yaml
+from metatokens.config.grafting import GraftRunConfig
+from metatokens.config.loading import digest, load_preset, preset_names, to_yaml, verb_of
 from metatokens.config.schema import (
     CosineSchedule,
     NoInjection,
@@ -16,6 +17,9 @@ from metatokens.config.schema import (
     UniformInjection,
     WsdSchedule,
 )
+
+
+SCHEMAS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "graft": GraftRunConfig}
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -38,7 +42,7 @@ def test_the_package_has_the_presets_of_the_paper_and_tiny_twins():
 
 def test_a_resolved_preset_written_as_yaml_loads_to_an_equal_config(tmp_path: Path):
     for name in preset_names():
-        schema = FinetuneConfig if "recall" in name else PretrainConfig
+        schema = SCHEMAS[verb_of(name)]
         config = load_preset(name, schema=schema)
         assert load_preset(write(tmp_path, "config.yaml", to_yaml(config)), schema=schema) == config, name
 

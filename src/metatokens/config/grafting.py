@@ -1,0 +1,88 @@
+"""The configuration of the training of a graft: what is grafted, the text, and what the new parts learn from."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from metatokens.config.base import Frozen
+from metatokens.config.graft import GraftConfig
+from metatokens.config.parallel import Fsdp2
+from metatokens.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    RunConfig,
+    StepsDuration,
+    TrainingConfig,
+    check_schedule,
+)
+
+
+class Objectives(Frozen):
+    """The weight of each objective of `metatokens.graft.objectives`, by its name; at 0 it is not computed."""
+
+    distillation: float = Field(1.0, ge=0)
+    """KL divergence of the grafted model's predictions from those of the same model under full attention."""
+    language_model: float = Field(1.0, ge=0)
+    """Loss of the text's own next tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("objectives: every weight is 0, so nothing would be learned")
+        return self
+
+
+class GraftRunConfig(RunConfig):
+    """The training of the new parts of a grafted decoder, whose own weights are frozen."""
+
+    short_names: ClassVar[Mapping[str, str]] = PretrainConfig.short_names
+    base: str | None = None
+    """A folder of a decoder of transformers, or its id on the hub."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type that the frozen weights are held in; what is trained is float32."""
+    graft: GraftConfig = GraftConfig()
+    data: DataConfig = DataConfig()
+    reconstruct: ReconstructConfig | None = None
+    """Have the model give back spans from beyond its window (auto-encoding); off means that blocks are plain text."""
+    objectives: Objectives = Objectives()
+    sampled_positions: int = Field(256, ge=1)
+    """Positions of a block at which distillation compares predictions, drawn anew for each block; fewer than all."""
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, graft = self.data.block_size, self.graft
+        if self.sampled_positions >= size:
+            raise ValueError(f"sampled_positions {self.sampled_positions} is not less than data.block_size {size}")
+        if isinstance(self.training.parallel, Fsdp2) or self.training.compile:
+            raise ValueError("a graft is trained with training.parallel.kind ddp and without training.compile")
+        if graft.window + graft.every + graft.num_sinks > size:
+            raise ValueError(
+                f"data.block_size {size} is less than graft.window {graft.window}, graft.every {graft.every} and "
+                f"graft.num_sinks {graft.num_sinks} together, so that no token may see an anchor"
+            )
+        if (spans := self.reconstruct) is not None and 2 * spans.tokens + spans.distance > size:
+            raise ValueError(
+                f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into "
+                f"data.block_size {size}"
+            )
+        check_schedule(self.schedule, self.total_steps, "training.duration")
+        return self
+
+    @property
+    def anchors_per_block(self) -> int:
+        """Anchors that the model reads beside the text tokens of a block."""
+        graft = self.graft
+        return self.data.block_size // graft.every - graft.num_sinks // graft.every
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        duration = self.training.duration
+        if isinstance(duration, StepsDuration):
+            return duration.steps
+        return -(-duration.tokens // (self.data.block_size * self.training.batch_blocks))

@@ -1,0 +1,241 @@
+"""Training of a graft: verified tokens of plain text through the training loop, for the new parts of a frozen decoder.
+
+The model puts its anchors into the text by itself, so batches are those of pre-training without meta-tokens, each with
+the positions at which it is compared with its own predictions under full attention.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from metatokens.config.grafting import GraftRunConfig
+from metatokens.config.schema import NoInjection, UniformInjection
+from metatokens.data.injection import InjectedBatch, IntArray, sample_meta_positions
+from metatokens.data.loader import Batches, BatchLoader, TokenBlocks
+from metatokens.data.shards import Split, TokenDataset
+from metatokens.errors import UsageError
+from metatokens.graft import graft
+from metatokens.graft.costs import step_flops, step_memory
+from metatokens.graft.saving import describe_base
+from metatokens.graft.student import Student
+from metatokens.training.distributed import Processes, join_processes
+from metatokens.training.loading import ModelFolder
+from metatokens.training.loop import check_start
+from metatokens.training.model_card import Training
+from metatokens.training.pretraining import open_dataset, train_on_tokens
+from metatokens.training.result import TrainingResult
+from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT, Resume
+from metatokens.training.run_folder import RunFolder
+from metatokens.training.setup import TrainingSetup
+from metatokens.training.starting import check_tokenizer
+
+
+def train_graft(
+    config: GraftRunConfig,
+    out: str | Path,
+    *,
+    show_progress: bool = True,
+    label: str = "",
+    stop_after: float | None = None,
+    resume: str | Path | None = None,
+    allow_change: Sequence[str] = (),
+) -> TrainingResult:
+    """Graft `config.base` and train what is new into the run folder `out`; continue from its last checkpoint, if any.
+
+    Under torchrun every process calls this. For the arguments see `metatokens.training.pretraining.pretrain`, for
+    signals and errors `metatokens.training.loop.train`.
+    """
+    return train_on_tokens(
+        config,
+        out,
+        _make_job,
+        show_progress=show_progress,
+        label=label,
+        stop_after=stop_after,
+        resume=resume,
+        allow_change=allow_change,
+    )
+
+
+def plan(
+    config: GraftRunConfig, out: str | Path, *, resume: str | Path | None = None, allow_change: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the plan of a run, for `--dry-run`; the weights of the base are not opened.
+
+    Raises:
+        UsageError, DataError, CheckpointError, ResourceError: the errors that the run would raise before its first
+            step, but for those of the weights.
+    """
+    with join_processes(config.training) as processes, open_dataset(config) as dataset:
+        job = _make_job(config, dataset, processes, without_weights=True)
+        check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
+        num_blocks = len(TokenBlocks(dataset, "train", config.data.block_size))
+    blocks, trained = config.training.batch_blocks, job.model.num_parameters()
+    memory = step_memory(job.model.wrapped, config)
+    return {
+        "parameters_of_the_base": sum(p.numel() for p in job.model.parameters()) - trained,
+        "trained_parameters": trained,
+        "steps": config.total_steps,
+        "text_tokens_per_step": blocks * config.data.block_size,
+        "anchors_per_step": blocks * config.anchors_per_block,
+        "text_tokens": blocks * config.data.block_size * config.total_steps,
+        "passes_over_the_text": blocks * config.total_steps / num_blocks,
+        "checkpoint_bytes": trained * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+        "estimated_gpu_bytes": sum(memory.values()),
+        **{f"estimated_gpu_bytes_of_{name}": size for name, size in memory.items()},
+    }
+
+
+def _make_job(
+    config: GraftRunConfig, dataset: TokenDataset, processes: Processes, *, without_weights: bool = False
+) -> TrainingSetup:
+    if config.base is None:
+        raise UsageError("base", expected="a decoder to graft", found="none", remedy="name its folder or its hub id")
+    folder = ModelFolder(Path(config.base))
+    check_tokenizer(folder, dataset.manifest.tokenizer_sha256, dataset.path)
+    dtype = getattr(torch, config.base_dtype)
+    model = folder.build_plain_on_meta_device(dtype) if without_weights else folder.open_plain(dtype)
+    _check_positions(model, config)
+    # a folder is named so that the adapter finds it from anywhere
+    name = str(folder.name.absolute()) if folder.name.exists() else str(folder.name)
+    base = {} if without_weights else describe_base(model, name)
+    student = Student(graft(model.train(), config.graft), config.objectives, base)
+    batches = _batches(
+        config,
+        dataset,
+        "train",
+        batch_blocks=config.training.batch_blocks,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    flops = step_flops(model, config)
+    return TrainingSetup(
+        model=student,
+        tokenizer=AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False),
+        content_id=f"{dataset.content_id}+{folder.sha256}",
+        made=Training("graft", data=dataset.manifest.source, base_model=config.base),
+        batches=batches,
+        count_flops=lambda batch: batch.num_rows * flops,
+        evaluate=None
+        if config.evaluation.interval_steps is None
+        else _Validation(config, dataset, processes, student).measure,
+        evaluation_steps=config.evaluation.interval_steps,
+    )
+
+
+def _check_positions(model: Any, config: GraftRunConfig) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.data.block_size > limit:
+        raise UsageError(
+            f"data.block_size {config.data.block_size}",
+            expected=f"at most the {limit} positions of {config.base}",
+            found=str(config.data.block_size),
+            remedy="lower data.block_size, which anchors do not lengthen",
+        )
+
+
+class GraftBatch(NamedTuple):
+    """Blocks of text, and the positions that are compared in each."""
+
+    text: InjectedBatch
+    sampled: IntArray
+    """(B, P) int64, rising."""
+    num_meta: int
+    """Anchors that the model adds."""
+
+    @property
+    def input_ids(self) -> IntArray:
+        """(B, T)."""
+        return self.text.input_ids
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.text.num_rows
+
+    @property
+    def num_targets(self) -> int:
+        """Positions of text, each of which has a target."""
+        return self.text.num_targets
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens."""
+        return self.text.num_text
+
+    def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of a `Student` for some rows."""
+        sampled = torch.from_numpy(self.sampled[rows]).to(device, non_blocking=True)
+        return {**self.text.to_model_inputs(rows, device), "sampled": sampled}
+
+
+class GraftBatches(Batches):
+    """The batches of a loader of plain text, each with drawn positions: a pure function of the step."""
+
+    def __init__(self, loader: BatchLoader, config: GraftRunConfig) -> None:
+        """Take the loader."""
+        self.loader, self._config = loader, config
+
+    def batch_at(self, step: int) -> GraftBatch:
+        """Return this rank's rows of global batch `step`."""
+        return self.make_batch(*self.loader.samples_at(step))
+
+    def make_batch(self, sample_ids: IntArray, epochs: IntArray | int) -> GraftBatch:
+        """Return the given blocks (B,) with the positions that they have in the given epochs."""
+        size, config = self._config.data.block_size, self._config
+        # a subset of P positions, as meta-tokens are drawn in pre-training; this text has none
+        sampled = sample_meta_positions(
+            UniformInjection(ratio=config.sampled_positions / size),
+            sample_ids=sample_ids,
+            block_size=size,
+            seed=config.seed,
+            epoch=epochs,
+        )
+        text = self.loader.make_batch(sample_ids, epochs)
+        return GraftBatch(text, sampled, len(sample_ids) * config.anchors_per_block)
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Return the blocks of global batch `step`, of all ranks."""
+        return self.loader.sample_ids(step)
+
+
+def _batches(config: GraftRunConfig, dataset: TokenDataset, split: Split, **share: int) -> GraftBatches:
+    loader = BatchLoader(
+        TokenBlocks(dataset, split, config.data.block_size),
+        injection=NoInjection(),
+        block_size=config.data.block_size,
+        seed=config.seed,
+        meta_token_id=dataset.vocab_size,
+        loss_policy="skip",
+        reconstruct=config.reconstruct if split == "train" else None,
+        **share,
+    )
+    return GraftBatches(loader, config)
+
+
+class _Validation:
+    """Every objective over the first blocks of the validation split, with the same drawn positions each time."""
+
+    def __init__(self, config: GraftRunConfig, dataset: TokenDataset, processes: Processes, model: Student) -> None:
+        self._config, self._processes, self._model = config, processes, model
+        self._batches = _batches(config, dataset, "validation", batch_blocks=1)
+        num_blocks = min(config.evaluation.blocks, len(self._batches.loader.blocks))
+        self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
+
+    def measure(self) -> dict[str, tuple[float, float]]:
+        """Return the sum of each objective, nats, and the number of text tokens, of this process's blocks."""
+        device, rows = self._processes.device, self._config.training.micro_batch_blocks
+        bfloat16 = self._config.training.precision == "bfloat16"
+        sums, count = {"loss": 0.0, "distillation": 0.0}, 0
+        for start in range(0, len(self._sample_ids), rows):
+            batch = self._batches.make_batch(self._sample_ids[start : start + rows], epochs=0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                parts = self._model(**batch.to_model_inputs(device=device)).parts
+            sums["loss"] += float(parts["language_model"])
+            sums["distillation"] += float(parts["distillation"])
+            count += batch.num_targets
+        return {f"validation_{name}": (total, count) for name, total in sums.items()}

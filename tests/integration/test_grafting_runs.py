@@ -1,0 +1,186 @@
+"""Training of grafts: what it learns, what a run leaves, that a kill or a second process changes no bit, its refusals."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import ROUNDING, losses, numbers, run, start, wait, wait_for_step
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from commands import error_line, metatokens
+from metatokens.config.grafting import GraftRunConfig
+from metatokens.config.loading import load_preset
+from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
+from metatokens.graft import load_graft
+from tiny_models import randomize
+
+STEPS = 12
+PRESET = f"""
+graft: {{window: 12, num_sinks: 2, every: 3, lora_rank: 4}}
+data: {{block_size: 64}}
+reconstruct: {{share: 0.5, tokens: 8, distance: 12}}
+sampled_positions: 16
+optimizer: {{learning_rate: 0.02, weight_decay: 0}}
+schedule: {{warmup_steps: 2}}
+training: {{duration: {{kind: steps, steps: {STEPS}}}, batch_blocks: 4, micro_batch_blocks: 2, device: cpu}}
+evaluation: {{interval_steps: 6, blocks: 6}}
+checkpoint: {{interval_steps: 3}}
+logging: {{interval_steps: 1}}
+"""
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+Config = Callable[..., GraftRunConfig]
+
+
+def save_tokenizer(tokens: Path, folder: Path) -> None:
+    tokenizer = load_text_tokenizer(str(tokens))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    vocab_size = text_vocab_size(load_text_tokenizer(str(tokens)))
+    config = LlamaConfig(vocab_size=vocab_size, intermediate_size=48, max_position_embeddings=96, **SHAPE)
+    randomize(LlamaForCausalLM(config)).save_pretrained(folder)
+    save_tokenizer(tokens, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    preset = tmp_path_factory.mktemp("preset") / "graft.yaml"
+    preset.write_text(PRESET)
+    given = ["--base", str(base), "--data.path", str(tokens)]
+    return lambda *overrides: load_preset(preset, [*given, *overrides], schema=GraftRunConfig)
+
+
+@pytest.fixture(scope="module")
+def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(config("--checkpoint.keep", "100"), out) == [0]
+    return out
+
+
+def adapter(out: Path) -> bytes:
+    return (out / "model" / "graft.safetensors").read_bytes()
+
+
+def test_a_run_learns_in_the_new_parts_alone_and_leaves_an_adapter(whole: Path, base: Path, tokens: Path) -> None:
+    for name in ("validation_loss", "validation_distillation"):
+        first, last = numbers(whole, f"{name}_hex")[:: len(numbers(whole, f"{name}_hex")) - 1]
+        assert last < first, name
+    files = {file.name for file in (whole / "model").iterdir()}
+    assert files >= {"graft.safetensors", "config.json", "tokenizer.json", "README.md", "manifest.json"}
+    assert "model.safetensors" not in files
+    tensors = load_file(whole / "model" / "graft.safetensors")
+    assert tensors["row"].abs().max() > 0
+    assert tensors["up.layers-0-mlp-down_proj"].abs().max() > 0
+    result = json.loads((whole / "result.json").read_text().split("\n", 1)[1])
+    assert result["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert result["text_tokens"] == STEPS * 4 * 64
+    assert result["meta_tokens"] == STEPS * 4 * (64 // 3)
+    card = (whole / "model" / "README.md").read_text()
+    assert "load_graft(path)" in card
+    assert "After every 3. token" in card
+
+    model = load_graft(whole / "model")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    text = torch.randint(0, 200, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.equal(model(text).logits, plain(text).logits)
+
+
+def test_a_run_that_is_killed_ends_with_the_same_bits(config: Config, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    started = start(config(), out)
+    wait_for_step(out, 7, started)
+    os.kill(started[0].pid, signal.SIGKILL)
+    assert wait(started) == [-signal.SIGKILL]
+    assert run(config(), out) == [0]
+    assert losses(out) == losses(whole)
+    assert losses(out, "validation_distillation_hex") == losses(whole, "validation_distillation_hex")
+    assert adapter(out) == adapter(whole)
+
+
+def test_two_processes_train_as_one_does_and_go_on_from_its_checkpoint(
+    config: Config, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "two"
+    assert run(config("--training.gradient_checkpointing", "true"), out, world_size=2) == [0, 0]
+    assert numbers(out) == pytest.approx(numbers(whole), rel=ROUNDING * 100)
+    continued = tmp_path / "continued"
+    shutil.copytree(whole, continued)
+    shutil.rmtree(continued / "model")
+    (continued / "result.json").unlink()
+    shutil.rmtree(continued / "checkpoints" / f"step-{STEPS:08d}")
+    assert run(config(), continued, world_size=2) == [0, 0]
+    assert losses(continued)[STEPS - 3] == losses(whole)[STEPS - 3]
+    assert numbers(continued) == pytest.approx(numbers(whole), rel=ROUNDING * 100)
+
+
+def command(base: Path, tokens: Path, folder: Path, *arguments: str | Path) -> tuple[str | Path, ...]:
+    (folder / "graft.yaml").write_text(PRESET)
+    return ("graft", base, "--preset", folder / "graft.yaml", "--data.path", tokens, "--json", *arguments)
+
+
+def test_the_command_says_what_it_would_do_and_trains_in_bfloat16(base: Path, tokens: Path, tmp_path: Path) -> None:
+    given = command(base, tokens, tmp_path, "--out", tmp_path / "run")
+    plan = json.loads(metatokens(*given, "--dry-run").stdout)
+    assert plan["trained_parameters"] == 32 + 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert plan["anchors_per_step"] == 4 * 21
+    assert not (tmp_path / "run").exists()
+    arguments = ("--base_dtype", "bfloat16", "--training.precision", "bfloat16", "--steps", "2")
+    assert json.loads(metatokens(*given, *arguments).stdout)["steps"] == 2
+    # the digest does not depend on the type of the base
+    assert load_graft(tmp_path / "run" / "model").dtype == torch.float32
+
+
+BIG = {
+    "llama-8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14_336, "vocab_size": 128_256},
+    "llama-7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11_008, "vocab_size": 32_000},
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_the_preset_for_8b_is_planned_from_a_config_alone_and_fits_a_gpu_of_80_gb(
+    name: str, tokens: Path, tmp_path: Path
+) -> None:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8 if name == "llama-8b" else 32}
+    LlamaConfig(**BIG[name], **heads, max_position_embeddings=8192).save_pretrained(tmp_path / name)
+    save_tokenizer(tokens, tmp_path / name)
+    arguments = ("--preset", "graft/8b", "--data.path", tokens, "--data.block_size", "2048", "--batch", "2")
+    arguments += ("--training.micro_batch_blocks", "1", "--evaluation.interval_steps", "off", "--tokens", "100000")
+    done = metatokens("graft", tmp_path / name, *arguments, "--out", tmp_path / "run", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert 6.5e9 < plan["parameters_of_the_base"] < 8.1e9
+    assert 2 * plan["parameters_of_the_base"] < plan["estimated_gpu_bytes"] < 0.9 * 80e9
+
+
+def test_bad_input_is_one_line(base: Path, tokens: Path, other_tokens: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "graft.yaml"
+    out = ("--out", tmp_path / "run")
+    refusals: dict[tuple[str, ...], tuple[str, int]] = {
+        ("--graft.window", "60"): ("no token may see an anchor", 2),
+        ("--training.parallel.kind", "fsdp2"): ("training.parallel.kind ddp", 2),
+        ("--objectives.distillation", "0", "--objectives.language_model", "0"): ("nothing would be learned", 2),
+        ("--sampled_positions", "64"): ("not less than data.block_size", 2),
+        ("--data.block_size", "128"): ("at most the 96 positions", 2),
+        ("--data.path", str(other_tokens)): (f"prepare the text with --tokenizer {base}", 3),
+    }
+    for arguments, (message, code) in refusals.items():
+        assert message in error_line(*command(base, tokens, tmp_path, *out, *arguments), code=code)
+        assert not (tmp_path / "run").exists()
+    preset = tmp_path / "graft.yaml"
+    assert "metatokens graft BASE --preset" in error_line("pretrain", preset, "--data.path", tokens, code=2)
+    assert "one of `metatokens pretrain`" in error_line("graft", base, "--preset", "tiny/meta", code=2)
+    assert "--dry-run" in error_line("info", "graft/8b", code=2)
