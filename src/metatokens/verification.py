@@ -138,7 +138,7 @@ def run(folder: Path, not_sealed: list[str]) -> Checks:
     from metatokens.training.result import read_result
     from metatokens.training.run_folder import RunFolder
 
-    schemas = {"finetune": FinetuneConfig, "graft": GraftRunConfig}
+    schemas: dict[str, Any] = {"finetune": FinetuneConfig, "graft": GraftRunConfig}
 
     def read_config(path: Path) -> Any:
         return paths.stored(schemas.get(verb_of(str(path)), PretrainConfig))

@@ -1,4 +1,4 @@
-"""Training of grafts: what it learns, what a run leaves, that a kill or a second process changes no bit, its refusals."""
+"""Training of grafts: what is learned, what a run leaves, that a kill changes no bit, and what is refused."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.loading import load_preset
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.graft import load_graft
+from metatokens.training.run_folder import RunFolder
 from tiny_models import randomize
 
 STEPS = 12
@@ -27,7 +27,8 @@ graft: {{window: 12, num_sinks: 2, every: 3, lora_rank: 4}}
 data: {{block_size: 64}}
 reconstruct: {{share: 0.5, tokens: 8, distance: 12}}
 sampled_positions: 16
-optimizer: {{learning_rate: 0.02, weight_decay: 0}}
+objectives: {{language_model: 0.1}}
+optimizer: {{learning_rate: 0.01, weight_decay: 0}}
 schedule: {{warmup_steps: 2}}
 training: {{duration: {{kind: steps, steps: {STEPS}}}, batch_blocks: 4, micro_batch_blocks: 2, device: cpu}}
 evaluation: {{interval_steps: 6, blocks: 6}}
@@ -69,13 +70,14 @@ def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def adapter(out: Path) -> bytes:
-    return (out / "model" / "graft.safetensors").read_bytes()
+def same_adapter(one: Path, other: Path) -> bool:
+    first, second = (load_file(out / "model" / "graft.safetensors") for out in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_a_run_learns_in_the_new_parts_alone_and_leaves_an_adapter(whole: Path, base: Path, tokens: Path) -> None:
+def test_a_run_learns_in_the_new_parts_alone_and_leaves_an_adapter(whole: Path, base: Path) -> None:
     for name in ("validation_loss", "validation_distillation"):
-        first, last = numbers(whole, f"{name}_hex")[:: len(numbers(whole, f"{name}_hex")) - 1]
+        first, *_, last = losses(whole, name).values()
         assert last < first, name
     files = {file.name for file in (whole / "model").iterdir()}
     assert files >= {"graft.safetensors", "config.json", "tokenizer.json", "README.md", "manifest.json"}
@@ -83,7 +85,7 @@ def test_a_run_learns_in_the_new_parts_alone_and_leaves_an_adapter(whole: Path, 
     tensors = load_file(whole / "model" / "graft.safetensors")
     assert tensors["row"].abs().max() > 0
     assert tensors["up.layers-0-mlp-down_proj"].abs().max() > 0
-    result = json.loads((whole / "result.json").read_text().split("\n", 1)[1])
+    result = RunFolder(whole).read_result()
     assert result["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert result["text_tokens"] == STEPS * 4 * 64
     assert result["meta_tokens"] == STEPS * 4 * (64 // 3)
@@ -108,8 +110,8 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(config: Config, whole: Pat
     assert wait(started) == [-signal.SIGKILL]
     assert run(config(), out) == [0]
     assert losses(out) == losses(whole)
-    assert losses(out, "validation_distillation_hex") == losses(whole, "validation_distillation_hex")
-    assert adapter(out) == adapter(whole)
+    assert losses(out, "validation_distillation") == losses(whole, "validation_distillation")
+    assert same_adapter(out, whole)
 
 
 def test_two_processes_train_as_one_does_and_go_on_from_its_checkpoint(
@@ -179,7 +181,6 @@ def test_bad_input_is_one_line(base: Path, tokens: Path, other_tokens: Path, tmp
     }
     for arguments, (message, code) in refusals.items():
         assert message in error_line(*command(base, tokens, tmp_path, *out, *arguments), code=code)
-        assert not (tmp_path / "run").exists()
     preset = tmp_path / "graft.yaml"
     assert "metatokens graft BASE --preset" in error_line("pretrain", preset, "--data.path", tokens, code=2)
     assert "one of `metatokens pretrain`" in error_line("graft", base, "--preset", "tiny/meta", code=2)

@@ -13,7 +13,9 @@ def add(verbs: Any) -> None:
     """Add the verb to the parser."""
     text = "graft a trained decoder of transformers and train the new parts; continues where it stopped"
     parser = add_verb(verbs, "graft", _run, text, long=True)
-    parser.add_argument("base", type=Path, help="folder of a decoder of transformers, or its id on the Hugging Face hub")
+    parser.add_argument(
+        "base", type=Path, help="folder of a decoder of transformers, or its id on the Hugging Face hub"
+    )
     parser.add_argument(
         "--preset", default="graft/smollm2-135m", help="preset of the training: graft/smollm2-135m, graft/8b or a file"
     )

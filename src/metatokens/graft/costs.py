@@ -81,7 +81,7 @@ def _forward_flops(shape: _Shape, columns: int) -> int:
 
 def _shape_of(model: Any) -> _Shape:
     config = model.config
-    family = graft_of(model).family
+    matrices: list[Any] = [matrix for _, matrix in graft_of(model).family.matrices_of(model.base_model)]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return _Shape(
         layers=config.num_hidden_layers,
@@ -89,5 +89,5 @@ def _shape_of(model: Any) -> _Shape:
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         queries=config.num_attention_heads * head_size,
         vocab_size=config.vocab_size,
-        matrix_weights=sum(int(matrix.weight.numel()) for _, matrix in family.matrices_of(model.base_model)),  # type: ignore[operator, union-attr]
+        matrix_weights=sum(matrix.weight.numel() for matrix in matrices),
     )

@@ -27,7 +27,7 @@ from metatokens.graft.attending import ARGUMENT, IMPLEMENTATION, GraftMask
 from metatokens.graft.cache import is_filled, new_cache, state_of
 from metatokens.graft.families import Family, family_of
 from metatokens.graft.spreading import Spread, policy_of, spread, visible
-from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, find_cache
+from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, checkpoint_blocks, find_cache
 from metatokens.model.memory import CHUNK, Columns
 
 NAME = "metatokens_graft"
@@ -234,7 +234,9 @@ class Graft(nn.Module):
                 raise _refusal("text alone", name)
         if given.get("output_attentions", decoder.config.output_attentions):
             raise _refusal("no output_attentions, since anchors have rows and columns in them", "output_attentions")
-        if decoder.training and getattr(decoder, "is_gradient_checkpointing", False) and not self.recomputes:
+        parts = (decoder, *self.family.blocks_of(decoder))
+        forgets = not self.recomputes and any(getattr(part, "gradient_checkpointing", False) for part in parts)
+        if decoder.training and forgets:
             raise _refusal(
                 "gradient checkpointing by metatokens.graft.enable_gradient_checkpointing", "the model's own"
             )
@@ -315,9 +317,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
     """
     added = graft_of(model)
     added.recomputes = True
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": added.recomputing}
-    )
+    checkpoint_blocks(model, {"use_reentrant": False, "context_fn": added.recomputing})
 
 
 @contextmanager

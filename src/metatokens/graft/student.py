@@ -67,8 +67,9 @@ class Student(nn.Module):
             shift_labels: (B, T) the token that follows each.
             sampled: (B, P) positions at which predictions are compared with the teacher's.
             num_items_in_batch: divisor of the sums.
-            use_cache: False.
+            use_cache: has no effect; the training loop says that it wants none.
         """
+        del use_cache
         names = list(self._weights if self.training else OBJECTIVES)
         teacher_states = None
         if any(OBJECTIVES[name].needs_teacher for name in names):

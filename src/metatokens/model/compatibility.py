@@ -46,6 +46,7 @@ __all__ = [
     "LlamaRotaryEmbedding",
     "can_return_tuple",
     "capture_outputs",
+    "checkpoint_blocks",
     "create_causal_mask",
     "find_cache",
     "has_both_cache_names",
@@ -74,6 +75,19 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None:
         raise ValueError("give the cache as past_key_values or as cache, not as both")
     return cache if past_key_values is None else past_key_values
+
+
+def checkpoint_blocks(model: Any, options: dict[str, Any]) -> None:
+    """Let the blocks of a model of transformers compute their activations again in the backward pass.
+
+    From 5.24 on transformers calls it activation checkpointing.
+
+    Args:
+        model: of transformers.
+        options: of `torch.utils.checkpoint.checkpoint`.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Cache | None:

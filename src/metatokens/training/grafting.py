@@ -203,7 +203,15 @@ class GraftBatches(Batches):
         return self.loader.sample_ids(step)
 
 
-def _batches(config: GraftRunConfig, dataset: TokenDataset, split: Split, **share: int) -> GraftBatches:
+def _batches(
+    config: GraftRunConfig,
+    dataset: TokenDataset,
+    split: Split,
+    *,
+    batch_blocks: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> GraftBatches:
     loader = BatchLoader(
         TokenBlocks(dataset, split, config.data.block_size),
         injection=NoInjection(),
@@ -212,7 +220,9 @@ def _batches(config: GraftRunConfig, dataset: TokenDataset, split: Split, **shar
         meta_token_id=dataset.vocab_size,
         loss_policy="skip",
         reconstruct=config.reconstruct if split == "train" else None,
-        **share,
+        batch_blocks=batch_blocks,
+        rank=rank,
+        world_size=world_size,
     )
     return GraftBatches(loader, config)
 

@@ -111,8 +111,8 @@ model = load_graft(path)
 ```
 
 `path` is this folder, an adapter: it holds what was trained, names the model that it was trained on, and loads onto no
-other. The model takes and returns text. After every {config.every}. token it reads a meta-token by itself; text sees the
-last {config.window} tokens, the first {config.num_sinks}, and the meta-tokens of the text before."""
+other. The model takes and returns text. After every {config.every}. token it reads a meta-token by itself; text sees
+the last {config.window} tokens, the first {config.num_sinks}, and the meta-tokens of the text before."""
 
 
 def _loading(model: Any) -> str:

@@ -150,7 +150,9 @@ def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
         return model, dataset.tokenizer(), loader.batch_at(0)
 
 
-def open_dataset(config: PretrainConfig | GraftRunConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
+def open_dataset(
+    config: PretrainConfig | GraftRunConfig, *, verify: Literal["full", "size"] | None = None
+) -> TokenDataset:
     """Open the tokens that `config` names, and verify them as it says or as the caller does."""
     return TokenDataset.open(require_path(config.data.path), verify=verify or config.data.verify)
 

@@ -44,7 +44,7 @@ CHANGED = {
     "random_ratio": 0.25,
     "loss_policy": "retarget",
 }
-PRETRAINING = [name for name in preset_names() if verb_of(name) == "pretrain"]
+PRETRAINING = [name for name in preset_names() if verb_of(name) not in {"finetune", "graft"}]
 RENAMED = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters", "attention": "landmark_every"}
 
 

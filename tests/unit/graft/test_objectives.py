@@ -1,4 +1,4 @@
-"""What the new parts of a graft learn from: each objective against its slow definition, and gradients of all of them."""
+"""What the new parts of a graft learn from: objectives against their slow definitions, and their gradients."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from metatokens.errors import UsageError
 from metatokens.graft import enable_gradient_checkpointing, graft
 from metatokens.graft.objectives import OBJECTIVES
 from metatokens.graft.student import Student
+from metatokens.model.compatibility import checkpoint_blocks
 
 TEXT, SAMPLED = ids(rows=2, length=LENGTH), torch.tensor([[3, 17, 30], [8, 9, 39]])
 
@@ -28,7 +29,8 @@ def test_every_objective_has_a_weight_and_a_weight_its_objective() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_objectives_are_their_definitions(family: str) -> None:
     text, following = TEXT[:, :-1], TEXT[:, 1:]
-    own, full = trained(family)(text, use_cache=False).logits, plain(family)(text, use_cache=False).logits
+    with torch.no_grad():
+        own, full = (model(text, use_cache=False).logits for model in (trained(family), plain(family)))
     log_own, log_full = log_softmax(own, -1), log_softmax(full, -1)
     divergences = (log_full.exp() * (log_full - log_own)).sum(-1)
     mean_of_drawn = divergences.gather(1, SAMPLED).mean()
@@ -39,7 +41,7 @@ def test_objectives_are_their_definitions(family: str) -> None:
     }
     assert outcome.parts.keys() == expected.keys()
     for name, value in expected.items():
-        assert largest(outcome.parts[name] - value) < 1e-9 * float(value), name
+        assert largest(outcome.parts[name] - value) < 1e-9 * largest(value), name
     total = 0.5 * expected["distillation"] + 2 * expected["language_model"]
     assert largest(outcome.loss - total / 7) < 1e-9
 
@@ -54,7 +56,7 @@ def test_all_positions_would_give_the_whole_divergence_and_a_chunk_at_a_time_the
         loss = model(TEXT, TEXT, torch.arange(LENGTH).expand(2, -1)).loss
         loss.backward()
         results.append((loss, model.wrapped.metatokens_graft.row.grad))
-    assert float(results[0][0]) > 1
+    assert largest(results[0][0]) > 1
     for one, other in zip(*results, strict=True):
         assert largest(one - other) < 1e-9
 
@@ -80,12 +82,12 @@ def test_blocks_that_are_computed_again_in_the_backward_pass_give_the_same_gradi
         model = student(family)
         if again:
             model.gradient_checkpointing_enable()
-        runs: list[int] = []
-        block = model.wrapped.metatokens_graft.family.blocks_of(model.wrapped.base_model)[0]
-        block.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        runs, attention = [], model.wrapped.config._attn_implementation
+        _, matrix = next(model.wrapped.metatokens_graft.family.matrices_of(model.wrapped.base_model))
+        matrix.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         model(text, text, SAMPLED).loss.backward()
         assert len(runs) == (3 if again else 2)  # the teacher's, the model's, and that of the backward pass
-        assert model.wrapped.config._attn_implementation == "sdpa"
+        assert model.wrapped.config._attn_implementation == attention
         assert model.wrapped.metatokens_graft.spread is None
         results.append(torch.cat([p.grad.flatten() for p in model.wrapped.metatokens_graft.parameters()]))
     assert largest(results[0]) > 1e-3
@@ -94,7 +96,7 @@ def test_blocks_that_are_computed_again_in_the_backward_pass_give_the_same_gradi
 
 def test_the_models_own_checkpointing_is_refused_since_its_blocks_would_forget_the_anchors() -> None:
     model = graft(make("llama"), CONFIG).train()
-    model.gradient_checkpointing_enable()
+    checkpoint_blocks(model, {"use_reentrant": False})
     with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
         model(TEXT, use_cache=False)
     enable_gradient_checkpointing(model)

@@ -26,7 +26,7 @@ def distillation(state: Pass) -> Tensor:
 
 
 def divergence(head: nn.Module, own: Tensor, full: Tensor) -> Tensor:
-    """Return the summed divergence of the predictions from states (N, C) from those from others, at least in float32."""
+    """Return the summed divergence of the predictions at states (N, C) from those at others, at least in float32."""
     own_logits, full_logits = head(own), head(full)
     precision = torch.promote_types(own_logits.dtype, torch.float32)
     log_own, log_full = (torch.log_softmax(logits, -1, dtype=precision) for logits in (own_logits, full_logits))

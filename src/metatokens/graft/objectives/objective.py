@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ class Pass:
     @property
     def vocab_size(self) -> int:
         """V, for the size of a chunk of logits."""
-        return int(self.head.weight.shape[0])  # type: ignore[union-attr, operator]
+        weight: Any = self.head.weight
+        return int(weight.shape[0])
 
 
 @dataclass(frozen=True)
