@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from metatokens.model.cache import with_room
 from metatokens.model.generation import MetaTokenGenerationMixin
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ class Sampler:
         self._is_greedy = temperature == 0
         self._generator = generator
         self._processors = LogitsProcessorList()
-        if suppressed:
-            self._processors.append(SuppressTokensLogitsProcessor([*suppressed], device=device))
+        self._suppressed = torch.tensor([*suppressed], dtype=torch.int64, device=device)
         if temperature not in {0, 1}:
             self._processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None and not self._is_greedy:
@@ -86,7 +85,9 @@ class Sampler:
     def choose(self, logits: Tensor) -> int:
         """Return a token, from logits (1, V)."""
         no_ids = torch.empty(1, 0, dtype=torch.int64, device=logits.device)
-        scores = self._processors(no_ids, logits.to(dtype=torch.float32, copy=True))
+        scores = logits.to(dtype=torch.float32, copy=True)
+        # as SuppressTokensLogitsProcessor, which searches the whole vocabulary for them in each step
+        scores = self._processors(no_ids, scores.index_fill_(-1, self._suppressed, -torch.inf))
         if self._is_greedy:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), num_samples=1, generator=self._generator))
@@ -200,7 +201,7 @@ def decode_together(
     meta_token_id = model.config.meta_token_id
     for one in wanted:
         one.begin(meta_token_id)
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    cache = with_room(DynamicCache(config=model.config)) if cache is None else cache
     reader = _Reader(model, cache, num_rows=len(wanted), filler=eos_token_id)
     running = [*wanted]
     while running:

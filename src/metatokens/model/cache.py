@@ -10,13 +10,78 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicLayer, StaticLayer
+from transformers import DynamicCache, DynamicLayer, StaticLayer
 
 # meta columns appended between two searches for gaps; each search waits for the device
 COLUMNS_BETWEEN_SEARCHES = 16
+# share of its columns for which a cache has room when it is copied, so that a column is copied eight times on average
+ROOM = 1 / 8
 
 
-class MetaDynamicLayer(DynamicLayer):
+class _Room:
+    """Columns with free ones behind them, into which new ones are written."""
+
+    def __init__(self, old: Tensor | None, new: Tensor) -> None:
+        """Copy old columns (B, H, K, D), and make room for these new ones and some more."""
+        num_old = 0 if old is None else old.shape[-2]
+        num_all = num_old + new.shape[-2]
+        self._columns = new.new_empty((*new.shape[:2], num_all + int(ROOM * num_all) + 1, new.shape[-1]))
+        self._num_used = num_old
+        if old is not None:
+            self._columns[..., :num_old, :] = old
+
+    def takes(self, old: Tensor | None, new: Tensor) -> bool:
+        """Tell whether the old columns lie here, nothing was appended to them elsewhere, and the new ones fit."""
+        return (
+            old is not None
+            and old.data_ptr() == self._columns.data_ptr()
+            and old.shape[-2] == self._num_used
+            and old.shape[:2] == self._columns.shape[:2]
+            and self._num_used + new.shape[-2] <= self._columns.shape[-2]
+            and self._columns.is_inference() == torch.is_inference_mode_enabled()
+        )
+
+    def append(self, new: Tensor) -> Tensor:
+        """Return all columns."""
+        num_all = self._num_used + new.shape[-2]
+        self._columns[..., self._num_used : num_all, :] = new
+        self._num_used = num_all
+        return self._columns[..., :num_all, :]
+
+
+class RoomyLayer(DynamicLayer):
+    """Appends in place, where its base class copies the whole cache in every step. It has the same columns."""
+
+    keys: Tensor | None
+    values: Tensor | None
+    _rooms: tuple[_Room, _Room] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, H, T, D) and return all of them."""
+        needs_gradient = key_states.requires_grad or value_states.requires_grad
+        if torch.compiler.is_compiling() or needs_gradient or (self.keys is not None and self.keys.requires_grad):
+            self._rooms = None
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        pairs = [
+            (old if old is not None and old.numel() else None, new)
+            for old, new in ((self.keys, key_states), (self.values, value_states))
+        ]
+        if self._rooms is None or not all(room.takes(*pair) for room, pair in zip(self._rooms, pairs, strict=True)):
+            self._rooms = _Room(*pairs[0]), _Room(*pairs[1])
+        self.keys, self.values = (room.append(new) for room, (_, new) in zip(self._rooms, pairs, strict=True))
+        return self.keys, self.values
+
+
+def with_room(cache: DynamicCache) -> DynamicCache:
+    """Let the plain layers of a cache that is still empty append in place; returns the cache."""
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class MetaDynamicLayer(RoomyLayer):
     """Grows with the sequence. A meta column is shared by the rows of the batch.
 
     `meta_columns` (B, M) holds the token column of each cached meta-token, or -1 where a row has none; it gives the

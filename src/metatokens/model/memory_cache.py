@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticLayer, logging
+from transformers import Cache, DynamicLayer, StaticLayer, logging
 
 from .cache import MetaDynamicLayer
 from .memory import CHUNK, Columns, Counts, MemoryPolicy, count_tokens, see, stay, take_columns
@@ -241,14 +241,19 @@ class MemoryDynamicLayer(MetaDynamicLayer):
             self._write(slots, key_states, value_states)
             rest = slots.shape[1]
             if rest < key_states.shape[2]:
-                super().update(key_states[:, :, rest:], value_states[:, :, rest:], *args, **kwargs)
+                self._append(key_states[:, :, rest:], value_states[:, :, rest:], *args, **kwargs)
             self._own = self.keys
             return self.keys, self.values
         if sorting is not None:
             self.keys, self.values = take_columns(self.keys, sorting), take_columns(self.values, sorting)
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self._append(key_states, value_states, *args, **kwargs)
         self._drop()
         self._own = self.keys
+        return keys, values
+
+    def _append(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # without room behind the columns: most of them change places or go
+        keys, values = DynamicLayer.update(self, *args, **kwargs)
         return keys, values
 
     def _write(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
