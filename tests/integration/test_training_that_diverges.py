@@ -9,6 +9,7 @@ from training_runs import small_config
 
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import NumericError
+from metatokens.training import loop
 from metatokens.training.pretraining import pretrain
 
 Config = Callable[..., PretrainConfig]
@@ -47,6 +48,13 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(config: Config, tmp_pa
     line = error_of(run, tmp_path / "run")
     assert "evaluation after step 1: expected a finite validation loss, found nan" in line
     assert "no checkpoint was made before" in line
+
+
+def test_too_many_steps_that_change_nothing_end_the_run(config: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_SKIPS", 1)
+    line = error_of(config("--training.duration.steps", "8", *UNJUDGED), tmp_path / "run")
+    assert "step 3: expected at most 1 steps that change nothing, found 2" in line
+    assert (tmp_path / "run" / "diagnostic").exists()
 
 
 def test_steps_that_change_nothing_count_across_a_resume(config: Config, tmp_path: Path):

@@ -6,6 +6,7 @@ imports heavy packages only when the verb runs, so `metatokens --help` does not 
 """
 
 import argparse
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ from metatokens.cli.completion import SHELLS, PrintCompletion
 from metatokens.cli.output import say
 from metatokens.errors import FULL_DISK, MetaTokensError, Preempted, ResourceError, UsageError
 from metatokens.names import nearest_name
+
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 # in the order of the help
 VERBS = (
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out_of_memory = isinstance(error, MemoryError) or of_torch
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "lower training.micro_batch_blocks or take a smaller model" if out_of_memory else "--debug shows where"
-        say(f"metatokens: {cause}; {remedy}")
+        say(f"metatokens: {cause}; {_peaks() if out_of_memory else ''}{remedy}")
         return ResourceError.exit_code if out_of_memory else 1
 
 
@@ -105,6 +108,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UsageError("command line", expected="valid arguments", found=found, remedy=remedy)
     options.overrides = overrides
     return options
+
+
+def _peaks() -> str:
+    """Tell the most memory that was in use."""
+    held = f"at the peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 2**30:.1f} GiB were held"
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return f"{held}; "
+    return f"{held}, and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU; "
 
 
 def _end_of_path(error: OSError) -> int:

@@ -192,10 +192,24 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = inputs_embeds if input_ids is None else self._embed_ids(input_ids)
+        assert hidden is not None
         if meta_token_mask is None:
-            meta_token_mask = self.find_meta_tokens(input_ids, inputs_embeds)
+            meta_token_mask = self.find_meta_tokens(input_ids, hidden)
         return hidden, meta_token_mask.bool()
+
+    def _embed_ids(self, ids: Tensor) -> Tensor:
+        """Embed ids (B, T); a GPU does not tell of one out of range, and looking there would wait for it."""
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: expected (batch, tokens) of int64, found {tuple(ids.shape)} of {ids.dtype}")
+        try:
+            hidden: Tensor = self.embed_tokens(ids)
+        except IndexError:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {self.config.vocab_size - 1}, found {int(ids.min())} to "
+                f"{int(ids.max())}; does the tokenizer belong to the model?"
+            ) from None
+        return hidden
 
     def _usable_cache(self, cache: Cache | None) -> Cache | None:
         """Return the cache, or None where the backward pass runs the layers again: they would fill it twice."""

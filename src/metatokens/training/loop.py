@@ -51,6 +51,8 @@ from metatokens.training.spikes import JudgedStep, spike_limit
 from metatokens.training.step import OptimizerStep
 
 MAX_CONSECUTIVE_SKIPS = 3
+MAX_SKIPS = 100
+"""Steps that change nothing, over the whole run: one in a million is chance, so many are a fault."""
 
 
 def train(
@@ -318,6 +320,8 @@ class _Run:
             warnings.warn(f"step {step + 1} {judged}", stacklevel=2)
         if (skips := self.state.consecutive_skips) > MAX_CONSECUTIVE_SKIPS:
             raise self._diverged(f"step {step + 1}", "a finite loss and gradient", f"{skips} steps in a row without")
+        if (skips := self.state.skipped_steps) > MAX_SKIPS:
+            raise self._diverged(f"step {step + 1}", f"at most {MAX_SKIPS} steps that change nothing", str(skips))
 
     def _check_end(self) -> None:
         """Refuse to end as a success a run whose last steps changed nothing."""

@@ -95,6 +95,20 @@ def test_both_or_neither_kind_of_input_raises(given: tuple[str, ...]) -> None:
         model(**{name: inputs[name] for name in given})
 
 
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        (IDS + 1000, "expected ids from 0 to"),
+        (IDS.where(IDS.max() != IDS, -1), "found -1 to"),
+        (IDS.float(), "of torch.float32"),
+        (IDS[0], "expected \\(batch, tokens\\)"),
+    ],
+)
+def test_ids_that_are_none_raise(ids: torch.Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        tiny_model()(ids)
+
+
 # What runs when -------------------------------------------------------------------------------------------------
 
 
