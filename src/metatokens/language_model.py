@@ -47,6 +47,7 @@ from metatokens.generation.decoding import (
     schedule_for,
     sequence_limit,
 )
+from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.lens import Lens
 from metatokens.model.export import save_model
 from metatokens.report.attention_figure import Attention
@@ -142,9 +143,20 @@ class LanguageModel:
         return cls(model, as_text_tokenizer(tokenizer))
 
     def save(self, path: str | Path) -> None:
-        """Write model and tokenizer into a folder that `load` and `from_pretrained` open."""
-        folder = Path(path)
-        save_model(getattr(self.model, "wrapped", self.model), folder, self.tokenizer)
+        """Write model and tokenizer into a folder that `load` and `from_pretrained` open.
+
+        Raises:
+            UsageError: The model is grafted.
+        """
+        folder, model = Path(path), getattr(self.model, "wrapped", self.model)
+        if hasattr(model, GRAFT):
+            raise UsageError(
+                "model",
+                expected="one without a graft",
+                found="a grafted one, whose new parts are a file of their own",
+                remedy="call metatokens.graft.save_graft(language_model.model.wrapped, folder)",
+            )
+        save_model(model, folder, self.tokenizer)
         if (folder / MANIFEST).exists():
             write_manifest(folder)
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import ROUNDING, losses, numbers, run, start, wait, wait_for_step
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from commands import error_line, metatokens
+from metatokens import load
 from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.loading import load_preset
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
+from metatokens.errors import UsageError
 from metatokens.graft import load_graft
 from metatokens.training.run_folder import RunFolder
 from tiny_models import randomize
@@ -36,6 +38,7 @@ checkpoint: {{interval_steps: 3}}
 logging: {{interval_steps: 1}}
 """
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SLIM = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
 Config = Callable[..., GraftRunConfig]
 
 
@@ -48,7 +51,7 @@ def save_tokenizer(tokens: Path, folder: Path) -> None:
 def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "llama"
     vocab_size = text_vocab_size(load_text_tokenizer(str(tokens)))
-    config = LlamaConfig(vocab_size=vocab_size, intermediate_size=48, max_position_embeddings=96, **SHAPE)
+    config = LlamaConfig(vocab_size=vocab_size, intermediate_size=48, max_position_embeddings=256, **SHAPE)
     randomize(LlamaForCausalLM(config)).save_pretrained(folder)
     save_tokenizer(tokens, folder)
     return folder
@@ -176,12 +179,49 @@ def test_bad_input_is_one_line(base: Path, tokens: Path, other_tokens: Path, tmp
         ("--training.parallel.kind", "fsdp2"): ("training.parallel.kind ddp", 2),
         ("--objectives.distillation", "0", "--objectives.language_model", "0"): ("nothing would be learned", 2),
         ("--sampled_positions", "64"): ("not less than data.block_size", 2),
-        ("--data.block_size", "128"): ("at most the 96 positions", 2),
+        ("--data.block_size", "512"): ("at most the 256 positions", 2),
         ("--data.path", str(other_tokens)): (f"prepare the text with --tokenizer {base}", 3),
     }
     for arguments, (message, code) in refusals.items():
         assert message in error_line(*command(base, tokens, tmp_path, *out, *arguments), code=code)
+    mistral = MistralConfig(sliding_window=8, num_hidden_layers=1, vocab_size=300, **SLIM)
+    mistral.save_pretrained(tmp_path / "mistral")
+    save_tokenizer(tokens, tmp_path / "mistral")
+    given = command(tmp_path / "mistral", tokens, tmp_path, *out, "--dry-run")
+    assert "layers that see less than the past" in error_line(*given, code=2)
     preset = tmp_path / "graft.yaml"
     assert "metatokens graft BASE --preset" in error_line("pretrain", preset, "--data.path", tokens, code=2)
     assert "one of `metatokens pretrain`" in error_line("graft", base, "--preset", "tiny/meta", code=2)
     assert "--dry-run" in error_line("info", "graft/8b", code=2)
+
+
+def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a dog ran to the far hill, and nobody knew why it was so.\nthe cat sat on the mat. " * 4)
+    exported = tmp_path / "exported"
+    metatokens("export", whole, "--out", exported)
+    assert (exported / "model.safetensors").is_file()
+    perplexities = []
+    for folder in (whole, whole / "checkpoints" / f"step-{STEPS:08d}", exported, base):
+        done = metatokens("perplexity", folder, text, "--window", "90", "--json")
+        perplexities.append(json.loads(done.stdout)["sliding"]["nats"])
+    assert perplexities[0] == perplexities[1] == perplexities[2] != perplexities[3]
+    written = json.loads(metatokens("generate", whole, "the cat", "--max-text-tokens", "9", "--json").stdout)
+    assert written["text_tokens"] == 9
+    assert "parameters" in metatokens("info", whole, "--json").stdout
+    opened = load(whole)
+    assert opened.generate("the cat", max_text_tokens=9, temperature=0).meta_tokens == 0
+    with pytest.raises(UsageError, match="save_graft"):
+        opened.save(tmp_path / "saved")
+    long = ("--suite", "long-context", "--lengths", "[200]", "--tasks", "[copying]", "--instances", "8")
+    metatokens("evaluate", whole, *long, "--json")
+    assert "the policy full alone" in error_line("evaluate", whole, *long, "--policies", "[full, sinks]", code=2)
+    for command in (
+        ("analyze", whole, "--text", text, "--out", tmp_path / "analysis"),
+        ("evaluate", whole, "--task.kind", "parity"),
+        ("finetune", "tiny/recall", "--start.kind", "checkpoint", "--start.path", whole, "--out", tmp_path / "tuned"),
+        ("serve", whole),
+    ):
+        assert "found a graft" in error_line(*command, code=2), command
+    assert "found a graft" in error_line("compress", whole, text, "--out", tmp_path / "c.safetensors", code=2)
+    assert metatokens("verify", whole).stdout

@@ -34,7 +34,7 @@ class PretrainedCausalLM(nn.Module):
 
     Attributes:
         wrapped: the model itself; `generate`, PEFT and whatever else transformers knows take it.
-        config: its config, with `meta_token_id`, `pad_token_id` and `loss_policy`.
+        config: its config, with `meta_token_id` (None for a grafted model), `pad_token_id` and `loss_policy`.
     """
 
     def __init__(self, wrapped: PreTrainedModel) -> None:
@@ -104,7 +104,8 @@ class PretrainedCausalLM(nn.Module):
         )
         hidden = outputs.last_hidden_state
         if shift_labels is None and labels is not None:
-            is_meta = input_ids == self.config.meta_token_id
+            meta_token_id = -1 if self.config.meta_token_id is None else self.config.meta_token_id
+            is_meta = input_ids == meta_token_id
             shift_labels = targets_of_labels(labels, is_meta, self.config.loss_policy)
         head = self.get_output_embeddings()
         loss, logits = loss_and_logits(

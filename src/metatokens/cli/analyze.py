@@ -30,6 +30,7 @@ def _run(options: argparse.Namespace) -> int:
 
     folder = ModelFolder(options.checkpoint)
     folder.check_path()
+    folder.refuse_graft("an analysis of its inside")
     if options.text is not None:
         source_files(options.text)
     for name in (ARRAYS_NAME, RESULTS_NAME):

@@ -50,6 +50,7 @@ def _run_recall(options: argparse.Namespace) -> int:
     folders = [ModelFolder(path) for path in options.checkpoints]
     for folder in folders:
         folder.check_path()
+        folder.refuse_graft("a recall task")
     check_one_arm(folders)
     config = evaluation_config_of(folders[0], options.overrides)
     if options.out:

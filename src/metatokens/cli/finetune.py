@@ -26,7 +26,9 @@ def _run(options: argparse.Namespace) -> int:
     check_kind_of_run(options.preset, "finetune")
     config, out = load_preset(options.preset, options.overrides, schema=FinetuneConfig), run_folder(options)
     if isinstance(config.start, CheckpointStart):
-        ModelFolder(Path(config.start.path)).check_path()
+        start = ModelFolder(Path(config.start.path))
+        start.check_path()
+        start.refuse_graft("a recall task")
     check_allowed(options.allow_change, type(config))
     if options.resume is not None:
         from metatokens.training.checkpoint import check_checkpoint

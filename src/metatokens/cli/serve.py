@@ -26,6 +26,7 @@ def _run(options: argparse.Namespace) -> int:
 
     folder = ModelFolder(options.checkpoint)
     folder.check_path()
+    folder.refuse_graft("a server")
     path = folder.path
     announce(options, f"opening {options.checkpoint}")
     from transformers import GenerationConfig

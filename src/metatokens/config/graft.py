@@ -6,6 +6,9 @@ from pydantic import Field
 
 from metatokens.config.base import Frozen
 
+GRAFT_FILE = "graft.safetensors"
+"""What is new of a grafted model, in a folder of its own or beside its base."""
+
 
 class GraftConfig(Frozen):
     """Where the anchors stand, what is seen of the past, and how much of the model is new."""

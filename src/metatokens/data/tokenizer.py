@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from metatokens.data.byte_level import Specification, TokenIds, check_keeps_text, tiktoken_encode
+from metatokens.data.byte_level import Specification, TokenIds, lost_bytes, tiktoken_encode
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class TextEncoder:
         backend: Which library encodes.
 
     Raises:
-        UsageError: The vocabulary has no end-of-text token, loses text (see `check_keeps_text`), or encodes the string
+        UsageError: The vocabulary has no end-of-text token, loses text (see `lost_bytes`), or encodes the string
             of a special token to the special id even as plain text; or the ids differ from the tokenizer's.
     """
 
@@ -253,10 +253,11 @@ class TextEncoder:
         The result does not depend on the number of cores.
 
         Raises:
-            DataError: A text holds a lone surrogate, which UTF-8 cannot express.
+            DataError: A text holds a lone surrogate, which UTF-8 cannot express, or a byte that the vocabulary lacks.
         """
         for text in texts:
             require_utf8(text)
+            self._encoders.require_kept(text)
         if self.backend == "tokenizers":
             encodings = self._encoders.plain.encode_batch_fast(list(texts), add_special_tokens=False)
             return [_frozen(encoding.ids) for encoding in encodings]
@@ -272,6 +273,23 @@ class _Encoders(NamedTuple):
     plain: Tokenizer
     fast: Callable[[str], TokenIds] | None
     """tiktoken's; None where it cannot give the same ids."""
+    lost: frozenset[int]
+    """Bytes that the vocabulary lacks."""
+
+    def require_kept(self, text: str) -> None:
+        """Refuse a text of which the vocabulary would drop a part.
+
+        Raises:
+            DataError: It has such a byte.
+        """
+        if self.lost and (found := self.lost.intersection(text.encode())):
+            character = next(character for character in text if found.intersection(character.encode()))
+            raise DataError(
+                "text",
+                expected="bytes that the tokenizer's vocabulary has",
+                found=f"{character!r}, whose byte {min(found):#04x} it would drop",
+                remedy="take the character out of the text, or use a tokenizer with all bytes",
+            )
 
     def encode(self, text: str) -> TokenIds:
         if self.fast is not None:
@@ -289,9 +307,8 @@ def _checked_encoders(canonical: str, eos_token_id: int) -> _Encoders:
         UsageError: See `TextEncoder`.
     """
     specification: Specification = json.loads(canonical)
-    check_keeps_text(specification)
-    encoders = _Encoders(_blind_to_special_tokens(specification, eos_token_id), None)
-    fast = tiktoken_encode(specification)
+    encoders = _Encoders(_blind_to_special_tokens(specification, eos_token_id), None, lost_bytes(specification))
+    fast = None if encoders.lost else tiktoken_encode(specification)  # tiktoken needs a token for every byte
     if fast is not None and np.array_equal(fast(_PROBE_TEXT), encoders.encode(_PROBE_TEXT)):
         encoders = encoders._replace(fast=fast)
     for token in specification["added_tokens"]:

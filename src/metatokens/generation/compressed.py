@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer
 from metatokens.errors import DataError, ResourceError, UsageError
 from metatokens.generation.stepping import read_into
+from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model.accounting import cache_bytes
 from metatokens.model.configuration import MetaTokenConfig
 from metatokens.model.memory_cache import MemoryState, shared_state
@@ -208,6 +209,13 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
         UsageError: The model has no memory mode, or the text is empty or longer than the model.
     """
     policy = getattr(model.config, "memory_policy", None)
+    if hasattr(getattr(model, "wrapped", None), GRAFT):
+        raise UsageError(
+            "model",
+            expected="one of this package in memory mode",
+            found="a graft, whose cache has no file yet",
+            remedy="train one with --model.attention.kind memory, such as the preset tiny/memory",
+        )
     if policy is None:
         raise UsageError(
             "model",

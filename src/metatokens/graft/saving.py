@@ -2,12 +2,14 @@
 
 `graft.safetensors` holds the new parameters, and in its header the config of the graft and what it was grafted onto.
 A full folder is an ordinary folder of transformers with this file in it, so `AutoModelForCausalLM` opens it as the
-plain base, with or without this package.
+plain base, with or without this package; with `trust_remote_code` it opens it grafted, by the code beside the weights,
+which needs the package.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,19 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from metatokens.config.graft import GraftConfig
+from metatokens.config.graft import GRAFT_FILE, GraftConfig
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.graft.grafting import NAME, graft, graft_of, ungraft
 from metatokens.storage import new_folder, write_durably
 
-FILE = "graft.safetensors"
+CODE = Path(__file__).with_name("modeling_graft.py")
 FORMAT = "graft of metatokens 1"
 
 
 def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer: Any = None) -> None:
     """Write the graft of a model into a new folder, complete or absent.
+
+    An adapter has the config of its base beside it, from which the commands of this package know what it is.
 
     Args:
         model: a grafted model.
@@ -55,12 +59,18 @@ def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer:
         write_adapter(unfinished, added.state_dict(), added.config, describe_base(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        if full:
+        if not full:
+            model.config.save_pretrained(unfinished)
+        else:
             del model._modules[NAME]
+            own_map = getattr(model.config, "auto_map", None)
+            model.config.auto_map = {"AutoModelForCausalLM": f"{CODE.stem}.GraftedForCausalLM"}
             try:
                 model.save_pretrained(unfinished)
             finally:
                 model.add_module(NAME, added)
+                model.config.auto_map = own_map
+            shutil.copyfile(CODE, unfinished / CODE.name)
 
 
 def describe_base(model: Any, name: str = "") -> dict[str, str]:
@@ -88,7 +98,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: GraftConf
     """
     header = {"format": FORMAT, "config": config.model_dump_json(), **base}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_durably(folder / FILE, save(whole, header))
+    write_durably(folder / GRAFT_FILE, save(whole, header))
 
 
 def load_graft(folder: str | Path, model: Any = None) -> Any:
@@ -103,7 +113,7 @@ def load_graft(folder: str | Path, model: Any = None) -> Any:
         UsageError: the model cannot be grafted.
     """
     folder = Path(folder)
-    header, tensors = _read(folder / FILE)
+    header, tensors = _read(folder / GRAFT_FILE)
     if model is None:
         own = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
         source, revision = (str(folder), None) if own else (header["base"], header["revision"] or None)
@@ -130,7 +140,7 @@ def load_graft(folder: str | Path, model: Any = None) -> Any:
         graft_of(model).load_state_dict(tensors)
     except RuntimeError as error:
         ungraft(model)
-        raise _damaged(folder / FILE, error) from None
+        raise _damaged(folder / GRAFT_FILE, error) from None
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GPTNeoForCausalLM, PreTrainedModel
 
 from metatokens.errors import UsageError
+from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.compatibility import CACHE_NAME
 
@@ -102,8 +103,15 @@ def describe_layout(model: PreTrainedModel) -> Layout:
     """Return where the parts of a model are.
 
     Raises:
-        UsageError: A class that is not known.
+        UsageError: A class that is not known, or a grafted model.
     """
+    if hasattr(model, GRAFT):
+        raise UsageError(
+            "model",
+            expected="one whose activations are those of its input's columns",
+            found="a grafted one, which reads anchors between them",
+            remedy="call metatokens.graft.ungraft first, or look at its base",
+        )
     for known, describe in _DESCRIPTIONS.items():
         if isinstance(model, known):
             return describe(model)

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
+from metatokens.graft import save_graft
 from metatokens.model.export import save_model
 from metatokens.storage import LEAST_BYTES, check_folder, new_folder
 from metatokens.training.checkpoint import MODEL_CARD, write_manifest
@@ -31,6 +34,11 @@ def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
     model = folder.open_model()
     made = Training("export", base_model=str(checkpoint))
     card = folder.path / MODEL_CARD
+    if folder.is_grafted:
+        _check_new(model, out)
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        save_graft(model.wrapped, out, full=True, tokenizer=tokenizer)
+        return {"model": str(out), "num_parameters": model.num_parameters()}
     write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made, card=card if card.is_file() else None)
     return {"model": str(out), "num_parameters": model.num_parameters()}
 
@@ -44,9 +52,7 @@ def write_new_model(
         UsageError: if `out` exists or cannot be written.
         ResourceError: if the disk has no room for the model.
     """
-    if os.path.lexists(out):  # a broken link counts too
-        raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
-    check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())
+    _check_new(model, out)
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as folder:
@@ -55,3 +61,10 @@ def write_new_model(
                 shutil.copyfile(card, folder / MODEL_CARD)
             write_model_card(folder, model, made, name=out.name)
             write_manifest(folder)
+
+
+def _check_new(model: Any, out: Path) -> None:
+    """Refuse a place that is taken, or has no room for the model."""
+    if os.path.lexists(out):  # a broken link counts too
+        raise UsageError(str(out), expected="a new folder", found="something there", remedy="choose another --out")
+    check_folder(out, num_bytes=LEAST_BYTES + _BYTES_PER_PARAMETER * model.num_parameters())

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
+from metatokens.config.graft import GRAFT_FILE
 from metatokens.config.loading import load_preset, override
 from metatokens.config.schema import ModelConfig, PretrainConfig
 from metatokens.errors import CheckpointError, UsageError
@@ -79,6 +80,21 @@ class ModelFolder:
         return str(self._config_json.get("model_type")) in MODEL_CLASSES
 
     @cached_property
+    def is_grafted(self) -> bool:
+        """Whether a graft lies in the folder, alone or beside its base."""
+        return (self.path / GRAFT_FILE).is_file()
+
+    def refuse_graft(self, work: str) -> None:
+        """Raise UsageError if the folder holds a graft, which some work of this package does not take."""
+        if self.is_grafted:
+            raise UsageError(
+                str(self.name),
+                expected=f"a model that is not grafted, for {work}",
+                found="a graft",
+                remedy="name its base, or another model",
+            )
+
+    @cached_property
     def config(self) -> Any:
         """The Hugging Face config of a model of this package."""
         from transformers import AutoConfig
@@ -127,7 +143,8 @@ class ModelFolder:
     def sha256(self) -> str:
         """The identity of the model: a digest of its weights and its config, without the version of transformers."""
         config = {key: value for key, value in self._config_json.items() if key != "transformers_version"}
-        parts = [json_sha256(config), *map(file_sha256, weight_files(self.path))]
+        files = [*weight_files(self.path), *([self.path / GRAFT_FILE] if self.is_grafted else [])]
+        parts = [json_sha256(config), *map(file_sha256, files)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @cached_property
@@ -155,7 +172,7 @@ class ModelFolder:
         return None
 
     def open_model(self, *, seed: int = 0) -> Any:
-        """Return the model in evaluation mode; a language model of another package opens as an arm.
+        """Return the model in evaluation mode; one of another package opens as an arm, a graft upon its base.
 
         Args:
             seed: of the embedding rows of meta-token and padding, if the model lacks them.
@@ -171,6 +188,9 @@ class ModelFolder:
         from metatokens.training.checkpoint import load_weights, verify_model
 
         verify_model(self.path)
+        if self.is_grafted:
+            with _one_line_errors(self.path, "a graft whose base opens"):
+                return self._open_grafted()
         if any(self.path.glob(WEIGHT_SHARDS)):
             model = self._build()
             load_weights(self.path, model)
@@ -208,6 +228,17 @@ class ModelFolder:
         vocab_size = text_vocab_size(self.tokenizer)
         with _one_line_errors(self.path, "a causal language model in safetensors"):
             return build_pretrained_on_meta_device(self.path, text_vocab_size=vocab_size)
+
+    def _open_grafted(self) -> Any:
+        """Return the grafted model under the call of an arm: it puts its meta-tokens into a text by itself."""
+        from metatokens.baselines.pretrained import PretrainedCausalLM
+        from metatokens.graft import load_graft
+        from metatokens.model.schedule import NoSchedule, state_schedule
+
+        model = load_graft(self.path)
+        model.config.meta_token_id, model.config.loss_policy = None, "skip"  # none of its ids is one
+        state_schedule(model.generation_config, NoSchedule())
+        return PretrainedCausalLM(model).eval()
 
     def open_plain(self, dtype: Any) -> Any:
         """Return a model of another package as it came, in evaluation mode, without a meta-token.

@@ -1,6 +1,5 @@
 """A saved graft computes the same again, only on its own base; a full folder is the plain base to everyone else."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def test_an_adapter_is_loaded_onto_its_base_and_refused_for_another(base: Path, 
         for parameter in model.metatokens_graft.parameters():
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     save_graft(model, tmp_path / "new" / "adapter")
-    assert [file.name for file in (tmp_path / "new" / "adapter").iterdir()] == ["graft.safetensors"]
+    assert {file.name for file in (tmp_path / "new" / "adapter").iterdir()} == {"config.json", "graft.safetensors"}
     expected = logits(model)
     assert torch.equal(logits(load_graft(tmp_path / "new" / "adapter")), expected)
     # the type of the base's weights does not count
@@ -57,11 +56,22 @@ def test_a_full_folder_opens_as_the_plain_base_by_code_of_transformers_alone(tmp
     assert all(
         torch.equal(saved[name], tensor) for name, tensor in make("llama", dtype=torch.float32).state_dict().items()
     )
-    assert "auto_map" not in json.loads((tmp_path / "full" / "config.json").read_text())
+    assert getattr(model.config, "auto_map", None) is None
     opened, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "full", output_loading_info=True)
     assert type(opened) is LlamaForCausalLM
     assert not any(notes.values())
     assert torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
+
+
+def test_a_full_folder_opens_grafted_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained("llama", dtype=torch.float32)
+    save_graft(model, tmp_path / "full", full=True)
+    # where transformers puts the code that it runs
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=True)
+    assert type(opened) is LlamaForCausalLM
+    assert torch.equal(logits(opened), logits(model))
+    assert not torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
 
 
 def test_a_file_that_is_no_graft_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -126,5 +136,5 @@ def test_the_long_context_reader_reads_a_grafted_model_in_its_own_cache() -> Non
     read = torch.cat([reader.read(text[:, :20]), reader.read(text[:, 20:])], 1)
     assert largest(read - logits(model)) < 1e-10
     assert reader.count_columns() == [2 + 6 + (LENGTH // 3)]
-    with pytest.raises(UsageError, match="a mask of another form"):
-        Reader(model, POLICIES["sinks"], budget).read(text)
+    with pytest.raises(UsageError, match=r"found a grafted one.*policy full alone"):
+        Reader(model, POLICIES["sinks"], budget)

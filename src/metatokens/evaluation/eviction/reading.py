@@ -18,6 +18,7 @@ from transformers import DynamicCache, DynamicLayer
 
 from metatokens.errors import UsageError
 from metatokens.evaluation.eviction.policies import Budget, Columns, Policy
+from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model.compatibility import CACHE_NAME
 from metatokens.model.generation import MetaTokenGenerationMixin
 
@@ -239,7 +240,9 @@ def check_evictable(model: Any) -> None:
     """
     config = _text_config(model)
     found = None
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if hasattr(model, GRAFT):
+        found = "a grafted one, which drops columns by itself"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
         found = "one that takes no position_ids"
     elif getattr(config, "position_encoding", None) == "alibi":
         found = "one whose ALiBi counts columns"

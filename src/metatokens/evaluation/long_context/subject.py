@@ -41,7 +41,7 @@ class SubjectTokens:
             tokenizer: of the model.
             prefix: ids before every text; None means those that a tokenizer of transformers puts there, or else none.
         """
-        # not the bulk encoder, which refuses a vocabulary without every byte, such as SmolLM2's
+        # not the bulk encoder, which refuses a text with a byte that the vocabulary lacks
         self._tokenizer = as_text_tokenizer(tokenizer)
         self._prefix = list(prefix_ids(tokenizer) if prefix is None else prefix)
 
