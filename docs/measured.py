@@ -16,9 +16,9 @@ from metatokens.config.analysis import Part
 
 PARTS = get_args(Part)
 ROOT = Path(__file__).parents[1]
-BOOKS, COST, PIPELINE, ROWS = (
+BOOKS, PIPELINE, ROWS = (
     f"benchmarks/results/{name}.json"
-    for name in ("books_perplexity", "meta_attention_cpu", "data_pipeline", "analysis_cpu")
+    for name in ("books_perplexity", "data_pipeline", "analysis_cpu")
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 LONG = "experiments/long-context"
@@ -58,14 +58,6 @@ def books_difference(score: str) -> str:
 
 def most_waiting() -> float:
     return max(run["waited_for_batches"] for run in load(BOOKS)["training"].values())
-
-
-def cost(kind: str, ratio: str = "packed/plain", *, per_text_token: bool = False) -> float:
-    """Return a ratio of seconds per position, or per text token: of T positions only T - round(k T) are text."""
-    (found,) = [one for one in load(COST)["results"] if one["kind"] == kind]
-    length = found["length"]
-    num_meta = round(load(COST)["meta_ratio"] * length)
-    return float(found["ratios"][ratio]) * (length / (length - num_meta) if per_text_token else 1)
 
 
 def bench_ratio(name: str, part: str, above: str, below: str, per: str = "text_token") -> Any:
@@ -233,19 +225,21 @@ def _accuracy(number: float | None) -> str:
     return "n/a" if number is None else f"{100 * number:.0f}"
 
 
-def cost_table() -> str:
-    kinds = {"forward": "forward pass of the decoder", "forward_backward": "forward and backward"}
-    kinds["training_step"] = "training step with AdamW, 2,048 positions"
+def training_cost() -> str:
+    """Write what a step costs with meta-tokens, by its parts and the size of the vocabulary."""
+    pairs = [("meta", "plain"), ("meta_indices", "plain"), ("meta_indices", "plain_text")]
+    whole = {"forward and backward": "forward and backward", "step": "step with AdamW"}
+    decoder = {"decoder forward": "decoder, forward", "decoder": "decoder, forward and backward"}
     rows = [
-        [
-            name,
-            f"{cost(kind):.2f}",
-            f"{cost(kind, per_text_token=True):.2f}",
-            *(f"{cost(kind, ratio):.2f}" for ratio in ("dense/plain", "dense_fused/plain")),
-        ]
-        for kind, name in kinds.items()
+        [f"{shown}{words}", *(span(bench_ratio(name, part, *pair), ".2f") for pair in pairs)]
+        for name, parts, words in (
+            ("training_close", decoder, ""),
+            ("training_close", whole, ", 8,192 words"),
+            ("training_full_vocabulary", whole, ", 50,257 words"),
+        )
+        for part, shown in parts.items()
     ]
-    header = ["", "packed, per position", "packed, per text token", "the paper's dense form", "its mask, fused kernel"]
+    header = ["", "meta-attention / none", "the same, told where they stand", "meta-tokens / text alone, per text token"]
     return _table(header, rows)
 
 
@@ -419,10 +413,10 @@ def faults() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
-    "cost": cost_table,
+    "training-cost": training_cost,
     **{
         f"bench-{name}": partial(bench_table, name)
-        for name in ("training_small_vocabulary", "training_full_vocabulary", "training_compiled")
+        for name in ("training_small_vocabulary", "training_close", "training_full_vocabulary", "training_compiled")
     },
     "bench-generation": partial(bench_table, "generation"),
     "recall-accuracy": recall_accuracy,
@@ -436,7 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "measures": measures,
 }
 FUNCTIONS = (
-    *(span, percent, perplexity, books_difference, most_waiting, cost, rows_cost, recall, trained, seeds, contrast),
+    *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
     *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle),
 )
