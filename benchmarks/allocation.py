@@ -3,8 +3,8 @@
     python benchmarks/allocation.py --out benchmarks/results/allocation.json
 
 glibc maps each tensor of more than 32 MiB anew and trims the top of the heap, so a step pays for the same pages again.
-Processes in which `mallopt` forbids both, and others, take turns. Each takes training steps with GPT-2's vocabulary, and reads
-a prompt of 1,024 text tokens with 12 layers; the figures are seconds of the clock, seconds in the system, page faults.
+Processes in which `mallopt` forbids both, and others, take turns. Each takes training steps with GPT-2's vocabulary,
+and reads a prompt of 1,024 text tokens with 12 layers. Figures: seconds of the clock and in the system, page faults.
 """
 
 import argparse

@@ -17,8 +17,7 @@ from metatokens.config.analysis import Part
 PARTS = get_args(Part)
 ROOT = Path(__file__).parents[1]
 BOOKS, PIPELINE, ROWS = (
-    f"benchmarks/results/{name}.json"
-    for name in ("books_perplexity", "data_pipeline", "analysis_cpu")
+    f"benchmarks/results/{name}.json" for name in ("books_perplexity", "data_pipeline", "analysis_cpu")
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 LONG = "experiments/long-context"
@@ -239,7 +238,12 @@ def training_cost() -> str:
         )
         for part, shown in parts.items()
     ]
-    header = ["", "meta-attention / none", "the same, told where they stand", "meta-tokens / text alone, per text token"]
+    header = [
+        "",
+        "meta-attention / none",
+        "the same, told where they stand",
+        "meta-tokens / text alone, per text token",
+    ]
     return _table(header, rows)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from metatokens.config.tasks import CopyingTask, ListPointerTask, ListRecallTask, ParityTask, SegmentCountingTask
-from metatokens.data.tokenizer import META_TOKEN
+from metatokens.data.special_tokens import META_TOKEN
 from metatokens.tasks.encoding import encode_instance
 from task_drawing import instance_of, word_encoder, word_tokenizer
 

@@ -28,7 +28,8 @@ from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
-from metatokens.data.tokenizer import META_TOKEN, load_text_tokenizer, text_vocab_size
+from metatokens.data.special_tokens import META_TOKEN
+from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.errors import DataError
 from metatokens.evaluation.perplexity import measure_perplexity
 from metatokens.evaluation.windows import PerplexityOptions

@@ -18,7 +18,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -27,6 +27,8 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from metatokens.data.byte_level import Specification, TokenIds, lost_bytes, tiktoken_encode
+from metatokens.data.probe import PROBE_TEXT, plain_ids, require_equal_ids
+from metatokens.data.special_tokens import END_OF_TEXT, META_TOKEN, PAD_TOKEN, end_of_text_token
 from metatokens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -37,30 +39,12 @@ if TYPE_CHECKING:
     AnyTokenizer: TypeAlias = Tokenizer | PreTrainedTokenizerBase | str | Path
     """A text tokenizer, or what `as_text_tokenizer` makes one of."""
 
-META_TOKEN = "_PAUSE_"  # paper section 3: the designated meta-token of the tasks
-END_OF_TEXT = "<|endoftext|>"
-PAD_TOKEN = "<|pad|>"
 MAX_TOKENIZER_BYTES = 256 << 20  # a vocabulary of 256,000 tokens with its merges has about 35 MB
-# the first of these that a vocabulary has ends a document
-_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 # BPE training takes quadratic time in the length of a piece, an unbroken run of letters, digits, space or signs
 _LONG_PIECE = re.compile(r"[^\W\d_]{8192}|\d{8192}|\s{8192}|[^\w\s]{8192}|_{8192}")
 
 _CLAUSE_ENDS = tuple(".,;:!?")
-
-# tokenizers that should be equal must agree on this text: contractions, digits, runs of space, line ends,
-# scripts with and without case, combining marks, emoji sequences, symbols, rare spaces, code, special-token strings
-_PROBE_TEXT = (
-    "The quick brown fox's tail isn't 12.5% of what they'd've said; we'll see, I'M SURE!  Two  spaces,\ttabs\t\t,\n\n\n"
-    " trailing \r\n mixed \n \t end   \u00a0\u2003\u3000x\u200b\u200dy\ufeff na\u00efve caf\u00e9 cafe\u0301 "
-    "Stra\u00dfe \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u043f\u0440\u0438\u0432\u0435\u0442 "
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22 "
-    "\u6f22\u5b57\u304b\u306a\u30ab\u30ca \ud55c\uad6d\uc5b4 \U0001f468\u200d\U0001f469\u200d\U0001f467 "
-    "\U0001f1eb\U0001f1f7 \u00bd\u00b2\u2075 \u0661\u0662\u0663 \u2163 \U0001d400\U0001d7d9 \u20ac\u00a3\u00a5 "
-    "\u2014\u2026 \u201cquoted\u201d def f(x_1: int) -> str:\n    return x_1**2  # 0xFFEE 1e-5 a.b@c.org https://d.org/?q=1&r=%20\n"
-    "aaaaaaaaaaaaaaaaaaaaaaaa .......... ======== <|endoftext|> _PAUSE_ <|pad|> \x00\x01\x7f\u0085 end "
-)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -168,7 +152,9 @@ def _text_tokenizer_of(whole: Tokenizer, name: str) -> Tokenizer:
                 remedy="use a tokenizer without it",
             )
     end_of_text_token(tokenizer)
-    _require_equal_ids(name, tokenizer, _ids_of(whole, tokenizer), "in the text tokenizer made of it")
+    require_equal_ids(
+        name, tokenizer, partial(plain_ids, whole), "in the text tokenizer made of it", content=whole.to_str()
+    )
     return tokenizer
 
 
@@ -185,23 +171,6 @@ def tokenizer_from_json(content: bytes, name: str) -> Tokenizer:
         raise UsageError(
             name, expected="a tokenizer.json of Hugging Face tokenizers", found=str(error), remedy="check the file"
         ) from error
-
-
-def end_of_text_token(tokenizer: Tokenizer) -> str:
-    """Return the token that ends a document: `<|endoftext|>`, or the vocabulary's equivalent.
-
-    Raises:
-        UsageError: The vocabulary has none of the known ones.
-    """
-    for token in _END_TOKENS:
-        if tokenizer.token_to_id(token) is not None:
-            return token
-    raise UsageError(
-        "tokenizer",
-        expected=f"one of {', '.join(_END_TOKENS)} in the vocabulary",
-        found="none",
-        remedy="use a tokenizer with an end-of-text token",
-    )
 
 
 def text_vocab_size(tokenizer: Tokenizer) -> int:
@@ -309,7 +278,7 @@ def _checked_encoders(canonical: str, eos_token_id: int) -> _Encoders:
     specification: Specification = json.loads(canonical)
     encoders = _Encoders(_blind_to_special_tokens(specification, eos_token_id), None, lost_bytes(specification))
     fast = None if encoders.lost else tiktoken_encode(specification)  # tiktoken needs a token for every byte
-    if fast is not None and np.array_equal(fast(_PROBE_TEXT), encoders.encode(_PROBE_TEXT)):
+    if fast is not None and np.array_equal(fast(PROBE_TEXT), encoders.encode(PROBE_TEXT)):
         encoders = encoders._replace(fast=fast)
     for token in specification["added_tokens"]:
         if token["special"] and token["id"] in encoders.encode(token["content"]):
@@ -320,7 +289,9 @@ def _checked_encoders(canonical: str, eos_token_id: int) -> _Encoders:
                 remedy="use a byte-level tokenizer",
             )
     tokenizer = Tokenizer.from_str(canonical)
-    _require_equal_ids("tokenizer", tokenizer, encoders.encode(_probe_text(tokenizer)).tolist(), "in bulk encoding")
+    require_equal_ids(
+        "tokenizer", tokenizer, lambda text: encoders.encode(text).tolist(), "in bulk encoding", content=canonical
+    )
     return encoders
 
 
@@ -356,8 +327,8 @@ def build_hf_tokenizer(text_tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         extra_special_tokens={"meta_token": meta_token},
         clean_up_tokenization_spaces=False,
     )
-    found = model_tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False, verbose=False)
-    _require_equal_ids("tokenizer", text_tokenizer, found, "in the model tokenizer")
+    encode = partial(model_tokenizer.encode, add_special_tokens=False, verbose=False)
+    require_equal_ids("tokenizer", text_tokenizer, encode, "in the model tokenizer", content=tokenizer.to_str())
     return model_tokenizer
 
 
@@ -464,60 +435,25 @@ def _blind_to_special_tokens(specification: Specification, eos_token_id: int) ->
     return tokenizer
 
 
-def _probe_text(tokenizer: Tokenizer) -> str:
-    """Return a probe text that holds every ordinary added token and no special one."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    text = _PROBE_TEXT + " ".join(token.content for token in added)
-    special = {token.content for token in added if token.special} | {
-        META_TOKEN,
-        PAD_TOKEN,
-        end_of_text_token(tokenizer),
-    }
-    for content in sorted(special, key=len, reverse=True):
-        text = text.replace(content, "")
-    return text
-
-
-def _ids_of(tokenizer: Tokenizer, text_tokenizer: Tokenizer) -> list[int]:
-    """Return a tokenizer's ids of another's probe text, without padding, truncation or added tokens."""
-    if tokenizer.padding or tokenizer.truncation:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, which may be changed
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    ids: list[int] = tokenizer.encode(_probe_text(text_tokenizer), add_special_tokens=False).ids
-    return ids
-
-
 def _compare_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse a folder that transformers reads differently: it may build the tokenizer by the name of its class."""
-    from transformers import AutoTokenizer
 
-    try:
-        other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
-        return  # transformers cannot load the folder, so there is nothing to compare with
-    found = other.encode(_probe_text(tokenizer), add_special_tokens=False, verbose=False)
+    def encode(text: str) -> list[int]:
+        from transformers import AutoTokenizer
+
+        try:
+            other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError):
+            return plain_ids(
+                tokenizer, text
+            )  # transformers cannot load the folder, so there is nothing to compare with
+        ids: list[int] = other.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    content = repr([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
     remedy = "set tokenizer_class to PreTrainedTokenizerFast there, or name the file tokenizer.json itself"
-    _require_equal_ids(str(folder), tokenizer, found, "in transformers' AutoTokenizer", remedy)
-
-
-def _require_equal_ids(
-    name: str, tokenizer: Tokenizer, found: list[int], where: str, remedy: str = "use another tokenizer"
-) -> None:
-    """Compare ids of the tokenizer's probe text with its own.
-
-    Raises:
-        UsageError: They differ.
-    """
-    expected = _ids_of(tokenizer, tokenizer)
-    if found != expected:
-        first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
-        raise UsageError(
-            name if name == "tokenizer" else f"tokenizer {name}",
-            expected=f"the same ids of a probe text {where} ({len(expected)} ids)",
-            found=f"{len(found)} ids, another from id {first} on ({tokenizer.decode(expected[first : first + 4])!r})",
-            remedy=remedy,
-        )
+    require_equal_ids(str(folder), tokenizer, encode, "in transformers' AutoTokenizer", content=content, remedy=remedy)
 
 
 def _frozen(ids: list[int]) -> TokenIds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from metatokens.data.tokenizer import META_TOKEN
+from metatokens.data.special_tokens import META_TOKEN
 from metatokens.model.compatibility import BaseStreamer
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from collections.abc import Hashable
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from metatokens.data.tokenizer import META_TOKEN
+from metatokens.data.special_tokens import META_TOKEN
 from metatokens.errors import UsageError
 from metatokens.tasks.words import ITEMS, NAMES, SENTENCE_WORDS
 

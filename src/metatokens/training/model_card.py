@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from metatokens.data.tokenizer import META_TOKEN
+from metatokens.data.special_tokens import META_TOKEN
 from metatokens.errors import redact
 from metatokens.graft.grafting import graft_of
 from metatokens.graft.student import Student

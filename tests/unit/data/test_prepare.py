@@ -22,7 +22,8 @@ from metatokens.data.encoding_processes import encode_batches_in_processes
 from metatokens.data.prepare import check, prepare, split_of
 from metatokens.data.shards import TokenDataset
 from metatokens.data.sources import SourceOptions, iterate_documents
-from metatokens.data.tokenizer import END_OF_TEXT, META_TOKEN, TextEncoder
+from metatokens.data.special_tokens import END_OF_TEXT, META_TOKEN
+from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 
 

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from metatokens.data.special_tokens import END_OF_TEXT, META_TOKEN, PAD_TOKEN
 from metatokens.data.tokenizer import (
-    END_OF_TEXT,
-    META_TOKEN,
-    PAD_TOKEN,
     TextEncoder,
     build_hf_tokenizer,
     ends_clause_table,

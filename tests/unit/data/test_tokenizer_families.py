@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from metatokens.data.byte_level import byte_alphabet
-from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
+from metatokens.data.special_tokens import END_OF_TEXT
+from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, load_text_tokenizer, train_tokenizer
 
 CODE = "if x:\n        y = 1\n    z = 'naïve café'  # 漢字 👍 12345\n"
 ALPHABET = sorted(byte_alphabet(), key=byte_alphabet().__getitem__)

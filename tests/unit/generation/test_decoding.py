@@ -11,7 +11,8 @@ from metatokens.config.schema import (
     PunctuationInjection,
     UniformInjection,
 )
-from metatokens.data.tokenizer import META_TOKEN, TextEncoder, train_tokenizer
+from metatokens.data.special_tokens import META_TOKEN
+from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.decoding import (
     MetaTokenSchedule,

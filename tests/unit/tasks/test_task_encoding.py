@@ -14,7 +14,8 @@ from metatokens.config.tasks import (
     PeriodicPlaces,
     UniformPlaces,
 )
-from metatokens.data.tokenizer import END_OF_TEXT, TextEncoder, build_hf_tokenizer, train_tokenizer
+from metatokens.data.special_tokens import END_OF_TEXT
+from metatokens.data.tokenizer import TextEncoder, build_hf_tokenizer, train_tokenizer
 from metatokens.errors import UsageError
 from metatokens.tasks.base import META, Instance, PieceEncoder
 from metatokens.tasks.encoding import encode_instance, pad
