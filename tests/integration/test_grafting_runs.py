@@ -223,5 +223,7 @@ def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, 
         ("serve", whole),
     ):
         assert "found a graft" in error_line(*command, code=2), command
-    assert "found a graft" in error_line("compress", whole, text, "--out", tmp_path / "c.safetensors", code=2)
+    metatokens("compress", whole, text, "--out", tmp_path / "text.safetensors")
+    going_on = ("--memory", tmp_path / "text.safetensors", "--max-text-tokens", "9", "--json")
+    assert json.loads(metatokens("generate", whole, " the cat", *going_on).stdout)["text_tokens"] == 9
     assert metatokens("verify", whole).stdout

@@ -24,8 +24,10 @@ from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer
 from metatokens.errors import DataError, ResourceError, UsageError
 from metatokens.generation.stepping import read_into
 from metatokens.graft.grafting import NAME as GRAFT
+from metatokens.graft.grafting import memory_of
 from metatokens.model.accounting import cache_bytes
 from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.memory import MemoryPolicy
 from metatokens.model.memory_cache import MemoryState, shared_state
 from metatokens.model.schedule import MetaSchedule, read_schedule, schedule_meta_tokens
 from metatokens.storage import commit, json_sha256, write_durably
@@ -81,8 +83,11 @@ class CompressedDocument:
         """Bytes of the keys and values."""
         return sum(tensor.nbytes for name, tensor in self.tensors.items() if name.endswith(("keys", "values")))
 
-    def num_bytes_of_all(self, config: MetaTokenConfig) -> int:
+    def num_bytes_of_all(self, config: Any) -> int:
         """Return the bytes of a cache that keeps every token, text and meta-tokens."""
+        if not isinstance(config, MetaTokenConfig):  # of a graft, all of whose layers are alike
+            held = [tensor for name, tensor in self.tensors.items() if name.endswith(("keys", "values"))]
+            return sum(tensor.nbytes // tensor.shape[2] * self.read.num_text for tensor in held)
         number = next(tensor for name, tensor in self.tensors.items() if name.startswith("layers."))
         everything = copy.deepcopy(config)
         everything.memory = None
@@ -112,7 +117,7 @@ class CompressedDocument:
             DataError: a part of the cache is missing.
         """
         self.check_model(model)
-        cache = DynamicCache(config=model.config)
+        policy, cache = _memory_of(model)
         self._check_parts(len(cache.layers))
         tensors = {name: tensor.to(model.device, copy=True) for name, tensor in self.tensors.items()}
         for index, layer in enumerate(cache.layers):
@@ -121,7 +126,7 @@ class CompressedDocument:
             for part, tensor in parts.items():
                 if tensor is not None:
                     setattr(layer, part, tensor)
-        state = shared_state(model.config.memory_policy, cache)
+        state = shared_state(policy, cache)
         assert state is not None
         state.restore({name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")})
         return cache
@@ -200,7 +205,7 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
     """Read a text with a model in memory mode, and keep what its cache keeps.
 
     Args:
-        model: A `MetaTokenForCausalLM` in memory mode, in evaluation mode.
+        model: A `MetaTokenForCausalLM` in memory mode, or a graft, in evaluation mode.
         tokenizer: Its tokenizer.
         text: The document, read as plain text.
         schedule: Where meta-tokens go.
@@ -208,27 +213,14 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
     Raises:
         UsageError: The model has no memory mode, or the text is empty or longer than the model.
     """
-    policy = getattr(model.config, "memory_policy", None)
-    if hasattr(getattr(model, "wrapped", None), GRAFT):
-        raise UsageError(
-            "model",
-            expected="one of this package in memory mode",
-            found="a graft, whose cache has no file yet",
-            remedy="train one with --model.attention.kind memory, such as the preset tiny/memory",
-        )
-    if policy is None:
-        raise UsageError(
-            "model",
-            expected="one in memory mode",
-            found=f"a {model.config.model_type} that keeps every token in its cache",
-            remedy="train one with --model.attention.kind memory, such as the preset tiny/memory",
-        )
+    policy, cache = _memory_of(model)
     text_ids = TextEncoder(as_text_tokenizer(tokenizer)).encode_batch([text])[0].tolist()
     ids = text_ids
-    if model.config.meta_token_id is not None:
-        ids = schedule_meta_tokens(text_ids, schedule, meta_token_id=model.config.meta_token_id)
+    meta_token_id: int | None = getattr(model.config, "meta_token_id", None)
+    if meta_token_id is not None:
+        ids = schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id)
     num_positions = len(text_ids) if policy.positions == "text" else len(ids)
-    limit = model.config.max_sequence_length
+    limit = getattr(model.config, "max_sequence_length", None) or model.config.max_position_embeddings
     if not 0 < num_positions <= limit:
         raise UsageError(
             "document",
@@ -236,18 +228,39 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
             found=str(num_positions),
             remedy="shorten the text, or train with --model.attention.positions compact" if ids else "give it a text",
         )
-    cache = DynamicCache(config=model.config)
     read_into(model, ids, cache)
     state = shared_state(policy, cache)
     assert state is not None
-    read = Read(len(text_ids), len(ids) - len(text_ids), ids[-1] == model.config.meta_token_id)
+    read = Read(len(text_ids), len(ids) - len(text_ids), ids[-1] == meta_token_id)
     return CompressedDocument(_tensors_of(cache, state), read, copy.copy(schedule), model_digest(model))
+
+
+def _memory_of(model: Any) -> tuple[MemoryPolicy, DynamicCache]:
+    """Return the policy and an empty cache of a model in memory mode.
+
+    Raises:
+        UsageError: it has none.
+    """
+    policy: MemoryPolicy | None = getattr(model.config, "memory_policy", None)
+    if policy is not None:
+        return policy, DynamicCache(config=model.config)
+    if (grafted := memory_of(model)) is not None:
+        return grafted
+    raise UsageError(
+        "model",
+        expected="one in memory mode, or a graft",
+        found=f"a {model.config.model_type} that keeps every token in its cache",
+        remedy="train one with --model.attention.kind memory, such as the preset tiny/memory",
+    )
 
 
 def model_digest(model: Any) -> str:
     """Return the SHA-256 of the weights of a model and of what its config says about what they compute."""
+    added = getattr(getattr(model, "wrapped", model), GRAFT, None)
     fields = sorted(MetaTokenConfig.__annotations__.keys() - {"use_cache", "model_type"})
     config = {name: getattr(model.config, name, None) for name in fields if not name.startswith("_")}
+    if added is not None:
+        config["graft"] = added.config.model_dump()
     plain = json.loads(json.dumps(config, default=str))
     return hashlib.sha256((json_sha256(plain) + tensors_digest(model.state_dict())).encode()).hexdigest()
 

@@ -18,7 +18,13 @@ import torch
 from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer
 from metatokens.errors import UsageError
 from metatokens.generation.compressed import CompressedDocument, Read
-from metatokens.generation.stepping import Continuation, Sampler, decode_together, follows_steps
+from metatokens.generation.stepping import (
+    Continuation,
+    Sampler,
+    decode_together,
+    follows_steps,
+    states_what_is_followed,
+)
 from metatokens.generation.writing import GeneratedText, TextWriter
 from metatokens.model.generation import MetaTokenGenerationMixin
 from metatokens.model.schedule import (
@@ -239,7 +245,7 @@ def _lay_out(
 
 def _in_own_steps(model: Any, tasks: list[_Task], settings: _Settings) -> None:
     """Continue prompts with meta-tokens that take no step of their own."""
-    suppressed = sorted({*settings.suppressed, *model._ids_never_sampled()} - {settings.eos_token_id})
+    suppressed = sorted({*settings.suppressed, *_ids_never_sampled(model)} - {settings.eos_token_id})
     wanted = []
     for task in tasks:
         generator = torch.Generator(model.device).manual_seed(settings.seed)
@@ -256,6 +262,11 @@ def _in_own_steps(model: Any, tasks: list[_Task], settings: _Settings) -> None:
         task.writer.end()
 
 
+def _ids_never_sampled(model: Any) -> list[int]:
+    """Return the ids that the model itself rules out; one of another package rules out none."""
+    return model._ids_never_sampled() if isinstance(model, MetaTokenGenerationMixin) else []
+
+
 def _check_memory(model: Any, memory: CompressedDocument, prompt: str) -> None:
     memory.check_model(model)
     if not prompt:
@@ -265,7 +276,7 @@ def _check_memory(model: Any, memory: CompressedDocument, prompt: str) -> None:
             found="none",
             remedy="ask something about the document",
         )
-    if not follows_steps(model):
+    if not states_what_is_followed(model):
         raise UsageError(
             "generation config",
             expected="settings that generation from a compressed document follows: sampling, lengths, ids",

@@ -25,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from metatokens.graft.grafting import memory_of
 from metatokens.model.cache import with_room
 from metatokens.model.generation import MetaTokenGenerationMixin
 
@@ -47,8 +48,11 @@ _FOLLOWED = {
 
 def follows_steps(model: Any) -> bool:
     """Tell whether `decode` does all that `generate` would do by the model's own generation config."""
-    if not isinstance(model, MetaTokenGenerationMixin):
-        return False
+    return isinstance(model, MetaTokenGenerationMixin) and states_what_is_followed(model)
+
+
+def states_what_is_followed(model: Any) -> bool:
+    """Tell whether a model's generation config states nothing that `decode` would not do."""
     stated = {name for name, value in model.generation_config.to_diff_dict().items() if value}
     return stated <= _FOLLOWED
 
@@ -198,7 +202,7 @@ def decode_together(
 
     A cache must have a row for each of them.
     """
-    meta_token_id = model.config.meta_token_id
+    meta_token_id = getattr(model.config, "meta_token_id", None)
     for one in wanted:
         one.begin(meta_token_id)
     cache = with_room(DynamicCache(config=model.config)) if cache is None else cache
@@ -233,7 +237,8 @@ class _Reader:
         self._cache = cache
         self._num_rows = num_rows
         self._num_read = int(cache.get_seq_length())
-        policy = model.config.memory_policy
+        grafted = memory_of(model)
+        policy = model.config.memory_policy if grafted is None else grafted[0]
         self._at_a_time = PREFILL_POSITIONS if policy is None else max(MEMORY_PREFILL_POSITIONS, policy.window)
         self._mask: Tensor | None = None  # (B, columns), while some row has padding
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
+import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
 from metatokens.errors import UsageError
@@ -22,6 +25,15 @@ class GraftState(MemoryState):
         """Forget everything."""
         super().reset()
         self.num_columns = 0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all that is known, by name."""
+        return {**super().to_tensors(), "num_columns": torch.tensor(self.num_columns)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `to_tensors` returned."""
+        super().restore(tensors)
+        self.num_columns = int(tensors["num_columns"])
 
 
 class GraftLayer(MemoryDynamicLayer):

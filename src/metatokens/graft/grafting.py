@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from metatokens.config.graft import GraftConfig
 from metatokens.errors import UsageError
@@ -28,7 +29,7 @@ from metatokens.graft.cache import is_filled, new_cache, state_of
 from metatokens.graft.families import Family, family_of
 from metatokens.graft.spreading import Spread, policy_of, spread, visible
 from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, checkpoint_blocks, find_cache
-from metatokens.model.memory import CHUNK, Columns
+from metatokens.model.memory import CHUNK, Columns, MemoryPolicy
 
 NAME = "metatokens_graft"
 """The module of the model that holds what is new."""
@@ -333,6 +334,16 @@ def switched_off(model: Any) -> Iterator[Any]:
         yield model
     finally:
         added.is_on = was_on
+
+
+def memory_of(model: Any) -> tuple[MemoryPolicy, DynamicCache] | None:
+    """Return the policy and an empty cache of a grafted model, or of an arm that wraps one; None for any other."""
+    plain = getattr(model, "wrapped", model)
+    added = getattr(plain, NAME, None)
+    if added is None:
+        return None
+    policy = policy_of(added.config)
+    return policy, new_cache(policy, len(added.family.blocks_of(plain.base_model)))
 
 
 def graft_of(model: Any) -> Graft:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from commands import error_line, metatokens
+from grafted_models import CONFIG, trained
 from metatokens.data.tokenizer import TextEncoder, train_tokenizer
 from metatokens.errors import DataError, UsageError
 from metatokens.generation.compressed import CompressedDocument, compress_document, content_digest
@@ -34,6 +35,30 @@ def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
     fields = {"vocab_size": size + 2, "meta_token_id": size, "pad_token_id": size + 1, "max_position_embeddings": 256}
     memory = {"window": 6, "num_sinks": 2}
     return tiny_model(**{**fields, "memory": memory, "eos_token_id": 0, "bos_token_id": 0, **changes}, seed=seed)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_itself(
+    tokenizer: Any, family: str, tmp_path: Path
+) -> None:
+    size, options = TextEncoder(tokenizer).vocab_size, {"schedule": NoSchedule(), "max_text_tokens": 20}
+    model = trained(family, vocab_size=size)
+    for temperature in (0, 1):
+        options["temperature"] = temperature
+        whole = generate_text(model, tokenizer, DOCUMENT + PROMPT, **options)
+        compress_document(model, tokenizer, DOCUMENT, schedule=NoSchedule()).save(tmp_path / "doc.safetensors")
+        document = CompressedDocument.load(tmp_path / "doc.safetensors")
+        assert generate_text(model, tokenizer, PROMPT, memory=document, **options).text == whole.text
+    num_text = len(TextEncoder(tokenizer).encode_batch([DOCUMENT])[0])
+    held = CONFIG.num_sinks + CONFIG.window + num_text // CONFIG.every - CONFIG.num_sinks // CONFIG.every
+    assert document.num_bytes * num_text == document.num_bytes_of_all(model.config) * held
+    assert document.read == (num_text, 0, False)
+    for other in (
+        trained(family, CONFIG.model_copy(update={"every": 4}), vocab_size=size),
+        trained(family, CONFIG.model_copy(update={"window": 7}), vocab_size=size),
+    ):
+        with pytest.raises(UsageError, match=r"compressed document.*the model that read it"):
+            generate_text(other, tokenizer, PROMPT, memory=document, **options)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
