@@ -20,7 +20,7 @@ BOOKS, PIPELINE, ROWS = (
     f"benchmarks/results/{name}.json" for name in ("books_perplexity", "data_pipeline", "analysis_cpu")
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
-LONG = "experiments/long-context"
+LONG, MEMORY = "experiments/long-context", "experiments/tiny-memory"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -102,6 +102,29 @@ def needle(name: str) -> str:
     """Return the share of single needles that SmolLM2-135M finds with its whole cache."""
     (row,) = load(f"{LONG}/{name}.json")["rows"]
     return span(row["accuracy"], ".0f", 100, "%")
+
+
+# tiny-memory -------------------------------------------------------------------------------------------------
+
+
+def memory_pilots() -> str:
+    rows = []
+    for pilot in load(f"{MEMORY}/pilots.json")["pilots"]:
+        own = pilot["settings"]
+        rows.append(
+            [
+                f"{own['span']} of {own['symbols']}, {own['distance']} between",
+                own["reveal"],
+                f"{own['positions']}, {own['rope_theta']:,}" if "rope_theta" in own else own["positions"],
+                f"{own['mlp']}, {own['activation']}",
+                str(own["batch"]),
+                f"{pilot['steps'][-1]:,}",
+                percent(pilot["words_right"][-1]),
+                f"{pilot['cpu_seconds'][-1]:.0f}",
+            ]
+        )
+    header = ["words", "reveal", "positions", "MLP", "batch", "steps", "words right", "CPU-seconds"]
+    return _table(header, rows)
 
 
 # tiny-recall -------------------------------------------------------------------------------------------------
@@ -429,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-extension": recall_extension,
     "long-context-needle": long_context_needle,
     "long-context-loss": long_context_loss,
+    "memory-pilots": memory_pilots,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,
