@@ -3,6 +3,8 @@ PYTHON ?= python3
 # what `make dist` installs torch from; a machine without a GPU saves gigabytes with the build for the CPU
 TORCH ?= torch
 BIN := .venv/bin
+# where an environment forbids to keep bytecode, every process of the tests would compile the tests and the package anew
+export PYTHONDONTWRITEBYTECODE :=
 # the tests of a file in one process, so that what they share is made once; in the order of the files, which ends with quick
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # on tensors this small, threads that wait for each other cost several times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A checkpoint flushes some sixty files to the disk, which takes longer than the training of a tiny model. Files in
+# memory need no flush, and outlive a process that is killed as well.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def random_layouts(draw: st.DrawFn) -> Tensor:
     return tokens(*rows, seed=draw(st.integers(0, 1000)))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     ids=random_layouts(),
     encoding=st.sampled_from(ENCODINGS),

@@ -37,6 +37,7 @@ def body_words(text: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", task_names())
 def test_solver_answers_ten_thousand_instances_from_the_prompt_alone(name):
     solve = find_task(name).solve
@@ -52,11 +53,10 @@ def test_solver_answers_ten_thousand_instances_from_the_prompt_alone(name):
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_solver_answers_test_prompts_too(name):
-    for task in CONFIGS[name]:
-        for index in range(30):
-            instance = instance_of(task, (4, 8), (1, 200), split="test", index=index)
-            assert find_task(name).solve(instance.prompt_text) == list(instance.answers)
+def test_solver_answers_prompts_of_both_splits(name):
+    for task, split, index in product(CONFIGS[name], ("train", "test"), range(30)):
+        instance = instance_of(task, (4, 8), (1, 200), split=split, index=index)
+        assert find_task(name).solve(instance.prompt_text) == list(instance.answers)
 
 
 @pytest.mark.parametrize("name", task_names())

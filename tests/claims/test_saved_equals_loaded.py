@@ -79,35 +79,37 @@ REMOTE_PROGRAM = """
 import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-path, ids = sys.argv[1], torch.load(sys.argv[2])
-config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-causal = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-decoder = AutoModel.from_pretrained(path, trust_remote_code=True)
-assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
-with torch.no_grad():
-    generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
-    outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
-    causal.save_pretrained("again")
-    again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
-    assert type(again) is not type(causal)  # from the code that was saved, not from the code that saved it
-    assert torch.equal(again(ids).logits, outputs[0])
-torch.save(outputs, sys.argv[3])
+ids = torch.load(sys.argv[1])
+for number, path in enumerate(sys.argv[2:]):
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    causal = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    decoder = AutoModel.from_pretrained(path, trust_remote_code=True)
+    assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
+    with torch.no_grad():
+        generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
+        outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
+        causal.save_pretrained(f"again{number}")
+        again = AutoModelForCausalLM.from_pretrained(f"again{number}", trust_remote_code=True)
+        assert type(again) is not type(causal)  # from the code that was saved, not from the code that saved it
+        assert torch.equal(again(ids).logits, outputs[0])
+    torch.save(outputs, f"{path}.pt")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["yarn", "memory"])
 @torch.no_grad()
-def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(variant: str, tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS[variant], dtype=torch.float32)
-    checkpoint, empty = tmp_path / "checkpoint", tmp_path / "elsewhere"
-    empty.mkdir()
-    save_model(model, tmp_path / "first")
-    # what transformers itself saves of a loaded model is no worse
-    MetaTokenForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(checkpoint)
+def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(tmp_path: Path) -> None:
+    models = {variant: tiny_model(**VARIANTS[variant], dtype=torch.float32) for variant in ("yarn", "memory")}
+    (tmp_path / "elsewhere").mkdir()
+    for variant, model in models.items():
+        save_model(model, tmp_path / "first" / variant)
+        # what transformers itself saves of a loaded model is no worse
+        MetaTokenForCausalLM.from_pretrained(tmp_path / "first" / variant).save_pretrained(tmp_path / variant)
     torch.save(IDS, tmp_path / "ids.pt")
-    run_without_the_package(REMOTE_PROGRAM, checkpoint, tmp_path / "ids.pt", tmp_path / "out.pt", folder=empty)
-    logits, hidden, generated = torch.load(tmp_path / "out.pt")
-    assert torch.equal(logits, model(IDS).logits)
-    assert torch.equal(hidden, model.model(IDS).last_hidden_state)
-    assert torch.equal(generated, model.generate(IDS[:1], max_new_tokens=4, do_sample=False))
+    checkpoints = [tmp_path / variant for variant in models]
+    run_without_the_package(REMOTE_PROGRAM, tmp_path / "ids.pt", *checkpoints, folder=tmp_path / "elsewhere")
+    for variant, model in models.items():
+        logits, hidden, generated = torch.load(tmp_path / f"{variant}.pt")
+        assert torch.equal(logits, model(IDS).logits)
+        assert torch.equal(hidden, model.model(IDS).last_hidden_state)
+        assert torch.equal(generated, model.generate(IDS[:1], max_new_tokens=4, do_sample=False))

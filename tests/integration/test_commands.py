@@ -107,22 +107,21 @@ def test_a_runs_config_is_a_preset_that_equals_the_run(work):
     assert json.loads(metatokens("info", work / "run/config.yaml", "--json").stdout)["block_meta_tokens"] == 6
 
 
+def score(work: Path) -> tuple[str | Path, ...]:
+    """Return the command that scores the beginning of every book."""
+    return ("perplexity", work / "run", work / "books", "--window", "50", "--max-tokens", "200")
+
+
 def test_perplexity_scores_every_token_once_whatever_the_injection(work):
-    results = [
-        json.loads(
-            metatokens(
-                *("perplexity", work / "run", work / "books", "--window", "50", "--injection", kind, "--json")
-            ).stdout
-        )
-        for kind in ("none", "periodic", "uniform")
-    ]
+    kinds = ("none", "periodic", "uniform")
+    results = [json.loads(metatokens(*score(work), "--injection", kind, "--json").stdout) for kind in kinds]
     assert len({result["text_tokens"] for result in results}) == 1
     assert all(result["non_overlapping"]["perplexity"]["low"] is not None for result in results)
     assert len({result["non_overlapping"]["nats"] for result in results}) == 3
 
 
 def test_perplexity_under_interventions_records_them(work):
-    base = ("perplexity", work / "run", work / "books", "--window", "50", "--injection", "periodic", "--json")
+    base = (*score(work), "--injection", "periodic", "--json")
     chosen = ("--intervention", "token_embedding=7", "--intervention", "no_position_edges")
     plain, changed = (json.loads(metatokens(*base, *more).stdout) for more in ((), chosen))
     assert plain["interventions"] == []
@@ -133,7 +132,7 @@ def test_perplexity_under_interventions_records_them(work):
 
 @pytest.mark.filterwarnings("default:interventions act")  # as outside of pytest, where a warning is no error
 def test_an_intervention_without_meta_tokens_is_warned_of(work):
-    done = metatokens("perplexity", work / "run", work / "books", "--intervention", "zero_embedding", "--window", "50")
+    done = metatokens(*score(work), "--intervention", "zero_embedding")
     assert "warning: interventions act at meta-tokens" in done.stderr
 
 

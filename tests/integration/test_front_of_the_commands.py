@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -231,17 +232,20 @@ def test_the_interventions_of_the_command_line_are_those_of_the_evaluation() -> 
     assert INTERVENTIONS.keys() == set(KINDS)
 
 
-def test_the_list_of_presets_fits_80_columns_and_says_what_each_is_for() -> None:
+@pytest.fixture(scope="module")
+def presets() -> list[dict[str, Any]]:
+    return json.loads(metatokens("info", "--presets", "--json").stdout)["presets"]
+
+
+def test_the_list_of_presets_fits_80_columns_and_says_what_each_is_for(presets: list[dict[str, Any]]) -> None:
     shown = metatokens("info", "--presets").stdout
     assert max(map(len, shown.splitlines())) <= 80
     assert "The plain twin of tiny/meta" in shown
-    presets = json.loads(metatokens("info", "--presets", "--json").stdout)["presets"]
     assert [preset["name"] for preset in presets] == preset_names()
     assert all(preset["purpose"] for preset in presets)
 
 
-def test_the_size_of_a_preset_is_that_which_info_says_of_it() -> None:
-    presets = json.loads(metatokens("info", "--presets", "--json").stdout)["presets"]
+def test_the_size_of_a_preset_is_that_which_info_says_of_it(presets: list[dict[str, Any]]) -> None:
     listed = {preset["name"]: preset["parameters"] for preset in presets}
     for name in ("tiny/meta", "tiny/recall"):
         assert json.loads(metatokens("info", name, "--json").stdout)["parameters"] == listed[name]

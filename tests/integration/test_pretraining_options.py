@@ -47,7 +47,15 @@ PLAIN = ("--model.meta_attention_layers", "none", "--injection.kind", "none", "-
 
 @pytest.mark.parametrize("changes", [(), PLAIN, ("--model.loss_policy", "retarget")], ids=["meta", "plain", "retarget"])
 def test_the_loss_falls_far_below_that_of_guessing(config: Config, tmp_path: Path, changes: tuple[str, ...]):
-    learn = ["--training.duration.steps", "50", "--optimizer.learning_rate", "1e-2"]
+    learn = [
+        "--training.duration.steps",
+        "50",
+        "--optimizer.learning_rate",
+        "1e-2",
+        "--checkpoint.interval_steps",
+        "off",
+    ]
+    learn += ["--training.micro_batch_blocks", "12", "--evaluation.interval_steps", "50"]
     result = pretrain(config(*learn, *changes), tmp_path / "run", show_progress=False)
     losses = numbers(tmp_path / "run")
     assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.3)
