@@ -127,6 +127,33 @@ def memory_pilots() -> str:
     return _table(header, rows)
 
 
+def memory_runs() -> str:
+    runs = load(f"{MEMORY}/runs.json")["runs"]
+    seeds = sorted({one["seed"] for one in runs})
+
+    def cell(arm: str, seed: int) -> str:
+        for one in runs:
+            if (one["arm"], one["seed"]) == (arm, seed):
+                right = f"{percent(one['words_right'][-1])} at {one['evaluated_at'][-1]:,}"
+                return right if one["state"] == "censored" else f"{right}, {one['state']}"
+        return "not run"
+
+    arms = [
+        arm
+        for arm in ("window", "sinks", "same-cache", "every", "pause", "meta", "full")
+        if arm in {one["arm"] for one in runs}
+    ]
+    return _table(
+        ["arm", *(f"seed {seed}" for seed in seeds)], [[arm, *(cell(arm, seed) for seed in seeds)] for arm in arms]
+    )
+
+
+def memory_words(arm: str, seed: int = 0) -> str:
+    """Return the share of words right at the last evaluation of a training."""
+    (one,) = [one for one in load(f"{MEMORY}/runs.json")["runs"] if (one["arm"], one["seed"]) == (arm, seed)]
+    return percent(one["words_right"][-1])
+
+
 # tiny-recall -------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +480,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-context-needle": long_context_needle,
     "long-context-loss": long_context_loss,
     "memory-pilots": memory_pilots,
+    "memory-runs": memory_runs,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,
@@ -460,7 +488,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
-    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle),
+    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words),
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""

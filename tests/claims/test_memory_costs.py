@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from metatokens.model.accounting import cache_bytes
+from metatokens.model.memory import MemoryMask, MemoryPolicy, describe_tokens
 from tiny_models import META, tiny_model, tokens
 from watched import LiveBytes, Watched
 
@@ -48,6 +49,17 @@ def test_the_peak_of_prefill_grows_with_the_kept_columns_alone(memory: dict[str,
 def test_the_peak_of_prefill_does_not_grow_once_the_memory_is_full() -> None:
     model = tiny_model(memory={"window": 64, "memory_limit": 60}, **SHAPE)
     assert read(model, 1024) == read(model, 2048)
+
+
+def test_the_backward_pass_makes_no_gradient_of_all_keys_for_each_chunk() -> None:
+    columns = describe_tokens(MemoryPolicy(window=64), text(4000) == META)
+    mask = MemoryMask(MemoryPolicy(window=64), columns, columns)
+    leaves = [torch.randn(1, 1, 4000, 8, requires_grad=True) for _ in range(3)]
+    output = mask.attend(*leaves, scaling=0.3).sum()
+    with Watched() as watched:
+        output.backward()
+    of_all = [count for (_, shape), count in watched.written.items() if prod(shape) == 4000 * 8]
+    assert sum(of_all) < len(mask.chunks) // 2
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ Everything is told by counting the tokens of a row without its padding, so neith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .positions import add_alibi
 
@@ -291,6 +292,24 @@ class _Chunk(NamedTuple):
         return keys.part(0, self.num_kept).join(keys.part(self.band_start, self.band_stop))
 
 
+class _Visits(torch.autograd.Function):
+    """What each chunk visits, whose gradient is summed in place: a slice's own would be one of all keys each time."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, chunks: Sequence[_Chunk]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.chunks = states.shape, chunks
+        return tuple(chunk.visit(states) for chunk in chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for chunk, gradient in zip(ctx.chunks, gradients, strict=True):
+            total[:, :, : chunk.num_kept] += gradient[:, :, : chunk.num_kept]
+            total[:, :, chunk.band_start : chunk.band_stop] += gradient[:, :, chunk.num_kept :]
+        return total, None
+
+
 @dataclass(frozen=True)
 class MemoryMask:
     """Who sees whom in one forward pass; made once for all layers in memory mode."""
@@ -366,6 +385,17 @@ class MemoryMask:
             plan.append(chunk._replace(mask=mask))
         return plan
 
+    def visits(self, states: Tensor) -> Iterable[Tensor]:
+        """Return the columns of permuted keys or values (B, H, K, D) that each chunk visits."""
+        if torch.is_grad_enabled() and states.requires_grad:
+            visited: tuple[Tensor, ...] = _Visits.apply(states, self.chunks)  # type: ignore[no-untyped-call]
+            return visited
+        return (chunk.visit(states) for chunk in self.chunks)  # one at a time, for the peak of prefill
+
+    def split(self, query: Tensor) -> tuple[Tensor, ...]:
+        """Return the queries (B, H, Q, D) of each chunk."""
+        return torch.split(query, [chunk.stop - chunk.start for chunk in self.chunks], dim=2)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
         """Attend chunk by chunk: queries (B, H, Q, D) over keys and values (B, H, K, D); returns (B, Q, H, D).
 
@@ -374,17 +404,15 @@ class MemoryMask:
         key, value = (take_columns(tensor, self.permutation) for tensor in (key, value))
         explicit = torch.is_grad_enabled() and query.device.type == "cpu"
         outputs = []
-        for chunk in self.chunks:
-            keys, values = chunk.visit(key), chunk.visit(value)
-            arguments = (query[:, :, chunk.start : chunk.stop], keys, values, chunk.mask)
+        visited = zip(self.chunks, self.split(query), self.visits(key), self.visits(value), strict=True)
+        for chunk, queries, keys, values in visited:
             if explicit:
-                outputs.append(_attend_explicitly(*arguments, scaling=scaling, dropout=dropout))
+                own = _attend_explicitly(queries, keys, values, chunk.mask, scaling=scaling, dropout=dropout)
             else:
-                outputs.append(
-                    nn.functional.scaled_dot_product_attention(
-                        *arguments[:3], attn_mask=chunk.mask, scale=scaling, dropout_p=dropout
-                    )
+                own = nn.functional.scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=chunk.mask, scale=scaling, dropout_p=dropout
                 )
+            outputs.append(own)
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
     @cached_property

@@ -60,15 +60,16 @@ class CompactMask(MemoryMask):
         """Attend chunk by chunk, as `MemoryMask.attend` does."""
         key, value = (take_columns(tensor, self.permutation) for tensor in (key, value))
         rotated = [(of_query.apply(query, query)[0], of_key.apply(key, key)[1]) for of_query, of_key in self._rotations]
+        queries = zip(*(self.split(of_query) for of_query, _ in rotated), strict=True)
+        keys = zip(*(self.visits(of_key) for _, of_key in rotated), strict=True)
         outputs = []
-        for chunk in self.chunks:
+        for chunk, own, visited, values in zip(self.chunks, queries, keys, self.visits(value), strict=True):
             clock = self.queries.part(chunk.start, chunk.stop).clock[:, None, :, None]
             columns = chunk.visit_columns(self.permuted_keys).map(lambda tensor: tensor[:, None, None])
             window, anchors, sinks = (
-                torch.matmul(q[:, :, chunk.start : chunk.stop], chunk.visit(k).transpose(2, 3)) * scaling
-                for q, k in rotated
+                torch.matmul(q, k.transpose(2, 3)) * scaling for q, k in zip(own, visited, strict=True)
             )
             near = (columns.clock > clock - self.policy.window) & columns.is_text
             scores = torch.where(near, window, torch.where(columns.is_sink, sinks, anchors))
-            outputs.append(attend_to_scores(scores, chunk.mask, chunk.visit(value), dropout=dropout))
+            outputs.append(attend_to_scores(scores, chunk.mask, values, dropout=dropout))
         return torch.cat(outputs, dim=2).transpose(1, 2)
