@@ -38,6 +38,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", {"intermediate_size": 48, **SHAPE}),
 }
+EIGHT_BILLION = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+}
+"""The shape of Llama 3 8B."""
 # attention of GPT-Neo computes in float32, whatever the model's dtype
 TOLERANCES = {"gpt_neo": 1e-4}
 

@@ -14,6 +14,7 @@ from training_runs import ROUNDING, losses, numbers, run, start, wait, wait_for_
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from commands import error_line, metatokens
+from grafted_models import EIGHT_BILLION
 from metatokens import load
 from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.loading import load_preset
@@ -150,25 +151,15 @@ def test_the_command_says_what_it_would_do_and_trains_in_bfloat16(base: Path, to
     assert load_graft(tmp_path / "run" / "model").dtype == torch.float32
 
 
-BIG = {
-    "llama-8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14_336, "vocab_size": 128_256},
-    "llama-7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11_008, "vocab_size": 32_000},
-}
-
-
-@pytest.mark.parametrize("name", BIG)
-def test_the_preset_for_8b_is_planned_from_a_config_alone_and_fits_a_gpu_of_80_gb(
-    name: str, tokens: Path, tmp_path: Path
-) -> None:
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8 if name == "llama-8b" else 32}
-    LlamaConfig(**BIG[name], **heads, max_position_embeddings=8192).save_pretrained(tmp_path / name)
-    save_tokenizer(tokens, tmp_path / name)
+def test_a_run_is_planned_from_the_config_of_its_base_alone(tokens: Path, tmp_path: Path) -> None:
+    LlamaConfig(**EIGHT_BILLION).save_pretrained(tmp_path / "base")
+    save_tokenizer(tokens, tmp_path / "base")
     arguments = ("--preset", "graft/8b", "--data.path", tokens, "--data.block_size", "2048", "--batch", "2")
     arguments += ("--training.micro_batch_blocks", "1", "--evaluation.interval_steps", "off", "--tokens", "100000")
-    done = metatokens("graft", tmp_path / name, *arguments, "--out", tmp_path / "run", "--dry-run", "--json")
+    done = metatokens("graft", tmp_path / "base", *arguments, "--out", tmp_path / "run", "--dry-run", "--json")
     plan = json.loads(done.stdout)
-    assert 6.5e9 < plan["parameters_of_the_base"] < 8.1e9
-    assert 2 * plan["parameters_of_the_base"] < plan["estimated_gpu_bytes"] < 0.9 * 80e9
+    assert 8e9 < plan["parameters_of_the_base"] < 8.1e9
+    assert plan["steps"] == -(-100_000 // (2 * 2048))
 
 
 def test_bad_input_is_one_line(base: Path, tokens: Path, other_tokens: Path, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def step_flops(model: Any, config: GraftRunConfig) -> int:
     head = 2 * shape.width * shape.vocab_size
     flops = 2 * (_forward_flops(shape, columns) + (config.objectives.language_model > 0) * text * head)
     if config.objectives.distillation:
-        # its logits of the model are made twice, and go back once
-        flops += _forward_flops(shape, text) + config.sampled_positions * head * 4
+        # both logits are made twice, and those of the model go back once
+        flops += _forward_flops(shape, text) + config.sampled_positions * head * 5
     return flops
 
 
