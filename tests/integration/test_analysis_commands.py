@@ -25,20 +25,10 @@ training: {{batch_blocks: 4, micro_batch_blocks: 4}}
 """
 FITTED = ["last meta-token", "token before it", "untrained"]
 SMALL = [
-    "--documents",
-    "8",
-    "--rate_distortion.betas",
-    "[0.1, 1.0]",
-    "--rate_distortion.max_steps",
-    "40",
-    "--probe.max_steps",
-    "40",
-    "--calibration_documents",
-    "4",
-    "--token_views",
-    "1",
-    "--states",
-    json.dumps(FITTED),
+    *("--documents", "8", "--calibration_documents", "4", "--token_views", "1", "--states", json.dumps(FITTED)),
+    *("--rate_distortion.betas", "[0.1, 1.0]", "--rate_distortion.max_steps", "40", "--rate_distortion.num_seeds", "2"),
+    *("--rate_distortion.hidden_size", "32", "--probe.max_steps", "40", "--probe.num_seeds", "2"),
+    *("--probe.code_shares", "[0.25, 1.0]"),
 ]
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew black coffee in silence"
 WORDS = TEXT.split()

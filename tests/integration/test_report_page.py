@@ -4,7 +4,8 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -82,51 +83,78 @@ def fixture_page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(tmp_path_factory.mktemp("report"), RESULTS, ARRAYS)
 
 
-@pytest.fixture(name="open_page")
-def fixture_open_page(browser: Any, page_path: Path) -> Iterator[Any]:
-    contexts = []
+Pages = Callable[..., Any]
 
-    def open_page(*, width: int = 1400, scheme: str = "light", fragment: str = "", script: bool = True) -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.problems, page.requests = [], []
-        page.on("console", lambda message: page.problems.append(message.text))
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.goto(page_path.as_uri() + fragment)
-        if script:
-            # not wait_for_function: to poll it evaluates a string, which the page's policy forbids
-            page.wait_for_selector("body[data-ready='1']")
-        return page
+
+def open_in(browser: Any, path: Path, *, width: int, scheme: str, fragment: str = "", script: bool = True) -> Any:
+    """Return the page in a window of its own; its problems and requests are noted."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script
+    )
+    page = context.new_page()
+    page.problems, page.requests = [], []
+    page.on("console", lambda message: page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(path.as_uri() + fragment)
+    if script:
+        # not wait_for_function: to poll it evaluates a string, which the page's policy forbids
+        page.wait_for_selector("body[data-ready='1']")
+    return page
+
+
+@pytest.fixture(name="open_page")
+def fixture_open_page(browser: Any, page_path: Path) -> Iterator[Pages]:
+    pages = []
+
+    def open_page(*, width: int = 1400, scheme: str = "light", **options: Any) -> Any:
+        pages.append(open_in(browser, page_path, width=width, scheme=scheme, **options))
+        return pages[-1]
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1400])
-def test_page_loads_alone_without_errors_or_sideways_scroll(open_page: Any, width: int, scheme: str) -> None:
+@pytest.fixture(scope="module", name="standing_page")
+def fixture_standing_page(browser: Any, page_path: Path) -> Pages:
+    """Pages for tests that only look: a page takes a second to open, so those of one width and scheme share it."""
+
+    pages: dict[tuple[int, str], Any] = {}
+
+    def standing_page(*, width: int = 1400, scheme: str = "light") -> Any:
+        if (width, scheme) not in pages:
+            pages[width, scheme] = open_in(browser, page_path, width=width, scheme=scheme)
+        return pages[width, scheme]
+
+    return standing_page
+
+
+FIGURES_AND_CHARTS = """figures => figures.map((figure) => [
+  figure.ariaLabel, [...figure.querySelectorAll(".chart svg")].map((svg) => [
+    svg.ariaLabel, svg.querySelector("desc").textContent, svg.getBoundingClientRect().width]),
+])"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1400, "light")])
+def test_page_loads_alone_without_errors_or_sideways_scroll(open_page: Pages, width: int, scheme: str) -> None:
     page = open_page(width=width, scheme=scheme)
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     drawn = [figure for figure in FIGURES if figure.draw(RESULTS, ARRAYS)]
-    figures = page.locator("figure[data-figure]")
-    assert figures.count() == len(drawn)
-    for figure in figures.all():
-        assert figure.get_attribute("aria-label")
-        for svg in figure.locator(".chart svg").all():
-            assert svg.get_attribute("aria-label")
-            assert svg.locator("desc").text_content()
-            assert svg.bounding_box()["width"] <= width
+    found = page.locator("figure[data-figure]").evaluate_all(FIGURES_AND_CHARTS)
+    assert len(found) == len(drawn)
+    for label, charts in found:
+        assert label
+        for name, description, wide in charts:
+            assert name
+            assert description
+            assert 0 < wide <= width
 
 
-def test_marks_are_as_many_as_records(open_page: Any) -> None:
-    page = open_page()
+def test_marks_are_as_many_as_records(standing_page: Any) -> None:
+    page = standing_page()
     assert page.locator(CELLS).count() == 3 * NUM_LAYERS * NUM_HEADS
     assert page.locator("#figure-theorem use[data-tip]").count() == 300
     for measure in ("logit_difference", "eviction_cost", "cosine", "capacity"):
@@ -159,8 +187,8 @@ def test_the_pointer_on_a_cell_shows_its_number(open_page: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 1400])
-def test_the_pointer_near_a_mark_shows_its_number_within_the_window(open_page: Any, width: int) -> None:
-    page = open_page(width=width)
+def test_the_pointer_near_a_mark_shows_its_number_within_the_window(standing_page: Any, width: int) -> None:
+    page = standing_page(width=width)
     for measure in ("eviction_cost", "logit_difference", "knockout"):
         marks = page.locator(f"#figure-{measure.replace('_', '-')} use[data-tip]")
         mark = marks.nth(marks.count() - 1)
@@ -175,15 +203,16 @@ def test_the_pointer_near_a_mark_shows_its_number_within_the_window(open_page: A
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_lines_of_charts_have_contrast(open_page: Any, scheme: str) -> None:
-    page = open_page(scheme=scheme)
+def test_text_and_lines_of_charts_have_contrast(standing_page: Any, scheme: str) -> None:
+    page = standing_page(scheme=scheme)
     panel = parse_colour(page.locator("figure").first.evaluate("node => getComputedStyle(node).backgroundColor"))
-    for text in page.locator("#figure-eviction-cost svg text, #figure-attention-maps svg text").all():
-        colour = parse_colour(text.evaluate("node => getComputedStyle(node).fill"))
-        assert contrast(colour[:3], panel[:3]) >= 4.5
-    lines = page.locator("#figure-eviction-cost use[data-tip], #figure-cosine use[data-tip]").all()
-    for colour in {line.evaluate("node => getComputedStyle(node).fill") for line in lines}:
-        assert contrast(parse_colour(colour)[:3], panel[:3]) >= 3, (scheme, colour)
+    fill = "nodes => [...new Set(nodes.map((node) => getComputedStyle(node).fill))]"
+    texts = page.locator("#figure-eviction-cost svg text, #figure-attention-maps svg text").evaluate_all(fill)
+    lines = page.locator("#figure-eviction-cost use[data-tip], #figure-cosine use[data-tip]").evaluate_all(fill)
+    for colours, least in ((texts, 4.5), (lines, 3)):
+        assert colours
+        for colour in colours:
+            assert contrast(parse_colour(colour)[:3], panel[:3]) >= least, (scheme, colour)
 
 
 def check_documents_of(page: Any, layer: int, head: int) -> None:
@@ -313,9 +342,13 @@ def test_every_quantity_and_the_address_work(open_page: Any) -> None:
     assert page.problems == []
 
 
-@pytest.mark.parametrize("quantity", ["logit_attention", "logit_meta_attention", "logit_mlp"])
-def test_a_token_shows_what_a_branch_adds_to_its_logit(open_page: Any, quantity: str) -> None:
+def test_a_token_shows_what_a_branch_adds_to_its_logit(open_page: Pages) -> None:
     page = open_page()
+    for quantity in ("logit_attention", "logit_meta_attention", "logit_mlp"):
+        check_logits_of(page, quantity)
+
+
+def check_logits_of(page: Any, quantity: str) -> None:
     page.locator("#view-quantity").select_option(quantity)
     page.locator("#view-layer").select_option("2")
     assert page.locator("#view-head").is_disabled()
@@ -351,15 +384,14 @@ def long_attention(layer: int, plane: int, query: int) -> dict[int, float]:
     return {int(key): (int(weight) / 255) ** 2 for key, weight in zip(keys, weights, strict=True) if weight}
 
 
-@pytest.mark.parametrize(("head", "plane"), [("mean", 0), ("2", 1), ("4", 3)])
-def test_a_long_text_shows_the_weights_that_were_kept(open_page: Any, head: str, plane: int) -> None:
+def test_a_long_text_shows_the_weights_that_were_kept(open_page: Pages) -> None:
     page = open_page(fragment="#text=1")
     assert page.locator("#view-head option").all_text_contents() == ["mean", "2", "3", "4"]
     assert "its 8 largest weights" in page.locator("#view-note").text_content()
     assert "3 heads a layer" in page.locator("#view-note").text_content()
     page.locator("#view-layer").select_option("3")
-    page.locator("#view-head").select_option(head)
-    for query in (250, 4):
+    for (head, plane), query in product((("2", 1), ("4", 3), ("mean", 0)), (250, 4)):
+        page.locator("#view-head").select_option(head)
         page.locator(f"#token-{query}").hover()
         tip = page.locator("#tip").text_content()
         shown = {int(key): float(value) for key, value in re.findall(r" at (\d+): (\d\.\d+)", tip)}
@@ -369,7 +401,7 @@ def test_a_long_text_shows_the_weights_that_were_kept(open_page: Any, head: str,
         assert min(shown.values()) >= sorted(kept.values())[-4] - 0.004
     page.locator("#token-250").click()
     page.locator("#token-200").click()
-    if 200 not in long_attention(3, plane, 250):
+    if 200 not in long_attention(3, 0, 250):
         assert page.locator("#tip").text_content().endswith("from 250 to 200: n/a")
     assert page.problems == []
 
@@ -394,8 +426,7 @@ def test_a_long_text_has_a_matrix_thumbnails_and_what_is_measured_of_all_its_hea
     assert page.problems == []
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("text", [0, 1])
+@pytest.mark.parametrize(("text", "width"), [(0, 1400), (0, 360), (1, 360)])
 def test_no_quantity_of_a_text_is_wider_than_the_window(open_page: Any, text: int, width: int) -> None:
     page = open_page(width=width, fragment=f"#text={text}&query=9")
     quantities = page.locator("#view-quantity option").evaluate_all("nodes => nodes.map((node) => node.value)")
@@ -408,8 +439,8 @@ def test_no_quantity_of_a_text_is_wider_than_the_window(open_page: Any, text: in
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-def test_dots_stand_at_their_numbers(open_page: Any) -> None:
-    dots = open_page().locator("#figure-logit-difference use[data-tip]")
+def test_dots_stand_at_their_numbers(standing_page: Any) -> None:
+    dots = standing_page().locator("#figure-logit-difference use[data-tip]")
     places = [float(dot.get_attribute("x")) for dot in dots.all()]
     values = [record.value for record in RESULTS.find("logit_difference")]
     steps = [(place - places[0]) / (value - values[0]) for place, value in zip(places[1:], values[1:], strict=True)]
@@ -428,15 +459,9 @@ def test_cosines_keep_their_sign(open_page: Any, sign: int) -> None:
 @pytest.mark.parametrize(
     "fragment",
     [
-        "#layer=99",
-        "#head=7",
-        "#head=__proto__",
-        "#text=0.5",
-        "#text=9",
-        "#query=-3",
-        "#query=1.5",
+        "#text=0.5&quantity=x&layer=99&head=7&query=-3",
+        "#text=9&head=__proto__&query=1.5",
         "#query=99",
-        "#quantity=x",
     ],
 )
 def test_an_address_of_nothing_falls_back(open_page: Any, fragment: str) -> None:
@@ -498,8 +523,8 @@ def test_heads_are_one_stop_of_the_keyboard(open_page: Any) -> None:
     assert page.evaluate("document.activeElement.ariaLabel") == "layer 2, head 0"
 
 
-def test_downloaded_results_are_the_results(open_page: Any) -> None:
-    page = open_page()
+def test_downloaded_results_are_the_results(standing_page: Any) -> None:
+    page = standing_page()
     with page.expect_download() as download:
         page.locator("#download").click()
     assert download.value.suggested_filename == "results.json"
@@ -537,8 +562,8 @@ def test_the_largest_view_is_ready_in_time(browser: Any, tmp_path: Path) -> None
     page.close()
 
 
-def test_matrix_is_drawn(open_page: Any) -> None:
-    page = open_page()
+def test_matrix_is_drawn(standing_page: Any) -> None:
+    page = standing_page()
     painted = page.evaluate(
         "[...document.getElementById('matrix').getContext('2d').getImageData(0, 0, 512, 512).data]"
         ".filter((x, i) => i % 4 === 3 && x > 0).length"
@@ -554,13 +579,13 @@ def test_the_page_opens_at_the_answer_in_the_head_that_reads_most_from_meta_toke
 
 
 @pytest.mark.parametrize("width", [360, 1400])
-def test_text_of_charts_is_12_pixels_high_and_not_clipped(open_page: Any, width: int) -> None:
-    page = open_page(width=width)
+def test_text_of_charts_is_12_pixels_high_and_not_clipped(standing_page: Any, width: int) -> None:
+    page = standing_page(width=width)
     assert page.evaluate(TEXT_TOO_SMALL_OR_CLIPPED) == []
 
 
-def test_a_figure_is_downloaded_as_svg_and_its_numbers_as_csv(open_page: Any) -> None:
-    page = open_page()
+def test_a_figure_is_downloaded_as_svg_and_its_numbers_as_csv(standing_page: Any) -> None:
+    page = standing_page()
     texts = {}
     for kind in ("SVG", "CSV"):
         with page.expect_download() as download:
@@ -573,8 +598,8 @@ def test_a_figure_is_downloaded_as_svg_and_its_numbers_as_csv(open_page: Any) ->
     assert len(rows) == 1 + len(hand_over_records(RESULTS, "denoise"))
 
 
-def test_markup_in_a_text_is_shown_and_not_obeyed(open_page: Any) -> None:
-    page = open_page()
+def test_markup_in_a_text_is_shown_and_not_obeyed(standing_page: Any) -> None:
+    page = standing_page()
     assert page.locator("#injected").count() == 0
     assert "</script><b id='injected'>x" in page.locator("#strip").text_content()
 
@@ -589,8 +614,8 @@ def test_without_javascript_charts_and_tables_are_there(open_page: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(open_page: Any, scheme: str) -> None:
-    page = open_page(scheme=scheme)
+def test_text_has_contrast(standing_page: Any, scheme: str) -> None:
+    page = standing_page(scheme=scheme)
 
     style = "getComputedStyle(document.documentElement).getPropertyValue"
     colours = {

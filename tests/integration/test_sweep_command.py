@@ -78,6 +78,7 @@ def rows(out: Path, arm: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_leaves_results_a_table_and_its_answers(done: Path):
     results = json.loads((done / "results.json").read_text())
     assert results["format"] == "sweep/1"
@@ -101,6 +102,7 @@ def test_a_sweep_leaves_results_a_table_and_its_answers(done: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_is_done_is_skipped_and_a_failing_arm_costs_the_others_nothing(done: Path, files: Path):
     before = {path: path.stat().st_mtime_ns for path in done.glob("runs/**/*.*")}
     blocked = done / "runs/broken/seed-0"
@@ -118,6 +120,7 @@ def test_what_is_done_is_skipped_and_a_failing_arm_costs_the_others_nothing(done
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_sweep_ends_as_one_that_was_left_alone(done: Path, files: Path, tmp_path: Path):
     run = tmp_path / "runs/pause/seed-0"
     # as many threads as in the other sweep: sums depend on them in the last bits
@@ -149,6 +152,7 @@ def test_a_killed_sweep_ends_as_one_that_was_left_alone(done: Path, files: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_sweeps_do_not_share_a_folder(done: Path, files: Path):
     with hold_lock(done / "lock", folder=done, work="a test holds it"):
         refused = metatokens("sweep", files / "sweep.yaml", "--out", done, code=2)

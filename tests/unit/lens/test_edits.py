@@ -12,6 +12,7 @@ from lens_models import META, MODELS, WIDTH, assert_untouched, build, sample_ids
 from metatokens.errors import UsageError
 from metatokens.lens import Lens, edits
 from metatokens.model.compatibility import CACHE_NAME
+from pairwise import all_pairs
 from tiny_models import tokens
 
 
@@ -32,13 +33,19 @@ def test_no_edit_and_an_activations_own_value_change_nothing(model: Any) -> None
         assert torch.equal(lens(ids).logits, plain)
 
 
+TAPS = ["embed.hook_embed", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
+TAPS += [f"blocks.1.attn.{tap}" for tap in ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z")]
+TAPS += ["blocks.1.hook_attn_out", "ln_final.hook_normalized", "unembed.hook_logits"]
+ARCHITECTURES = ("rope", "gpt2", "gpt-neo")
+# every tap of each architecture; of the variants of one, those in whose attention they differ
+SOME = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_rot_k", "blocks.1.attn.hook_z")
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["embed.hook_embed", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
-    + [f"blocks.1.attn.{tap}" for tap in ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z")]
-    + ["blocks.1.hook_attn_out", "ln_final.hook_normalized", "unembed.hook_logits"],
+    ("kind", "name"), [(kind, name) for kind in MODELS for name in (TAPS if kind in ARCHITECTURES else SOME)]
 )
-def test_an_edit_at_some_tokens_reaches_what_follows(name: str, model: Any) -> None:
+def test_an_edit_at_some_tokens_reaches_what_follows(kind: str, name: str) -> None:
+    model = MODELS[kind]()
     lens, ids = Lens(model), sample_ids()
     at = torch.zeros(1, ids.shape[1], dtype=torch.bool)
     at[:, 4] = True
@@ -350,9 +357,9 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, model: Any) -> None:
+@all_pairs(edit=EDITS, padded=[False, True], kind=MODELS)
+def test_edits_mean_the_same_under_cached_decoding(edit: str, padded: bool, kind: str) -> None:
+    model = MODELS[kind]()
     lens, ids = Lens(model), sample_ids()
     at, mask = ids == META, torch.ones_like(ids)
     if padded:
