@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import fsspec
 import pytest
+import torch
 from training_runs import losses, small_config, wait_until, weights
 
 from commands import metatokens
@@ -18,7 +20,7 @@ from metatokens.config.loading import to_yaml
 from metatokens.config.schema import PretrainConfig
 from metatokens.errors import Preempted
 from metatokens.training.checkpoint import find_checkpoint, read_state
-from metatokens.training.pretraining import pretrain
+from metatokens.training.pretraining import pretrain, train_on_tokens
 
 STEPS = 12
 Config = Callable[..., PretrainConfig]
@@ -86,6 +88,22 @@ def test_a_request_before_the_first_step_ends_the_run_at_once_and_leaves_the_mar
     assert not list((out / "checkpoints").iterdir())
     pretrain(config(), out, show_progress=False)
     assert_identical(out, whole)
+
+
+def test_a_stop_that_meets_the_entry_of_a_no_grad_does_no_harm_to_the_next_run(
+    config: Config, whole: Path, tmp_path: Path
+):
+    def make_job(*_: object) -> NoReturn:
+        torch.set_grad_enabled(False)  # as `no_grad` does before a with statement knows of it
+        raise Preempted("stopped")
+
+    options = {"show_progress": False, "label": "", "stop_after": None, "resume": None, "allow_change": ()}
+    with pytest.raises(Preempted):
+        train_on_tokens(config(), tmp_path / "stopped", make_job, **options)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        pretrain(config(), tmp_path / "run", show_progress=False)
+    assert_identical(tmp_path / "run", whole)
 
 
 def test_a_run_ends_by_itself_after_the_time_that_it_was_given(config: Config, tmp_path: Path):

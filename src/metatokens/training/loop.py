@@ -55,6 +55,8 @@ MAX_SKIPS = 100
 """Steps that change nothing, over the whole run: one in a million is chance, so many are a fault."""
 
 
+# a request to stop that meets the entry of a `no_grad` leaves the thread without gradients: see `StopRequest.at_once`
+@torch.enable_grad()
 def train(
     config: RunConfig,
     folder: RunFolder,
