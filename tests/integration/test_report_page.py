@@ -15,6 +15,7 @@ import pytest
 
 from metatokens.analysis.results import Results, TokenView
 from metatokens.report.analysis_figures import FIGURES
+from metatokens.report.comparison import render_comparison
 from metatokens.report.findings import hand_over_records
 from metatokens.report.opening import opening_of
 from metatokens.report.page import LARGEST_PAGE_BYTES, render_page
@@ -151,6 +152,23 @@ def test_page_loads_alone_without_errors_or_sideways_scroll(open_page: Pages, wi
             assert name
             assert description
             assert 0 < wide <= width
+
+
+def test_a_comparison_puts_models_of_one_seed_side_by_side_into_the_first_screen(browser: Any, tmp_path: Path) -> None:
+    names = ("one/seed-0", "two/seed-0", "two/seed-1", "three/seed-0", "four/seed-0")
+    analyses = [RESULTS.model_copy(update={"checkpoint": {"name": name, "sha256": name}}) for name in names]
+    (tmp_path / "comparison.html").write_text(render_comparison(analyses), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto((tmp_path / "comparison.html").as_uri())
+    places = [article.bounding_box() for article in page.locator("article").all()]
+    one, two, three, four = (places[number] for number in (0, 1, 3, 4))
+    assert one["y"] < two["y"] < three["y"]  # an arm of several seeds has rows of its own
+    assert (places[2]["y"], four["y"]) == (two["y"], three["y"])
+    assert one["x"] == two["x"] == three["x"]
+    assert page.locator("article ol li").first.bounding_box()["y"] < 450
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.close()
 
 
 def test_marks_are_as_many_as_records(standing_page: Any) -> None:

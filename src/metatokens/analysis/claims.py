@@ -91,7 +91,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "near_excess_cosine",
     ),
     "fading_cosine": Claim(
-        "That resemblance fades with distance",
+        "The resemblance of a meta-token's state to earlier text fades with distance",
         "fades with distance",
         "centred cosine of meta-tokens at distance 1 minus that at the largest distance, mean over layers",
         "1",
@@ -106,7 +106,8 @@ CLAIMS: dict[Endpoint, Claim] = {
         at={"against": "last token"},
     ),
     "prefix_area": Claim(
-        "It does so against the token right before it, which has read the same prefix",
+        "A meta-token's state holds the answer at a lower distortion for equal rate than that of the token right before "
+        "it",
         "not compared",
         "area between the rate-distortion hulls, token right before it minus last meta-token",
         "nats^2",

@@ -7,6 +7,7 @@ does not name gets panels of its own, so that nothing is averaged over or left o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -48,6 +49,8 @@ _MOST_EDGES = 1_500
 _WIDE, _TALL = 3.0, 2.4
 _LOGARITHMIC = {"distance"}
 _MAPS = "maps"
+_WRITTEN = {"cka": "CKA", "r squared": "R\N{SUPERSCRIPT TWO}"}
+_SIGNS = re.compile(rf"\b(?:{'|'.join(_WRITTEN)})\b")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class AnalysisFigure:
     """None where the results have nothing to draw."""
     text: str = ""
     """What a reader has to know beside the measures' definitions."""
+    level: str | None = None
+    """The measure of chance, drawn as a dashed line where the results have it."""
+
+    def text_for(self, results: Results) -> str:
+        """Return the text, which speaks of the line of chance only where it is drawn."""
+        is_drawn = self.level is not None and any(one.value is not None for one in results.find(self.level))
+        chance = f"Dashed: chance. {MEASURES[self.level].definition}" if self.level and is_drawn else ""
+        return " ".join(part for part in (self.text, chance) if part)
 
 
 def figure_files(results: Results, arrays: Arrays) -> dict[str, bytes]:
@@ -82,7 +93,11 @@ def _caption(figure: AnalysisFigure, results: Results) -> str:
     count = count_documents([record for name in measured for record in results.find(name)])
     model = describe_model(results)
     return (
-        " ".join(part for part in (f"{figure.title}.", figure.text, *definitions, count, f"Model: {model}.") if part)
+        " ".join(
+            part
+            for part in (f"{figure.title}.", figure.text_for(results), *definitions, count, f"Model: {model}.")
+            if part
+        )
         + "\n"
     )
 
@@ -116,7 +131,7 @@ def file_names() -> set[str]:
 
 def words(name: str) -> str:
     """Return a measure's name as words."""
-    return name.replace("_", " ")
+    return _SIGNS.sub(lambda found: _WRITTEN[found[0]], name.replace("_", " "))
 
 
 # From what a measure declares ----------------------------------------------------------------------------------
@@ -147,9 +162,10 @@ def _figure_of(group: Sequence[Measure]) -> AnalysisFigure:
         return AnalysisFigure(f"{first.part}-{_MAPS}", first.part, title, names, _Maps(names), text)
     title = words(" and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}")
     draw = _Plotted(names, first.plot) if isinstance(first.plot, Lines | Dots) else _Maps(names)
-    level = MEASURES[first.plot.level] if isinstance(first.plot, Lines | Dots) and first.plot.level else None
-    text = f"Dashed: chance. {level.definition}" if level else ""
-    return AnalysisFigure(first.name.replace("_", "-"), first.part, title[0].upper() + title[1:], names, draw, text)
+    level = first.plot.level if isinstance(first.plot, Lines | Dots) else None
+    return AnalysisFigure(
+        first.name.replace("_", "-"), first.part, title[0].upper() + title[1:], names, draw, level=level
+    )
 
 
 @dataclass(frozen=True)
@@ -465,7 +481,8 @@ HAND_OVER = AnalysisFigure(
     (),
     draw_hand_over,
     "Of two prompts that differ in one item, some states of one are put into the run on the other. The share of the "
-    "way to the other prompt's answer that this leads is how much of the answer these states carry: 0 none, 1 all.",
+    "way to the other prompt's answer that this leads is how much of the answer these states carry: 0 none, 1 all. "
+    "Layers count from 0.",
 )
 FIGURES = (*_declared(MEASURES.values()), *_SPECIAL, HAND_OVER)
 """Every figure, those of a part in the order of the registry."""

@@ -44,8 +44,8 @@ def zeroed_embedding(results: Results) -> Finding | None:
     anchor = "figure-accuracy"
     if not _differs(gain):
         return Finding(
-            f"Cannot tell whether zeroing the meta-tokens' embedding changes accuracy: {_percent(full.value)} with it, "
-            f"{_percent(after.value)} without{_points(gain)}.",
+            f"Cannot tell whether zeroing the meta-tokens' embedding changes accuracy: {_percent(full.value)} with "
+            f"it as it is, {_percent(after.value)} with it zeroed{_points(gain)}.",
             anchor,
         )
     return Finding(
@@ -201,7 +201,10 @@ def _percent(value: float | None, digits: int = 0) -> str:
 def _points(gain: Record) -> str:
     if gain.low is None or gain.high is None:
         return f", of {gain.num_documents} instances: too few for an interval"
-    return f" (95% interval of what it brings: {100 * gain.low:.0f} to {100 * gain.high:.0f} points)"
+    low, high = 100 * gain.low, 100 * gain.high
+    if high < 0:
+        return f" (95% interval of the rise: {-high:.0f} to {-low:.0f} points)"
+    return f" (95% interval of the fall: {low:.0f} to {high:.0f} points)"
 
 
 def _share(record: Record) -> str:

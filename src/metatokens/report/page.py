@@ -78,8 +78,8 @@ _SECTIONS: dict[Part, tuple[str, str]] = {
     ),
     "decodability": (
         "What a linear map reads",
-        "A linear map reads the text before a state. Controls are the token right before the meta-token, which has "
-        "read the same text, and on text ordinary tokens at the same places.",
+        "A linear map reads the text before a state. The controls are the token right before the meta-token, which has "
+        "read the same text, and, where a text and no task was analysed, ordinary tokens at the same places.",
     ),
     "output": (
         "What the output head reads, and what is added",
@@ -88,8 +88,9 @@ _SECTIONS: dict[Part, tuple[str, str]] = {
     ),
     "rate_distortion": (
         "Compression: rate and distortion",
-        "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower is better. Its "
-        "encoder can compute, too: how far that goes the mean embedding of the prefix shows, which no layer made.",
+        "A variational bottleneck on one state predicts what the task asks for; at equal rate, lower distortion is "
+        "better. The bottleneck's encoder can compute, too. How far that goes, the mean embedding of the prefix shows: "
+        "no layer made it.",
     ),
     "probes": (
         "Probes and erasure",
@@ -171,7 +172,7 @@ def render_page(results: Results, arrays: Arrays) -> str:
 def _opening_figure(results: Results, arrays: Arrays) -> dict[str, Any] | None:
     """Return the figure of the first screen, if there are numbers for it."""
     chart = HAND_OVER.draw(results, arrays)
-    return None if chart is None else _render_figure(HAND_OVER, chart, hand_over_records(results, "denoise"))
+    return None if chart is None else _render_figure(HAND_OVER, results, chart, hand_over_records(results, "denoise"))
 
 
 def _lead(results: Results) -> str:
@@ -231,7 +232,7 @@ def _render_section(part: Part, results: Results, arrays: Arrays) -> dict[str, A
         chart = figure.draw(results, arrays) if is_here else None
         if chart is not None:
             shown |= set(figure.measures)
-            figures.append(_render_figure(figure, chart, own))
+            figures.append(_render_figure(figure, results, chart, own))
     others = _table([record for record in records if record.measure not in shown])
     return {
         "id": part.replace("_", "-"),
@@ -243,12 +244,12 @@ def _render_section(part: Part, results: Results, arrays: Arrays) -> dict[str, A
     }
 
 
-def _render_figure(figure: AnalysisFigure, chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
+def _render_figure(figure: AnalysisFigure, results: Results, chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
     labels = [f"{figure.title}{': ' if panel.title else ''}{panel.title}" for panel in chart.panels]
     return {
         "id": figure.id,
         "title": figure.title,
-        "text": figure.text,
+        "text": figure.text_for(results),
         "definitions": [
             (words(name), MEASURES[name].definition)
             for name in figure.measures

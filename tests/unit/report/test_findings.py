@@ -6,6 +6,7 @@ import pytest
 
 from metatokens.analysis.claims import CLAIMS
 from metatokens.analysis.results import Record, Results
+from metatokens.report.analysis_figures import FIGURES
 from metatokens.report.comparison import arms_of, render_comparison
 from metatokens.report.findings import cut_path, findings_of, hand_over, zeroed_embedding
 from metatokens.report.glossary import explain
@@ -42,7 +43,12 @@ def carried(value: float, low: float, high: float) -> Results:
 
 @pytest.mark.parametrize(
     ("low", "high", "says"),
-    [(0.5, 0.7, "takes accuracy from 90% to 30%"), (-0.1, 0.7, "Cannot tell"), (None, None, "Cannot tell")],
+    [
+        (0.5, 0.7, "takes accuracy from 90% to 30% (95% interval of the fall: 50 to 70 points)"),
+        (-0.7, -0.5, "(95% interval of the rise: 50 to 70 points)"),
+        (-0.1, 0.7, "Cannot tell"),
+        (None, None, "Cannot tell"),
+    ],
 )
 def test_a_change_is_stated_only_where_its_interval_leaves_out_zero(
     low: float | None, high: float | None, says: str
@@ -50,6 +56,13 @@ def test_a_change_is_stated_only_where_its_interval_leaves_out_zero(
     finding = zeroed_embedding(zeroed(low, high))
     assert finding is not None
     assert says in finding.text
+
+
+def test_a_figure_speaks_of_the_line_of_chance_only_where_it_is_drawn() -> None:
+    figure = next(one for one in FIGURES if one.id == "accuracy")
+    accuracy, chance = record("accuracy", 0.9, 0.8, 0.95, intervention="none"), record("chance", 0.5, None, None)
+    assert "Dashed" not in figure.text_for(results_of(accuracy))
+    assert "Dashed: chance." in figure.text_for(results_of(accuracy, chance))
 
 
 @pytest.mark.parametrize(

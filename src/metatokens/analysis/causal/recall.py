@@ -94,7 +94,7 @@ def capacity(inputs: Inputs) -> Rows:
 
 @measure("causal", "1", axes=("size",), subject="task")
 def chance(inputs: Inputs) -> Rows:
-    """Share of answers that guesses get right, on the task's instances and by its own size."""
+    """Share of answers that a guess gets right, over the task's instances and by the task's own size."""
     yield Row({}, np.array([one.chance for one in inputs.subject.instances]))
     for size, (_, chances) in capacities_of(inputs).items():
         yield Row({"size": size}, chances)
