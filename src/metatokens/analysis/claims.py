@@ -106,8 +106,8 @@ CLAIMS: dict[Endpoint, Claim] = {
         at={"against": "last token"},
     ),
     "prefix_area": Claim(
-        "A meta-token's state holds the answer at a lower distortion for equal rate than that of the token right before "
-        "it",
+        "A meta-token's state holds the answer at a lower distortion for equal rate than that of the "
+        "token right before it",
         "not compared",
         "area between the rate-distortion hulls, token right before it minus last meta-token",
         "nats^2",

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from metatokens.report.figures import COLOURS, MARKERS
@@ -35,6 +35,7 @@ GLYPHS = "●■◆▲▼✚✖★"
 NUM_ORDERED = 8
 _ORDERED = tuple(mpl.colors.to_hex(mpl.colormaps["viridis"](share)) for share in np.linspace(0, 0.9, NUM_ORDERED))
 _PAPER_COLUMNS = 3
+_MOST_POWERS = 7  # of two, whose numbers fit below a panel
 _NAME_WIDTH = 17  # characters of a line
 _SPARE = 0.04  # inches around labels
 _NO_TITLE = 0.08  # inches above axes
@@ -172,6 +173,7 @@ class LinePanel:
             axes.set_xscale("symlog", base=2, linthresh=1)  # 0 has a place, too
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_major_locator(FixedLocator(self._powers()))
         elif self.scale == "root":
             axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
         axes.axhline(0, color=_INK, linewidth=0.5)
@@ -189,6 +191,12 @@ class LinePanel:
             axes.plot(x, rule.y, rule.dashes, color=colour, linewidth=0.8, scalex=False, scaley=False)
         axes.set_xlabel(self.x_label)
         axes.set_ylabel(self.y_label)
+
+    def _powers(self) -> list[int]:
+        """Return 0 and the powers of two up to the last mark, every other one where all do not fit."""
+        last = max((mark.x for series in self.series for mark in series.marks), default=1)
+        powers = [2**power for power in range(int(math.log2(max(last, 1))) + 1)]
+        return [0, *powers[:: 1 if len(powers) <= _MOST_POWERS else 2]]
 
     def _draw_series(self, axes: Axes, series: Series, tips: Tips) -> None:
         colour, marks = series.style.colour, series.marks

@@ -158,3 +158,16 @@ def test_a_figure_for_papers_is_the_same_for_the_same_chart() -> None:
 def test_results_without_numbers_have_no_figure() -> None:
     nothing = RESULTS.model_copy(update={"records": (), "token_views": ()})
     assert [one.draw(nothing, {}) for one in FIGURES] == [None] * len(FIGURES)
+
+
+@pytest.mark.parametrize(("last", "shown"), [(64, "0 1 2 4 8 16 32 64"), (128, "0 1 4 16 64")])
+def test_the_powers_below_a_panel_do_not_run_into_each_other(last: int, shown: str) -> None:
+    line = Series("a", Style(0), [Mark(distance, 1, "tip") for distance in (0, 1, last)])
+    drawn = ET.fromstring(to_svg(LinePanel("p", [line], "distance", "", scale="log"), "label"))
+    ticks = [
+        text.text
+        for group in drawn.iter(f"{SVG}g")
+        if "xtick" in group.get("id", "")
+        for text in group.iter(f"{SVG}text")
+    ]
+    assert " ".join(map(str, ticks)) == shown
