@@ -164,10 +164,5 @@ def test_results_without_numbers_have_no_figure() -> None:
 def test_the_powers_below_a_panel_do_not_run_into_each_other(last: int, shown: str) -> None:
     line = Series("a", Style(0), [Mark(distance, 1, "tip") for distance in (0, 1, last)])
     drawn = ET.fromstring(to_svg(LinePanel("p", [line], "distance", "", scale="log"), "label"))
-    ticks = [
-        text.text
-        for group in drawn.iter(f"{SVG}g")
-        if "xtick" in group.get("id", "")
-        for text in group.iter(f"{SVG}text")
-    ]
-    assert " ".join(map(str, ticks)) == shown
+    texts = [str(text.text) for text in drawn.iter(f"{SVG}text")]
+    assert " ".join(texts[: texts.index("distance")]) == shown
