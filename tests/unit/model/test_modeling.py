@@ -387,7 +387,8 @@ def test_dropout_acts_in_training_only() -> None:
 
 @pytest.mark.slow
 def test_training_steps_of_many_batches_are_one_compiled_graph_with_the_same_gradients() -> None:
-    model, compiled_model = tiny_model().train(), tiny_model().train()
+    # of one layer: compiling takes as long as everything else in this file
+    model, compiled_model = (tiny_model(num_hidden_layers=1).train() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()  # another test in this process may have compiled the same code for other shapes
     compiled_model.forward = torch.compile(compiled_model.forward, backend=counter, fullgraph=True)
