@@ -1,12 +1,14 @@
 """A finding says what the numbers bear, and that they cannot tell where they do not."""
 
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from metatokens.analysis.claims import CLAIMS
 from metatokens.analysis.results import Record, Results
-from metatokens.report.analysis_figures import FIGURES
+from metatokens.report.analysis_figures import FIGURES, HAND_OVER
 from metatokens.report.comparison import arms_of, render_comparison
 from metatokens.report.findings import cut_path, findings_of, hand_over, zeroed_embedding
 from metatokens.report.glossary import explain
@@ -129,3 +131,8 @@ def test_the_figure_of_the_readme_names_its_model_and_both_schemes() -> None:
     svg = interchange_svg(build_results()[0])
     assert "Model: synthetic" in svg
     assert "prefers-color-scheme: dark" in svg
+
+
+def test_the_figure_of_the_readme_says_what_the_page_says() -> None:
+    drawn = ET.parse(Path(__file__).parents[3] / "docs/interchange.svg")
+    assert HAND_OVER.text in " ".join(str(one.text) for one in drawn.iter("{http://www.w3.org/2000/svg}text"))
