@@ -117,10 +117,13 @@ def show_recall(result: Any) -> None:
     """Show a `RecallReport`."""
     first = result.rows[0]
     changed = f" with {' and '.join(first.interventions)}" if first.interventions else ""
-    table = Table(title=f"{first.task}{changed}, accuracy (95% interval, or each model)", title_justify="left")
+    are_few = _are_few(first.token_outcomes)
+    beside = "each model" if are_few else "95% interval"
+    table = Table(title=f"{first.task}{changed}, accuracy ({beside})", title_justify="left")
     table.add_column("prompt tokens")
-    for column in ("of tokens", "of whole answers", "guessing whole answers"):
-        table.add_column(column, justify="right")
+    for column in ("of tokens", "of whole answers"):
+        table.add_column(column, justify="right", no_wrap=not are_few)
+    table.add_column("guessing whole answers", justify="right")
     for row in result.rows:
         cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)
         accuracies = [_of_models(interval, outcomes) for interval, outcomes in cells]
@@ -145,9 +148,13 @@ def show_verdicts(results: Any) -> None:
 
 def _of_models(interval: Any, outcomes: Sequence[Sequence[float]]) -> str:
     """Write an accuracy with its interval, or that of each model where there are too few for one."""
-    if interval is None or not 1 < len(outcomes) < MINIMUM_SEEDS:
+    if interval is None or not _are_few(outcomes):
         return _interval(interval, ".1%")
     return f"{interval.estimate:.1%} ({' / '.join(f'{sum(of_one) / len(of_one):.1%}' for of_one in outcomes)})"
+
+
+def _are_few(outcomes: Sequence[Sequence[float]]) -> bool:
+    return 1 < len(outcomes) < MINIMUM_SEEDS
 
 
 def _interval(interval: Any, form: str = ",.4g") -> str:

@@ -53,6 +53,21 @@ def test_one_model_and_five_have_an_interval(capsys: pytest.CaptureFixture[str],
     assert "50.0% (25.0% to 85.0%)" in capsys.readouterr().out
 
 
+def test_an_interval_stands_on_one_line_of_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    report = recall((1, 1))
+    report.rows[0].length, report.rows[0].token_accuracy = "512-1024", Interval(1.0, 1.0, 1.0)
+    report.rows[0].sequence_accuracy = Interval(1.0, 1.0, 1.0)
+    show_recall(report)
+    text = capsys.readouterr().out
+    assert "copying, accuracy (95% interval)" in text
+    (row,) = [line for line in text.splitlines() if "512-1024" in line]
+    assert row.count("100.0% (100.0% to 100.0%)") == 2
+    assert len(row) <= 80
+
+
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     require_packages("report")
     monkeypatch.setattr("metatokens.report._PACKAGES", ("nowhere",))
