@@ -127,6 +127,12 @@ def memory_pilots() -> str:
     return _table(header, rows)
 
 
+def memory_pilot(row: int, step: int) -> str:
+    """Return the share of words that a pilot had right at a step."""
+    pilot = load(f"{MEMORY}/pilots.json")["pilots"][row]
+    return percent(pilot["words_right"][pilot["steps"].index(step)])
+
+
 def memory_runs() -> str:
     runs = load(f"{MEMORY}/runs.json")["runs"]
     seeds = sorted({one["seed"] for one in runs})
@@ -488,7 +494,7 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
-    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words),
+    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot),
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""

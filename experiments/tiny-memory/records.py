@@ -29,7 +29,7 @@ def record(folder: Path) -> dict[str, Any] | None:
     if not lines:
         return None
     result = _tree(folder / "result.json")
-    cpu_seconds = sum(_tree(folder / "cpu_seconds.json").values())
+    cpu_seconds = _tree(folder / "cpu_seconds.json").get("cpu_seconds")
     return {
         "arm": folder.parent.name,
         "seed": int(folder.name.removeprefix("seed-")),
@@ -38,7 +38,7 @@ def record(folder: Path) -> dict[str, Any] | None:
         "evaluated_at": [line["step"] for line in evaluations],
         "words_right": [round(line["token_accuracy"], 4) for line in evaluations],
         "answers_right": [round(line["sequence_accuracy"], 4) for line in evaluations],
-        "cpu_seconds": round(cpu_seconds, 1) if result else None,
+        "cpu_seconds": cpu_seconds if result else None,
         "versions": _tree(folder / "versions.json"),
     }
 
