@@ -113,8 +113,8 @@ def test_what_a_policy_keeps_does_not_depend_on_the_batches(subject: Subject, fo
             policies=("every", "pooled"),
             babi=folder / "babi",
             books=folder / "books",
-            columns=69,
-            window=8,
+            columns=77,
+            window=16,
             batch_size=batch_size,
         )
         return [row.columns for row in evaluate_long_context(subject, config).rows]

@@ -112,9 +112,10 @@ def test_accuracies_are_drawn_beside_what_guesses_get_right() -> None:
     (rule,) = capacity.panels[0].rules
     assert (rule.x, rule.y) == ([2, 4, 6, 8], pytest.approx([1 / 8, 1 / 16, 1 / 24, 1 / 32]))
     assert accuracy.panels[0].level == 0.07
-    assert "guesses" in charts["capacity"].text
+    assert "Dashed: chance" in charts["capacity"].text_for(results)
     older = of_measures(results, {record.measure for record in results.records} - {"chance"})
     assert charts["capacity"].draw(older, arrays).panels[0].rules == []
+    assert "Dashed" not in charts["capacity"].text_for(older)
 
 
 def test_records_without_the_coordinates_of_their_plot_are_in_tables_alone() -> None:
