@@ -52,7 +52,7 @@ from metatokens.training.step import OptimizerStep
 
 MAX_CONSECUTIVE_SKIPS = 3
 MAX_SKIPS = 100
-"""Steps that change nothing, over the whole run: one in a million is chance, so many are a fault."""
+"""Most steps of a whole run that may change nothing. A single one can be chance; more than these are a fault."""
 
 
 # a request to stop that meets the entry of a `no_grad` leaves the thread without gradients: see `StopRequest.at_once`
