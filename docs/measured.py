@@ -79,6 +79,36 @@ def rows_cost(length: int, way: str, key: str = "cpu_seconds") -> float:
     return float(found[key])
 
 
+def data_pipeline() -> str:
+    """Return the table of the steps between text and training."""
+    found = load("benchmarks/results/data_pipeline.json")
+    one, all_cores = found["prepare"], found["prepare_on_all_cores"]
+    injected = found["injection_million_positions_per_second"]
+    rows = [
+        ["tokenising with the GPT-2 BPE", f"{found['tokenising_megabytes_per_second']['ours']:.1f} MB/s"],
+        ["the same with tokenizers", f"{found['tokenising_megabytes_per_second']['tokenizers']:.1f} MB/s"],
+        ["`prepare` on one core", f"{one['megabytes_per_second_after_start']:.1f} MB/s"],
+        ["on two cores, by threads", f"{all_cores['threads']['megabytes_per_second_after_start']:.1f} MB/s"],
+        ["on two cores, by processes", f"{all_cores['processes']['megabytes_per_second_after_start']:.1f} MB/s"],
+        ["injection, uniform", f"{injected['positions_uniform_and_inject']:.0f}M positions/s"],
+        ["loader", f"{found['loader']['million_text_tokens_per_second']:.0f}M text tokens/s"],
+        ["verification of shards", f"{found['files_megabytes_per_second']['verify']:,.0f} MB/s"],
+    ]
+    return _table(["step", "speed"], rows)
+
+
+def analysis_measures() -> str:
+    """Return the table of the measures of an analysis that cost more than a forward pass."""
+    found = load("benchmarks/results/analysis_measures.json")
+    dear = [row for row in found["measures"] if row["forward_passes"] > 1]
+    rows = [[f"`{row['measure']}`", f"{row['forward_passes']:.1f}"] for row in dear]
+    rest = sum(row["forward_passes"] for row in found["measures"]) - sum(row["forward_passes"] for row in dear)
+    rows.append([f"the other {len(found['measures']) - len(dear)}", f"{rest:.1f}"])
+    records = sum(row["records_seconds"] for row in found["measures"]) / found["forward_seconds"]
+    rows += [["intervals and tests", f"{records:.1f}"], ["all", f"{found['total_forward_passes']:.0f}"]]
+    return _table(["measure", "forward passes"], rows)
+
+
 # decomposition -----------------------------------------------------------------------------------------------
 
 
@@ -479,6 +509,8 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("training_small_vocabulary", "training_close", "training_full_vocabulary", "training_compiled")
     },
     "bench-generation": partial(bench_table, "generation"),
+    "data-pipeline": data_pipeline,
+    "analysis-measures": analysis_measures,
     "recall-accuracy": recall_accuracy,
     "recall-interventions": recall_interventions,
     "recall-contrasts": recall_contrasts,
