@@ -134,6 +134,16 @@ def test_two_processes_train_as_one_does_and_go_on_from_its_checkpoint(
     assert numbers(continued) == pytest.approx(numbers(whole), rel=ROUNDING * 100)
 
 
+def test_a_run_learns_the_answers_to_what_it_hides(config: Config, tmp_path: Path) -> None:
+    needles = ("--needles", "{share: 0.5, tasks: [passkey, copying]}", "--objectives.distillation", "0")
+    shape = ("--data.block_size", "256", "--evaluation.blocks", "4", "--objectives.language_model", "0")
+    assert run(config(*needles, *shape), tmp_path / "run") == [0]
+    first, *_, last = losses(tmp_path / "run", "validation_needles").values()
+    assert last < first
+    # the text of this measure has no needles
+    assert losses(tmp_path / "run", "validation_loss").keys() == losses(tmp_path / "run", "validation_needles").keys()
+
+
 def command(base: Path, tokens: Path, folder: Path, *arguments: str | Path) -> tuple[str | Path, ...]:
     (folder / "graft.yaml").write_text(PRESET)
     return ("graft", base, "--preset", folder / "graft.yaml", "--data.path", tokens, "--json", *arguments)
@@ -169,6 +179,11 @@ def test_bad_input_is_one_line(base: Path, tokens: Path, other_tokens: Path, tmp
         ("--graft.window", "60"): ("no token may see an anchor", 2),
         ("--training.parallel.kind", "fsdp2"): ("training.parallel.kind ddp", 2),
         ("--objectives.distillation", "0", "--objectives.language_model", "0"): ("nothing would be learned", 2),
+        ("--objectives", "{distillation: 0, language_model: 0}", "--needles.tasks", "[copying]"): (
+            "data.block_size 64",
+            2,
+        ),
+        ("--needles.tasks", "[babilong-qa1]"): ("needles.tasks", 2),
         ("--sampled_positions", "64"): ("not less than data.block_size", 2),
         ("--data.block_size", "512"): ("at most the 256 positions", 2),
         ("--data.path", str(other_tokens)): (f"prepare the text with --tokenizer {base}", 3),

@@ -27,12 +27,20 @@ class Objectives(Frozen):
     """KL divergence of the grafted model's predictions from those of the same model under full attention."""
     language_model: float = Field(1.0, ge=0)
     """Loss of the text's own next tokens."""
+    needles: float = Field(1.0, ge=0)
+    """Loss of the answers that `needles` asks for, whose mean counts as the loss of a whole block; without these no
+    effect."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not any(self.model_dump().values()):
-            raise ValueError("objectives: every weight is 0, so nothing would be learned")
-        return self
+
+class NeedlesConfig(Frozen):
+    """Blocks that hide something in their text and end with a question about it, from beyond the window."""
+
+    share: float = Field(0.25, gt=0, le=1)
+    """Share of the blocks; the others are as without needles."""
+    tasks: tuple[Literal["needle", "multi-key", "multi-value", "variables", "passkey", "copying"], ...] = Field(
+        ("needle", "multi-key"), min_length=1
+    )
+    """Tasks of the long-context suite, one of which is drawn for each such block."""
 
 
 class GraftRunConfig(RunConfig):
@@ -47,6 +55,9 @@ class GraftRunConfig(RunConfig):
     data: DataConfig = DataConfig()
     reconstruct: ReconstructConfig | None = None
     """Have the model give back spans from beyond its window (auto-encoding); off means that blocks are plain text."""
+    needles: NeedlesConfig | None = None
+    """Have the model answer questions about what is gone; off means none. A block with a needle ends with its answer
+    and not with a span."""
     objectives: Objectives = Objectives()
     sampled_positions: int = Field(256, ge=1)
     """Positions of a block at which distillation compares predictions, drawn anew for each block; fewer than all."""
@@ -70,6 +81,9 @@ class GraftRunConfig(RunConfig):
                 f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into "
                 f"data.block_size {size}"
             )
+        weights = self.objectives.model_dump(exclude=set() if self.needles else {"needles"})
+        if not any(weights.values()):
+            raise ValueError(f"objectives: the weight of {' and '.join(weights)} is 0, so nothing would be learned")
         check_schedule(self.schedule, self.total_steps, "training.duration")
         return self
 

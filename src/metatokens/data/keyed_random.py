@@ -52,6 +52,8 @@ class Purpose(IntEnum):
     RECONSTRUCTED_SPAN = 11
     META_PERIOD = 12
     """Text tokens between the meta-tokens of an instance."""
+    NEEDLE = 13
+    """Which blocks hide something of a long-context task, what and where."""
 
 
 def splitmix64(state: Uint64Array) -> Uint64Array:

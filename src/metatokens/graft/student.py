@@ -56,6 +56,7 @@ class Student(nn.Module):
         input_ids: Tensor,
         shift_labels: Tensor,
         sampled: Tensor,
+        answers: Tensor | None = None,
         *,
         num_items_in_batch: int | Tensor = 1,
         use_cache: bool = False,
@@ -66,11 +67,13 @@ class Student(nn.Module):
             input_ids: (B, T) text.
             shift_labels: (B, T) the token that follows each.
             sampled: (B, P) positions at which predictions are compared with the teacher's.
+            answers: (B, T) those of `shift_labels` that answer a question, -100 elsewhere.
             num_items_in_batch: divisor of the sums.
             use_cache: has no effect; the training loop says that it wants none.
         """
         del use_cache
-        names = list(self._weights if self.training else OBJECTIVES)
+        wanted = self._weights if self.training else OBJECTIVES
+        names = [name for name in wanted if answers is not None or not OBJECTIVES[name].needs_answers]
         teacher_states = None
         if any(OBJECTIVES[name].needs_teacher for name in names):
             with torch.no_grad(), switched_off(self.wrapped), _evaluating(self.wrapped):
@@ -83,9 +86,10 @@ class Student(nn.Module):
             sampled=sampled,
             teacher_states=teacher_states,
             head=self.wrapped.get_output_embeddings(),
+            answers=answers,
         )
         parts = {name: OBJECTIVES[name].compute(state) for name in names}
-        total = torch.stack([weight * parts[name] for name, weight in self._weights.items()]).sum()
+        total = torch.stack([self._weights.get(name, 0.0) * part for name, part in parts.items()]).sum()
         return Outcome(total / num_items_in_batch, parts)
 
     def _states(self, input_ids: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The model puts its anchors into the text by itself, so batches are those of pre-
 the positions at which it is compared with its own predictions under full attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from metatokens.config.grafting import GraftRunConfig
+from metatokens.config.grafting import GraftRunConfig, NeedlesConfig
 from metatokens.config.schema import NoInjection, UniformInjection
 from metatokens.data.injection import InjectedBatch, IntArray, sample_meta_positions
 from metatokens.data.loader import Batches, BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset
+from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import UsageError
 from metatokens.graft import graft
 from metatokens.graft.costs import step_flops, step_memory
@@ -26,6 +27,7 @@ from metatokens.training.distributed import Processes, join_processes
 from metatokens.training.loading import ModelFolder
 from metatokens.training.loop import check_start
 from metatokens.training.model_card import Training
+from metatokens.training.needles import Needles
 from metatokens.training.pretraining import open_dataset, train_on_tokens
 from metatokens.training.result import TrainingResult
 from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT, Resume
@@ -109,6 +111,7 @@ def _make_job(
         dataset,
         "train",
         batch_blocks=config.training.batch_blocks,
+        needles=config.needles,
         rank=processes.rank,
         world_size=processes.world_size,
     )
@@ -146,6 +149,8 @@ class GraftBatch(NamedTuple):
     """(B, P) int64, rising."""
     num_meta: int
     """Anchors that the model adds."""
+    answers: IntArray | None = None
+    """(B, T), the targets that answer a question, -100 elsewhere; None without needles."""
 
     @property
     def input_ids(self) -> IntArray:
@@ -169,16 +174,19 @@ class GraftBatch(NamedTuple):
 
     def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """Return the keyword arguments of a `Student` for some rows."""
-        sampled = torch.from_numpy(self.sampled[rows]).to(device, non_blocking=True)
-        return {**self.text.to_model_inputs(rows, device), "sampled": sampled}
+        arrays = (
+            {"sampled": self.sampled} if self.answers is None else {"sampled": self.sampled, "answers": self.answers}
+        )
+        own = {name: torch.from_numpy(array[rows]).to(device, non_blocking=True) for name, array in arrays.items()}
+        return {**self.text.to_model_inputs(rows, device), **own}
 
 
 class GraftBatches(Batches):
-    """The batches of a loader of plain text, each with drawn positions: a pure function of the step."""
+    """The batches of a loader of plain text, each with drawn positions and with needles, if any: by step alone."""
 
-    def __init__(self, loader: BatchLoader, config: GraftRunConfig) -> None:
+    def __init__(self, loader: BatchLoader, config: GraftRunConfig, needles: Needles | None) -> None:
         """Take the loader."""
-        self.loader, self._config = loader, config
+        self.loader, self._config, self._needles = loader, config, needles
 
     def batch_at(self, step: int) -> GraftBatch:
         """Return this rank's rows of global batch `step`."""
@@ -195,8 +203,12 @@ class GraftBatches(Batches):
             seed=config.seed,
             epoch=epochs,
         )
-        text = self.loader.make_batch(sample_ids, epochs)
-        return GraftBatch(text, sampled, len(sample_ids) * config.anchors_per_block)
+        text, answers = self.loader.make_batch(sample_ids, epochs), None
+        if self._needles is not None:
+            blocks = np.concatenate([text.input_ids, text.targets[:, -1:]], axis=1)
+            blocks, answers = self._needles.hide(blocks, sample_ids=sample_ids, epochs=epochs)
+            text = text._replace(input_ids=blocks[:, :-1], targets=blocks[:, 1:])
+        return GraftBatch(text, sampled, len(sample_ids) * config.anchors_per_block, answers)
 
     def sample_ids(self, step: int) -> list[int]:
         """Return the blocks of global batch `step`, of all ranks."""
@@ -209,6 +221,7 @@ def _batches(
     split: Split,
     *,
     batch_blocks: int,
+    needles: NeedlesConfig | None,
     rank: int = 0,
     world_size: int = 1,
 ) -> GraftBatches:
@@ -224,28 +237,45 @@ def _batches(
         rank=rank,
         world_size=world_size,
     )
-    return GraftBatches(loader, config)
+    if needles is None:
+        return GraftBatches(loader, config, None)
+    encoder, size = TextEncoder(dataset.tokenizer(), threads=1), config.data.block_size
+    hidden = Needles(needles, encoder=encoder, window=config.graft.window, block_size=size, seed=config.seed)
+    return GraftBatches(loader, config, hidden)
 
 
 class _Validation:
-    """Every objective over the first blocks of the validation split, with the same drawn positions each time."""
+    """Every objective over the first blocks of the validation split, with the same draws each time.
+
+    The text is plain; with needles the same blocks are read once more, with a needle in each, for its answer alone.
+    """
 
     def __init__(self, config: GraftRunConfig, dataset: TokenDataset, processes: Processes, model: Student) -> None:
         self._config, self._processes, self._model = config, processes, model
-        self._batches = _batches(config, dataset, "validation", batch_blocks=1)
-        num_blocks = min(config.evaluation.blocks, len(self._batches.loader.blocks))
+        self._plain = _batches(config, dataset, "validation", batch_blocks=1, needles=None)
+        self._asking = None
+        if config.needles is not None:
+            each = config.needles.model_copy(update={"share": 1.0})
+            self._asking = _batches(config, dataset, "validation", batch_blocks=1, needles=each)
+        num_blocks = min(config.evaluation.blocks, len(self._plain.loader.blocks))
         self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
 
     def measure(self) -> dict[str, tuple[float, float]]:
         """Return the sum of each objective, nats, and the number of text tokens, of this process's blocks."""
+        names = {"language_model": "validation_loss", "distillation": "validation_distillation"}
+        sums = self._sum(self._plain, names)
+        return sums if self._asking is None else {**sums, **self._sum(self._asking, {"needles": "validation_needles"})}
+
+    def _sum(self, batches: GraftBatches, names: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+        """Return the sum of some objectives over the blocks of some batches, under other names."""
         device, rows = self._processes.device, self._config.training.micro_batch_blocks
         bfloat16 = self._config.training.precision == "bfloat16"
-        sums, count = {"loss": 0.0, "distillation": 0.0}, 0
+        sums, count = dict.fromkeys(names, 0.0), 0
         for start in range(0, len(self._sample_ids), rows):
-            batch = self._batches.make_batch(self._sample_ids[start : start + rows], epochs=0)
+            batch = batches.make_batch(self._sample_ids[start : start + rows], epochs=0)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 parts = self._model(**batch.to_model_inputs(device=device)).parts
-            sums["loss"] += float(parts["language_model"])
-            sums["distillation"] += float(parts["distillation"])
+            for name in names:
+                sums[name] += float(parts[name])
             count += batch.num_targets
-        return {f"validation_{name}": (total, count) for name, total in sums.items()}
+        return {names[name]: (total, count) for name, total in sums.items()}

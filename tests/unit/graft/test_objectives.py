@@ -13,6 +13,8 @@ from metatokens.graft.student import Student
 from metatokens.model.compatibility import checkpoint_blocks
 
 TEXT, SAMPLED = ids(rows=2, length=LENGTH), torch.tensor([[3, 17, 30], [8, 9, 39]])
+ANSWERS = torch.full_like(TEXT, -100)
+ANSWERS[0, -4:] = TEXT[0, -4:]  # the other row asks nothing
 
 
 NO_DROPOUT = {"gpt2": {"embd_pdrop": 0, "resid_pdrop": 0, "attn_pdrop": 0}}
@@ -44,6 +46,21 @@ def test_objectives_are_their_definitions(family: str) -> None:
         assert largest(outcome.parts[name] - value) < 1e-9 * largest(value), name
     total = 0.5 * expected["distillation"] + 2 * expected["language_model"]
     assert largest(outcome.loss - total / 7) < 1e-9
+    # with an answer, of which the mean counts as often as there are positions
+    asked = student(family, distillation=0, language_model=0, needles=3)(
+        text, following, SAMPLED, ANSWERS[:, 1:], num_items_in_batch=7
+    )
+    mean = cross_entropy(own[0, -4:], following[0, -4:])
+    assert asked.parts.keys() == {"needles"}
+    assert largest(asked.loss - 3 * mean * text.shape[1] / 7) < 1e-9
+
+
+def test_a_micro_batch_without_a_question_has_a_gradient_of_nought() -> None:
+    model = student(distillation=0, language_model=0)
+    outcome = model(TEXT, TEXT, SAMPLED, torch.full_like(TEXT, -100))
+    outcome.loss.backward()
+    assert outcome.loss == 0
+    assert largest(model.wrapped.metatokens_graft.row.grad) == 0
 
 
 def test_all_positions_would_give_the_whole_divergence_and_a_chunk_at_a_time_the_same(
@@ -64,9 +81,9 @@ def test_all_positions_would_give_the_whole_divergence_and_a_chunk_at_a_time_the
 def test_in_training_only_what_has_a_weight_is_computed_and_in_evaluation_all() -> None:
     model = student(distillation=0)
     assert model(TEXT, TEXT, SAMPLED).parts.keys() == {"language_model"}
-    outcome = model.eval()(TEXT, TEXT, SAMPLED)
+    outcome = model.eval()(TEXT, TEXT, SAMPLED, ANSWERS)
     assert outcome.parts.keys() == OBJECTIVES.keys()
-    assert outcome.loss == outcome.parts["language_model"]
+    assert outcome.loss == outcome.parts["language_model"] + outcome.parts["needles"]
     # the teacher has left the model as it was
     assert not model.wrapped.training
     assert model.wrapped.metatokens_graft.is_on

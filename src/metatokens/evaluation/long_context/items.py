@@ -71,16 +71,25 @@ def make_item(
     num_filler = _most_that_fit(count, length)
     prompt = _prompt(case, filler, depths, num_filler)
     asked, whole = encoder.encode(prompt), encoder.encode(prompt + case.answer)
+    check_answer(case.answer, asked, whole, name=task.name)
+    depth = depths[case.needed] / _STEPS if depths else 0.0
+    return Item(prompt, case.answer, depth)
+
+
+def check_answer(answer: str, asked: list[int], whole: list[int], *, name: str) -> None:
+    """Compare the ids of a prompt with those of the prompt and its answer.
+
+    Raises:
+        UsageError: the answer of the task `name` does not add tokens to those of the prompt.
+    """
     # a token that holds the end of the prompt too would move the targets
     if whole[: len(asked)] != asked or len(whole) == len(asked):
         raise UsageError(
-            f"the answer {case.answer!r} of {task.name}",
+            f"the answer {answer!r} of {name}",
             expected="at least one token of its own",
             found="none in this tokenizer" if whole == asked else "one that this tokenizer joins with the prompt",
             remedy="leave the task out, or use another tokenizer",
         )
-    depth = depths[case.needed] / _STEPS if depths else 0.0
-    return Item(prompt, case.answer, depth)
 
 
 def _most_that_fit(count: Callable[[int], int], length: int) -> int:

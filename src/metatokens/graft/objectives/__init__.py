@@ -5,6 +5,7 @@ same name in `metatokens.config.grafting.Objectives`.
 
     distillation     the predictions of the same model under full attention
     language_model   the next token of the text
+    needles          the answers to questions about what is gone
 """
 
 from importlib import import_module
@@ -13,6 +14,6 @@ from metatokens.graft.objectives.objective import OBJECTIVES, Objective, Pass, o
 
 __all__ = ["OBJECTIVES", "Objective", "Pass", "objective"]
 
-MODULES = ("distillation", "language_model")
+MODULES = ("distillation", "language_model", "needles")
 for _name in MODULES:
     import_module(f"{__name__}.{_name}")

@@ -24,6 +24,8 @@ class Pass:
     objective asks for them."""
     head: nn.Module
     """Maps states to logits."""
+    answers: Tensor | None = None
+    """(B, T) int64, the targets that are answers, -100 elsewhere; None where no block asks."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,17 +42,21 @@ class Objective:
     """Returns the sum over all B x T positions, in nats, or an estimate of it from the drawn ones."""
     needs_teacher: bool
     """Whether it reads `teacher_states`, which cost a forward pass."""
+    needs_answers: bool
+    """Whether it reads `answers`, without which it is left out."""
 
 
 OBJECTIVES: dict[str, Objective] = {}
 """By name."""
 
 
-def objective(*, needs_teacher: bool = False) -> Callable[[Callable[[Pass], Tensor]], Callable[[Pass], Tensor]]:
+def objective(
+    *, needs_teacher: bool = False, needs_answers: bool = False
+) -> Callable[[Callable[[Pass], Tensor]], Callable[[Pass], Tensor]]:
     """Register the decorated function as an objective, under its name."""
 
     def register(compute: Callable[[Pass], Tensor]) -> Callable[[Pass], Tensor]:
-        OBJECTIVES[compute.__name__] = Objective(compute, needs_teacher)
+        OBJECTIVES[compute.__name__] = Objective(compute, needs_teacher, needs_answers)
         return compute
 
     return register
