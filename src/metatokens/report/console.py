@@ -10,7 +10,7 @@ from rich.text import Text
 
 from metatokens.errors import printable
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
-from metatokens.report.numbers import format_estimate, format_large, format_share, format_value
+from metatokens.report.numbers import format_estimate, format_large, format_name, format_share, format_value
 
 
 class PlainConsole(Console):
@@ -33,7 +33,7 @@ def show_table(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value in (None, [], {}):
             continue
-        table.add_row(name.replace("_", " "), format_value(name, value))
+        table.add_row(format_name(name), format_value(name, value))
     PlainConsole().print(table)
 
 

@@ -62,18 +62,39 @@ def format_large(number: float, unit: str = "") -> str:
     return f"{number:.3g}{f' {unit}' if unit else ''}"
 
 
+_LABELS = {
+    "num_parameters": "parameters",
+    "bit_exact": "same bits as an uninterrupted run",
+    "waited_for_batches": "time spent waiting for batches",
+}
+"""Where a name alone would not tell a person what the value is."""
+_SHARES = {"waited_for_batches"}
+
+
+def format_name(name: str) -> str:
+    """Return the name of a value as people read it."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
 def format_value(name: str, value: Any) -> str:
-    """Return a named value for people; the words bytes, seconds and flops in its name give the unit."""
+    """Return a named value for people; the words bytes, seconds, flops and loss in its name give the unit."""
     if isinstance(value, list):
         return "\n".join(str(item) for item in value)
     if isinstance(value, dict):
-        return "\n".join(f"{key.replace('_', ' ')} {format_value(key, item)}" for key, item in value.items())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return "\n".join(f"{format_name(key)} {format_value(key, item)}" for key, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _format_quantity(name, value) if isinstance(value, int | float) else str(value)
+
+
+def _format_quantity(name: str, value: float) -> str:
+    if name in _SHARES:
+        return format_share(value)
     words = name.split("_")
     if words[-1] == "seconds":
         return format_seconds(value)
     unit = "B" if "bytes" in words else "FLOP" if "flops" in words else ""
     if unit or abs(value) >= _LONGEST_WRITTEN_OUT:
         return format_large(value, unit)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.{'0f' if abs(value) >= 1000 else '4g'}}"
+    return f"{number} nats" if words[-1] == "loss" else number

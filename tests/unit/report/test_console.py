@@ -79,7 +79,11 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
     ("name", "value", "written"),
     [
         ("weights_bytes", 25_000_000, "25 MB"),
-        ("validation", {"validation_loss": 8.056268547983409, "steps": 1200}, "validation loss 8.056\nsteps 1,200"),
+        (
+            "validation",
+            {"validation_loss": 8.056268547983409, "steps": 1200},
+            "validation loss 8.056 nats\nsteps 1,200",
+        ),
         ("bytes_on_disk", 4_506, "4.51 kB"),
         ("training_seconds", 200, "3 min 20 s"),
         ("training_flops", 4.5e15, "4.5 PFLOP"),
@@ -87,10 +91,24 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
         ("text_tokens", 1_234, "1,234"),
         ("weights_bytes", 999_999, "1 MB"),
         ("left_out", ["a", "b"], "a\nb"),
+        ("waited_for_batches", 3.956e-05, "0.004%"),
+        ("text_tokens_per_second", 12_345.6, "12,346"),
+        ("solved", True, "yes"),
+        ("final_loss", 5.25, "5.25 nats"),
     ],
 )
 def test_a_number_has_the_unit_of_its_name(name: str, value: Any, written: str) -> None:
     assert format_value(name, value) == written
+
+
+def test_a_training_tells_what_is_exact_and_what_a_share_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("pre-trained", {"num_parameters": 1_484_032, "waited_for_batches": 3.956e-05, "bit_exact": False})
+    rows = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [(name.strip(), value.strip()) for name, value in rows] == [
+        ("parameters", "1,484,032"),
+        ("time spent waiting for batches", "0.004%"),
+        ("same bits as an uninterrupted run", "no"),
+    ]
 
 
 def test_a_row_without_a_value_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
