@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def test_pretrain_continued_after_its_end_is_already_complete(work):
     )
     assert json.loads(done.stdout)["steps"] == 6
     assert (work / "run/model/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["run", "plain"])
+def test_the_commands_that_follow_a_training_work_and_read_no_training_text(work, name):
+    plain = ["--model.meta_attention_layers", "none", "--injection.kind", "none", "--data.block_size", "58"]
+    arguments = ["--data.path", work / "tokens", "--out", work / name, *(plain if name == "plain" else [])]
+    done, chain = metatokens("pretrain", work / "tiny.yaml", *arguments), []
+    while len(chain) < 4 and (said := re.search("^next: metatokens (.*)$", done.stderr, re.MULTILINE)):
+        chain.append(shlex.split(said[1]))
+        done = metatokens(*chain[-1])
+    assert [command[0] for command in chain] == (["generate"] * 2 if name == "run" else ["generate"]) + ["info"]
 
 
 def test_a_runs_config_is_a_preset_that_equals_the_run(work):

@@ -60,5 +60,5 @@ def _run(options: argparse.Namespace) -> int:
         result = {**asdict(pretrain(config, options.out, stop_after=options.stop_after)), **describe_extension(config)}
     if not is_main_process():
         return 0
-    following = ("metatokens", "perplexity", options.out, "python-docs", "--max-documents", "5")
+    following = ("metatokens", "generate", options.out, "Return a list of", "--show-meta")
     return emit(options, result, lambda: show_table("extended", result), following=following)

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         memory=memory,
     )
     # a prompt from standard input cannot be typed again
-    following = None if options.prompt == "-" else _without_meta_tokens(options)
+    following = None if options.prompt == "-" else _without_meta_tokens(options, schedule)
     return emit(options, result, lambda: _show(next(unshown, "")), following=following)
 
 
@@ -71,9 +71,9 @@ def _show(text: str, end: str = "\n") -> None:
     print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def _without_meta_tokens(options: argparse.Namespace) -> Sequence[object]:
+def _without_meta_tokens(options: argparse.Namespace, schedule: Any) -> Sequence[object]:
     if options.memory is not None:
         return ("metatokens", "generate", options.checkpoint, options.prompt)
-    if options.schedule == "none":
-        return ("metatokens", "perplexity", options.checkpoint, "python-docs", "--max-documents", "5")
+    if schedule.kind == "none":
+        return ("metatokens", "info", options.checkpoint)
     return ("metatokens", "generate", options.checkpoint, options.prompt, "--schedule", "none")

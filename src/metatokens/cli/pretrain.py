@@ -46,5 +46,5 @@ def _run(options: argparse.Namespace) -> int:
     )
     if not is_main_process():
         return 0
-    following = ("metatokens", "perplexity", out, "python-docs", "--max-documents", "5")
+    following = ("metatokens", "generate", out, "Return a list of", "--show-meta")
     return emit(options, result, lambda: show_table("pre-trained", asdict(result)), following=following)
