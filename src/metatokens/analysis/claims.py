@@ -14,7 +14,7 @@ Of an area between hulls there is an interval alone, and no p-value to correct.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,6 +28,22 @@ from metatokens.evaluation.statistics import Interval
 
 LEVEL = 0.05
 """Of the corrected p-values."""
+NEGLIGIBLE = 0.05
+"""Share of a whole below which an effect is said to be none."""
+
+Found = Mapping[str, Sequence[Row]]
+"""The rows of each measure, by its name."""
+
+
+def _both_cuts_cost(found: Found) -> bool:
+    """Whether the direct path and the meta path, each cut alone, cost more than next to nothing of the answer."""
+    left = {
+        row.at["condition"]: np.asarray(row.values, dtype=np.float64).mean()
+        for row in found.get("logit_difference", ())
+        if not isinstance(row.values, Interval)
+    }
+    whole = left.get("full", np.nan)
+    return all(left.get(cut, np.nan) < (1 - NEGLIGIBLE) * whole for cut in ("direct cut", "meta cut"))
 
 
 class Claim(NamedTuple):
@@ -48,6 +64,8 @@ class Claim(NamedTuple):
     """The paper's own number for the same quantity, in the same unit."""
     opposite: str | None = None
     """What an interval below the threshold means, where that needs words."""
+    opposite_if: Callable[[Found], bool] = lambda _: True
+    """Whether these words are true of what was found."""
 
 
 CLAIMS: dict[Endpoint, Claim] = {
@@ -122,6 +140,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "logits",
         "interaction",
         opposite="both paths are needed together, or one cut alone leaves nothing",
+        opposite_if=_both_cuts_cost,
     ),
     "meta_path": Claim(
         "The answer passes through meta-tokens where it cannot be read directly",
@@ -158,7 +177,7 @@ CLAIMS: dict[Endpoint, Claim] = {
 }
 
 
-def judge(found: Mapping[str, Sequence[Row]], chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
+def judge(found: Found, chosen: Sequence[Endpoint], *, seed: int) -> list[Verdict]:
     """Return a verdict on every claim from the rows of all measures; p-values are corrected together (Holm).
 
     Args:
@@ -172,21 +191,22 @@ def judge(found: Mapping[str, Sequence[Row]], chosen: Sequence[Endpoint], *, see
     adjusted = holm([measured[index].p_value or 0.0 for index in tested])
     for index, p_value in zip(tested, adjusted.tolist(), strict=True):
         measured[index] = measured[index].model_copy(update={"p_value": p_value})
-    return decide(measured)
+    return decide(measured, found)
 
 
-def decide(measured: Sequence[Verdict]) -> list[Verdict]:
+def decide(measured: Sequence[Verdict], found: Found) -> list[Verdict]:
     """Return the verdicts that follow from the numbers of all claims, in the order of `CLAIMS`.
 
     Args:
         measured: value, interval, number of documents and corrected p-value of each; their verdicts do not matter.
+        found: the rows of each measure, which say whether a note fits.
     """
     num_tested = sum(one.num_documents > 0 and (one.low is None or one.p_value is not None) for one in measured)
     least = max(MINIMUM_DOCUMENTS, least_units(num_tested, LEVEL))
-    return [_decide(claim, one, least) for claim, one in zip(CLAIMS.values(), measured, strict=True)]
+    return [_decide(claim, one, least, found) for claim, one in zip(CLAIMS.values(), measured, strict=True)]
 
 
-def _decide(claim: Claim, measured: Verdict, least_documents: int) -> Verdict:
+def _decide(claim: Claim, measured: Verdict, least_documents: int, found: Found) -> Verdict:
     count, note = measured.num_documents, None
     passes = measured.low is not None and (measured.p_value is None or measured.p_value <= LEVEL)
     if not count:
@@ -194,7 +214,7 @@ def _decide(claim: Claim, measured: Verdict, least_documents: int) -> Verdict:
     elif passes and measured.low is not None and measured.low > claim.threshold:
         verdict = "supported"
     elif passes and measured.high is not None and measured.high < claim.threshold:
-        verdict, note = "the opposite holds", claim.opposite
+        verdict, note = "the opposite holds", claim.opposite if claim.opposite_if(found) else None
     elif count < least_documents and (measured.low is None or measured.p_value is not None):
         verdict, note = "too few documents", f"{count}, at least {least_documents} needed"
     else:

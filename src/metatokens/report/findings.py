@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from metatokens.analysis.claims import CLAIMS
+from metatokens.analysis.claims import CLAIMS, NEGLIGIBLE
 from metatokens.analysis.results import Record, Results, Verdict
 from metatokens.config.analysis import Endpoint
 from metatokens.report.numbers import format_number, format_span
 
 NUM_SHOWN = 3
-NEGLIGIBLE = 0.05
-"""Share of the way to the other prompt's answer below which states are said not to carry it."""
 CARRIES = 0.5
 """Share of that way above which states are said to carry most of it."""
 

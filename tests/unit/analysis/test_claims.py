@@ -109,6 +109,16 @@ def test_p_values_are_corrected_together() -> None:
     assert p_both == pytest.approx(2 * 2 / 2**12)
 
 
+@pytest.mark.parametrize(("direct_cut", "says"), [(0.1, "both paths are needed together"), (4.99, None)])
+def test_paths_are_said_to_need_one_another_only_where_each_cut_costs(direct_cut: float, says: str | None) -> None:
+    left = {"full": 5.0, "direct cut": direct_cut, "meta cut": 3.0}
+    rows = [Row({"condition": name}, np.full(12, value)) for name, value in left.items()]
+    found = {"interaction": [Row({}, -RISING)], "logit_difference": rows}
+    (verdict,) = [one for one in judge(found, tuple(CLAIMS), seed=0) if one.num_documents]
+    assert verdict.verdict == "the opposite holds"
+    assert (verdict.note or "").startswith(says) if says else verdict.note is None
+
+
 def test_every_claim_is_decided_by_a_measure_that_there_is() -> None:
     for claim in CLAIMS.values():
         assert set(claim.at) <= set(MEASURES[claim.measure].axes)
