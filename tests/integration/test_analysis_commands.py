@@ -98,7 +98,7 @@ def test_a_recall_run_is_analysed_on_its_task(
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
     assert {name: (tmp_path / "one" / name).read_bytes() for name in before} == before
     page = run_json(capsys, "report", str(tmp_path / "one"), "--out", str(tmp_path / "page"))["page"]
-    assert "/run</h1>" in Path(page).read_text()
+    assert "/run: task list_recall</h1>" in Path(page).read_text()
 
 
 def test_a_model_is_analysed_on_text(

@@ -89,13 +89,14 @@ def analyze(
             views = views_of(inputs)
         except (UsageError, NumericError) as error:
             inputs.skip(f"token_view: {error}")
+    data = redact_values(_describe_data(inputs))
     results = Results(
-        title=f"Inside {identity.name}",
+        title=f"Inside {identity.name}: {data['subject']}",
         checkpoint=_describe(inputs.lens.model, identity),
         config=redact_values(config.model_dump(mode="json")),
         config_sha256=json_sha256(config.model_dump(mode="json")),
         endpoints_sha256=json_sha256(sorted(config.endpoints)),
-        data=redact_values(_describe_data(inputs)),
+        data=data,
         seed=config.seed,
         versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
         | {"python": platform.python_version()},
