@@ -7,7 +7,6 @@ does not name gets panels of its own, so that nothing is averaged over or left o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -37,6 +36,7 @@ from metatokens.report.charts import (
     dodged,
     to_files,
 )
+from metatokens.report.glossary import name_axis, name_place, words
 from metatokens.report.hand_over import draw_hand_over
 from metatokens.report.numbers import format_number, format_p, format_span
 
@@ -49,8 +49,6 @@ _MOST_EDGES = 1_500
 _WIDE, _TALL = 3.0, 2.4
 _LOGARITHMIC = {"distance"}
 _MAPS = "maps"
-_WRITTEN = {"cka": "CKA", "r squared": "R\N{SUPERSCRIPT TWO}"}
-_SIGNS = re.compile(rf"\b(?:{'|'.join(_WRITTEN)})\b")
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,6 @@ def describe_model(results: Results) -> str:
 def file_names() -> set[str]:
     """Return the names of all files that `figure_files` can return."""
     return {f"{figure.id}.{kind}" for figure in FIGURES for kind in (*FIGURE_KINDS, CAPTION_KIND)}
-
-
-def words(name: str) -> str:
-    """Return a measure's name as words."""
-    return _SIGNS.sub(lambda found: _WRITTEN[found[0]], name.replace("_", " "))
 
 
 # From what a measure declares ----------------------------------------------------------------------------------
@@ -272,10 +265,10 @@ class _Plotted:
         label = _with_unit(measured, records[0].unit)
         if not is_number:
             level = next((_value(one) for one in levels if not one.at), None)
-            return DotPanel(title, series, [words(str(place)) for place in places], label, level=level)
+            return DotPanel(title, series, [name_place(plot.x, place) for place in places], label, level=level)
         is_line = isinstance(plot, Lines) and plot.x != "layer"  # nothing lies between two layers
         return LinePanel(
-            *(title, series if is_line else dodged(series), words(plot.x), label),
+            *(title, series if is_line else dodged(series), name_axis(plot.x), label),
             joined=is_line,
             is_count=all(isinstance(place, int) for place in places) and plot.x not in _LOGARITHMIC,
             scale="log" if plot.x in _LOGARITHMIC else "linear",
@@ -339,12 +332,7 @@ def _some(values: Sequence[Any]) -> list[Any]:
 
 
 def _name(key: str, value: Any) -> str:
-    return words(value) if isinstance(value, str) else f"{words(key)} {value:g}"
-
-
-def write_coordinate(value: str | float) -> str:
-    """Return a coordinate as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return name_place(key, value) if isinstance(value, str) else f"{name_axis(key)} {value:g}"
 
 
 def _with_unit(name: str, unit: str) -> str:
@@ -356,7 +344,7 @@ def _tip(record: Record) -> str:
     number = _with_unit(format_span(record), "").rstrip()
     lines = [
         words(record.measure),
-        *(f"{words(key)}: {write_coordinate(at)}" for key, at in record.at.items()),
+        *(f"{name_axis(key)}: {name_place(key, at)}" for key, at in record.at.items()),
         number if record.unit == "1" else f"{number} {record.unit}",
         *([] if record.adjusted_p is None else [f"adjusted p {format_p(record.adjusted_p)}"]),
         f"n = {record.num_documents}",

@@ -108,7 +108,7 @@ def _draw_claim(text: str, arms: Mapping[str, Sequence[Results]]) -> dict[str, A
         for number, members in enumerate(known.values())
     ]
     unit = verdicts[0].unit
-    panel = DotPanel("", series, list(known), unit if unit not in ("", "1") else "value")
+    panel = DotPanel("", series, list(known), unit if unit not in ("", "1") else "the number that decides")
     number = next(index for index, claim in enumerate(CLAIMS.values()) if claim.text == text)
     figure = _figure(f"claim-{number}", text, Chart([panel], 1), text)
     rows = [(name, _name(one), verdict) for name, members in known.items() for one, verdict in members]

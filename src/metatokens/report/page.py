@@ -34,13 +34,11 @@ from metatokens.report.analysis_figures import (
     describe_model,
     figure_files,
     file_names,
-    words,
-    write_coordinate,
 )
 from metatokens.report.assets import read_asset
 from metatokens.report.charts import Chart, MapPanel, to_svg
 from metatokens.report.findings import findings_of, hand_over_records
-from metatokens.report.glossary import explain
+from metatokens.report.glossary import COLUMNS, explain, explain_column, name_place, words
 from metatokens.report.numbers import format_estimate, format_p
 from metatokens.report.opening import opening_of, opening_view
 from metatokens.storage import no_follow, write_atomically
@@ -137,7 +135,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def render_page(results: Results, arrays: Arrays) -> str:
     """Return the page as one string."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"estimate": format_estimate, "p_value": format_p, "explain": explain, "anchor": _anchor_of}
+    environment.filters |= {"estimate": format_estimate, "p_value": format_p, "anchor": _anchor_of}
+    environment.filters |= {"explain": explain, "explain_column": explain_column}
     template = environment.from_string(read_asset("page.html"))
     whole = {
         "lead": _lead(results),
@@ -277,7 +276,7 @@ def _table(records: Sequence[Record]) -> dict[str, Any]:
     rows = [
         [
             words(record.measure),
-            *(write_coordinate(record.at.get(key, "all")) for key in keys),
+            *(name_place(key, record.at.get(key, "all")) for key in keys),
             format_estimate(record),
             str(record.num_documents),
             "" if record.adjusted_p is None else format_p(record.adjusted_p).removeprefix("= "),
@@ -285,7 +284,7 @@ def _table(records: Sequence[Record]) -> dict[str, Any]:
         ]
         for record in records
     ]
-    return {"columns": ["measure", *keys, "value (95% interval)", "n", "adjusted p", "note"], "rows": rows}
+    return {"columns": ["measure", *keys, *COLUMNS], "rows": rows}
 
 
 def _choose_views(views: Sequence[_PackedView], room: int) -> tuple[list[_PackedView], list[_PackedView]]:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from metatokens.analysis.results import Record, Results, write_results
+from metatokens.analysis.run import MEASURES
 from metatokens.errors import DataError
 from metatokens.report import page as page_module
 from metatokens.report.analysis_figures import FIGURES, figure_files
+from metatokens.report.glossary import AXES
 from metatokens.report.numbers import format_estimate
 from metatokens.report.page import render_page, write_report
 from synthetic_results import HOSTILE, build_results
 
+KEPT = Path(__file__).parents[3] / "experiments" / "tiny-analysis"
 FEW = ("sharpening", "mass_by_distance", "logit_difference", "rate", "distortion")
 """Measures that are drawn in all ways."""
 
@@ -88,6 +91,36 @@ def test_every_number_stands_in_a_table(page: str) -> None:
         assert verdict.claim in page
     assert "14% of the paper&#39;s" in page
     assert "Of 3 claims about what happens inside: 1 supported, 1 inconclusive, 1 not tested." in page
+
+
+def test_every_coordinate_of_a_measure_is_explained_at_the_head_of_its_table(page: str) -> None:
+    assert {axis for measure in MEASURES.values() for axis in measure.axes} <= AXES.keys()
+    heads = re.findall(r'<th scope="col">(.*?)</th>', page.split("<main>")[1])
+    plain = {head for head in heads if "<dfn" not in head}
+    assert plain == {"measure", "Claim", "Paper", "Here, with 95% interval", "Verdict"}
+
+
+def test_policies_of_a_cache_are_named_in_words_that_a_reader_knows() -> None:
+    given, _ = build_results()
+    policies = ("window", "meta", "slots", "even", "random", "heavy_hitters")
+    records = tuple(
+        Record(measure="eviction_cost", unit="nats/token", at={"policy": one, "kept": 0.2}, value=0.1, num_documents=9)
+        for one in policies
+    )
+    text = render_page(given.model_copy(update={"records": records, "token_views": (), "verdicts": ()}), {})
+    legend = re.findall(r"</span> ([^<]*)</li>", text)
+    assert legend == [
+        *("newest columns", "meta-tokens", "tokens before meta-tokens", "evenly spaced", "random", "most attended")
+    ]
+    assert ">share of the cache kept</text>" in text
+    assert not {f"<td>{one}</td>" for one in ("meta", "slots", "even", "heavy_hitters")} & set(
+        re.findall(r"<td>.*?</td>", text)
+    )
+
+
+def test_kept_analyses_are_told_apart_by_their_titles() -> None:
+    kept = [json.loads(path.read_text()) for path in KEPT.glob("*/results.json")]
+    assert len({one["title"] for one in kept}) == len(kept) > 1
 
 
 def test_what_was_not_run_is_said_and_has_no_figure() -> None:
