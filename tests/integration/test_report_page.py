@@ -552,15 +552,21 @@ def test_downloaded_results_are_the_results(standing_page: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_tokens_stay_readable_on_their_shades(open_page: Any, scheme: str) -> None:
     page = open_page(scheme=scheme)
-    for fragment in ("attention", "cosine_raw", "loss"):
-        page.evaluate(f"location.hash = '#quantity={fragment}&layer=1&query=9'")
-        page.wait_for_selector("#token-9.query")
-        page.locator("#view-quantity").select_option(fragment)
-        for found in page.evaluate(TOKEN_COLOURS):
-            channels = [parse_colour(colour) for colour in found]
-            paper, shade, ink = channels
+    darkest = dict.fromkeys((True, False), 0.0)
+    for quantity, query in product(("attention", "meta_attention", "cosine_raw", "loss"), (8, 9)):
+        page.locator("#view-quantity").select_option(quantity)
+        page.locator(f"#token-{query}").hover()
+        for index, found in enumerate(page.evaluate(TOKEN_COLOURS)):
+            paper, shade, ink = (parse_colour(colour) for colour in found)
             mixed = [shade[3] * over + (1 - shade[3]) * under for over, under in zip(shade[:3], paper[:3], strict=True)]
-            assert contrast(mixed, ink[:3]) >= 4.5, (scheme, fragment, found)
+            assert contrast(mixed, ink[:3]) >= 4.5, (scheme, quantity, found)
+            is_meta = index in META_PLACES
+            darkest[is_meta] = max(darkest[is_meta], shade[3])
+    assert darkest == dict.fromkeys(darkest, 0.55)  # the mark of a meta-token was seen on the darkest shade, too
+    small = page.locator("#strip span").evaluate_all(
+        "all => all.filter((one) => parseFloat(getComputedStyle(one).fontSize) < 12)"
+    )
+    assert not small
 
 
 def test_the_largest_view_is_ready_in_time(browser: Any, tmp_path: Path) -> None:
