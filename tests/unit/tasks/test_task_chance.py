@@ -1,21 +1,35 @@
 """The accuracy of guessing that each task states, against guesses on real instances."""
 
+import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import mean
 
 import pytest
+from pydantic import TypeAdapter
 
-from metatokens.config.tasks import CopyingTask, ListPointerTask, ListRecallTask, ParityTask, SegmentCountingTask
-from metatokens.tasks.base import Instance
+from metatokens.config.tasks import (
+    CopyingTask,
+    Difficulty,
+    ListPointerTask,
+    ListRecallTask,
+    ParityTask,
+    SegmentCountingTask,
+    Task,
+)
+from metatokens.data.tokenizer import TextEncoder
+from metatokens.tasks.base import Instance, PieceEncoder
 from metatokens.tasks.encoding import encode_instance
-from metatokens.tasks.registry import TASKS, chance_of, task_names
+from metatokens.tasks.registry import TASKS, chance_of, make_instance, task_names
 from metatokens.tasks.words import ITEMS
+from metatokens.training.finetuning import word_tokenizer
 from task_drawing import instance_of, word_encoder
 
 INSTANCES, GUESSES = 800, 4
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
 def guess_an_item(instance: Instance, dice: random.Random) -> str:
@@ -84,3 +98,29 @@ def test_chance_travels_with_the_encoded_instance():
         == chance_of(instance, task)
         == 1 / len(set(re.findall(r"\d+ (\w+)", "".join(instance.pieces[: instance.body_stop]))))
     )
+
+
+def kept_chances() -> Iterator[tuple[str, Task, Difficulty, int, float]]:
+    """Yield the first number of guessing of each task of each kept result, with what it is of."""
+    read = TypeAdapter[Task](Task).validate_python
+    for path in sorted(EXPERIMENTS.glob("tiny-recall/*results.json")):
+        results = json.loads(path.read_text())
+        for name, axis in results["sweep"]["axes"]["task"].items():
+            rows = next(cell for cell in results["cells"] if cell["labels"]["task"] == name)["evaluations"][0]["rows"]
+            difficulty = Difficulty(size=rows[0]["size"], prompt_tokens=rows[0]["prompt_tokens"])
+            yield f"{path.stem} {name}", read(axis["task"]), difficulty, rows[0]["instances"], rows[0]["chance"]
+    for name in ("list_recall", "parity"):
+        results = json.loads((EXPERIMENTS / "tiny-analysis" / name / "results.json").read_text())
+        subject, documents = results["config"]["subject"], results["config"]["documents"]
+        (chance,) = [one["value"] for one in results["records"] if one["measure"] == "chance" and not one["at"]]
+        yield f"analysis {name}", read(subject["task"]), Difficulty(**subject["difficulty"]), documents, chance
+
+
+@pytest.mark.parametrize("kept", kept_chances(), ids=lambda kept: kept[0])
+def test_kept_results_state_the_guessing_of_their_tasks(kept: tuple[str, Task, Difficulty, int, float]) -> None:
+    _, task, difficulty, number, chance = kept
+    encoder = PieceEncoder(TextEncoder(word_tokenizer()))
+    drawn = (
+        make_instance(task, difficulty, encoder=encoder, seed=0, split="test", index=index) for index in range(number)
+    )
+    assert mean(chance_of(instance, task) for instance in drawn) == pytest.approx(chance)
