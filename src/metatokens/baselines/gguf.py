@@ -13,6 +13,8 @@ _DO_NOT_LOAD = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attri
 def load_gguf(path: Path) -> tuple[Any, Any]:
     """Return the model of a GGUF file, in float32 and evaluation mode, and its tokenizer, both of transformers.
 
+    It can be grafted, and saved as a folder of ordinary weights.
+
     Raises:
         UsageError: the package gguf is not installed.
         CheckpointError: there is no such file, or transformers cannot read it.
@@ -46,4 +48,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
+    # the marks of quantised weights, which these are no longer
+    del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
     return model.eval(), tokenizer
