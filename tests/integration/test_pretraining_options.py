@@ -115,20 +115,33 @@ def test_bfloat16_learns_and_keeps_float32_weights(config: Config, tmp_path: Pat
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_step_gives_the_same_losses(config: Config, tmp_path: Path):
-    one_layer = [
-        "--model.num_hidden_layers",
-        "1",
-        "--training.duration.steps",
-        "4",
-        "--training.micro_batch_blocks",
-        "6",
-    ]
-    for name, compiled in (("eager", "false"), ("compiled", "true")):
-        changed = config(*one_layer, "--evaluation.interval_steps", "off", "--training.compile", compiled)
-        pretrain(changed, tmp_path / name, show_progress=False)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        # traces and differentiates as the other does, which also writes thirty files of C++ and compiles them
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler on the CPU"),
+            ],
+        ),
+    ],
+)
+def test_a_compiled_step_gives_the_same_losses(config: Config, tmp_path: Path, backend: str):
+    before = torch.compiler.get_default_backend()
+    torch.compiler.set_default_backend(backend)
+    try:
+        for name, compiled in (("eager", "false"), ("compiled", "true")):
+            changed = config(
+                *["--model.num_hidden_layers", "1", "--training.duration.steps", "4"],
+                *["--training.micro_batch_blocks", "6", "--evaluation.interval_steps", "off"],
+                *["--training.compile", compiled],
+            )
+            pretrain(changed, tmp_path / name, show_progress=False)
+    finally:
+        torch.compiler.set_default_backend(before)
     assert numbers(tmp_path / "compiled") == pytest.approx(numbers(tmp_path / "eager"), rel=1e-4)
 
 
