@@ -20,7 +20,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         CheckpointError: there is no such file, or transformers cannot read it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
     if not path.is_file():
         raise CheckpointError(str(path), expected="a GGUF file", found="none", remedy="check the spelling")
@@ -30,7 +30,11 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         # trust_remote_code stays False: a GGUF file holds no code
         options = {"gguf_file": path.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        # where there are kernels for them, weights would stay quantised
+        whole = GgufConfig(gguf_file=path.name, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, quantization_config=whole, **options
+        )
     except ImportError as error:
         raise UsageError(
             str(path),
@@ -48,7 +52,4 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
-    # the marks of quantised weights, which these are no longer
-    del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
     return model.eval(), tokenizer
