@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -18,8 +17,9 @@ SMALL = ("--text-tokens", "10000", "--recall-steps", "3")
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_path):
-    command = ("demo", "--out", tmp_path / "demo", *SMALL)
+def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("demo", *SMALL)
     shown = metatokens(*command)
     chapters = re.findall(r"^(.+) -{20,}$", shown.stdout, re.MULTILINE)
     assert chapters == ["1 Copying", "2 Reading", "3 Inside", "Go on"]
@@ -28,7 +28,7 @@ def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_
     assert "A trial" in shown.stderr
     assert "seven" not in shown.stderr
     assert all("about" in line for line in waits)
-    assert max(len(line) for line in shown.stdout.splitlines() if str(tmp_path) not in line) <= 80
+    assert max(map(len, [*shown.stdout.splitlines(), *shown.stderr.splitlines()])) <= 80
 
     made = {path: path.read_bytes() for path in (tmp_path / "demo/report").rglob("*") if path.is_file()}
     assert {"results.json", "arrays.npz", "report.html"} <= {path.name for path in made}
@@ -41,7 +41,7 @@ def test_the_demonstration_tells_its_story_and_a_second_run_repeats_nothing(tmp_
     assert meta["parameters"] - plain["parameters"] == 4 * (4 * 128 * 128 + 4 * 128)
     assert meta["perplexity"]["low"] < meta["perplexity"]["high"]
     assert AutoModelForCausalLM.from_pretrained(meta["model"]).num_parameters() == meta["parameters"]
-    assert result["inside"]["page"] == str(Path(tmp_path / "demo/report/report.html"))
+    assert result["inside"]["page"] == "demo/report/report.html"
 
 
 def arm(name: str, right: int, **changed: int) -> CopyingArm:
@@ -57,19 +57,22 @@ def arm(name: str, right: int, **changed: int) -> CopyingArm:
     return CopyingArm(name, "", 1, 1.0, rows(right), {key.replace("_", " "): rows(n) for key, n in changed.items()})
 
 
-def story(capsys: pytest.CaptureFixture[str], *, zeroed: int, off: int, right: int = 100) -> str:
+def story(capsys: pytest.CaptureFixture[str], *, zeroed: int, off: int, right: int = 100, answer: str = "camel") -> str:
     arms = (
         arm("meta-attention", right, **{"meta-tokens_zeroed": zeroed, "meta-attention_off": off}),
         arm("pause tokens", right, **{"meta-tokens_zeroed": zeroed}),
     )
-    show_copying(Copying(32, Example("Text:_ [ moth_ ] camel. Copy 1:", "moth", "moth", "camel"), arms))
-    return " ".join(capsys.readouterr().out.split())
+    show_copying(Copying(32, Example("Text:_ [ moth_ ] camel. Copy 1:", "moth", "moth", answer), arms))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    return " ".join(shown.split())
 
 
 def test_the_story_says_what_the_numbers_say_and_no_more(capsys):
     marks = story(capsys, zeroed=1, off=100)
     assert "as trained moth <- right" in marks
     assert "meta-tokens zeroed camel <- wrong" in marks
+    assert "camel camel <- wrong" in story(capsys, zeroed=1, off=100, answer=" ".join(["camel"] * 20))
     assert "takes accuracy from 100% to 1%" in marks
     assert "serve as place marks" in marks
     assert "their attention to one another" in story(capsys, zeroed=1, off=2)

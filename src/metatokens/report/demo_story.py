@@ -20,9 +20,9 @@ def show_copying(chapter: Any) -> None:
         "to copy, beside the brackets:"
     )
     _lines(textwrap.fill(example.prompt, WIDTH, initial_indent="    ", subsequent_indent="    "), "")
-    _lines(f"    {'the words':<20}{example.answer}")
+    _named("the words", example.answer)
     for name, answer in (("as trained", example.as_trained), ("meta-tokens zeroed", example.zeroed)):
-        _lines(f"    {name:<20}{answer or '(nothing)'}  <- {'right' if answer == example.answer else 'wrong'}")
+        _named(name, f"{answer or '(nothing)'}  <- {'right' if answer == example.answer else 'wrong'}")
     rows = chapter.arms[0].rows
     table = _table(f"Right answers in %, {rows[0].instances} prompts in each cell (95% interval)")
     table.add_column("model")
@@ -130,6 +130,10 @@ def _title(text: str) -> None:
 
 def _paragraph(text: str) -> None:
     _lines(textwrap.fill(text, WIDTH), "")
+
+
+def _named(name: str, text: str) -> None:
+    _lines(textwrap.fill(text, WIDTH, initial_indent=f"    {name:<20}", subsequent_indent=" " * 24))
 
 
 def _lines(*lines: str, indent: int = 0) -> None:

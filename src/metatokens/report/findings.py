@@ -88,7 +88,8 @@ def hand_over(results: Results) -> Finding | None:
         place_marks = _verdict(results, "zero_embedding")
         needed = place_marks is not None and place_marks.verdict == "supported"
         role = ": here meta-tokens are place marks, not a cache" if needed else ""
-        text = f"In no layer do the meta-tokens' states carry more than {_percent(highest, 1)} of the answer{role}."
+        most = f"more than {_percent(highest, 1)}" if highest >= 0.001 else "even 0.1%"
+        text = f"In no layer do the meta-tokens' states carry {most} of the answer{role}."
     elif best.low is not None and best.low > 0:
         text = f"The meta-tokens' states carry part of the answer: at most {_share(best)}, in layer {best.at['layer']}."
     else:
@@ -201,14 +202,14 @@ def _points(gain: Record) -> str:
         return f", of {gain.num_documents} instances: too few for an interval"
     low, high = 100 * gain.low, 100 * gain.high
     if high < 0:
-        return f" (95% interval of the rise: {-high:.0f} to {-low:.0f} points)"
-    return f" (95% interval of the fall: {low:.0f} to {high:.0f} points)"
+        return f" (95% interval of the rise: {_between(f'{-high:.0f}', f'{-low:.0f}', ' points')})"
+    return f" (95% interval of the fall: {_between(f'{low:.0f}', f'{high:.0f}', ' points')})"
 
 
 def _share(record: Record) -> str:
     if record.low is None or record.high is None:
         return _percent(record.value)
-    return f"{_percent(record.value)} ({_percent(record.low)} to {_percent(record.high)})"
+    return f"{_percent(record.value)} ({_between(_percent(record.low), _percent(record.high))})"
 
 
 def _span(number: Record | Verdict) -> str:
@@ -217,4 +218,9 @@ def _span(number: Record | Verdict) -> str:
     value = f"{format_number(number.value)}{unit}"
     if number.low is None or number.high is None:
         return value
-    return f"{value}, 95% interval {format_number(number.low)} to {format_number(number.high)}"
+    return f"{value}, 95% interval {_between(format_number(number.low), format_number(number.high))}"
+
+
+def _between(low: str, high: str, unit: str = "") -> str:
+    """Return the ends of an interval, or the one number that both are written as."""
+    return f"{low}{unit} at both ends" if low == high else f"{low} to {high}{unit}"

@@ -211,6 +211,10 @@ class ProgressDisplay:
                 self._bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
+_SHARES = {"token_accuracy": "tokens", "sequence_accuracy": "answers", "chance": "guesses"}
+"""What is right of an evaluation, in words so short that a line fits a terminal."""
+
+
 @dataclass(frozen=True)
 class TrainingReport:
     """Says on the display and in the metrics what has been measured."""
@@ -238,7 +242,9 @@ class TrainingReport:
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Say what came of an evaluation."""
-        words = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-        self.display.say(f"{self.label} step {step} {words}")
+        shares = [f"{word} {figures[name]:.1%}" for name, word in _SHARES.items() if name in figures]
+        words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items() if name not in _SHARES]
+        words += [f"right: {', '.join(shares)}"] if shares else []
+        self.display.say(f"{self.label} step {step} {', '.join(words)}")
         if self.metrics:
             self.metrics.write(step, **figures)

@@ -48,6 +48,7 @@ def carried(value: float, low: float, high: float) -> Results:
     [
         (0.5, 0.7, "takes accuracy from 90% to 30% (95% interval of the fall: 50 to 70 points)"),
         (-0.7, -0.5, "(95% interval of the rise: 50 to 70 points)"),
+        (1.0, 1.0, "(95% interval of the fall: 100 points at both ends)"),
         (-0.1, 0.7, "Cannot tell"),
         (None, None, "Cannot tell"),
     ],
@@ -72,6 +73,7 @@ def test_a_figure_speaks_of_the_line_of_chance_only_where_it_is_drawn() -> None:
     [
         ((0.99, 0.95, 1.0), "before layer 1, the meta-tokens' states alone carry 99% (95% to 100%)"),
         ((0.01, 0.0, 0.02), "In no layer do the meta-tokens' states carry more than 2.0%"),
+        ((1e-5, 0.0, 2e-4), "In no layer do the meta-tokens' states carry even 0.1% of the answer"),
         ((0.3, 0.2, 0.4), "carry part of the answer"),
         ((0.3, -0.1, 0.7), "Cannot tell"),
     ],
