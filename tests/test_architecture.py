@@ -34,7 +34,7 @@ ANALYSIS_STAGES = (
     {"inputs", "results"},
     {"measures"},
     {"attention", "representations", "compression", "causal"},
-    {"claims", "token_view"},
+    {"claims", "kept", "token_view"},
     {"run"},
 )
 MODEL_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"}

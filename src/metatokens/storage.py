@@ -89,20 +89,21 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file that is complete or absent; a link is replaced, a device or pipe is written directly.
 
     Raises:
         ResourceError: the file cannot be written, as on a full disk; its old content stays.
     """
     temporary = _temporary(path)
+    content = content.encode() if isinstance(content, str) else content
     try:
         if not (path.is_symlink() or _is_replaced(path)):
-            with open(path, "w", encoding="utf-8", opener=no_follow) as file:
-                file.write(text)
+            with open(path, "wb", opener=no_follow) as file:
+                file.write(content)
             return
         temporary.unlink(missing_ok=True)  # left by a process that was killed
-        write_durably(temporary, text.encode())
+        write_durably(temporary, content)
         commit(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -2,15 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from metatokens.analysis.kept import KEPT_NAME
 from metatokens.analysis.results import read_results
-from metatokens.analysis.run import MEASURES
+from metatokens.analysis.run import MEASURES, Identity, analyze
 from metatokens.cli import main
+from metatokens.training.loading import ModelFolder, analysis_config_of
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +105,56 @@ def test_a_recall_run_is_analysed_on_its_task(
     assert {name: (tmp_path / "one" / name).read_bytes() for name in before} == before
     page = run_json(capsys, "report", str(tmp_path / "one"), "--out", str(tmp_path / "page"))["page"]
     assert "/run: task list_recall</h1>" in Path(page).read_text()
+
+
+def test_a_killed_analysis_goes_on_behind_its_last_measure_to_the_same_bytes(recall_run: Path, tmp_path: Path) -> None:
+    few = ["--parts", '["attention", "causal"]', *SMALL, "--subject.pairs", "8"]
+    command = ["analyze", str(recall_run), *few, "--out", "analysis"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    subprocess.run([sys.executable, "-m", "metatokens.cli", *command], cwd=whole, check=True, capture_output=True)
+    assert sorted(path.name for path in (whole / "analysis").iterdir()) == ["arrays.npz", "results.json"]
+    kept = killed / "analysis" / KEPT_NAME
+    process = subprocess.Popen([sys.executable, "-m", "metatokens.cli", *command], cwd=killed)
+    while process.poll() is None and len([*kept.glob("*.npz")]) < 12:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    found = sorted(kept.glob("*.npz"))
+    assert len(found) >= 12
+    assert not (killed / "analysis" / "results.json").exists()
+
+    damaged, before = found[0], {path: path.stat().st_ino for path in found[1:]}
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    ran = measures_that_run(recall_run, few, kept)
+    assert damaged.stem in ran
+    assert not {path.stem for path in before} & set(ran)
+    assert set(measures_that_run(recall_run, [*few, "--seed", "1"], kept)) > set(ran)
+    subprocess.run([sys.executable, "-m", "metatokens.cli", *command], cwd=killed, check=True, capture_output=True)
+    for name in ("results.json", "arrays.npz"):
+        assert (killed / "analysis" / name).read_bytes() == (whole / "analysis" / name).read_bytes()
+    assert not kept.exists()
+
+
+def measures_that_run(run: Path, options: list[str], kept: Path) -> list[str]:
+    """Return the names of the measures that an analysis runs beside what is kept, in a copy."""
+    ran: list[str] = []
+    folder = ModelFolder(run)
+    config = analysis_config_of(folder, None, options)
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(kept, copy, dirs_exist_ok=True)
+        analyze(
+            folder.open_model().float(),
+            folder.tokenizer,
+            config,
+            identity=Identity("a run", folder.sha256, ""),
+            progress=lambda name, _: ran.append(name),
+            keep=Path(copy),
+        )
+    return ran
 
 
 def test_a_model_is_analysed_on_text(

@@ -128,16 +128,8 @@ class Results(Frozen):
 def write_results(folder: Path, results: Results, arrays: Arrays) -> None:
     """Write both files; the archive first, because results.json, which is sealed, holds its digest."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        open(folder / ARRAYS_NAME, "wb", opener=no_follow) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
-        for name in sorted(arrays):
-            data = io.BytesIO()
-            np.lib.format.write_array(data, np.asarray(arrays[name]), allow_pickle=False)
-            member = zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME)
-            member.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(member, data.getvalue())
+    with open(folder / ARRAYS_NAME, "wb", opener=no_follow) as file:
+        write_archive(file, arrays)
     document = {_ARRAYS_DIGEST: file_sha256(folder / ARRAYS_NAME), **results.model_dump(mode="json")}
     text = json.dumps(document, sort_keys=True, indent=1, allow_nan=False)
     write_sealed(folder / RESULTS_NAME, f"{text}\n")
@@ -158,7 +150,7 @@ def read_results(folder: Path) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
         line = f"token view, documents behind heat maps, points of the theorem: {ARRAYS_NAME} is not here"
         return results.model_copy(update={"token_views": (), "not_run": (*results.not_run, line)}), {}
     try:
-        arrays = _read_arrays(path)
+        arrays = read_archive(path)
         if digest is not None and (found := file_sha256(path)) != digest:
             raise ValueError(f"the SHA-256 {found} in place of {digest}")
         if "theory_points" in arrays and arrays["theory_points"].shape[1:] != (4,):
@@ -197,7 +189,18 @@ def read_results_file(path: Path) -> tuple[Results, str | None]:
         raise DataError(str(path), expected="the declared schema", found=found, remedy=_WRITE_ANEW) from error
 
 
-def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+def write_archive(file: IO[bytes], arrays: Arrays) -> None:
+    """Write arrays as a .npz; equal arrays give equal bytes."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.asarray(arrays[name]), allow_pickle=False)
+            member = zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME)
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, data.getvalue())
+
+
+def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of an archive; one that would unpack to more than the largest size is a ValueError."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer
 
 from metatokens.analysis.claims import judge
 from metatokens.analysis.inputs.subject import Inputs
-from metatokens.analysis.measures import MEASURES, Measure, Row, correct, record_of, run_measure
+from metatokens.analysis.kept import KeptMeasures
+from metatokens.analysis.measures import MEASURES, Measure, Row, correct, record_of
 from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.token_view import views_of
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
@@ -53,6 +55,7 @@ def analyze(
     identity: Identity,
     say: Say = lambda _: None,
     progress: Progress = lambda _name, _share: None,
+    keep: Path | None = None,
 ) -> tuple[Results, dict[str, npt.NDArray[Any]]]:
     """Measure what the config asks for and return the results with their arrays.
 
@@ -62,13 +65,19 @@ def analyze(
         config: what is measured, on which subject.
         identity: of the model and the command, for the header.
         say: called with a line of text before each part.
-        progress: called with the name of each measure and the share of the measures that are done before it.
+        progress: called with the name of each measure that runs and the share of the measures that are done before it.
+        keep: folder of finished measures, of which an analysis that was stopped leaves what it had; without one, or if
+            it holds those of another model, config or document, every measure runs.
 
     Raises:
         UsageError: A model without meta-tokens, too few or too short documents.
         ValueError: A model in training mode.
     """
     inputs = Inputs(model, tokenizer, config)
+    versions = {name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
+    versions |= {"python": platform.python_version()}
+    settings = config.model_dump(mode="json")
+    kept = KeptMeasures(keep, inputs, {"config": settings, "weights": identity.weights_sha256, "versions": versions})
     found: dict[str, list[Row]] = {}
     parts = list(dict.fromkeys(config.parts))
     total = sum(len(measures_of(part, config)) for part in parts)
@@ -79,8 +88,11 @@ def analyze(
         elif part != "token_view":
             inputs.skip(f"{part}: not for a {config.subject.kind}")
         for one in measures:
-            progress(one.name, len(found) / total)
-            found[one.name] = run_measure(one, inputs)
+            rows = kept.find(one)
+            if rows is None:
+                progress(one.name, len(found) / total)
+                rows = kept.run(one)
+            found[one.name] = rows
     records = [record_of(MEASURES[name], row, seed=config.seed) for name, rows in found.items() for row in rows]
     views: list[TokenView] = []
     if "token_view" in config.parts and config.token_views:
@@ -93,13 +105,12 @@ def analyze(
     results = Results(
         title=f"Inside {identity.name}: {data['subject']}",
         checkpoint=_describe(inputs.lens.model, identity),
-        config=redact_values(config.model_dump(mode="json")),
-        config_sha256=json_sha256(config.model_dump(mode="json")),
+        config=redact_values(settings),
+        config_sha256=json_sha256(settings),
         endpoints_sha256=json_sha256(sorted(config.endpoints)),
         data=data,
         seed=config.seed,
-        versions={name: version(name) for name in ("metatokens", "numpy", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        versions=versions,
         command=identity.command,
         not_run=tuple(inputs.skipped),
         records=tuple(correct(records)),

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from metatokens.errors import redact
 
 def add(verbs: Any) -> None:
     """Add the verb to the parser."""
-    text = "look inside a model: attention, cause, compression, with intervals and a verdict on each claim of the paper"
+    text = (
+        "look inside a model: attention, cause, compression, with intervals and a verdict on each claim of the paper; "
+        "continues behind the last measure that it finished"
+    )
     parser = add_verb(verbs, "analyze", _run, text, long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
     parser.add_argument("--text", help="a source, as for `prepare` (default: instances of the run's recall task)")
@@ -38,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     announce(options, f"opening {options.checkpoint}")
     config = analysis_config_of(folder, options.text, options.overrides)  # asks a model without a run for its window
     from metatokens.analysis.inputs.subject import check_model
+    from metatokens.analysis.kept import KEPT_NAME
     from metatokens.analysis.run import Identity, analyze
 
     # sums of components and entropies need float32, whatever the dtype of the weights
@@ -53,13 +58,16 @@ def _run(options: argparse.Namespace) -> int:
         weights_sha256=folder.sha256,
         command=redact(shlex.join(words)),
     )
-    progress = Progress()
+    progress, kept = Progress(), options.out / KEPT_NAME
     try:
-        results, arrays = analyze(model, tokenizer, config, identity=identity, say=progress.say, progress=progress.show)
+        results, arrays = analyze(
+            model, tokenizer, config, identity=identity, say=progress.say, progress=progress.show, keep=kept
+        )
     finally:
         progress.close()
     try:
         keep_elsewhere(options.out, lambda out: write_results(out, results, arrays))
+        shutil.rmtree(kept, ignore_errors=True)
     finally:
         following = ("metatokens", "report", options.out)
         emit(options, results.model_dump(mode="json"), lambda: show_verdicts(results), following=following)
