@@ -2,9 +2,9 @@
 
     python benchmarks/profile_steps.py --out benchmarks/results/profile_steps.json
 
-The shapes are those of `metatokens bench training` and `metatokens bench generation`. A figure is the operator's own time
-in the thread that calls it, which waits there for the other threads, as a share of all operators'; for products of
-matrices also operations a second. The profiler itself costs time with each call, so that small operators look larger.
+The shapes are those of `metatokens bench training` and `metatokens bench generation`. A figure is the operators' own
+time in the thread that calls them, which waits there for the other threads, as a share of that of all operators; for
+products of matrices also operations a second. The profiler costs time with each call, so small operators look larger.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Check every number that README, docs and experiments quote against the committed JSON that it comes from.
+"""Check every number that README, docs, experiments and benchmarks quote against the committed JSON that it comes from.
 
 A comment after a number names its source, a Python expression over the functions of measured.py:
 
@@ -87,7 +87,8 @@ def part(text: str, heading: str) -> str:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
+    folders = ("docs", "experiments", "benchmarks")
+    return [ROOT / "README.md", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def main() -> int:

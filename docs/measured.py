@@ -79,6 +79,21 @@ def rows_cost(length: int, way: str, key: str = "cpu_seconds") -> float:
     return float(found[key])
 
 
+def profile() -> str:
+    """Return the table of the kinds of operators of a training step and of decoding."""
+    found = load("benchmarks/results/profile_steps.json")["results"]
+    kinds = list(next(iter(found.values()))["shares"])
+    rows = [
+        [
+            name,
+            *(percent(one["shares"][kind]) for kind in kinds),
+            f"{one['operations_per_second_of_products'] / 1e9:.0f}",
+        ]
+        for name, one in found.items()
+    ]
+    return _table(["of", *kinds, "GFLOP/s of products"], rows)
+
+
 def data_pipeline() -> str:
     """Return the table of the steps between text and training."""
     found = load("benchmarks/results/data_pipeline.json")
@@ -509,6 +524,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("training_small_vocabulary", "training_close", "training_full_vocabulary", "training_compiled")
     },
     "bench-generation": partial(bench_table, "generation"),
+    "profile": profile,
     "data-pipeline": data_pipeline,
     "analysis-measures": analysis_measures,
     "recall-accuracy": recall_accuracy,
