@@ -1,5 +1,7 @@
 """Tiny decoders of every family, plain and grafted, and the slow definitions of what a graft computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -124,6 +126,60 @@ def seen_with_anchors(config: GraftConfig, length: int) -> Tensor:
     return seen
 
 
+def compact_distance(config: GraftConfig, at: int, place: int, *, is_kept: bool) -> int:
+    """Return how far a key is from a query at a place of the text, with compact positions."""
+    anchors = [followed for followed in range(at + 1) if is_followed(followed, config)]
+    # as many steps as there are anchors from the key on, behind a window without those in it
+    before = config.window - config.window // config.every - 1
+    if is_kept:
+        return before + sum(followed >= place for followed in anchors)
+    if place > at - config.window:
+        return at - place
+    remembered = len(anchors[-config.memory_limit :] if config.memory_limit else anchors)
+    return before + remembered + config.num_sinks - place
+
+
+def compact_distances(config: GraftConfig, columns: list[tuple[int, bool]]) -> Tensor:
+    """Return (W, W) distances; an anchor is where the token before it is."""
+    return torch.tensor(
+        [
+            [
+                compact_distance(config, at, place, is_kept=is_anchor and key != query)
+                for key, (place, is_anchor) in enumerate(columns)
+            ]
+            for query, (at, _) in enumerate(columns)
+        ]
+    )
+
+
+def turn(states: Tensor, model: Any, distances: Tensor) -> Tensor:
+    """Return states (..., D) rotated by distances (...)."""
+    own = model.base_model.rotary_emb
+    angles = distances[..., None] * own.inv_freq.to(states.dtype)
+    (first, second), rest = states[..., : 2 * angles.shape[-1]].chunk(2, -1), states[..., 2 * angles.shape[-1] :]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+@contextmanager
+def pairwise(model: Any, distances: Tensor) -> Iterator[None]:
+    """Let a model attend to each key at a distance of its own, (T, T), and not at that of its positions."""
+
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **__: Any) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+        pairs = query[:, :, :, None].expand(*query.shape[:3], key.shape[2], -1)
+        scores = (turn(pairs, model, distances) * key[:, :, None]).sum(-1) * scaling + mask
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("pairwise", attend)
+    model.config._attn_implementation = "pairwise"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = "sdpa"
+
+
 def additive(seen: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return a mask (1, 1, T, T) as transformers take it."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
@@ -150,7 +206,9 @@ def by_definition(model: Any, grafted: Any, text: Tensor, config: GraftConfig) -
         handles.append(matrix.register_forward_hook(change))
     places = torch.tensor([[place for place, _ in columns]])
     mask = additive(seen_with_anchors(config, text.shape[1]))
-    logits = model(inputs_embeds=rows, attention_mask=mask, position_ids=places, use_cache=False).logits
+    with nullcontext() if config.positions == "text" else pairwise(model, compact_distances(config, columns)):
+        places *= config.positions == "text"  # at position 0 nothing is rotated
+        logits = model(inputs_embeds=rows, attention_mask=mask, position_ids=places, use_cache=False).logits
     for handle in handles:
         handle.remove()
     return logits[:, [index for index, (_, is_anchor) in enumerate(columns) if not is_anchor]]

@@ -24,6 +24,9 @@ class GraftConfig(Frozen):
     every later token sees it."""
     memory_limit: int | None = Field(None, ge=1)
     """Newest anchors that stay; off means all."""
+    positions: Literal["text", "compact"] = "text"
+    """text: an anchor has the position of the token before it; compact: kept tokens are counted among themselves and
+    stand right in front of the window, for texts with more tokens than the model has positions (RoPE alone)."""
     lora_rank: int = Field(8, ge=0)
     """Rank of the change to every matrix of a block, which acts at anchors alone; 0 means none."""
     seed: int = Field(0, ge=0, lt=2**31)

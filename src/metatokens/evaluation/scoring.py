@@ -67,7 +67,8 @@ class TokenScorer:
         self._model: Any = model  # transformers' annotations lack attributes that every causal model has
         self._tokenizer = tokenizer
         limit = sequence_limit(model)
-        self.options = options = with_window(options, getattr(model.config, "trained_window", limit))
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.options = options = with_window(options, getattr(model.config, "trained_window", positions))
         self.encoder = TextEncoder(tokenizer)
         check_tokenizer(model, self.encoder)
         self.loss_policy: LossPolicy = getattr(model.config, "loss_policy", "skip")

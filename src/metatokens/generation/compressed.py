@@ -26,7 +26,7 @@ from metatokens.generation.stepping import read_into
 from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.graft.grafting import memory_of
 from metatokens.model.accounting import cache_bytes
-from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.configuration import ENDLESS, MetaTokenConfig
 from metatokens.model.memory import MemoryPolicy
 from metatokens.model.memory_cache import MemoryState, shared_state
 from metatokens.model.schedule import MetaSchedule, read_schedule, schedule_meta_tokens
@@ -220,13 +220,14 @@ def compress_document(model: Any, tokenizer: AnyTokenizer, text: str, *, schedul
     if meta_token_id is not None:
         ids = schedule_meta_tokens(text_ids, schedule, meta_token_id=meta_token_id)
     num_positions = len(text_ids) if policy.positions == "text" else len(ids)
-    limit = getattr(model.config, "max_sequence_length", None) or model.config.max_position_embeddings
+    longest = getattr(model.config, "max_sequence_length", None) or model.config.max_position_embeddings
+    limit = ENDLESS if policy.positions == "compact" else longest
     if not 0 < num_positions <= limit:
         raise UsageError(
             "document",
             expected=f"1 to {limit} positions, as many as the model has",
             found=str(num_positions),
-            remedy="shorten the text, or train with --model.attention.positions compact" if ids else "give it a text",
+            remedy="shorten the text, or train with compact positions" if ids else "give it a text",
         )
     read_into(model, ids, cache)
     state = shared_state(policy, cache)

@@ -26,6 +26,8 @@ from metatokens.generation.stepping import (
     states_what_is_followed,
 )
 from metatokens.generation.writing import GeneratedText, TextWriter
+from metatokens.graft.grafting import memory_of
+from metatokens.model.configuration import ENDLESS
 from metatokens.model.generation import MetaTokenGenerationMixin
 from metatokens.model.schedule import (
     MetaSchedule,
@@ -374,6 +376,8 @@ def check_tokenizer(model: PreTrainedModel | MetaTokenForCausalLM, encoder: Text
 
 def sequence_limit(model: PreTrainedModel | MetaTokenForCausalLM) -> int | None:
     """Return the number of positions of the longest sequence, or None if the config states none."""
+    if (memory := memory_of(model)) is not None and memory[0].positions == "compact":
+        return ENDLESS
     limit: int | None = getattr(model.config, "max_sequence_length", None)
     return getattr(model.config, "max_position_embeddings", None) if limit is None else limit
 

@@ -37,7 +37,7 @@ def step_flops(model: Any, config: GraftRunConfig) -> int:
 
     Frozen matrices have no gradients of their own, so the backward pass does as much as the forward pass. Attention is
     counted over all pairs that causality allows, even where a window is seen; the change of low rank and the few
-    answers to needles are left out.
+    answers to needles are left out, and so are the three rotations of compact positions.
     """
     shape = _shape_of(model)
     text, columns = config.data.block_size, config.data.block_size + config.anchors_per_block

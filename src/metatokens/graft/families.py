@@ -98,3 +98,23 @@ def family_of(model: Any) -> Family:
             remedy="load another model, or this one with attn_implementation sdpa and without quantisation",
         )
     return FAMILIES[config.model_type]
+
+
+def check_compact(model: Any) -> None:
+    """Refuse a model whose positions cannot be counted anew.
+
+    Raises:
+        UsageError: they are no rotation, one that some blocks leave out, or one that depends on the length.
+    """
+    rotation = getattr(model.base_model, "rotary_emb", None)
+    found = None
+    if rotation is None:
+        found = f"the positions of {model.config.model_type}"
+    elif not all(getattr(model.config, "no_rope_layers", None) or [1]):
+        found = "layers without positions"
+    elif rotation.rope_type in ("dynamic", "longrope"):
+        found = f"rotation of the type {rotation.rope_type}, which depends on the length"
+    if found is not None:
+        raise UsageError(
+            'positions "compact"', expected="a decoder with RoPE", found=found, remedy='graft with positions "text"'
+        )

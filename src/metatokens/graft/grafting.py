@@ -24,9 +24,15 @@ from transformers import DynamicCache
 
 from metatokens.config.graft import GraftConfig
 from metatokens.errors import UsageError
-from metatokens.graft.attending import ARGUMENT, IMPLEMENTATION, GraftMask
+from metatokens.graft.attending import (
+    ARGUMENT,
+    IMPLEMENTATION,
+    compact_clocks,
+    make_mask,
+    rotation_of,
+)
 from metatokens.graft.cache import is_filled, new_cache, state_of
-from metatokens.graft.families import Family, family_of
+from metatokens.graft.families import Family, check_compact, family_of
 from metatokens.graft.spreading import Spread, policy_of, spread, visible
 from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, checkpoint_blocks, find_cache
 from metatokens.model.memory import CHUNK, Columns, MemoryPolicy
@@ -117,8 +123,10 @@ class Graft(nn.Module):
             keys, state.num_columns = state.read(found.tokens), state.num_columns + num_columns
         self._begin(found, keys, layers)
         given = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
-        if self._is_long(decoder):
-            mask = GraftMask(policy=policy_of(self.config), queries=found.tokens, keys=keys, config=self.config)
+        is_compact = self.config.positions == "compact"
+        if is_compact or self._is_long(decoder):
+            rotate = rotation_of(decoder, embeddings) if is_compact else None
+            mask = make_mask(self.config, found.tokens, keys, rotate)
             # one of four dimensions is passed on as it is
             given |= {ARGUMENT: mask, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
             self._own_attention = decoder.config._attn_implementation
@@ -128,7 +136,8 @@ class Graft(nn.Module):
             # the form that both sdpa and eager attention take
             lowest = torch.finfo(embeddings.dtype).min
             given["attention_mask"] = embeddings.new_zeros(pairs.shape).masked_fill(~pairs, lowest)
-        given["position_ids"] = found.tokens.positions
+        # at position 0 nothing is rotated
+        given["position_ids"] = torch.zeros_like(found.tokens.positions) if is_compact else found.tokens.positions
         given["inputs_embeds"] = self._add(found.apply(embeddings), self.row.expand(self._num_anchors, -1))
         given["use_cache"] = cache is not None
         if cache is not None:
@@ -242,18 +251,21 @@ class Graft(nn.Module):
                 "gradient checkpointing by metatokens.graft.enable_gradient_checkpointing", "the model's own"
             )
 
-    @staticmethod
-    def _check_length(decoder: Any, tokens: Columns, num_columns: int) -> None:
+    def _check_length(self, decoder: Any, tokens: Columns, num_columns: int) -> None:
         limit = getattr(decoder.config, "max_position_embeddings", None)
         if limit is None or num_columns <= limit:
             return
-        longest = int(tokens.positions.max()) + 1
+        if self.config.positions == "compact":
+            _, _, to_sinks, _ = compact_clocks(self.config, tokens, tokens)
+            longest, remedy = int(to_sinks.max()) + 1, "set memory_limit, or raise every"
+        else:
+            longest, remedy = int(tokens.positions.max()) + 1, 'give a shorter text, or graft with positions "compact"'
         if longest > limit:
             raise UsageError(
                 "text of a grafted model",
                 expected=f"at most the {limit} positions of the model",
                 found=f"{longest}",
-                remedy="give a shorter text; a graft does not count kept tokens anew",
+                remedy=remedy,
             )
 
 
@@ -285,6 +297,8 @@ def graft(model: Any, config: GraftConfig | None = None, *, tokenizer: Any = Non
             remedy="give the tokenizer that belongs to the model",
         )
     decoder = model.base_model
+    if config.positions == "compact":
+        check_compact(model)
     added = Graft(config, family, decoder)
     for name, parameter in model.named_parameters():
         added.trained_before[name] = parameter.requires_grad

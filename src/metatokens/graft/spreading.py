@@ -24,7 +24,7 @@ def policy_of(config: GraftConfig) -> MemoryPolicy:
         anchors="meta",
         reveal=config.reveal,
         memory_limit=config.memory_limit,
-        positions="text",
+        positions=config.positions,
     )
 
 

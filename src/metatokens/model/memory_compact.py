@@ -48,13 +48,20 @@ class CompactMask(MemoryMask):
     def _rotations(self) -> list[tuple[Rotary, Rotary]]:
         """Of queries and permuted keys: in the window, towards anchors, towards sinks."""
         assert self.rotate is not None
-        to_anchors, of_anchors, to_sinks, of_sinks = compact_clocks(self.policy, self.queries, self.permuted_keys)
+        to_anchors, of_anchors, to_sinks, of_sinks = self._clocks()
         pairs = (
             (self.queries.positions, self.permuted_keys.positions),
             (to_anchors, of_anchors),
             (to_sinks, of_sinks),
         )
         return [(self.rotate(of_query), self.rotate(of_key)) for of_query, of_key in pairs]
+
+    def _clocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return compact_clocks(self.policy, self.queries, self.permuted_keys)
+
+    def _is_near(self, queries: Columns, keys: Columns) -> Tensor:
+        """Tell which keys stand at their ordinary distance; the tensors of both broadcast together."""
+        return (keys.clock > queries.clock - self.policy.window) & keys.is_text
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
         """Attend chunk by chunk, as `MemoryMask.attend` does."""
@@ -64,12 +71,11 @@ class CompactMask(MemoryMask):
         keys = zip(*(self.visits(of_key) for _, of_key in rotated), strict=True)
         outputs = []
         for chunk, own, visited, values in zip(self.chunks, queries, keys, self.visits(value), strict=True):
-            clock = self.queries.part(chunk.start, chunk.stop).clock[:, None, :, None]
+            asking = self.queries.part(chunk.start, chunk.stop).map(lambda tensor: tensor[:, None, :, None])
             columns = chunk.visit_columns(self.permuted_keys).map(lambda tensor: tensor[:, None, None])
             window, anchors, sinks = (
                 torch.matmul(q, k.transpose(2, 3)) * scaling for q, k in zip(own, visited, strict=True)
             )
-            near = (columns.clock > clock - self.policy.window) & columns.is_text
-            scores = torch.where(near, window, torch.where(columns.is_sink, sinks, anchors))
+            scores = torch.where(self._is_near(asking, columns), window, torch.where(columns.is_sink, sinks, anchors))
             outputs.append(attend_to_scores(scores, chunk.mask, values, dropout=dropout))
         return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from grafted_models import CONFIG, trained
 from metatokens.config.schema import (
     ExplicitInjection,
     NoInjection,
@@ -265,6 +266,20 @@ def test_default_window_of_a_model_without_a_longest_text_is_that_of_its_trainin
     assert result.positions_per_window == 64
     named = PerplexityOptions(window=100, injection=UniformInjection(ratio=0.2))
     assert measure_perplexity(endless, DOCUMENTS, tokenizer, named).text_tokens_per_window == 100
+
+
+def test_windows_of_a_graft_with_compact_positions_may_be_longer_than_its_model(tokenizer):
+    size = TextEncoder(tokenizer).vocab_size
+    for positions in ("text", "compact"):
+        config = CONFIG.model_copy(update={"positions": positions})
+        model = trained("llama", config, vocab_size=size, max_position_embeddings=40)
+        assert TokenScorer(model, tokenizer, PerplexityOptions()).positions_per_window == 40
+        options = PerplexityOptions(window=60)
+        if positions == "text":
+            with pytest.raises(UsageError, match="at most 40 positions"):
+                measure_perplexity(model, DOCUMENTS, tokenizer, options)
+        else:
+            assert measure_perplexity(model, DOCUMENTS, tokenizer, options).sliding.nats > 0
 
 
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (12, 6), (17, 8)])

@@ -37,12 +37,17 @@ def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
     return tiny_model(**{**fields, "memory": memory, "eos_token_id": 0, "bos_token_id": 0, **changes}, seed=seed)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gpt2", {}), ("llama", {"positions": "compact"})],
+    ids=["llama", "gpt2", "beyond the positions of the model"],
+)
 def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_itself(
-    tokenizer: Any, family: str, tmp_path: Path
+    tokenizer: Any, family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     size, options = TextEncoder(tokenizer).vocab_size, {"schedule": NoSchedule(), "max_text_tokens": 20}
-    model = trained(family, vocab_size=size)
+    shape = {"vocab_size": size, **({"max_position_embeddings": 36} if changes else {})}
+    model = trained(family, CONFIG.model_copy(update=changes), **shape)
     for temperature in (0, 1):
         options["temperature"] = temperature
         whole = generate_text(model, tokenizer, DOCUMENT + PROMPT, **options)
@@ -54,8 +59,8 @@ def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_
     assert document.num_bytes * num_text == document.num_bytes_of_all(model.config) * held
     assert document.read == (num_text, 0, False)
     for other in (
-        trained(family, CONFIG.model_copy(update={"every": 4}), vocab_size=size),
-        trained(family, CONFIG.model_copy(update={"window": 7}), vocab_size=size),
+        trained(family, CONFIG.model_copy(update={**changes, "every": 4}), **shape),
+        trained(family, CONFIG.model_copy(update={**changes, "window": 7}), **shape),
     ):
         with pytest.raises(UsageError, match=r"compressed document.*the model that read it"):
             generate_text(other, tokenizer, PROMPT, memory=document, **options)

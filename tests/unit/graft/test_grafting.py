@@ -19,10 +19,13 @@ from grafted_models import (
     VOCAB_SIZE,
     additive,
     by_definition,
+    compact_distance,
     every_nth,
     ids,
+    is_followed,
     largest,
     make,
+    pairwise,
     plain,
     trained,
 )
@@ -35,6 +38,10 @@ CONFIGS = {
     "always": CONFIG.model_copy(update={"reveal": "always", "num_sinks": 0, "window": 4}),
     "limited": CONFIG.model_copy(update={"memory_limit": 2}),
 }
+COMPACT = {name: config.model_copy(update={"positions": "compact"}) for name, config in CONFIGS.items()}
+ROTATED = [family for family in FAMILIES if family not in ("gpt2", "gpt_neo")]
+ROTATIONS = 1e-5  # transformers computes their angles in float32
+SCALED = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 16}
 CHUNKS = {"at once": [LENGTH], "chunks, then one by one": [17, 9, 8, *[1] * 7], "one by one": [1] * LENGTH}
 
 
@@ -95,9 +102,53 @@ def test_a_trained_graft_is_its_definition(family: str, name: str) -> None:
         assert largest(read(model, text, chunks) - expected) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
-def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str) -> None:
-    model, lengths = trained(family), (LENGTH, 29, 3)
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((family, {}) for family in ROTATED), ("llama", {"rope_parameters": SCALED})]
+)
+@torch.no_grad()
+def test_with_compact_positions_an_untrained_graft_is_every_nth_with_these(
+    family: str, changes: dict[str, Any]
+) -> None:
+    config, text, base = COMPACT["evicted"], ids(), make(family, **changes)
+    distances = [
+        [
+            compact_distance(config, at, place, is_kept=is_followed(place, config) and place <= at - 6)
+            for place in range(LENGTH)
+        ]
+        for at in range(LENGTH)
+    ]
+    with pairwise(base, torch.tensor(distances)):
+        expected = base(
+            text,
+            attention_mask=additive(every_nth(config, LENGTH)),
+            position_ids=torch.zeros(1, LENGTH, dtype=torch.long),
+            use_cache=False,
+        ).logits
+    model = graft(make(family, **changes), config)
+    assert largest(model(text, use_cache=False).logits - expected) < ROTATIONS
+    assert largest(graft(make(family, **changes), CONFIG)(text, use_cache=False).logits - expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("name", COMPACT)
+def test_a_trained_graft_with_compact_positions_is_its_definition_beyond_the_positions_of_the_model(
+    family: str, name: str
+) -> None:
+    text, config = ids(3), COMPACT[name]
+    model = trained(family, config, max_position_embeddings=24)
+    expected = by_definition(plain(family), model, text, config)
+    for chunks in CHUNKS.values():
+        assert largest(read(model, text, chunks) - expected) < ROTATIONS
+    # a pass of more than one chunk of queries
+    long, model = ids(4, 200), trained(family, config)
+    assert largest(model(long, use_cache=False).logits - read(model, long, [50] * 4)) < ROTATIONS
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", CONFIG), ("gpt2", CONFIG), ("gpt_neo", CONFIG), ("llama", COMPACT["limited"])]
+)
+def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str, config: GraftConfig) -> None:
+    model, lengths = trained(family, config), (LENGTH, 29, 3)
     texts = [ids(seed, length) for seed, length in enumerate(lengths)]
     batch = torch.cat([torch.nn.functional.pad(text, (LENGTH - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[int(column >= LENGTH - length) for column in range(LENGTH)] for length in lengths])
@@ -214,6 +265,25 @@ def refused_models() -> Iterator[tuple[Any, str]]:
     quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
     yield quantised, "quantised weights"
     yield make("llama", attn_implementation="flex_attention"), "attention by flex_attention"
+
+
+def test_compact_positions_need_rotations_that_do_not_depend_on_the_length_and_room_for_the_anchors() -> None:
+    refused = {
+        "the positions of gpt2": make("gpt2"),
+        "the positions of gpt_neo": make("gpt_neo"),
+        "layers without positions": make("smollm3", no_rope_layer_interval=2),
+        "rotation of the type dynamic": make("llama", rope_parameters={**SCALED, "rope_type": "dynamic"}),
+    }
+    for found, model in refused.items():
+        with pytest.raises(UsageError, match=f'positions "compact".*found {found}'):
+            graft(model, COMPACT["evicted"])
+        graft(model, CONFIG)  # and nothing was left behind
+    cache, text = DynamicCache(), ids()
+    model = trained("llama", COMPACT["evicted"], max_position_embeddings=18)
+    read(model, text[:, :-4], [LENGTH - 4], cache=cache)
+    with pytest.raises(UsageError, match=r"at most the 18 positions.*found 19.*memory_limit"):
+        read(model, text[:, -4:], [4], cache=cache)
+    assert cache.get_seq_length() == LENGTH - 4
 
 
 def test_a_model_that_cannot_be_grafted_is_refused_in_one_line() -> None:

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from grafted_models import CONFIG, LENGTH, ids, largest, make, plain, trained
 from metatokens.config.grafting import Objectives
 from metatokens.errors import UsageError
-from metatokens.graft import enable_gradient_checkpointing, graft
+from metatokens.graft import GraftConfig, enable_gradient_checkpointing, graft
 from metatokens.graft.objectives import OBJECTIVES
 from metatokens.graft.student import Student
 from metatokens.model.compatibility import checkpoint_blocks
@@ -20,8 +20,8 @@ ANSWERS[0, -4:] = TEXT[0, -4:]  # the other row asks nothing
 NO_DROPOUT = {"gpt2": {"embd_pdrop": 0, "resid_pdrop": 0, "attn_pdrop": 0}}
 
 
-def student(family: str = "llama", **objectives: float) -> Student:
-    return Student(trained(family, **NO_DROPOUT.get(family, {})), Objectives(**objectives), {}).train()
+def student(family: str = "llama", config: GraftConfig = CONFIG, **objectives: float) -> Student:
+    return Student(trained(family, config, **NO_DROPOUT.get(family, {})), Objectives(**objectives), {}).train()
 
 
 def test_every_objective_has_a_weight_and_a_weight_its_objective() -> None:
@@ -89,14 +89,24 @@ def test_in_training_only_what_has_a_weight_is_computed_and_in_evaluation_all() 
     assert model.wrapped.metatokens_graft.is_on
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", CONFIG),
+        ("gpt2", CONFIG),
+        ("gpt_neo", CONFIG),
+        ("llama", CONFIG.model_copy(update={"positions": "compact"})),
+    ],
+)
 @pytest.mark.parametrize("length", [LENGTH, 200])  # by one mask, and by a plan of chunks
-def test_blocks_that_are_computed_again_in_the_backward_pass_give_the_same_gradients(family: str, length: int) -> None:
+def test_blocks_that_are_computed_again_in_the_backward_pass_give_the_same_gradients(
+    family: str, config: GraftConfig, length: int
+) -> None:
     if family == "gpt_neo" and length > LENGTH:
         return  # it has no more positions, and no plan
     text, results = ids(rows=2, length=length), []
     for again in (False, True):
-        model = student(family)
+        model = student(family, config)
         if again:
             model.gradient_checkpointing_enable()
         runs, attention = [], model.wrapped.config._attn_implementation
