@@ -99,6 +99,7 @@ def test_pretrain_continued_after_its_end_is_already_complete(work):
         *("pretrain", work / "tiny.yaml", "--data.path", work / "tokens", "--out", work / "run", "--json")
     )
     assert json.loads(done.stdout)["steps"] == 6
+    assert "run ended at step 6" in done.stderr
     assert (work / "run/model/model.safetensors").stat().st_mtime_ns == before
 
 

@@ -211,7 +211,7 @@ class _Run:
             display = stack.enter_context(ProgressDisplay(label, start=first, total=total, shown=shown))
             report = TrainingReport(label, display, metrics)
             if first:
-                display.say(f"{label} continues after step {first}")
+                display.say(f"{label} {'ended at' if self._is_over else 'continues after'} step {first}")
                 self._note_continuation()
             if self.state.evaluation_due and self.job.evaluate:
                 self._evaluate(report)
