@@ -21,6 +21,7 @@ from metatokens.config.loading import load_preset
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
 from metatokens.errors import UsageError
 from metatokens.graft import load_graft
+from metatokens.training.grafting import plan
 from metatokens.training.run_folder import RunFolder
 from tiny_models import randomize
 
@@ -154,11 +155,17 @@ def test_the_command_says_what_it_would_do_and_trains_in_bfloat16(base: Path, to
     plan = json.loads(metatokens(*given, "--dry-run").stdout)
     assert plan["trained_parameters"] == 32 + 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert plan["anchors_per_step"] == 4 * 21
+    assert plan["text_tokens_per_step"] == 4 * 64
     assert not (tmp_path / "run").exists()
     arguments = ("--base_dtype", "bfloat16", "--training.precision", "bfloat16", "--steps", "2")
     assert json.loads(metatokens(*given, *arguments).stdout)["steps"] == 2
     # the digest does not depend on the type of the base
     assert load_graft(tmp_path / "run" / "model").dtype == torch.float32
+
+
+def test_a_plan_warns_of_more_steps_than_the_text_is_good_for(config: Config, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="will know them by heart"):
+        plan(config("--training.duration.steps", "1000000"), tmp_path / "run")
 
 
 def test_a_run_is_planned_from_the_config_of_its_base_alone(tokens: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from metatokens.errors import NumericError, UsageError
 from metatokens.training.checkpoint import find_checkpoint, read_state
 from metatokens.training.distributed import Processes
 from metatokens.training.initialization import build_model
-from metatokens.training.pretraining import Validation, plan, pretrain, vocabulary
+from metatokens.training.pretraining import evaluation_of, plan, pretrain, vocabulary
 
 Config = Callable[..., PretrainConfig]
 STEPS = 8
@@ -89,7 +89,7 @@ def test_an_evaluation_is_of_the_blocks_asked_for_whatever_the_micro_batch_and_t
                 *["--evaluation.blocks", asked],
             )
             processes = [Processes(rank, world_size) for rank in range(world_size)]
-            parts = [Validation(changed, dataset, process, model).measure()["validation_loss"] for process in processes]
+            parts = [evaluation_of(changed, dataset, process, model)()["validation_loss"] for process in processes]
             found[rows, world_size] = [sum(column) for column in zip(*parts, strict=True)]
     assert {count for _, count in found.values()} == {58 * evaluated}
     assert [loss for loss, _ in found.values()] == pytest.approx([found[1, 1][0]] * len(found), rel=ROUNDING)

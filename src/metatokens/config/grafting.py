@@ -1,23 +1,13 @@
 """The configuration of the training of a graft: what is grafted, the text, and what the new parts learn from."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from metatokens.config.base import Frozen
 from metatokens.config.graft import GraftConfig
 from metatokens.config.parallel import Fsdp2
-from metatokens.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    PretrainConfig,
-    ReconstructConfig,
-    RunConfig,
-    StepsDuration,
-    TrainingConfig,
-    check_schedule,
-)
+from metatokens.config.schema import TokenRunConfig
 
 
 class Objectives(Frozen):
@@ -43,26 +33,20 @@ class NeedlesConfig(Frozen):
     """Tasks of the long-context suite, one of which is drawn for each such block."""
 
 
-class GraftRunConfig(RunConfig):
+class GraftRunConfig(TokenRunConfig):
     """The training of the new parts of a grafted decoder, whose own weights are frozen."""
 
-    short_names: ClassVar[Mapping[str, str]] = PretrainConfig.short_names
     base: str | None = None
     """A folder of a decoder of transformers, or its id on the hub."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """The type that the frozen weights are held in; what is trained is float32."""
     graft: GraftConfig = GraftConfig()
-    data: DataConfig = DataConfig()
-    reconstruct: ReconstructConfig | None = None
-    """Have the model give back spans from beyond its window (auto-encoding); off means that blocks are plain text."""
     needles: NeedlesConfig | None = None
     """Have the model answer questions about what is gone; off means none. A block with a needle ends with its answer
     and not with a span."""
     objectives: Objectives = Objectives()
     sampled_positions: int = Field(256, ge=1)
     """Positions of a block at which distillation compares predictions, drawn anew for each block; fewer than all."""
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,15 +60,10 @@ class GraftRunConfig(RunConfig):
                 f"data.block_size {size} is less than graft.window {graft.window}, graft.every {graft.every} and "
                 f"graft.num_sinks {graft.num_sinks} together, so that no token may see an anchor"
             )
-        if (spans := self.reconstruct) is not None and 2 * spans.tokens + spans.distance > size:
-            raise ValueError(
-                f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into "
-                f"data.block_size {size}"
-            )
         weights = self.objectives.model_dump(exclude=set() if self.needles else {"needles"})
         if not any(weights.values()):
             raise ValueError(f"objectives: the weight of {' and '.join(weights)} is 0, so nothing would be learned")
-        check_schedule(self.schedule, self.total_steps, "training.duration")
+        self._check_blocks()
         return self
 
     @property
@@ -94,9 +73,6 @@ class GraftRunConfig(RunConfig):
         return self.data.block_size // graft.every - graft.num_sinks // graft.every
 
     @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        duration = self.training.duration
-        if isinstance(duration, StepsDuration):
-            return duration.steps
-        return -(-duration.tokens // (self.data.block_size * self.training.batch_blocks))
+    def text_tokens_per_block(self) -> int:
+        """T: all of a block, which anchors do not count to."""
+        return self.data.block_size

@@ -388,23 +388,51 @@ class RunConfig(Frozen, ABC):
         """Optimizer steps of the whole run."""
 
 
-class PretrainConfig(RunConfig):
-    """A pre-training run."""
+class TokenRunConfig(RunConfig):
+    """The settings of a run on blocks of verified tokens."""
 
     short_names: ClassVar[Mapping[str, str]] = {
         "steps": "--training.duration.kind steps --training.duration.steps {}",
         "tokens": "--training.duration.kind text_tokens --training.duration.tokens {}",
         **RunConfig.short_names,
     }
+    data: DataConfig = DataConfig()
+    reconstruct: ReconstructConfig | None = None
+    """Have the model give back spans from beyond its window (auto-encoding); off means that blocks are plain text."""
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    @abstractmethod
+    def text_tokens_per_block(self) -> int:
+        """N: text tokens in a block."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        duration = self.training.duration
+        if isinstance(duration, StepsDuration):
+            return duration.steps
+        return -(-duration.tokens // (self.text_tokens_per_block * self.training.batch_blocks))
+
+    def _check_blocks(self) -> None:
+        """Raise ValueError if spans do not fit into a block, or the schedule does not into the run."""
+        spans = self.reconstruct
+        if spans is not None and 2 * spans.tokens + spans.distance > self.text_tokens_per_block:
+            raise ValueError(
+                f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into the "
+                f"{self.text_tokens_per_block} text tokens of a block"
+            )
+        check_schedule(self.schedule, self.total_steps, "training.duration")
+
+
+class PretrainConfig(TokenRunConfig):
+    """A pre-training run."""
+
     start_from: UserPath | None = None
     """A run, model or checkpoint folder whose weights the run starts from; off means new weights."""
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
     injection: Injection = UniformInjection()
-    reconstruct: ReconstructConfig | None = None
-    """Have the model give back spans from beyond its window; off means that blocks are plain text."""
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -421,17 +449,8 @@ class PretrainConfig(RunConfig):
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
             )
         self._check_landmarks()
-        self._check_reconstruction()
-        check_schedule(self.schedule, self.total_steps, "training.duration")
+        self._check_blocks()
         return self
-
-    def _check_reconstruction(self) -> None:
-        spans = self.reconstruct
-        if spans is not None and 2 * spans.tokens + spans.distance > self.text_tokens_per_block:
-            raise ValueError(
-                f"reconstruct: 2 x {spans.tokens} tokens and a distance of {spans.distance} do not fit into the "
-                f"{self.text_tokens_per_block} text tokens of a block"
-            )
 
     def _check_landmarks(self) -> None:
         attention = self.model.attention
@@ -451,11 +470,3 @@ class PretrainConfig(RunConfig):
     def text_tokens_per_block(self) -> int:
         """N: text tokens in a block; the rest are meta-tokens."""
         return self.data.block_size - self.injection.num_meta(self.data.block_size)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        duration = self.training.duration
-        if isinstance(duration, StepsDuration):
-            return duration.steps
-        return -(-duration.tokens // (self.text_tokens_per_block * self.training.batch_blocks))

@@ -4,7 +4,8 @@ The model puts its anchors into the text by itself, so batches are those of pre-
 the positions at which it is compared with its own predictions under full attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +24,12 @@ from metatokens.graft import graft
 from metatokens.graft.costs import step_flops, step_memory
 from metatokens.graft.saving import describe_base
 from metatokens.graft.student import Student
-from metatokens.training.distributed import Processes, join_processes
+from metatokens.training.distributed import Processes
 from metatokens.training.loading import ModelFolder
-from metatokens.training.loop import check_start
 from metatokens.training.model_card import Training
 from metatokens.training.needles import Needles
-from metatokens.training.pretraining import open_dataset, train_on_tokens
+from metatokens.training.pretraining import plan_on_tokens, sum_over_validation, train_on_tokens
 from metatokens.training.result import TrainingResult
-from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT, Resume
-from metatokens.training.run_folder import RunFolder
 from metatokens.training.setup import TrainingSetup
 from metatokens.training.starting import check_tokenizer
 
@@ -72,21 +70,14 @@ def plan(
         UsageError, DataError, CheckpointError, ResourceError: the errors that the run would raise before its first
             step, but for those of the weights.
     """
-    with join_processes(config.training) as processes, open_dataset(config) as dataset:
-        job = _make_job(config, dataset, processes, without_weights=True)
-        check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
-        num_blocks = len(TokenBlocks(dataset, "train", config.data.block_size))
-    blocks, trained = config.training.batch_blocks, job.model.num_parameters()
-    memory = step_memory(job.model.wrapped, config)
+    make_job = partial(_make_job, without_weights=True)
+    job, rows = plan_on_tokens(config, out, make_job, resume=resume, allow_change=allow_change)
+    trained, memory = job.model.num_parameters(), step_memory(job.model.wrapped, config)
     return {
         "parameters_of_the_base": sum(p.numel() for p in job.model.parameters()) - trained,
         "trained_parameters": trained,
-        "steps": config.total_steps,
-        "text_tokens_per_step": blocks * config.data.block_size,
-        "anchors_per_step": blocks * config.anchors_per_block,
-        "text_tokens": blocks * config.data.block_size * config.total_steps,
-        "passes_over_the_text": blocks * config.total_steps / num_blocks,
-        "checkpoint_bytes": trained * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+        "anchors_per_step": config.training.batch_blocks * config.anchors_per_block,
+        **rows,
         "estimated_gpu_bytes": sum(memory.values()),
         **{f"estimated_gpu_bytes_of_{name}": size for name, size in memory.items()},
     }
@@ -125,7 +116,7 @@ def _make_job(
         count_flops=lambda batch: batch.num_rows * flops,
         evaluate=None
         if config.evaluation.interval_steps is None
-        else _Validation(config, dataset, processes, student).measure,
+        else _evaluation_of(config, dataset, processes, student),
         evaluation_steps=config.evaluation.interval_steps,
     )
 
@@ -188,6 +179,11 @@ class GraftBatches(Batches):
         """Take the loader."""
         self.loader, self._config, self._needles = loader, config, needles
 
+    @property
+    def blocks(self) -> TokenBlocks:
+        """The text."""
+        return self.loader.blocks
+
     def batch_at(self, step: int) -> GraftBatch:
         """Return this rank's rows of global batch `step`."""
         return self.make_batch(*self.loader.samples_at(step))
@@ -244,38 +240,28 @@ def _batches(
     return GraftBatches(loader, config, hidden)
 
 
-class _Validation:
-    """Every objective over the first blocks of the validation split, with the same draws each time.
+def _evaluation_of(
+    config: GraftRunConfig, dataset: TokenDataset, processes: Processes, model: Student
+) -> Callable[[], dict[str, tuple[float, float]]]:
+    """Return what measures every objective over the first blocks of the validation split.
 
     The text is plain; with needles the same blocks are read once more, with a needle in each, for its answer alone.
     """
+    text = {"validation_loss": "language_model", "validation_distillation": "distillation"}
+    passes = [(_batches(config, dataset, "validation", batch_blocks=1, needles=None), text)]
+    if config.needles is not None:
+        each = config.needles.model_copy(update={"share": 1.0})
+        asking = _batches(config, dataset, "validation", batch_blocks=1, needles=each)
+        passes.append((asking, {"validation_needles": "needles"}))
 
-    def __init__(self, config: GraftRunConfig, dataset: TokenDataset, processes: Processes, model: Student) -> None:
-        self._config, self._processes, self._model = config, processes, model
-        self._plain = _batches(config, dataset, "validation", batch_blocks=1, needles=None)
-        self._asking = None
-        if config.needles is not None:
-            each = config.needles.model_copy(update={"share": 1.0})
-            self._asking = _batches(config, dataset, "validation", batch_blocks=1, needles=each)
-        num_blocks = min(config.evaluation.blocks, len(self._plain.loader.blocks))
-        self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
+    def measure() -> dict[str, tuple[float, float]]:
+        sums: dict[str, tuple[float, float]] = {}
+        for batches, objectives in passes:
+            sums |= sum_over_validation(config, processes, batches, partial(parts, objectives), names=list(objectives))
+        return sums
 
-    def measure(self) -> dict[str, tuple[float, float]]:
-        """Return the sum of each objective, nats, and the number of text tokens, of this process's blocks."""
-        names = {"language_model": "validation_loss", "distillation": "validation_distillation"}
-        sums = self._sum(self._plain, names)
-        return sums if self._asking is None else {**sums, **self._sum(self._asking, {"needles": "validation_needles"})}
+    def parts(objectives: Mapping[str, str], **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = model(**inputs).parts
+        return {name: found[objective] for name, objective in objectives.items()}
 
-    def _sum(self, batches: GraftBatches, names: Mapping[str, str]) -> dict[str, tuple[float, float]]:
-        """Return the sum of some objectives over the blocks of some batches, under other names."""
-        device, rows = self._processes.device, self._config.training.micro_batch_blocks
-        bfloat16 = self._config.training.precision == "bfloat16"
-        sums, count = dict.fromkeys(names, 0.0), 0
-        for start in range(0, len(self._sample_ids), rows):
-            batch = batches.make_batch(self._sample_ids[start : start + rows], epochs=0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                parts = self._model(**batch.to_model_inputs(device=device)).parts
-            for name in names:
-                sums[name] += float(parts[name])
-            count += batch.num_targets
-        return {names[name]: (total, count) for name, total in sums.items()}
+    return measure

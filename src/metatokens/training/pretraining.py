@@ -2,16 +2,17 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from metatokens.config.grafting import GraftRunConfig
-from metatokens.config.schema import PretrainConfig
+from metatokens.config.schema import PretrainConfig, TokenRunConfig
 from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset, require_path
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
@@ -33,7 +34,7 @@ from metatokens.training.starting import check_tokenizer, load_start
 MANY_PASSES = 1_000
 """Passes over a text from which on a dry run warns; more than 40 gain nothing (Muennighoff et al. 2023)."""
 
-AnyConfig = TypeVar("AnyConfig", PretrainConfig, GraftRunConfig)
+AnyConfig = TypeVar("AnyConfig", bound=TokenRunConfig)
 
 
 def pretrain(
@@ -119,26 +120,42 @@ def plan(
         UsageError, DataError, CheckpointError, ResourceError: the errors that the run would raise before its first
             step.
     """
+    job, rows = plan_on_tokens(config, out, _make_job, resume=resume, allow_change=allow_change)
+    num_meta = config.data.block_size - config.text_tokens_per_block
+    return {
+        "parameters": job.model.num_parameters(),
+        "meta_tokens_per_step": num_meta * config.training.batch_blocks,
+        **rows,
+    }
+
+
+def plan_on_tokens(
+    config: AnyConfig,
+    out: str | Path,
+    make_job: Callable[[AnyConfig, TokenDataset, Processes], TrainingSetup],
+    *,
+    resume: str | Path | None,
+    allow_change: Sequence[str],
+) -> tuple[TrainingSetup, dict[str, Any]]:
+    """Return what `train_on_tokens` would train, and the part of its plan that any run on tokens has; see `plan`."""
     with join_processes(config.training) as processes, open_dataset(config) as dataset:
-        job = _make_job(config, dataset, processes)
+        job = make_job(config, dataset, processes)
         check_start(config, RunFolder(Path(out)), job, Resume.of(resume, allow_change))
         num_blocks = len(TokenBlocks(dataset, "train", config.text_tokens_per_block))
-    text, num_parameters = config.text_tokens_per_block, job.model.num_parameters()
-    passes = config.training.batch_blocks * config.total_steps / num_blocks
+    steps, blocks, text = config.total_steps, config.training.batch_blocks, config.text_tokens_per_block
+    passes = blocks * steps / num_blocks
     if passes >= MANY_PASSES:
         warnings.warn(
             f"the run reads the same {num_blocks * text:,} text tokens {passes:,.0f} times and will know them by "
-            f"heart: prepare more text, or lower the number of steps, {config.total_steps:,}",
-            stacklevel=2,
+            f"heart: prepare more text, or lower the number of steps, {steps:,}",
+            stacklevel=3,
         )
-    return {
-        "parameters": num_parameters,
-        "steps": config.total_steps,
-        "text_tokens_per_step": text * config.training.batch_blocks,
-        "meta_tokens_per_step": (config.data.block_size - text) * config.training.batch_blocks,
-        "text_tokens": text * config.training.batch_blocks * config.total_steps,
+    return job, {
+        "steps": steps,
+        "text_tokens_per_step": text * blocks,
+        "text_tokens": text * blocks * steps,
         "passes_over_the_text": passes,
-        "checkpoint_bytes": num_parameters * BYTES_PER_PARAMETER_OF_CHECKPOINT,
+        "checkpoint_bytes": job.model.num_parameters() * BYTES_PER_PARAMETER_OF_CHECKPOINT,
     }
 
 
@@ -150,9 +167,7 @@ def first_batch(config: PretrainConfig) -> tuple[Any, Tokenizer, Batch]:
         return model, dataset.tokenizer(), loader.batch_at(0)
 
 
-def open_dataset(
-    config: PretrainConfig | GraftRunConfig, *, verify: Literal["full", "size"] | None = None
-) -> TokenDataset:
+def open_dataset(config: TokenRunConfig, *, verify: Literal["full", "size"] | None = None) -> TokenDataset:
     """Open the tokens that `config` names, and verify them as it says or as the caller does."""
     return TokenDataset.open(require_path(config.data.path), verify=verify or config.data.verify)
 
@@ -191,9 +206,7 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
             world_size=processes.world_size,
         ),
         count_flops=lambda batch: count_batch_flops(model, batch),
-        evaluate=None
-        if config.evaluation.interval_steps is None
-        else Validation(config, dataset, processes, model).measure,
+        evaluate=None if config.evaluation.interval_steps is None else evaluation_of(config, dataset, processes, model),
         evaluation_steps=config.evaluation.interval_steps,
     )
 
@@ -213,31 +226,48 @@ def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share
     )
 
 
-class Validation:
-    """Mean loss over the first blocks of the validation split, injected as in training.
+def evaluation_of(
+    config: PretrainConfig, dataset: TokenDataset, processes: Processes, model: Any
+) -> Callable[[], dict[str, tuple[float, float]]]:
+    """Return what measures the mean loss over the first blocks of the validation split, injected as in training."""
+    loader = _loader(config, dataset, "validation", batch_blocks=1)
 
-    Every evaluation uses the same blocks with the same layouts, whatever the micro-batch and the number of processes.
+    def loss(**inputs: Tensor) -> dict[str, Tensor]:
+        return {"validation_loss": model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss}
+
+    return partial(sum_over_validation, config, processes, loader, loss, names=("validation_loss",))
+
+
+def sum_over_validation(
+    config: TokenRunConfig,
+    processes: Processes,
+    batches: Any,
+    measure: Callable[..., Mapping[str, Tensor]],
+    *,
+    names: Sequence[str],
+) -> dict[str, tuple[float, float]]:
+    """Return sums over this process's share of the first validation blocks, and the number of their text tokens.
+
+    Every evaluation uses the same blocks with the same draws, whatever the micro-batch and the number of processes.
+
+    Args:
+        config: says how many blocks there are, and how they are read.
+        processes: which share them.
+        batches: the loader of the validation split, or what has its `blocks` and `make_batch`.
+        measure: maps the model's keyword arguments for some blocks to their sums, by name.
+        names: of the sums.
     """
-
-    def __init__(self, config: PretrainConfig, dataset: TokenDataset, processes: Processes, model: Any) -> None:
-        self._config, self._processes, self._model = config, processes, model
-        self._loader = _loader(config, dataset, "validation", batch_blocks=1)
-        num_blocks = min(config.evaluation.blocks, len(self._loader.blocks))
-        # shares may differ by a block, or be empty: processes only add up their sums
-        self._sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
-
-    def measure(self) -> dict[str, tuple[float, float]]:
-        """Return the summed loss, nats, and the number of text tokens predicted, of this process's blocks."""
-        device = self._processes.device
-        bfloat16 = self._config.training.precision == "bfloat16"
-        rows = self._config.training.micro_batch_blocks
-        total, count = 0.0, 0
-        for start in range(0, len(self._sample_ids), rows):
-            batch = self._loader.make_batch(self._sample_ids[start : start + rows], epochs=0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                outputs = self._model(
-                    **batch.to_model_inputs(device=device), use_cache=False, num_items_in_batch=1, logits_to_keep=1
-                )
-            total += float(outputs.loss)
-            count += batch.num_targets
-        return {"validation_loss": (total, count)}
+    num_blocks = min(config.evaluation.blocks, len(batches.blocks))
+    # shares may differ by a block, or be empty: processes only add up their sums
+    sample_ids = np.arange(num_blocks)[processes.rank :: processes.world_size]
+    device, rows = processes.device, config.training.micro_batch_blocks
+    bfloat16 = config.training.precision == "bfloat16"
+    totals, count = dict.fromkeys(names, 0.0), 0
+    for start in range(0, len(sample_ids), rows):
+        batch = batches.make_batch(sample_ids[start : start + rows], epochs=0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            sums = measure(**batch.to_model_inputs(device=device))
+        for name in names:
+            totals[name] += float(sums[name])
+        count += batch.num_targets
+    return {name: (total, count) for name, total in totals.items()}
