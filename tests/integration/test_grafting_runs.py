@@ -159,6 +159,8 @@ def test_the_command_says_what_it_would_do_and_trains_in_bfloat16(base: Path, to
     assert not (tmp_path / "run").exists()
     arguments = ("--base_dtype", "bfloat16", "--training.precision", "bfloat16", "--steps", "2")
     assert json.loads(metatokens(*given, *arguments).stdout)["steps"] == 2
+    shown = metatokens(*(word for word in given if word != "--json"), *arguments).stderr
+    assert f"next: metatokens generate {tmp_path / 'run'}" in shown
     # the digest does not depend on the type of the base
     assert load_graft(tmp_path / "run" / "model").dtype == torch.float32
 
