@@ -21,7 +21,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Hashable
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from metatokens.data.special_tokens import META_TOKEN
 from metatokens.errors import UsageError
@@ -131,13 +131,16 @@ class PieceEncoder:
 
     text_encoder: TextEncoder
     vocab_size: int
+    _probed: ClassVar[set[str]] = set()  # tokenizers that passed, since a sweep makes many encoders of one
 
     def __init__(self, text_encoder: TextEncoder) -> None:
         self.text_encoder = text_encoder
         self.vocab_size = text_encoder.vocab_size
         self._ids: dict[str, tuple[int, ...]] = {META: ()}
         self._seams: set[tuple[str, str]] = set()
-        self._probe()
+        if text_encoder.sha256 not in self._probed:
+            self._probe()
+            self._probed.add(text_encoder.sha256)
 
     def ids(self, piece: str) -> tuple[int, ...]:
         """Return the ids of one piece; none for META."""
