@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from metatokens.analysis.kept import KEPT_NAME
-from metatokens.analysis.results import read_results
+from metatokens.analysis.results import read_results, write_results
 from metatokens.analysis.run import MEASURES, Identity, analyze
 from metatokens.cli import main
+from metatokens.report.analysis_figures import FIGURES
 from metatokens.training.loading import ModelFolder, analysis_config_of
 
 pytestmark = pytest.mark.slow
@@ -103,7 +104,11 @@ def test_a_recall_run_is_analysed_on_its_task(
     before = {name: (tmp_path / "one" / name).read_bytes() for name in ("results.json", "arrays.npz")}
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
     assert {name: (tmp_path / "one" / name).read_bytes() for name in before} == before
-    page = run_json(capsys, "report", str(tmp_path / "one"), "--out", str(tmp_path / "page"))["page"]
+    assert {figure.part for figure in FIGURES if figure.draw(results, arrays)} == parts
+    few = tuple(record for record in results.records if record.measure in {"sharpening", "rate", "distortion"})
+    write_results(tmp_path / "few", results.model_copy(update={"records": few}), arrays)
+    page = run_json(capsys, "report", str(tmp_path / "few"), "--out", str(tmp_path / "page"))["page"]
+    assert {path.suffix for path in (tmp_path / "page" / "figures").iterdir()} == {".pdf", ".png", ".txt"}
     assert "/run: task list_recall</h1>" in Path(page).read_text()
 
 
