@@ -1,16 +1,14 @@
 """A model of another package through the path of our own: fine-tuned, resumed, asked, scored and reopened."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from training_runs import losses, run, start, wait, wait_for_step, weights
 from transformers import (
     AutoModelForCausalLM,
@@ -298,22 +296,15 @@ def test_a_folder_that_is_spelt_wrong_is_not_sought_on_the_hub(tmp_path: Path, m
     assert "a folder with config.json" in error_line("evaluate", "runs/meta", code=4)
 
 
-def test_an_id_of_the_hub_opens_from_its_cache(neo: Path, tmp_path: Path):
-    repository = tmp_path / "home" / "hub" / "models--owner--tiny-neo"
+def test_an_id_of_the_hub_opens_from_its_cache(neo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # of HF_HOME, which is read on import
+    repository = tmp_path / "models--owner--tiny-neo"
     revision = "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(revision)
     shutil.copytree(neo, repository / "snapshots" / revision)
-
-    questions = ["--task.kind", "parity", "--lengths", "[17-24]", "--instances", "4", "--json"]
-    # both in one process of its own: the library reads where its cache is when it is imported
-    program = "import sys; from metatokens.cli import main; first, other, *questions = sys.argv[1:]\n"
-    program += "assert main(['evaluate', first, *questions]) == 0\n"
-    program += "sys.exit(main(['evaluate', other, *questions]))"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, "-c", program, "owner/tiny-neo", "owner/other", *questions]
-    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert asked.returncode == 4, asked.stderr
+    questions = ["--task.kind", "parity", "--lengths", "[17-24]", "--instances", "4"]
+    asked = metatokens("evaluate", "owner/tiny-neo", *questions, "--json")
     assert json.loads(asked.stdout)["models"] == ["owner/tiny-neo"]
-    assert "on the Hugging Face hub or in its cache" in asked.stderr
+    line = error_line("evaluate", "owner/other", *questions, code=4)
+    assert "on the Hugging Face hub or in its cache" in line
