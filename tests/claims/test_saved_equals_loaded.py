@@ -1,4 +1,4 @@
-"""A saved model gives the same bits wherever it is loaded: here, through the Auto classes, and as remote code."""
+"""A saved model gives the same bits wherever it is loaded: here, and through the Auto classes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM, MetaTokenModel
 from metatokens.model.export import save_model
-from remote_code import run_without_the_package
 from tiny_models import MAX_LENGTH, tiny_model, tokens
 
 ROPE = {"rope_theta": 10_000.0}
@@ -73,43 +72,3 @@ def test_model_cast_to_bfloat16_gives_the_bits_of_the_same_model_loaded_as_bfloa
     save_model(model, tmp_path)
     loaded = MetaTokenForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded(IDS).logits, model.to(torch.bfloat16)(IDS).logits)
-
-
-REMOTE_PROGRAM = """
-import sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-ids = torch.load(sys.argv[1])
-for number, path in enumerate(sys.argv[2:]):
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    causal = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    decoder = AutoModel.from_pretrained(path, trust_remote_code=True)
-    assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
-    with torch.no_grad():
-        generated = causal.generate(ids[:1], max_new_tokens=4, do_sample=False)
-        outputs = causal(ids).logits, decoder(ids).last_hidden_state, generated
-        causal.save_pretrained(f"again{number}")
-        again = AutoModelForCausalLM.from_pretrained(f"again{number}", trust_remote_code=True)
-        assert type(again) is not type(causal)  # from the code that was saved, not from the code that saved it
-        assert torch.equal(again(ids).logits, outputs[0])
-    torch.save(outputs, f"{path}.pt")
-"""
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_remote_code_in_a_fresh_process_without_the_package_gives_the_same_bits(tmp_path: Path) -> None:
-    models = {variant: tiny_model(**VARIANTS[variant], dtype=torch.float32) for variant in ("yarn", "memory")}
-    (tmp_path / "elsewhere").mkdir()
-    for variant, model in models.items():
-        save_model(model, tmp_path / "first" / variant)
-        # what transformers itself saves of a loaded model is no worse
-        MetaTokenForCausalLM.from_pretrained(tmp_path / "first" / variant).save_pretrained(tmp_path / variant)
-    torch.save(IDS, tmp_path / "ids.pt")
-    checkpoints = [tmp_path / variant for variant in models]
-    run_without_the_package(REMOTE_PROGRAM, tmp_path / "ids.pt", *checkpoints, folder=tmp_path / "elsewhere")
-    for variant, model in models.items():
-        logits, hidden, generated = torch.load(tmp_path / f"{variant}.pt")
-        assert torch.equal(logits, model(IDS).logits)
-        assert torch.equal(hidden, model.model(IDS).last_hidden_state)
-        assert torch.equal(generated, model.generate(IDS[:1], max_new_tokens=4, do_sample=False))

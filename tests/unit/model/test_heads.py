@@ -19,7 +19,6 @@ from metatokens import (
     MetaTokenForTokenClassification,
 )
 from metatokens.model.export import save_model
-from remote_code import run_without_the_package
 from tiny_models import META, PAD, assert_close, attention_mask_of, randomize, tiny_config, tiny_model, tokens
 
 IDS = tokens("x_xx_xx", "xx_xx..", "..x_xx_")
@@ -91,29 +90,3 @@ def test_head_reads_meta_attention(model_class: Any) -> None:
     without_any = torch.zeros_like(IDS, dtype=torch.bool)
     with_meta, without = (model(IDS, **inputs)[0] for inputs in ({}, {"meta_token_mask": without_any}))
     assert not torch.allclose(with_meta, without, atol=1e-3)
-
-
-REMOTE_PROGRAM = """
-import sys, torch
-from transformers import AutoModelForTokenClassification, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-path, ids = sys.argv[1], torch.load(sys.argv[2])
-model = AutoModelForTokenClassification.from_pretrained(path, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert type(model.model).__module__.startswith("transformers_modules."), type(model.model).__module__
-assert "MetaTokenForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-with torch.no_grad():
-    torch.save(model(ids).logits, sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_head_from_remote_code_in_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
-    model = with_head(MetaTokenForTokenClassification)
-    save_model(model, tmp_path / "checkpoint")
-    torch.save(IDS, tmp_path / "ids.pt")
-    paths = [tmp_path / name for name in ("checkpoint", "ids.pt", "logits.pt")]
-    run_without_the_package(REMOTE_PROGRAM, *paths, folder=tmp_path)
-    assert torch.equal(torch.load(paths[-1]), model(IDS).logits)

@@ -32,7 +32,6 @@ from metatokens.model.schedule import (
     schedule_meta_tokens,
     state_schedule,
 )
-from remote_code import run_without_the_package
 from tiny_models import EOS, META, PAD, attention_mask_of, tiny_model, tokens
 
 EVERY_3 = PeriodicSchedule(3)
@@ -374,33 +373,3 @@ def test_custom_generate_of_a_folder_gives_another_model_its_schedule(
     rows = other.generate(PROMPT, custom_generate=str(tmp_path), trust_remote_code=True, **options)
     assert (rows[0] == META).nonzero()[:, 0].tolist() == [9, 13]
     assert torch.equal(rows, schedule.generate(PROMPT, model=other, **options))
-
-
-REMOTE_PROGRAM = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-
-path, ids = sys.argv[1], torch.load(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert "custom_generate" in str(model.generate.func.__module__), model.generate
-model.save_pretrained("again")
-again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
-outputs = [one.generate(ids, max_new_tokens=12, do_sample=False) for one in (model, again)]
-outputs.append(type(model).generate(model, ids, max_new_tokens=12, do_sample=False))  # the class without the partial
-torch.save(outputs, sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_remote_code_in_a_process_without_the_package_follows_the_schedule(tmp_path: Path) -> None:
-    model = tiny_model(eos_token_id=None, dtype=torch.float32)
-    state_schedule(model.generation_config, UniformSchedule(0.3))
-    save_model(model, tmp_path / "checkpoint")
-    torch.save(PROMPT, tmp_path / "ids.pt")
-    (tmp_path / "elsewhere").mkdir()
-    paths = tmp_path / "checkpoint", tmp_path / "ids.pt", tmp_path / "out.pt"
-    run_without_the_package(REMOTE_PROGRAM, *paths, folder=tmp_path / "elsewhere")
-    expected = generated(model, PROMPT)
-    assert (expected[0, PROMPT.shape[1] :] == META).any()
-    assert all(torch.equal(output, expected) for output in torch.load(tmp_path / "out.pt"))
