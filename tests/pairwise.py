@@ -5,8 +5,8 @@ stream); three or more are rarely needed at once. All pairs take about as many c
 together, the product has a thousand.
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import combinations, product
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, combinations, product
 from typing import Any
 
 import pytest
@@ -23,14 +23,19 @@ def cover_pairs(factors: Mapping[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]
 
     Greedy and the same in every process: each case is the first of those with the most pairs that no case holds yet.
     """
+
+    def pairs_of(case: tuple[int, ...]) -> Iterator[Any]:
+        return combinations(enumerate(case), 2)
+
     numbers = [range(len(values)) for values in factors.values()]
     candidates = list(product(*numbers))
-    pairs_of = {case: {*combinations(enumerate(case), 2)} for case in candidates}
-    missing = set().union(*pairs_of.values())
+    bit_of = {pair: 1 << bit for bit, pair in enumerate({*chain(*map(pairs_of, candidates))})}
+    bits_of = {case: sum(bit_of[pair] for pair in pairs_of(case)) for case in candidates}
+    missing = (1 << len(bit_of)) - 1
     chosen = []
     while missing:
-        best = max(candidates, key=lambda case: len(pairs_of[case] & missing))
-        missing -= pairs_of[best]
+        best = max(candidates, key=lambda case: (bits_of[case] & missing).bit_count())
+        missing &= ~bits_of[best]
         chosen.append(best)
     columns = list(factors.values())
     return [tuple(columns[factor][number] for factor, number in enumerate(case)) for case in sorted(chosen)]
