@@ -21,6 +21,7 @@ BOOKS, PIPELINE, ROWS = (
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 LONG, MEMORY = "experiments/long-context", "experiments/tiny-memory"
+GRAFT = "experiments/graft/untrained.json"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -445,6 +446,33 @@ def long_context_loss() -> str:
     return _table(["policy", *(f"{low}-{high}" for low, high in ranges), "columns", "cache, MiB"], rows)
 
 
+def graft_untrained() -> str:
+    """Return the loss of caches without training minus that of the whole cache, by distance from the start."""
+    found = [row for row in load(GRAFT)["rows"] if row["minus_full"]]
+    ranges = [name for name in dict.fromkeys(row["distances"] for row in found) if int(name.split("-")[0]) > 128]
+    names = {"sinks": "sinks and window", "every": "every n-th token", "graft": "graft"}
+    rows = []
+    for row in dict.fromkeys(row["row"] for row in found):
+        own = {one["distances"]: one for one in found if one["row"] == row}
+        name, every = row.split("@")
+        cells = [span(own[distances]["minus_full"], ".3f") for distances in ranges]
+        rows.append([names[name], every, f"{own[ranges[0]]['columns']}", *cells])
+    return _table(["cache", "every", "columns", *ranges], rows)
+
+
+def graft_minus(name: str, period: int, distances: str = "513-1023") -> Any:
+    """Return the loss of an untrained graft minus that of another cache of as many columns."""
+    rows = load(GRAFT)["rows"]
+    (row,) = [one for one in rows if (one["row"], one["distances"]) == (f"graft@{period}", distances)]
+    return row[f"minus_{name}"]
+
+
+def graft_from_every() -> float:
+    """Return the largest difference of an untrained graft's mean loss from that of every n-th token, of all ranges."""
+    rows = [one for one in load(GRAFT)["rows"] if one["row"].startswith("graft")]
+    return max(abs(row["minus_every"]["estimate"]) for row in rows)
+
+
 def inside_verdicts() -> str:
     found = [load(f"{INSIDE}/{folder}/results.json")["verdicts"] for folder in FOLDERS]
     rows = [[one[0]["claim"], one[0]["paper"], *map(_verdict, one)] for one in zip(*found, strict=True)]
@@ -535,6 +563,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-context-loss": long_context_loss,
     "memory-pilots": memory_pilots,
     "memory-runs": memory_runs,
+    "graft-untrained": graft_untrained,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,
@@ -542,7 +571,8 @@ TABLES: dict[str, Callable[[], str]] = {
 FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
-    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot),
+    *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot, graft_minus),
+    graft_from_every,
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""
