@@ -127,7 +127,7 @@ def show_recall(result: Any) -> None:
     for row in result.rows:
         cells = (row.token_accuracy, row.token_outcomes), (row.sequence_accuracy, row.sequence_outcomes)
         accuracies = [_of_models(interval, outcomes) for interval, outcomes in cells]
-        table.add_row(row.length, *accuracies, format_share(row.chance))
+        table.add_row("-".join(map(str, row.prompt_tokens)), *accuracies, format_share(row.chance))
     PlainConsole().print(table)
 
 
@@ -161,5 +161,11 @@ def _interval(interval: Any, form: str = ",.4g") -> str:
     if interval is None:
         return "n/a"
     if interval.low is None:
-        return f"{interval.estimate:{form}} (one document: no interval)"
-    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+        return f"{_written(interval.estimate, form)} (one document: no interval)"
+    low, high = (_written(end, form) for end in (interval.low, interval.high))
+    return f"{_written(interval.estimate, form)} ({low} to {high})"
+
+
+def _written(value: float, form: str) -> str:
+    """Write a number in a form, or in full where that form would take an exponent."""
+    return f"{value:,.0f}" if form[-1] == "g" and abs(value) >= 1_000 else f"{value:{form}}"

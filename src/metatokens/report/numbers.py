@@ -66,9 +66,12 @@ _LABELS = {
     "num_parameters": "parameters",
     "bit_exact": "same bits as an uninterrupted run",
     "waited_for_batches": "time spent waiting for batches",
+    "token_accuracy": "tokens right",
+    "sequence_accuracy": "answers right",
+    "chance": "guesses right",
 }
 """Where a name alone would not tell a person what the value is."""
-_SHARES = {"waited_for_batches"}
+_SHARES = {"waited_for_batches", "token_accuracy", "sequence_accuracy", "chance"}
 
 
 def format_name(name: str) -> str:

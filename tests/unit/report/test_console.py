@@ -8,7 +8,7 @@ import pytest
 from metatokens.errors import UsageError
 from metatokens.evaluation.statistics import Interval
 from metatokens.report import require_packages
-from metatokens.report.console import show_recall, show_table, show_verdicts
+from metatokens.report.console import show_perplexity, show_recall, show_table, show_verdicts
 from metatokens.report.numbers import format_value
 from synthetic_results import build_results
 
@@ -24,6 +24,7 @@ def recall(*models: tuple[float, ...], interventions: tuple[str, ...] = ()) -> S
     row = SimpleNamespace(
         task="copying", length="1-32", chance=0.023, token_accuracy=accuracy, sequence_accuracy=accuracy, **outcomes
     )
+    row.prompt_tokens = (1, 32)
     row.interventions = interventions
     return SimpleNamespace(rows=[row])
 
@@ -58,14 +59,28 @@ def test_an_interval_stands_on_one_line_of_a_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     report = recall((1, 1))
-    report.rows[0].length, report.rows[0].token_accuracy = "512-1024", Interval(1.0, 1.0, 1.0)
+    report.rows[0].length, report.rows[0].prompt_tokens = "extra-hard", (513, 1024)
+    report.rows[0].token_accuracy = Interval(1.0, 1.0, 1.0)
     report.rows[0].sequence_accuracy = Interval(1.0, 1.0, 1.0)
     show_recall(report)
     text = capsys.readouterr().out
     assert "copying, accuracy (95% interval)" in text
-    (row,) = [line for line in text.splitlines() if "512-1024" in line]
+    (row,) = [line for line in text.splitlines() if "513-1024" in line]  # which says more than the name of a bin
     assert row.count("100.0% (100.0% to 100.0%)") == 2
     assert len(row) <= 80
+
+
+def test_a_large_perplexity_is_written_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = SimpleNamespace(perplexity=Interval(2311.4, None, None), nats_per_token=Interval(7.745, 7.7, 7.8))
+    scores.word_perplexity = Interval(2_384_000.0, 2_100_000.0, 2_600_000.0)
+    shown = SimpleNamespace(documents=["one"], text_tokens=9, stride=4, interventions=(), injection={"kind": "none"})
+    shown.text_tokens_per_window = shown.positions_per_window = 9
+    shown.non_overlapping = shown.sliding = scores
+    show_perplexity(shown)
+    text = capsys.readouterr().out
+    assert "2,311 (one document: no interval)" in text
+    assert "2,384,000 (2,100,000 to 2,600,000)" in text
+    assert "7.745 (7.7 to 7.8)" in text
 
 
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +109,7 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
         ("waited_for_batches", 3.956e-05, "0.004%"),
         ("text_tokens_per_second", 12_345.6, "12,346"),
         ("solved", True, "yes"),
+        ("validation", {"sequence_accuracy": 1, "chance": 0.0593}, "answers right 100.0%\nguesses right 5.9%"),
         ("final_loss", 5.25, "5.25 nats"),
     ],
 )
