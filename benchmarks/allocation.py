@@ -20,11 +20,9 @@ from typing import Any
 
 import torch
 
+from metatokens.bench import training
 from metatokens.bench.generation_contenders import GENERATION, make_prompts
 from metatokens.bench.machine import describe_machine
-from metatokens.bench.sequences import make_sequences
-from metatokens.bench.training import build
-from metatokens.bench.training_contenders import Shape
 from metatokens.bench.turns import ratio, spread
 from metatokens.config.bench import GenerationBench, TrainingBench
 from metatokens.model.schedule import schedule_meta_tokens
@@ -43,18 +41,7 @@ def keep_freed_memory() -> None:
 def training_step(small: bool) -> Callable[[], Any]:
     """Return a training step of the model with meta-tokens."""
     settings = TrainingBench(vocabulary=500, length=64, hidden_size=48) if small else TrainingBench(vocabulary=50_257)
-    shape = Shape(settings, settings.length)
-    sequences = make_sequences(settings, shape.meta_token_id)
-    found = build("meta_indices", shape, sequences)
-    model: Any = found.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        model(**found.inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return training.training_step("meta_indices", settings)
 
 
 def prompt(small: bool) -> Callable[[], Any]:

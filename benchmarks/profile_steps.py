@@ -15,14 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from metatokens.bench.generation_contenders import GENERATION, Clock, make_prompts
 from metatokens.bench.machine import describe_machine
-from metatokens.bench.sequences import make_sequences
-from metatokens.bench.training import build
-from metatokens.bench.training_contenders import Shape
+from metatokens.bench.training import training_step
 from metatokens.config.bench import GenerationBench, TrainingBench
 
 KINDS = {
@@ -35,21 +32,6 @@ KINDS = {
 """The beginnings of the names of their operators; what none of them has is "copies, sums and the rest"."""
 REST = "copies, sums and the rest"
 LARGEST = 12
-
-
-def training(name: str, settings: TrainingBench) -> Callable[[], Any]:
-    """Return a training step of a contender."""
-    shape = Shape(settings, settings.length)
-    found = build(name, shape, make_sequences(settings, shape.meta_token_id))
-    model: Any = found.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        model(**found.inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def generation(name: str, settings: GenerationBench) -> Callable[[], Any]:
@@ -102,9 +84,9 @@ def main() -> None:
     many_words = TrainingBench(**({"vocabulary": 50_257} | size))
     decoding = GenerationBench(prompt=16, new=64, **size)
     tasks = {
-        "step, plain": training("plain", close),
-        "step, meta": training("meta_indices", close),
-        "step, plain, GPT-2's vocabulary": training("plain", many_words),
+        "step, plain": training_step("plain", close),
+        "step, meta": training_step("meta_indices", close),
+        "step, plain, GPT-2's vocabulary": training_step("plain", many_words),
         "decoding, plain": generation("plain_steps", decoding),
         "decoding, meta": generation("meta_steps", decoding),
     }

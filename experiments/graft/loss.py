@@ -40,7 +40,7 @@ Losses = Callable[[Tensor], Tensor]
 
 
 def count_anchors(config: GraftConfig, length: int) -> int:
-    """Return the anchors of which a graft holds the keys at the end of a text."""
+    """Return how many anchors a graft holds in its cache at the end of a text."""
     return length // config.every - config.num_sinks // config.every
 
 

@@ -370,7 +370,7 @@ class LanguageModel:
             yield self
 
     def attention(self, text: Text) -> Attention:
-        """Return the weights of both attentions in one text, of which every head of every layer is kept.
+        """Return the weights of both attentions in one text, for every head of every layer.
 
         Raises:
             ValueError: The text is empty or longer than the model, or has an id that the model lacks.

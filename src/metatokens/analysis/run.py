@@ -66,7 +66,7 @@ def analyze(
         identity: of the model and the command, for the header.
         say: called with a line of text before each part.
         progress: called with the name of each measure that runs and the share of the measures that are done before it.
-        keep: folder of finished measures, of which an analysis that was stopped leaves what it had; without one, or if
+        keep: folder of the finished measures, where a stopped analysis leaves what it had; without one, or if
             it holds those of another model, config or document, every measure runs.
 
     Raises:

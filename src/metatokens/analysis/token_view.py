@@ -1,6 +1,6 @@
 """One text token by token: what a page needs to show who attends to whom, and what each token costs.
 
-All of it is measured here, so that a report computes nothing. Arrays, for T tokens of which M are in meta-attention:
+All of it is measured here, so that a report computes nothing. Arrays, for T tokens, M of them in meta-attention:
 
     attention              (L, H, T, T)   uint8    round(255 sqrt(weight)); row = query; 0 above the diagonal
     meta_attention         (L, H, M, M)   uint8    the same for meta-attention; 0 in a layer without it

@@ -54,6 +54,21 @@ def build(name: str, shape: Shape, sequences: Sequences) -> Candidate:
     return candidate
 
 
+def training_step(name: str, settings: TrainingBench) -> Callable[[], None]:
+    """Return a whole step of a contender, for those who look at it in another way: forward, backward, new weights."""
+    shape = Shape(settings, settings.length)
+    found = build(name, shape, make_sequences(settings, shape.meta_token_id))
+    model: Any = found.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(**found.inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def contend(candidate: Candidate, settings: TrainingBench, sequences: Sequences) -> Contender:
     """Return the turn of a candidate and what its parts have to do."""
     rows, positions = settings.rows, candidate.num_positions

@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 def repeat_spans(
     text: IntArray, config: ReconstructConfig, *, sample_ids: IntArray, seed: int, epochs: IntArray | int
 ) -> IntArray:
-    """Return blocks (B, N + 1) of which a share ends with a repetition; a pure function of the arguments.
+    """Return blocks (B, N + 1), a share of them ending with a repetition; a pure function of the arguments.
 
     Args:
         text: (B, N + 1) int64, not changed.

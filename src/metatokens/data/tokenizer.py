@@ -246,7 +246,7 @@ class _Encoders(NamedTuple):
     """Bytes that the vocabulary lacks."""
 
     def require_kept(self, text: str) -> None:
-        """Refuse a text of which the vocabulary would drop a part.
+        """Refuse a text if the vocabulary would drop a part of it.
 
         Raises:
             DataError: It has such a byte.

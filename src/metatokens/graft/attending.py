@@ -58,7 +58,7 @@ def compact_clocks(config: GraftConfig, queries: Columns, keys: Columns) -> tupl
 
 
 class Turn(NamedTuple):
-    """Rotation of a decoder's own kind, of which some rotate the first dimensions of a head alone."""
+    """Rotation of a decoder's own kind; some kinds rotate the first dimensions of a head alone."""
 
     tables: RotaryTables
 

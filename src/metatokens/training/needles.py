@@ -29,7 +29,7 @@ class Needles:
     """What hides needles in blocks of a run.
 
     Args:
-        config: how many blocks, and of which tasks.
+        config: the share of the blocks, and the tasks.
         encoder: of the text.
         window: tokens of text that a token sees, itself among them.
         block_size: N, text tokens of a block.

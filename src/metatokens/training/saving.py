@@ -219,7 +219,7 @@ class Saver:
         return describe_files(folder, paths)
 
     def _check_visible(self, folder: Path, entries: FileEntries) -> None:
-        """Refuse a checkpoint of which a process wrote its part to another disk."""
+        """Refuse a checkpoint if a process wrote its part to another disk."""
         for name, entry in entries.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
                 raise ResourceError(

@@ -46,7 +46,7 @@ def test_objectives_are_their_definitions(family: str) -> None:
         assert largest(outcome.parts[name] - value) < 1e-9 * largest(value), name
     total = 0.5 * expected["distillation"] + 2 * expected["language_model"]
     assert largest(outcome.loss - total / 7) < 1e-9
-    # with an answer, of which the mean counts as often as there are positions
+    # the mean over an answer counts as often as there are positions
     asked = student(family, distillation=0, language_model=0, needles=3)(
         text, following, SAMPLED, ANSWERS[:, 1:], num_items_in_batch=7
     )

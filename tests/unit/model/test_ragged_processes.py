@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel, one of which has no meta-token in its batch."""
+"""Two processes under DistributedDataParallel; the batch of one has no meta-token."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -147,7 +147,7 @@ def read_prefix(lens: Lens, input_ids: Tensor, *, key: int = 0) -> tuple[Prefix,
 def continue_sequence(
     lens: Lens, cache: Cache, input_ids: Tensor, prefix_length: int, *, columns: IntArray | None = None
 ) -> Tensor:
-    """Return the logits (1, m, V) of a continuation (1, m) behind a prefix of which these columns stay; None: all.
+    """Return the logits (1, m, V) of a continuation (1, m) behind a prefix; these of its columns stay, None: all.
 
     The given cache stays unchanged.
     """

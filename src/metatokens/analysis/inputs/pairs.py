@@ -91,7 +91,7 @@ def make_minimal_pair(
         index: Number of the pair.
 
     Raises:
-        UsageError: A task or a tokenizer of which no pair is found.
+        UsageError: No pair is found for the task or the tokenizer.
     """
     if isinstance(task, MarkedTask) and not task.marks:
         raise UsageError(
