@@ -98,6 +98,8 @@ def every_nth(config: GraftConfig, length: int) -> Tensor:
 
 def layout(config: GraftConfig, length: int) -> list[tuple[int, bool]]:
     """Return place and whether it is an anchor, for each column of a text with its anchors."""
+    if config.anchors == "every":
+        return [(place, is_followed(place, config)) for place in range(length)]
     columns = []
     for place in range(length):
         columns.append((place, False))
@@ -115,8 +117,10 @@ def seen_with_anchors(config: GraftConfig, length: int) -> Tensor:
             is_near = place > at - config.window
             if key == query:
                 sees = True
+            elif is_kept and config.anchors == "every" and is_near:
+                sees = True
             elif is_kept:
-                sees = config.reveal == "always" or not is_near
+                sees = config.anchors == "every" or config.reveal == "always" or not is_near
                 newest = [n for n, (_, other) in enumerate(columns[: query + 1]) if other]
                 sees = sees and (config.memory_limit is None or key in newest[-config.memory_limit :])
             else:
@@ -141,10 +145,14 @@ def compact_distance(config: GraftConfig, at: int, place: int, *, is_kept: bool)
 
 def compact_distances(config: GraftConfig, columns: list[tuple[int, bool]]) -> Tensor:
     """Return (W, W) distances; an anchor is where the token before it is."""
+
+    def is_apart(is_anchor: bool, at: int, place: int) -> bool:
+        return is_anchor and (config.anchors == "meta" or place <= at - config.window)
+
     return torch.tensor(
         [
             [
-                compact_distance(config, at, place, is_kept=is_anchor and key != query)
+                compact_distance(config, at, place, is_kept=is_apart(is_anchor, at, place) and key != query)
                 for key, (place, is_anchor) in enumerate(columns)
             ]
             for query, (at, _) in enumerate(columns)
@@ -211,7 +219,7 @@ def by_definition(model: Any, grafted: Any, text: Tensor, config: GraftConfig) -
         logits = model(inputs_embeds=rows, attention_mask=mask, position_ids=places, use_cache=False).logits
     for handle in handles:
         handle.remove()
-    return logits[:, [index for index, (_, is_anchor) in enumerate(columns) if not is_anchor]]
+    return logits[:, [index for index, (place, _) in enumerate(columns) if place != columns[index - 1][0]]]
 
 
 def largest(difference: Tensor) -> float:

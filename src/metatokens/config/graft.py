@@ -17,11 +17,14 @@ class GraftConfig(Frozen):
     """Tokens of text that a token sees, itself among them."""
     num_sinks: int = Field(4, ge=0)
     """First tokens of the text, which stay visible for ever; no anchor follows them."""
+    anchors: Literal["meta", "every"] = "meta"
+    """meta: an anchor is a token of its own and follows every n-th of the text; every: every n-th token of the text is
+    itself kept and changed, the control."""
     every: int = Field(9, ge=1)
-    """Text tokens from one anchor to the next: an anchor follows every n-th."""
+    """n: text tokens from one anchor to the next."""
     reveal: Literal["evicted", "always"] = "evicted"
     """evicted: an anchor stands in for the token before it, and is seen once that token has left the window; always:
-    every later token sees it."""
+    every later token sees it, as it sees the anchors "every" in any case."""
     memory_limit: int | None = Field(None, ge=1)
     """Newest anchors that stay; off means all."""
     positions: Literal["text", "compact"] = "text"

@@ -69,6 +69,11 @@ class GraftRunConfig(TokenRunConfig):
     @property
     def anchors_per_block(self) -> int:
         """Anchors that the model reads beside the text tokens of a block."""
+        return self.kept_per_block if self.graft.anchors == "meta" else 0
+
+    @property
+    def kept_per_block(self) -> int:
+        """Anchors that are left of a block at its end."""
         graft = self.graft
         return self.data.block_size // graft.every - graft.num_sinks // graft.every
 

@@ -61,7 +61,7 @@ def step_memory(model: Any, config: GraftRunConfig) -> dict[str, int]:
         weights += 2 * shape.matrix_weights  # autocast keeps a copy for the backward pass
     # inputs of both norms, four of the attention, three of the MLP, and the keys and values that each chunk visits
     graft = config.graft
-    visited = (graft.window + CHUNK + graft.num_sinks + config.anchors_per_block // 2) / CHUNK
+    visited = (graft.window + CHUNK + graft.num_sinks + config.kept_per_block // 2) / CHUNK
     of_block = 2 * FLOAT32_BYTES * shape.width + narrow * (4 * shape.queries + 3 * shape.inner)
     of_block += int(2 * narrow * shape.queries * visited)
     blocks = shape.layers * of_block

@@ -21,7 +21,8 @@ def policy_of(config: GraftConfig) -> MemoryPolicy:
     return MemoryPolicy(
         window=config.window,
         num_sinks=config.num_sinks,
-        anchors="meta",
+        anchors=config.anchors,
+        every=config.every,
         reveal=config.reveal,
         memory_limit=config.memory_limit,
         positions=config.positions,
@@ -62,6 +63,11 @@ def spread(
         before: what was read before.
     """
     num_columns = is_real.shape[1]
+    if config.anchors == "every":
+        columns = torch.arange(num_columns, device=is_real.device).expand(is_real.shape)
+        is_meta = torch.zeros_like(is_real)
+        tokens = describe_tokens(policy_of(config), is_meta, is_real, position_ids=position_ids, before=before)
+        return Spread(columns, tokens.is_anchor, columns, tokens)
     read = 0 if before is None else before.num_text[:, None]
     place = is_real.long().cumsum(-1) + read - 1
     is_due = is_real & ((place + 1) % config.every == 0) & (place >= config.num_sinks)
@@ -94,7 +100,7 @@ def visible(config: GraftConfig, queries: Columns, keys: Columns) -> Tensor:
     graft, whose anchors are copies, is thereby exactly the model that keeps every n-th token.
     """
     pairs = see(policy_of(config), queries, keys)
-    if config.reveal == "always":
+    if config.reveal == "always" or config.anchors == "every":
         return pairs
     clock, key_clock = queries.clock[:, :, None], keys.clock[:, None]
     is_doubled = (keys.is_anchor[:, None] & (key_clock > clock - config.window)) | (

@@ -102,6 +102,13 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
 
 def _graft(model: Student) -> str:
     config = graft_of(model.wrapped).config
+    kept = (
+        f"After every {config.every}. token it reads a meta-token by itself; text sees the last {config.window} tokens, "
+        f"the first {config.num_sinks}, and the meta-tokens of the text before."
+        if config.anchors == "meta"
+        else f"Text sees the last {config.window} tokens, the first {config.num_sinks}, and every {config.every}. token "
+        "of the text before, which is read by changed weights."
+    )
     return f"""## How to load it
 
 ```python
@@ -111,8 +118,7 @@ model = load_graft(path)
 ```
 
 `path` is this folder, an adapter: it holds what was trained, names the model that it was trained on, and loads onto no
-other. The model takes and returns text. After every {config.every}. token it reads a meta-token by itself; text sees
-the last {config.window} tokens, the first {config.num_sinks}, and the meta-tokens of the text before."""
+other. The model takes and returns text. {kept}"""
 
 
 def _loading(model: Any) -> str:

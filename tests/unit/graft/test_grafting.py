@@ -37,6 +37,8 @@ CONFIGS = {
     "evicted": CONFIG,
     "always": CONFIG.model_copy(update={"reveal": "always", "num_sinks": 0, "window": 4}),
     "limited": CONFIG.model_copy(update={"memory_limit": 2}),
+    "every": CONFIG.model_copy(update={"anchors": "every"}),
+    "every, limited": CONFIG.model_copy(update={"anchors": "every", "memory_limit": 2}),
 }
 COMPACT = {name: config.model_copy(update={"positions": "compact"}) for name, config in CONFIGS.items()}
 ROTATED = [family for family in FAMILIES if family not in ("gpt2", "gpt_neo")]
@@ -145,7 +147,7 @@ def test_a_trained_graft_with_compact_positions_is_its_definition_beyond_the_pos
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("llama", CONFIG), ("gpt2", CONFIG), ("gpt_neo", CONFIG), ("llama", COMPACT["limited"])]
+    ("family", "config"), [("llama", CONFIG), ("gpt2", CONFIG), ("gpt_neo", CONFIG), ("llama", COMPACT["limited"]), ("llama", CONFIGS["every"])]
 )
 def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str, config: GraftConfig) -> None:
     model, lengths = trained(family, config), (LENGTH, 29, 3)
