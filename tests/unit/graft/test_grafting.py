@@ -147,7 +147,14 @@ def test_a_trained_graft_with_compact_positions_is_its_definition_beyond_the_pos
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("llama", CONFIG), ("gpt2", CONFIG), ("gpt_neo", CONFIG), ("llama", COMPACT["limited"]), ("llama", CONFIGS["every"])]
+    ("family", "config"),
+    [
+        ("llama", CONFIG),
+        ("gpt2", CONFIG),
+        ("gpt_neo", CONFIG),
+        ("llama", COMPACT["limited"]),
+        ("llama", CONFIGS["every"]),
+    ],
 )
 def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str, config: GraftConfig) -> None:
     model, lengths = trained(family, config), (LENGTH, 29, 3)
