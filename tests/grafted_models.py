@@ -115,9 +115,7 @@ def seen_with_anchors(config: GraftConfig, length: int) -> Tensor:
     for query, (at, is_anchor) in enumerate(columns):
         for key, (place, is_kept) in enumerate(columns[: query + 1]):
             is_near = place > at - config.window
-            if key == query:
-                sees = True
-            elif is_kept and config.anchors == "every" and is_near:
+            if key == query or (is_near and is_kept and config.anchors == "every"):
                 sees = True
             elif is_kept:
                 sees = config.anchors == "every" or config.reveal == "always" or not is_near

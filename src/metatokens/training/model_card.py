@@ -103,11 +103,10 @@ def _facts(model: Any, training: Training) -> dict[str, str]:
 def _graft(model: Student) -> str:
     config = graft_of(model.wrapped).config
     kept = (
-        f"After every {config.every}. token it reads a meta-token by itself; text sees the last {config.window} tokens, "
-        f"the first {config.num_sinks}, and the meta-tokens of the text before."
+        f"After every {config.every}. token it reads a meta-token by itself, and text sees the meta-tokens of the text "
+        "before"
         if config.anchors == "meta"
-        else f"Text sees the last {config.window} tokens, the first {config.num_sinks}, and every {config.every}. token "
-        "of the text before, which is read by changed weights."
+        else f"Every {config.every}. token is read by changed weights and stays visible"
     )
     return f"""## How to load it
 
@@ -118,7 +117,8 @@ model = load_graft(path)
 ```
 
 `path` is this folder, an adapter: it holds what was trained, names the model that it was trained on, and loads onto no
-other. The model takes and returns text. {kept}"""
+other. The model takes and returns text, which sees its last {config.window} tokens and its first {config.num_sinks}.
+{kept}."""
 
 
 def _loading(model: Any) -> str:
