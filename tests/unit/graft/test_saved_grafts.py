@@ -136,5 +136,7 @@ def test_the_long_context_reader_reads_a_grafted_model_in_its_own_cache() -> Non
     read = torch.cat([reader.read(text[:, :20]), reader.read(text[:, 20:])], 1)
     assert largest(read - logits(model)) < 1e-10
     assert reader.count_columns() == [2 + 6 + (LENGTH // 3)]
+    # keys and values of two layers, each of two heads of eight float64 numbers
+    assert reader.count_bytes() == reader.count_columns()[0] * 2 * 2 * 2 * 8 * 8
     with pytest.raises(UsageError, match=r"found a grafted one.*policy full alone"):
         Reader(model, POLICIES["sinks"], budget)

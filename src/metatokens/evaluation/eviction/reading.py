@@ -216,7 +216,8 @@ class Reader:
 
     def count_bytes(self) -> int:
         """Return the bytes of all keys, values and other states in the cache, for all rows together."""
-        tensors = (value for layer in self.cache.layers for value in vars(layer).values())
+        # once each: a layer of memory mode has its keys under two names
+        tensors = {id(value): value for layer in self.cache.layers for value in vars(layer).values()}.values()
         return sum(value.nbytes for value in tensors if isinstance(value, Tensor) and value.is_floating_point())
 
 
