@@ -242,7 +242,7 @@ def build_results() -> tuple[Results, dict[str, np.ndarray]]:
             value=-0.01,
             low=-0.05,
             high=0.03,
-            unit="nats^2",
+            unit="nats²",
             num_documents=NUM_DOCUMENTS,
         ),
         Verdict(

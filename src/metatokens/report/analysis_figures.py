@@ -37,7 +37,7 @@ from metatokens.report.charts import (
     to_files,
 )
 from metatokens.report.glossary import name_axis, name_place, words
-from metatokens.report.hand_over import draw_hand_over
+from metatokens.report.hand_over import STYLES, draw_hand_over
 from metatokens.report.numbers import format_number, format_p, format_span
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -234,6 +234,8 @@ class _Plotted:
         if self.plot.by is None:
             return {words(name): Style(number) for number, name in enumerate(_measures(records))}
         values = _values(records, self.plot.by)
+        if STYLES.keys() >= set(values):
+            return {place: style for place, style in STYLES.items() if place in values}
         if isinstance(values[0], str) or len(values) < 3:
             return {_name(self.plot.by, value): Style(number) for number, value in enumerate(values)}
         steps = np.linspace(0, NUM_ORDERED - 1, len(values)).round().astype(int).tolist()

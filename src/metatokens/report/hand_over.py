@@ -12,7 +12,7 @@ from metatokens.report.charts import Chart, LinePanel, Mark, Rule, Series, Style
 from metatokens.report.findings import hand_over_records
 from metatokens.report.numbers import format_span
 
-_STYLES = {"the item": Style(0), "meta-tokens": Style(1), "last token": Style(2), "ordinary tokens": Style(5)}
+STYLES = {"the item": Style(0), "meta-tokens": Style(1), "last token": Style(2), "ordinary tokens": Style(5)}
 """In the order in which the answer may pass them, and the control last."""
 _WIDTH, _HEIGHT = 3.0, 2.5
 
@@ -23,7 +23,7 @@ def draw_hand_over(results: Results, arrays: Mapping[str, npt.NDArray[Any]]) -> 
     records = hand_over_records(results, "denoise")
     series = [
         Series(where, style, [_mark(record) for record in records if record.at["where"] == where])
-        for where, style in _STYLES.items()
+        for where, style in STYLES.items()
         if any(record.at["where"] == where for record in records)
     ]
     if not series:

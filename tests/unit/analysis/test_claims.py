@@ -85,7 +85,7 @@ def test_an_area_that_is_not_finite_decides_nothing(area: Interval) -> None:
 def test_an_area_without_p_values_is_judged_by_its_interval_alone() -> None:
     intervals = {"area": Interval(0.2, 0.1, 0.3), "prefix_area": Interval(0.0, -0.1, 0.3)}
     verdicts = judged(intervals)
-    assert [v.verdict for v in verdicts if v.unit == "nats^2"] == ["supported", "inconclusive"]
+    assert [v.verdict for v in verdicts if v.unit == "nats²"] == ["supported", "inconclusive"]
 
 
 def test_an_effect_stands_beside_the_paper_s() -> None:
@@ -104,7 +104,7 @@ def test_what_was_not_measured_or_not_chosen_is_not_tested() -> None:
 def test_p_values_are_corrected_together() -> None:
     alone = judged({"area": RISING})
     both = judged({"area": RISING, "interaction": RISING})
-    p_alone, p_both = (next(v.p_value for v in verdicts if v.unit == "nats^2") for verdicts in (alone, both))
+    p_alone, p_both = (next(v.p_value for v in verdicts if v.unit == "nats²") for verdicts in (alone, both))
     assert p_alone == pytest.approx(2 / 2**12)
     assert p_both == pytest.approx(2 * 2 / 2**12)
 

@@ -277,7 +277,7 @@ def row_sharpening_by_meta_logits(inputs: Inputs) -> Rows:
 
 @measure("attention", "1", axes=("layer",), statistic="r_squared", plot=Lines("layer"))
 def mechanism_r_squared(inputs: Inputs) -> Rows:
-    """R^2 over rows of the whole sharpening by the one that the meta keys' logits make."""
+    """R² over rows of the whole sharpening by the one that the meta keys' logits make."""
     yield from _by_layer(effects_of(inputs)["changes"], lambda changes: changes[:, [0, 1, 2, 4]])
 
 

@@ -300,7 +300,7 @@ def answer_entropy(inputs: Inputs) -> Rows:
 
 @measure(
     "rate_distortion",
-    "nats^2",
+    "nats²",
     axes=("against",),
     statistic="given",
     subject="task",

@@ -2,7 +2,7 @@
 
 What is to be read is the mean of the token embeddings of the last w text tokens before the position, without position
 encodings and without meta-tokens, whose embedding is always the same. Two numbers, both on documents that had no part
-in the fit: R^2 of a ridge regression, and the mean reciprocal rank at which its prediction finds the own prefix
+in the fit: R² of a ridge regression, and the mean reciprocal rank at which its prediction finds the own prefix
 among the prefixes of other documents. Prefixes of the same document are no candidates: they overlap with the own one.
 
 Shapes: n states, C hidden size, K size of the target; B rows, T positions.
@@ -346,7 +346,7 @@ def readings_of(inputs: Inputs) -> list[_Read]:
     plot=Lines("layer", by="state", panels="window"),
 )
 def decodability(inputs: Inputs) -> Rows:
-    """Held-out R^2 of a ridge regression from a state to the mean embedding of the last text tokens before it."""
+    """Held-out R² of a ridge regression from a state to the mean embedding of the last text tokens before it."""
     for reading in readings_of(inputs):
         for at, read in reading.rows():
             yield Row(at, np.stack([read.residual_squares, read.total_squares], axis=1))
