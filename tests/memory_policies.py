@@ -8,6 +8,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "limited": {"window": 3, "num_sinks": 1, "memory_limit": 2},
     "every": {"window": 4, "num_sinks": 2, "anchors": "every", "every": 3},
     "every_limited": {"window": 2, "num_sinks": 1, "anchors": "every", "every": 2, "memory_limit": 2},
+    "pooled": {"window": 3, "num_sinks": 1, "anchors": "pooled"},
+    "pooled_limited": {"window": 5, "num_sinks": 2, "anchors": "pooled", "reveal": "always", "memory_limit": 2},
     "text_positions": {"window": 4, "num_sinks": 1, "positions": "text"},
 }
 BATCHES = {

@@ -73,10 +73,10 @@ def test_the_cache_holds_sinks_anchors_and_the_window_alone(name: str) -> None:
     for stop in range(20, 60):
         feed(model, ids, cache, [1 if stop > 20 else 20], start=stop - 1 if stop > 20 else 0, masked=False)
         is_meta = ids[0, :stop] == META
-        is_text = ~is_meta if policy["anchors"] == "meta" else torch.ones_like(is_meta)
+        is_text = ~is_meta if policy["anchors"] != "every" else torch.ones_like(is_meta)
         number = is_text.cumsum(-1)
         is_sink = is_text & (number <= policy["num_sinks"])
-        is_anchor = is_meta if policy["anchors"] == "meta" else (number % policy["every"] == 0) & ~is_sink
+        is_anchor = is_meta if policy["anchors"] != "every" else (number % policy["every"] == 0) & ~is_sink
         if policy["memory_limit"]:
             is_anchor &= is_anchor.flip(0).cumsum(0).flip(0) <= policy["memory_limit"]
         in_window = is_text & (number > is_text.sum() - policy["window"])
@@ -196,7 +196,7 @@ def test_generated_text_is_that_of_the_definition(name: str, options: dict[str, 
 
 
 @all_pairs(
-    name=("evicted", "always", "limited", "every", "every_limited"),
+    name=("evicted", "always", "limited", "every", "every_limited", "pooled", "pooled_limited"),
     batch=BATCHES,
     chunks=CHUNKS,
     meta_attention=("all", "none"),

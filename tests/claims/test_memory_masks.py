@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from memory_policies import BATCHES, POLICIES
 from metatokens.model.memory import MemoryMask, MemoryPolicy, describe_tokens, take_columns
-from metatokens.model.memory_reference import MemoryReferenceForCausalLM, visible_pairs
+from metatokens.model.memory_reference import MemoryReferenceForCausalLM, pooling_weights, visible_pairs
 from pairwise import all_pairs
 from tiny_models import EOS, META, PAD, assert_close, attention_mask_of, gradients, tiny_model, tokens
 
@@ -21,10 +21,10 @@ def sees(policy: MemoryPolicy, tokens_: str, query: int, key: int) -> bool:
     """Say in plain words of a row, drawn without padding, whether the query sees the key."""
     if key >= query:
         return key == query
-    is_meta = [token == "_" and policy.anchors == "meta" for token in tokens_]
+    is_meta = [token == "_" and policy.anchors != "every" for token in tokens_]
     text = [place for place in range(len(tokens_)) if not is_meta[place]]
     sinks = text[: policy.num_sinks]
-    if policy.anchors == "meta":
+    if policy.anchors != "every":
         anchors = [place for place in range(query + 1) if is_meta[place]]
     else:
         anchors = [
@@ -53,6 +53,18 @@ def test_definition_is_what_a_loop_over_pairs_says(name: str, batch: str) -> Non
         length = len(text)
         expected = [[sees(policy, text, query, key) for key in range(length)] for query in range(length)]
         assert actual[row][is_real[row]][:, is_real[row]].tolist() == expected
+
+
+def test_a_pool_is_the_text_since_the_anchor_before_within_the_window() -> None:
+    policy = MemoryPolicy(window=3, num_sinks=1, anchors="pooled")
+    ids = tokens("_xx_xxxxx__x", "....xxx_xx_x")
+    pools: list[dict[int, list[int]]] = [{3: [1, 2], 9: [6, 7, 8]}, {7: [4, 5, 6], 10: [8, 9]}]
+    expected = torch.zeros(2, 12, 12, dtype=torch.float64)
+    for row, own in enumerate(pools):
+        for place in range(12):
+            members = own.get(place, [place])
+            expected[row, place, members] = 1 / len(members)
+    assert torch.equal(pooling_weights(policy, *masks_of(ids)), expected)
 
 
 @all_pairs(name=POLICIES, batch=BATCHES, chunk=(1, 5, 24, 100))

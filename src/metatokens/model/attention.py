@@ -94,10 +94,17 @@ class SelfAttention(Attention):
         rotary: Rotary | None,
         mask: Any,
         past_key_values: Cache | None = None,
+        pools: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend over the sequence (B, T, C) and, with a cache, over what came before it."""
+        """Attend over the sequence (B, T, C) and, with a cache, over what came before it.
+
+        The `pools` of memory mode say which tokens have means of others as keys and values.
+        """
         query, key, value = self.project(hidden, rotary)
+        if pools is not None:
+            layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            key, value = pools.fill(key, value, layer)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         return self.attend(query, key, value, mask, **kwargs)

@@ -236,8 +236,10 @@ class MetaTokenConfig(PreTrainedConfig):
             return
         if self.model_type != MetaTokenConfig.model_type:
             raise ValueError(f"memory is a mode of {MetaTokenConfig.model_type}, not of {self.model_type}")
-        if policy.anchors == "meta" and self.meta_token_id is None:
-            raise ValueError('memory.anchors "meta" needs a meta_token_id; "every" keeps every n-th token of text')
+        if policy.anchors != "every" and self.meta_token_id is None:
+            raise ValueError(
+                f'memory.anchors "{policy.anchors}" needs a meta_token_id; "every" keeps every n-th token of text'
+            )
         if self.meta_attention_over != "meta" and self.meta_attention_layers != "none":
             raise ValueError(
                 f'memory needs meta_attention_over "meta", not {self.meta_attention_over!r}, whose members are evicted'

@@ -28,6 +28,7 @@ REMOTE_CODE = (
     "memory",
     "memory_cache",
     "memory_compact",
+    "memory_pooled",
     "meta_attention",
     "modeling",
     "outputs",

@@ -1,8 +1,8 @@
 """Memory mode: a token sees a window of text, the first tokens (sinks), and the anchors that were kept of the rest.
 
-What leaves the window leaves the cache (`memory_cache.py`); an anchor stays. Anchors are the meta-tokens, or as a
-control every n-th token of text. `memory_reference.py` is the definition; the forms here visit only the columns that a
-query may see, and tests hold them equal:
+What leaves the window leaves the cache (`memory_cache.py`); an anchor stays. Anchors are the meta-tokens, or as
+controls every n-th token of text, or means of text in the meta-tokens' place. `memory_reference.py` is the definition;
+the forms here visit only the columns that a query may see, and tests hold them equal:
 
 - `MemoryMask.dense`: the pairs as one mask, for short passes and for backends that return attention weights;
 - `MemoryMask.attend`: chunks of queries over [sinks and anchors | band of text], forward and backward;
@@ -35,8 +35,9 @@ class MemoryPolicy:
     """Tokens of text that a query sees, itself among them."""
     num_sinks: int = 4
     """First tokens of the text, which stay visible for ever."""
-    anchors: Literal["meta", "every"] = "meta"
-    """What is kept of evicted text: its meta-tokens, or every n-th token of text."""
+    anchors: Literal["meta", "every", "pooled"] = "meta"
+    """What is kept of evicted text: its meta-tokens, every n-th token of text, or the meta-tokens with the mean keys
+    and values of their text (`memory_pooled.py`)."""
     every: int = 9
     """n, for the anchors "every"."""
     reveal: Literal["evicted", "always"] = "evicted"
@@ -61,7 +62,7 @@ class MemoryPolicy:
             if value is not None and not (type(value) is int and value >= least):
                 raise ValueError(f"memory.{name} must be a whole number of at least {least}, not {value!r}")
         choices = {
-            "anchors": ("meta", "every"),
+            "anchors": ("meta", "every", "pooled"),
             "reveal": ("evicted", "always"),
             "positions": ("all", "text", "compact"),
         }
@@ -190,11 +191,11 @@ def describe_tokens(
     if before is None:
         zeros = is_meta.new_zeros(len(is_meta), dtype=torch.long)
         before = Counts(0, zeros, zeros)
-    is_text = is_real & ~is_meta if policy.anchors == "meta" else is_real
+    is_text = is_real & ~is_meta if policy.anchors != "every" else is_real
     clock = before.num_text[:, None] + is_text.long().cumsum(-1) - 1
     is_sink = is_text & (clock < policy.num_sinks)
     is_anchor = (
-        is_real & is_meta if policy.anchors == "meta" else is_text & ~is_sink & ((clock + 1) % policy.every == 0)
+        is_real & is_meta if policy.anchors != "every" else is_text & ~is_sink & ((clock + 1) % policy.every == 0)
     )
     rank = before.num_anchors[:, None] + is_anchor.long().cumsum(-1) - is_anchor.long()
     order = (torch.arange(is_meta.shape[1], device=is_meta.device) + before.num_read).expand(is_meta.shape)
@@ -222,7 +223,7 @@ def sees(policy: MemoryPolicy, query: Columns, key: Columns) -> Tensor:
     if policy.memory_limit is not None:
         newest = query.rank + query.is_anchor.long()
         is_remembered = is_remembered & (key.rank >= newest - policy.memory_limit)
-    if policy.reveal == "evicted" and policy.anchors == "meta":
+    if policy.reveal == "evicted" and policy.anchors != "every":
         is_remembered = is_remembered & (~in_window | query.is_anchor)
     is_past = key.is_real & (key.order <= query.order)
     return ((is_seen | is_remembered) & is_past) | (key.order == query.order)
@@ -247,10 +248,10 @@ def count_pairs(policy: MemoryPolicy, num_positions: int, num_meta: int) -> int:
 
 def count_columns(policy: MemoryPolicy, num_positions: int, num_meta: int) -> tuple[int, int]:
     """Return the columns that a cache keeps of T positions, M of them meta-tokens: sinks and window; anchors beyond."""
-    num_text = num_positions - num_meta if policy.anchors == "meta" else num_positions
+    num_text = num_positions - num_meta if policy.anchors != "every" else num_positions
     limit = num_text + num_meta if policy.memory_limit is None else policy.memory_limit
     of_text = min(num_text, policy.num_sinks + policy.window)
-    if policy.anchors == "meta":
+    if policy.anchors != "every":
         return of_text, min(num_meta, limit)
     evicted_until = max(num_text - policy.window, policy.num_sinks)
     num_sinks = policy.num_sinks // policy.every
@@ -327,9 +328,9 @@ class MemoryMask:
         """Tell of the first tokens of a text whether each sees all before it, as in plain causal attention."""
         counts, policy = count_tokens(self.keys), self.policy
         most_text, most_anchors = torch.stack([counts.num_text.max(), counts.num_anchors.max()]).tolist()
-        if policy.memory_limit is not None and most_anchors > policy.memory_limit and policy.anchors == "meta":
+        if policy.memory_limit is not None and most_anchors > policy.memory_limit and policy.anchors != "every":
             return False
-        is_hiding = policy.anchors == "meta" and policy.reveal == "evicted" and most_anchors > 0
+        is_hiding = policy.anchors != "every" and policy.reveal == "evicted" and most_anchors > 0
         return bool(most_text <= policy.window and not is_hiding)
 
     def dense(self) -> Tensor:

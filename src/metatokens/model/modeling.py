@@ -32,6 +32,7 @@ from .masks import TokenLayout, check_attention_mask, find_documents, is_traced,
 from .memory import CHUNK, Columns, MemoryMask, MemoryPolicy, describe_tokens
 from .memory_cache import shared_state
 from .memory_compact import CompactMask, largest_distance
+from .memory_pooled import Pools, find_pools
 from .meta_attention import (
     MetaAttention,
     MetaPack,
@@ -177,12 +178,13 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 mask=mask,
             )
         masks = self._masks_of_layers(mask, hidden, layout, past_key_values, meta_token_mask)
+        pools = self._pools_of_layers(policy, tokens, past_key_values)  # before the cache knows the tokens
         if policy is not None and tokens is not None:
             memory = self._mask_of_memory(policy, tokens, hidden, layout, past_key_values)
             masks = [memory if policy.applies_to(i) else mask for i, mask in enumerate(masks)]
         hidden = self.dropout(hidden)
-        for layer, layer_mask in zip(self.layers, masks, strict=True):
-            hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **kwargs)
+        for layer, layer_mask, own_pools in zip(self.layers, masks, pools, strict=True):
+            hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **own_pools, **kwargs)
         return MetaTokenModelOutput(
             last_hidden_state=self.norm(hidden), **{CACHE_NAME: past_key_values if use_cache else None}
         )
@@ -305,6 +307,24 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         state = shared_state(policy, past_key_values)
         before = None if state is None else state.counts
         return describe_tokens(policy, meta_token_mask, is_real, position_ids=position_ids, before=before)
+
+    def _pools_of_layers(
+        self, policy: MemoryPolicy | None, tokens: Columns | None, past_key_values: Cache | None
+    ) -> Sequence[dict[str, Any]]:
+        """Return the arguments of each block that tell what its anchors average."""
+        pools = None
+        if policy is not None and tokens is not None:
+            pools = self._pools_of_memory(policy, tokens, past_key_values)
+        if policy is None or pools is None:
+            return [{}] * len(self.layers)
+        return [{"pools": pools} if policy.applies_to(i) else {} for i in range(len(self.layers))]
+
+    def _pools_of_memory(self, policy: MemoryPolicy, tokens: Columns, past_key_values: Cache | None) -> Pools | None:
+        """Return what the anchors among new tokens average, if they do."""
+        if policy.anchors != "pooled":
+            return None
+        state = shared_state(policy, past_key_values)
+        return find_pools(policy, tokens, None if state is None else state.columns)
 
     def _mask_of_memory(
         self,
