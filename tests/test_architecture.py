@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from metatokens.graft.bundle import ENTRY, flat_code, flat_name
 from metatokens.model.export import AUTO_MAP, REMOTE_CODE
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,7 @@ ANALYSIS_STAGES = (
     {"run"},
 )
 MODEL_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"}
+GRAFT_MAY_IMPORT = MODEL_MAY_IMPORT | {"safetensors"}
 
 
 def part_of(path: Path) -> str:
@@ -141,6 +143,22 @@ def test_code_that_travels_with_a_checkpoint_is_all_that_it_reaches() -> None:
             )
             waiting.extend(beside)
     assert reached == set(REMOTE_CODE)
+
+
+def test_code_that_travels_with_a_graft_imports_the_libraries_and_itself_as_one_flat_folder() -> None:
+    code = flat_code()
+    allowed = GRAFT_MAY_IMPORT | sys.stdlib_module_names
+    reached = {f"{flat_name(ENTRY)}.py"}
+    for name, text in code.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, name
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert str(node.module).split(".")[0] in allowed, (name, node.module)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, name
+                reached.add(f"{node.module}.py")
+    assert reached == code.keys()
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 
+from grafted_models import CONFIG, ids, make, trained
 from metatokens import MetaTokenForTokenClassification
+from metatokens.graft import save_graft
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.export import save_model
 from metatokens.model.schedule import UniformSchedule, state_schedule
@@ -166,3 +170,52 @@ def test_remote_code_follows_the_schedule_of_its_checkpoint(run: Run, tmp_path: 
     expected = model.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=12, do_sample=False)
     assert (expected[0, ids.shape[1] :] == META).any()
     assert all(torch.equal(output, expected) for output in torch.load(paths[-1]))
+
+
+GRAFT = """
+import os, sys, torch
+from transformers import AutoModelForCausalLM
+
+sys.modules["pydantic"] = None  # transformers does not bring it
+ids, outputs = torch.load(sys.argv[1]), []
+hub = {"cache_dir": "hub", "revision": "main", "local_files_only": True}
+for path, options in ((sys.argv[2], {}), (sys.argv[3], {}), ("owner/name", hub)):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama", type(model)
+    assert type(model.metatokens_graft).__module__.startswith("transformers_modules."), type(model.metatokens_graft)
+    plain = AutoModelForCausalLM.from_pretrained(path, **options)
+    assert not hasattr(plain, "metatokens_graft")
+    with torch.no_grad():
+        generated = model.generate(ids[:, :40], max_new_tokens=30, do_sample=False, eos_token_id=None)
+        outputs.append((model(ids).logits, generated, plain(ids).logits))
+    try:
+        model.save_pretrained("again")
+    except ValueError as error:
+        assert "expected save_graft of the package metatokens" in str(error), error
+    assert not os.path.exists("again")
+torch.save(outputs, sys.argv[4])
+"""
+
+
+@torch.no_grad()
+def test_a_graft_from_remote_code_gives_the_same_bits(run: Run, tmp_path: Path) -> None:
+    text = ids(length=200)  # longer than what attends by one mask
+    models = [
+        trained("llama", config, dtype=torch.float32) for config in (CONFIG, replace(CONFIG, positions="compact"))
+    ]
+    for number, model in enumerate(models):
+        save_graft(model, tmp_path / f"full{number}", full=True)
+    repository = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(tmp_path / "full0", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    torch.save(text, tmp_path / "ids.pt")
+    paths = [tmp_path / name for name in ("ids.pt", "full0", "full1", "outputs.pt")]
+    run(GRAFT, *paths, folder=tmp_path)
+    plain = make("llama", dtype=torch.float32)(text).logits
+    for model, (logits, generated, without) in zip([*models, models[0]], torch.load(paths[-1]), strict=True):
+        assert torch.equal(logits, model(text).logits)
+        assert torch.equal(
+            generated, model.generate(text[:, :40], max_new_tokens=30, do_sample=False, eos_token_id=None)
+        )
+        assert torch.equal(without, plain)

@@ -242,3 +242,6 @@ def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, 
     going_on = ("--memory", tmp_path / "text.safetensors", "--max-text-tokens", "9", "--json")
     assert json.loads(metatokens("generate", whole, " the cat", *going_on).stdout)["text_tokens"] == 9
     assert metatokens("verify", whole).stdout
+    with (exported / "graft_opening.py").open("a") as code:
+        code.write("# changed\n")
+    assert "graft_opening.py: expected" in error_line("perplexity", exported, text, "--window", "90", code=4)

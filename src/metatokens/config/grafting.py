@@ -33,6 +33,36 @@ class NeedlesConfig(Frozen):
     """Tasks of the long-context suite, one of which is drawn for each such block."""
 
 
+class GraftFields(Frozen):
+    """Where the anchors stand, what is seen of the past, and how much of the model is new."""
+
+    window: int = Field(256, ge=1)
+    """Tokens of text that a token sees, itself among them."""
+    num_sinks: int = Field(4, ge=0)
+    """First tokens of the text, which stay visible for ever; no anchor follows them."""
+    anchors: Literal["meta", "every"] = "meta"
+    """meta: an anchor is a token of its own and follows every n-th of the text; every: every n-th token of the text is
+    itself kept and changed, the control."""
+    every: int = Field(9, ge=1)
+    """n: text tokens from one anchor to the next."""
+    reveal: Literal["evicted", "always"] = "evicted"
+    """evicted: an anchor stands in for the token before it, and is seen once that token has left the window; always:
+    every later token sees it, as it sees the anchors "every" in any case."""
+    memory_limit: int | None = Field(None, ge=1)
+    """Newest anchors that stay; off means all."""
+    positions: Literal["text", "compact"] = "text"
+    """text: an anchor has the position of the token before it; compact: kept tokens are counted among themselves and
+    stand right in front of the window, for texts with more tokens than the model has positions (RoPE alone)."""
+    lora_rank: int = Field(8, ge=0)
+    """Rank of the change to every matrix of a block, which acts at anchors alone; 0 means none."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the first weights of that change, whose effect is zero before training."""
+
+    def build(self) -> GraftConfig:
+        """Return what `metatokens.graft.graft` takes."""
+        return GraftConfig(**self.model_dump())
+
+
 class GraftRunConfig(TokenRunConfig):
     """The training of the new parts of a grafted decoder, whose own weights are frozen."""
 
@@ -40,7 +70,7 @@ class GraftRunConfig(TokenRunConfig):
     """A folder of a decoder of transformers, or its id on the hub."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """The type that the frozen weights are held in; what is trained is float32."""
-    graft: GraftConfig = GraftConfig()
+    graft: GraftFields = GraftFields()
     needles: NeedlesConfig | None = None
     """Have the model answer questions about what is gone; off means none. A block with a needle ends with its answer
     and not with a span."""

@@ -261,7 +261,7 @@ def model_digest(model: Any) -> str:
     fields = sorted(MetaTokenConfig.__annotations__.keys() - {"use_cache", "model_type"})
     config = {name: getattr(model.config, name, None) for name in fields if not name.startswith("_")}
     if added is not None:
-        config["graft"] = added.config.model_dump()
+        config["graft"] = dataclasses.asdict(added.config)
     plain = json.loads(json.dumps(config, default=str))
     return hashlib.sha256((json_sha256(plain) + tensors_digest(model.state_dict())).encode()).hexdigest()
 

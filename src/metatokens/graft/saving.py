@@ -2,31 +2,28 @@
 
 `graft.safetensors` holds the new parameters, and in its header the config of the graft and what it was grafted onto.
 A full folder is an ordinary folder of transformers with this file in it, so `AutoModelForCausalLM` opens it as the
-plain base, with or without this package; with `trust_remote_code` it opens it grafted, by the code beside the weights,
-which needs the package.
+plain base, with or without this package; with `trust_remote_code` it opens it grafted, by the code beside the weights
+(`bundle.py`). `loading.py` reads both.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from metatokens.config.graft import GRAFT_FILE, GraftConfig
-from metatokens.errors import CheckpointError, UsageError
-from metatokens.graft.grafting import NAME, graft, graft_of, ungraft
+from metatokens.errors import UsageError
+from metatokens.graft.bundle import ENTRY, flat_code, flat_name
+from metatokens.graft.grafting import NAME, graft_of
+from metatokens.graft.loading import FORMAT, base_digest
 from metatokens.storage import new_folder, write_durably
-
-CODE = Path(__file__).with_name("modeling_graft.py")
-FORMAT = "graft of metatokens 1"
 
 
 def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer: Any = None) -> None:
@@ -44,7 +41,8 @@ def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer:
         UsageError: the model has no graft, PEFT has changed its modules, or the folder exists.
         ResourceError: the folder cannot be written.
     """
-    folder, added = Path(folder), graft_of(model)
+    folder = Path(folder)
+    graft_of(model)
     if folder.exists():
         raise UsageError(str(folder), expected="a new folder", found="one that exists", remedy="name another folder")
     if any(".base_layer." in name for name in model.state_dict()):
@@ -56,21 +54,31 @@ def save_graft(model: Any, folder: str | Path, *, full: bool = False, tokenizer:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as unfinished:
-        write_adapter(unfinished, added.state_dict(), added.config, describe_base(model))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        if not full:
-            model.config.save_pretrained(unfinished)
-        else:
-            del model._modules[NAME]
-            own_map = getattr(model.config, "auto_map", None)
-            model.config.auto_map = {"AutoModelForCausalLM": f"{CODE.stem}.GraftedForCausalLM"}
-            try:
-                model.save_pretrained(unfinished)
-            finally:
-                model.add_module(NAME, added)
-                model.config.auto_map = own_map
-            shutil.copyfile(CODE, unfinished / CODE.name)
+        write_graft(model, unfinished, full=full, tokenizer=tokenizer)
+
+
+def write_graft(model: Any, folder: Path, *, full: bool, tokenizer: Any = None) -> None:
+    """Write what `save_graft` does into an empty folder."""
+    added = graft_of(model)
+    write_adapter(folder, added.state_dict(), added.config, describe_base(model))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if not full:
+        model.config.save_pretrained(folder)
+        return
+    for name, text in flat_code().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    del model._modules[NAME]
+    own_map = getattr(model.config, "auto_map", None)
+    model.config.auto_map = {"AutoModelForCausalLM": f"{flat_name(ENTRY)}.GraftedForCausalLM"}
+    try:
+        # a model that was opened by the code beside its weights refuses its own method
+        PreTrainedModel.save_pretrained(model, folder)
+    finally:
+        model.add_module(NAME, added)
+        del model.config.auto_map
+        if own_map is not None:
+            model.config.auto_map = own_map
 
 
 def describe_base(model: Any, name: str = "") -> dict[str, str]:
@@ -96,86 +104,6 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: GraftConf
         config: of the graft.
         base: from `describe_base`.
     """
-    header = {"format": FORMAT, "config": config.model_dump_json(), **base}
+    header = {"format": FORMAT, "config": json.dumps(asdict(config)), **base}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_durably(folder / GRAFT_FILE, save(whole, header))
-
-
-def load_graft(folder: str | Path, model: Any = None) -> Any:
-    """Return a grafted model, in evaluation mode.
-
-    Args:
-        folder: written by `save_graft`.
-        model: the plain base, in place; None opens the folder's own, or the one that the adapter names.
-
-    Raises:
-        CheckpointError: the folder holds no graft, a damaged one, or one of another base.
-        UsageError: the model cannot be grafted.
-    """
-    folder = Path(folder)
-    header, tensors = _read(folder / GRAFT_FILE)
-    if model is None:
-        own = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-        source, revision = (str(folder), None) if own else (header["base"], header["revision"] or None)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision or "main", use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                str(folder),
-                expected=f"its base {source or 'without a name'}",
-                found=str(error).split("\n", maxsplit=1)[0],
-                remedy="open the base yourself and give it as model",
-            ) from None
-    if (digest := base_digest(model)) != header["digest"]:
-        raise CheckpointError(
-            str(folder),
-            expected=f"its base {header['base']} with the digest {header['digest'][:12]}",
-            found=f"another model, {model.config._name_or_path}, with {digest[:12]}",
-            remedy="give the model that was grafted",
-        )
-    graft(model, GraftConfig.model_validate_json(header["config"]))
-    try:
-        graft_of(model).load_state_dict(tensors)
-    except RuntimeError as error:
-        ungraft(model)
-        raise _damaged(folder / GRAFT_FILE, error) from None
-    return model.eval()
-
-
-def base_digest(model: Any) -> str:
-    """Return the SHA-256 of the weights of the base, rounded to bfloat16: the type that it is loaded in does not count.
-
-    Two bases that differ by less than this rounding everywhere are taken for one.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(f"{NAME}."):
-            continue
-        rounded = tensor.detach().to(torch.bfloat16) if tensor.is_floating_point() else tensor.detach()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(rounded.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as content:
-            header = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
-        if header.get("format") != FORMAT:
-            raise ValueError(f"the format {header.get('format')!r}")
-        GraftConfig.model_validate_json(header["config"])
-        missing = {"base", "revision", "digest"} - header.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))}")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise _damaged(file, error) from None
-    return header, tensors
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        str(file), expected=f"a {FORMAT.rpartition(' ')[0]}", found=str(error), remedy="save it anew with save_graft"
-    )

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from metatokens.data.tokenizer import build_hf_tokenizer
 from metatokens.errors import UsageError
-from metatokens.graft import save_graft
+from metatokens.graft.saving import write_graft
 from metatokens.model.export import save_model
 from metatokens.storage import LEAST_BYTES, check_folder, new_folder
 from metatokens.training.checkpoint import MODEL_CARD, write_manifest
@@ -37,7 +37,10 @@ def export_model(checkpoint: Path, out: Path) -> dict[str, Any]:
     if folder.is_grafted:
         _check_new(model, out)
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-        save_graft(model.wrapped, out, full=True, tokenizer=tokenizer)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out) as unfinished:
+            write_graft(model.wrapped, unfinished, full=True, tokenizer=tokenizer)
+            write_manifest(unfinished)
         return {"model": str(out), "num_parameters": model.num_parameters()}
     write_new_model(model, out, build_hf_tokenizer(folder.tokenizer), made=made, card=card if card.is_file() else None)
     return {"model": str(out), "num_parameters": model.num_parameters()}

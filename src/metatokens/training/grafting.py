@@ -96,7 +96,7 @@ def _make_job(
     # a folder is named so that the adapter finds it from anywhere
     name = str(folder.name.absolute()) if folder.name.exists() else str(folder.name)
     base = {} if without_weights else describe_base(model, name)
-    student = Student(graft(model.train(), config.graft), config.objectives, base)
+    student = Student(graft(model.train(), config.graft.build()), config.objectives, base)
     batches = _batches(
         config,
         dataset,

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from metatokens.baselines.building import build_config
 from metatokens.config.attention import LandmarkAttention, MemoryAttention
 from metatokens.config.fields import describe_fields
+from metatokens.config.graft import GraftConfig
+from metatokens.config.grafting import GraftFields
 from metatokens.config.loading import load_preset, preset_names, to_yaml, verb_of
 from metatokens.config.schema import (
     DynamicScaling,
@@ -90,6 +92,16 @@ def test_every_field_of_memory_mode_reaches_the_hugging_face_config_and_comes_ba
         assert getattr(policy, field) != getattr(default, field), field
         assert getattr(MemoryAttention(), field) == getattr(default, field), field
     assert read_back(model, tmp_path) == model
+
+
+def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
+    changed = {"window": 8, "num_sinks": 1, "anchors": "every", "every": 3, "reveal": "always", "memory_limit": 5}
+    changed |= {"positions": "compact", "lora_rank": 2, "seed": 4}
+    assert changed.keys() == GraftFields.model_fields.keys()
+    assert GraftFields().build() == GraftConfig()
+    assert GraftFields(**changed).build() == GraftConfig(**changed)
+    for field, value in changed.items():
+        assert getattr(GraftConfig(), field) != value, field
 
 
 @pytest.mark.parametrize(

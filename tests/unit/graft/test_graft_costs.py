@@ -6,8 +6,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from grafted_models import EIGHT_BILLION, GROUPED, ids
-from metatokens.config.graft import GraftConfig
-from metatokens.config.grafting import GraftRunConfig, Objectives
+from metatokens.config.grafting import GraftFields, GraftRunConfig, Objectives
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import DataConfig
 from metatokens.graft import graft
@@ -22,12 +21,12 @@ def test_operations_are_those_that_torch_counts(weights: dict[str, float]) -> No
     shape = {**GROUPED, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 500}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     config = GraftRunConfig(
-        graft=GraftConfig(window=8, every=8, lora_rank=1),
+        graft=GraftFields(window=8, every=8, lora_rank=1),
         data=DataConfig(block_size=LENGTH),
         sampled_positions=SAMPLED,
         objectives=Objectives(**weights),
     )
-    student = Student(graft(model, config.graft), config.objectives, {}).train()
+    student = Student(graft(model, config.graft.build()), config.objectives, {}).train()
     text = ids(length=LENGTH)
     with FlopCounterMode(display=False) as counter:
         student(text, text, torch.arange(SAMPLED)[None]).loss.backward()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,12 +36,12 @@ from metatokens.graft.families import FAMILIES as KNOWN
 
 CONFIGS = {
     "evicted": CONFIG,
-    "always": CONFIG.model_copy(update={"reveal": "always", "num_sinks": 0, "window": 4}),
-    "limited": CONFIG.model_copy(update={"memory_limit": 2}),
-    "every": CONFIG.model_copy(update={"anchors": "every"}),
-    "every, limited": CONFIG.model_copy(update={"anchors": "every", "memory_limit": 2}),
+    "always": replace(CONFIG, reveal="always", num_sinks=0, window=4),
+    "limited": replace(CONFIG, memory_limit=2),
+    "every": replace(CONFIG, anchors="every"),
+    "every, limited": replace(CONFIG, anchors="every", memory_limit=2),
 }
-COMPACT = {name: config.model_copy(update={"positions": "compact"}) for name, config in CONFIGS.items()}
+COMPACT = {name: replace(config, positions="compact") for name, config in CONFIGS.items()}
 ROTATED = [family for family in FAMILIES if family not in ("gpt2", "gpt_neo")]
 ROTATIONS = 1e-5  # transformers computes their angles in float32
 SCALED = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 16}

@@ -1,5 +1,7 @@
 """What the new parts of a graft learn from: objectives against their slow definitions, and their gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
@@ -95,7 +97,7 @@ def test_in_training_only_what_has_a_weight_is_computed_and_in_evaluation_all() 
         ("llama", CONFIG),
         ("gpt2", CONFIG),
         ("gpt_neo", CONFIG),
-        ("llama", CONFIG.model_copy(update={"positions": "compact"})),
+        ("llama", replace(CONFIG, positions="compact")),
     ],
 )
 @pytest.mark.parametrize("length", [LENGTH, 200])  # by one mask, and by a plan of chunks

@@ -1,5 +1,8 @@
 """A saved graft computes the same again, only on its own base; a full folder is the plain base to everyone else."""
 
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from grafted_models import CONFIG, LENGTH, ids, largest, make, plain, trained
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.evaluation.eviction import POLICIES, Budget, Reader
-from metatokens.graft import graft, load_graft, save_graft
+from metatokens.graft import Graft, GraftConfig, graft, load_graft, save_graft, switched_off
 
 
 @torch.no_grad()
@@ -25,6 +28,22 @@ def logits(model: Any) -> torch.Tensor:
 def base(tmp_path: Path) -> Path:
     plain("llama").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture
+def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let transformers run code of checkpoints from a folder of the test's own, as a new process does."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    folder = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])
+    forget()
+    yield
+    forget()
 
 
 def test_an_adapter_is_loaded_onto_its_base_and_refused_for_another(base: Path, tmp_path: Path) -> None:
@@ -56,22 +75,46 @@ def test_a_full_folder_opens_as_the_plain_base_by_code_of_transformers_alone(tmp
     assert all(
         torch.equal(saved[name], tensor) for name, tensor in make("llama", dtype=torch.float32).state_dict().items()
     )
-    assert getattr(model.config, "auto_map", None) is None
+    assert not hasattr(model.config, "auto_map")
     opened, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "full", output_loading_info=True)
     assert type(opened) is LlamaForCausalLM
     assert not any(notes.values())
     assert torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
 
 
-def test_a_full_folder_opens_grafted_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_own_modules")
+def test_a_full_folder_opens_grafted_by_its_own_code(tmp_path: Path) -> None:
     model = trained("llama", dtype=torch.float32)
     save_graft(model, tmp_path / "full", full=True)
-    # where transformers puts the code that it runs
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=True)
     assert type(opened) is LlamaForCausalLM
+    assert type(opened.metatokens_graft) is Graft  # the package's own, since it is imported
     assert torch.equal(logits(opened), logits(model))
     assert not torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
+    # without a graft's file and code beside it, it names none
+    opened.save_pretrained(tmp_path / "base")
+    assert "auto_map" not in json.loads((tmp_path / "base" / "config.json").read_text())
+
+
+@pytest.mark.usefixtures("_own_modules")
+def test_a_model_of_the_code_beside_its_weights_is_saved_by_the_package_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained("llama", dtype=torch.float32)
+    save_graft(model, tmp_path / "full", full=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "metatokens", None)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=True)
+    assert type(opened.metatokens_graft) is not Graft
+    with pytest.raises(ValueError, match="expected save_graft of the package metatokens"):
+        opened.save_pretrained(tmp_path / "again")
+    with switched_off(opened):
+        assert torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
+    save_graft(opened, tmp_path / "again", full=True)
+    for file in (tmp_path / "full").iterdir():
+        # a graft's own file names the folder that its base was opened from
+        assert file.name == "graft.safetensors" or (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert torch.equal(logits(load_graft(tmp_path / "again")), logits(model))
 
 
 def test_a_file_that_is_no_graft_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -108,6 +151,20 @@ def test_a_file_that_is_no_graft_is_refused_in_one_line(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="row"):
         load_graft(tmp_path / "graft", model)
     assert not hasattr(model, "metatokens_graft")
+
+
+def test_a_config_that_no_graft_has_is_refused_in_one_line() -> None:
+    for field, value in {"window": 0, "num_sinks": -1, "every": 2.5, "memory_limit": 0, "lora_rank": -1}.items():
+        with pytest.raises(ValueError, match=f"GraftConfig.{field} must be a whole number of at least ., not {value}"):
+            GraftConfig(**{field: value})
+    for field in ("anchors", "reveal", "positions"):
+        with pytest.raises(ValueError, match=rf"GraftConfig.{field} must be one of \(.*\), not 'no'"):
+            GraftConfig(**{field: "no"})
+    with pytest.raises(ValueError, match="GraftConfig has no depth; it has window, "):
+        GraftConfig.read({"depth": 2})
+    for nothing in (None, [], 1):
+        with pytest.raises(ValueError, match="GraftConfig must be an object"):
+            GraftConfig.read(nothing)
 
 
 def test_peft_trains_a_grafted_model_and_the_graft_is_saved_without_it(tmp_path: Path) -> None:
