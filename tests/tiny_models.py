@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
+from metatokens.model.configuration import POSITION_ENCODINGS
 
 NUM_TEXT_TOKENS = 20
 EOS = 19
@@ -21,7 +22,7 @@ MAX_LENGTH = 64
 # that a logit adds one after another: two attentions and an MLP in each of two layers, and the head
 NUM_TERMS = 2 * (2 * (32 + 8 + 32) + 32 + 48) + 32
 
-ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
+ENCODINGS = POSITION_ENCODINGS
 BACKENDS = ("sdpa", "eager")
 MEMBERS: dict[str, dict[str, Any]] = {
     "meta": {},

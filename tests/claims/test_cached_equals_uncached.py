@@ -91,7 +91,7 @@ def test_cached_logits_equal_uncached_when_only_some_layers_have_meta_attention(
     assert_close(cached, uncached(model, ids), TOLERANCE)
 
 
-@all_pairs(batch=BATCHES, kind=CROPPABLE, num_removed=(1, 4, 9), encoding=("rope", "alibi"), over=MEMBERS)
+@all_pairs(batch=BATCHES, kind=CROPPABLE, num_removed=(1, 4, 9), encoding=("rope", "alibi", "t5"), over=MEMBERS)
 @torch.no_grad()
 def test_logits_after_crop_equal_uncached(batch: str, kind: str, num_removed: int, encoding: str, over: str) -> None:
     model = shared_model(position_encoding=encoding, **MEMBERS[over])

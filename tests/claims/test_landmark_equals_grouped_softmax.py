@@ -30,7 +30,7 @@ def landmarks_of(ids: Tensor, num_queries: int) -> Landmarks:
     model = baseline_model("landmark").model
     is_real = ids != PAD
     positions = torch.arange(ids.shape[1] - num_queries, ids.shape[1])[None]
-    layout = TokenLayout(positions, attention_mask=None, documents=None, slopes=None)
+    layout = TokenLayout(positions, attention_mask=None, documents=None, bias=None)
     return model._find_blocks((ids == META), is_real, num_queries, layout)
 
 
@@ -109,7 +109,7 @@ def logits_and_gradients(model: LandmarkForCausalLM, ids: Tensor) -> tuple[Tenso
     return logits.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "learned"])
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "t5", "learned"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reading_as_many_blocks_as_there_are_equals_the_full_form(layout: str, encoding: str) -> None:
     ids = tokens(*LAYOUTS[layout])
@@ -131,7 +131,7 @@ def test_reading_the_best_block_alone_is_the_full_form_over_that_block_and_the_o
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 15, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     read_best_blocks(model, 1)
-    layout = TokenLayout(torch.arange(15)[None], attention_mask=None, documents=None, slopes=None)
+    layout = TokenLayout(torch.arange(15)[None], attention_mask=None, documents=None, bias=None)
     best = model.model._find_blocks(ids == META, ids != PAD, 15, layout)
     output, _ = attention(hidden, None, best)
     full = landmarks_of(ids, 15)

@@ -53,7 +53,7 @@ def took_blocks(model: Any) -> list[bool]:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "t5"])
 @pytest.mark.parametrize("rows", [RAGGED, ("xx_xxx_xxxxxx_xx",)], ids=["ragged", "alone"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_blocks_equal_the_dense_mask_in_value_and_gradient(name: str, rows: tuple[str, ...], encoding: str) -> None:

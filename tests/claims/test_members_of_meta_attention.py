@@ -18,7 +18,7 @@ RANDOM = {"meta_attention_over": "random", "random_ratio": 0.4}
 def members(ids: Tensor, **changes: Any) -> Tensor:
     """Return the tokens of `ids` that take part, positions counted from each row's first real token."""
     mask = attention_mask_of(ids)
-    layout = TokenLayout((mask.cumsum(-1) - 1).clamp(min=0), mask, documents=None, slopes=None)
+    layout = TokenLayout((mask.cumsum(-1) - 1).clamp(min=0), mask, documents=None, bias=None)
     return choose_members(tiny_config(**changes), input_ids=ids, meta_token_mask=ids == META, layout=layout, seen=0)
 
 

@@ -89,7 +89,7 @@ def test_documents_in_one_row_equal_each_alone(way: str, encoding: str, backend:
         assert_close(packed_gradients[name] / scale, gradient / scale, TOLERANCE)
 
 
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "t5"])
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_the_dense_definition_keeps_documents_apart_in_the_same_ways(way: str, encoding: str) -> None:

@@ -4,17 +4,20 @@ With the projections of queries and keys at zero and equal biases of one, a scor
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from metatokens.baselines.building import build_config
 from metatokens.config.schema import LinearScaling, ModelConfig, YarnScaling
 from metatokens.model.attention import Attention
-from metatokens.model.positions import MetaTokenRotaryEmbedding, alibi_slopes
-from tiny_models import META, assert_close, tiny_model, tokens
+from metatokens.model.position_bias import alibi_slopes, bucket_of
+from metatokens.model.positions import FourierEmbedding, MetaTokenRotaryEmbedding
+from tiny_models import META, assert_close, tiny_config, tiny_model, tokens
 
 THETA = 10_000.0
 TRAINED = 1024
@@ -75,22 +78,22 @@ def with_constant_scores(**changes: Any) -> Any:
 
 
 def weights_by_formula(positions: list[int], scores: Any, num_heads: int) -> Tensor:
-    """Return softmax weights (H, T, T) of `scores(head, distance)` over what is causal."""
+    """Return softmax weights (H, T, T) of `scores(head, query, key)` over what is causal."""
     rows = torch.full((num_heads, len(positions), len(positions)), -math.inf, dtype=torch.float64)
     for head in range(num_heads):
         for i, query in enumerate(positions):
             for j, key in enumerate(positions[: i + 1]):
-                rows[head, i, j] = scores(head, query - key)
+                rows[head, i, j] = scores(head, query, key)
     return rows.softmax(-1)
 
 
-def rope_score(_: int, distance: int, *, factor: float = 1.0, temperature: float = 1.0) -> float:
+def rope_score(distance: int, *, factor: float = 1.0, temperature: float = 1.0) -> float:
     # the rotated dot product of a vector of ones with itself: a pair of dimensions gives 2 cos(distance x frequency)
     frequencies = [THETA ** (-2 * pair / 8) / factor for pair in range(4)]
     return sum(2 * math.cos(distance * frequency) for frequency in frequencies) * temperature**2 / math.sqrt(8)
 
 
-def xpos_score(_: int, distance: int) -> float:
+def xpos_score(distance: int) -> float:
     # Sun et al. 2022, equation 14: each pair decays by its own zeta; 512 positions to a power as in torchscale
     zetas = [(2 * pair / 8 + 0.4) / 1.4 for pair in range(4)]
     frequencies = [THETA ** (-2 * pair / 8) for pair in range(4)]
@@ -98,34 +101,86 @@ def xpos_score(_: int, distance: int) -> float:
     return sum(2 * math.cos(distance * f) * zeta ** (distance / 512) for zeta, f in pairs) / math.sqrt(8)
 
 
+def t5_bucket(distance: int) -> int:
+    # Raffel et al. 2020, section 2.1, with the code's 32 buckets up to 128, all for the past
+    if distance < 16:
+        return distance
+    return min(31, 16 + math.floor(16 * math.log(distance / 16) / math.log(128 / 16)))
+
+
+def fourier_score(mixing: Tensor, head: int, query: int, key: int) -> float:
+    # Hua et al. 2024: of theta^(-2d/8) only 1 and 0.1 have a whole turn in 64 positions, and D / 4 pairs hold mixtures
+    cos, sin = (
+        [
+            [sum(f(at * w) * float(row[out]) for w, row in zip((1, 0.1), of_head, strict=True)) for out in range(2)]
+            for at in (query, key)
+        ]
+        for f, of_head in zip((math.cos, math.sin), mixing[:, head], strict=True)
+    )
+    turning = sum(2 * (cos[0][out] * cos[1][out] + sin[0][out] * sin[1][out]) for out in range(2))
+    return (turning + 2 * 2) / math.sqrt(8)  # two pairs do not turn
+
+
 SCORES: dict[str, tuple[dict[str, Any], Any]] = {
-    "rope": ({}, rope_score),
+    "rope": ({}, lambda _, _head, query, key: rope_score(query - key)),
     "linear": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": THETA, "factor": 4.0}},
-        lambda head, distance: rope_score(head, distance, factor=4),
+        lambda _, _head, query, key: rope_score(query - key, factor=4),
     ),
-    "xpos": ({"position_encoding": "xpos"}, xpos_score),
-    "alibi": ({"position_encoding": "alibi"}, lambda head, distance: -(2.0 ** (-2 * (head + 1))) * distance),
-    "none": ({"position_encoding": "none"}, lambda _head, _distance: 0.0),
+    "xpos": ({"position_encoding": "xpos"}, lambda _, _head, query, key: xpos_score(query - key)),
+    "fourier": (
+        {"position_encoding": "fourier"},
+        lambda model, head, query, key: fourier_score(model.model.rotary_emb.mixing.double(), head, query, key),
+    ),
+    "alibi": (
+        {"position_encoding": "alibi"},
+        lambda _, head, query, key: -(2.0 ** (-2 * (head + 1))) * (query - key),
+    ),
+    "t5": (
+        {"position_encoding": "t5"},
+        lambda model, head, query, key: float(model.model.distance_bias.weight[t5_bucket(query - key), head]),
+    ),
+    "none": ({"position_encoding": "none"}, lambda _, _head, _query, _key: 0.0),
 }
+"""Of (model, head, query, key)."""
 
 
 @pytest.mark.parametrize("encoding", SCORES)
 @torch.no_grad()
 def test_attention_weights_are_those_of_the_formula_in_both_attentions(encoding: str) -> None:
-    changes, scores = SCORES[encoding]
+    changes, score = SCORES[encoding]
     model = with_constant_scores(**changes)
-    ids = tokens("x_xxx_xx_xxxxx__x")
-    # the model's own float32 tables and masks bound what can be asked
+    scores = partial(score, model)
+    ids = tokens("x_xxx_xx_xxxxx__x_xxxxxx_")
+    # the tables of RoPE are float32, whatever the model's type
     outputs = model.model(ids, output_attentions=True, output_meta_attentions=True)
-    expected = weights_by_formula(list(range(17)), scores, 4)
+    expected = weights_by_formula(list(range(25)), scores, 4)
     meta_positions = (ids[0] == META).nonzero()[:, 0].tolist()
     expected_meta = weights_by_formula(meta_positions, scores, 4)
+    bound = 1e-10 if encoding in ("fourier", "alibi", "t5", "none") else 1e-6
     for layer in range(2):
-        assert_close(outputs.attentions[layer][0], expected, 1e-6)
+        assert_close(outputs.attentions[layer][0], expected, bound)
         # packed: the distances are those of the whole sequence
-        assert_close(outputs.meta_attentions[layer][0], expected_meta, 1e-6)
-    assert (expected_meta - weights_by_formula(list(range(5)), scores, 4)).abs().max() > 0.01 or encoding == "none"
+        assert_close(outputs.meta_attentions[layer][0], expected_meta, bound)
+    assert (expected_meta - weights_by_formula(list(range(7)), scores, 4)).abs().max() > 0.01 or encoding == "none"
+
+
+@pytest.mark.parametrize("distance", [0, 1, 15, 16, 17, 20, 27, 31, 32, 64, 127, 128, 129, 5000])
+def test_buckets_of_t5_are_those_of_transformers(distance: int) -> None:
+    expected = T5Attention._relative_position_bucket(torch.tensor(-distance), bidirectional=False)
+    assert bucket_of(torch.tensor(distance)) == expected == t5_bucket(distance)
+
+
+def test_fourier_keeps_18_of_32_frequencies_of_the_papers_model_and_mixes_them_into_16() -> None:
+    embedding = FourierEmbedding(tiny_config(head_dim=64, max_position_embeddings=1024))
+    assert embedding.mixing.shape == (2, 4, 18, 16)
+    identity = torch.zeros(18, 16)
+    identity[torch.arange(0, 18, 2), torch.arange(9)] = 1
+    noise = embedding.mixing - identity
+    assert noise.std() == pytest.approx(0.3 * math.sqrt(2 / 34), rel=0.1)
+    assert noise.mean().abs() < 0.01
+    again = FourierEmbedding(tiny_config(head_dim=64, max_position_embeddings=1024))
+    assert torch.equal(again.mixing, embedding.mixing)
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 4.0}},
     "learned": {"position_encoding": "learned"},
     "alibi": {"position_encoding": "alibi"},
+    "t5": {"position_encoding": "t5"},
+    "fourier": {"position_encoding": "fourier"},
     "none": {"position_encoding": "none"},
     "memory": {"memory": {"window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},

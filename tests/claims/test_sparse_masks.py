@@ -85,7 +85,7 @@ def test_alternating_window_is_gpt_neos_local_mask(window: int) -> None:
         assert torch.equal((weights[0] > 0).all(0), expected), layer
 
 
-@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "t5", "fourier"])
 @pytest.mark.parametrize("name", PATTERNS)
 @torch.no_grad()
 def test_sdpa_equals_eager(name: str, encoding: str) -> None:

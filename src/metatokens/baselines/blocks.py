@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metatokens.model.masks import MaskFunction
-from metatokens.model.positions import add_alibi
+from metatokens.model.position_bias import PositionBias, add_bias
 
 QUERIES_PER_BLOCK = 128
 SHORTEST = 512
@@ -22,15 +22,14 @@ Span = slice | Tensor
 """Columns: a range, or their numbers (n,) int64."""
 
 
-class Alibi(NamedTuple):
-    """Positions and slopes of the ALiBi bias."""
+class PlacedBias(NamedTuple):
+    """A bias, and the positions of its queries and keys."""
 
     query_positions: Tensor
     """(B or 1, T) int64."""
     key_positions: Tensor
     """(B or 1, K) int64."""
-    slopes: Tensor
-    """(H,)."""
+    bias: PositionBias
 
 
 class BlockPlan(NamedTuple):
@@ -67,7 +66,7 @@ def plan_blocks(
     num_queries: int,
     *,
     sees_everything: Tensor,
-    alibi: Alibi | None,
+    placed: PlacedBias | None,
     device: torch.device,
 ) -> BlockPlan:
     """Cut the last T of K columns into blocks of queries.
@@ -79,7 +78,7 @@ def plan_blocks(
         is_real: (B or 1, K) bool, False at padding.
         num_queries: T.
         sees_everything: (K,) bool, queries that are kept out of the others' blocks, since they see all that is past.
-        alibi: the bias, or None.
+        placed: what positions add to the scores, or None.
         device: where the plan is used; the other tensors are on the CPU, because their values decide its shapes.
     """
     num_columns = is_real.shape[1]
@@ -97,9 +96,9 @@ def plan_blocks(
             query, key = block[:, None], keys[None]
             mask = sees(rows, head, query, key) & (key <= query) & is_real[:, None, keys]
             mask = (mask | (query == key))[:, None]  # a row of padding must not be empty
-            if alibi is not None:
-                positions = alibi.query_positions[:, block - latest[0]], alibi.key_positions[:, keys]
-                mask = add_alibi(mask, *positions, alibi.slopes)
+            if placed is not None:
+                positions = placed.query_positions[:, block - latest[0]], placed.key_positions[:, keys]
+                mask = add_bias(mask, *positions, placed.bias)
             plan.queries.append(_as_span(block - latest[0], device))
             plan.keys.append(_as_span(keys, device))
             plan.masks.append(mask.to(device))
@@ -118,7 +117,7 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan,
     derivatives.
     """
     output: Tensor = _InBlocks.apply(  # type: ignore[no-untyped-call]
-        query.to(value.dtype), key.to(value.dtype), value, plan, scaling
+        query.to(value.dtype), key.to(value.dtype), value, plan, scaling, *plan.masks
     )
     return output.transpose(1, 2)
 
@@ -129,7 +128,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
 
 class _InBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scaling: float, *masks: Tensor
+    ) -> Tensor:
+        del masks  # those of the plan: they get gradients where a bias in them is learned
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scaling = plan, scaling
         batch, heads, length, _ = query.shape
@@ -141,19 +143,23 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        of_masks: list[Tensor | None] = []
         for queries, keys, mask in ctx.plan.blocks():
             spans = queries, keys, keys
             wholes = zip((query, key, value), spans, strict=True)
             given = [whole[:, :, span].detach().requires_grad_() for whole, span in wholes]
+            mask = mask.detach().requires_grad_(mask.requires_grad)  # noqa: PLW2901
             with torch.enable_grad():
                 output = _attend(given[0], given[1], given[2], mask, ctx.scaling)
-            parts = torch.autograd.grad(output, given, grad_output[:, :, queries])
-            for grad, span, part in zip(grads, spans, parts, strict=True):
+            wanted = [*given, mask] if mask.requires_grad else given
+            parts = torch.autograd.grad(output, wanted, grad_output[:, :, queries])
+            of_masks.append(parts[-1] if mask.requires_grad else None)
+            for grad, span, part in zip(grads, spans, parts[:3], strict=True):
                 if isinstance(span, slice):
                     grad[:, :, span] += part
                 else:
                     grad.index_add_(2, span, part)
-        return *grads, None, None
+        return *grads, None, None, *of_masks

@@ -27,6 +27,7 @@ from metatokens.model.block import MetaTokenBlock
 from metatokens.model.configuration import MetaTokenConfig
 from metatokens.model.masks import TokenLayout
 from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
+from metatokens.model.position_bias import PositionBias
 
 
 @strict
@@ -69,10 +70,10 @@ class Landmarks(NamedTuple):
     query_columns: Tensor
     """(T,) int64."""
     positions: Tensor
-    """(B, K) int64, of all columns; the distances of ALiBi."""
+    """(B, K) int64, of all columns; for the distances of a bias."""
     num_blocks: int
-    slopes: Tensor | None
-    """(H,) of ALiBi."""
+    bias: PositionBias | None
+    """What positions add to the scores."""
     table: BlockTable | None
     """Set if only the best blocks are read."""
 
@@ -146,7 +147,7 @@ class LandmarkAttention(SelfAttention):
                     num_best=self.config.num_best_blocks,
                     scaling=self.scaling,
                     positions=landmarks.positions,
-                    slopes=landmarks.slopes,
+                    bias=landmarks.bias,
                 )
             else:
                 weights = landmark_weights(self._scores(query, key, landmarks), landmarks).to(value.dtype)
@@ -157,11 +158,10 @@ class LandmarkAttention(SelfAttention):
     def _scores(self, query: Tensor, key: Tensor, landmarks: Landmarks) -> Tensor:
         precision = torch.promote_types(query.dtype, torch.float32)
         scores: Tensor = query.to(precision) @ key.to(precision).transpose(-1, -2) * self.scaling
-        if landmarks.slopes is None:
+        if landmarks.bias is None:
             return scores
         positions = landmarks.positions[:, None]
-        distance = positions[..., -query.shape[2] :, None] - positions[..., None, :]
-        return scores - landmarks.slopes[:, None, None] * distance
+        return scores + landmarks.bias(positions[..., -query.shape[2] :, None] - positions[..., None, :])
 
 
 class LandmarkBlock(MetaTokenBlock):
@@ -203,7 +203,7 @@ class LandmarkModel(MetaTokenModel):
         reads_best = self.config.num_best_blocks is not None and not self.training
         table = tabulate_blocks(is_text, is_landmark, block_of_key, num_blocks) if reads_best else None
         positions = layout.key_positions(len(columns), len(columns) - num_queries).expand(len(is_real), -1)
-        return Landmarks(visible, is_landmark, block_of_key, query_columns, positions, num_blocks, layout.slopes, table)
+        return Landmarks(visible, is_landmark, block_of_key, query_columns, positions, num_blocks, layout.bias, table)
 
 
 class LandmarkForCausalLM(MetaTokenForCausalLM):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metatokens.model.position_bias import PositionBias
+
 QUERY_CHUNK = 128  # queries at a time: the gathered blocks take H x 128 x (k + 1) x block x D elements
 
 
@@ -53,7 +55,7 @@ def attend_to_best_blocks(
     num_best: int,
     scaling: float,
     positions: Tensor,
-    slopes: Tensor | None = None,
+    bias: PositionBias | None = None,
 ) -> Tensor:
     """Let each query and head attend to its own block and the `num_best` earlier blocks of highest landmark score.
 
@@ -68,8 +70,8 @@ def attend_to_best_blocks(
         query_columns: (T,) int64, ascending.
         num_best: k.
         scaling: factor on the scores.
-        positions: (B, K) int64, for the distances of ALiBi.
-        slopes: (H,) of ALiBi, or None.
+        positions: (B, K) int64, for the distances of a bias.
+        bias: what positions add to the scores, or None.
 
     Returns:
         (B, H, T, D) in the dtype of `value`; scores are made in float32, or float64 for float64 input.
@@ -88,7 +90,7 @@ def attend_to_best_blocks(
                 min(num_best, blocks.landmarks.shape[1]),
                 scaling,
                 positions,
-                slopes,
+                bias,
             )
         )
     return torch.cat(pieces, dim=2)
@@ -104,7 +106,7 @@ def _attend_chunk(
     num_best: int,
     scaling: float,
     positions: Tensor,
-    slopes: Tensor | None,
+    bias: PositionBias | None,
 ) -> Tensor:
     num_rows, num_heads, num_queries, _ = query.shape
     precision = torch.promote_types(query.dtype, torch.float32)
@@ -113,10 +115,10 @@ def _attend_chunk(
     usable = (block_numbers < block_of_query[..., None]) & (blocks.landmarks[:, None] >= 0)
     landmark_keys = _take(key, blocks.landmarks[:, None].expand(-1, num_heads, -1)).to(precision)
     landmark_scores = query @ landmark_keys.transpose(-1, -2)
-    if slopes is not None:
+    if bias is not None:
         query_positions = positions[:, query_columns]
         of_landmarks = positions.gather(1, blocks.landmarks.clamp(min=0))
-        landmark_scores -= slopes[:, None, None] * (query_positions[:, :, None] - of_landmarks[:, None])[:, None]
+        landmark_scores = landmark_scores + bias((query_positions[:, :, None] - of_landmarks[:, None])[:, None])
     best = landmark_scores.masked_fill(~usable[:, None], -math.inf).topk(num_best, dim=-1)
 
     own = block_of_query[:, None, :, None].expand(-1, num_heads, -1, -1)
@@ -126,9 +128,9 @@ def _attend_chunk(
     flat = columns.flatten(2)
     keys = _take(key, flat).view(*shape, -1).to(precision)
     scores = (keys @ query[:, :, :, None, :, None])[..., 0]
-    if slopes is not None:
+    if bias is not None:
         of_keys = positions[:, None].expand(-1, num_heads, -1).gather(2, flat.clamp(min=0)).view(shape)
-        scores = scores - slopes[:, None, None, None] * (query_positions[:, None, :, None, None] - of_keys)
+        scores = scores + bias(query_positions[:, None, :, None, None] - of_keys)
     seen = (columns >= 0) & (columns <= query_columns[:, None, None])
     scores = scores.masked_fill(~seen, -math.inf)
     inside = scores[..., :-1, :].logsumexp(-1)

@@ -22,7 +22,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import Cache
 
-from metatokens.baselines.blocks import SHORTEST, Alibi, BlockPlan, attend_in_blocks, plan_blocks
+from metatokens.baselines.blocks import SHORTEST, BlockPlan, PlacedBias, attend_in_blocks, plan_blocks
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.model.attention import SelfAttention
 from metatokens.model.block import MetaTokenBlock
@@ -328,10 +328,10 @@ class SparseAttentionModel(MetaTokenModel):
         rows = slice(1 if layout.attention_mask is None and not columns.is_meta.any() else None)
         is_real = real_tokens(layout, columns.is_meta)[rows].cpu()
         columns = Columns(columns.positions[rows].cpu(), columns.is_meta[rows].cpu())
-        alibi = None
-        if layout.slopes is not None:
+        placed = None
+        if layout.bias is not None:
             key_positions = layout.key_positions(columns.num_columns, columns.num_columns - num_queries)
-            alibi = Alibi(layout.position_ids.cpu(), key_positions.cpu(), layout.slopes.cpu())
+            placed = PlacedBias(layout.position_ids.cpu(), key_positions.cpu(), layout.bias.to("cpu"))
         pattern = self.config.pattern
         return plan_blocks(
             pattern.mask_function(columns, layer_index),
@@ -339,7 +339,7 @@ class SparseAttentionModel(MetaTokenModel):
             is_real,
             num_queries,
             sees_everything=pattern.sees_everything(columns),
-            alibi=alibi,
+            placed=placed,
             device=hidden.device,
         )
 

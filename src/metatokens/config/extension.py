@@ -14,7 +14,10 @@ from metatokens.config.schema import Injection, ModelConfig, NoScaling, Pretrain
 from metatokens.errors import UsageError
 
 ExtensionMethod = Literal["yarn", "linear", "dynamic"]
-EXTENDABLE = "rope (by yarn, linear or dynamic); alibi and none need no scaling, learned positions have no more rows"
+EXTENDABLE = (
+    "rope (by yarn, linear or dynamic); alibi, t5 and none need no scaling, fourier has its frequencies from "
+    "the window, learned positions have no more rows"
+)
 """The position encodings that can be extended, for messages."""
 
 

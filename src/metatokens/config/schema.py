@@ -67,8 +67,9 @@ class ModelConfig(Frozen):
     """Dropout on attention weights."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the embedding and on the output of each sub-layer."""
-    position_encoding: Literal["rope", "xpos", "learned", "alibi", "none"] = "rope"
-    """How positions enter both attentions; xpos: RoPE with scores that decay with the distance."""
+    position_encoding: Literal["rope", "xpos", "fourier", "learned", "alibi", "t5", "none"] = "rope"
+    """How positions enter both attentions. xpos: RoPE with scores that decay with the distance; fourier: RoPE with
+    mixed frequencies; t5: a learned bias by distance."""
     rope_theta: float = Field(10_000.0, gt=0)
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
@@ -135,7 +136,7 @@ class ModelConfig(Frozen):
     @property
     def has_rotation(self) -> bool:
         """Whether queries and keys are rotated by their positions."""
-        return self.position_encoding in ("rope", "xpos")
+        return self.position_encoding in ("rope", "xpos", "fourier")
 
     @property
     def max_sequence_length(self) -> int:

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-_XPOS = "xpos, under which a position also scales queries and keys"
+_NOT_TURNED_ALONE = {
+    "xpos": "xpos, under which a position also scales queries and keys",
+    "fourier": "fourier, under which a position also scales queries and keys",
+}
 _WIDE_BACKENDS = ("eager", "sdpa")  # flash and flex attention want values as wide as keys
 
 
@@ -93,7 +96,7 @@ class ZeroPosition(_Intervention):
         """Refuse a model whose tokens have no position of their own."""
         if config.position_encoding not in ("rope", "learned"):
             found = f"{config.position_encoding}, under which a token carries no position that could be zeroed"
-            found = _XPOS if config.position_encoding == "xpos" else found
+            found = _NOT_TURNED_ALONE.get(config.position_encoding, found)
             raise _misfit(self, "position_encoding rope or learned", found)
 
 
@@ -107,7 +110,7 @@ class NoPositionEdges(_Intervention):
         """Refuse position encodings other than RoPE, and backends that want values as wide as keys."""
         if config.position_encoding != "rope":
             found = f"{config.position_encoding}, under which queries and keys are not rotated"
-            found = _XPOS if config.position_encoding == "xpos" else found
+            found = _NOT_TURNED_ALONE.get(config.position_encoding, found)
             remedy = "use zero_position" if config.position_encoding == "learned" else "leave out the intervention"
             raise _misfit(self, "position_encoding rope", found, remedy)
         if config._attn_implementation not in _WIDE_BACKENDS:

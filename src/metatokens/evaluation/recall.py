@@ -267,7 +267,7 @@ def _has_no_last_position(model: Any) -> bool:
     """Tell whether a model can compute positions beyond its window; not under scaling that depends on the window."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     encoding = getattr(model.config, "position_encoding", "learned")
-    return encoding in ("rope", "xpos", "alibi", "none") and rope.get("rope_type") != "dynamic"
+    return encoding != "learned" and rope.get("rope_type") != "dynamic"
 
 
 @contextmanager

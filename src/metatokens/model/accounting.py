@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .configuration import MetaTokenConfig
 from .memory import count_columns
+from .position_bias import NUM_BUCKETS
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     attention = 4 * width * width + 4 * width
     mlp = 2 * width * inner + inner + width
     norm = 2 * width
-    learned = config.position_encoding == "learned"
+    positions = {"learned": config.max_position_embeddings * width, "t5": NUM_BUCKETS * config.num_attention_heads}
     return ParameterCount(
         embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2),
-        positions=config.max_position_embeddings * width if learned else 0,
+        positions=positions.get(config.position_encoding, 0),
         blocks=layers * (attention + mlp + 2 * norm) + norm,
         meta_attention=_num_meta_layers(config) * attention,
     )
@@ -127,7 +128,7 @@ def activation_bytes(
     product.
 
     Args:
-        config: the model. The explicit masks of ALiBi, Landmark and sparse attention are not counted.
+        config: the model. The explicit masks of ALiBi, T5, Landmark and sparse attention are not counted.
         num_positions: T, text and meta-tokens.
         num_meta: M, meta-tokens among them.
         bfloat16: train under autocast to bfloat16, otherwise in float32.

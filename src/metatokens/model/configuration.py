@@ -17,7 +17,9 @@ from .memory_cache import MEMORY_LAYER
 LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
 ENDLESS = 2**31 - 1  # positions of a text that may be of any length
-POSITION_ENCODINGS = ("rope", "xpos", "learned", "alibi", "none")
+ROTATIONS = ("rope", "xpos", "fourier")
+BIASES = ("alibi", "t5")
+POSITION_ENCODINGS = (*ROTATIONS, *BIASES, "learned", "none")
 
 
 @strict
@@ -40,7 +42,7 @@ class MetaTokenConfig(PreTrainedConfig):
         use_cache: Whether a forward pass returns its cache.
         tie_word_embeddings: Whether the output head has the weights of the embedding.
         position_encoding: How positions enter both attentions: "rope", "xpos" (RoPE with scores that decay with the
-            distance), "learned", "alibi" or "none".
+            distance), "fourier" (mixed frequencies), "learned", "alibi", "t5" (a learned bias by distance) or "none".
         rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
         meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
         meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
@@ -146,7 +148,7 @@ class MetaTokenConfig(PreTrainedConfig):
     @property
     def has_rotation(self) -> bool:
         """Tell whether queries and keys are rotated by their positions."""
-        return self.position_encoding in ("rope", "xpos")
+        return self.position_encoding in ROTATIONS
 
     @property
     def num_layers(self) -> int:

@@ -32,6 +32,7 @@ REMOTE_CODE = (
     "meta_attention",
     "modeling",
     "outputs",
+    "position_bias",
     "positions",
     "schedule",
 )

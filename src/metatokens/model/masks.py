@@ -1,4 +1,4 @@
-"""Which tokens see each other: padding, packed documents, masks of the caller's own and the ALiBi bias.
+"""Which tokens see each other: padding, packed documents, masks of the caller's own and the bias of positions.
 
 A `TokenLayout` holds this once per forward pass, for each token. Both attentions make their masks from it, so the same
 limits bind both; meta-attention takes only the entries of its members (`take_pairs`).
@@ -14,7 +14,7 @@ from transformers import Cache
 
 from .compatibility import create_causal_mask
 from .configuration import MetaTokenConfig
-from .positions import add_alibi
+from .position_bias import PositionBias, add_bias
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Takes indices (batch, head, query column, key column) and tells whether the query sees the key."""
@@ -30,8 +30,8 @@ class TokenLayout:
     """(B, K), 1 = a token; or (B or 1, H or 1, T, K), bool with True = keep or additive; or None: all are tokens."""
     documents: Tensor | None
     """(B or 1, T) int64: the document of each token, where rows hold several; there is no cache then."""
-    slopes: Tensor | None
-    """(H,) of ALiBi."""
+    bias: PositionBias | None
+    """What positions add to the scores."""
 
     @property
     def has_pairs(self) -> bool:
@@ -183,12 +183,12 @@ def make_causal_mask(
         attention_mask=layout.attention_mask,
         past_key_values=past_key_values,
         and_mask_function=pattern,
-        allow_is_causal_skip=layout.slopes is None,
+        allow_is_causal_skip=layout.bias is None,
     )
-    if layout.slopes is None:
+    if layout.bias is None:
         return mask
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return add_alibi(mask, layout.position_ids, layout.key_positions(mask.shape[-1], seen), layout.slopes)
+    return add_bias(mask, layout.position_ids, layout.key_positions(mask.shape[-1], seen), layout.bias)
 
 
 def take_pairs(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

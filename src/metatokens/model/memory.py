@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .positions import add_alibi
+from .position_bias import PositionBias, add_bias
 
 CHUNK = 128  # queries that attend together: their window is one band of keys
 
@@ -280,7 +280,7 @@ class _Chunk(NamedTuple):
     band_stop: int
     """And keys [band_start, band_stop): the text of the window."""
     mask: Any = None
-    """(B, 1, queries, keys) bool, or (B, H, queries, keys) additive with ALiBi."""
+    """(B, 1, queries, keys) bool, or (B, H, queries, keys) additive with a bias."""
 
     def visit(self, states: Tensor) -> Tensor:
         """Return the visited columns of permuted keys or values (B, H, K, D)."""
@@ -319,8 +319,8 @@ class MemoryMask:
     queries: Columns
     keys: Columns
     """Of the cache and of this pass, whose tokens are the last columns."""
-    slopes: Tensor | None = None
-    """(H,) of ALiBi."""
+    bias: PositionBias | None = None
+    """What positions add to the scores."""
     chunk: int = CHUNK
     """Queries that attend together."""
 
@@ -334,14 +334,14 @@ class MemoryMask:
         return bool(most_text <= policy.window and not is_hiding)
 
     def dense(self) -> Tensor:
-        """Return (B, 1, Q, K) bool, True = sees; with ALiBi (B, H, Q, K), additive."""
+        """Return (B, 1, Q, K) bool, True = sees; with a bias (B, H, Q, K), additive."""
         return self._mask(self.queries, self.keys)
 
     def _mask(self, queries: Columns, keys: Columns) -> Tensor:
         mask = see(self.policy, queries, keys)[:, None]
-        if self.slopes is None:
+        if self.bias is None:
             return mask
-        return add_alibi(mask, queries.positions, keys.positions, self.slopes)
+        return add_bias(mask, queries.positions, keys.positions, self.bias)
 
     @cached_property
     def permutation(self) -> Tensor:
@@ -421,8 +421,8 @@ class MemoryMask:
         """The block mask over the permuted keys: the anchors are a dense staircase, the rest is a band."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if self.slopes is not None:
-            raise ValueError('position_encoding "alibi" needs attn_implementation "eager" or "sdpa"')
+        if self.bias is not None:
+            raise ValueError('a position_encoding that adds to the scores needs attn_implementation "eager" or "sdpa"')
         queries, keys, policy = self.queries, self.permuted_keys, self.policy
 
         def of_pair(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import Cache
 from .masks import TokenLayout, to_additive
 from .memory import Columns, MemoryMask, MemoryPolicy, attend_to_scores
 from .modeling import MetaTokenForCausalLM, MetaTokenModel
-from .positions import add_alibi
+from .position_bias import add_bias
 
 
 def visible_pairs(policy: MemoryPolicy, is_meta: Tensor, is_real: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ class MemoryReferenceModel(MetaTokenModel):
         if policy.positions == "compact":
             distances = compact_distances(policy, is_meta, tokens.is_real, layout.position_ids.expand(tokens.shape))
             return _CompactReference(mask, distances, self.rotary_emb, hidden)
-        if layout.slopes is not None:
-            return add_alibi(mask, layout.position_ids, layout.position_ids, layout.slopes)
+        if layout.bias is not None:
+            return add_bias(mask, layout.position_ids, layout.position_ids, layout.bias)
         return to_additive(mask, hidden.dtype) if self.config._attn_implementation == "eager" else mask
 
 

@@ -23,7 +23,8 @@ from .cache import MetaDynamicLayer, MetaStaticLayer
 from .compatibility import create_causal_mask
 from .configuration import MetaTokenConfig
 from .masks import MaskFunction, TokenLayout, combine_masks, is_traced, same_document, take_pairs, to_additive
-from .positions import Rotary, add_alibi
+from .position_bias import add_bias
+from .positions import Rotary
 
 HASH_BITS = 32
 HASH_MASK = 2**HASH_BITS - 1
@@ -278,13 +279,8 @@ def pack_meta_tokens(
         mask, key_columns = _growing_mask(config, hidden, index, columns, layer, layout)
     if layout.has_pairs:
         mask = combine_masks(mask, take_pairs(layout.attention_mask, index, key_columns))
-    if layout.slopes is not None:
-        num_columns = (
-            seen + hidden.shape[1] if past_key_values is None else past_key_values.get_mask_sizes(hidden.shape[1], 0)[0]
-        )
-        key_positions = layout.key_positions(num_columns, seen).expand(len(index), -1)
-        query_positions = layout.position_ids.expand(len(index), -1).gather(1, index)
-        mask = add_alibi(mask, query_positions, key_positions.gather(1, key_columns.clamp(min=0)), layout.slopes)
+    if layout.bias is not None:
+        mask = add_bias(mask, *_positions_of(config, layout, index, key_columns, past_key_values), layout.bias)
     elif config._attn_implementation == "eager":
         mask = to_additive(mask, hidden.dtype)
 
@@ -334,7 +330,7 @@ def _growing_mask(
 ) -> tuple[Any, Tensor]:
     """Return the mask of the packed stream and its key columns, (B, K), without a cache or with a growing one."""
     num_past = layer.num_meta if layer is not None else 0
-    explicit = layout.slopes is not None or layout.has_pairs
+    explicit = layout.bias is not None or layout.has_pairs
     key_columns = columns
     key_valid = None
     if num_past and layer is not None and layer.meta_columns is not None:
@@ -358,6 +354,25 @@ def _growing_mask(
         allow_is_causal_skip=not (num_past or explicit),
     )
     return mask, key_columns
+
+
+def _positions_of(
+    config: MetaTokenConfig, layout: TokenLayout, index: Tensor, key_columns: Tensor, past_key_values: Cache | None
+) -> tuple[Tensor, Tensor]:
+    """Return the positions (B, M) of the queries and (B, K) of the keys of the packed stream."""
+    if past_key_values is not None and config.memory_policy is not None and config.memory_policy.positions == "text":
+        # a meta-token of the past is known by its column alone: before it stand padding, meta-tokens and text
+        mask = layout.attention_mask
+        padding = 0 if mask is None else (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        places = (key_columns - (key_columns >= 0).long().cumsum(-1) - padding).clamp(min=0)
+        return places[:, -index.shape[1] :], places
+    num_tokens = layout.position_ids.shape[1]
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    num_columns = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
+    key_positions = layout.key_positions(num_columns, seen).expand(len(index), -1)
+    return layout.position_ids.expand(len(index), -1).gather(1, index), key_positions.gather(
+        1, key_columns.clamp(min=0)
+    )
 
 
 def newest_members(key_columns: Tensor, limit: int) -> MaskFunction:

@@ -25,7 +25,7 @@ from .compatibility import (
     merge_with_config_defaults,
     one_cache,
 )
-from .configuration import MetaTokenConfig
+from .configuration import BIASES, MetaTokenConfig
 from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labels
 from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask, to_additive
@@ -44,7 +44,8 @@ from .meta_attention import (
     refuse_paged_cache,
 )
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
-from .positions import MetaTokenRotaryEmbedding, Rotary, XposRotaryEmbedding, alibi_slopes
+from .position_bias import NUM_BUCKETS, AlibiBias, BucketBias, PositionBias, alibi_slopes
+from .positions import ROTARY_EMBEDDINGS, Rotary
 
 logger = logging.get_logger(__name__)
 
@@ -91,9 +92,10 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_encoding == "t5":
+            self.distance_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
         elif config.has_rotation:
-            rotary = XposRotaryEmbedding if config.position_encoding == "xpos" else MetaTokenRotaryEmbedding
-            self.rotary_emb = rotary(config=config)
+            self.rotary_emb = ROTARY_EMBEDDINGS[config.position_encoding](config=config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([self.block_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -264,17 +266,21 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         # static cache counts on the device; generation checks its length beforehand
         if isinstance(seen, int) and seen + num_tokens > self.config.max_sequence_length and not is_traced():
             self.config.check_length(int(position_ids.max()) + 1)
-        return TokenLayout(position_ids, attention_mask, documents, self._alibi_slopes(hidden))
+        return TokenLayout(position_ids, attention_mask, documents, self._position_bias(hidden))
 
-    def _alibi_slopes(self, hidden: Tensor) -> Tensor | None:
-        if self.config.position_encoding != "alibi":
+    def _position_bias(self, hidden: Tensor) -> PositionBias | None:
+        encoding = self.config.position_encoding
+        if encoding not in BIASES:
             return None
         if self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f'position_encoding "alibi" needs attn_implementation "eager" or "sdpa", not '
+                f'position_encoding "{encoding}" needs attn_implementation "eager" or "sdpa", not '
                 f'"{self.config._attn_implementation}"'
             )
-        return torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=hidden.dtype, device=hidden.device)
+        if encoding == "t5":
+            return BucketBias(self.distance_bias.weight.to(hidden.dtype))
+        slopes = alibi_slopes(self.config.num_attention_heads)
+        return AlibiBias(torch.tensor(slopes, dtype=hidden.dtype, device=hidden.device))
 
     def _causal_mask(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None) -> Any:
         return make_causal_mask(self.config, hidden, layout, past_key_values)
@@ -351,7 +357,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         is_first = state is None or state.columns is None
         causal = make_causal_mask(self.config, hidden, layout, past_key_values) if is_first else None
         keys = tokens if state is None else state.read(tokens)
-        mask = MemoryMask(policy, tokens, keys, layout.slopes)
+        mask = MemoryMask(policy, tokens, keys, layout.bias)
         if is_first and not is_traced() and mask.sees_all_before():
             return causal  # the plain model, to the bit
         num_queries = tokens.shape[1]

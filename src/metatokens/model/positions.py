@@ -1,7 +1,8 @@
-"""Position encodings: RoPE with transformers' own frequencies and scalings, xPos, and the ALiBi bias.
+"""Position encodings that rotate queries and keys: RoPE with transformers' own frequencies and scalings, xPos, Fourier.
 
-Learned positions are an embedding of the model; "none" needs nothing. Every function works on explicit positions, so
-packed meta-attention sees the distances that its tokens have in the whole sequence.
+Those that add to the scores are in `position_bias.py`; learned positions are an embedding of the model; "none" needs
+nothing. Every function works on explicit positions, so packed meta-attention sees the distances that its tokens have in
+the whole sequence.
 """
 
 import math
@@ -9,13 +10,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compatibility import LlamaRotaryEmbedding
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
 # positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py
 XPOS_SCALE_BASE = 512
+FOURIER_GAIN = 0.3  # of 60 million parameters, in TsinghuaC3I's OLMo
+FOURIER_SEED = 0
 
 
 class Rotary(Protocol):
@@ -52,12 +55,12 @@ def rotate(states_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate dimension d together with dimension d + D / 2.
 
     Equal to transformers' `apply_rotary_pos_emb`, which makes five tensors of this size and nine for the gradient. Here
-    one is made and filled in place, both ways. The tables, (B or 1, T, D), get no gradient.
+    one is made and filled in place, both ways. The tables, (B or 1, T, D) or (B or 1, H, T, D), get no gradient.
 
     Returns:
         (B, H, T, D) in the wider dtype of states and tables.
     """
-    cos, sin = cos.detach()[:, None], sin.detach()[:, None]
+    cos, sin = (table.detach() if table.ndim == 4 else table.detach()[:, None] for table in (cos, sin))
     if torch.is_grad_enabled() and states_BHTD.requires_grad:
         rotated: Tensor = _Rotation.apply(states_BHTD, cos, sin, False)  # type: ignore[no-untyped-call]
         return rotated
@@ -177,30 +180,74 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
             )
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
-    """Return the H slopes of ALiBi (Press et al. 2022, section 3; the authors' code if H is not a power of two)."""
-    power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
-    between = [2 ** (-8 * (head + 1) / (2 * power)) for head in range(2 * power)]
-    return slopes + between[0::2][: num_heads - power]
+class FourierTables(NamedTuple):
+    """Rotation-like tables of a head for itself."""
+
+    cos: Tensor
+    """(B or 1, H, T, D)."""
+    sin: Tensor
+    """(B or 1, H, T, D)."""
+
+    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by their positions; the shapes stay."""
+        return rotate(query_BHTD, self.cos, self.sin), rotate(key_BHTD, self.cos, self.sin)
+
+    def at(self, index_BM: Tensor) -> Self:
+        """Return the tables of the tokens at `index_BM`."""
+        return self._replace(cos=_take_of_heads(self.cos, index_BM), sin=_take_of_heads(self.sin, index_BM))
 
 
-def add_alibi(mask: Tensor, query_positions: Tensor, key_positions: Tensor, slopes: Tensor) -> Tensor:
-    """Fold the ALiBi bias -slope * distance into an attention mask.
+def _take_of_heads(table: Tensor, index: Tensor) -> Tensor:
+    """Gather rows of a table, (B or 1, H, T, D), at (B, M)."""
+    table = table.expand(index.shape[0], -1, -1, -1)
+    return torch.take_along_dim(table, index[:, None, :, None], dim=2)
 
-    Args:
-        mask: (B or 1, 1, Q, K), bool with True = keep, or float and additive.
-        query_positions: (B or 1, Q) integer positions.
-        key_positions: (B or 1, K) integer positions.
-        slopes: (H,), in the dtype of the queries.
 
-    Returns:
-        Additive mask (B or 1, H, Q, K) in the dtype of `slopes`. A masked entry holds the lowest finite number, so a
-        row without any key stays finite.
+class FourierEmbedding(nn.Module):
+    """Fourier position embedding (FoPE, Hua et al. 2024): pairs of dimensions turn by sums of frequencies.
+
+    A frequency of RoPE with less than one turn in the window is left out. The n that remain are mixed, in a way of its
+    own for each head, into at most D / 4: cos(t w) W with a fixed random matrix W, and sin(t w) likewise with another.
+    The other pairs do not turn: at frequency zero cos is 1 and sin 0, where the authors' code has 1 for both.
+
+    The matrices follow from a fixed seed, so they are not saved: identity in steps, plus a normal draw after Glorot,
+    with the authors' gain for their smallest model.
     """
-    distance = (query_positions[:, :, None] - key_positions[:, None, :])[:, None]
-    bias = -slopes[:, None, None] * distance
-    lowest = torch.finfo(slopes.dtype).min
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, lowest)
-    return (mask + bias).clamp(min=lowest)
+
+    def __init__(self, config: Any) -> None:
+        """Draw the matrices that `config` asks for, (2, H, n, at most D / 4) float32, on the CPU."""
+        super().__init__()
+        self.pairs, theta = config.head_dim // 2, config.rope_parameters["rope_theta"]
+        slowest = 2 * math.pi / config.max_position_embeddings
+        frequencies = [theta ** (-pair / self.pairs) for pair in range(self.pairs)]
+        self.frequencies = [one for one in frequencies if one >= slowest] or frequencies[:1]
+        num_in = len(self.frequencies)
+        num_out = max(1, min(num_in, self.pairs // 2))
+        generator = torch.Generator().manual_seed(FOURIER_SEED)
+        shape = 2, config.num_attention_heads, num_in, num_out
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        rows, columns = torch.arange(num_in, device="cpu")[:, None], torch.arange(num_out, device="cpu")
+        steps = rows == columns * math.ceil(num_in / num_out)
+        # no buffer: neither saved nor rounded to half precision
+        self.mixing = steps + drawn * FOURIER_GAIN * (2 / (num_in + num_out)) ** 0.5
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> FourierTables:
+        """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
+        exact: dict[str, Any] = {
+            "dtype": torch.promote_types(hidden.dtype, torch.float32),
+            "device": hidden.device,
+        }
+        angles = position_ids[..., None] * torch.tensor(self.frequencies, **exact)
+        waves = torch.stack([angles.cos(), angles.sin()])[:, :, None]  # (2, B, 1, T, n)
+        cos, sin = waves @ self.mixing.to(**exact)[:, None]
+        idle = self.pairs - cos.shape[-1]
+        cos, sin = nn.functional.pad(cos, (0, idle), value=1.0), nn.functional.pad(sin, (0, idle))
+        return FourierTables(*(torch.cat([half, half], -1).to(hidden.dtype) for half in (cos, sin)))
+
+
+ROTARY_EMBEDDINGS = {
+    "rope": MetaTokenRotaryEmbedding,
+    "xpos": XposRotaryEmbedding,
+    "fourier": FourierEmbedding,
+}
+"""By position_encoding."""

@@ -50,9 +50,8 @@ def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePa
         both_meta = both_meta & layout.attention_mask
     elif layout.has_pairs:
         scores = scores + layout.attention_mask
-    if layout.slopes is not None:
-        positions = layout.position_ids[:, None]
-        scores = scores - layout.slopes[:, None, None] * (positions[..., None] - positions[..., None, :])
+    if layout.bias is not None:
+        scores = scores + layout.bias(layout.position_ids[:, None, :, None] - layout.position_ids[:, None, None])
     weights = scores.masked_fill(~(causal & both_meta), -math.inf).softmax(-1)
     weights = weights.masked_fill(~pack.is_meta[:, None, :, None], 0)  # a row without keys is 0/0
     output: Tensor = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))

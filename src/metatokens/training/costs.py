@@ -17,6 +17,7 @@ from metatokens.config.schema import NoInjection, PretrainConfig
 from metatokens.errors import UsageError
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import ParameterCount, activation_bytes, count_parameters, training_flops
+from metatokens.model.configuration import BIASES
 from metatokens.model.loss import LOGITS_CHUNK_ELEMENTS
 from metatokens.training.resuming import BYTES_PER_PARAMETER_OF_CHECKPOINT
 
@@ -114,10 +115,10 @@ def plan_run(
     Raises:
         UsageError: for a batch that the GPUs cannot share equally, or an attention whose memory is not counted.
     """
-    if not isinstance(config.model.attention, FullAttention) or config.model.position_encoding == "alibi":
+    if not isinstance(config.model.attention, FullAttention) or config.model.position_encoding in BIASES:
         raise UsageError(
             "metatokens plan",
-            expected="full attention with rope, xpos, learned or no positions",
+            expected="full attention without a bias of positions",
             found=f"attention {config.model.attention.kind}, positions {config.model.position_encoding}",
             remedy="the masks of the others are not counted; `metatokens info` counts their operations",
         )

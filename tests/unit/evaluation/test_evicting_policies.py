@@ -256,7 +256,8 @@ def test_a_model_in_memory_mode_is_read_in_its_own_cache_whose_columns_are_count
 
 
 def refusals() -> Iterator[tuple[Any, str]]:
-    yield tiny_model(position_encoding="alibi", meta_attention_layers=[]), "ALiBi"
+    yield tiny_model(position_encoding="alibi", meta_attention_layers=[]), "alibi"
+    yield tiny_model(position_encoding="t5", meta_attention_layers=[]), "t5"
     sliding = transformers.MistralConfig(**SHAPE, num_key_value_heads=2, intermediate_size=48, sliding_window=8)
     yield transformers.MistralForCausalLM(sliding), "sliding"
     yield (

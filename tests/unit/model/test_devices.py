@@ -54,7 +54,7 @@ def test_every_tensor_of_a_pack_moves_with_it() -> None:
         meta_token_mask=IDS == META,
         meta_indices=None,
         rotary=model.rotary_emb(hidden, positions),
-        layout=TokenLayout(positions, attention_mask=None, documents=None, slopes=None),
+        layout=TokenLayout(positions, attention_mask=None, documents=None, bias=None),
         past_key_values=None,
         always=False,
     )

@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from metatokens.model import MetaTokenConfig
-from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, add_alibi, alibi_slopes, rotate
+from metatokens.model.position_bias import AlibiBias, add_bias, alibi_slopes
+from metatokens.model.positions import MetaTokenRotaryEmbedding, RotaryTables, rotate
 from tiny_models import assert_close, tiny_config, tiny_model, tokens
 from tolerances import tolerance
 
@@ -144,7 +145,7 @@ def test_alibi_has_one_distinct_slope_for_each_head(num_heads: int) -> None:
 def test_alibi_bias_is_minus_slope_times_distance_of_the_given_positions() -> None:
     causal = torch.ones(3, 3).tril().bool()[None, None]
     positions = torch.tensor([[2, 5, 11]])
-    bias = add_alibi(causal, positions, positions, torch.tensor([0.5, 0.25]))
+    bias = add_bias(causal, positions, positions, AlibiBias(torch.tensor([0.5, 0.25])))
     lowest = torch.finfo(torch.float32).min
     expected = torch.tensor([[0.0, lowest, lowest], [-1.5, 0.0, lowest], [-4.5, -3.0, 0.0]])
     assert torch.equal(bias[0, 0], expected)
@@ -154,10 +155,8 @@ def test_alibi_bias_is_minus_slope_times_distance_of_the_given_positions() -> No
 def test_alibi_bias_is_the_same_on_a_bool_and_on_an_additive_mask() -> None:
     causal = torch.ones(4, 4).tril().bool()[None, None]
     additive = torch.zeros(1, 1, 4, 4).masked_fill(~causal, torch.finfo(torch.float32).min)
-    positions, slopes = torch.arange(4)[None], torch.tensor([0.5, 0.25])
-    assert torch.equal(
-        add_alibi(causal, positions, positions, slopes), add_alibi(additive, positions, positions, slopes)
-    )
+    positions, bias = torch.arange(4)[None], AlibiBias(torch.tensor([0.5, 0.25]))
+    assert torch.equal(add_bias(causal, positions, positions, bias), add_bias(additive, positions, positions, bias))
 
 
 @torch.no_grad()

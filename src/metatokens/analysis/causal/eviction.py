@@ -29,6 +29,7 @@ from metatokens.data.keyed_random import Purpose, hash_key
 from metatokens.errors import UsageError
 from metatokens.model.cache import MetaDynamicLayer
 from metatokens.model.compatibility import CACHE_NAME
+from metatokens.model.configuration import BIASES
 from metatokens.model.loss import IGNORE_INDEX, targets_of_labels
 
 if TYPE_CHECKING:
@@ -187,8 +188,8 @@ def check_evictable(model: Any) -> None:
     found = None
     if config.model_type not in ("metatokens", "gpt2", "gpt_neo"):
         found = f"model_type {config.model_type}"
-    elif getattr(config, "position_encoding", None) == "alibi":
-        found = "position_encoding alibi, whose distances are counted in columns"
+    elif (encoding := getattr(config, "position_encoding", None)) in BIASES:
+        found = f"position_encoding {encoding}, whose distances are counted in columns"
     elif "local" in getattr(config, "attention_layers", ()):
         found = "local layers, whose windows are counted in columns"
     if found is not None:

@@ -20,6 +20,7 @@ from metatokens.errors import UsageError
 from metatokens.evaluation.eviction.policies import Budget, Columns, Policy
 from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model.compatibility import CACHE_NAME
+from metatokens.model.configuration import BIASES
 from metatokens.model.generation import MetaTokenGenerationMixin
 
 NOTHING = -1  # the position of a column that a row lacks
@@ -245,8 +246,8 @@ def check_evictable(model: Any) -> None:
         found = "a grafted one, which drops columns by itself"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
         found = "one that takes no position_ids"
-    elif getattr(config, "position_encoding", None) == "alibi":
-        found = "one whose ALiBi counts columns"
+    elif (encoding := getattr(config, "position_encoding", None)) in BIASES:
+        found = f"one whose positions ({encoding}) are counted in columns"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None) is not None:
         found = f"layers of another kind ({', '.join(sorted(kinds)) or 'a sliding window'})"
