@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
-from metatokens.model.configuration import POSITION_ENCODINGS
+from metatokens.model.configuration import ADAPTIVE, POSITION_ENCODINGS
 
 NUM_TEXT_TOKENS = 20
 EOS = 19
@@ -23,6 +23,8 @@ MAX_LENGTH = 64
 NUM_TERMS = 2 * (2 * (32 + 8 + 32) + 32 + 48) + 32
 
 ENCODINGS = POSITION_ENCODINGS
+PLAIN_SCORES = tuple(encoding for encoding in ENCODINGS if encoding not in ADAPTIVE)
+"""Those whose scores follow from queries, keys and a mask."""
 BACKENDS = ("sdpa", "eager")
 MEMBERS: dict[str, dict[str, Any]] = {
     "meta": {},

@@ -6,6 +6,8 @@ import torch
 from metatokens.config.loading import load_preset
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.model.accounting import count_parameters
+from metatokens.model.configuration import POSITION_ENCODINGS
+from tiny_models import tiny_config
 
 GPT2_VOCAB_SIZE = 50_257
 SIZES = {
@@ -35,3 +37,9 @@ def test_preset_has_the_papers_number_of_parameters(preset: str, size: int) -> N
 @pytest.mark.parametrize(("preset", "size"), SIZES.items())
 def test_parameters_counted_from_the_config_equal_those_of_the_model(preset: str, size: int) -> None:
     assert count_parameters(unpadded_config(preset)).total == size
+
+
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+def test_parameters_of_every_position_encoding_are_counted(encoding: str) -> None:
+    config = tiny_config(position_encoding=encoding, meta_attention_layers=[1])
+    assert count_parameters(config).total == MetaTokenForCausalLM(config).num_parameters()

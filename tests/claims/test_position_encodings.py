@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from metatokens.baselines.building import build_config
 from metatokens.config.schema import LinearScaling, ModelConfig, YarnScaling
 from metatokens.model.attention import Attention
-from metatokens.model.position_bias import alibi_slopes, bucket_of
+from metatokens.model.position_bias import KerpleKernel, alibi_slopes, bucket_of
 from metatokens.model.positions import FourierEmbedding, MetaTokenRotaryEmbedding
 from tiny_models import META, assert_close, tiny_config, tiny_model, tokens
 
@@ -74,6 +74,8 @@ def with_constant_scores(**changes: Any) -> Any:
                 for projection in (module.q_proj, module.k_proj):
                     projection.weight.zero_()
                     projection.bias.fill_(1)
+            elif isinstance(module, KerpleKernel):
+                module.weight.copy_(torch.tensor([[1.5, 0.5, 1, 2], [1, 0.5, -1, 2]]))
     return model
 
 
@@ -121,6 +123,39 @@ def fourier_score(mixing: Tensor, head: int, query: int, key: int) -> float:
     return (turning + 2 * 2) / math.sqrt(8)  # two pairs do not turn
 
 
+def kerple_score(model: Any, head: int, query: int, key: int) -> float:
+    # Chi et al. 2022, the logarithmic kernel; the authors' code keeps both weights at 0.01 or more
+    factor, rate = (max(float(weights[head]), 0.01) for weights in model.model.kernel.weight)
+    return -factor * math.log(1 + rate * (query - key))
+
+
+def dape_score(bias: Any, attention: Any, head: int, query: int, key: int) -> float:
+    # Zheng et al. 2024: scores + bias + f(scores, bias), where each score is a product of eight ones
+    scores = [math.sqrt(8)] * 4
+    biases = [bias(other, query, key) for other in range(4)]
+    up, down = attention.adaptive_bias.up_proj, attention.adaptive_bias.down_proj
+    inner = []
+    for row, start in zip(up.weight.tolist(), up.bias.tolist(), strict=True):
+        value = start + sum(w * x for w, x in zip(row, scores + biases, strict=True))
+        inner.append(value if value > 0 else 0.01 * value)
+    row, start = down.weight.tolist()[head], float(down.bias[head])
+    return scores[head] + biases[head] + start + sum(w * x for w, x in zip(row, inner, strict=True))
+
+
+def transformer_xl_score(attention: Any, head: int, query: int, key: int) -> float:
+    # Dai et al. 2019, section 3.3: (q + u) k + (q + v) W r, for queries and keys of ones
+    relative = attention.relative_keys
+    angles = [(query - key) / THETA ** (pair / 16) for pair in range(16)]
+    places = [*map(math.sin, angles), *map(math.cos, angles)]
+    rows = relative.distance_proj.weight.view(4, 8, 32)[head].tolist()
+    score = 0.0
+    for size in range(8):
+        score += 1 + float(relative.content_bias[head, size])
+        at = sum(w * place for w, place in zip(rows[size], places, strict=True))
+        score += (1 + float(relative.distance_bias[head, size])) * at
+    return score / math.sqrt(8)
+
+
 SCORES: dict[str, tuple[dict[str, Any], Any]] = {
     "rope": ({}, lambda _, _head, query, key: rope_score(query - key)),
     "linear": (
@@ -140,9 +175,16 @@ SCORES: dict[str, tuple[dict[str, Any], Any]] = {
         {"position_encoding": "t5"},
         lambda model, head, query, key: float(model.model.distance_bias.weight[t5_bucket(query - key), head]),
     ),
+    "kerple": ({"position_encoding": "kerple"}, kerple_score),
     "none": ({"position_encoding": "none"}, lambda _, _head, _query, _key: 0.0),
 }
 """Of (model, head, query, key)."""
+OWN_SCORES: dict[str, Any] = {
+    "transformer_xl": lambda _, attention: partial(transformer_xl_score, attention),
+    "dape_alibi": lambda model, attention: partial(dape_score, partial(SCORES["alibi"][1], model), attention),
+    "dape_kerple": lambda model, attention: partial(dape_score, partial(kerple_score, model), attention),
+}
+"""Of (model, attention), where each attention has weights of its own; these return a score of (head, query, key)."""
 
 
 @pytest.mark.parametrize("encoding", SCORES)
@@ -157,12 +199,27 @@ def test_attention_weights_are_those_of_the_formula_in_both_attentions(encoding:
     expected = weights_by_formula(list(range(25)), scores, 4)
     meta_positions = (ids[0] == META).nonzero()[:, 0].tolist()
     expected_meta = weights_by_formula(meta_positions, scores, 4)
-    bound = 1e-10 if encoding in ("fourier", "alibi", "t5", "none") else 1e-6
+    bound = 1e-10 if encoding in ("fourier", "alibi", "t5", "kerple", "none") else 1e-6
     for layer in range(2):
         assert_close(outputs.attentions[layer][0], expected, bound)
         # packed: the distances are those of the whole sequence
         assert_close(outputs.meta_attentions[layer][0], expected_meta, bound)
     assert (expected_meta - weights_by_formula(list(range(7)), scores, 4)).abs().max() > 0.01 or encoding == "none"
+
+
+@pytest.mark.parametrize("encoding", OWN_SCORES)
+@torch.no_grad()
+def test_attention_weights_are_those_of_the_formula_with_weights_of_each_attention(encoding: str) -> None:
+    model, ids = with_constant_scores(position_encoding=encoding), tokens("x_xxx_xx_xxxxx__x")
+    outputs = model.model(ids, output_attentions=True, output_meta_attentions=True)
+    meta_positions = (ids[0] == META).nonzero()[:, 0].tolist()
+    for layer, block in enumerate(model.model.layers):
+        of_text = weights_by_formula(list(range(17)), OWN_SCORES[encoding](model, block.self_attn), 4)
+        assert_close(outputs.attentions[layer][0], of_text, 1e-10)
+        of_meta = OWN_SCORES[encoding](model, block.meta_attn)
+        assert_close(outputs.meta_attentions[layer][0], weights_by_formula(meta_positions, of_meta, 4), 1e-10)
+        nearby = weights_by_formula(list(range(len(meta_positions))), of_meta, 4)
+        assert (outputs.meta_attentions[layer][0] - nearby).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("distance", [0, 1, 15, 16, 17, 20, 27, 31, 32, 64, 127, 128, 129, 5000])

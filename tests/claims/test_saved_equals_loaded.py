@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alibi": {"position_encoding": "alibi"},
     "t5": {"position_encoding": "t5"},
     "fourier": {"position_encoding": "fourier"},
+    "dape": {"position_encoding": "dape_kerple"},
+    "transformer_xl": {"position_encoding": "transformer_xl"},
     "none": {"position_encoding": "none"},
     "memory": {"memory": {"window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},

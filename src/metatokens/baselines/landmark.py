@@ -24,7 +24,7 @@ from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_toke
 from metatokens.baselines.landmark_retrieval import BlockTable, attend_to_best_blocks, tabulate_blocks
 from metatokens.model.attention import SelfAttention
 from metatokens.model.block import MetaTokenBlock
-from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.configuration import ADAPTIVE, MetaTokenConfig
 from metatokens.model.masks import TokenLayout
 from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
 from metatokens.model.position_bias import PositionBias
@@ -49,6 +49,8 @@ class LandmarkConfig(MetaTokenConfig):
 
     def validate_landmarks(self) -> None:
         """Check the numbers."""
+        if self.position_encoding in ADAPTIVE:
+            raise ValueError(f"landmark attention does not take position_encoding {self.position_encoding!r}")
         if self.landmark_every < 1:
             raise ValueError(f"landmark_every must be at least 1, not {self.landmark_every}")
         if self.num_best_blocks is not None and self.num_best_blocks < 1:

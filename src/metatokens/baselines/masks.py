@@ -26,7 +26,7 @@ from metatokens.baselines.blocks import SHORTEST, BlockPlan, PlacedBias, attend_
 from metatokens.baselines.cache import MARKED_LAYER, mark_meta_tokens, real_tokens
 from metatokens.model.attention import SelfAttention
 from metatokens.model.block import MetaTokenBlock
-from metatokens.model.configuration import MetaTokenConfig
+from metatokens.model.configuration import ADAPTIVE, MetaTokenConfig
 from metatokens.model.masks import MaskFunction, TokenLayout, is_traced, make_causal_mask
 from metatokens.model.meta_attention import hash_integers
 from metatokens.model.modeling import MetaTokenForCausalLM, MetaTokenModel
@@ -250,6 +250,8 @@ class SparseAttentionConfig(MetaTokenConfig):
 
     def validate_pattern(self) -> None:
         """Check the kind and the numbers of the pattern."""
+        if self.position_encoding in ADAPTIVE:
+            raise ValueError(f"a sparse pattern does not take position_encoding {self.position_encoding!r}")
         for name, value in asdict(self.pattern).items():
             lowest = 1 if name in ("window", "block_size", "window_blocks") else 0
             if isinstance(value, int) and value < lowest:

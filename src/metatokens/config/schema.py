@@ -67,9 +67,22 @@ class ModelConfig(Frozen):
     """Dropout on attention weights."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the embedding and on the output of each sub-layer."""
-    position_encoding: Literal["rope", "xpos", "fourier", "learned", "alibi", "t5", "none"] = "rope"
+    position_encoding: Literal[
+        "rope",
+        "xpos",
+        "fourier",
+        "learned",
+        "alibi",
+        "t5",
+        "kerple",
+        "dape_alibi",
+        "dape_kerple",
+        "transformer_xl",
+        "none",
+    ] = "rope"
     """How positions enter both attentions. xpos: RoPE with scores that decay with the distance; fourier: RoPE with
-    mixed frequencies; t5: a learned bias by distance."""
+    mixed frequencies; t5: a learned bias by distance; kerple: minus a logarithm of the distance; dape: a map of the
+    scores and that bias; transformer_xl: relative keys."""
     rope_theta: float = Field(10_000.0, gt=0)
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
@@ -94,13 +107,7 @@ class ModelConfig(Frozen):
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.has_rotation and (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"model.position_encoding {self.position_encoding} needs an even head size "
-                "(hidden_size / num_attention_heads)"
-            )
-        if self.position_encoding != "rope" and self.rope_scaling.kind != "none":
-            raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        self._check_positions()
         if self.meta_attention_over != "meta" and self.meta_attention_layers == "none":
             raise ValueError(
                 f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
@@ -119,6 +126,21 @@ class ModelConfig(Frozen):
                 )
         return self
 
+    def _check_positions(self) -> None:
+        encoding = self.position_encoding
+        if self.has_rotation and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"model.position_encoding {encoding} needs an even head size (hidden_size / num_attention_heads)"
+            )
+        if encoding == "transformer_xl" and self.hidden_size % 2:
+            raise ValueError(f"model.position_encoding {encoding} needs an even model.hidden_size")
+        if encoding.startswith("dape") and not isinstance(self.attention, FullAttention):
+            raise ValueError(
+                f"model.position_encoding {encoding} needs model.attention full, not {self.attention.kind}"
+            )
+        if encoding != "rope" and self.rope_scaling.kind != "none":
+            raise ValueError("model.rope_scaling needs model.position_encoding rope")
+
     def _check_memory(self, memory: MemoryAttention) -> None:
         has_meta_attention = self.meta_attention_layers != "none"
         if self.meta_attention_over != "meta" and has_meta_attention:
@@ -128,6 +150,12 @@ class ModelConfig(Frozen):
             )
         if memory.memory_limit is not None and memory.layers != "all" and has_meta_attention:
             raise ValueError("model.attention.memory_limit with meta-attention needs model.attention.layers all")
+        has_bias = self.position_encoding in ("alibi", "t5", "kerple")
+        if memory.positions == "text" and memory.layers != "all" and has_bias:
+            raise ValueError(
+                f"model.attention.positions text under model.position_encoding {self.position_encoding} needs "
+                "model.attention.layers all"
+            )
         if memory.positions == "compact" and (self.position_encoding != "rope" or memory.layers != "all"):
             raise ValueError(
                 "model.attention.positions compact needs model.position_encoding rope and model.attention.layers all"

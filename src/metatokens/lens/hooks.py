@@ -25,9 +25,12 @@ from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
 from metatokens.lens.masks import cut_mask, window_mask
 from metatokens.model.compatibility import find_cache
+from metatokens.model.configuration import ADAPTIVE
 from metatokens.model.memory import MemoryMask
 
 _MASKS_ARE_TENSORS = ("eager", "sdpa")
+UNREADABLE = (*ADAPTIVE, "transformer_xl")
+"""Position encodings under which scores do not follow from the rotated queries and keys and the mask."""
 
 Observer = Callable[[AttentionCall], None]
 
@@ -161,6 +164,13 @@ class Hooks(ModuleHooks):
                 expected=f"{' or '.join(_MASKS_ARE_TENSORS)}, whose masks are tensors",
                 found=str(implementation),
                 remedy='call model.set_attn_implementation("sdpa")',
+            )
+        if self._observers and getattr(self._model.config, "position_encoding", None) in UNREADABLE:
+            raise UsageError(
+                "position_encoding of a model whose attention is observed",
+                expected="scores that follow from rotated queries, keys and a mask",
+                found=self._model.config.position_encoding,
+                remedy="load the model with attn_implementation eager and ask for output_attentions",
             )
         columns = (torch.arange(tokens.shape[1], device=tokens.device) + seen).expand(tokens.shape[:2])
         logit_columns = columns[:, slice(-kept, None) if isinstance(kept, int) else kept]

@@ -6,7 +6,7 @@ its pattern allow, so a utilisation computed from these figures does not count w
 
 from dataclasses import dataclass
 
-from .configuration import MetaTokenConfig
+from .configuration import ADAPTIVE, MetaTokenConfig
 from .memory import count_columns
 from .position_bias import NUM_BUCKETS
 
@@ -33,10 +33,16 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     attention = 4 * width * width + 4 * width
     mlp = 2 * width * inner + inner + width
     norm = 2 * width
-    positions = {"learned": config.max_position_embeddings * width, "t5": NUM_BUCKETS * config.num_attention_heads}
+    heads, encoding = config.num_attention_heads, config.position_encoding
+    positions = {"learned": config.max_position_embeddings * width, "t5": NUM_BUCKETS * heads}
+    positions |= dict.fromkeys(("kerple", "dape_kerple"), 2 * heads)
+    if encoding == "transformer_xl":
+        attention += width * width + 2 * width
+    elif encoding in ADAPTIVE:
+        attention += (2 * heads + 1) * heads + (heads + 1) * heads
     return ParameterCount(
         embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2),
-        positions=positions.get(config.position_encoding, 0),
+        positions=positions.get(encoding, 0),
         blocks=layers * (attention + mlp + 2 * norm) + norm,
         meta_attention=_num_meta_layers(config) * attention,
     )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .compatibility import ALL_ATTENTION_FUNCTIONS
-from .configuration import MetaTokenConfig
+from .configuration import ADAPTIVE, MetaTokenConfig
 from .memory import MemoryMask, take_columns
+from .position_scores import AdaptiveBias, RelativeKeys, Sinusoids
 from .positions import Rotary
 
 
@@ -56,6 +57,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width)
         self.v_proj = nn.Linear(config.hidden_size, width)
         self.o_proj = nn.Linear(width, config.hidden_size)
+        self.relative_keys = RelativeKeys(config) if config.position_encoding == "transformer_xl" else None
+        self.adaptive_bias = AdaptiveBias(config) if config.position_encoding in ADAPTIVE else None
 
     def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Project hidden states (B, T, C) to queries and keys with their positions, and values, each (B, H, T, D)."""
@@ -63,7 +66,9 @@ class Attention(nn.Module):
         query, key, value = (
             projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if rotary is not None:
+        if self.relative_keys is not None and isinstance(rotary, Sinusoids):
+            query, key = self.relative_keys(query, key, rotary)
+        elif rotary is not None:
             query, key = rotary.apply(query, key)
         return query, key, value
 
@@ -73,6 +78,8 @@ class Attention(nn.Module):
         """Return the projected output (B, T, C) and, if the backend returns them, the weights (B, H, T, K)."""
         if key.shape[-1] > query.shape[-1]:
             key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
+        if self.adaptive_bias is not None:
+            mask = self._adapt(query, key, mask)
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(mask, MemoryMask):
@@ -83,6 +90,17 @@ class Attention(nn.Module):
             mask = mask.flex
         output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+
+    def _adapt(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        """Return an additive mask (B, H, T, K), which has a bias in it, with what DAPE makes of bias and scores."""
+        assert self.adaptive_bias is not None
+        precision = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.matmul(query.to(precision), key.to(precision).transpose(2, 3)) * self.scaling
+        is_seen = mask > torch.finfo(mask.dtype).min / 2
+        added = self.adaptive_bias(scores, torch.where(is_seen, mask, 0).to(precision))
+        adapted = torch.where(is_seen, mask + added, mask)
+        # eager attention adds up in the wider type
+        return adapted if self.config._attn_implementation == "eager" else adapted.to(mask.dtype)
 
 
 class SelfAttention(Attention):

@@ -18,8 +18,9 @@ LOSS_POLICIES = ("skip", "retarget")
 META_ATTENTION_MEMBERS = ("meta", "all", "random")
 ENDLESS = 2**31 - 1  # positions of a text that may be of any length
 ROTATIONS = ("rope", "xpos", "fourier")
-BIASES = ("alibi", "t5")
-POSITION_ENCODINGS = (*ROTATIONS, *BIASES, "learned", "none")
+ADAPTIVE = ("dape_alibi", "dape_kerple")
+BIASES = ("alibi", "t5", "kerple", *ADAPTIVE)
+POSITION_ENCODINGS = (*ROTATIONS, *BIASES, "transformer_xl", "learned", "none")
 
 
 @strict
@@ -42,7 +43,9 @@ class MetaTokenConfig(PreTrainedConfig):
         use_cache: Whether a forward pass returns its cache.
         tie_word_embeddings: Whether the output head has the weights of the embedding.
         position_encoding: How positions enter both attentions: "rope", "xpos" (RoPE with scores that decay with the
-            distance), "fourier" (mixed frequencies), "learned", "alibi", "t5" (a learned bias by distance) or "none".
+            distance), "fourier" (mixed frequencies), "learned", "alibi", "t5" (a learned bias by distance), "kerple"
+            (minus a logarithm of the distance), "dape_alibi" and "dape_kerple" (a map of the scores and that bias),
+            "transformer_xl" (relative keys, and embeddings scaled by the root of the width) or "none".
         rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
         meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
         meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
@@ -251,6 +254,12 @@ class MetaTokenConfig(PreTrainedConfig):
         if policy.memory_limit is not None and policy.layers != "all" and self.meta_attention_layers != "none":
             raise ValueError(
                 'memory.memory_limit with meta-attention needs memory.layers "all": one limit for all blocks'
+            )
+        if self.position_encoding in ADAPTIVE:
+            raise ValueError(f"memory does not take position_encoding {self.position_encoding!r}")
+        if policy.positions == "text" and policy.layers != "all" and self.position_encoding in BIASES:
+            raise ValueError(
+                f'memory.positions "text" under position_encoding {self.position_encoding!r} needs memory.layers "all"'
             )
         outside = [] if isinstance(policy.layers, str) else [i for i in policy.layers if not 0 <= i < self.num_layers]
         if outside:

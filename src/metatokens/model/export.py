@@ -33,6 +33,7 @@ REMOTE_CODE = (
     "modeling",
     "outputs",
     "position_bias",
+    "position_scores",
     "positions",
     "schedule",
 )

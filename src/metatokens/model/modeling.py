@@ -44,7 +44,8 @@ from .meta_attention import (
     refuse_paged_cache,
 )
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
-from .position_bias import NUM_BUCKETS, AlibiBias, BucketBias, PositionBias, alibi_slopes
+from .position_bias import NUM_BUCKETS, AlibiBias, BucketBias, KerpleKernel, PositionBias, alibi_slopes
+from .position_scores import RelativeKeys
 from .positions import ROTARY_EMBEDDINGS, Rotary
 
 logger = logging.get_logger(__name__)
@@ -79,6 +80,13 @@ class MetaTokenPreTrainedModel(PreTrainedModel):
             init.normal_(module.o_proj.weight, std=std)
         elif isinstance(module, MLP):
             init.normal_(module.down_proj.weight, std=std)
+        elif isinstance(module, RelativeKeys):
+            init.zeros_(module.content_bias)
+            init.zeros_(module.distance_bias)
+        elif isinstance(module, KerpleKernel):
+            # as in the authors' code: r up to 2, s up to 1
+            init.uniform_(module.weight[0], 0, 2)
+            init.uniform_(module.weight[1], 0, 1)
 
 
 class MetaTokenModel(MetaTokenPreTrainedModel):
@@ -94,7 +102,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_encoding == "t5":
             self.distance_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
-        elif config.has_rotation:
+        elif config.position_encoding in ("kerple", "dape_kerple"):
+            self.kernel = KerpleKernel(config.num_attention_heads)
+        elif config.position_encoding in ROTARY_EMBEDDINGS:
             self.rotary_emb = ROTARY_EMBEDDINGS[config.position_encoding](config=config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([self.block_class(config, i) for i in range(config.num_hidden_layers)])
@@ -158,8 +168,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
         if use_cache and past_key_values is None and layout.documents is None:
             past_key_values = self._usable_cache(DynamicCache(config=self.config))
-        if self.config.position_encoding == "learned":
-            hidden = hidden + self.embed_positions(layout.position_ids)
+        hidden = self._with_positions(hidden, layout)
         rotary, meta_rotary = self._rotations(hidden, layout, tokens)
         mask = None
         if policy is None or not all(map(policy.applies_to, range(len(self.layers)))):
@@ -279,6 +288,9 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             )
         if encoding == "t5":
             return BucketBias(self.distance_bias.weight.to(hidden.dtype))
+        if "kerple" in encoding:
+            bias: PositionBias = self.kernel(hidden.dtype)
+            return bias
         slopes = alibi_slopes(self.config.num_attention_heads)
         return AlibiBias(torch.tensor(slopes, dtype=hidden.dtype, device=hidden.device))
 
@@ -365,11 +377,20 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             return mask
         return to_additive(mask.dense(), hidden.dtype) if backend == "eager" else mask.dense()
 
+    def _with_positions(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
+        """Return the embeddings (B, T, C) as they enter the first block."""
+        if self.config.position_encoding == "learned":
+            return hidden + self.embed_positions(layout.position_ids)  # type: ignore[no-any-return]
+        if self.config.position_encoding == "transformer_xl":
+            # Csordas et al. 2021: embeddings of so small an initialisation would drown in what is added to them
+            return hidden * math.sqrt(self.config.hidden_size)
+        return hidden
+
     def _rotations(
         self, hidden: Tensor, layout: TokenLayout, tokens: Columns | None
     ) -> tuple[Rotary | None, Rotary | None]:
         """Return how positions enter self-attention and meta-attention; a compact mask rotates by itself."""
-        if not self.config.has_rotation:
+        if self.config.position_encoding not in ROTARY_EMBEDDINGS:
             return None, None
         policy = self.config.memory_policy
         if policy is not None and tokens is not None and policy.positions == "compact":

@@ -8,10 +8,11 @@ import math
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NUM_BUCKETS = 32  # T5's defaults (Raffel et al. 2020, section 2.1)
 FAR = 128
+KERPLE_LEAST = 0.01  # as in the authors' code
 
 
 class PositionBias(Protocol):
@@ -40,6 +41,35 @@ class AlibiBias(NamedTuple):
     def to(self, target: Any) -> Self:
         """Return the same on another device."""
         return self._replace(slopes=self.slopes.to(target))
+
+
+class KerpleBias(NamedTuple):
+    """Kerple's logarithmic kernel (Chi et al. 2022, section 4): minus r log(1 + s distance), with r and s learned."""
+
+    weights: Tensor
+    """(2, H): r and s, which count as 0.01 if they are less."""
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """Return the bias (B, H, ...) of distances (B, H or 1, ...)."""
+        factor, rate = (_by_head(values.clamp(min=KERPLE_LEAST), distance) for values in self.weights)
+        return -factor * torch.log1p(rate * distance.clamp(min=0))
+
+    def to(self, target: Any) -> Self:
+        """Return the same on another device."""
+        return self._replace(weights=self.weights.to(target))
+
+
+class KerpleKernel(nn.Module):
+    """The weights of `KerpleBias`."""
+
+    def __init__(self, num_heads: int) -> None:
+        """Create r and s of each head."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, num_heads))
+
+    def forward(self, dtype: torch.dtype) -> KerpleBias:
+        """Return the bias in a dtype."""
+        return KerpleBias(self.weight.to(dtype))
 
 
 class BucketBias(NamedTuple):

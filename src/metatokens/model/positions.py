@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compatibility import LlamaRotaryEmbedding
+from .position_scores import SinusoidEmbedding
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, section 3.2
 # positions per power of zeta, as in microsoft/torchscale@main:torchscale/component/xpos_relative_position.py
@@ -245,9 +246,10 @@ class FourierEmbedding(nn.Module):
         return FourierTables(*(torch.cat([half, half], -1).to(hidden.dtype) for half in (cos, sin)))
 
 
-ROTARY_EMBEDDINGS = {
+ROTARY_EMBEDDINGS: dict[str, Callable[..., nn.Module]] = {
     "rope": MetaTokenRotaryEmbedding,
     "xpos": XposRotaryEmbedding,
     "fourier": FourierEmbedding,
+    "transformer_xl": SinusoidEmbedding,
 }
-"""By position_encoding."""
+"""What makes the tables of positions, by position_encoding."""

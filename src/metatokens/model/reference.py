@@ -51,7 +51,9 @@ def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePa
     elif layout.has_pairs:
         scores = scores + layout.attention_mask
     if layout.bias is not None:
-        scores = scores + layout.bias(layout.position_ids[:, None, :, None] - layout.position_ids[:, None, None])
+        bias = layout.bias(layout.position_ids[:, None, :, None] - layout.position_ids[:, None, None])
+        adapted = 0 if attention.adaptive_bias is None else attention.adaptive_bias(scores, bias)
+        scores = scores + bias + adapted
     weights = scores.masked_fill(~(causal & both_meta), -math.inf).softmax(-1)
     weights = weights.masked_fill(~pack.is_meta[:, None, :, None], 0)  # a row without keys is 0/0
     output: Tensor = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))

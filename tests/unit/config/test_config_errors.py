@@ -137,6 +137,14 @@ def test_a_value_that_is_missing_names_its_key():
         (["--model.num_attention_heads", "5"], ["model.hidden_size 128", "model.num_attention_heads 5"]),
         (["--model.hidden_size", "12"], ["model.position_encoding rope", "even head size"]),
         (
+            ["--model.position_encoding", "dape_alibi", "--model.attention", "{kind: sliding_window, window: 8}"],
+            ["model.position_encoding dape_alibi", "model.attention full", "sliding_window"],
+        ),
+        (
+            ["--model", "{position_encoding: transformer_xl, hidden_size: 9, num_attention_heads: 3}"],
+            ["model.position_encoding transformer_xl", "even model.hidden_size"],
+        ),
+        (
             ["--model.position_encoding", "learned", "--model.rope_scaling", "{kind: linear, factor: 2}"],
             ["model.rope_scaling", "model.position_encoding rope"],
         ),

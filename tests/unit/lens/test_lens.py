@@ -417,6 +417,9 @@ def test_a_model_that_the_lens_cannot_read_is_refused_in_one_line() -> None:
     cut = edits.cut_edges([0], query=ids == META, key=ids == META)
     with pytest.raises(UsageError, match="expected eager or sdpa"), Lens(model).edit(cut):
         model(ids)
+    lens = Lens(build(position_encoding="dape_alibi", attn_implementation="sdpa"))
+    with pytest.raises(UsageError, match="found dape_alibi"), lens.observe(print):
+        lens(ids)
     with pytest.raises(UsageError, match="GPT-2 with cross-attention"):
         Lens(gpt2(add_cross_attention=True))
     with pytest.raises(UsageError, match="found Linear"):

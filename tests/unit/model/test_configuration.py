@@ -62,6 +62,11 @@ def test_caches_of_transformers_have_a_meta_part_in_blocks_with_meta_attention()
         ({"memory": {"window": 4, "layers": [0, 2]}}, ("memory.layers", "[2]", "0..1")),
         ({"memory": {"window": 4}, "meta_token_id": None}, ("memory.anchors", "meta_token_id", "every")),
         ({"memory": {"window": 4, "positions": "compact"}, "position_encoding": "alibi"}, ("compact", "rope")),
+        ({"memory": {"window": 4}, "position_encoding": "dape_alibi"}, ("memory", "dape_alibi")),
+        (
+            {"memory": {"window": 4, "positions": "text", "layers": "odd"}, "position_encoding": "alibi"},
+            ("text", "alibi", "memory.layers"),
+        ),
         ({"memory": {"window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
         ({"memory": {"window": 4, "memory_limit": 2, "layers": "odd"}}, ("memory_limit", "memory.layers", "all")),
     ],
