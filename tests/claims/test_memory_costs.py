@@ -46,6 +46,13 @@ def test_the_peak_of_prefill_grows_with_the_kept_columns_alone(memory: dict[str,
     assert read(full, 2048)[0] - read(full, 512)[0] > 3 * (peaks[2048] - peaks[512])
 
 
+def test_the_wider_keys_of_transformer_xl_are_counted() -> None:
+    model = tiny_model(memory={"window": 64}, position_encoding="transformer_xl", **SHAPE)
+    num_meta = int((text(300) == META).sum())
+    expected = cache_bytes(model.config, num_positions=300, num_meta=num_meta, bytes_per_number=8)
+    assert read(model, 300)[1] == expected.total
+
+
 def test_the_peak_of_prefill_does_not_grow_once_the_memory_is_full() -> None:
     model = tiny_model(memory={"window": 64, "memory_limit": 60}, **SHAPE)
     assert read(model, 1024) == read(model, 2048)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from metatokens.baselines.building import build_config
 from metatokens.config.schema import LinearScaling, ModelConfig, YarnScaling
+from metatokens.model.accounting import forward_flops
 from metatokens.model.attention import Attention
 from metatokens.model.position_bias import KerpleKernel, alibi_slopes, bucket_of
 from metatokens.model.positions import FourierEmbedding, MetaTokenRotaryEmbedding
@@ -250,3 +252,20 @@ def test_yarn_multiplies_scores_by_the_square_of_its_temperature() -> None:
     query, key, _ = attention.project(torch.zeros(1, 1, 32, dtype=torch.float64), rotary)
     score = (query * key).sum(-1)[0, 0, 0].item()
     assert score == pytest.approx(8 * 1.29648, abs=1e-3)  # 1.13863 squared
+
+
+@pytest.mark.parametrize("encoding", OWN_SCORES)
+def test_operations_of_an_encoding_with_weights_of_its_own_are_counted(encoding: str) -> None:
+    length, heads, width, layers = 24, 4, 32, 2
+    shape: dict[str, Any] = {"attn_implementation": "eager", "meta_attention_layers": "none"}
+    flops = []
+    for name in (encoding, "none"):
+        model = tiny_model(position_encoding=name, **shape)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens("x" * length), use_cache=False)
+        flops.append((counter.get_total_flops(), forward_flops(model.config, num_positions=length)))
+    measured, counted = (ours - others for ours, others in zip(*flops, strict=True))
+    of_token, of_pair = (2 * width * width, 2 * heads * width) if "xl" in encoding else (0, 2 * 3 * heads * heads)
+    # the model computes all pairs, and those that causality allows are counted
+    assert measured == layers * (length * of_token + length * length * of_pair)
+    assert counted == layers * (length * of_token + length * (length + 1) // 2 * of_pair)

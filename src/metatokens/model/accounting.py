@@ -64,8 +64,13 @@ def forward_flops(
     pairs = sum(config.count_attention_pairs(i, num_positions, num_meta) for i in range(layers))
     head = 2 * (num_positions - num_meta if num_logits is None else num_logits) * width * config.vocab_size
     members = config.count_meta_attention_members(num_positions, num_meta)
-    meta = 2 * members * 4 * width * width + _attention_flops(width, members * (members + 1) // 2)
-    return layers * projections + _attention_flops(width, pairs) + head + _num_meta_layers(config) * meta
+    pairs_of_members = members * (members + 1) // 2
+    meta = 2 * members * 4 * width * width + _attention_flops(width, pairs_of_members)
+    meta += _position_flops(config, members, pairs_of_members)
+    text = (
+        layers * projections + _attention_flops(width, pairs) + _position_flops(config, layers * num_positions, pairs)
+    )
+    return text + head + _num_meta_layers(config) * meta
 
 
 def training_flops(
@@ -104,7 +109,8 @@ def cache_bytes(
         bytes_per_number: 4 for float32, 2 for half precision.
     """
     assert config.head_dim is not None
-    per_column = 2 * config.num_attention_heads * config.head_dim * bytes_per_number
+    wide = config.hidden_size if config.position_encoding == "transformer_xl" else 0
+    per_column = (2 * config.head_dim + wide) * config.num_attention_heads * bytes_per_number
     policy = config.memory_policy
     columns, anchors = 0, 0
     for layer_index in range(config.num_hidden_layers):
@@ -166,6 +172,14 @@ def activation_bytes(
 def _attention_flops(width: int, num_pairs: int) -> int:
     """Scores and weighted sum over pairs of a query and a key."""
     return 2 * 2 * width * num_pairs
+
+
+def _position_flops(config: MetaTokenConfig, num_tokens: int, num_pairs: int) -> int:
+    """What a position encoding with weights of its own in each attention adds; that of the others is not counted."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    if config.position_encoding == "transformer_xl":
+        return 2 * num_tokens * width * width + 2 * num_pairs * heads * width
+    return 2 * num_pairs * 3 * heads * heads if config.position_encoding in ADAPTIVE else 0
 
 
 def _num_meta_layers(config: MetaTokenConfig) -> int:

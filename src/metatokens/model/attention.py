@@ -78,10 +78,12 @@ class Attention(nn.Module):
         """Return the projected output (B, T, C) and, if the backend returns them, the weights (B, H, T, K)."""
         if key.shape[-1] > query.shape[-1]:
             key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
-        if self.adaptive_bias is not None:
-            mask = self._adapt(query, key, mask)
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if self.adaptive_bias is not None:
+            output, weights = self._attend_adaptively(query, key, value, mask, dropout)
+            shown = weights if self.config._attn_implementation == "eager" else None
+            return self.o_proj(output.reshape(*output.shape[:2], -1)), shown
         if isinstance(mask, MemoryMask):
             if self.config._attn_implementation != "flex_attention":
                 output = mask.attend(query, key, value, scaling=self.scaling, dropout=dropout)
@@ -91,16 +93,19 @@ class Attention(nn.Module):
         output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
 
-    def _adapt(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        """Return an additive mask (B, H, T, K), which has a bias in it, with what DAPE makes of bias and scores."""
+    def _attend_adaptively(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with what DAPE makes of scores and of the bias in an additive mask, as `eager_attention` does."""
         assert self.adaptive_bias is not None
         precision = torch.promote_types(query.dtype, torch.float32)
         scores = torch.matmul(query.to(precision), key.to(precision).transpose(2, 3)) * self.scaling
         is_seen = mask > torch.finfo(mask.dtype).min / 2
-        added = self.adaptive_bias(scores, torch.where(is_seen, mask, 0).to(precision))
-        adapted = torch.where(is_seen, mask + added, mask)
-        # eager attention adds up in the wider type
-        return adapted if self.config._attn_implementation == "eager" else adapted.to(mask.dtype)
+        bias = torch.where(is_seen, mask, 0).to(precision)
+        scores = (scores + bias + self.adaptive_bias(scores, bias)).masked_fill(~is_seen, torch.finfo(precision).min)
+        weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+        weights = nn.functional.dropout(weights, p=dropout, training=self.training)
+        return torch.matmul(weights, value).transpose(1, 2), weights
 
 
 class SelfAttention(Attention):
