@@ -1,13 +1,17 @@
 """The loss of a grafted model on books by distance from the start of the text, beside caches without training.
 
 One block a book. Each is read in one pass under the mask of its row, which equals dropping the columns (a test of the
-package holds that). Rows, all with 4 sinks:
+package holds that); the last two kinds without training really drop them. Rows, all with 4 sinks:
 
     full              every token
     sinks@N           StreamingLLM with as many columns as the graft of period N has at the end of the block
     every@N           a window, and every N-th token before it
     graft@N           a graft of period N without training
+    separators@N      a window, and the newest tokens before it that end a clause, with as many columns
+    pooled@N          a window, and means of N tokens before it, with as many columns or a few less
     NAME              a trained graft, given as NAME=FOLDER; its period is its own
+
+Besides the ranges of distances, which double, there is that of the last window, which presses.py measures too.
 
 A file has a line for each row and block. One that is begun is gone on with; whatever it lacks is measured.
 
@@ -28,14 +32,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from metatokens.evaluation.eviction import Budget, Reader
+from metatokens.evaluation.eviction.policies import find_policy
 from metatokens.evaluation.long_context.loss_by_distance import SKIPPED_SHARE, ranges_of
 from metatokens.evaluation.long_context.material import Material
+from metatokens.evaluation.long_context.subject import Subject
 from metatokens.evaluation.statistics import bootstrap_paired_ratio, bootstrap_ratio
 from metatokens.graft import GraftConfig, graft, load_graft, ungraft
 from metatokens.graft.grafting import graft_of
 
 SINKS = 4
+CHUNK = 256  # tokens of a pass where columns are dropped
 CHARACTERS_OF_A_TOKEN = 12  # more than a tokenizer needs on average
+KINDS = ("full", "sinks", "every", "graft", "separators", "pooled")
 Losses = Callable[[Tensor], Tensor]
 
 
@@ -75,21 +84,40 @@ def grafted(model: Any, attach: Callable[[], Any]) -> Losses:
     return measure
 
 
+def dropping(subject: Subject, policy: str, budget: Budget) -> Losses:
+    """Return what measures the loss while columns are dropped by a policy of the long-context suite."""
+
+    def measure(ids: Tensor) -> Tensor:
+        reader = Reader(subject.model, find_policy(policy), budget, separators=subject.separators)
+        return next_token_losses(torch.cat([reader.read(part) for part in ids.split(CHUNK, 1)], 1), ids)
+
+    return measure
+
+
 def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the nats of each token but the first, (T - 1,)."""
     return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
 
 
-def rows_of(options: argparse.Namespace, model: Any) -> Iterator[tuple[str, int, Losses]]:
+def rows_of(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[str, int, Losses]]:
     """Yield the name of each row, its columns at the end of a block, and what measures it."""
-    length, window = options.length, options.window
-    yield "full", length, under_mask(model, torch.ones(length, length, dtype=torch.bool).tril())
-    configs = {every: GraftConfig(window=window, num_sinks=SINKS, every=every) for every in options.every}
-    for every, config in configs.items():
+    length, window, model = options.length, options.window, subject.model
+    if "full" in options.kinds:
+        yield "full", length, under_mask(model, torch.ones(length, length, dtype=torch.bool).tril())
+    for every in options.every:
+        config = GraftConfig(window=window, num_sinks=SINKS, every=every)
         columns = SINKS + window + count_anchors(config, length)
-        yield f"sinks@{every}", columns, under_mask(model, keep(length, columns - SINKS, None))
-        yield f"every@{every}", columns, under_mask(model, keep(length, window, every))
-        yield f"graft@{every}", columns, grafted(model, lambda config=config: graft(model, config))
+        budget = Budget(columns=columns, length=length, sinks=SINKS, window=window)
+        measures: dict[str, Callable[[], Losses]] = {
+            "sinks": lambda columns=columns: under_mask(model, keep(length, columns - SINKS, None)),
+            "every": lambda every=every: under_mask(model, keep(length, window, every)),
+            "graft": lambda config=config: grafted(model, lambda: graft(model, config)),
+            "separators": lambda budget=budget: dropping(subject, "separators", budget),
+            "pooled": lambda budget=budget: dropping(subject, "pooled", budget),
+        }
+        for kind, make in measures.items():
+            if kind in options.kinds:
+                yield f"{kind}@{every}", columns, make()
     for name, folder in (given.split("=", 1) for given in options.trained):
         load_graft(folder, model)
         config = graft_of(model).config
@@ -118,8 +146,10 @@ def measure(options: argparse.Namespace) -> None:
     if options.out.exists():
         done = {(line["row"], line["block"]) for line in map(json.loads, options.out.read_text().splitlines())}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    rows = list(rows_of(options, model))
-    blocks = list(blocks_of(options, AutoTokenizer.from_pretrained(options.model)))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows = list(rows_of(options, Subject(model, tokenizer, prefix=())))
+    blocks = list(blocks_of(options, tokenizer))
+    ranges = [*ranges_of(options.length), (options.length - options.window + 1, options.length - 1)]
     with options.out.open("a") as file:
         for number, (name, ids) in enumerate(blocks):
             for row, columns, losses in rows:
@@ -128,31 +158,34 @@ def measure(options: argparse.Namespace) -> None:
                 while options.wait_while is not None and options.wait_while.exists():
                     time.sleep(5)
                 nats = losses(ids).double()
-                means = {f"{low}-{high}": float(nats[low - 1 : high].mean()) for low, high in ranges_of(len(ids[0]))}
+                means = {f"{low}-{high}": float(nats[low - 1 : high].mean()) for low, high in ranges}
                 file.write(json.dumps({"row": row, "block": name, "columns": columns, "nats": means}) + "\n")
                 file.flush()
             print(f"{number + 1} of {len(blocks)}", file=sys.stderr)
 
 
 def summarise(options: argparse.Namespace) -> None:
-    """Write the means over blocks, and the paired differences from the whole cache and from StreamingLLM."""
+    """Write the means over blocks, and the paired differences from the whole cache and from rows of as many columns."""
     lines = [json.loads(line) for line in options.file.read_text().splitlines()]
     by_row: dict[str, dict[str, Any]] = {}
     for line in lines:
         by_row.setdefault(line["row"], {})[line["block"]] = line
     shared = sorted(set.intersection(*(set(blocks) for blocks in by_row.values())))
+    # an older file lacks the range of the last window
+    ranges = set.intersection(*(set(line["nats"]) for line in lines))
     table = []
     for row, blocks in by_row.items():
         columns = next(iter(blocks.values()))["columns"]
         rivals = [name for name, others in by_row.items() if next(iter(others.values()))["columns"] == columns]
-        for distances in blocks[shared[0]]["nats"]:
+        for distances in (name for name in blocks[shared[0]]["nats"] if name in ranges):
             own = [blocks[block]["nats"][distances] for block in shared]
 
             def difference(other: str, own: list[float] = own, distances: str = distances) -> dict[str, Any]:
                 against = [by_row[other][block]["nats"][distances] for block in shared]
                 return asdict(bootstrap_paired_ratio(own, against, [1.0] * len(own), seed=0))
 
-            against = [name for name in rivals if name != row and name.startswith(("sinks@", "every@"))]
+            compared = ("sinks@", "every@")
+            against = [name for name in rivals if name != row and (name.startswith(compared) or "@" not in name)]
             table.append(
                 {
                     "row": row,
@@ -178,6 +211,7 @@ def main() -> None:
     one.add_argument("--length", type=int, default=1024, help="tokens of a block")
     one.add_argument("--window", type=int, default=128)
     one.add_argument("--every", type=int, nargs="*", default=[10, 4], help="periods of the rows without training")
+    one.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS, help="rows without training")
     one.add_argument("--trained", nargs="*", default=[], metavar="NAME=FOLDER", help="trained grafts of this model")
     one.add_argument("--wait-while", type=Path, metavar="FILE", help="rest as long as this file exists")
     one.add_argument("--out", type=Path, required=True)

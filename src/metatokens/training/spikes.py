@@ -14,8 +14,9 @@ WINDOW = 128
 """Losses that a new one is compared with; before there are as many, none is a spike."""
 SIGMAS = 6.0
 """Standard deviations above their mean from which on it is one."""
-LEAST_RISE = 0.01
-"""Share of their mean by which it rises at least: losses that hardly differ would make the last bit of one a spike."""
+LEAST_RISE = 0.1
+"""Nats by which it rises at least: losses that hardly differ would make the last bit of one a spike, and where a task
+is all but solved, each mistake would be one."""
 
 
 @dataclass(frozen=True)
@@ -77,4 +78,4 @@ def spike_limit(losses: Sequence[float]) -> float:
         return math.inf
     mean = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / len(losses)
-    return mean + max(SIGMAS * math.sqrt(variance), LEAST_RISE * mean)
+    return mean + max(SIGMAS * math.sqrt(variance), LEAST_RISE)

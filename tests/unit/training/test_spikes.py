@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from metatokens.training.spikes import SIGMAS, WINDOW, JudgedStep, spike_limit
+from metatokens.training.spikes import LEAST_RISE, SIGMAS, WINDOW, JudgedStep, spike_limit
 
 
 def judge(losses: list[float], loss: float, *, skips: bool = True) -> tuple[JudgedStep, list[float]]:
@@ -28,7 +28,13 @@ def test_a_spike_is_a_loss_six_deviations_above_the_mean_of_the_last_128() -> No
 def test_after_losses_that_are_all_equal_a_last_bit_is_no_spike() -> None:
     for loss in (0.1, 3.0, 0.0):
         assert not judge([loss] * WINDOW, math.nextafter(loss, 9.0) if loss else 0.0)[0].is_spike
-        assert judge([loss] * WINDOW, 1.02 * loss + 1e-9)[0].is_spike
+        assert judge([loss] * WINDOW, loss + LEAST_RISE + 1e-9)[0].is_spike
+
+
+def test_a_mistake_in_a_task_that_is_all_but_solved_is_no_spike() -> None:
+    losses = [0.001 + 0.0001 * (i % 7) for i in range(WINDOW)]
+    assert not judge(losses, 0.09)[0].is_spike
+    assert judge(losses, 0.2)[0].is_spike
 
 
 def test_ordinary_training_has_no_spike() -> None:

@@ -1,0 +1,124 @@
+"""Two presses of kvpress on the texts of loss.py and of the long-context suite, in an environment of its own.
+
+kvpress 0.5.5 asks for an older transformers than this package, so the texts go through a file:
+
+    python experiments/graft/presses.py texts MODEL BOOKS --out texts.json          # in the package's environment
+    python presses.py measure MODEL texts.json --out experiments/graft/presses.json  # in that of kvpress
+
+A press reads all but the last window of a text under full attention, and then drops columns, a head for itself. What is
+left and the last window have as many columns together as a graft at the end. So its choice has seen all of the text
+before the window, which no policy that drops columns while it reads has. Scored are the tokens of the last window of a
+block, and the answers to single needles (right if every token is the likeliest).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRESSES = {"SnapKV": "SnapKVPress", "expected attention": "ExpectedAttentionPress"}
+
+
+def write_texts(options: argparse.Namespace) -> None:
+    """Write the ids of blocks and needles, and how many columns a graft has."""
+    from loss import SINKS, blocks_of, count_anchors
+    from transformers import AutoTokenizer
+
+    from metatokens.evaluation.long_context.items import make_item
+    from metatokens.evaluation.long_context.material import Material
+    from metatokens.evaluation.long_context.subject import SubjectTokens
+    from metatokens.evaluation.long_context.tasks import find_task
+    from metatokens.graft import GraftConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    encoder = SubjectTokens(tokenizer)
+    needles = []
+    for index in range(options.needles):
+        item = make_item(find_task("needle"), options.length, encoder=encoder, material=Material(), seed=0, index=index)
+        needles.append({"prompt": encoder.encode(item.prompt), "whole": encoder.encode(item.prompt + item.answer)})
+    configs = [GraftConfig(window=options.window, num_sinks=SINKS, every=every) for every in options.every]
+    columns = {one.every: SINKS + one.window + count_anchors(one, options.length) for one in configs}
+    blocks = {name: ids[0].tolist() for name, ids in blocks_of(options, tokenizer)}
+    tree = {"window": options.window, "columns": columns, "blocks": blocks, "needles": needles}
+    options.out.write_text(json.dumps(tree) + "\n")
+
+
+@torch.no_grad()
+def read(model: Any, press: Any, ids: list[int], window: int, columns: int) -> torch.Tensor:
+    """Return logits (window, V) of the last tokens of a text, of which the last one scores nothing."""
+    from transformers import DynamicCache
+
+    cache, before = DynamicCache(), len(ids) - window
+    press.compression_ratio = 1 - (columns - window) / before
+    with press(model):
+        model.model(input_ids=torch.tensor([ids[:before]]), past_key_values=cache)
+    assert abs(cache.get_seq_length() - (columns - window)) <= 1, cache.get_seq_length()
+    places = torch.arange(before, len(ids))[None]
+    logits: torch.Tensor = model(torch.tensor([ids[before:]]), past_key_values=cache, position_ids=places).logits
+    return logits[0]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Add what is missing to the file."""
+    import kvpress
+    import transformers
+
+    torch.set_num_threads(1)
+    texts = json.loads(options.texts.read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)} | {
+        "kvpress": importlib.metadata.version("kvpress")
+    }
+    tree = {"versions": versions, "window": texts["window"], "nats": {}, "right": {}}
+    if options.out.exists():
+        tree = json.loads(options.out.read_text())
+    window = texts["window"]
+    for every, columns in texts["columns"].items():
+        for name, press_class in PRESSES.items():
+            press, row = getattr(kvpress, press_class)(), f"{name}@{every}"
+            nats = tree["nats"].setdefault(row, {})
+            for block, ids in texts["blocks"].items():
+                if block not in nats:
+                    logits = read(model, press, ids, window, columns)
+                    targets = torch.tensor(ids[-window + 1 :])
+                    nats[block] = float(torch.nn.functional.cross_entropy(logits[:-1].double(), targets))
+                    options.out.write_text(json.dumps(tree, indent=1) + "\n")
+            right = tree["right"].setdefault(row, [])
+            for needle in texts["needles"][len(right) :]:
+                ids, first = needle["whole"], len(needle["prompt"])
+                best = read(model, press, ids, window, columns).argmax(-1).tolist()
+                written = best[first - 1 - (len(ids) - window) : -1]
+                right.append(written == ids[first:])
+                options.out.write_text(json.dumps(tree, indent=1) + "\n")
+            print(row, file=sys.stderr)
+
+
+def main() -> None:
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("texts")
+    one.add_argument("model", type=Path, help="folder of a decoder of transformers")
+    one.add_argument("books", type=Path, help="folder of books")
+    one.add_argument("--blocks", type=int, default=40)
+    one.add_argument("--needles", type=int, default=25)
+    one.add_argument("--length", type=int, default=1024, help="tokens of a text")
+    one.add_argument("--window", type=int, default=128)
+    one.add_argument("--every", type=int, nargs="*", default=[10, 4])
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(work=write_texts)
+    two = verbs.add_parser("measure")
+    two.add_argument("model", type=Path)
+    two.add_argument("texts", type=Path)
+    two.add_argument("--out", type=Path, required=True)
+    two.set_defaults(work=measure)
+    options = parser.parse_args()
+    options.work(options)
+
+
+if __name__ == "__main__":
+    main()
