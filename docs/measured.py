@@ -21,7 +21,7 @@ BOOKS, PIPELINE, ROWS = (
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 LONG, MEMORY = "experiments/long-context", "experiments/tiny-memory"
-GRAFT = "experiments/graft/untrained.json"
+GRAFT = "experiments/graft/loss.json"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -446,25 +446,46 @@ def long_context_loss() -> str:
     return _table(["policy", *(f"{low}-{high}" for low, high in ranges), "columns", "cache, MiB"], rows)
 
 
-def graft_untrained() -> str:
-    """Return the loss of caches without training minus that of the whole cache, by distance from the start."""
-    found = [row for row in load(GRAFT)["rows"] if row["minus_full"]]
-    ranges = [name for name in dict.fromkeys(row["distances"] for row in found) if int(name.split("-")[0]) > 128]
-    names = {"sinks": "sinks and window", "every": "every n-th token", "graft": "graft"}
+GRAFT_ROWS = {
+    "sinks": "sinks and window",
+    "every": "every n-th token",
+    "separators": "separators",
+    "pooled": "pooled",
+    "graft": "graft, untrained",
+    "trained": "graft, trained",
+    "trained-every": "every n-th token, trained alike",
+}
+
+
+def _graft_rows() -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the measured rows by kind and period, each by distances; a trained one is named by its period."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in load(GRAFT)["rows"]:
+        if row["row"] == "full":
+            continue
+        kind, _, period = row["row"].partition("@")
+        if not period:
+            word, _, rest = kind.partition("-")
+            kind, period = "trained" + ("-every" if rest else ""), {"ten": "10", "four": "4"}[word]
+        found.setdefault((kind, int(period)), {})[row["distances"]] = row
+    return found
+
+
+def graft_loss() -> str:
+    """Return the loss of small caches minus that of the whole cache, by distance from the start."""
+    found = _graft_rows()
+    ranges = [name for name in next(iter(found.values())) if int(name.split("-")[0]) > 128]
     rows = []
-    for row in dict.fromkeys(row["row"] for row in found):
-        own = {one["distances"]: one for one in found if one["row"] == row}
-        name, every = row.split("@")
+    for kind, period in sorted(found, key=lambda key: (-key[1], list(GRAFT_ROWS).index(key[0]))):
+        own = found[kind, period]
         cells = [span(own[distances]["minus_full"], ".3f") for distances in ranges]
-        rows.append([names[name], every, f"{own[ranges[0]]['columns']}", *cells])
+        rows.append([GRAFT_ROWS[kind], str(period), f"{own[ranges[0]]['columns']}", *cells])
     return _table(["cache", "every", "columns", *ranges], rows)
 
 
-def graft_minus(name: str, period: int, distances: str = "513-1023") -> Any:
-    """Return the loss of an untrained graft minus that of another cache of as many columns."""
-    rows = load(GRAFT)["rows"]
-    (row,) = [one for one in rows if (one["row"], one["distances"]) == (f"graft@{period}", distances)]
-    return row[f"minus_{name}"]
+def graft_minus(name: str, period: int, kind: str = "graft", distances: str = "513-1023") -> Any:
+    """Return the loss of a graft, or of another kind of row, minus that of another cache of as many columns."""
+    return _graft_rows()[kind, period][distances][f"minus_{name}"]
 
 
 def graft_from_every() -> float:
@@ -563,7 +584,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-context-loss": long_context_loss,
     "memory-pilots": memory_pilots,
     "memory-runs": memory_runs,
-    "graft-untrained": graft_untrained,
+    "graft-loss": graft_loss,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,

@@ -15,8 +15,8 @@ Besides the ranges of distances, which double, there is that of the last window,
 
 A file has a line for each row and block. One that is begun is gone on with; whatever it lacks is measured.
 
-    python experiments/graft/loss.py measure MODEL BOOKS --blocks 40 --out experiments/graft/untrained.jsonl
-    python experiments/graft/loss.py summarise experiments/graft/untrained.jsonl --out experiments/graft/untrained.json
+    python experiments/graft/loss.py measure MODEL BOOKS --blocks 40 --out experiments/graft/loss.jsonl
+    python experiments/graft/loss.py summarise experiments/graft/loss.jsonl --out experiments/graft/loss.json
 """
 
 import argparse
