@@ -92,6 +92,7 @@ SMALLER_NUMBERS = {
 TINY_BENCH = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --vocabulary 100"
 FEW = {
     "analyze": "--documents 8 --subject.pairs 8 --parts [attention]",
+    "analyze run-graft": "--documents 8",
     "analyze text": "--documents 8 --calibration_documents 1 --parts [attention]",
     "prepare": "--max-documents 40 --vocab-size 600 --validation-fraction 0.2",
     "generate": "--max-text-tokens 8",
@@ -143,7 +144,9 @@ def smaller(command: str, folder: Path) -> list[str]:
             words[words.index(flag) + 1] = number
     verb = words[1]
     given = {word for word in words if word.startswith("--")}
-    kind = "analyze text" if verb == "analyze" and "--text" in words else " ".join(words[1:3])
+    kind = " ".join(words[1:3])
+    if verb == "analyze" and "--text" in words and kind not in FEW:
+        kind = "analyze text"
     few = shlex.split(FEW.get(kind, FEW.get(verb, "")))
     for flag, number in zip(few[::2], few[1::2], strict=True):
         if flag not in given:

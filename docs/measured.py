@@ -537,7 +537,7 @@ def inside_seeds() -> str:
 
 def measures() -> str:
     header = ["measure", "part", "on", "unit", "by", "statistic", "definition"]
-    subjects = {None: "both", "task": "tasks", "text": "text"}
+    subjects = {None: "both", "task": "tasks", "text": "text", "graft": "grafts"}
     rows = [
         [
             f"`{one.name}`",

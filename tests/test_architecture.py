@@ -34,7 +34,7 @@ EVERYWHERE = {"errors", "names", "registration"}
 ANALYSIS_STAGES = (
     {"inputs", "results"},
     {"measures"},
-    {"attention", "representations", "compression", "causal"},
+    {"attention", "representations", "compression", "causal", "graft"},
     {"claims", "kept", "token_view"},
     {"run"},
 )

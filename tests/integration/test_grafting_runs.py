@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from commands import error_line, metatokens
 from grafted_models import EIGHT_BILLION
 from metatokens import load
+from metatokens.config.analysis import Part
 from metatokens.config.grafting import GraftRunConfig
 from metatokens.config.loading import load_preset
 from metatokens.data.tokenizer import load_text_tokenizer, text_vocab_size
@@ -232,7 +234,6 @@ def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, 
     metatokens("evaluate", whole, *long, "--json")
     assert "the policy full alone" in error_line("evaluate", whole, *long, "--policies", "[full, sinks]", code=2)
     for command in (
-        ("analyze", whole, "--text", text, "--out", tmp_path / "analysis"),
         ("evaluate", whole, "--task.kind", "parity"),
         ("finetune", "tiny/recall", "--start.kind", "checkpoint", "--start.path", whole, "--out", tmp_path / "tuned"),
         ("serve", whole),
@@ -245,3 +246,32 @@ def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, 
     with (exported / "graft_opening.py").open("a") as code:
         code.write("# changed\n")
     assert "graft_opening.py: expected" in error_line("perplexity", exported, text, "--window", "90", code=4)
+
+
+def test_a_graft_is_analysed_on_plain_text_and_has_a_page(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    words = ["a", "dog", "ran", "to", "the", "far", "hill,", "and", "nobody", "knew", "why", "it", "was", "so"]
+    for number in range(8):
+        text = " ".join(words[(number + 3 * place + place // 7) % len(words)] for place in range(400))
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    command = ("analyze", whole, "--text", tmp_path / "texts", "--documents", "8", "--out", tmp_path / "out")
+    found = json.loads(metatokens(*command, "--subject.window", "60", "--json").stdout)
+    values = {
+        (one["measure"], one["at"].get("intervention")): one["value"] for one in found["records"] if len(one["at"]) == 1
+    }
+    perplexities = [values["text_perplexity", name] for name in ("none", "path cut", "switched off")]
+    assert len(set(perplexities)) == 3
+    assert {one["measure"] for one in found["records"]} == {
+        *("text_perplexity", "anchor_gain", "readout_loss", "anchor_attention")
+    }
+    assert found["verdicts"] == []
+    assert found["checkpoint"]["every"] == 3
+    assert {line.split(":")[0] for line in found["not_run"]} == {*get_args(Part)} - {"graft"}
+    metatokens("report", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What the anchors do" in page
+    assert "the loss of text (saved:" in page or "Cannot tell whether text gains" in page
+    assert 'id="figure-readout-loss"' in page
+    assert "sharpening theorem" not in page
+    assert "expected --text" in error_line("analyze", whole, "--out", tmp_path / "other", code=2)
+    assert "at most 256" in error_line(*command, "--subject.window", "300", code=2)

@@ -116,8 +116,8 @@ class Measure:
     statistic: Statistic
     test: bool
     """Test that the mean is 0, by sign flips; over the rows with coordinates the p-values are corrected together."""
-    subject: Literal["task", "text"] | None
-    """The kind of subject that it needs; None means either."""
+    subject: Literal["task", "text", "graft"] | None
+    """The kind of subject that it needs; None means a task or a text."""
     keep: bool
     """Leave the values of all documents in arrays.npz, as `NAME`, (documents, one axis for each of `axes`)."""
     plot: Plot
@@ -142,7 +142,7 @@ def measure(
     axes: tuple[str, ...] = (),
     statistic: Statistic = "mean",
     test: bool = False,
-    subject: Literal["task", "text"] | None = None,
+    subject: Literal["task", "text", "graft"] | None = None,
     keep: bool = False,
     plot: Plot = None,
     positive: str | None = None,

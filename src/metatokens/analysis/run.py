@@ -22,6 +22,7 @@ from metatokens.analysis.results import Results, TokenView
 from metatokens.analysis.token_view import views_of
 from metatokens.config.analysis import AnalysisConfig, Part, TaskSubject
 from metatokens.errors import NumericError, UsageError, redact_values
+from metatokens.graft.grafting import NAME
 from metatokens.storage import json_sha256
 
 Say = Callable[[str], None]
@@ -29,6 +30,7 @@ Progress = Callable[[str, float], None]
 ROOMS = {
     "attention": ("sharpening", "distance"),
     "causal": ("recall", "paths", "patching", "knockout", "eviction"),
+    "graft": ("losses", "readout", "anchor_attention"),
     "compression": ("rate_distortion", "probes", "erasure"),
     "representations": ("similarity", "decodability", "logits", "attribution"),
 }
@@ -85,7 +87,7 @@ def analyze(
         measures = measures_of(part, config)
         if measures:
             say(f"{part} ...")
-        elif part != "token_view":
+        elif part not in ("token_view", "graft"):
             inputs.skip(f"{part}: not for a {config.subject.kind}")
         for one in measures:
             rows = kept.find(one)
@@ -95,7 +97,10 @@ def analyze(
             found[one.name] = rows
     records = [record_of(MEASURES[name], row, seed=config.seed) for name, rows in found.items() for row in rows]
     views: list[TokenView] = []
-    if "token_view" in config.parts and config.token_views:
+    shows_tokens = "token_view" in config.parts and config.token_views > 0
+    if shows_tokens and config.subject.kind == "graft":
+        inputs.skip("token_view: not for a graft")
+    elif shows_tokens:
         say("token_view ...")
         try:
             views = views_of(inputs)
@@ -104,7 +109,7 @@ def analyze(
     data = redact_values(_describe_data(inputs))
     results = Results(
         title=f"Inside {identity.name}: {data['subject']}",
-        checkpoint=_describe(inputs.lens.model, identity),
+        checkpoint=_describe(inputs.model, identity),
         config=redact_values(settings),
         config_sha256=json_sha256(settings),
         endpoints_sha256=json_sha256(sorted(config.endpoints)),
@@ -114,7 +119,8 @@ def analyze(
         command=identity.command,
         not_run=tuple(inputs.skipped),
         records=tuple(correct(records)),
-        verdicts=tuple(judge(found, config.endpoints, seed=config.seed)),
+        # the paper claims nothing about a graft
+        verdicts=() if config.subject.kind == "graft" else tuple(judge(found, config.endpoints, seed=config.seed)),
         token_views=tuple(views),
     )
     return results, inputs.arrays
@@ -122,7 +128,9 @@ def analyze(
 
 def measures_of(part: Part, config: AnalysisConfig) -> Sequence[Measure]:
     """Return the measures of a part that the subject allows, in the order of the rooms."""
-    return [one for one in MEASURES.values() if one.part == part and one.subject in (None, config.subject.kind)]
+    kind = config.subject.kind
+    kinds = ("graft",) if kind == "graft" else (None, kind)
+    return [one for one in MEASURES.values() if one.part == part and one.subject in kinds]
 
 
 def _describe(model: Any, identity: Identity) -> dict[str, Any]:
@@ -133,18 +141,26 @@ def _describe(model: Any, identity: Identity) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
-        "position encoding": getattr(config, "position_encoding", "learned"),
+        **_describe_anchors(model, config),
         "training seeds": 1,
     }
+
+
+def _describe_anchors(model: Any, config: Any) -> dict[str, Any]:
+    added = getattr(model, NAME, None)
+    if added is None:
+        return {"position encoding": getattr(config, "position_encoding", "learned")}
+    return {name: getattr(added.config, name) for name in ("window", "num_sinks", "anchors", "every", "positions")}
 
 
 def _describe_data(inputs: Inputs) -> dict[str, Any]:
     subject, documents = inputs.config.subject, inputs.subject.documents
     lengths = [document.input_ids.shape[1] for document in documents]
     is_task = isinstance(subject, TaskSubject)
+    num_meta = [int(document.is_meta.sum()) for document in documents]
     return {
         "subject": f"task {subject.task.kind}" if isinstance(subject, TaskSubject) else f"text of {subject.source}",
         "instances" if is_task else "documents": len(documents),
         "positions": f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(lengths[0]),
-        "meta-tokens each": f"{np.mean([int(document.is_meta.sum()) for document in documents]):.1f}",
+        **({} if subject.kind == "graft" else {"meta-tokens each": f"{np.mean(num_meta):.1f}"}),
     }

@@ -20,7 +20,9 @@ def add(verbs: Any) -> None:
     )
     parser = add_verb(verbs, "analyze", _run, text, long=True)
     parser.add_argument("checkpoint", type=Path, help="model, checkpoint or run folder")
-    parser.add_argument("--text", help="a source, as for `prepare` (default: instances of the run's recall task)")
+    parser.add_argument(
+        "--text", help="a source, as for `prepare` (default: instances of the run's recall task; a graft needs one)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json and arrays.npz")
     add_overrides(parser, "metatokens.config.analysis:AnalysisConfig")
 
@@ -34,7 +36,6 @@ def _run(options: argparse.Namespace) -> int:
 
     folder = ModelFolder(options.checkpoint)
     folder.check_path()
-    folder.refuse_graft("an analysis of its inside")
     if options.text is not None:
         source_files(options.text)
     for name in (ARRAYS_NAME, RESULTS_NAME):
@@ -47,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
 
     # sums of components and entropies need float32, whatever the dtype of the weights
     model, tokenizer = folder.open_model().float(), folder.tokenizer
-    check_model(model)
+    if not folder.is_grafted:
+        check_model(model)
     if options.dry_run:
         plan = {"out": str(options.out), **config.model_dump(mode="json")}
         return emit(options, plan, lambda: show_table("analyze would measure", plan))

@@ -126,11 +126,11 @@ class ProbeConfig(HeadTraining):
 
 Part = Literal[
     "attention", "causal", "rate_distortion", "probes", "similarity", "decodability", "output", "eviction", "knockout",
-    "token_view",
+    "token_view", "graft",
 ]  # fmt: skip
 """attention: entropy, boost and the theorem's audit. decodability and output: what can be read from states, and what
 each part of the model adds to its output. causal, rate_distortion and probes need a task; similarity, eviction and
-knockout need text."""
+knockout need text. graft: what the anchors of a grafted model do, the one part for such a model."""
 FittedState = Literal[
     "last meta-token", "last meta-token, halfway", "ordinary token instead", "token before it", "last token",
     "untrained", "mean embedding",
@@ -180,10 +180,20 @@ class TextSubject(Frozen):
     """Share of the window that is read before eviction cuts the cache."""
 
 
+class GraftSubject(Frozen):
+    """The documents are passages of plain text, one from each text, which a grafted model reads."""
+
+    kind: Literal["graft"] = "graft"
+    source: str
+    """A source, as for `metatokens prepare`."""
+    window: int = Field(1024, ge=16)
+    """Tokens of a document; shorter texts are left out."""
+
+
 class AnalysisConfig(Frozen):
     """What an analysis measures inside one model."""
 
-    subject: Annotated[TaskSubject | TextSubject, Field(discriminator="kind")]
+    subject: Annotated[TaskSubject | TextSubject | GraftSubject, Field(discriminator="kind")]
     documents: int = Field(64, ge=MINIMUM_DOCUMENTS)
     """Number of documents or instances, which are the unit of every interval."""
     calibration_documents: int = Field(16, ge=1)

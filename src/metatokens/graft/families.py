@@ -21,6 +21,8 @@ class Family:
     """Names of a block's matrices: modules that map (B, T, in) to (B, T, out)."""
     local_window: Callable[[Any], int | None] = lambda _: None
     """Of a block: how far back its attention sees, counted by a mask of its own over columns; None means no such."""
+    norm: str = "norm"
+    """Name in the decoder of the norm in front of the head."""
     own_mask: str = ""
     """Name in a block of the module that has this mask as `bias`."""
 
@@ -54,16 +56,18 @@ FAMILIES = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
     "gemma": _LLAMA,
-    "gpt2": Family("h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+    "gpt2": Family("h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), norm="ln_f"),
     "gpt_neo": Family(
         "h",
         (*(f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.c_fc", "mlp.c_proj"),
+        norm="ln_f",
         local_window=_window_of_gpt_neo,
         own_mask="attn.attention",
     ),
     "gpt_neox": Family(
         "layers",
         ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        norm="final_layer_norm",
     ),
 }
 """By the `model_type` of the config."""

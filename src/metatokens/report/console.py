@@ -10,6 +10,7 @@ from rich.text import Text
 
 from metatokens.errors import printable
 from metatokens.evaluation.statistics import MINIMUM_SEEDS
+from metatokens.report.glossary import words
 from metatokens.report.numbers import format_estimate, format_large, format_name, format_share, format_value
 
 
@@ -132,14 +133,18 @@ def show_recall(result: Any) -> None:
 
 
 def show_verdicts(results: Any) -> None:
-    """Show the verdicts of an analysis, and what was not run."""
+    """Show the verdicts of an analysis, of a graft what its anchors are worth, and what was not run."""
     table = Table(title=results.title, title_justify="left")
-    for column in ("claim of the paper", "paper", "here (95% interval)", "verdict"):
+    of_claims = ("claim of the paper", "paper", "here (95% interval)", "verdict")
+    for column in of_claims if results.verdicts else ("measure", "taken from the anchors", "here (95% interval)"):
         table.add_column(column)
     for verdict in results.verdicts:
         note = f" ({verdict.note})" if verdict.note else ""
         effect = ", ".join(filter(None, (format_estimate(verdict), verdict.beside_paper)))
         table.add_row(verdict.claim, verdict.paper, effect, f"{verdict.verdict}{note}")
+    for record in () if results.verdicts else results.records:
+        if record.at.keys() == {"intervention"}:
+            table.add_row(words(record.measure), record.at["intervention"], format_estimate(record))
     console = PlainConsole()
     console.print(table)
     for line in results.not_run:

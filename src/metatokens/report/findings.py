@@ -151,6 +151,19 @@ def sharpening(results: Results) -> Finding | None:
     return Finding(f"{text} (entropy taken: {_span(verdict)}{beside}).", "attention")
 
 
+def anchor_path(results: Results) -> Finding | None:
+    """What text that has left the window is worth to a grafted model by way of its anchors."""
+    gain = _one(results, "anchor_gain", intervention="path cut")
+    if gain is None:
+        return None
+    if not _differs(gain):
+        text = f"Cannot tell whether text gains from the anchors of what has left the window (saved: {_span(gain)})."
+    else:
+        direction = "lowers" if (gain.value or 0) > 0 else "raises"
+        text = f"Seeing the anchors of what has left the window {direction} the loss of text (saved: {_span(gain)})."
+    return Finding(text, "graft")
+
+
 FINDINGS: tuple[Callable[[Results], Finding | None], ...] = (
     zeroed_embedding,
     hand_over,
@@ -159,6 +172,7 @@ FINDINGS: tuple[Callable[[Results], Finding | None], ...] = (
     worth_in_cache,
     resemblance,
     sharpening,
+    anchor_path,
 )
 """Every finding, the most telling first."""
 

@@ -23,6 +23,7 @@ GLOSSARY = {
     "Holm": "a correction of p-values for the number of claims tested together",
     "BCa": "a bootstrap interval, corrected for bias and skew",
     "perplexity": "exp of the mean loss per token",
+    "anchor": "a meta-token of a grafted model, which puts one between the tokens by itself",
     "meta key": "the key of a meta-token, by which queries of attention find it",
 }
 AXES = {
@@ -36,7 +37,7 @@ AXES = {
     "erased": "what is taken out of the states",
     "form": "raw, centred (minus the mean state), or z-scored (also over the standard deviation)",
     "head": "of the layer, counted from 0",
-    "intervention": "what is taken from the meta-tokens",
+    "intervention": "what is taken from the meta-tokens, or from the anchors of a graft",
     "kept": "share of the cache of the prefix that stays; the rest is dropped",
     "kind": "whose states are compared with earlier ones",
     "layer": "counted from 0; of states, 0 is before the first layer",

@@ -106,6 +106,13 @@ _SECTIONS: dict[Part, tuple[str, str]] = {
         "Most of the key-value cache is dropped after a prefix; the cost is what the continuation loses. If "
         "meta-tokens do not beat evenly spaced columns at equal budget, they do not compress.",
     ),
+    "graft": (
+        "What the anchors do",
+        "A grafted model reads plain text and puts its anchors between the tokens by itself. All numbers are of "
+        "late tokens, for which some text has left the window. Untrained, the model keeps every n-th token; with the "
+        "path cut it has its window and the first tokens alone; switched off it is the plain model, which sees all of "
+        "the text.",
+    ),
     "knockout": ("Text without meta-attention", "Meta-attention is removed, in one layer or in all together."),
 }
 """Title and introduction of a part's section, in the order of the page."""
@@ -203,8 +210,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _render_sections(results: Results, arrays: Arrays) -> list[dict[str, Any]]:
-    """Return what the template needs of each part, and of records whose measure is not known here."""
-    sections = [_render_section(part, results, arrays) for part in _SECTIONS]
+    """Return what the template needs of each part, and of records whose measure is not known here.
+
+    A model is grafted or not: the part of a graft is shown alone, and only where it has numbers.
+    """
+    measured = {MEASURES[record.measure].part for record in results.records if record.measure in MEASURES}
+    others = () if "graft" in measured else _SECTIONS.keys() - {"graft"}
+    sections = [_render_section(part, results, arrays) for part in _SECTIONS if part in measured or part in others]
     unknown = [record for record in results.records if record.measure not in MEASURES]
     if unknown:
         text = "These measures are not those of this version of the package."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
+from metatokens.config.analysis import AnalysisConfig, GraftSubject, TaskSubject, TextSubject
 from metatokens.config.finetuning import EvaluateConfig, FinetuneConfig
 from metatokens.config.graft import GRAFT_FILE
 from metatokens.config.loading import load_preset, override
@@ -330,8 +330,16 @@ def analysis_config_of(folder: ModelFolder, text: str | None, overrides: Sequenc
     Raises:
         UsageError: if there is neither a text nor a fine-tuning run.
     """
-    subject: TextSubject | TaskSubject
-    if text is not None:
+    subject: TextSubject | TaskSubject | GraftSubject
+    if folder.is_grafted:
+        if text is None:
+            raise UsageError(str(folder.name), expected="--text, for a graft", found="none", remedy="name a text")
+        from transformers import AutoConfig
+
+        base = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        limit = base.max_position_embeddings
+        subject = GraftSubject(source=text, window=min(GraftSubject.model_fields["window"].default, limit))
+    elif text is not None:
         limit = getattr(folder.config, "max_sequence_length", None) if folder.is_ours else None
         window = TextSubject.model_fields["window"].default
         subject = TextSubject(source=text, window=min(window, limit or window))

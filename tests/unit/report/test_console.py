@@ -1,5 +1,6 @@
 """What a terminal shows: an effect beside the paper's, and no interval over too few trainings."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from metatokens.evaluation.statistics import Interval
 from metatokens.report import require_packages
 from metatokens.report.console import show_perplexity, show_recall, show_table, show_verdicts
 from metatokens.report.numbers import format_value
-from synthetic_results import build_results
+from synthetic_results import build_results, record
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,16 @@ def test_a_verdict_stands_beside_the_number_of_the_paper(capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert "0.200 (0.100 to 0.300) nats, 14% of the paper's" in text
     assert "inconclusive" in text
+
+
+def test_of_a_graft_it_is_shown_what_its_anchors_are_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    gain = record("anchor_gain", 0.25, intervention="path cut")
+    by_layer = record("readout_loss", 3.5, layer=1, intervention="none")
+    show_verdicts(build_results()[0].model_copy(update={"verdicts": (), "records": (gain, by_layer)}))
+    text = capsys.readouterr().out
+    assert re.search(r"anchor gain +│ path cut +│ 0\.250 \(0\.175 to 0\.325\) nats/token", text), text
+    assert "3.5" not in text
+    assert "claim" not in text
 
 
 def test_two_models_are_listed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:

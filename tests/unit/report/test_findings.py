@@ -61,6 +61,20 @@ def test_a_change_is_stated_only_where_its_interval_leaves_out_zero(
     assert says in finding.text
 
 
+@pytest.mark.parametrize(
+    ("gain", "says"),
+    [
+        ((0.03, 0.02, 0.04), "lowers the loss of text (saved: 0.030, 95% interval 0.020 to 0.040)"),
+        ((-0.03, -0.04, -0.02), "raises the loss"),
+        ((0.03, -0.01, 0.07), "Cannot tell"),
+    ],
+)
+def test_a_graft_s_finding_is_what_its_anchors_save(gain: tuple[float, float, float], says: str) -> None:
+    (finding,) = findings_of(results_of(record("anchor_gain", *gain, intervention="path cut")))
+    assert says in finding.text
+    assert finding.anchor == "graft"
+
+
 def test_a_figure_speaks_of_the_line_of_chance_only_where_it_is_drawn() -> None:
     figure = next(one for one in FIGURES if one.id == "accuracy")
     accuracy, chance = record("accuracy", 0.9, 0.8, 0.95, intervention="none"), record("chance", 0.5, None, None)

@@ -1,5 +1,7 @@
 """What an analysis looks at: a model, and instances of a recall task or passages of texts with meta-tokens injected.
 
+Passages for a grafted model are plain text, since it puts its anchors between the tokens by itself.
+
 A passage begins at a drawn place, one a text: the beginnings of books are licences and title pages.
 """
 
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from metatokens.analysis.inputs.documents import Document
-from metatokens.config.analysis import AnalysisConfig, TaskSubject, TextSubject
+from metatokens.config.analysis import AnalysisConfig, GraftSubject, TaskSubject, TextSubject
 from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import inject_into_prompt
 from metatokens.data.keyed_random import Purpose, hash_key
@@ -25,6 +27,7 @@ from metatokens.data.sources import iterate_documents
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import NumericError, UsageError
 from metatokens.evaluation.recall import make_test_instances
+from metatokens.graft.grafting import graft_of
 from metatokens.lens.lens import Lens
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.encoding import EncodedInstance
@@ -50,12 +53,13 @@ class Inputs:
     """What measures look at, a model under a lens and its documents, and what they leave beside their rows.
 
     Attributes:
-        lens: On the model.
+        model: The model.
+        lens: On the model; a graft has none, since a lens knows no columns but those of its input.
         config: Of the analysis.
         subject: The documents.
         tokenizer: The model's.
         encoder: Of texts, by that tokenizer.
-        meta_token_id: Of the model.
+        meta_token_id: Of the model; a graft has none.
         skipped: What was left out, each with its reason.
         arrays: What is too large for rows, by name.
     """
@@ -69,17 +73,24 @@ class Inputs:
             UsageError: A model without meta-tokens, too few or too short documents.
             ValueError: A model in training mode.
         """
-        self.lens = Lens(getattr(model, "wrapped", model))
+        self.model = getattr(model, "wrapped", model)
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
-        self.meta_token_id = check_model(self.lens.model)
         self.skipped: list[str] = []
         self.arrays: dict[str, npt.NDArray[Any]] = {}
         self._shared: dict[Callable[[Inputs], Any], Any] = {}
-        if subject is None:
-            subject = _task_subject(self) if isinstance(config.subject, TaskSubject) else _text_subject(self)
-        self.subject = subject
+        if isinstance(config.subject, GraftSubject):
+            if self.model.training:
+                raise ValueError(
+                    "the model is in training mode, where dropout changes its loss; call model.eval() first"
+                )
+            draw = _graft_subject
+        else:
+            self.lens = Lens(self.model)
+            self.meta_token_id = check_model(self.model)
+            draw = _task_subject if isinstance(config.subject, TaskSubject) else _text_subject
+        self.subject = draw(self) if subject is None else subject
 
     @property
     def task(self) -> TaskSubject:
@@ -94,6 +105,12 @@ class Inputs:
         if not isinstance(self.config.subject, TextSubject):
             raise ValueError('the subject is a task; declare a measure of texts with subject="text"')
         return self.config.subject
+
+    @property
+    def first_lost(self) -> int:
+        """Place of the first token of text that does not see all text before it; a graft's alone."""
+        graft = graft_of(self.model).config
+        return graft.window + graft.num_sinks
 
     def skip(self, reason: str) -> None:
         """Say what is left out and why; the same reason of several measures is said once."""
@@ -189,7 +206,7 @@ def _text_subject(inputs: Inputs) -> Subject:
             remedy="raise it, or subject.window",
         )
     wanted = config.documents + config.calibration_documents
-    passages = _passages(inputs, wanted, num_text)
+    passages = _passages(inputs, subject, wanted, num_text)
 
     def inject(number: int, draw: int) -> Document:
         name, ids = passages[number]
@@ -205,13 +222,37 @@ def _text_subject(inputs: Inputs) -> Subject:
     )
 
 
-def _passages(inputs: Inputs, count: int, num_tokens: int) -> list[tuple[str, list[int]]]:
+def _graft_subject(inputs: Inputs) -> Subject:
+    """Return passages of `window` tokens of text, one of each text that is long enough.
+
+    Raises:
+        UsageError: a window in which no anchor is seen, or longer than the model, or too few texts that fill it.
+    """
+    config, subject = inputs.config, inputs.config.subject
+    assert isinstance(subject, GraftSubject)
+    graft, limit = graft_of(inputs.model).config, inputs.model.config.max_position_embeddings
+    least = graft.window + graft.num_sinks + graft.every
+    if not least < subject.window <= limit:
+        raise UsageError(
+            "subject.window",
+            expected=f"more than {least}, so that text sees an anchor, and at most {limit}, the model's",
+            found=str(subject.window),
+            remedy="change it",
+        )
+    passages = _passages(inputs, subject, config.documents, subject.window)
+    rows = [(name, torch.tensor(ids)[None]) for name, ids in passages]
+    return Subject([Document(name, row, torch.zeros_like(row, dtype=torch.bool)) for name, row in rows], [], [], [])
+
+
+def _passages(
+    inputs: Inputs, subject: TextSubject | GraftSubject, count: int, num_tokens: int
+) -> list[tuple[str, list[int]]]:
     """Return source and ids of a passage of each of the first texts that are long enough.
 
     Raises:
         UsageError: there are fewer.
     """
-    subject, seed = inputs.text, inputs.config.seed
+    seed = inputs.config.seed
     found: list[tuple[str, list[int]]] = []
     num_seen = 0
     for document in iterate_documents(subject.source):

@@ -1,0 +1,1 @@
+"""What the anchors of a grafted model do for its text."""
