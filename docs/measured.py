@@ -179,31 +179,60 @@ def memory_pilot(row: int, step: int) -> str:
     return percent(pilot["words_right"][pilot["steps"].index(step)])
 
 
-def memory_runs() -> str:
-    runs = load(f"{MEMORY}/runs.json")["runs"]
-    seeds = sorted({one["seed"] for one in runs})
+MEMORY_ARMS = ("window", "sinks", "same-cache", "every", "pause", "meta", "meta-equal-bytes", "pooled", "full")
+
+
+def _memory_runs(*sweeps: str) -> dict[tuple[str, int], Any]:
+    """Return the trainings of some sweeps by arm and seed."""
+    known = [one for name in ("runs", "earlier") for one in load(f"{MEMORY}/{name}.json")["runs"]]
+    return {(one["arm"], one["seed"]): one for one in known if one["sweep"] in sweeps}
+
+
+def memory_runs(*sweeps: str) -> str:
+    runs = _memory_runs(*sweeps)
+    seeds = sorted({seed for _, seed in runs})
 
     def cell(arm: str, seed: int) -> str:
-        for one in runs:
-            if (one["arm"], one["seed"]) == (arm, seed):
-                right = f"{percent(one['words_right'][-1])} at {one['evaluated_at'][-1]:,}"
-                return right if one["state"] == "censored" else f"{right}, {one['state']}"
-        return "not run"
+        one = runs.get((arm, seed))
+        if one is None:
+            return "not run"
+        at = f"{one['evaluated_at'][-1]:,}"
+        return {"solved": f"solved at {at}", "censored": percent(one["words_right"][-1])}.get(
+            one["state"], f"{percent(one['words_right'][-1])} at {at}, {one['state']}"
+        )
 
-    arms = [
-        arm
-        for arm in ("window", "sinks", "same-cache", "every", "pause", "meta", "full")
-        if arm in {one["arm"] for one in runs}
-    ]
+    arms = [arm for arm in MEMORY_ARMS if arm in {arm for arm, _ in runs}]
     return _table(
         ["arm", *(f"seed {seed}" for seed in seeds)], [[arm, *(cell(arm, seed) for seed in seeds)] for arm in arms]
     )
 
 
-def memory_words(arm: str, seed: int = 0) -> str:
+def memory_words(arm: str, seed: int = 0, sweep: str = "copying") -> str:
     """Return the share of words right at the last evaluation of a training."""
-    (one,) = [one for one in load(f"{MEMORY}/runs.json")["runs"] if (one["arm"], one["seed"]) == (arm, seed)]
-    return percent(one["words_right"][-1])
+    return percent(_memory_runs(sweep)[arm, seed]["words_right"][-1])
+
+
+def memory_range(arm: str, sweep: str = "copying") -> str:
+    """Return the lowest and the highest share of words right at the last evaluation of an arm's trainings."""
+    shares = [one["words_right"][-1] for (name, _), one in _memory_runs(sweep).items() if name == arm]
+    return f"{100 * min(shares):.0f} to {percent(max(shares))}"
+
+
+def memory_solved(arm: str, sweep: str = "copying") -> int:
+    """Return how many trainings of an arm reached the endpoint."""
+    return sum(one["state"] == "solved" for (name, _), one in _memory_runs(sweep).items() if name == arm)
+
+
+def memory_gaps(first: str, second: str, sweep: str = "copying", step: int = 2000) -> str:
+    """Return by how many points two arms differ in words right at a step, seed by seed."""
+    runs = _memory_runs(sweep)
+
+    def right(arm: str, seed: int) -> float:
+        one = runs[arm, seed]
+        return 100 * float(one["words_right"][one["evaluated_at"].index(step)])
+
+    seeds = sorted(seed for arm, seed in runs if arm == first and (second, seed) in runs)
+    return ", ".join(f"{right(first, seed) - right(second, seed):+.0f}" for seed in seeds)
 
 
 # tiny-recall -------------------------------------------------------------------------------------------------
@@ -583,7 +612,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-context-needle": long_context_needle,
     "long-context-loss": long_context_loss,
     "memory-pilots": memory_pilots,
-    "memory-runs": memory_runs,
+    "memory-runs": partial(memory_runs, "copying", "narrower"),
     "graft-loss": graft_loss,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
@@ -593,6 +622,7 @@ FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
     *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot, graft_minus),
+    *(memory_range, memory_solved, memory_gaps),
     graft_from_every,
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}

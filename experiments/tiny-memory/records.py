@@ -31,6 +31,7 @@ def record(folder: Path) -> dict[str, Any] | None:
     result = _tree(folder / "result.json")
     cpu_seconds = _tree(folder / "cpu_seconds.json").get("cpu_seconds")
     return {
+        "sweep": folder.parents[2].name,
         "arm": folder.parent.name,
         "seed": int(folder.name.removeprefix("seed-")),
         "steps": max(line["step"] for line in lines),
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     found = [record(folder) for folder in sorted(options.folder.glob("*/runs/*/seed-*"))]
-    runs = sorted((one for one in found if one), key=lambda one: (one["seed"], one["arm"]))
+    runs = sorted((one for one in found if one), key=lambda one: (one["sweep"], one["seed"], one["arm"]))
     write_atomically(options.out, json.dumps({"runs": runs}, indent=1) + "\n")
     return 0
 
