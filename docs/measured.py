@@ -173,6 +173,27 @@ def memory_pilots() -> str:
     return _table(header, rows)
 
 
+def memory_recall_pilots() -> str:
+    rows = []
+    for one in load(f"{MEMORY}/pilots.json")["recall"]["tries"]:
+        own = one["settings"]
+        settings = f"{own['positions']}, {own['heads']} heads, std {own['initializer_range']:g}"
+        rows.append(
+            [
+                f"{own['pairs']} of {own['words']}, {own['between']} between",
+                f"`{own['text']}`, `{own['question']}`, {own['asked']}",
+                settings if own["tied"] else f"{settings}, untied",
+                f"{own['learning_rate']:g}, {own['batch']}",
+                f"{one['steps'][-1]:,}",
+                percent(one["answers_right"][-1]),
+                percent(one["guess"]),
+                f"{one['cpu_seconds']:.0f}",
+            ]
+        )
+    header = ["pairs", "text and question", "model", "rate, batch", "steps", "answers right", "a guess", "CPU-seconds"]
+    return _table(header, rows)
+
+
 def memory_pilot(row: int, step: int) -> str:
     """Return the share of words that a pilot had right at a step."""
     pilot = load(f"{MEMORY}/pilots.json")["pilots"][row]
@@ -612,6 +633,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-context-needle": long_context_needle,
     "long-context-loss": long_context_loss,
     "memory-pilots": memory_pilots,
+    "memory-recall-pilots": memory_recall_pilots,
     "memory-runs": partial(memory_runs, "copying", "narrower"),
     "graft-loss": graft_loss,
     "inside-verdicts": inside_verdicts,
