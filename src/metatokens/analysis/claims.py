@@ -35,15 +35,26 @@ Found = Mapping[str, Sequence[Row]]
 """The rows of each measure, by its name."""
 
 
-def _both_cuts_cost(found: Found) -> bool:
-    """Whether the direct path and the meta path, each cut alone, cost more than next to nothing of the answer."""
-    left = {
-        row.at["condition"]: np.asarray(row.values, dtype=np.float64).mean()
+def _logit_differences(found: Found) -> dict[str, float]:
+    """Return the mean logit difference under each condition of path blocking."""
+    return {
+        str(row.at["condition"]): float(np.asarray(row.values, dtype=np.float64).mean())
         for row in found.get("logit_difference", ())
         if not isinstance(row.values, Interval)
     }
+
+
+def _both_cuts_cost(found: Found) -> bool:
+    """Whether the direct path and the meta path, each cut alone, cost more than next to nothing of the answer."""
+    left = _logit_differences(found)
     whole = left.get("full", np.nan)
     return all(left.get(cut, np.nan) < (1 - NEGLIGIBLE) * whole for cut in ("direct cut", "meta cut"))
+
+
+def _share_of_answer(found: Found, value: float) -> float | None:
+    """Return a difference of logits as a share of the answer's whole logit difference, if that was measured."""
+    whole = _logit_differences(found).get("full", 0.0)
+    return value / whole if whole > 0 else None
 
 
 class Claim(NamedTuple):
@@ -66,6 +77,8 @@ class Claim(NamedTuple):
     """What an interval below the threshold means, where that needs words."""
     opposite_if: Callable[[Found], bool] = lambda _: True
     """Whether these words are true of what was found."""
+    share: Callable[[Found, float], float | None] = lambda _found, _value: None
+    """The number as a share of the whole that it is a part of, where there is one."""
 
 
 CLAIMS: dict[Endpoint, Claim] = {
@@ -141,6 +154,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "interaction",
         opposite="both paths are needed together, or one cut alone leaves nothing",
         opposite_if=_both_cuts_cost,
+        share=_share_of_answer,
     ),
     "meta_path": Claim(
         "The answer passes through meta-tokens where it cannot be read directly",
@@ -148,6 +162,7 @@ CLAIMS: dict[Endpoint, Claim] = {
         "logit difference with the direct path cut minus that with the meta path cut as well",
         "logits",
         "meta_path",
+        share=_share_of_answer,
     ),
     "eviction": Claim(
         "Meta-tokens are worth keeping in the key-value cache, more than evenly spaced tokens",
@@ -219,6 +234,10 @@ def _decide(claim: Claim, measured: Verdict, least_documents: int, found: Found)
         verdict, note = "too few documents", f"{count}, at least {least_documents} needed"
     else:
         verdict = "inconclusive"
+    part = None if measured.value is None else claim.share(found, measured.value)
+    if verdict in ("supported", "the opposite holds") and part is not None and abs(part) < NEGLIGIBLE:
+        small = f"but negligible: {abs(part):.2%} of the answer's logit difference"
+        note = f"{note}; {small}" if note else small
     share = None if measured.value is None or claim.paper_value is None else measured.value / claim.paper_value
     return measured.model_copy(update={"verdict": verdict, "note": note, "share_of_paper": share})
 

@@ -33,6 +33,8 @@ INTERVENTIONS = {
 """The kinds of `metatokens.evaluation.interventions`, which imports torch, and how each is written."""
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _LONGEST_SECONDS = 10 * 366 * 24 * 3600
+MOST_NAMED = 12
+"""Choices that an error names one by one, where it also asks for the nearest."""
 _SAME_FLAG = 0.85  # --dryrun and --dry-run have 0.94; no field of a config is that similar to a flag
 
 
@@ -70,8 +72,12 @@ class Parser(argparse.ArgumentParser):
         """Refuse a verb or a value that is none of the choices, and ask for the nearest one."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            where, expected = argparse._get_action_name(action) or "command line", f"one of {', '.join(choices)}"
-            remedy = nearest_name(str(value), choices) or f"see `{self.prog} -h`"
+            where, remedy = argparse._get_action_name(action) or "command line", nearest_name(str(value), choices)
+            # with many choices the nearest one is the answer, and all of them would hide it
+            is_long = bool(remedy) and len(choices) > MOST_NAMED
+            expected = f"one of {len(choices)} names" if is_long else f"one of {', '.join(choices)}"
+            remedy += f" `{self.prog} -h` has all of them" if is_long else ""
+            remedy = remedy or f"see `{self.prog} -h`"
             raise UsageError(where, expected=expected, found=repr(value), remedy=remedy)
 
 

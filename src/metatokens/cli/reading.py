@@ -60,14 +60,17 @@ class Progress:
         self._last = time.monotonic() - max(0.0, self._interval - _FIRST_SECONDS)
         self._first: tuple[float, float] | None = None
         self._is_line_open = False
+        self._is_shown = False
 
     def show(self, text: str, share: float | None = None) -> None:
         """Show the progress, unless it was shown a moment ago; with the share that is done, the time left too."""
         now = time.monotonic()
         if share is not None and self._first is None:
             self._first = now, share
-        if now - self._last < self._interval:
+        is_end = share is not None and share >= 1 and self._is_shown
+        if now - self._last < self._interval and not is_end:
             return
+        self._is_shown = not is_end
         self._last = now
         if share is not None:
             text += f" ({share:.0%}){self._time_left(now, share)}"

@@ -95,7 +95,11 @@ class TokenBlocks:
                 expected=f"at least {text_tokens + 1} tokens, one block of {text_tokens} and its last target",
                 found=f"{num_tokens} tokens in {len(dataset.manifest.shards)} shards of both splits",
                 remedy="prepare more text, or lower data.block_size"
-                + (", or pass --evaluation.interval_steps null" if split == "validation" else ""),
+                + (
+                    ", or prepare it with a larger --validation-fraction, or pass --evaluation.interval_steps null"
+                    if split == "validation"
+                    else ""
+                ),
             )
 
     def __len__(self) -> int:

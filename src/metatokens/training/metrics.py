@@ -167,6 +167,10 @@ def _tracker_package(package: str) -> Any:
         ) from None
 
 
+_PACE_SECONDS = 600
+"""Over which the bar takes the pace; it needs two updates, and those of a slow run are far apart."""
+
+
 class ProgressDisplay:
     """Progress on standard error: a bar on a terminal, a line every few seconds elsewhere; `shown` turns it on."""
 
@@ -180,6 +184,7 @@ class ProgressDisplay:
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
+            speed_estimate_period=_PACE_SECONDS,
             console=Console(stderr=True),
             disable=not (shown and sys.stderr.isatty()),
         )

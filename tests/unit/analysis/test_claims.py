@@ -113,7 +113,7 @@ def test_p_values_are_corrected_together() -> None:
 def test_paths_are_said_to_need_one_another_only_where_each_cut_costs(direct_cut: float, says: str | None) -> None:
     left = {"full": 5.0, "direct cut": direct_cut, "meta cut": 3.0}
     rows = [Row({"condition": name}, np.full(12, value)) for name, value in left.items()]
-    found = {"interaction": [Row({}, -RISING)], "logit_difference": rows}
+    found = {"interaction": [Row({}, -3 * RISING)], "logit_difference": rows}
     (verdict,) = [one for one in judge(found, tuple(CLAIMS), seed=0) if one.num_documents]
     assert verdict.verdict == "the opposite holds"
     assert (verdict.note or "").startswith(says) if says else verdict.note is None
@@ -137,3 +137,21 @@ def test_a_ratio_decides_by_the_mean_of_the_documents_own_ratios() -> None:
     (theorem,) = [v for v in judged({"theorem": pairs}) if v.num_documents]
     assert (theorem.num_documents, theorem.value) == (11, pytest.approx(RISING[1:].mean()))
     assert theorem.verdict == "the opposite holds"
+
+
+@pytest.mark.parametrize(("claim", "measure"), [("meta_path", "meta_path"), ("interaction", "interaction")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_effect_that_is_next_to_nothing_of_the_answer_is_called_negligible(
+    claim: Any, measure: str, sign: int
+) -> None:
+    def note(whole: float) -> str | None:
+        rows = {
+            measure: [Row(CLAIMS[claim].at, sign * RISING)],  # 0.2 in the mean
+            "logit_difference": [Row({"condition": "full"}, np.full(12, whole))],
+        }
+        (found,) = (one for one in judge(rows, tuple(CLAIMS), seed=0) if one.claim == CLAIMS[claim].text)
+        assert found.verdict == ("supported" if sign > 0 else "the opposite holds")
+        return found.note
+
+    assert note(10.0) == "but negligible: 2.00% of the answer's logit difference"
+    assert "negligible" not in (note(3.0) or "")

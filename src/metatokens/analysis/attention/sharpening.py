@@ -187,7 +187,7 @@ def effects_of(inputs: Inputs) -> Mapping[str, Array]:
 
 @measure("attention", "nats", axes=("layer", "head"), plot=HeadMaps())
 def entropy(inputs: Inputs) -> Rows:
-    """Entropy of an attention row behind the first meta-token, mean over the rows of a document."""
+    """Entropy of an attention row after the first meta-token, mean over the rows of a document."""
     yield from over_layers_and_heads(effects_of(inputs)["entropy"])
 
 

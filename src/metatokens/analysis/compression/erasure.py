@@ -184,7 +184,7 @@ def answers_lost_to_erasure(inputs: Inputs) -> Rows:
 
 @measure("probes", "nats", axes=("layer", "erased"), subject="task")
 def erasure_information(inputs: Inputs) -> Rows:
-    """What a probe finds of the answer in a meta-token's state behind a layer, before and after the erasure."""
+    """What a probe finds of the answer in a meta-token's state after a layer, before and after the erasure."""
     erasures = erasures_of(inputs)
     for one in erasures.found:
         for name, erasers in (("nothing", []), ("answer", one.erased)) if one.at else ():

@@ -301,7 +301,7 @@ def excess_cosine(inputs: Inputs) -> Rows:
 
 @measure("similarity", "1", test=True, subject="text", positive="the meta-token resembles the text before it more")
 def near_excess_cosine(inputs: Inputs) -> Rows:
-    """Excess cosine at distance 1, mean over the layers behind the first block's entry."""
+    """Excess cosine at distance 1, mean over the layers after the first block's entry."""
     if 1 not in distances_of(inputs):
         inputs.skip("similarity: near_excess_cosine needs distance 1")
         return
