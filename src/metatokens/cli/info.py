@@ -31,7 +31,9 @@ def _run(options: argparse.Namespace) -> int:
         presets = describe_presets(options.text_vocab_size)
         following = ("metatokens", "info", "tiny/meta")
         listed = {"presets": [asdict(preset) for preset in presets]}
-        return emit(options, listed, lambda: show_presets(presets), following=following)
+        return emit(
+            options, listed, lambda: show_presets(presets, text_vocab_size=options.text_vocab_size), following=following
+        )
     from metatokens.config.loading import differences_from_paper, load_preset, verb_of
     from metatokens.training.loading import ModelFolder
 

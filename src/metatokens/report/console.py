@@ -51,7 +51,7 @@ def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
     PlainConsole().print(table)
 
 
-def show_presets(presets: Sequence[Any]) -> None:
+def show_presets(presets: Sequence[Any], *, text_vocab_size: int) -> None:
     """Show `metatokens.evaluation.presets.PresetDescription`s: a line of numbers each, and below it what it is for."""
     console = PlainConsole()
 
@@ -65,6 +65,10 @@ def show_presets(presets: Sequence[Any]) -> None:
         show(preset.name, *("" if size is None else format_large(size) for size in sizes), flops)
         purpose = textwrap.fill(preset.purpose, 76, initial_indent="    ", subsequent_indent="    ")
         console.print(purpose, style="dim", highlight=False, markup=False)
+    console.print(
+        f"counted with {text_vocab_size:,} text tokens; --text-vocab-size sets another number",
+        highlight=False,
+    )
 
 
 def show_long_context(result: Any) -> None:

@@ -66,7 +66,11 @@ class ModelFolder:
             raise CheckpointError(
                 str(self.name),
                 expected="a folder with config.json",
-                found="none" if newest is None else "a run that has not ended",
+                found="a run that has not ended"
+                if newest
+                else "none"
+                if self.name.exists()
+                else "nothing of that name",
                 remedy="name a run, its model/ or a checkpoint" if newest is None else f"name its checkpoint {newest}",
             )
         check_files(folder)
