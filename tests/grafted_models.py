@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import DynamicCache
 
 from metatokens.graft import GraftConfig, graft
 from tiny_models import randomize
@@ -15,6 +17,7 @@ from tiny_models import randomize
 VOCAB_SIZE = 40
 LENGTH = 41
 CONFIG = GraftConfig(window=6, num_sinks=2, every=3, lora_rank=2)
+META = replace(CONFIG, meta_attention=True)
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48, **SHAPE}
 NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -77,6 +80,19 @@ def trained(family: str, config: GraftConfig = CONFIG, **changes: Any) -> Any:
 def ids(seed: int = 0, length: int = LENGTH, rows: int = 1) -> Tensor:
     """Return (rows, length) random ids."""
     return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model: Any, text: Tensor, chunks: list[int], mask: Tensor | None = None, cache: Any = None) -> Tensor:
+    """Return the logits of texts that are read in pieces of these lengths."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    logits, start = [], 0
+    for piece in chunks:
+        seen = None if mask is None else mask[:, : start + piece]
+        part = model(text[:, start : start + piece], attention_mask=seen, past_key_values=cache, use_cache=True)
+        logits.append(part.logits)
+        start += piece
+    return torch.cat(logits, 1)
 
 
 # the definitions, slowly ----------------------------------------------------------------------------------------
@@ -191,7 +207,59 @@ def additive(seen: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
-@torch.no_grad()
+def change_by_meta_attention(new: Any, states: list[Tensor], angles: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+    """Return what the last of some anchors, each (C,), gets of all of them: one head after another, (C,)."""
+    heads, size = new.query.shape[0] // new.head_size, new.head_size
+    output = []
+    for head in range(heads):
+        own, shared = slice(head * size, (head + 1) * size), slice(*(head // new.groups * size + n for n in (0, size)))
+        query, keys = new.query[own] @ states[-1], [new.key[shared] @ state for state in states]
+        if angles is not None:
+            query, keys = (
+                turn_by(query, *angles[-1]),
+                [turn_by(key, *one) for key, one in zip(keys, angles, strict=True)],
+            )
+        weights = (torch.stack(keys) @ query / size**0.5).softmax(0)
+        output.append(weights @ torch.stack([new.value[shared] @ state for state in states]))
+    return new.output @ torch.cat(output)
+
+
+def turn_by(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return (D,) rotated."""
+    first, second = states.chunk(2)
+    return states * cos + torch.cat([-second, first]) * sin
+
+
+@contextmanager
+def with_meta_attention(
+    model: Any, grafted: Any, columns: list[tuple[int, bool]], config: GraftConfig
+) -> Iterator[None]:
+    """Let a plain model have the meta-attention of a grafted one, anchor by anchor."""
+    new, given, handles = grafted.metatokens_graft, [], []
+    anchors = [index for index, (_, is_anchor) in enumerate(columns) if is_anchor]
+    for index, own in enumerate(new.meta_attn):
+        block = new.family.blocks_of(model.base_model)[index]
+        first, attention, second = map(block.get_submodule, new.family.around_attention)
+
+        def add(module: Any, _: Any, kwargs: Any, output: Any, own: Any = own, second: Any = second) -> Any:
+            out, angles = output[0].clone(), None
+            residual = given.pop()
+            states = [second(residual[0, at] + output[0][0, at]) for at in anchors]
+            if "position_embeddings" in kwargs and getattr(module, "use_rope", True):
+                cos, sin = kwargs["position_embeddings"]
+                angles = [(cos[0, at], sin[0, at]) for at in anchors]
+            for number, at in enumerate(anchors):
+                seen = slice(max(0, number + 1 - (config.memory_limit or number + 1)), number + 1)
+                out[0, at] += change_by_meta_attention(own, states[seen], angles and angles[seen])
+            return (out, *output[1:])
+
+        handles.append(first.register_forward_pre_hook(lambda _, args: given.append(args[0])))
+        handles.append(attention.register_forward_hook(add, with_kwargs=True))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
 def by_definition(model: Any, grafted: Any, text: Tensor, config: GraftConfig) -> Tensor:
     """Return the logits of text (1, T) by a plain model whose matrices are changed at anchors, one after another."""
     new = grafted.metatokens_graft
@@ -212,7 +280,8 @@ def by_definition(model: Any, grafted: Any, text: Tensor, config: GraftConfig) -
         handles.append(matrix.register_forward_hook(change))
     places = torch.tensor([[place for place, _ in columns]])
     mask = additive(seen_with_anchors(config, text.shape[1]))
-    with nullcontext() if config.positions == "text" else pairwise(model, compact_distances(config, columns)):
+    distances = nullcontext() if config.positions == "text" else pairwise(model, compact_distances(config, columns))
+    with distances, with_meta_attention(model, grafted, columns, config):
         places *= config.positions == "text"  # at position 0 nothing is rotated
         logits = model(inputs_embeds=rows, attention_mask=mask, position_ids=places, use_cache=False).logits
     for handle in handles:

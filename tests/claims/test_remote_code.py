@@ -200,9 +200,8 @@ torch.save(outputs, sys.argv[4])
 @torch.no_grad()
 def test_a_graft_from_remote_code_gives_the_same_bits(run: Run, tmp_path: Path) -> None:
     text = ids(length=200)  # longer than what attends by one mask
-    models = [
-        trained("llama", config, dtype=torch.float32) for config in (CONFIG, replace(CONFIG, positions="compact"))
-    ]
+    configs = replace(CONFIG, meta_attention=True), replace(CONFIG, positions="compact")
+    models = [trained("llama", config, dtype=torch.float32) for config in configs]
     for number, model in enumerate(models):
         save_graft(model, tmp_path / f"full{number}", full=True)
     repository = tmp_path / "hub" / "models--owner--name"

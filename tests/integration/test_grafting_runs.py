@@ -140,7 +140,8 @@ def test_two_processes_train_as_one_does_and_go_on_from_its_checkpoint(
 def test_a_run_learns_the_answers_to_what_it_hides(config: Config, tmp_path: Path) -> None:
     needles = ("--needles", "{share: 0.5, tasks: [passkey, copying]}", "--objectives.distillation", "0")
     shape = ("--data.block_size", "256", "--evaluation.blocks", "4", "--objectives.language_model", "0")
-    assert run(config(*needles, *shape), tmp_path / "run") == [0]
+    assert run(config(*needles, *shape, "--graft.meta_attention", "true"), tmp_path / "run") == [0]
+    assert load_file(tmp_path / "run" / "model" / "graft.safetensors")["meta_attn.0.output"].abs().max() > 0
     first, *_, last = losses(tmp_path / "run", "validation_needles").values()
     assert last < first
     # the text of this measure has no needles
@@ -225,7 +226,10 @@ def test_commands_of_the_package_read_a_grafted_folder(whole: Path, base: Path, 
     assert perplexities[0] == perplexities[1] == perplexities[2] != perplexities[3]
     written = json.loads(metatokens("generate", whole, "the cat", "--max-text-tokens", "9", "--json").stdout)
     assert written["text_tokens"] == 9
-    assert "parameters" in metatokens("info", whole, "--json").stdout
+    described = json.loads(metatokens("info", whole, "--json").stdout)
+    assert described["parameters"] > described["parameters_of_graft"] > described["parameters_of_meta_attention"] == 0
+    # two layers, keys and values, two heads of eight float32 numbers
+    assert described["cache_of_1024_positions_anchors_bytes"] == (1024 // 3) * 2 * 2 * 2 * 8 * 4
     opened = load(whole)
     assert opened.generate("the cat", max_text_tokens=9, temperature=0).meta_tokens == 0
     with pytest.raises(UsageError, match="save_graft"):

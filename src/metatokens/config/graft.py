@@ -34,8 +34,11 @@ class GraftConfig:
     stand right in front of the window, for texts with more tokens than the model has positions (RoPE alone)."""
     lora_rank: int = 8
     """Rank of the change to every matrix of a block, which acts at anchors alone; 0 means none."""
+    meta_attention: bool = False
+    """Let the anchors attend among themselves once more in every block, by weights of its own; not with positions
+    "compact"."""
     seed: int = 0
-    """Seed of the first weights of that change, whose effect is zero before training; below 2**31."""
+    """Seed of the first weights of both, whose effect is zero before training; below 2**31."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -53,6 +56,10 @@ class GraftConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"GraftConfig.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if type(self.meta_attention) is not bool:
+            raise ValueError(f"GraftConfig.meta_attention must be true or false, not {self.meta_attention!r}")
+        if self.meta_attention and self.positions == "compact":
+            raise ValueError('GraftConfig.meta_attention true needs positions "text", and not "compact"')
 
     @classmethod
     def read(cls, values: Any) -> Self:

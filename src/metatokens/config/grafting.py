@@ -55,8 +55,16 @@ class GraftFields(Frozen):
     stand right in front of the window, for texts with more tokens than the model has positions (RoPE alone)."""
     lora_rank: int = Field(8, ge=0)
     """Rank of the change to every matrix of a block, which acts at anchors alone; 0 means none."""
+    meta_attention: bool = False
+    """Let the anchors attend among themselves once more in every block, by weights of its own; not with positions
+    "compact"."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the first weights of that change, whose effect is zero before training."""
+    """Seed of the first weights of both, whose effect is zero before training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.build()
+        return self
 
     def build(self) -> GraftConfig:
         """Return what `metatokens.graft.graft` takes."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from metatokens.baselines.pretrained import PretrainedCausalLM
 from metatokens.generation.decoding import sequence_limit
+from metatokens.graft import costs
+from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model import MetaTokenConfig
 from metatokens.model.accounting import cache_bytes, count_parameters, training_flops
 
@@ -67,4 +69,20 @@ def describe_pretrained(model: PretrainedCausalLM) -> dict[str, Any]:
         "training_flops_per_text_token": model.training_flops(num_positions=block_size) / block_size,
         "weights_bytes": parameters * FLOAT32_BYTES,
         "training_state_bytes": 4 * parameters * FLOAT32_BYTES,
+        **_describe_graft(model.wrapped),
     }
+
+
+def _describe_graft(model: Any) -> dict[str, int]:
+    """Return the new parameters of a graft, and the bytes of its cache at some lengths of text; nothing for others."""
+    added = getattr(model, GRAFT, None)
+    if added is None:
+        return {}
+    rows = {
+        "parameters_of_graft": sum(parameter.numel() for parameter in added.parameters()),
+        "parameters_of_meta_attention": sum(parameter.numel() for parameter in added.meta_attn.parameters()),
+    }
+    for num_text in CACHE_POSITIONS:
+        kept = costs.cache_bytes(model, num_text=num_text)
+        rows |= {f"cache_of_{num_text}_positions_{part}_bytes": size for part, size in asdict(kept).items()}
+    return rows

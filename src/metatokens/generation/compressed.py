@@ -86,7 +86,7 @@ class CompressedDocument:
     def num_bytes_of_all(self, config: Any) -> int:
         """Return the bytes of a cache that keeps every token, text and meta-tokens."""
         if not isinstance(config, MetaTokenConfig):  # of a graft, all of whose layers are alike
-            held = [tensor for name, tensor in self.tensors.items() if name.endswith(("keys", "values"))]
+            held = [tensor for name, tensor in self.tensors.items() if name.endswith((".keys", ".values"))]
             return sum(tensor.nbytes // tensor.shape[2] * self.read.num_text for tensor in held)
         number = next(tensor for name, tensor in self.tensors.items() if name.startswith("layers."))
         everything = copy.deepcopy(config)

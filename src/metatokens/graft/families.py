@@ -25,6 +25,9 @@ class Family:
     """Name in the decoder of the norm in front of the head."""
     own_mask: str = ""
     """Name in a block of the module that has this mask as `bias`."""
+    around_attention: tuple[str, str, str] | None = None
+    """Names in a block of the norm in front of its attention, of the attention, and of the norm behind their sum, for
+    meta-attention; None means that there is nothing between attention and feed-forward part, which run side by side."""
 
     def blocks_of(self, decoder: Any) -> list[Any]:
         """Return the blocks."""
@@ -48,7 +51,9 @@ _LLAMA = Family(
         *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
         *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
     ),
+    around_attention=("input_layernorm", "self_attn", "post_attention_layernorm"),
 )
+_GPT2_BLOCK = ("ln_1", "attn", "ln_2")
 FAMILIES = {
     "llama": _LLAMA,  # SmolLM and SmolLM2 too
     "mistral": _LLAMA,
@@ -56,13 +61,19 @@ FAMILIES = {
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
     "gemma": _LLAMA,
-    "gpt2": Family("h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), norm="ln_f"),
+    "gpt2": Family(
+        "h",
+        ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        norm="ln_f",
+        around_attention=_GPT2_BLOCK,
+    ),
     "gpt_neo": Family(
         "h",
         (*(f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.c_fc", "mlp.c_proj"),
         norm="ln_f",
         local_window=_window_of_gpt_neo,
         own_mask="attn.attention",
+        around_attention=_GPT2_BLOCK,
     ),
     "gpt_neox": Family(
         "layers",
@@ -121,4 +132,20 @@ def check_compact(model: Any) -> None:
     if found is not None:
         raise UsageError(
             'positions "compact"', expected="a decoder with RoPE", found=found, remedy='graft with positions "text"'
+        )
+
+
+def check_meta_attention(model: Any) -> None:
+    """Refuse a model without a place for meta-attention.
+
+    Raises:
+        UsageError: attention and feed-forward part of its blocks run side by side.
+    """
+    if FAMILIES[model.config.model_type].around_attention is None:
+        fitting = (name for name, family in FAMILIES.items() if family.around_attention is not None)
+        raise UsageError(
+            "meta_attention true",
+            expected=f"blocks whose parts follow one another, such as those of {', '.join(fitting)}",
+            found=f"those of {model.config.model_type}",
+            remedy="graft without meta_attention",
         )

@@ -5,9 +5,8 @@ the cache; a hook behind it returns the states of the T columns. So the model ta
 and `generate` know nothing of anchors. New are
 
 - one row, zero at the start: an anchor's embedding is that of the token before it plus this row;
-- for every matrix of a block a change of low rank (LoRA: Hu et al. 2022) that acts at anchors alone, zero at the start.
-
-Not here: meta-attention.
+- for every matrix of a block a change of low rank (LoRA: Hu et al. 2022) that acts at anchors alone, zero at the start;
+- if wanted, meta-attention (`meta_attention.py`), by hooks on a block's first norm and on its attention.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from metatokens.graft.attending import (
     rotation_of,
 )
 from metatokens.graft.cache import is_filled, new_cache, state_of
-from metatokens.graft.families import Family, check_compact, family_of
+from metatokens.graft.families import Family, check_compact, check_meta_attention, family_of
+from metatokens.graft.meta_attention import AnchorAttention, Pack, pack_anchors
 from metatokens.graft.spreading import Spread, policy_of, spread, visible
 from metatokens.model.compatibility import CACHE_NAME, CACHE_NAMES, checkpoint_blocks, find_cache
 from metatokens.model.memory import CHUNK, Columns, MemoryPolicy
@@ -49,6 +49,7 @@ class Graft(nn.Module):
         row: (C,) added to the embedding of the token before an anchor.
         down: (rank, in) for each matrix, by its name in the decoder with "-" for ".".
         up: (out, rank) likewise.
+        meta_attn: the meta-attention of each block, if there is any.
         is_on: whether the hooks do anything.
     """
 
@@ -71,10 +72,16 @@ class Graft(nn.Module):
             drawn = torch.randn(config.lora_rank, num_in, generator=generator) / num_in**0.5
             self.down[_key(name)] = nn.Parameter(drawn.to(**factory))
             self.up[_key(name)] = nn.Parameter(torch.zeros(num_out, config.lora_rank, **factory))
+        self.meta_attn = nn.ModuleList(
+            AnchorAttention(decoder.config, generator, factory)
+            for _ in (family.blocks_of(decoder) if config.meta_attention else ())
+        )
         self.spread: Spread | None = None
         """Of the pass under way."""
         self._anchors: tuple[Tensor, Tensor] | None = None
         self._too_far: dict[int, Tensor] = {}
+        self._pack: Pack | None = None
+        self._held: Tensor | None = None
         self._own_attention: str | None = None
         self._model_config = decoder.config
         self.recomputes = False
@@ -91,6 +98,8 @@ class Graft(nn.Module):
         for block in self.family.blocks_of(decoder):
             if self.family.own_mask:
                 self._replace_mask(block)
+        for index in range(len(self.meta_attn)):
+            self._attach_meta_attention(index, self.family.blocks_of(decoder)[index])
 
     def _before(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _by_name(decoder, args, kwargs)
@@ -121,7 +130,7 @@ class Graft(nn.Module):
         keys = found.tokens
         if state is not None:
             keys, state.num_columns = state.read(found.tokens), state.num_columns + num_columns
-        self._begin(found, keys, layers)
+        self._begin(found, keys, layers, cache)
         given = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "input_ids")}
         is_compact = self.config.positions == "compact"
         if is_compact or self._is_long(decoder):
@@ -150,13 +159,18 @@ class Graft(nn.Module):
         is_open = decoder.config._attn_implementation == "sdpa" and not self.family.own_mask
         return is_open and self.spread.is_anchor.shape[1] > CHUNK
 
-    def _begin(self, found: Spread, keys: Columns, layers: list[Any]) -> None:
+    def _begin(self, found: Spread, keys: Columns, layers: list[Any], cache: Any) -> None:
         rows, columns = found.is_anchor.nonzero(as_tuple=True)
         self.spread, self._anchors = found, (rows, columns)
         queries = found.tokens
         windows = {window for layer in layers if (window := self.family.local_window(layer)) is not None}
         distance = queries.positions[:, None, :, None] - keys.positions[:, None, None]
         self._too_far = {window: distance >= window for window in windows}
+        if self.meta_attn and self._num_anchors:
+            # the layers hold the same anchors
+            cached = None if cache is None else cache.layers[0].meta_columns
+            limit = self.config.memory_limit
+            self._pack = pack_anchors(found.is_anchor, queries.order, self._anchors, cached=cached, limit=limit)
 
     @property
     def _num_anchors(self) -> int:
@@ -173,6 +187,38 @@ class Graft(nn.Module):
         anchors = args[0][self._anchors]
         down, up = (matrices[key].to(anchors.dtype) for matrices in (self.down, self.up))
         return self._add(output, nn.functional.linear(nn.functional.linear(anchors, down), up))
+
+    def _attach_meta_attention(self, index: int, block: Any) -> None:
+        assert self.family.around_attention is not None
+        first, attention, second = map(block.get_submodule, self.family.around_attention)
+        # not on the block itself: gradient checkpointing runs its inside anew, without its own hooks
+        self.handles.append(first.register_forward_pre_hook(self._hold))
+        behind = partial(self._attend_among_anchors, index, second)
+        self.handles.append(attention.register_forward_hook(behind, with_kwargs=True))
+
+    def _hold(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the anchors of what a block was given, which its attention is added to."""
+        del norm
+        if self._pack is not None:
+            self._held = self._pack.take(args[0])
+
+    def _attend_among_anchors(
+        self, index: int, norm: nn.Module, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        del args
+        if self._pack is None:
+            return output
+        held, self._held = self._held, None
+        assert held is not None
+        states, *rest = output
+        cache = next((kwargs[name] for name in (*CACHE_NAMES, "layer_past") if kwargs.get(name) is not None), None)
+        change = self.meta_attn[index](
+            norm(held + self._pack.take(states)),
+            self._pack,
+            rotary=kwargs.get("position_embeddings") if getattr(module, "use_rope", True) else None,
+            layer=None if cache is None else cache.layers[index],
+        )
+        return (self._add(states, change), *rest)
 
     def _replace_mask(self, block: Any) -> None:
         """Let a window that a block counts in columns count positions, since columns are dropped and added."""
@@ -205,6 +251,7 @@ class Graft(nn.Module):
         if self._own_attention is not None:
             decoder.config._attn_implementation, self._own_attention = self._own_attention, None
         found, self.spread, self._anchors, self._too_far = self.spread, None, None, {}
+        self._pack = self._held = None
         if found is None or output is None:
             return output
         if isinstance(output, tuple):
@@ -222,18 +269,25 @@ class Graft(nn.Module):
         Then the pass under way is over, so the second context brings back what the hooks and the attention of that
         part read of it.
         """
-        return nullcontext(), self._back_in(
-            (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation
-        )
+        return nullcontext(), self._back_in(self._under_way, self._model_config._attn_implementation)
 
     @contextmanager
     def _back_in(self, under_way: Any, attention: str) -> Iterator[None]:
-        before = (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation
-        (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation = under_way, attention
+        before = self._under_way, self._model_config._attn_implementation
+        self._under_way, self._model_config._attn_implementation = under_way, attention
         try:
             yield
         finally:
-            (self.spread, self._anchors, self._too_far), self._model_config._attn_implementation = before
+            self._under_way, self._model_config._attn_implementation = before
+
+    @property
+    def _under_way(self) -> tuple[Any, ...]:
+        """What the hooks inside of blocks read of a pass."""
+        return self.spread, self._anchors, self._too_far, self._pack
+
+    @_under_way.setter
+    def _under_way(self, known: tuple[Any, ...]) -> None:
+        self.spread, self._anchors, self._too_far, self._pack = known
 
     def _check_input(self, decoder: Any, given: dict[str, Any]) -> None:
         mask = given.get("attention_mask")
@@ -299,6 +353,8 @@ def graft(model: Any, config: GraftConfig | None = None, *, tokenizer: Any = Non
     decoder = model.base_model
     if config.positions == "compact":
         check_compact(model)
+    if config.meta_attention:
+        check_meta_attention(model)
     added = Graft(config, family, decoder)
     for name, parameter in model.named_parameters():
         added.trained_before[name] = parameter.requires_grad

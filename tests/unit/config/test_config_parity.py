@@ -97,10 +97,14 @@ def test_every_field_of_memory_mode_reaches_the_hugging_face_config_and_comes_ba
 def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
     changed = {"window": 8, "num_sinks": 1, "anchors": "every", "every": 3, "reveal": "always", "memory_limit": 5}
     changed |= {"positions": "compact", "lora_rank": 2, "seed": 4}
-    assert changed.keys() == GraftFields.model_fields.keys()
+    other = {"meta_attention": True}  # does not go with compact positions
+    assert {*changed, *other} == GraftFields.model_fields.keys()
     assert GraftFields().build() == GraftConfig()
-    assert GraftFields(**changed).build() == GraftConfig(**changed)
-    for field, value in changed.items():
+    for values in (changed, other):
+        assert GraftFields(**values).build() == GraftConfig(**values)
+    with pytest.raises(ValueError, match="meta_attention true needs positions"):
+        GraftFields(**changed, **other)
+    for field, value in {**changed, **other}.items():
         assert getattr(GraftConfig(), field) != value, field
 
 

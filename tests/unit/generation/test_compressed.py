@@ -1,6 +1,7 @@
 """A compressed document goes on as the text itself would, with its model and no other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,15 @@ def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("gpt2", {}), ("llama", {"positions": "compact"})],
-    ids=["llama", "gpt2", "beyond the positions of the model"],
+    [("llama", {}), ("gpt2", {}), ("llama", {"positions": "compact"}), ("llama", {"meta_attention": True})],
+    ids=["llama", "gpt2", "beyond the positions of the model", "meta-attention"],
 )
 def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_itself(
     tokenizer: Any, family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     size, options = TextEncoder(tokenizer).vocab_size, {"schedule": NoSchedule(), "max_text_tokens": 20}
-    shape = {"vocab_size": size, **({"max_position_embeddings": 36} if changes else {})}
-    model = trained(family, CONFIG.model_copy(update=changes), **shape)
+    shape = {"vocab_size": size, **({"max_position_embeddings": 36} if "positions" in changes else {})}
+    model = trained(family, replace(CONFIG, **changes), **shape)
     for temperature in (0, 1):
         options["temperature"] = temperature
         whole = generate_text(model, tokenizer, DOCUMENT + PROMPT, **options)
@@ -55,12 +56,13 @@ def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_
         document = CompressedDocument.load(tmp_path / "doc.safetensors")
         assert generate_text(model, tokenizer, PROMPT, memory=document, **options).text == whole.text
     num_text = len(TextEncoder(tokenizer).encode_batch([DOCUMENT])[0])
-    held = CONFIG.num_sinks + CONFIG.window + num_text // CONFIG.every - CONFIG.num_sinks // CONFIG.every
+    num_anchors = num_text // CONFIG.every - CONFIG.num_sinks // CONFIG.every
+    held = CONFIG.num_sinks + CONFIG.window + num_anchors * (2 if "meta_attention" in changes else 1)
     assert document.num_bytes * num_text == document.num_bytes_of_all(model.config) * held
     assert document.read == (num_text, 0, False)
     for other in (
-        trained(family, CONFIG.model_copy(update={**changes, "every": 4}), **shape),
-        trained(family, CONFIG.model_copy(update={**changes, "window": 7}), **shape),
+        trained(family, replace(CONFIG, **{**changes, "every": 4}), **shape),
+        trained(family, replace(CONFIG, **{**changes, "window": 7}), **shape),
     ):
         with pytest.raises(UsageError, match=r"compressed document.*the model that read it"):
             generate_text(other, tokenizer, PROMPT, memory=document, **options)

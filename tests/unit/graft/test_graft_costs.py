@@ -34,13 +34,33 @@ def test_operations_are_those_that_torch_counts(weights: dict[str, float]) -> No
     assert step_flops(model, config) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_the_preset_for_8b_fits_a_gpu_of_80_gb() -> None:
-    config = load_preset("graft/8b", schema=GraftRunConfig)
+def test_operations_of_meta_attention_are_those_that_torch_counts_more_with_it() -> None:
+    shape, text = {**GROUPED, "hidden_size": 128, "intermediate_size": 256}, ids(length=LENGTH)
+    counted, computed = [], []
+    for meta_attention in (False, True):
+        config = GraftRunConfig(
+            graft=GraftFields(window=8, every=8, meta_attention=meta_attention),
+            data=DataConfig(block_size=LENGTH),
+            sampled_positions=SAMPLED,
+        )
+        model = graft(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)), config.graft.build())
+        student = Student(model, config.objectives, {}).train()
+        with FlopCounterMode(display=False) as counter:
+            student(text, text, torch.arange(SAMPLED)[None]).loss.backward()
+        counted.append(counter.get_total_flops())
+        computed.append(step_flops(model, config))
+    # torch counts all pairs of anchors
+    assert computed[1] - computed[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
+
+
+@pytest.mark.parametrize("meta_attention", [False, True])
+def test_the_preset_for_8b_fits_a_gpu_of_80_gb(meta_attention: bool) -> None:
+    config = load_preset("graft/8b", ["--graft.meta_attention", str(meta_attention)], schema=GraftRunConfig)
     for changes in ({}, {"intermediate_size": 11_008, "num_key_value_heads": 32, "vocab_size": 32_000}):
         with torch.device("meta"):
             shape = transformers.LlamaConfig(**{**EIGHT_BILLION, **changes})
             model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-        memory = step_memory(graft(model, config.graft), config)
+        memory = step_memory(graft(model, config.graft.build()), config)
         assert memory["weights"] == 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
         assert min(memory.values()) > 0
         assert sum(memory.values()) < 0.9 * 80e9

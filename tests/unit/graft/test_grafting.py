@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from grafted_models import (
@@ -16,6 +15,7 @@ from grafted_models import (
     FAMILIES,
     GROUPED,
     LENGTH,
+    META,
     TOLERANCES,
     VOCAB_SIZE,
     additive,
@@ -28,6 +28,7 @@ from grafted_models import (
     make,
     pairwise,
     plain,
+    read,
     trained,
 )
 from metatokens.errors import UsageError
@@ -46,18 +47,6 @@ ROTATED = [family for family in FAMILIES if family not in ("gpt2", "gpt_neo")]
 ROTATIONS = 1e-5  # transformers computes their angles in float32
 SCALED = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 16}
 CHUNKS = {"at once": [LENGTH], "chunks, then one by one": [17, 9, 8, *[1] * 7], "one by one": [1] * LENGTH}
-
-
-@torch.no_grad()
-def read(model: Any, text: Tensor, chunks: list[int], mask: Tensor | None = None, cache: Any = None) -> Tensor:
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    logits, start = [], 0
-    for piece in chunks:
-        seen = None if mask is None else mask[:, : start + piece]
-        part = model(text[:, start : start + piece], attention_mask=seen, past_key_values=cache, use_cache=True)
-        logits.append(part.logits)
-        start += piece
-    return torch.cat(logits, 1)
 
 
 def test_every_family_has_a_test() -> None:
@@ -155,6 +144,10 @@ def test_a_trained_graft_with_compact_positions_is_its_definition_beyond_the_pos
         ("gpt_neo", CONFIG),
         ("llama", COMPACT["limited"]),
         ("llama", CONFIGS["every"]),
+        ("llama", META),
+        ("gpt2", replace(META, memory_limit=2)),
+        ("gpt_neo", META),
+        ("llama", replace(META, memory_limit=2, anchors="every")),
     ],
 )
 def test_rows_of_a_padded_batch_are_read_as_each_alone(family: str, config: GraftConfig) -> None:

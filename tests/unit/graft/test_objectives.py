@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from grafted_models import CONFIG, LENGTH, ids, largest, make, plain, trained
+from grafted_models import CONFIG, LENGTH, META, ids, largest, make, plain, trained
 from metatokens.config.grafting import Objectives
 from metatokens.errors import UsageError
 from metatokens.graft import GraftConfig, enable_gradient_checkpointing, graft
@@ -98,6 +98,8 @@ def test_in_training_only_what_has_a_weight_is_computed_and_in_evaluation_all() 
         ("gpt2", CONFIG),
         ("gpt_neo", CONFIG),
         ("llama", replace(CONFIG, positions="compact")),
+        ("llama", META),
+        ("gpt_neo", META),
     ],
 )
 @pytest.mark.parametrize("length", [LENGTH, 200])  # by one mask, and by a plan of chunks
