@@ -21,7 +21,8 @@ BOOKS, PIPELINE, ROWS = (
 )
 RECALL, INSIDE, FAULTS = "experiments/tiny-recall", "experiments/tiny-analysis", "tests/faults/results"
 LONG, MEMORY = "experiments/long-context", "experiments/tiny-memory"
-GRAFT = "experiments/graft/loss.json"
+GRAFTS = "experiments/graft"
+GRAFT = f"{GRAFTS}/loss.json"
 FOLDERS = ("books", "list_recall", "parity")
 ARMS = ("pause", "parameter-matched", "double-attention", "meta-rope", "meta-learned")
 TASKS = ("list_recall", "parity", "copying", "segment_counting")
@@ -538,6 +539,36 @@ def graft_minus(name: str, period: int, kind: str = "graft", distances: str = "5
     return _graft_rows()[kind, period][distances][f"minus_{name}"]
 
 
+def graft_needles() -> str:
+    """Return the share of single needles that small caches find, trained grafts and presses too."""
+    presses = {row["row"]: row["right"] for row in load(f"{GRAFTS}/presses.json")["rows"]}
+    rows = []
+    for columns, word, period in ((234, "ten", 10), (387, "four", 4)):
+        suite = load(f"{GRAFTS}/needle-{columns}.json")["rows"]
+        found = {GRAFT_ROWS.get(row["policy"], row["policy"]): row["accuracy"] for row in suite}
+        for kind, name in (("trained", word), ("trained-every", f"{word}-every")):
+            (row,) = load(f"{GRAFTS}/needle-{name}.json")["rows"]
+            found[GRAFT_ROWS[kind]] = row["accuracy"]
+        found |= {row.partition("@")[0]: right for row, right in presses.items() if row.endswith(f"@{period}")}
+        rows += [[name, str(columns), span(share, ".0f", 100)] for name, share in found.items() if name != "full"]
+        whole = found["full"]
+    return _table(["cache", "columns", "right, %"], [["full", "all", span(whole, ".0f", 100)], *rows])
+
+
+def graft_presses() -> str:
+    """Return the loss of two presses in the last window of a block, beside the whole cache and StreamingLLM."""
+    rows = []
+    for row in load(f"{GRAFTS}/presses.json")["rows"]:
+        name, _, period = row["row"].partition("@")
+        rows.append([name, period, span(row["minus_full"], ".3f"), span(row["minus_sinks"], ".3f")])
+    return _table(["press", "columns as with every", "minus full", "minus sinks and window"], rows)
+
+
+def graft_training(run: str, what: str) -> Any:
+    """Return a number of the training of a graft."""
+    return load(f"{GRAFTS}/training.json")[run][what]
+
+
 def graft_from_every() -> float:
     """Return the largest difference of an untrained graft's mean loss from that of every n-th token, of all ranges."""
     rows = [one for one in load(GRAFT)["rows"] if one["row"].startswith("graft")]
@@ -636,6 +667,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-recall-pilots": memory_recall_pilots,
     "memory-runs": partial(memory_runs, "copying", "narrower"),
     "graft-loss": graft_loss,
+    "graft-needles": graft_needles,
+    "graft-presses": graft_presses,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,
@@ -646,6 +679,7 @@ FUNCTIONS = (
     *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot, graft_minus),
     *(memory_range, memory_solved, memory_gaps),
     graft_from_every,
+    graft_training,
 )
 NAMES: dict[str, Any] = {function.__name__: function for function in FUNCTIONS} | {"ARMS": ARMS, "min": min, "max": max}
 """What an expression may use."""

@@ -17,6 +17,7 @@ A file has a line for each row and block. One that is begun is gone on with; wha
 
     python experiments/graft/loss.py measure MODEL BOOKS --blocks 40 --out experiments/graft/loss.jsonl
     python experiments/graft/loss.py summarise experiments/graft/loss.jsonl --out experiments/graft/loss.json
+    python experiments/graft/loss.py collect RUN ... --out experiments/graft/training.json
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from metatokens.config.graft import GRAFT_FILE
 from metatokens.evaluation.eviction import Budget, Reader
 from metatokens.evaluation.eviction.policies import find_policy
 from metatokens.evaluation.long_context.loss_by_distance import SKIPPED_SHARE, ranges_of
@@ -200,6 +202,17 @@ def summarise(options: argparse.Namespace) -> None:
     options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def collect(options: argparse.Namespace) -> None:
+    """Write what the runs of the trained grafts took and came to."""
+    kept = ("num_parameters", "steps", "text_tokens", "meta_tokens", "validation", "text_tokens_per_second")
+    runs = {}
+    for run in options.runs:
+        result = json.loads((run / "result.json").read_text())
+        adapter = (run / "model" / GRAFT_FILE).stat().st_size
+        runs[run.name] = {name: result[name] for name in kept} | {"adapter_bytes": adapter}
+    options.out.write_text(json.dumps(runs, indent=1) + "\n")
+
+
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,6 +233,10 @@ def main() -> None:
     two.add_argument("file", type=Path)
     two.add_argument("--out", type=Path, required=True)
     two.set_defaults(work=summarise)
+    three = verbs.add_parser("collect")
+    three.add_argument("runs", type=Path, nargs="+", help="folders of runs of `metatokens graft`")
+    three.add_argument("--out", type=Path, required=True)
+    three.set_defaults(work=collect)
     options = parser.parse_args()
     options.work(options)
 

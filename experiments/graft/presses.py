@@ -3,7 +3,9 @@
 kvpress 0.5.5 asks for an older transformers than this package, so the texts go through a file:
 
     python experiments/graft/presses.py texts MODEL BOOKS --out texts.json          # in the package's environment
-    python presses.py measure MODEL texts.json --out experiments/graft/presses.json  # in that of kvpress
+    python presses.py measure MODEL texts.json --out presses.json                    # in that of kvpress
+    python experiments/graft/presses.py summarise presses.json experiments/graft/loss.jsonl \
+        --out experiments/graft/presses.json                                         # in the package's again
 
 A press reads all but the last window of a text under full attention, and then drops columns, a head for itself. What is
 left and the last window have as many columns together as a graft at the end. So its choice has seen all of the text
@@ -15,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,30 @@ def measure(options: argparse.Namespace) -> None:
             print(row, file=sys.stderr)
 
 
+def summarise(options: argparse.Namespace) -> None:
+    """Write the means, beside the whole cache and StreamingLLM in the last window of the same blocks."""
+    from metatokens.evaluation.statistics import bootstrap_paired_ratio, wilson_interval
+
+    tree = json.loads(options.file.read_text())
+    length = 1024
+    distances = f"{length - tree['window'] + 1}-{length - 1}"
+    others: dict[str, dict[str, float]] = {}
+    for line in map(json.loads, options.losses.read_text().splitlines()):
+        if distances in line["nats"]:
+            others.setdefault(line["row"], {})[line["block"]] = line["nats"][distances]
+    rows = []
+    for row, nats in tree["nats"].items():
+        right = tree["right"][row]
+        found: dict[str, Any] = {"row": row, "right": asdict(wilson_interval(sum(right), len(right)))}
+        for name in ("full", f"sinks@{row.split('@')[1]}"):
+            shared = sorted(nats.keys() & others.get(name, {}).keys())
+            pairs = [nats[block] for block in shared], [others[name][block] for block in shared]
+            found[f"minus_{name.split('@')[0]}"] = asdict(bootstrap_paired_ratio(*pairs, [1.0] * len(shared), seed=0))
+            found["blocks"] = len(shared)
+        rows.append(found)
+    options.out.write_text(json.dumps({"distances": distances, "rows": rows, **tree}, indent=1) + "\n")
+
+
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,6 +143,11 @@ def main() -> None:
     two.add_argument("texts", type=Path)
     two.add_argument("--out", type=Path, required=True)
     two.set_defaults(work=measure)
+    three = verbs.add_parser("summarise")
+    three.add_argument("file", type=Path, help="what measure wrote")
+    three.add_argument("losses", type=Path, help="lines of loss.py")
+    three.add_argument("--out", type=Path, required=True)
+    three.set_defaults(work=summarise)
     options = parser.parse_args()
     options.work(options)
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from metatokens.config.graft import GRAFT_FILE
 from metatokens.errors import UsageError
-from metatokens.graft.loading import load_graft
 
 _OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
 
@@ -50,6 +49,9 @@ def _loader() -> Callable[[Path, Any], Any]:
 
 
 def _load_with_own_code(folder: Path, model: Any) -> Any:
+    # here and not above: a cache that is imported takes the place of the package's with transformers
+    from metatokens.graft.loading import load_graft
+
     model = load_graft(folder, model)
     model.save_pretrained = _refuse_to_save
     return model

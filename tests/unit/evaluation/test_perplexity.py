@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 
 import numpy as np
@@ -271,7 +271,7 @@ def test_default_window_of_a_model_without_a_longest_text_is_that_of_its_trainin
 def test_windows_of_a_graft_with_compact_positions_may_be_longer_than_its_model(tokenizer):
     size = TextEncoder(tokenizer).vocab_size
     for positions in ("text", "compact"):
-        config = CONFIG.model_copy(update={"positions": positions})
+        config = replace(CONFIG, positions=positions)
         model = trained("llama", config, vocab_size=size, max_position_embeddings=40)
         assert TokenScorer(model, tokenizer, PerplexityOptions()).positions_per_window == 40
         options = PerplexityOptions(window=60)

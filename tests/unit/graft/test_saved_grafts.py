@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, cache_utils
 
 from grafted_models import CONFIG, LENGTH, ids, largest, make, plain, trained
 from metatokens.errors import CheckpointError, UsageError
 from metatokens.evaluation.eviction import POLICIES, Budget, Reader
 from metatokens.graft import Graft, GraftConfig, graft, load_graft, save_graft, switched_off
+from metatokens.model.cache import MetaDynamicLayer
 
 
 @torch.no_grad()
@@ -41,6 +42,8 @@ def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     folder = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
     monkeypatch.setattr(sys, "path", [folder, *sys.path])
+    for name in ("DYNAMIC_LAYER_TYPE_MAPPING", "STATIC_LAYER_TYPE_MAPPING"):
+        monkeypatch.setattr(cache_utils, name, dict(getattr(cache_utils, name)))  # which a copy of the cache enters
     forget()
     yield
     forget()
@@ -89,6 +92,7 @@ def test_a_full_folder_opens_grafted_by_its_own_code(tmp_path: Path) -> None:
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=True)
     assert type(opened) is LlamaForCausalLM
     assert type(opened.metatokens_graft) is Graft  # the package's own, since it is imported
+    assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["meta_attention"] is MetaDynamicLayer
     assert torch.equal(logits(opened), logits(model))
     assert not torch.equal(logits(opened), logits(make("llama", dtype=torch.float32)))
     # without a graft's file and code beside it, it names none
