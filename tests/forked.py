@@ -6,8 +6,10 @@ They are forked from a server that has imported the package once, which takes se
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 processes = multiprocessing.get_context("forkserver")
@@ -18,16 +20,30 @@ processes.set_forkserver_preload(
 
 def run_all(target: Callable[..., None], each: Sequence[tuple[Any, ...]], *, seconds: float) -> None:
     """Run a process for each tuple of arguments, at once; all must end well, and none takes much longer."""
-    started = [processes.Process(target=target, args=arguments) for arguments in each]
+    with TemporaryDirectory() as folder:
+        errors = [Path(folder, str(number)) for number in range(len(each))]
+        runs = zip(errors, each, strict=True)
+        started = [processes.Process(target=_tell, args=(target, *run)) for run in runs]
+        try:
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(seconds)
+            codes = [process.exitcode for process in started]
+            told = [error.read_text() for error in errors if error.exists()]
+            assert codes == [0] * len(codes), f"exit codes {codes}, None is still running: {told}"
+        finally:
+            for process in started:
+                process.kill()
+
+
+def _tell(target: Callable[..., None], errors: Path, arguments: tuple[Any, ...]) -> None:
+    """Call a function; its error goes to a file too, since nobody sees what a process prints."""
     try:
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(seconds)
-            assert process.exitcode == 0
-    finally:
-        for process in started:
-            process.kill()
+        target(*arguments)
+    except BaseException:
+        errors.write_text(traceback.format_exc())
+        raise
 
 
 def start_command(arguments: Sequence[str], errors: Path) -> Any:

@@ -12,7 +12,7 @@ from forked import run_all
 from tiny_models import gradients, tiny_model, tokens
 
 ROWS = ("x_xx_x", "xxxxxx")  # of rank 0 and of rank 1
-DEADLOCK_SECONDS = 60  # two processes that import torch on a busy machine start this far apart
+DEADLOCK_SECONDS = 120  # two processes that import torch on a busy machine start this far apart
 
 
 def train(rank: int, store: Path, out: Path) -> None:
