@@ -540,28 +540,17 @@ def graft_minus(name: str, period: int, kind: str = "graft", distances: str = "5
 
 
 def graft_needles() -> str:
-    """Return the share of single needles that small caches find, trained grafts and presses too."""
-    presses = {row["row"]: row["right"] for row in load(f"{GRAFTS}/presses.json")["rows"]}
+    """Return the share of single needles that small caches find, trained grafts too."""
     rows = []
-    for columns, word, period in ((234, "ten", 10), (387, "four", 4)):
+    for columns, word in ((234, "ten"), (387, "four")):
         suite = load(f"{GRAFTS}/needle-{columns}.json")["rows"]
         found = {GRAFT_ROWS.get(row["policy"], row["policy"]): row["accuracy"] for row in suite}
         for kind, name in (("trained", word), ("trained-every", f"{word}-every")):
             (row,) = load(f"{GRAFTS}/needle-{name}.json")["rows"]
             found[GRAFT_ROWS[kind]] = row["accuracy"]
-        found |= {row.partition("@")[0]: right for row, right in presses.items() if row.endswith(f"@{period}")}
         rows += [[name, str(columns), span(share, ".0f", 100)] for name, share in found.items() if name != "full"]
         whole = found["full"]
     return _table(["cache", "columns", "right, %"], [["full", "all", span(whole, ".0f", 100)], *rows])
-
-
-def graft_presses() -> str:
-    """Return the loss of two presses in the last window of a block, beside the whole cache and StreamingLLM."""
-    rows = []
-    for row in load(f"{GRAFTS}/presses.json")["rows"]:
-        name, _, period = row["row"].partition("@")
-        rows.append([name, period, span(row["minus_full"], ".3f"), span(row["minus_sinks"], ".3f")])
-    return _table(["press", "columns as with every", "minus full", "minus sinks and window"], rows)
 
 
 def graft_training(run: str, what: str) -> Any:
@@ -668,7 +657,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-runs": partial(memory_runs, "copying", "narrower"),
     "graft-loss": graft_loss,
     "graft-needles": graft_needles,
-    "graft-presses": graft_presses,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,

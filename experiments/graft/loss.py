@@ -7,8 +7,8 @@ package holds that); the last two kinds without training really drop them. Rows,
     sinks@N           StreamingLLM with as many columns as the graft of period N has at the end of the block
     every@N           a window, and every N-th token before it
     graft@N           a graft of period N without training
-    separators@N      a window, and the newest tokens before it that end a clause, with as many columns
-    pooled@N          a window, and means of N tokens before it, with as many columns or a few less
+    separators@N      a window, and the newest tokens before it that end a clause, with at most as many columns
+    pooled@N          a window, and means of spans of tokens before it, with at most as many columns
     NAME              a trained graft, given as NAME=FOLDER; its period is its own
 
 Besides the ranges of distances, which double, there is that of the last window, which presses.py measures too.
