@@ -39,9 +39,9 @@ class RotaryTables(NamedTuple):
     """RoPE. A tuple, so that whatever moves or casts a layer's inputs finds the tensors in it."""
 
     cos: Tensor
-    """(B or 1, T, D)."""
+    """(B or 1, T, D), or (B or 1, H, T, D) where heads differ."""
     sin: Tensor
-    """(B or 1, T, D)."""
+    """As `cos`."""
 
     def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys by their positions; the shapes stay."""
@@ -112,9 +112,10 @@ class XposTables(NamedTuple):
 
 
 def _take_positions(table: Tensor, index: Tensor) -> Tensor:
-    """Gather rows of a table, (B or 1, T, D), at (B, M)."""
-    table = table.expand(index.shape[0], -1, -1)
-    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
+    """Gather rows of a table, (B or 1, T, D) or (B or 1, H, T, D), at (B, M)."""
+    table = table.expand(index.shape[0], *table.shape[1:])
+    places = index[..., None] if table.ndim == 3 else index[:, None, :, None]
+    return torch.take_along_dim(table, places, dim=-2)
 
 
 class MetaTokenRotaryEmbedding(LlamaRotaryEmbedding):
@@ -181,29 +182,6 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
             )
 
 
-class FourierTables(NamedTuple):
-    """Rotation-like tables of a head for itself."""
-
-    cos: Tensor
-    """(B or 1, H, T, D)."""
-    sin: Tensor
-    """(B or 1, H, T, D)."""
-
-    def apply(self, query_BHTD: Tensor, key_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by their positions; the shapes stay."""
-        return rotate(query_BHTD, self.cos, self.sin), rotate(key_BHTD, self.cos, self.sin)
-
-    def at(self, index_BM: Tensor) -> Self:
-        """Return the tables of the tokens at `index_BM`."""
-        return self._replace(cos=_take_of_heads(self.cos, index_BM), sin=_take_of_heads(self.sin, index_BM))
-
-
-def _take_of_heads(table: Tensor, index: Tensor) -> Tensor:
-    """Gather rows of a table, (B or 1, H, T, D), at (B, M)."""
-    table = table.expand(index.shape[0], -1, -1, -1)
-    return torch.take_along_dim(table, index[:, None, :, None], dim=2)
-
-
 class FourierEmbedding(nn.Module):
     """Fourier position embedding (FoPE, Hua et al. 2024): pairs of dimensions turn by sums of frequencies.
 
@@ -232,7 +210,7 @@ class FourierEmbedding(nn.Module):
         # no buffer: neither saved nor rounded to half precision
         self.mixing = steps + drawn * FOURIER_GAIN * (2 / (num_in + num_out)) ** 0.5
 
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> FourierTables:
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> RotaryTables:
         """Return the tables of positions (B or 1, T), in the dtype of `hidden`."""
         exact: dict[str, Any] = {
             "dtype": torch.promote_types(hidden.dtype, torch.float32),
@@ -243,7 +221,7 @@ class FourierEmbedding(nn.Module):
         cos, sin = waves @ self.mixing.to(**exact)[:, None]
         idle = self.pairs - cos.shape[-1]
         cos, sin = nn.functional.pad(cos, (0, idle), value=1.0), nn.functional.pad(sin, (0, idle))
-        return FourierTables(*(torch.cat([half, half], -1).to(hidden.dtype) for half in (cos, sin)))
+        return RotaryTables(*(torch.cat([half, half], -1).to(hidden.dtype) for half in (cos, sin)))
 
 
 ROTARY_EMBEDDINGS: dict[str, Callable[..., nn.Module]] = {
