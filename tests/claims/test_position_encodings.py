@@ -238,6 +238,10 @@ def test_fourier_keeps_18_of_32_frequencies_of_the_papers_model_and_mixes_them_i
     noise = embedding.mixing - identity
     assert noise.std() == pytest.approx(0.3 * math.sqrt(2 / 34), rel=0.1)
     assert noise.mean().abs() < 0.01
+    # the other 16 pairs do not turn, which scores of equal queries and keys would not show
+    cos, sin = (table[..., 16:32] for table in embedding(torch.zeros(1), torch.arange(9)[None]))
+    assert (cos == 1).all()
+    assert (sin == 0).all()
     again = FourierEmbedding(tiny_config(head_dim=64, max_position_embeddings=1024))
     assert torch.equal(again.mixing, embedding.mixing)
 
