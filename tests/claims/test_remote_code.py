@@ -99,7 +99,7 @@ for number, path in enumerate(sys.argv[2:]):
 @torch.no_grad()
 def test_models_from_remote_code_give_the_same_bits(run: Run, tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
-        "yarn": {"rope_parameters": YARN},
+        "yarn": {"rope_parameters": YARN, "position_layers": [1]},
         "memory": {"memory": {"window": 2, "num_sinks": 1}},
     }
     models = {variant: tiny_model(**fields, dtype=torch.float32) for variant, fields in variants.items()}

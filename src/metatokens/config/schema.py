@@ -83,6 +83,9 @@ class ModelConfig(Frozen):
     """How positions enter both attentions. xpos: RoPE with scores that decay with the distance; fourier: RoPE with
     mixed frequencies; t5: a learned bias by distance; kerple: minus a logarithm of the distance; dape: a map of the
     scores and that bias; transformer_xl: relative keys."""
+    position_layers: Literal["all", "even"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
+    """Which blocks have positions: "all", "even" (every second one, the first included) or a list of indices; only with
+    rope, xpos and fourier. Both attentions of the others are without."""
     rope_theta: float = Field(10_000.0, gt=0)
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
@@ -118,12 +121,10 @@ class ModelConfig(Frozen):
             beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
             if beyond:
                 raise ValueError(f"model.attention.layers {beyond} are beyond the {self.num_hidden_layers} layers")
-        if isinstance(self.meta_attention_layers, tuple):
-            outside = [i for i in self.meta_attention_layers if i >= self.num_hidden_layers]
+        for name in ("meta_attention_layers", "position_layers"):
+            outside = [i for i in getattr(self, name) if isinstance(i, int) and i >= self.num_hidden_layers]
             if outside:
-                raise ValueError(
-                    f"model.meta_attention_layers {outside} are beyond the {self.num_hidden_layers} layers"
-                )
+                raise ValueError(f"model.{name} {outside} are beyond the {self.num_hidden_layers} layers")
         return self
 
     def _check_positions(self) -> None:
@@ -140,6 +141,10 @@ class ModelConfig(Frozen):
             )
         if encoding != "rope" and self.rope_scaling.kind != "none":
             raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        if self.position_layers != "all" and not self.has_rotation:
+            raise ValueError(
+                f"model.position_layers needs model.position_encoding rope, xpos or fourier, not {encoding}"
+            )
 
     def _check_memory(self, memory: MemoryAttention) -> None:
         has_meta_attention = self.meta_attention_layers != "none"
@@ -160,6 +165,8 @@ class ModelConfig(Frozen):
             raise ValueError(
                 "model.attention.positions compact needs model.position_encoding rope and model.attention.layers all"
             )
+        if memory.positions == "compact" and self.position_layers != "all":
+            raise ValueError("model.attention.positions compact needs model.position_layers all")
 
     @property
     def has_rotation(self) -> bool:
@@ -198,8 +205,8 @@ class ModelConfig(Frozen):
         hold either; the embedding is padded to a multiple of 64 rows.
         """
         fields = self.model_dump(exclude={"rope_theta", "rope_scaling", "intermediate_size", "attention"})
-        if isinstance(self.meta_attention_layers, tuple):
-            fields["meta_attention_layers"] = list(self.meta_attention_layers)
+        for name in ("meta_attention_layers", "position_layers"):
+            fields[name] = list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
         rope = {"rope_theta": self.rope_theta, **self.rope_scaling.to_hf()}
         return {
             **fields,

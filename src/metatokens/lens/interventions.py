@@ -151,6 +151,7 @@ class CacheMemory:
     def __init__(self, config: MetaTokenConfig) -> None:
         assert config.head_dim is not None
         self._wide = 3 * config.head_dim  # the keys of an `EdgeRotary`
+        self._layer = next((i for i in range(config.num_layers) if config.has_positions(i)), 0)
         self._holds_meta: WeakKeyDictionary[Cache, bool] = WeakKeyDictionary()
 
     def note(self, cache: Cache, holds_meta: bool) -> None:
@@ -161,7 +162,7 @@ class CacheMemory:
         """Tell whether a cache may hold a meta-token; a copy of a cache may."""
         if cache is None or not int(cache.get_seq_length()):
             return False
-        width = cache.layers[0].keys.shape[-1]
+        width = cache.layers[self._layer].keys.shape[-1]
         if width != self._wide:
             raise UsageError(
                 "past_key_values",

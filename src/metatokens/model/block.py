@@ -41,6 +41,7 @@ class MetaTokenBlock(GradientCheckpointingLayer):
     def __init__(self, config: MetaTokenConfig, layer_index: int) -> None:
         """Create the block; one without meta-attention has no meta parameters."""
         super().__init__()
+        self.has_positions = config.has_positions(layer_index)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = self.attention_class(config, layer_index)
         self.meta_attn = None
@@ -61,6 +62,8 @@ class MetaTokenBlock(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Map hidden states (B, T, C) to (B, T, C)."""
+        if not self.has_positions:
+            rotary, pack = None, None if pack is None else pack.without_positions()
         update, _ = self.self_attn(self.input_layernorm(hidden), rotary, mask, past_key_values, **kwargs)
         update = self.dropout(update)
         if self.meta_attn is not None and pack is not None:

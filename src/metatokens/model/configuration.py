@@ -46,6 +46,8 @@ class MetaTokenConfig(PreTrainedConfig):
             distance), "fourier" (mixed frequencies), "learned", "alibi", "t5" (a learned bias by distance), "kerple"
             (minus a logarithm of the distance), "dape_alibi" and "dape_kerple" (a map of the scores and that bias),
             "transformer_xl" (relative keys, and embeddings scaled by the root of the width) or "none".
+        position_layers: Which blocks have positions: "all", "even" (every second one, the first included) or a list of
+            indices; only where queries and keys are rotated. Both attentions of the others are without.
         rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
         meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
         meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
@@ -91,6 +93,7 @@ class MetaTokenConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = True
     position_encoding: str = "rope"
+    position_layers: str | list[int] = "all"
     rope_parameters: dict[str, Any] | None = None
     meta_attention_layers: str | list[int] = "all"
     meta_attention_over: str = "meta"
@@ -210,6 +213,12 @@ class MetaTokenConfig(PreTrainedConfig):
             return self.meta_attention_layers == "all"
         return layer_index in self.meta_attention_layers
 
+    def has_positions(self, layer_index: int) -> bool:
+        """Tell whether positions enter the attentions of block `layer_index`."""
+        if isinstance(self.position_layers, str):
+            return self.position_layers == "all" or layer_index % 2 == 0
+        return layer_index in self.position_layers
+
     def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
         """Count the (query, key) pairs of the self-attention of a block over T positions, M of them meta-tokens."""
         policy = self.memory_policy
@@ -233,6 +242,21 @@ class MetaTokenConfig(PreTrainedConfig):
         outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
         if outside:
             raise ValueError(f"meta_attention_layers {outside} are outside 0..{self.num_hidden_layers - 1}")
+
+    def validate_position_layers(self) -> None:
+        """Check `position_layers`, and that the rest of the config can do with it."""
+        layers = self.position_layers
+        if layers == "all":
+            return
+        if isinstance(layers, str) and layers != "even":
+            raise ValueError(f'position_layers must be "all", "even" or a list of indices, not {layers!r}')
+        outside = [i for i in layers if isinstance(i, int) and not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"position_layers {outside} are outside 0..{self.num_hidden_layers - 1}")
+        if not self.has_rotation:
+            raise ValueError(f"position_layers needs position_encoding in {ROTATIONS}, not {self.position_encoding!r}")
+        if (self.memory or {}).get("positions") == "compact":
+            raise ValueError('memory.positions "compact" needs position_layers "all"')
 
     def validate_memory(self) -> None:
         """Check the memory's fields, and that the rest of the config can do with it."""

@@ -12,7 +12,7 @@ attention among all tokens at full cost, "random" packs pseudo-random text token
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class MetaPack(NamedTuple):
 
     rows: Tensor | None
     """(B * M,) int64: the packed meta-tokens among all B * T tokens of this forward; None as `index`."""
+
+    def without_positions(self) -> Self:
+        """Return the same for a block without positions."""
+        return self._replace(rotary=None)
 
     def gather(self, hidden_BTC: Tensor) -> Tensor:
         """Return the meta rows, (B, M, C)."""

@@ -12,8 +12,8 @@ and no other backend.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class DensePack:
     """(B, T) bool: the tokens that take part."""
     rotary: Rotary | None
     layout: TokenLayout
+
+    def without_positions(self) -> Self:
+        """Return the same for a block without positions."""
+        return replace(self, rotary=None)
 
 
 def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePack) -> Tensor:

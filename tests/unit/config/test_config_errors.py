@@ -149,6 +149,11 @@ def test_a_value_that_is_missing_names_its_key():
             ["model.rope_scaling", "model.position_encoding rope"],
         ),
         (["--model.meta_attention_layers", "[0, 9]"], ["model.meta_attention_layers [9]", "4 layers"]),
+        (["--model.position_layers", "[0, 9]"], ["model.position_layers [9]", "4 layers"]),
+        (
+            ["--model", "{position_layers: even, position_encoding: learned}"],
+            ["model.position_layers", "model.position_encoding rope", "learned"],
+        ),
         (["--injection", "{kind: explicit, positions: [3, 2]}"], ["injection.positions"]),
         (["--injection", "{kind: explicit, positions: [3, 256]}"], ["injection.positions", "256"]),
         (["--schedule.horizon_steps", "50"], ["schedule.horizon_steps 50", "schedule.warmup_steps 50"]),

@@ -38,6 +38,7 @@ CHANGED = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.2,
     "position_encoding": "alibi",
+    "position_layers": (0, 2),
     "rope_theta": 500.0,
     "rope_scaling": LinearScaling(factor=2),
     "attention": LandmarkAttention(every=10),
@@ -112,6 +113,7 @@ def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
     ("memory", "others", "named"),
     [
         ({"positions": "compact"}, {"position_encoding": "learned"}, r"positions compact needs .*rope"),
+        ({"positions": "compact"}, {"position_layers": "even"}, r"compact needs model\.position_layers all"),
         ({"positions": "compact", "layers": "odd"}, {}, r"attention\.layers all"),
         ({"memory_limit": 4, "layers": "odd"}, {}, "memory_limit with meta-attention"),
         ({}, {"meta_attention_over": "all"}, r"meta_attention_over meta, not all"),
