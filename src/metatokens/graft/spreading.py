@@ -93,6 +93,14 @@ def spread(
     return Spread(source, is_anchor, text_columns, tokens)
 
 
+def places_of(config: GraftConfig, tokens: Columns) -> Tensor:
+    """Return (B, W) int64: the place of each column among the text and the anchors of its row, -1 at padding."""
+    places = tokens.clock
+    if config.anchors == "meta":
+        places = places + tokens.rank + tokens.is_anchor.long()
+    return places.masked_fill(~tokens.is_real, -1)
+
+
 def visible(config: GraftConfig, queries: Columns, keys: Columns) -> Tensor:
     """Tell which queries (B, Q) see which keys (B, K): (B, Q, K) bool.
 

@@ -20,6 +20,10 @@ from transformers import PreTrainedModel
 
 from metatokens.baselines.blocks import BlockPlan
 from metatokens.errors import UsageError
+from metatokens.graft.attending import IMPLEMENTATION as PLANNED
+from metatokens.graft.grafting import NAME as GRAFT
+from metatokens.graft.grafting import graft_of
+from metatokens.graft.spreading import places_of
 from metatokens.lens.activations import AttentionCall, Captured
 from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.layout import PROJECTION_TAPS, ROTATED_TAPS, AttentionSite, BlockSite, Layout
@@ -55,9 +59,11 @@ class _Forward:
     """The forward pass that is under way."""
 
     columns: Tensor
-    """(B, T) int64: the column in the sequence of each token."""
-    logit_columns: Tensor
-    """(B, T') int64: of the tokens that get logits."""
+    """(B, T) int64: the column in the sequence of each token; of a graft (B, W), with its anchors."""
+    text_columns: Tensor
+    """(B, T) int64: of the tokens of the input."""
+    kept: int | Tensor
+    """Which of these get logits, as `logits_to_keep` of a model."""
     num_seen: int
     """Tokens in the cache before it."""
     pack: Any = None
@@ -69,6 +75,11 @@ class _Forward:
     middle: Tensor | None = None
     """The middle of the residual stream of the block that is running, if it was changed."""
     mlp_out: Tensor | None = None
+
+    @property
+    def logit_columns(self) -> Tensor:
+        """(B, T') int64: of the tokens that get logits."""
+        return self.text_columns[:, slice(-self.kept, None) if isinstance(self.kept, int) else self.kept]
 
 
 class _TappedRotary:
@@ -165,16 +176,40 @@ class Hooks(ModuleHooks):
                 found=str(implementation),
                 remedy='call model.set_attn_implementation("sdpa")',
             )
-        if self._observers and getattr(self._model.config, "position_encoding", None) in UNREADABLE:
+        if self._observers and not self._scores_are_readable():
             raise UsageError(
-                "position_encoding of a model whose attention is observed",
-                expected="scores that follow from rotated queries, keys and a mask",
-                found=self._model.config.position_encoding,
+                "model whose attention is observed",
+                expected="scores that follow from rotated queries, keys and a mask that the lens sees",
+                found=getattr(self._model.config, "position_encoding", self._model.config.model_type),
                 remedy="load the model with attn_implementation eager and ask for output_attentions",
             )
         columns = (torch.arange(tokens.shape[1], device=tokens.device) + seen).expand(tokens.shape[:2])
-        logit_columns = columns[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        self._current = _Forward(columns, logit_columns, seen)
+        self._current = _Forward(columns, columns, kept, seen)
+
+    def _scores_are_readable(self) -> bool:
+        sites = (site for block in self._layout.blocks for site in block.attentions)
+        rotates_in_sight = all(set(ROTATED_TAPS.values()) <= set(site.taps) for site in sites)
+        return rotates_in_sight and getattr(self._model.config, "position_encoding", None) not in UNREADABLE
+
+    def _follow_graft(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the columns of a grafted decoder's pass, which its own hook has spread by now."""
+        del args, kwargs
+        graft = graft_of(self._model)
+        if graft.spread is None:
+            return  # switched off
+        if (self._cuts or self._observers) and decoder.config._attn_implementation == PLANNED:
+            raise UsageError(
+                "attention of a grafted model with cut edges, or observed",
+                expected='a mask that is a tensor: by eager attention, with positions "text"',
+                found="a plan of what its queries visit",
+                remedy='call model.set_attn_implementation("eager")',
+            )
+        if self._cuts and self._forward.num_seen:
+            raise ValueError(
+                f"edges of a graft are cut in a pass without a cache, not behind {self._forward.num_seen} tokens"
+            )
+        columns = places_of(graft.config, graft.spread.tokens)
+        self._forward.columns, self._forward.text_columns = columns, graft.spread.undo(columns)
 
     def _end(self, *_: Any) -> None:
         self._current = None
@@ -183,6 +218,8 @@ class Hooks(ModuleHooks):
 
     def _install(self) -> None:
         self._hook(self._model, before=self._begin, after=self._end, always=True)
+        if hasattr(self._model, GRAFT):
+            self._hook(self._model.base_model, before=self._follow_graft)
         for layer, site in enumerate(self._layout.blocks):
             self._install_block(layer, site)
             for attention in site.attentions:
@@ -193,7 +230,7 @@ class Hooks(ModuleHooks):
 
             def unembed(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
                 # a loss wants the logits of all tokens, whichever are kept
-                columns, kept = self._forward.columns, self._forward.logit_columns
+                columns, kept = self._forward.text_columns, self._forward.logit_columns
                 return self._fire("unembed.hook_logits", logits, kept if logits.shape[1] == kept.shape[1] else columns)
 
             self._hook(self._layout.head, after=unembed)
@@ -204,7 +241,7 @@ class Hooks(ModuleHooks):
         moves_middle = middle in self._edits
         if self._wants(pre) or (layer == 0 and self._wants("embed.hook_embed")):
             self._hook(site.block, before=partial(self._enter_block, layer, pre))
-        if self._wants(middle):
+        if site.mlp_norm is not None and self._wants(middle):
             self._hook(site.mlp_norm, before=partial(self._fire_middle, middle))
         if self._wants(mlp_out) or moves_middle:
             self._hook(site.mlp, after=partial(self._fire_mlp, mlp_out))
@@ -331,9 +368,10 @@ class Hooks(ModuleHooks):
     ) -> Tensor | None:
         """Tap queries, keys and values where they are made; without rotation the scores use them as they are."""
         columns = self._columns_of(site)
-        made = [part.unflatten(-1, (site.num_heads, site.head_dim)) for part in output.chunk(len(taps), dim=-1)]
+        # keys and values may have fewer heads
+        made = [part.unflatten(-1, (-1, site.head_dim)) for part in output.chunk(len(taps), dim=-1)]
         heads = {tap: self._fire(f"{site.prefix}.{tap}", part, columns) for tap, part in zip(taps, made, strict=True)}
-        if site.rotary_argument is None:
+        if site.rotary_argument is None and "hook_rot_q" in site.taps:
             for tap in (tap for tap in taps if tap in ROTATED_TAPS):
                 heads[tap] = self._fire(f"{site.prefix}.{ROTATED_TAPS[tap]}", heads[tap], columns)
             if self._observers:

@@ -1,4 +1,4 @@
-"""Where the parts of a model are: one description for ours and for transformers' GPT-2 and GPT-Neo.
+"""Where the parts of a model are: one description for ours, GPT-2 and GPT-Neo, and one for all that can be grafted.
 
 The lens reads and changes activations through it and knows no model class itself. Raw Hugging Face weights stay as
 they are; nothing is folded, centred or copied.
@@ -6,13 +6,14 @@ they are; nothing is folded, centred or copied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 from transformers import GPT2LMHeadModel, GPTNeoForCausalLM, PreTrainedModel
 
 from metatokens.errors import UsageError
+from metatokens.graft.families import FAMILIES
 from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.compatibility import CACHE_NAME
@@ -49,6 +50,8 @@ class AttentionSite:
     """Place and name of the `Rotary`, or of the pack that holds it; None where queries and keys stay as projected."""
     window: int | None = None
     """Sliding-window size, for layers that apply it outside of the mask; None means no window."""
+    taps: tuple[str, ...] = ATTENTION_TAPS
+    """Those that it has. Without the rotated ones, its scores cannot be observed."""
 
     @property
     def prefix(self) -> str:
@@ -67,8 +70,8 @@ class BlockSite:
 
     block: nn.Module
     attentions: tuple[AttentionSite, ...]
-    mlp_norm: nn.Module
-    """The norm before the feed-forward part; its input is the middle of the residual stream."""
+    mlp_norm: nn.Module | None
+    """The norm before the feed-forward part; its input is the middle of the residual stream. None: it has no middle."""
     mlp: nn.Module
 
 
@@ -93,9 +96,10 @@ class Layout:
         for layer, site in enumerate(self.blocks):
             names.append(f"blocks.{layer}.hook_resid_pre")
             for attention in site.attentions:
-                names += [f"{attention.prefix}.{tap}" for tap in ATTENTION_TAPS]
+                names += [f"{attention.prefix}.{tap}" for tap in attention.taps]
                 names.append(attention.output_tap)
-            names += [f"blocks.{layer}.{tap}" for tap in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")]
+            middle = () if site.mlp_norm is None else ("hook_resid_mid",)
+            names += [f"blocks.{layer}.{tap}" for tap in (*middle, "hook_mlp_out", "hook_resid_post")]
         return (*names, "ln_final.hook_normalized", "unembed.hook_logits")
 
 
@@ -103,21 +107,17 @@ def describe_layout(model: PreTrainedModel) -> Layout:
     """Return where the parts of a model are.
 
     Raises:
-        UsageError: A class that is not known, or a grafted model.
+        UsageError: A class that is not known.
     """
-    if hasattr(model, GRAFT):
-        raise UsageError(
-            "model",
-            expected="one whose activations are those of its input's columns",
-            found="a grafted one, which reads anchors between them",
-            remedy="call metatokens.graft.ungraft first, or look at its base",
-        )
     for known, describe in _DESCRIPTIONS.items():
         if isinstance(model, known):
-            return describe(model)
+            found = describe(model)
+            return _follow_graft(found) if hasattr(model, GRAFT) else found
+    if isinstance(model, PreTrainedModel) and model.config.model_type in FAMILIES and model.get_output_embeddings():
+        return _of_family(model)
     raise UsageError(
         "model",
-        expected=", ".join(known.__name__ for known in _DESCRIPTIONS),
+        expected=f"{', '.join(known.__name__ for known in _DESCRIPTIONS)}, or a decoder of {', '.join(FAMILIES)}",
         found=type(model).__name__,
         remedy="pass one of these; a PEFT wrapper has its model in get_base_model(), a PretrainedCausalLM in wrapped",
     )
@@ -191,6 +191,41 @@ def _of_gpt_neo(model: Any) -> Layout:
         )
         blocks.append(BlockSite(block, (site,), block.ln_2, block.mlp))
     return Layout(tuple(blocks), model.transformer.ln_f, model.lm_head)
+
+
+def _of_family(model: Any) -> Layout:
+    """Describe a decoder by what a graft knows of it; it rotates queries and keys where nobody can look."""
+    family, decoder, config = FAMILIES[model.config.model_type], model.base_model, model.config
+    blocks = []
+    *names_in, name_out = (name for name in family.matrices if not name.startswith("mlp."))
+    for layer, block in enumerate(family.blocks_of(decoder)):
+        module = block.get_submodule(name_out.rpartition(".")[0])
+        site = AttentionSite(
+            layer=layer,
+            branch="attn",
+            module=module,
+            projections=tuple(block.get_submodule(name) for name in names_in),
+            output=block.get_submodule(name_out),
+            num_heads=config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            scaling=module.scaling,
+            mask_argument=(1, "attention_mask"),
+            cache_argument=(2, CACHE_NAME),
+            # one matrix for all three has them head by head
+            taps=(*(PROJECTION_TAPS if len(names_in) > 1 else ()), "hook_z"),
+        )
+        norm = None if family.around_attention is None else block.get_submodule(family.around_attention[2])
+        blocks.append(BlockSite(block, (site,), norm, block.mlp))
+    return Layout(tuple(blocks), decoder.get_submodule(family.norm), model.get_output_embeddings())
+
+
+def _follow_graft(layout: Layout) -> Layout:
+    """Leave windows to the graft, which has them in its mask."""
+    blocks = (
+        replace(block, attentions=tuple(replace(site, window=None) for site in block.attentions))
+        for block in layout.blocks
+    )
+    return replace(layout, blocks=tuple(blocks))
 
 
 _DESCRIPTIONS = {

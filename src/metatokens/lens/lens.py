@@ -24,6 +24,12 @@ and `embed.hook_embed` (what enters the first block), `ln_final.hook_normalized`
 prefix `blocks.l.`. Each fires once a forward pass; those of meta-attention fire only where there are meta-tokens.
 GPT-Neo projects queries, keys and values one after the other, so its rotated queries fire before its keys.
 
+Decoders that can be grafted (Llama, Qwen, Mistral, SmolLM, Gemma, GPT-NeoX) rotate inside of their attention, so they
+have no rotated taps and cannot be observed; keys and values have the model's number of heads for them. GPT-NeoX has
+neither a middle of the residual stream nor taps of its projections, which are one. A grafted model has its anchors as
+columns between those of the text: `lens.is_meta` tells which, T is their number together, and only its logits are of
+the text alone. Its meta-attention is a part of `hook_attn_out`.
+
 Hooks hang only on the modules that the requested taps need, and go with the context. With nothing changed the logits
 keep their bits. No attention backend is asked for its weights. A lens works neither under `torch.compile` nor with a
 static cache.
@@ -41,6 +47,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metatokens.config.schema import LossPolicy
+from metatokens.graft.grafting import NAME as GRAFT
+from metatokens.graft.grafting import graft_of
+from metatokens.graft.spreading import spread
 from metatokens.lens.activations import AttentionCall, Captured
 from metatokens.lens.edits import EdgeCut, Edit
 from metatokens.lens.hooks import Hooks, Requests, match_names
@@ -54,7 +63,7 @@ class Lens:
     """Reads and changes the activations of a causal language model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Look at a model of this package, GPT-2 or GPT-Neo, in evaluation mode.
+        """Look at a model of this package, GPT-2, or a decoder that can be grafted or is, in evaluation mode.
 
         Raises:
             UsageError: A model of another class.
@@ -84,7 +93,9 @@ class Lens:
         return policy
 
     def is_meta(self, input_ids: Tensor) -> Tensor:
-        """Tell which ids are the model's meta-token, bool in the shape of the ids."""
+        """Tell which columns are the model's meta-tokens: (B, T) bool, of a grafted model (1, W) with its anchors."""
+        if hasattr(self.model, GRAFT):
+            return spread(graft_of(self.model).config, torch.ones_like(input_ids[:1], dtype=torch.bool)).is_anchor
         if self.meta_token_id is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.meta_token_id
