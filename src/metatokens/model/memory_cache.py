@@ -264,7 +264,9 @@ class MemoryDynamicLayer(MetaDynamicLayer):
             self.keys, self.values = self.keys.clone(), self.values.clone()
         index, number = slots[:, None, :, None], slots.shape[1]
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            held.scatter_(2, index.expand(-1, *new.shape[1:2], -1, new.shape[3]), new[:, :, :number])
+            # autocast may give a step another type than the text before it
+            written = new[:, :, :number].to(held.dtype)
+            held.scatter_(2, index.expand(-1, *new.shape[1:2], -1, new.shape[3]), written)
 
     def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all; beyond the memory's limit the oldest ones are dropped."""

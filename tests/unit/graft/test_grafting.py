@@ -171,6 +171,15 @@ def test_the_cache_holds_sinks_window_and_anchors_and_its_length_is_that_of_the_
         assert held == {min(place + 1, 2 + 6) + num_anchors}
 
 
+@torch.no_grad()
+def test_a_model_in_float32_is_read_piece_by_piece_under_autocast() -> None:
+    text, model = ids(), trained("llama").float()
+    expected = model(text, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read(model, text, CHUNKS["chunks, then one by one"])
+    assert 0 < largest(found - expected) < 0.05 * largest(expected)
+
+
 def test_generate_continues_prompts_of_a_batch_as_each_alone() -> None:
     model, length = trained("llama"), 20
     texts = [ids(5, length), ids(6, 13)]
