@@ -245,13 +245,13 @@ def memory_solved(arm: str, sweep: str = "copying") -> int:
     return sum(one["state"] == "solved" for (name, _), one in _memory_runs(sweep).items() if name == arm)
 
 
-def memory_gaps(first: str, second: str, sweep: str = "copying", step: int = 2000) -> str:
-    """Return by how many points two arms differ in words right at a step, seed by seed."""
+def memory_gaps(first: str, second: str, sweep: str = "copying", step: int | None = 2000) -> str:
+    """Return by how many points two arms differ in words right at a step or, for None, at the last, seed by seed."""
     runs = _memory_runs(sweep)
 
     def right(arm: str, seed: int) -> float:
         one = runs[arm, seed]
-        return 100 * float(one["words_right"][one["evaluated_at"].index(step)])
+        return 100 * float(one["words_right"][-1 if step is None else one["evaluated_at"].index(step)])
 
     seeds = sorted(seed for arm, seed in runs if arm == first and (second, seed) in runs)
     return ", ".join(f"{right(first, seed) - right(second, seed):+.0f}" for seed in seeds)
@@ -655,6 +655,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-pilots": memory_pilots,
     "memory-recall-pilots": memory_recall_pilots,
     "memory-runs": partial(memory_runs, "copying", "narrower"),
+    "memory-controls": partial(memory_runs, "controls"),
     "graft-loss": graft_loss,
     "graft-needles": graft_needles,
     "inside-verdicts": inside_verdicts,
