@@ -12,6 +12,7 @@ from tiny_models import randomize, tiny_config
 PATTERNS: dict[str, dict[str, Any]] = {
     "sliding_window": {"kind": "sliding_window", "window": 4},
     "alternating": {"kind": "sliding_window", "window": 3, "layers": "odd"},
+    "blockwise": {"kind": "blockwise", "window": 6},
     "longformer": {"kind": "longformer", "window": 3, "num_global_tokens": 2, "meta_tokens_are_global": False},
     "longformer_meta": {"kind": "longformer", "window": 2, "num_global_tokens": 1, "meta_tokens_are_global": True},
     "bigbird": {

@@ -32,12 +32,14 @@ def dense_logits(
     added: Tensor | None = None,
     bias: Tensor | None = None,
     sees: Tensor | None = None,
+    meta_token_id: int = META,
+    pad_token_id: int = PAD,
 ) -> Tensor:
     """Return the logits (B, T, V), meaningless at padding.
 
     Args:
         model: a `MetaTokenForCausalLM` whose meta-attention is over its meta-tokens.
-        ids: (B, T) int64.
+        ids: (B, T) int64, with these ids of meta-token and padding.
         turn_of: from a layer to the rotation in both of its attentions, None for none.
         added: (B, T, C) or None, what is added to the embeddings.
         bias: (B or 1, H, T, T) or None, what is added to all scores.
@@ -45,9 +47,10 @@ def dense_logits(
     """
     decoder = model.model
     columns = torch.arange(ids.shape[1])
-    causal = (columns[:, None] >= columns) & (ids != PAD)[:, None]
+    causal = (columns[:, None] >= columns) & (ids != pad_token_id)[:, None]
     of_text = causal if sees is None else causal & sees
-    of_meta = causal & (ids == META)[:, None] & (ids == META)[..., None]
+    is_meta = ids == meta_token_id
+    of_meta = causal & is_meta[:, None] & is_meta[..., None]
     hidden = decoder.embed_tokens.weight[ids]
     hidden = hidden if added is None else hidden + added
     for layer, block in enumerate(decoder.layers):

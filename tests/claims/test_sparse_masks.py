@@ -25,8 +25,9 @@ def sees(pattern: dict[str, Any], layer: int, query: int, key: int, is_meta: lis
     if layers == "odd" and layer % 2 == 0:
         return True
     kind = pattern["kind"]
-    if kind == "sliding_window":
-        return query - key < pattern["window"]
+    if kind in ("sliding_window", "blockwise"):
+        half = pattern["window"] // 2
+        return key > query - pattern["window"] if kind == "sliding_window" else query // half - key // half < 2
     if kind == "longformer":
         global_ones = set(range(pattern["num_global_tokens"]))
         if pattern["meta_tokens_are_global"]:
@@ -185,6 +186,8 @@ def test_flops_count_the_pairs_that_the_pattern_allows(name: str) -> None:
         ({"kind": "sliding_window"}, ("window",)),
         ({"kind": "sliding_window", "window": 4, "blocks": 1}, ("sliding_window", "blocks")),
         ({"kind": "sliding_window", "window": 0}, ("window", "at least 1")),
+        ({"kind": "blockwise", "window": 7}, ("window", "even", "7")),
+        ({"kind": "blockwise", "window": 0}, ("window", "at least 1", "0")),
     ],
 )
 def test_a_wrong_pattern_is_refused_by_name(pattern: dict[str, Any], words: tuple[str, ...]) -> None:

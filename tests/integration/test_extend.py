@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training_runs import losses, numbers, run, small_config, start, wait, wait_for_step, weights
 from transformers import AutoModelForCausalLM
 
+from dense_model import dense_logits, turn_at
 from metatokens.cli import main
 from metatokens.config.loading import load_preset
 from metatokens.config.schema import PretrainConfig, UniformInjection
@@ -23,6 +24,7 @@ from metatokens.model.positions import RotaryTables
 from metatokens.training.extension import plan_extension
 from metatokens.training.loading import open_model
 from metatokens.training.pretraining import pretrain
+from tiny_models import assert_close
 
 WINDOW, FACTOR = 64, 4  # of the small model of training_runs
 STEPS = 12
@@ -152,6 +154,29 @@ def test_every_method_accepts_the_new_window_and_no_more(base: Path, tmp_path: P
             model(draw_ids(model.config, 257))
 
 
+def test_a_model_with_xpos_reads_four_windows_by_blocks_and_one_as_before(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    short = ["--model.position_encoding", "xpos", "--training.duration.steps", "3", "--injection.ratio", "0.2"]
+    pretrain(small_config(tmp_path / "small.yaml", tokens, *short), tmp_path / "run", show_progress=False)
+    out, place = tmp_path / "model", ("--method", "blockwise", "--factor", FACTOR, "--preset", "tiny/extend")
+    extend(tmp_path / "run", *place, "--out", out, "--no-training")
+    before, after = (open_model(path).double() for path in (tmp_path / "run", out))
+    ids = draw_ids(after.config, WINDOW * FACTOR)
+    block = torch.arange(ids.shape[1]) // (WINDOW // 2)
+    turn = turn_at(after, torch.arange(ids.shape[1])[None])
+    with torch.no_grad():
+        assert_close(after(ids[:, :WINDOW]).logits, before(ids[:, :WINDOW]).logits, 1e-5)  # another middle of float32
+        special = {name: getattr(after.config, name) for name in ("meta_token_id", "pad_token_id")}
+        sees = block[:, None] - block <= 1
+        expected = dense_logits(after, ids, turn_of=lambda _: turn, sees=sees, **special)
+        assert_close(after(ids).logits, expected, 1e-8)
+    (tmp_path / "long.txt").write_text("one two three four five six seven. " * 80)
+    capsys.readouterr()
+    assert main(["perplexity", str(out), str(tmp_path / "long.txt"), "--window", "200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["window"] == 200
+
+
 @pytest.mark.parametrize("method", ["linear", "dynamic"])
 def test_the_other_methods_train_on_blocks_of_the_new_window(base: Path, tokens: Path, tmp_path: Path, method: str):
     config = extension(
@@ -224,7 +249,7 @@ def test_learned_positions_cannot_be_extended(tokens: Path, tmp_path: Path, caps
     config = small_config(tmp_path / "small.yaml", tokens, *short)
     pretrain(config, tmp_path / "run", show_progress=False)
     line = error_line(capsys, tmp_path / "run", "--data.path", tokens, "--out", tmp_path / "out")
-    assert "expected rope (by yarn, linear or dynamic)" in line
+    assert "expected rope (by yarn, linear or dynamic) or xpos" in line
     grown = ["--start_from", str(tmp_path / "run"), "--model.max_position_embeddings", "128"]
     with pytest.raises(UsageError, match=r"the 64 learned positions of .*rope \(by yarn, linear or dynamic\)"):
         pretrain(small_config(tmp_path / "small.yaml", tokens, *short, *grown), tmp_path / "out", show_progress=False)

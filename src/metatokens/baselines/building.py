@@ -10,6 +10,7 @@ CONFIG_CLASSES: dict[str, type[MetaTokenConfig]] = {
     "full": MetaTokenConfig,
     "memory": MetaTokenConfig,
     "sliding_window": SparseAttentionConfig,
+    "blockwise": SparseAttentionConfig,
     "longformer": SparseAttentionConfig,
     "bigbird": SparseAttentionConfig,
     "landmark": LandmarkConfig,

@@ -1,4 +1,4 @@
-"""Sparse patterns of the causal self-attention: sliding window, Longformer, BigBird, and GPT-Neo's local layers.
+"""Sparse patterns of the causal self-attention: sliding window, blockwise, Longformer, BigBird, GPT-Neo's local layers.
 
 A pattern decides by columns whether a query sees a key; causality and padding apply on top. Positions count the real
 tokens of a row from the start of the sequence, so neither padding nor a cache shifts them. Every query sees itself. The
@@ -8,7 +8,8 @@ Under sdpa a long text is attended to in blocks of queries, each over the keys t
 (`metatokens.baselines.blocks`), and flex attention skips the blocks in which no query sees a key. Eager, the reference,
 visits every pair; so do a compiled model, a static cache and dropout of attention weights.
 
-Sources: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird), transformers' GPT-Neo (`window_size`).
+Sources: Beltagy et al. 2020 (Longformer), Zaheer et al. 2020 (BigBird), Sun et al. 2022 (blockwise causal attention),
+transformers' GPT-Neo (`window_size`).
 """
 
 import math
@@ -105,6 +106,39 @@ class SlidingWindow(Pattern):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blockwise(Pattern):
+    """A query sees its own block and the one before it, of blocks of half the window each.
+
+    Sun et al. 2022: a model trained with full attention on texts as long as the window reads longer ones
+    so, for no query sees more keys than in training. A text within the window is seen whole.
+    """
+
+    kind: ClassVar[str] = "blockwise"
+    window: int
+    """Two blocks."""
+
+    def mask_function(self, columns: Columns, layer_index: int) -> MaskFunction:
+        """Return the pattern, the same for every block of the model."""
+        del layer_index
+        blocks = self._blocks(columns)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del head
+            return blocks[batch, key] >= blocks[batch, query] - 1
+
+        return sees
+
+    def keys_function(self, columns: Columns, layer_index: int) -> Callable[[Tensor], Tensor]:
+        """Return the keys from the block before that of the earliest of the queries on."""
+        del layer_index
+        blocks = self._blocks(columns)
+        return lambda queries: (blocks >= blocks[:, queries].amin(1, keepdim=True) - 1).any(0)
+
+    def _blocks(self, columns: Columns) -> Tensor:
+        return columns.positions.clamp(min=0) // (self.window // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Longformer(SlidingWindow):
     """A sliding window, and global tokens: every later query sees them, and they see everything before them."""
 
@@ -191,7 +225,9 @@ class BigBird(Pattern):
         return visible
 
 
-PATTERNS: dict[str, type[Pattern]] = {pattern.kind: pattern for pattern in (SlidingWindow, Longformer, BigBird)}
+PATTERNS: dict[str, type[Pattern]] = {
+    pattern.kind: pattern for pattern in (SlidingWindow, Blockwise, Longformer, BigBird)
+}
 
 
 @strict
@@ -256,6 +292,8 @@ class SparseAttentionConfig(MetaTokenConfig):
             lowest = 1 if name in ("window", "block_size", "window_blocks") else 0
             if isinstance(value, int) and value < lowest:
                 raise ValueError(f"attention_pattern {name} must be at least {lowest}, not {value}")
+        if isinstance(self.pattern, Blockwise) and self.pattern.window % 2:
+            raise ValueError(f"attention_pattern window must be even, two blocks, not {self.pattern.window}")
 
 
 class SparseSelfAttention(SelfAttention):

@@ -15,14 +15,17 @@ def add(verbs: Any) -> None:
     parser = add_verb(verbs, "extend", _run, text, long=True)
     parser.add_argument("checkpoint", type=Path, help="run, model or checkpoint folder of the trained model")
     parser.add_argument(
-        "--method", choices=("yarn", "linear", "dynamic"), default="yarn", help="how RoPE is scaled (default: yarn)"
+        "--method",
+        choices=("yarn", "linear", "dynamic", "blockwise"),
+        default="yarn",
+        help="how RoPE is scaled (default: yarn); blockwise: a model with xPos reads by blocks of half its window",
     )
     parser.add_argument("--factor", type=float, default=4.0, help="new window / present window (default: 4)")
     parser.add_argument("--out", type=Path, required=True, help="run folder; with --no-training, a new model folder")
     parser.add_argument(
         "--preset", default="paper/extend", help="preset of the training: paper/extend, small/extend ..."
     )
-    parser.add_argument("--no-training", action="store_true", help="only write the model with its RoPE scaled")
+    parser.add_argument("--no-training", action="store_true", help="only write the extended model")
     add_stop_after(parser)
     add_overrides(parser, "metatokens.config.schema:PretrainConfig")
 

@@ -40,6 +40,14 @@ class SlidingWindowAttention(SparseAttention):
     """Keys that a query sees, itself among them."""
 
 
+class BlockwiseAttention(SparseAttention):
+    """Blocks of half the window: a token sees its own and the one before, so a trained model reads longer texts."""
+
+    kind: Literal["blockwise"] = "blockwise"
+    window: int = Field(256, ge=2, multiple_of=2)
+    """Tokens of two blocks; the longest text of the training."""
+
+
 class LongformerAttention(SparseAttention):
     """A sliding window, and global tokens: all later tokens see them, and they see all earlier ones."""
 
@@ -111,6 +119,7 @@ Attention = Annotated[
     FullAttention
     | MemoryAttention
     | SlidingWindowAttention
+    | BlockwiseAttention
     | LongformerAttention
     | BigBirdAttention
     | LandmarkAttention,

@@ -1,7 +1,7 @@
-"""Length extension: it scales the RoPE of a trained model and plans the short training that the new window needs.
+"""Length extension: a trained model gets a longer window, and the short training that this window needs is planned.
 
-That training is pre-training that starts from the model's weights, so `metatokens.training.pretraining` runs it. The
-paper's appendix gives YaRN's parameters.
+RoPE is scaled; a model with xPos reads by blocks. The training is pre-training that starts from the model's weights, so
+`metatokens.training.pretraining` runs it. The paper's appendix gives YaRN's parameters.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,7 @@ def describe_extension(config: PretrainConfig) -> dict[str, Any]:
     return {
         "start_from": str(config.start_from),
         "rope_scaling": config.model.rope_scaling.model_dump(mode="json"),
+        "attention": config.model.attention.kind,
         "window": config.model.max_sequence_length,
         "block_size": config.data.block_size,
         "injection": config.injection.model_dump(mode="json"),

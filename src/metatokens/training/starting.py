@@ -7,7 +7,7 @@ from metatokens.config.extension import EXTENDABLE
 from metatokens.config.schema import ModelConfig
 from metatokens.data.tokenizer import TextEncoder
 from metatokens.errors import DataError, UsageError
-from metatokens.model import MetaTokenForCausalLM
+from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 from metatokens.storage import file_sha256
 from metatokens.training.checkpoint import WEIGHTS, load_weights, verify_model
 from metatokens.training.loading import ModelFolder
@@ -42,7 +42,8 @@ def load_start(
     """
     digests = verify_model(folder.path, share=share)
     path, start = folder.name, folder.config
-    if start.model_type != model.config.model_type:
+    reads_by_blocks = config.attention.kind == "blockwise" and start.model_type == MetaTokenConfig.model_type
+    if start.model_type != model.config.model_type and not reads_by_blocks:
         raise UsageError(
             "model.attention",
             expected=f"that of {path}, a {start.model_type}",
@@ -84,7 +85,8 @@ def _check_shape(path: Path, start: Any, config: ModelConfig) -> None:
             remedy=f"take that number; only {EXTENDABLE} can be extended",
         )
     fields = config.to_hf(start.meta_token_id, start.eos_token_id)
-    pairs = {key: (getattr(start, key, None), fields[key]) for key in fields.keys() - _MAY_CHANGE}
+    may_change = _MAY_CHANGE | ({"attention_pattern"} if start.model_type == MetaTokenConfig.model_type else set())
+    pairs = {key: (getattr(start, key, None), fields[key]) for key in fields.keys() - may_change}
     if config.has_rotation:
         pairs["rope_theta"] = ((start.rope_parameters or {}).get("rope_theta"), config.rope_theta)
     for key, (old, new) in sorted(pairs.items()):

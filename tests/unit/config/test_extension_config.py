@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from metatokens.config.attention import BlockwiseAttention, SlidingWindowAttention
 from metatokens.config.extension import extend_model, extension_config
 from metatokens.config.schema import (
     DynamicScaling,
@@ -17,6 +18,7 @@ from metatokens.config.schema import (
 from metatokens.errors import UsageError
 
 SMALL = ModelConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64)
+XPOS = SMALL.model_copy(update={"position_encoding": "xpos"})
 
 
 def test_yarn_takes_the_window_for_the_trained_one_and_the_papers_parameters():
@@ -38,9 +40,15 @@ def test_dynamic_scaling_keeps_the_trained_window_and_lengthens_the_sequence():
     assert extended.rope_scaling == DynamicScaling(factor=4)
 
 
-@pytest.mark.parametrize("method", ["yarn", "linear", "dynamic"])
+def test_blockwise_attention_takes_the_window_for_two_blocks_and_keeps_them():
+    extended = extend_model(XPOS, "blockwise", 4)
+    assert (extended.max_position_embeddings, extended.attention) == (256, BlockwiseAttention(window=64))
+
+
+@pytest.mark.parametrize("method", ["yarn", "linear", "dynamic", "blockwise"])
 def test_twice_by_two_is_once_by_four(method):
-    assert extend_model(extend_model(SMALL, method, 2), method, 2) == extend_model(SMALL, method, 4)
+    start = XPOS if method == "blockwise" else SMALL
+    assert extend_model(extend_model(start, method, 2), method, 2) == extend_model(start, method, 4)
 
 
 def test_a_further_extension_keeps_parameters_that_were_chosen_before():
@@ -58,6 +66,25 @@ def test_another_method_on_top_is_refused():
 def test_a_factor_that_extends_nothing_is_refused(factor):
     with pytest.raises(UsageError, match="--factor: expected more than 1"):
         extend_model(SMALL, "yarn", factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"max_position_embeddings": 63}, "full attention and a window of 63"),
+        ({"attention": SlidingWindowAttention()}, "sliding_window attention"),
+    ],
+)
+def test_blocks_that_do_not_fit_the_window_are_refused(change, found):
+    with pytest.raises(UsageError, match=f"--method blockwise: expected full attention.*two blocks, found {found}"):
+        extend_model(XPOS.model_copy(update=change), "blockwise", 4)
+
+
+def test_blocks_are_refused_for_rope_and_scaling_for_xpos():
+    with pytest.raises(UsageError, match=r"xpos \(by blockwise\).*found rope"):
+        extend_model(SMALL, "blockwise", 4)
+    with pytest.raises(UsageError, match=r"expected rope .*found xpos"):
+        extend_model(XPOS, "yarn", 4)
 
 
 @pytest.mark.parametrize("encoding", ["learned", "alibi", "none"])
