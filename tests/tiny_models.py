@@ -30,6 +30,8 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "meta": {},
     "all": {"meta_attention_over": "all"},
     "random": {"meta_attention_over": "random", "random_ratio": 0.4},
+    "cross": {"meta_attention_over": "cross"},
+    "gather": {"meta_attention_over": "gather"},
 }
 """Who takes part in meta-attention."""
 

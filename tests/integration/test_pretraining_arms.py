@@ -23,6 +23,7 @@ PLAIN = ("--injection.kind", "none", "--data.block_size", "58")
 ARMS = {
     "double": ("--model.meta_attention_over", "all", *PLAIN),
     "random": ("--model.meta_attention_over", "random", "--model.random_ratio", "0.3", *PLAIN),
+    "cross": ("--model.meta_attention_over", "cross"),
     "alternating": (
         "--model.attention",
         "{kind: sliding_window, window: 8, layers: odd}",

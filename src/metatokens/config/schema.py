@@ -94,9 +94,10 @@ class ModelConfig(Frozen):
     """What the causal self-attention sees."""
     meta_attention_layers: Literal["all", "none"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have meta-attention: "all", "none" or a list of indices."""
-    meta_attention_over: Literal["meta", "all", "random"] = "meta"
+    meta_attention_over: Literal["meta", "all", "random", "cross", "gather"] = "meta"
     """The members of meta-attention. meta: the meta-tokens; all: every token, at full cost (double attention); random:
-    pseudo-random text tokens in place of the meta-tokens."""
+    pseudo-random text tokens in place of the meta-tokens. Or who reads whom. cross: meta-tokens the text before them,
+    and text the meta-tokens before it; gather: the first of these alone."""
     random_ratio: float = Field(0.1, ge=0, le=1)
     """Share of the text tokens that are members if meta_attention_over is random."""
     loss_policy: LossPolicy = "skip"

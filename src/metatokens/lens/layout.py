@@ -17,6 +17,7 @@ from metatokens.graft.families import FAMILIES
 from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.compatibility import CACHE_NAME
+from metatokens.model.configuration import CROSS
 
 Branch = Literal["attn", "meta_attn"]
 """The causal self-attention of a block, or its meta-attention."""
@@ -107,7 +108,7 @@ def describe_layout(model: PreTrainedModel) -> Layout:
     """Return where the parts of a model are.
 
     Raises:
-        UsageError: A class that is not known.
+        UsageError: A class that is not known, or dual cross-attention.
     """
     for known, describe in _DESCRIPTIONS.items():
         if isinstance(model, known):
@@ -124,6 +125,13 @@ def describe_layout(model: PreTrainedModel) -> Layout:
 
 
 def _of_ours(model: Any) -> Layout:
+    if model.config.meta_attention_over in CROSS and any(layer.meta_attn for layer in model.model.layers):
+        raise UsageError(
+            "model",
+            expected="a meta-attention that is one attention, over meta, all or random",
+            found=f"meta_attention_over {model.config.meta_attention_over}, which is two",
+            remedy="look at another arm; the lens does not read this one",
+        )
     blocks = []
     for layer, block in enumerate(model.model.layers):
         modules: list[tuple[Branch, Any]] = [("attn", block.self_attn), ("meta_attn", block.meta_attn)]

@@ -64,7 +64,7 @@ def forward_flops(
     pairs = sum(config.count_attention_pairs(i, num_positions, num_meta) for i in range(layers))
     head = 2 * (num_positions - num_meta if num_logits is None else num_logits) * width * config.vocab_size
     members = config.count_meta_attention_members(num_positions, num_meta)
-    pairs_of_members = members * (members + 1) // 2
+    pairs_of_members = config.count_meta_attention_pairs(num_positions, num_meta)
     meta = 2 * members * 4 * width * width + _attention_flops(width, pairs_of_members)
     meta += _position_flops(config, members, pairs_of_members)
     text = (
@@ -140,7 +140,7 @@ def activation_bytes(
     product.
 
     Args:
-        config: the model. The explicit masks of ALiBi, T5, Landmark and sparse attention are not counted.
+        config: the model. The explicit masks of biases, cross-attention, Landmark and sparse attention are not counted.
         num_positions: T, text and meta-tokens.
         num_meta: M, meta-tokens among them.
         bfloat16: train under autocast to bfloat16, otherwise in float32.

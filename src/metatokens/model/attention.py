@@ -76,22 +76,29 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the projected output (B, T, C) and, if the backend returns them, the weights (B, H, T, K)."""
+        output, weights = self.weigh_values(query, key, value, mask, **kwargs)
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+
+    def weigh_values(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `attend` projects, (B, T, H, D), and the weights."""
         if key.shape[-1] > query.shape[-1]:
             key = key[..., : query.shape[-1]].contiguous()  # see `Rotary.apply`
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.adaptive_bias is not None:
             output, weights = self._attend_adaptively(query, key, value, mask, dropout)
-            shown = weights if self.config._attn_implementation == "eager" else None
-            return self.o_proj(output.reshape(*output.shape[:2], -1)), shown
+            return output, weights if self.config._attn_implementation == "eager" else None
         if isinstance(mask, MemoryMask):
             if self.config._attn_implementation != "flex_attention":
-                output = mask.attend(query, key, value, scaling=self.scaling, dropout=dropout)
-                return self.o_proj(output.reshape(*output.shape[:2], -1)), None
+                return mask.attend(query, key, value, scaling=self.scaling, dropout=dropout), None
             key, value = (take_columns(tensor, mask.permutation) for tensor in (key, value))
             mask = mask.flex
-        output, weights = attention_fn(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+        attended: tuple[Tensor, Tensor | None] = attention_fn(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return attended
 
     def _attend_adaptively(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float

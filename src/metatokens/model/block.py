@@ -12,7 +12,8 @@ from transformers import Cache, GradientCheckpointingLayer
 
 from .attention import SelfAttention
 from .compatibility import ACT2FN
-from .configuration import MetaTokenConfig
+from .configuration import CROSS, MetaTokenConfig
+from .cross_attention import CrossAttention, CrossPack
 from .meta_attention import MetaAttention, MetaPack
 from .positions import Rotary
 
@@ -47,7 +48,8 @@ class MetaTokenBlock(GradientCheckpointingLayer):
         self.meta_attn = None
         if config.has_meta_attention(layer_index):
             self.meta_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
-            self.meta_attn = MetaAttention(config, layer_index)
+            attention_class = CrossAttention if config.meta_attention_over in CROSS else MetaAttention
+            self.meta_attn = attention_class(config, layer_index)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -57,7 +59,7 @@ class MetaTokenBlock(GradientCheckpointingLayer):
         hidden: Tensor,
         rotary: Rotary | None = None,
         mask: Any = None,
-        pack: MetaPack | None = None,
+        pack: MetaPack | CrossPack | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -74,7 +76,7 @@ class MetaTokenBlock(GradientCheckpointingLayer):
         return output
 
     def add_meta_attention(
-        self, hidden: Tensor, update: Tensor, pack: MetaPack, past_key_values: Cache | None
+        self, hidden: Tensor, update: Tensor, pack: MetaPack | CrossPack, past_key_values: Cache | None
     ) -> Tensor:
         """Add an update, and then the meta-attention of the meta rows to those rows; all (B, T, C)."""
         meta_attn = self.meta_attn

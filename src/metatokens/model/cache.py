@@ -88,6 +88,8 @@ class MetaDynamicLayer(RoomyLayer):
     validity mask, the positions and an exact `crop`. Rows that get their meta-tokens at different steps leave gaps in
     one another's columns. The gaps are closed from time to time, so the cache holds hardly more columns than the row
     with the most meta-tokens needs.
+
+    Where every token is held, `meta_marks` (B, M) bool may tell which of them are meta-tokens.
     """
 
     _layer_type = "meta_attention"
@@ -98,15 +100,20 @@ class MetaDynamicLayer(RoomyLayer):
         self.meta_keys: Tensor | None = None
         self.meta_values: Tensor | None = None
         self.meta_columns: Tensor | None = None
+        self.meta_marks: Tensor | None = None
 
     @property
     def num_meta(self) -> int:
         """Number of meta columns."""
         return 0 if self.meta_columns is None else self.meta_columns.shape[-1]
 
-    def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def update_meta(
+        self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor, marks_BM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all cached meta keys and values, (B, H, M, D)."""
         num_old = self.num_meta
+        if marks_BM is not None:
+            self.meta_marks = marks_BM if self.meta_marks is None else torch.cat([self.meta_marks, marks_BM], dim=-1)
         if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
             keys_BHMD = torch.cat([self.meta_keys, keys_BHMD], dim=-2)
             values_BHMD = torch.cat([self.meta_values, values_BHMD], dim=-2)
@@ -136,7 +143,7 @@ class MetaDynamicLayer(RoomyLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.meta_keys = self.meta_values = self.meta_columns = None
+        self.meta_keys = self.meta_values = self.meta_columns = self.meta_marks = None
 
     def offload(self) -> None:
         """Move to host memory."""
@@ -178,11 +185,15 @@ class MetaDynamicLayer(RoomyLayer):
         assert self.meta_keys is not None
         assert self.meta_values is not None
         self.meta_keys, self.meta_values = self.meta_keys[..., :num_kept, :], self.meta_values[..., :num_kept, :]
+        if self.meta_marks is not None:
+            self.meta_marks = self.meta_marks[:, :num_kept]
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.meta_keys is not None and self.meta_values is not None and self.meta_columns is not None:
             self.meta_keys, self.meta_values = fn(self.meta_keys), fn(self.meta_values)
             self.meta_columns = fn(self.meta_columns)
+        if self.meta_marks is not None:
+            self.meta_marks = fn(self.meta_marks)
 
 
 class MetaStaticLayer(StaticLayer):
@@ -192,6 +203,7 @@ class MetaStaticLayer(StaticLayer):
     """
 
     _layer_type = "meta_attention"
+    _META_PARTS = ("meta_keys", "meta_values", "meta_columns", "meta_marks", "meta_count")
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         """Note the capacity; tensors are allocated with the first keys."""
@@ -207,9 +219,10 @@ class MetaStaticLayer(StaticLayer):
         self.meta_keys = torch.zeros((*shape, self.k_head_dim), dtype=key_states.dtype, device=self.device)
         self.meta_values = torch.zeros((*shape, self.v_head_dim), dtype=value_states.dtype, device=self.device)
         self.meta_columns = torch.zeros((self.batch_size, slots), dtype=torch.long, device=self.device)
+        self.meta_marks = torch.zeros_like(self.meta_columns, dtype=torch.bool)
         self.meta_count = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
-            for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
+            for tensor in (getattr(self, name) for name in self._META_PARTS):
                 torch._dynamo.mark_static_address(tensor)
 
     def meta_slots(self, columns_BM: Tensor) -> Tensor:
@@ -218,7 +231,9 @@ class MetaStaticLayer(StaticLayer):
         slots = count_B[:, None] + torch.arange(columns_BM.shape[1], device=columns_BM.device)
         return torch.where(columns_BM >= 0, slots, self.meta_capacity)
 
-    def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def update_meta(
+        self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor, marks_BM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Write meta-tokens to their slots and return all slots, (B, H, capacity + 1, D)."""
         assert self.meta_keys is not None
         slots_BM = self.meta_slots(columns_BM)
@@ -226,6 +241,8 @@ class MetaStaticLayer(StaticLayer):
         self.meta_keys.scatter_(2, index.expand_as(keys_BHMD), keys_BHMD)
         self.meta_values.scatter_(2, index.expand_as(values_BHMD), values_BHMD)
         self.meta_columns.scatter_(1, slots_BM, columns_BM)
+        if marks_BM is not None:
+            self.meta_marks.scatter_(1, slots_BM, marks_BM)
         self.meta_count.add_((columns_BM >= 0).sum(-1))
         return self.meta_keys, self.meta_values
 
@@ -233,8 +250,8 @@ class MetaStaticLayer(StaticLayer):
         """Zero everything and keep the addresses."""
         super().reset()
         if self.meta_keys is not None:
-            for tensor in (self.meta_keys, self.meta_values, self.meta_columns, self.meta_count):
-                tensor.zero_()
+            for name in self._META_PARTS:
+                getattr(self, name).zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens and the meta-tokens among them; static layers need transformers 5.24 for it."""
@@ -248,6 +265,6 @@ class MetaStaticLayer(StaticLayer):
         """Follow the beams."""
         super().reorder_cache(beam_idx)
         if self.meta_keys is not None:
-            for name in ("meta_keys", "meta_values", "meta_columns", "meta_count"):
+            for name in self._META_PARTS:
                 tensor = getattr(self, name)
                 setattr(self, name, tensor.index_select(0, beam_idx.to(tensor.device)))

@@ -15,7 +15,8 @@ from .memory import MemoryPolicy, count_pairs
 from .memory_cache import MEMORY_LAYER
 
 LOSS_POLICIES = ("skip", "retarget")
-META_ATTENTION_MEMBERS = ("meta", "all", "random")
+CROSS = ("cross", "gather")
+META_ATTENTION_MEMBERS = ("meta", "all", "random", *CROSS)
 ENDLESS = 2**31 - 1  # positions of a text that may be of any length
 ROTATIONS = ("rope", "xpos", "fourier")
 ADAPTIVE = ("dape_alibi", "dape_kerple")
@@ -51,7 +52,8 @@ class MetaTokenConfig(PreTrainedConfig):
         rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
         meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
         meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
-            "random", pseudo-random text tokens in place of the meta-tokens.
+            "random", pseudo-random text tokens in place of the meta-tokens. Or who reads whom: "cross", meta-tokens the
+            text before them and text the meta-tokens before it; "gather", the first of these alone.
         random_ratio: Share of the text tokens that are members if meta_attention_over is "random".
         meta_token_id: The id of the meta-token, the first behind the text vocabulary; None means a model without one.
         memory: The fields of `MemoryPolicy`: self-attention sees a window, the first tokens and kept anchors, and the
@@ -219,6 +221,11 @@ class MetaTokenConfig(PreTrainedConfig):
             return self.position_layers == "all" or layer_index % 2 == 0
         return layer_index in self.position_layers
 
+    @property
+    def takes_meta_tokens(self) -> bool:
+        """Tell whether meta-attention depends on which tokens are meta-tokens, and on nothing else."""
+        return self.meta_attention_over in ("meta", *CROSS)
+
     def count_attention_pairs(self, layer_index: int, num_positions: int, num_meta: int) -> int:
         """Count the (query, key) pairs of the self-attention of a block over T positions, M of them meta-tokens."""
         policy = self.memory_policy
@@ -230,7 +237,16 @@ class MetaTokenConfig(PreTrainedConfig):
         """Count the tokens in meta-attention over T positions, M of them meta-tokens; "random" gives its mean."""
         if self.meta_attention_over == "random":
             return round(self.random_ratio * (num_positions - num_meta))
-        return num_positions if self.meta_attention_over == "all" else num_meta
+        return num_meta if self.meta_attention_over == "meta" else num_positions
+
+    def count_meta_attention_pairs(self, num_positions: int, num_meta: int) -> int:
+        """Count its (query, key) pairs likewise; "gather" gives the mean over all places of the meta-tokens."""
+        if self.meta_attention_over in CROSS:
+            # of a meta-token and a text token, the later one reads the other
+            pairs = num_meta * (num_positions - num_meta)
+            return pairs if self.meta_attention_over == "cross" else pairs // 2
+        members = self.count_meta_attention_members(num_positions, num_meta)
+        return members * (members + 1) // 2
 
     def validate_layer_type(self) -> None:
         """Check `meta_attention_layers`; the base class would check `layer_types` against its own names."""

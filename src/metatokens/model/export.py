@@ -20,6 +20,7 @@ REMOTE_CODE = (
     "cache",
     "compatibility",
     "configuration",
+    "cross_attention",
     "export",
     "generation",
     "heads",

@@ -268,9 +268,11 @@ class MemoryDynamicLayer(MetaDynamicLayer):
             written = new[:, :, :number].to(held.dtype)
             held.scatter_(2, index.expand(-1, *new.shape[1:2], -1, new.shape[3]), written)
 
-    def update_meta(self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def update_meta(
+        self, keys_BHMD: Tensor, values_BHMD: Tensor, columns_BM: Tensor, marks_BM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Append meta-tokens and return all; beyond the memory's limit the oldest ones are dropped."""
-        keys, values = super().update_meta(keys_BHMD, values_BHMD, columns_BM)
+        keys, values = super().update_meta(keys_BHMD, values_BHMD, columns_BM, marks_BM)
         self._forget_meta()
         return keys, values
 

@@ -203,7 +203,7 @@ def choose_members(
         ValueError: for "random" without ids.
     """
     shape = meta_token_mask.shape
-    if config.meta_attention_over == "meta":
+    if config.takes_meta_tokens:
         members = meta_token_mask
     elif config.meta_attention_over == "all":
         members = torch.ones_like(meta_token_mask)
@@ -269,7 +269,7 @@ def pack_meta_tokens(
         layer = past_key_values.layers[first]
     # an attribute and not the class: a process may hold two copies of this code, and either may have made the layer
     is_static = layer is not None and layer.is_compileable
-    found = _find_meta_tokens(meta_token_mask, meta_indices, keep_shape=is_static, always=always)
+    found = find_members(meta_token_mask, meta_indices, keep_shape=is_static, always=always)
     if found is None:
         return None
     refuse_paged_cache(config)
@@ -294,7 +294,7 @@ def pack_meta_tokens(
     return MetaPack(index=index, valid=valid, rotary=rotary, mask=mask, columns=columns, rows=rows)
 
 
-def _find_meta_tokens(
+def find_members(
     meta_token_mask: Tensor, meta_indices: Tensor | None, *, keep_shape: bool, always: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return indices (B, M) of the meta-tokens in order, and which of them are real."""

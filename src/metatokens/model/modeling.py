@@ -25,7 +25,8 @@ from .compatibility import (
     merge_with_config_defaults,
     one_cache,
 )
-from .configuration import BIASES, MetaTokenConfig
+from .configuration import BIASES, CROSS, MetaTokenConfig
+from .cross_attention import CrossPack, pack_across
 from .generation import MetaTokenGenerationMixin
 from .loss import IGNORE_INDEX, kept_positions, loss_and_logits, targets_of_labels
 from .masks import TokenLayout, check_attention_mask, find_documents, is_traced, make_causal_mask, to_additive
@@ -144,7 +145,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 `inputs_embeds`, with its embedding.
             meta_indices: (B, M) int64, from a collator: every row has M meta-tokens. Only M is read, which spares a
                 host synchronisation. The places are found in the inputs, so tokens may have been put in front since.
-                Ignored unless meta-attention is over meta-tokens.
+                Ignored unless meta-attention is over meta-tokens or across.
             cache: another name for `past_key_values`.
             **kwargs: passed to the attention function.
 
@@ -154,7 +155,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         """
         past_key_values = one_cache(past_key_values, cache)
         hidden, meta_token_mask = self._embed(input_ids, inputs_embeds, meta_token_mask)
-        if meta_indices is not None and self.config.meta_attention_over == "meta":
+        if meta_indices is not None and self.config.takes_meta_tokens:
             check_meta_indices(meta_indices, meta_token_mask, must_look=inputs_embeds is not None)
         if past_key_values is not None:
             check_cache(self.config, past_key_values)
@@ -182,7 +183,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             pack = self._pack(
                 hidden,
                 meta_token_mask=members,
-                meta_indices=meta_indices if self.config.meta_attention_over == "meta" else None,
+                meta_indices=meta_indices if self.config.takes_meta_tokens else None,
                 rotary=meta_rotary,
                 layout=layout,
                 past_key_values=past_key_values,
@@ -408,14 +409,15 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 f"{self.config.max_position_embeddings} (max_position_embeddings): set memory.memory_limit"
             )
 
-    def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | None:
+    def _pack(self, hidden: Tensor, *, mask: Any, **inputs: Any) -> MetaPack | CrossPack | None:
         if self.config.meta_attention_over == "all":
             refuse_paged_cache(self.config)
             past = inputs["past_key_values"]
             seen = past.get_seq_length() if past is not None else 0
             return pack_all_tokens(hidden, rotary=inputs["rotary"], mask=mask, seen=seen)
+        pack = pack_across if self.config.meta_attention_over in CROSS else pack_meta_tokens
         # while training, a batch without meta-tokens still touches the meta parameters (see `always`)
-        return pack_meta_tokens(self.config, hidden, always=self.training and torch.is_grad_enabled(), **inputs)
+        return pack(self.config, hidden, always=self.training and torch.is_grad_enabled(), **inputs)
 
 
 class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):

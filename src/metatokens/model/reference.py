@@ -6,9 +6,10 @@ P[b, i, j] = 0 if tokens i and j of row b are both meta-tokens, -inf otherwise (
     MetaAttention(Q, K, V) = softmax(Q K^T / sqrt(D) + M_causal + P) V
 
 A row that is not a meta-token has no key at all: its output is zero and only the residual passes. Where
-`meta_attention_over` is "all" or "random", "meta-token" stands for the tokens that take part. This builds the whole
-(B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. It has no cache
-and no other backend.
+`meta_attention_over` is "all" or "random", "meta-token" stands for the tokens that take part; where it is "cross", P is
+zero if one of i and j is a meta-token and the other is not, and where it is "gather", if i is and j is not. This builds
+the whole (B, H, T, T) matrix and projects every token, which is what `meta_attention.py` avoids. It has no cache and no
+other backend.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .block import MetaTokenBlock
-from .masks import TokenLayout
+from .masks import TokenLayout, is_kept
 from .meta_attention import MetaAttention
 from .modeling import MetaTokenForCausalLM, MetaTokenModel
 from .positions import Rotary
@@ -30,8 +31,10 @@ from .positions import Rotary
 class DensePack:
     """Which tokens are meta-tokens, and the other limits on attention."""
 
+    over: str
+    """`meta_attention_over`."""
     is_meta: Tensor
-    """(B, T) bool: the tokens that take part."""
+    """(B, T) bool: the tokens that take part, or the meta-tokens of cross-attention."""
     rotary: Rotary | None
     layout: TokenLayout
 
@@ -46,22 +49,25 @@ def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePa
     scores = query @ key.transpose(-1, -2) / math.sqrt(attention.head_dim)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     causal = columns[:, None] >= columns
-    both_meta = pack.is_meta[:, None, :, None] & pack.is_meta[:, None, None, :]
+    of_query, of_key = pack.is_meta[:, None, :, None], pack.is_meta[:, None, None, :]
+    kinds = {"cross": of_query != of_key, "gather": of_query & ~of_key}
+    sees = kinds.get(pack.over, of_query & of_key) & causal
     layout = pack.layout
     if layout.documents is not None:
-        both_meta = both_meta & (layout.documents[:, None, :, None] == layout.documents[:, None, None, :])
-    if layout.has_pairs and layout.attention_mask.dtype == torch.bool:
-        both_meta = both_meta & layout.attention_mask
-    elif layout.has_pairs:
-        scores = scores + layout.attention_mask
+        sees = sees & (layout.documents[:, None, :, None] == layout.documents[:, None, None, :])
+    if layout.has_pairs:
+        sees = sees & is_kept(layout.attention_mask)
+        if layout.attention_mask.dtype != torch.bool:
+            scores = scores + layout.attention_mask
+    elif layout.attention_mask is not None:
+        sees = sees & layout.attention_mask[:, None, None].bool()
     if layout.bias is not None:
         bias = layout.bias(layout.position_ids[:, None, :, None] - layout.position_ids[:, None, None])
         adapted = 0 if attention.adaptive_bias is None else attention.adaptive_bias(scores, bias)
         scores = scores + bias + adapted
-    weights = scores.masked_fill(~(causal & both_meta), -math.inf).softmax(-1)
-    weights = weights.masked_fill(~pack.is_meta[:, None, :, None], 0)  # a row without keys is 0/0
+    weights = scores.masked_fill(~sees, -math.inf).softmax(-1).masked_fill(~sees, 0)  # a row without keys is 0/0
     output: Tensor = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
-    return torch.where(pack.is_meta[..., None], output, 0)
+    return torch.where(sees.any(-1).any(1)[..., None], output, 0)
 
 
 class DenseReferenceBlock(MetaTokenBlock):
@@ -85,7 +91,8 @@ class DenseReferenceModel(MetaTokenModel):
         if past is not None and past.get_seq_length():
             raise ValueError("the dense reference takes whole sequences, not the continuation of a cache")
         is_meta = inputs["meta_token_mask"]
-        return DensePack(is_meta.expand(hidden.shape[:2]), inputs["rotary"], inputs["layout"])
+        is_meta = is_meta.expand(hidden.shape[:2])
+        return DensePack(self.config.meta_attention_over, is_meta, inputs["rotary"], inputs["layout"])
 
 
 class DenseReferenceForCausalLM(MetaTokenForCausalLM):

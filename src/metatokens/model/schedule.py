@@ -420,8 +420,8 @@ def _is_laid_out(options: dict[str, Any]) -> bool:
 
 
 def _sees_plain_text(config: Any, ids: Tensor | None, options: dict[str, Any]) -> bool:
-    """Tell whether meta-attention over meta-tokens finds none in the prompt; of embeddings alone this is not known."""
-    if getattr(config, "meta_attention_over", None) != "meta":
+    """Tell whether a meta-attention that needs meta-tokens finds none in the prompt; embeddings alone do not tell."""
+    if not getattr(config, "takes_meta_tokens", False):
         return False
     if not any(config.has_meta_attention(layer) for layer in range(config.num_hidden_layers)):
         return False

@@ -136,7 +136,7 @@ def test_info_counts_the_bytes_of_a_cache_in_memory_mode() -> None:
 
 def test_the_second_attention_of_each_control_has_the_parameters_of_the_meta_model() -> None:
     for scale, meta in (("tiny", "tiny/meta"), ("paper", "paper/meta-rope-152m")):
-        for control in ("double-attention", "random-attention"):
+        for control in ("double-attention", "random-attention", "cross-attention"):
             assert parameters(f"{scale}/{control}") == parameters(meta)
 
 
@@ -152,7 +152,7 @@ def test_the_tiny_arms_read_the_same_text_in_every_block_and_take_as_many_steps(
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
 def test_every_arm_has_a_preset_at_both_scales(scale: str) -> None:
     arms = "alibi bigbird double-attention fourier landmark landmark-dense longformer nope random-attention t5 xpos"
-    arms += " rnope sliding-window kerple dape-alibi dape-kerple transformer-xl"
+    arms += " cross-attention rnope sliding-window kerple dape-alibi dape-kerple transformer-xl"
     assert {f"{scale}/{arm}" for arm in arms.split()} <= set(preset_names())
 
 

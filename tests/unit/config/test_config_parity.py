@@ -117,6 +117,7 @@ def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
         ({"positions": "compact", "layers": "odd"}, {}, r"attention\.layers all"),
         ({"memory_limit": 4, "layers": "odd"}, {}, "memory_limit with meta-attention"),
         ({}, {"meta_attention_over": "all"}, r"meta_attention_over meta, not all"),
+        ({}, {"meta_attention_over": "cross"}, r"meta_attention_over meta, not cross: the others are evicted"),
         ({"layers": [12]}, {}, r"\[12\] are beyond the 12 layers"),
     ],
 )

@@ -72,6 +72,7 @@ def test_caches_of_transformers_have_a_meta_part_in_blocks_with_meta_attention()
             ("text", "alibi", "memory.layers"),
         ),
         ({"memory": {"window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
+        ({"memory": {"window": 4}, "meta_attention_over": "gather"}, ("meta_attention_over", "gather", "evicted")),
         ({"memory": {"window": 4, "memory_limit": 2, "layers": "odd"}}, ("memory_limit", "memory.layers", "all")),
     ],
 )

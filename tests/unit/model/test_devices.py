@@ -33,6 +33,7 @@ def last_block_elsewhere(model: MetaTokenForCausalLM) -> MetaTokenForCausalLM:
         {"attn_implementation": "eager"},
         {"meta_attention_over": "all"},
         {"meta_attention_over": "random"},
+        {"meta_attention_over": "cross"},
     ],
     ids=lambda changes: "-".join(changes.values()),
 )

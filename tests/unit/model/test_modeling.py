@@ -411,7 +411,7 @@ def test_training_steps_of_many_batches_are_one_compiled_graph_with_the_same_gra
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("over", ["meta", "all", "random"])
+@pytest.mark.parametrize("over", ["meta", "all", "random", "cross", "gather"])
 def test_exported_program_finds_the_meta_tokens_of_other_inputs(over: str) -> None:
     model = tiny_model(meta_attention_over=over, random_ratio=0.4)
     program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}).module()
