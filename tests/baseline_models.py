@@ -6,6 +6,7 @@ import torch
 
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM
+from metatokens.baselines.recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from metatokens.model import MetaTokenForCausalLM
 from tiny_models import randomize, tiny_config
 
@@ -24,7 +25,17 @@ PATTERNS: dict[str, dict[str, Any]] = {
         "seed": 3,
     },
 }
-BASELINES = (*PATTERNS, "landmark")
+RECURRENCES: dict[str, dict[str, Any]] = {
+    "block_recurrent": {"kind": "block_recurrent", "window": 3, "num_state_vectors": 5, "recurrent_layer": 1},
+    "block_recurrent_dual": {
+        "kind": "block_recurrent",
+        "window": 2,
+        "num_state_vectors": 3,
+        "recurrent_layer": 0,
+        "gates": "dual",
+    },
+}
+BASELINES = (*PATTERNS, *RECURRENCES, "landmark")
 
 
 def baseline_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
@@ -36,6 +47,8 @@ def baseline_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int =
     model: MetaTokenForCausalLM
     if name == "landmark":
         model = LandmarkForCausalLM(LandmarkConfig(**shape))
+    elif name in RECURRENCES:
+        model = BlockRecurrentForCausalLM(BlockRecurrentConfig(attention_pattern=RECURRENCES[name], **shape))
     else:
         model = SparseAttentionForCausalLM(SparseAttentionConfig(attention_pattern=PATTERNS[name], **shape))
     return randomize(model, seed).to(dtype).eval()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import metatokens  # noqa: F401 - registers the models
-from baseline_models import BASELINES, PATTERNS, baseline_model
+from baseline_models import BASELINES, PATTERNS, RECURRENCES, baseline_model
 from cached_passes import PIECES, feed, uncached
 from metatokens.baselines.landmark import read_best_blocks
 from metatokens.model.export import save_model
@@ -52,8 +52,11 @@ def test_cached_logits_equal_uncached_when_only_the_best_blocks_are_read(num_bes
         assert_close(feed(model, ids, DynamicCache(config=model.config), pieces), uncached(model, ids), 1e-10)
 
 
-@pytest.mark.parametrize("num_removed", [1, 5])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(
+    ("name", "num_removed"),
+    # a state cannot be taken back
+    [(name, removed) for name in BASELINES for removed in ((0,) if name in RECURRENCES else (1, 5))],
+)
 @torch.no_grad()
 def test_logits_after_crop_and_reordered_rows_equal_uncached(name: str, num_removed: int) -> None:
     model = baseline_model(name)
@@ -110,6 +113,9 @@ def test_auto_classes_load_the_bits_of_the_saved_model(name: str, tmp_path: Path
     save_model(model, tmp_path)
     assert not list(tmp_path.glob("*.py"))
     causal, decoder = AutoModelForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
+    for loaded in (causal, decoder):
+        for tensor in loaded.parameters():
+            tensor.data = tensor.clone()  # kernels round by address, and in a file no tensor needs to be aligned
     assert type(causal) is type(model)
     assert type(decoder) is type(model.model)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)

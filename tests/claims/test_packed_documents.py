@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from baseline_models import PATTERNS, baseline_model
+from baseline_models import BASELINES, baseline_model
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.reference import DenseReferenceForCausalLM
 from pairwise import all_pairs
@@ -195,7 +195,7 @@ def test_packed_documents_with_a_cache_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*PATTERNS, "landmark"])
+@pytest.mark.parametrize("name", BASELINES)
 def test_sparse_attentions_refuse_packed_documents(name: str) -> None:
     parts = documents()
     for way in WAYS:

@@ -38,6 +38,12 @@ ARMS = {
         "none",
     ),
     "bigbird": ("--model.attention", "{kind: bigbird, block_size: 8}", "--model.meta_attention_layers", "none", *PLAIN),
+    "block_recurrent": (
+        "--model.attention",
+        "{kind: block_recurrent, window: 8, num_state_vectors: 4, recurrent_layer: 1}",
+        "--data.block_size",
+        "64",
+    ),
     "landmark": (
         "--model.attention",
         "{kind: landmark, every: 7}",

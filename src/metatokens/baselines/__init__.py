@@ -9,10 +9,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM, LandmarkModel
 from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM, SparseAttentionModel
+from metatokens.baselines.recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM, BlockRecurrentModel
 from metatokens.model.compatibility import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 for _config, _decoder, _model in (
     (LandmarkConfig, LandmarkModel, LandmarkForCausalLM),
+    (BlockRecurrentConfig, BlockRecurrentModel, BlockRecurrentForCausalLM),
     (SparseAttentionConfig, SparseAttentionModel, SparseAttentionForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -21,6 +23,9 @@ for _config, _decoder, _model in (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__  # for Trainer's label smoothing
 
 __all__ = [
+    "BlockRecurrentConfig",
+    "BlockRecurrentForCausalLM",
+    "BlockRecurrentModel",
     "LandmarkConfig",
     "LandmarkForCausalLM",
     "LandmarkModel",

@@ -2,6 +2,7 @@
 
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.baselines.masks import SparseAttentionConfig, SparseAttentionForCausalLM
+from metatokens.baselines.recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from metatokens.config.schema import ModelConfig
 from metatokens.model.configuration import MetaTokenConfig
 from metatokens.model.modeling import MetaTokenForCausalLM
@@ -13,12 +14,14 @@ CONFIG_CLASSES: dict[str, type[MetaTokenConfig]] = {
     "blockwise": SparseAttentionConfig,
     "longformer": SparseAttentionConfig,
     "bigbird": SparseAttentionConfig,
+    "block_recurrent": BlockRecurrentConfig,
     "landmark": LandmarkConfig,
 }
 """Config class of each `model.attention.kind`."""
 MODEL_CLASSES: dict[str, type[MetaTokenForCausalLM]] = {
     MetaTokenConfig.model_type: MetaTokenForCausalLM,
     SparseAttentionConfig.model_type: SparseAttentionForCausalLM,
+    BlockRecurrentConfig.model_type: BlockRecurrentForCausalLM,
     LandmarkConfig.model_type: LandmarkForCausalLM,
 }
 """Model class of each `model_type` of this package."""

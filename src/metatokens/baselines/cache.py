@@ -1,9 +1,11 @@
-"""A cache layer that also remembers which tokens are meta-tokens.
+"""Cache layers of the baselines: one that also remembers which tokens are meta-tokens, one that carries a state.
 
 Landmark attention cuts blocks at them and Longformer's pattern may make them global, so a later token must know where
 they stand. The first layer of the cache keeps the marks for all layers. They grow with the sequence; a static cache has
-no place for them.
+no place for them, nor for a state.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from metatokens.model.cache import MetaDynamicLayer
 from metatokens.model.masks import TokenLayout
 
 MARKED_LAYER = "marked_attention"
+RECURRENT_LAYER = "recurrent_attention"
 
 
 class MarkedDynamicLayer(MetaDynamicLayer):
@@ -54,6 +57,35 @@ class MarkedDynamicLayer(MetaDynamicLayer):
         super().crop(tokens_to_remove)
         if self.marks is not None:
             self.marks = self.marks[:, : self.get_seq_length()]
+
+
+class RecurrentDynamicLayer(MetaDynamicLayer):
+    """Keys and values of both attentions, and what a recurrent block carries on; a state cannot be taken back."""
+
+    _layer_type = RECURRENT_LAYER
+    is_croppable = False
+    carried: tuple[Tensor, ...] | None = None
+    """Its rows are those of the batch: the state (B, S, C), its keys and values, those of the tokens of the last window
+    in as many places as a window has, and the number of these tokens (B,)."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.carried = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove no token.
+
+        Raises:
+            ValueError: if one is to be removed.
+        """
+        if tokens_to_remove and self.carried is not None:
+            raise ValueError("a recurrent state cannot forget its newest tokens: read the text again with a new cache")
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super()._map(fn)
+        if self.carried is not None:
+            self.carried = tuple(map(fn, self.carried))
 
 
 def mark_meta_tokens(is_meta_BT: Tensor, past_key_values: Cache | None) -> Tensor:

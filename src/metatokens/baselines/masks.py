@@ -236,13 +236,16 @@ class SparseAttentionConfig(MetaTokenConfig):
 
     model_type = "metatokens_sparse"
 
+    patterns: ClassVar[dict[str, type[Pattern]]] = PATTERNS
+    default_pattern: ClassVar[dict[str, Any]] = {"kind": "sliding_window", "window": 256}  # GPT-Neo
+
     meta_attention_layers: str | list[int] = "none"
     attention_pattern: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill the fields that follow from others."""
         if self.attention_pattern is None:
-            self.attention_pattern = {"kind": "sliding_window", "window": 256}  # GPT-Neo
+            self.attention_pattern = dict(self.default_pattern)
         super().__post_init__(**kwargs)
 
     @property
@@ -254,10 +257,10 @@ class SparseAttentionConfig(MetaTokenConfig):
         """
         fields = dict(self.attention_pattern or {})
         kind = fields.pop("kind", None)
-        if kind not in PATTERNS:
-            raise ValueError(f"attention_pattern kind must be one of {sorted(PATTERNS)}, not {kind!r}")
+        if kind not in self.patterns:
+            raise ValueError(f"attention_pattern kind must be one of {sorted(self.patterns)}, not {kind!r}")
         try:
-            return PATTERNS[kind](**fields)
+            return self.patterns[kind](**fields)
         except TypeError as error:
             raise ValueError(f"attention_pattern {kind}: {error}") from None
 

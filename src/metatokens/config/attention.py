@@ -1,4 +1,4 @@
-"""What the causal self-attention sees: everything, what memory mode keeps, a sparse pattern, or blocks by landmarks.
+"""What the causal self-attention sees: everything, what memory mode keeps, a pattern, a state, or blocks by landmarks.
 
 The models of all kinds but the first two are in `metatokens.baselines`.
 """
@@ -76,6 +76,20 @@ class BigBirdAttention(SparseAttention):
     """Seed of the random blocks; the same in training and evaluation."""
 
 
+class BlockRecurrentAttention(SparseAttention):
+    """The Block-Recurrent Transformer: a sliding window, and in one block a state that every window of text changes."""
+
+    kind: Literal["block_recurrent"] = "block_recurrent"
+    window: int = Field(512, ge=1)
+    """Keys that a query sees, itself among them, and tokens from one change of the state to the next."""
+    num_state_vectors: int = Field(512, ge=1)
+    """S: vectors of the state."""
+    recurrent_layer: int = Field(9, ge=0)
+    """The block that has the state, counted from 0."""
+    gates: Literal["skip", "dual"] = "skip"
+    """skip: the state has no feed-forward part, and one gate; dual: it has one, with a gate of its own."""
+
+
 class LandmarkAttention(Frozen):
     """Landmark attention: each meta-token stands for the block of text that it ends."""
 
@@ -122,6 +136,7 @@ Attention = Annotated[
     | BlockwiseAttention
     | LongformerAttention
     | BigBirdAttention
+    | BlockRecurrentAttention
     | LandmarkAttention,
     Field(discriminator="kind"),
 ]

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from metatokens.config.attention import (
     Attention,
+    BlockRecurrentAttention,
     FullAttention,
     LandmarkAttention,
     MemoryAttention,
@@ -122,11 +123,25 @@ class ModelConfig(Frozen):
             beyond = [i for i in self.attention.layers if isinstance(i, int) and i >= self.num_hidden_layers]
             if beyond:
                 raise ValueError(f"model.attention.layers {beyond} are beyond the {self.num_hidden_layers} layers")
+        if isinstance(self.attention, BlockRecurrentAttention):
+            self._check_recurrence(self.attention)
         for name in ("meta_attention_layers", "position_layers"):
             outside = [i for i in getattr(self, name) if isinstance(i, int) and i >= self.num_hidden_layers]
             if outside:
                 raise ValueError(f"model.{name} {outside} are beyond the {self.num_hidden_layers} layers")
         return self
+
+    def _check_recurrence(self, attention: BlockRecurrentAttention) -> None:
+        if attention.recurrent_layer >= self.num_hidden_layers:
+            raise ValueError(
+                f"model.attention.recurrent_layer {attention.recurrent_layer} is beyond the {self.num_hidden_layers} "
+                "layers"
+            )
+        if attention.window >= self.max_sequence_length:
+            raise ValueError(
+                f"model.attention.window {attention.window} must be less than model.max_position_embeddings "
+                f"{self.max_sequence_length}, or no token would read the state"
+            )
 
     def _check_positions(self) -> None:
         encoding = self.position_encoding
@@ -486,6 +501,11 @@ class PretrainConfig(TokenRunConfig):
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
             )
         self._check_landmarks()
+        attention = self.model.attention
+        if isinstance(attention, BlockRecurrentAttention) and self.data.block_size % attention.window:
+            raise ValueError(
+                f"data.block_size {self.data.block_size} is not a multiple of model.attention.window {attention.window}"
+            )
         self._check_blocks()
         return self
 

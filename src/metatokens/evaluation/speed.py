@@ -50,8 +50,8 @@ def describe_model(
 
 
 def _describe_memory(config: MetaTokenConfig, meta_ratio: float) -> dict[str, int]:
-    """Return the bytes of the cache of memory mode at some lengths; nothing for other models."""
-    if config.memory_policy is None:
+    """Return the bytes of the cache of memory mode or with a state at some lengths; nothing for other models."""
+    if config.memory_policy is None and config.count_extra_cache() == 0:
         return {}
     rows: dict[str, int] = {}
     for positions in CACHE_POSITIONS:

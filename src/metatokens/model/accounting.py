@@ -43,7 +43,7 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     return ParameterCount(
         embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2),
         positions=positions.get(encoding, 0),
-        blocks=layers * (attention + mlp + 2 * norm) + norm,
+        blocks=layers * (attention + mlp + 2 * norm) + norm + config.count_extra_parameters(),
         meta_attention=_num_meta_layers(config) * attention,
     )
 
@@ -70,7 +70,7 @@ def forward_flops(
     text = (
         layers * projections + _attention_flops(width, pairs) + _position_flops(config, layers * num_positions, pairs)
     )
-    return text + head + _num_meta_layers(config) * meta
+    return text + head + _num_meta_layers(config) * meta + config.count_extra_flops(num_positions)
 
 
 def training_flops(
@@ -85,7 +85,7 @@ class CacheBytes:
     """What a sequence takes in the cache, in bytes."""
 
     text: int
-    """Keys and values of self-attention: all tokens, or in memory mode the sinks and the window."""
+    """Keys and values of self-attention: all tokens, or in memory mode the sinks and the window; and a state."""
     anchors: int
     """Those that memory mode keeps beyond these."""
     meta_attention: int
@@ -122,7 +122,8 @@ def cache_bytes(
     members = config.count_meta_attention_members(num_positions, num_meta)
     if policy is not None and policy.memory_limit is not None:
         members = min(members, policy.memory_limit)
-    return CacheBytes(per_column * columns, per_column * anchors, per_column * members * _num_meta_layers(config))
+    text = per_column * columns + config.count_extra_cache() * bytes_per_number
+    return CacheBytes(text, per_column * anchors, per_column * members * _num_meta_layers(config))
 
 
 def activation_bytes(

@@ -66,11 +66,15 @@ class Attention(nn.Module):
         query, key, value = (
             projection(hidden).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return *self.place(query, key, rotary), value
+
+    def place(self, query: Tensor, key: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Give queries and keys (B, H, T, D) their positions."""
         if self.relative_keys is not None and isinstance(rotary, Sinusoids):
             query, key = self.relative_keys(query, key, rotary)
         elif rotary is not None:
             query, key = rotary.apply(query, key)
-        return query, key, value
+        return query, key
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

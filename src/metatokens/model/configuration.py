@@ -3,6 +3,7 @@
 A plain GPT-2 is the same class with `meta_attention_layers="none"`; a pause-token model is that plus injection.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -159,6 +160,12 @@ class MetaTokenConfig(PreTrainedConfig):
         return self.position_encoding in ROTATIONS
 
     @property
+    def residual_std(self) -> float:
+        """Standard deviation of the initial weights of what adds to the residual stream; GPT-2, section 2.3."""
+        # smaller by the root of the number of additions
+        return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
+
+    @property
     def num_layers(self) -> int:
         """Number of blocks."""
         return self.num_hidden_layers
@@ -247,6 +254,19 @@ class MetaTokenConfig(PreTrainedConfig):
             return pairs if self.meta_attention_over == "cross" else pairs // 2
         members = self.count_meta_attention_members(num_positions, num_meta)
         return members * (members + 1) // 2
+
+    def count_extra_parameters(self) -> int:
+        """Count the parameters that a subclass adds to the blocks."""
+        return 0
+
+    def count_extra_flops(self, num_positions: int) -> int:
+        """Count the operations that a subclass adds to a forward pass over T positions."""
+        del num_positions
+        return 0
+
+    def count_extra_cache(self) -> int:
+        """Count the numbers that a subclass adds to the cache of a sequence."""
+        return 0
 
     def validate_layer_type(self) -> None:
         """Check `meta_attention_layers`; the base class would check `layer_types` against its own names."""

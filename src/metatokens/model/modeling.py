@@ -75,8 +75,7 @@ class MetaTokenPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # GPT-2, section 2.3: what adds to the residual stream starts smaller by the root of the number of additions
-        std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        std = self.config.residual_std
         if isinstance(module, Attention):
             init.normal_(module.o_proj.weight, std=std)
         elif isinstance(module, MLP):
@@ -190,13 +189,14 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
                 mask=mask,
             )
         masks = self._masks_of_layers(mask, hidden, layout, past_key_values, meta_token_mask)
-        pools = self._pools_of_layers(policy, tokens, past_key_values)  # before the cache knows the tokens
+        # before the cache knows the tokens
+        arguments = self._arguments_of_layers(policy, tokens, layout, past_key_values)
         if policy is not None and tokens is not None:
             memory = self._mask_of_memory(policy, tokens, hidden, layout, past_key_values)
             masks = [memory if policy.applies_to(i) else mask for i, mask in enumerate(masks)]
         hidden = self.dropout(hidden)
-        for layer, layer_mask, own_pools in zip(self.layers, masks, pools, strict=True):
-            hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **own_pools, **kwargs)
+        for layer, layer_mask, own in zip(self.layers, masks, arguments, strict=True):
+            hidden = layer(hidden, rotary, layer_mask, pack, past_key_values, **own, **kwargs)
         return MetaTokenModelOutput(
             last_hidden_state=self.norm(hidden), **{CACHE_NAME: past_key_values if use_cache else None}
         )
@@ -327,10 +327,15 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         before = None if state is None else state.counts
         return describe_tokens(policy, meta_token_mask, is_real, position_ids=position_ids, before=before)
 
-    def _pools_of_layers(
-        self, policy: MemoryPolicy | None, tokens: Columns | None, past_key_values: Cache | None
+    def _arguments_of_layers(
+        self,
+        policy: MemoryPolicy | None,
+        tokens: Columns | None,
+        layout: TokenLayout,
+        past_key_values: Cache | None,
     ) -> Sequence[dict[str, Any]]:
-        """Return the arguments of each block that tell what its anchors average."""
+        """Return each block's arguments of its own, such as what its anchors average; a subclass may have others."""
+        del layout
         pools = None
         if policy is not None and tokens is not None:
             pools = self._pools_of_memory(policy, tokens, past_key_values)

@@ -10,8 +10,10 @@ from transformers import GPTNeoConfig
 from metatokens.baselines.building import build_config
 from metatokens.baselines.landmark import LandmarkConfig, LandmarkForCausalLM
 from metatokens.baselines.masks import BigBird, Longformer, SlidingWindow, SparseAttentionForCausalLM
+from metatokens.baselines.recurrent import BlockRecurrence, BlockRecurrentForCausalLM
 from metatokens.config.attention import (
     BigBirdAttention,
+    BlockRecurrentAttention,
     LandmarkAttention,
     LongformerAttention,
     MemoryAttention,
@@ -56,6 +58,16 @@ def test_an_attention_of_its_own_changes_the_class_and_no_weight(attention: obje
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_a_state_is_added_to_the_weights_of_the_plain_model() -> None:
+    attention = BlockRecurrentAttention(window=8, num_state_vectors=4, recurrent_layer=1)
+    plain, model = build().state_dict(), build(attention=attention)
+    assert type(model) is BlockRecurrentForCausalLM
+    added = {name for name in model.state_dict() if name not in plain}
+    assert {name.split(".recurrence.")[0] for name in added} == {"model.layers.1.self_attn"}
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 def test_every_field_of_a_pattern_reaches_the_model() -> None:
     cases = (
         (SlidingWindowAttention(window=8, layers=(1,)), SlidingWindow(window=8, layers=[1])),
@@ -66,6 +78,10 @@ def test_every_field_of_a_pattern_reaches_the_model() -> None:
         (
             BigBirdAttention(block_size=4, window_blocks=2, num_global_blocks=1, num_random_blocks=5, seed=9),
             BigBird(block_size=4, window_blocks=2, num_global_blocks=1, num_random_blocks=5, seed=9),
+        ),
+        (
+            BlockRecurrentAttention(window=8, num_state_vectors=3, recurrent_layer=1, gates="dual", layers=(1,)),
+            BlockRecurrence(window=8, num_state_vectors=3, recurrent_layer=1, gates="dual", layers=[1]),
         ),
     )
     for attention, pattern in cases:
@@ -152,7 +168,7 @@ def test_the_tiny_arms_read_the_same_text_in_every_block_and_take_as_many_steps(
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
 def test_every_arm_has_a_preset_at_both_scales(scale: str) -> None:
     arms = "alibi bigbird double-attention fourier landmark landmark-dense longformer nope random-attention t5 xpos"
-    arms += " cross-attention rnope sliding-window kerple dape-alibi dape-kerple transformer-xl"
+    arms += " block-recurrent cross-attention rnope sliding-window kerple dape-alibi dape-kerple transformer-xl"
     assert {f"{scale}/{arm}" for arm in arms.split()} <= set(preset_names())
 
 

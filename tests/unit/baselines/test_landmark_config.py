@@ -47,7 +47,8 @@ def test_a_cache_of_another_model_is_refused() -> None:
             ("--model.attention.window", "20"),
             (
                 "model.attention.window",
-                "it needs --model.attention.kind blockwise or --model.attention.kind longformer or "
+                "it needs --model.attention.kind block_recurrent or --model.attention.kind blockwise or "
+                "--model.attention.kind longformer or "
                 "--model.attention.kind memory or --model.attention.kind sliding_window",
             ),
         ),
