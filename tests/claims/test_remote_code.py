@@ -100,6 +100,7 @@ for number, path in enumerate(sys.argv[2:]):
 def test_models_from_remote_code_give_the_same_bits(run: Run, tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
         "yarn": {"rope_parameters": YARN, "position_layers": [1]},
+        "random_positions": {"position_encoding": "learned", "position_range": 150},
         "memory": {"memory": {"window": 2, "num_sinks": 1}},
         "cross": {"meta_attention_over": "cross"},
     }

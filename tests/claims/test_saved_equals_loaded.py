@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dape": {"position_encoding": "dape_kerple"},
     "transformer_xl": {"position_encoding": "transformer_xl"},
     "none": {"position_encoding": "none"},
+    "random_positions": {"position_encoding": "learned", "position_range": 150},
     "rnope": {"position_layers": [1]},
     "memory": {"memory": {"window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},

@@ -203,9 +203,13 @@ def test_a_resume_at_the_very_end_of_an_epoch_ends_with_the_same_bits(tokens: Pa
     assert_identical(out, tmp_path / "whole")
 
 
-def test_a_run_with_dropout_goes_on_with_the_same_bits(config: Config, tmp_path: Path):
-    overrides = ["--model.hidden_dropout", "0.2", "--model.attention_dropout", "0.2"]
-    overrides += ["--training.duration.steps", "6", "--checkpoint.interval_steps", "2", "--checkpoint.keep", "9"]
+@pytest.mark.parametrize(
+    "overrides",
+    [["--model.hidden_dropout", "0.2", "--model.attention_dropout", "0.2"], ["--model.position_range", "200"]],
+)
+def test_a_run_that_draws_in_its_steps_goes_on_with_the_same_bits(config: Config, tmp_path: Path, overrides: list[str]):
+    overrides = [*overrides, "--training.duration.steps", "6", "--checkpoint.interval_steps", "2"]
+    overrides += ["--checkpoint.keep", "9"]
     pretrain(config(*overrides), tmp_path / "whole", show_progress=False)
     out = cut_off_after(tmp_path / "whole", 4, tmp_path / "run")
     pretrain(config(*overrides), out, show_progress=False)

@@ -374,7 +374,7 @@ class SparseAttentionModel(MetaTokenModel):
         placed = None
         if layout.bias is not None:
             key_positions = layout.key_positions(columns.num_columns, columns.num_columns - num_queries)
-            placed = PlacedBias(layout.position_ids.cpu(), key_positions.cpu(), layout.bias.to("cpu"))
+            placed = PlacedBias(layout.positions.cpu(), key_positions.cpu(), layout.bias.to("cpu"))
         pattern = self.config.pattern
         return plan_blocks(
             pattern.mask_function(columns, layer_index),

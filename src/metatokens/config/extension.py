@@ -35,6 +35,13 @@ def extend_model(model: ModelConfig, method: ExtensionMethod, factor: float) -> 
             the one that extended the model before.
     """
     needed = "xpos" if method == "blockwise" else "rope"
+    if model.position_range is not None:
+        raise UsageError(
+            "model.position_range",
+            expected="off, since positions that were randomised over a range end there",
+            found=str(model.position_range),
+            remedy="train with model.max_position_embeddings of the longest text",
+        )
     if model.position_encoding != needed:
         raise UsageError(
             "position encoding of the model",

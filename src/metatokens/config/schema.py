@@ -87,6 +87,9 @@ class ModelConfig(Frozen):
     position_layers: Literal["all", "even"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Which blocks have positions: "all", "even" (every second one, the first included) or a list of indices; only with
     rope, xpos and fourier. Both attentions of the others are without."""
+    position_range: int | None = Field(None, ge=2)
+    """N: randomised positions, in training drawn out of N for each row in order, and otherwise evenly spread over them;
+    more than max_position_embeddings, the longest text. Off means that positions count the tokens."""
     rope_theta: float = Field(10_000.0, gt=0)
     """RoPE base."""
     rope_scaling: RopeScaling = NoScaling()
@@ -157,10 +160,23 @@ class ModelConfig(Frozen):
             )
         if encoding != "rope" and self.rope_scaling.kind != "none":
             raise ValueError("model.rope_scaling needs model.position_encoding rope")
+        if self.position_range is not None:
+            self._check_position_range(self.position_range)
         if self.position_layers != "all" and not self.has_rotation:
             raise ValueError(
                 f"model.position_layers needs model.position_encoding rope, xpos or fourier, not {encoding}"
             )
+
+    def _check_position_range(self, num_positions: int) -> None:
+        if num_positions <= self.max_position_embeddings:
+            raise ValueError(
+                f"model.position_range {num_positions} must exceed model.max_position_embeddings "
+                f"{self.max_position_embeddings}, the longest text"
+            )
+        if self.position_encoding == "none" or self.rope_scaling.kind != "none":
+            raise ValueError("model.position_range needs a model.position_encoding, and model.rope_scaling none")
+        if isinstance(self.attention, MemoryAttention):
+            raise ValueError("model.attention memory does not take model.position_range")
 
     def _check_memory(self, memory: MemoryAttention) -> None:
         has_meta_attention = self.meta_attention_layers != "none"

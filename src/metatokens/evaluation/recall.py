@@ -267,7 +267,8 @@ def _has_no_last_position(model: Any) -> bool:
     """Tell whether a model can compute positions beyond its window; not under scaling that depends on the window."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     encoding = getattr(model.config, "position_encoding", "learned")
-    return encoding != "learned" and rope.get("rope_type") != "dynamic"
+    is_bounded = encoding == "learned" or getattr(model.config, "position_range", None) is not None
+    return not is_bounded and rope.get("rope_type") != "dynamic"
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     mlp = 2 * width * inner + inner + width
     norm = 2 * width
     heads, encoding = config.num_attention_heads, config.position_encoding
-    positions = {"learned": config.max_position_embeddings * width, "t5": NUM_BUCKETS * heads}
+    positions = {"learned": config.num_positions * width, "t5": NUM_BUCKETS * heads}
     positions |= dict.fromkeys(("kerple", "dape_kerple"), 2 * heads)
     if encoding == "transformer_xl":
         attention += width * width + 2 * width

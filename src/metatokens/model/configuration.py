@@ -50,6 +50,8 @@ class MetaTokenConfig(PreTrainedConfig):
             "transformer_xl" (relative keys, and embeddings scaled by the root of the width) or "none".
         position_layers: Which blocks have positions: "all", "even" (every second one, the first included) or a list of
             indices; only where queries and keys are rotated. Both attentions of the others are without.
+        position_range: N: randomised positions, in training drawn out of N for each row, and otherwise evenly spread
+            over them; None means that positions count the tokens.
         rope_parameters: Base and scaling of RoPE, as transformers writes them; None means theta 10,000 unscaled.
         meta_attention_layers: Which blocks have meta-attention: "all", "none" or a list of indices.
         meta_attention_over: The members of meta-attention: "meta", the meta-tokens; "all", every token, at full cost;
@@ -97,6 +99,7 @@ class MetaTokenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     position_encoding: str = "rope"
     position_layers: str | list[int] = "all"
+    position_range: int | None = None
     rope_parameters: dict[str, Any] | None = None
     meta_attention_layers: str | list[int] = "all"
     meta_attention_over: str = "meta"
@@ -191,6 +194,11 @@ class MetaTokenConfig(PreTrainedConfig):
         if self.memory is not None and self.memory.get("positions") == "compact":
             return ENDLESS
         return int(self.max_position_embeddings * factor)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions at which tokens can stand: those of the longest text, or N where they are randomised."""
+        return self.position_range or self.max_position_embeddings
 
     @property
     def trained_window(self) -> int:
@@ -293,6 +301,20 @@ class MetaTokenConfig(PreTrainedConfig):
             raise ValueError(f"position_layers needs position_encoding in {ROTATIONS}, not {self.position_encoding!r}")
         if (self.memory or {}).get("positions") == "compact":
             raise ValueError('memory.positions "compact" needs position_layers "all"')
+
+    def validate_position_range(self) -> None:
+        """Check `position_range`, and that the rest of the config can do with it."""
+        if self.position_range is None:
+            return
+        if self.position_range <= self.max_position_embeddings:
+            raise ValueError(
+                f"position_range {self.position_range} must exceed max_position_embeddings "
+                f"{self.max_position_embeddings}, the longest text"
+            )
+        if self.position_encoding == "none" or (self.rope_parameters or {}).get("rope_type", "default") != "default":
+            raise ValueError("position_range needs a position_encoding other than none, without RoPE scaling")
+        if self.memory is not None:
+            raise ValueError("memory does not take position_range: its tokens count positions themselves")
 
     def validate_memory(self) -> None:
         """Check the memory's fields, and that the rest of the config can do with it."""

@@ -214,7 +214,7 @@ class _View(NamedTuple):
         sees = is_kept(mask).any(-1)
         mask = mask.masked_fill(~sees[..., None], True if mask.dtype == torch.bool else 0)
         if layout.bias is not None and self.key_positions is not None:
-            places = layout.position_ids.expand(num_rows, -1).gather(1, queries)
+            places = layout.positions.expand(num_rows, -1).gather(1, queries)
             mask = add_bias(mask, places, self.key_positions.gather(1, keys), layout.bias)
         elif self.config._attn_implementation == "eager":
             mask = to_additive(mask, self.dtype)

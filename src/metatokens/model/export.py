@@ -34,6 +34,7 @@ REMOTE_CODE = (
     "modeling",
     "outputs",
     "position_bias",
+    "position_range",
     "position_scores",
     "positions",
     "schedule",

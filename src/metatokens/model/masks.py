@@ -25,13 +25,15 @@ class TokenLayout:
     """Where the T tokens of a forward pass stand, and which of the K columns (the cache's first) they may see."""
 
     position_ids: Tensor
-    """(B or 1, T) int64."""
+    """(B or 1, T) int64: how many tokens of its text stand before each, unless the caller gave others."""
     attention_mask: Any
     """(B, K), 1 = a token; or (B or 1, H or 1, T, K), bool with True = keep or additive; or None: all are tokens."""
     documents: Tensor | None
     """(B or 1, T) int64: the document of each token, where rows hold several; there is no cache then."""
     bias: PositionBias | None
     """What positions add to the scores."""
+    table: Tensor | None = None
+    """(B or 1, L) int64: where tokens stand, by the numbers in `position_ids`; None if they stand there."""
 
     @property
     def has_pairs(self) -> bool:
@@ -51,10 +53,23 @@ class TokenLayout:
         mask = self.attention_mask[:, 0]
         return is_kept(mask.gather(2, columns[None, :, None].expand(len(mask), -1, 1))[..., 0])
 
-    def key_positions(self, num_columns: int, seen: int | Tensor) -> Tensor:
-        """Return the positions (B or 1, K) of all columns.
+    def place(self, numbers: Tensor) -> Tensor:
+        """Return where tokens stand, (B or 1, n), by their numbers (B or 1, n) in `position_ids`."""
+        if self.table is None:
+            return numbers
+        rows = max(len(numbers), len(self.table))
+        numbers = numbers.clamp(0, self.table.shape[1] - 1)  # columns of a static cache that hold no token
+        return self.table.expand(rows, -1).gather(1, numbers.expand(rows, -1))
 
-        Positions in the cache are counted back from the newest token without padding. With a mask of pairs, they count
+    @property
+    def positions(self) -> Tensor:
+        """Where the T tokens stand, (B or 1, T) int64."""
+        return self.place(self.position_ids)
+
+    def key_positions(self, num_columns: int, seen: int | Tensor) -> Tensor:
+        """Return where the tokens of all columns stand, (B or 1, K).
+
+        Those in the cache are counted back from the newest token without padding. With a mask of pairs, they count
         only the columns that the newest token sees.
         """
         position_ids, mask = self.position_ids, self.attention_mask
@@ -69,7 +84,7 @@ class TokenLayout:
         behind = count.gather(1, columns[None, -1:].expand(len(count), 1)) - count
         positions = position_ids[:, -1:] - behind
         rows = len(positions)
-        return positions.scatter(1, columns.expand(rows, -1), position_ids.expand(rows, -1))
+        return self.place(positions.scatter(1, columns.expand(rows, -1), position_ids.expand(rows, -1)))
 
 
 def check_attention_mask(config: MetaTokenConfig, attention_mask: Any, dtype: torch.dtype) -> Any:
@@ -188,7 +203,7 @@ def make_causal_mask(
     if layout.bias is None:
         return mask
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return add_bias(mask, layout.position_ids, layout.key_positions(mask.shape[-1], seen), layout.bias)
+    return add_bias(mask, layout.positions, layout.key_positions(mask.shape[-1], seen), layout.bias)
 
 
 def take_pairs(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

@@ -374,9 +374,7 @@ def _positions_of(
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
     num_columns = num_tokens if past_key_values is None else past_key_values.get_mask_sizes(num_tokens, 0)[0]
     key_positions = layout.key_positions(num_columns, seen).expand(len(index), -1)
-    return layout.position_ids.expand(len(index), -1).gather(1, index), key_positions.gather(
-        1, key_columns.clamp(min=0)
-    )
+    return layout.positions.expand(len(index), -1).gather(1, index), key_positions.gather(1, key_columns.clamp(min=0))
 
 
 def newest_members(key_columns: Tensor, limit: int) -> MaskFunction:

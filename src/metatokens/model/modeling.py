@@ -46,6 +46,7 @@ from .meta_attention import (
 )
 from .outputs import MetaTokenCausalLMOutput, MetaTokenModelOutput
 from .position_bias import NUM_BUCKETS, AlibiBias, BucketBias, KerpleKernel, PositionBias, alibi_slopes
+from .position_range import table_of_positions
 from .position_scores import RelativeKeys
 from .positions import ROTARY_EMBEDDINGS, Rotary
 
@@ -99,7 +100,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.num_positions, config.hidden_size)
         elif config.position_encoding == "t5":
             self.distance_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
         elif config.position_encoding in ("kerple", "dape_kerple"):
@@ -276,7 +277,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         # static cache counts on the device; generation checks its length beforehand
         if isinstance(seen, int) and seen + num_tokens > self.config.max_sequence_length and not is_traced():
             self.config.check_length(int(position_ids.max()) + 1)
-        return TokenLayout(position_ids, attention_mask, documents, self._position_bias(hidden))
+        table = table_of_positions(self.config, position_ids, len(hidden), seen=seen, draws=self.training)
+        return TokenLayout(position_ids, attention_mask, documents, self._position_bias(hidden), table)
 
     def _position_bias(self, hidden: Tensor) -> PositionBias | None:
         encoding = self.config.position_encoding
@@ -386,7 +388,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
     def _with_positions(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
         """Return the embeddings (B, T, C) as they enter the first block."""
         if self.config.position_encoding == "learned":
-            return hidden + self.embed_positions(layout.position_ids)  # type: ignore[no-any-return]
+            return hidden + self.embed_positions(layout.positions)  # type: ignore[no-any-return]
         if self.config.position_encoding == "transformer_xl":
             # Csordas et al. 2021: embeddings of so small an initialisation would drown in what is added to them
             return hidden * math.sqrt(self.config.hidden_size)
@@ -401,7 +403,7 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         policy = self.config.memory_policy
         if policy is not None and tokens is not None and policy.positions == "compact":
             return None, self.rotary_emb(hidden, tokens.rank)
-        rotary = self.rotary_emb(hidden, layout.position_ids)
+        rotary = self.rotary_emb(hidden, layout.positions)
         return rotary, rotary
 
     def _check_compact(self, policy: MemoryPolicy, tokens: Columns) -> None:

@@ -162,7 +162,7 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
         rotation = super().forward(hidden, position_ids)
         pairs = self.inv_freq.shape[0]
         zeta = (torch.arange(pairs, device=hidden.device) / pairs + XPOS_GAMMA) / (1 + XPOS_GAMMA)
-        power = (position_ids - self.original_max_seq_len // 2) / XPOS_SCALE_BASE
+        power = (position_ids - self.config.num_positions // 2) / XPOS_SCALE_BASE
         scale = zeta ** power[..., None]
         precision = torch.promote_types(hidden.dtype, torch.float32)
         return XposTables(rotation, torch.cat([scale, scale], dim=-1).to(precision))
@@ -175,9 +175,9 @@ class XposRotaryEmbedding(MetaTokenRotaryEmbedding):
         # each side reaches (1 / zeta_0)^(window / 2 / 512), and masked scores, too, are products of both
         base = (1 + XPOS_GAMMA) / XPOS_GAMMA
         longest = int(-math.log(torch.finfo(dtype).tiny) / math.log(base) * XPOS_SCALE_BASE)
-        if self.original_max_seq_len > longest:
+        if self.config.num_positions > longest:
             raise ValueError(
-                f'position_encoding "xpos" over {self.original_max_seq_len} positions leaves the range of {dtype}, '
+                f'position_encoding "xpos" over {self.config.num_positions} positions leaves the range of {dtype}, '
                 f"which has room for {longest}: use a wider dtype or a shorter window"
             )
 
@@ -197,7 +197,7 @@ class FourierEmbedding(nn.Module):
         """Draw the matrices that `config` asks for, (2, H, n, at most D / 4) float32, on the CPU."""
         super().__init__()
         self.pairs, theta = config.head_dim // 2, config.rope_parameters["rope_theta"]
-        slowest = 2 * math.pi / config.max_position_embeddings
+        slowest = 2 * math.pi / config.num_positions
         frequencies = [theta ** (-pair / self.pairs) for pair in range(self.pairs)]
         self.frequencies = [one for one in frequencies if one >= slowest] or frequencies[:1]
         num_in = len(self.frequencies)

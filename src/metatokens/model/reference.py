@@ -62,7 +62,7 @@ def dense_meta_attention(attention: MetaAttention, hidden: Tensor, pack: DensePa
     elif layout.attention_mask is not None:
         sees = sees & layout.attention_mask[:, None, None].bool()
     if layout.bias is not None:
-        bias = layout.bias(layout.position_ids[:, None, :, None] - layout.position_ids[:, None, None])
+        bias = layout.bias(layout.positions[:, None, :, None] - layout.positions[:, None, None])
         adapted = 0 if attention.adaptive_bias is None else attention.adaptive_bias(scores, bias)
         scores = scores + bias + adapted
     weights = scores.masked_fill(~sees, -math.inf).softmax(-1).masked_fill(~sees, 0)  # a row without keys is 0/0

@@ -32,8 +32,8 @@ class OptimizerStep:
         self._processes, self._shared = processes, shared
         wrapped = shared.wrap(model)
         self._step_model = torch.compile(wrapped) if config.training.compile else wrapped
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
-            getattr(model.config, "attention_dropout", 0)
+        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or bool(
+            getattr(model.config, "attention_dropout", 0) or getattr(model.config, "position_range", None)
         )
 
     def take(self, step: int, batch: Batch, num_targets: float, limit: float = math.inf) -> JudgedStep:
@@ -50,7 +50,7 @@ class OptimizerStep:
         device, world_size = self._processes.device, self._processes.world_size
         rows = min(self._config.training.micro_batch_blocks, batch.num_rows)
         micro_batches = [batch.to_model_inputs(slice(i, i + rows), device) for i in range(0, batch.num_rows, rows)]
-        self._seed_dropout(step)
+        self._seed_draws(step)
         total = torch.zeros((), device=device)
         for index, inputs in enumerate(micro_batches):
             with self._shared.accumulate(self._step_model, last=index + 1 == len(micro_batches)):
@@ -98,8 +98,8 @@ class OptimizerStep:
             loss: Tensor = self._step_model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
         return loss
 
-    def _seed_dropout(self, step: int) -> None:
-        """Seed dropout by step and process, so that a resumed run draws the same masks."""
-        if self._has_dropout:
+    def _seed_draws(self, step: int) -> None:
+        """Seed dropout and randomised positions by step and process, so that a resumed run draws the same."""
+        if self._draws:
             key = hash_key(self._config.seed, step, self._processes.rank, Purpose.DROPOUT)
             torch.manual_seed(int(key[0] >> 1))

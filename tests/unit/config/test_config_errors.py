@@ -149,6 +149,12 @@ def test_a_value_that_is_missing_names_its_key():
             ["model.rope_scaling", "model.position_encoding rope"],
         ),
         (["--model.meta_attention_layers", "[0, 9]"], ["model.meta_attention_layers [9]", "4 layers"]),
+        (["--model.position_range", "256"], ["model.position_range 256", "model.max_position_embeddings 256"]),
+        (["--model", "{position_range: 512, position_encoding: none}"], ["model.position_range", "position_encoding"]),
+        (
+            ["--model", "{position_range: 512, rope_scaling: {kind: linear, factor: 2}}"],
+            ["model.position_range", "model.rope_scaling none"],
+        ),
         (["--model.position_layers", "[0, 9]"], ["model.position_layers [9]", "4 layers"]),
         (
             ["--model", "{position_layers: even, position_encoding: learned}"],

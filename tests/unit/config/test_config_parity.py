@@ -39,6 +39,7 @@ CHANGED = {
     "hidden_dropout": 0.2,
     "position_encoding": "alibi",
     "position_layers": (0, 2),
+    "position_range": 4096,
     "rope_theta": 500.0,
     "rope_scaling": LinearScaling(factor=2),
     "attention": LandmarkAttention(every=10),
@@ -113,6 +114,7 @@ def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
     ("memory", "others", "named"),
     [
         ({"positions": "compact"}, {"position_encoding": "learned"}, r"positions compact needs .*rope"),
+        ({}, {"position_range": 4096}, r"memory does not take model\.position_range"),
         ({"positions": "compact"}, {"position_layers": "even"}, r"compact needs model\.position_layers all"),
         ({"positions": "compact", "layers": "odd"}, {}, r"attention\.layers all"),
         ({"memory_limit": 4, "layers": "odd"}, {}, "memory_limit with meta-attention"),

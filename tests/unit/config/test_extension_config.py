@@ -87,6 +87,11 @@ def test_blocks_are_refused_for_rope_and_scaling_for_xpos():
         extend_model(XPOS, "yarn", 4)
 
 
+def test_a_range_of_randomised_positions_is_not_extended():
+    with pytest.raises(UsageError, match=r"model\.position_range: expected off.*found 512"):
+        extend_model(SMALL.model_copy(update={"position_range": 512}), "yarn", 4)
+
+
 @pytest.mark.parametrize("encoding", ["learned", "alibi", "none"])
 def test_a_position_encoding_without_frequencies_is_refused_with_those_that_have_some(encoding):
     with pytest.raises(UsageError, match=f"expected rope .*yarn, linear or dynamic.*found {encoding}"):

@@ -64,8 +64,8 @@ def test_a_length_beyond_the_window_is_asked_only_where_it_is_wanted(encoder: Pi
         model(torch.zeros(1, WINDOW + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("changes", [{"position_encoding": "learned"}, DYNAMIC])
-def test_a_table_of_positions_and_dynamic_scaling_end_at_the_window_whatever_is_wanted(
+@pytest.mark.parametrize("changes", [{"position_encoding": "learned"}, {"position_range": 2 * WINDOW}, DYNAMIC])
+def test_a_table_or_range_of_positions_and_dynamic_scaling_end_at_the_window_whatever_is_wanted(
     encoder: PieceEncoder, changes: dict[str, Any]
 ):
     near, far = ask(make_model(encoder, **changes), encoder, extrapolate=True)
