@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from metatokens.config.schema import NoInjection as NoInjection
     from metatokens.config.schema import PeriodicInjection as PeriodicInjection
     from metatokens.config.schema import PunctuationInjection as PunctuationInjection
+    from metatokens.config.schema import ThoughtInjection as ThoughtInjection
     from metatokens.config.schema import UniformInjection as UniformInjection
     from metatokens.config.tasks import CopyingTask as CopyingTask
     from metatokens.config.tasks import ListPointerTask as ListPointerTask
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from metatokens.generation.decoding import MetaTokenSchedule as MetaTokenSchedule
     from metatokens.generation.decoding import NoSchedule as NoSchedule
     from metatokens.generation.decoding import PeriodicSchedule as PeriodicSchedule
+    from metatokens.generation.decoding import ThoughtSchedule as ThoughtSchedule
     from metatokens.generation.decoding import UniformSchedule as UniformSchedule
     from metatokens.generation.decoding import generate_text as generate_text
     from metatokens.generation.decoding import generate_texts as generate_texts
@@ -92,6 +94,8 @@ _HOMES = {
     "PerplexityOptions": "metatokens.evaluation.windows",
     "PunctuationInjection": "metatokens.config.schema",
     "SegmentCountingTask": "metatokens.config.tasks",
+    "ThoughtInjection": "metatokens.config.schema",
+    "ThoughtSchedule": "metatokens.generation.decoding",
     "TokenEmbedding": "metatokens.evaluation.interventions",
     "UniformInjection": "metatokens.config.schema",
     "UniformSchedule": "metatokens.generation.decoding",

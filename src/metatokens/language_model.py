@@ -193,7 +193,7 @@ class LanguageModel:
                 remedy="use NoInjection",
             )
         text_ids = self._encoder.encode_batch([text])[0].tolist() if isinstance(text, str) else _list_of(text)
-        ends_clause = ends_clause_table(self._text_tokenizer) if injection.kind == "punctuation" else None
+        ends_clause = ends_clause_table(self._text_tokenizer) if injection.follows_punctuation else None
         ids = inject_into_prompt(
             text_ids, injection, meta_token_id=meta_token_id or 0, seed=seed, ends_clause=ends_clause
         )

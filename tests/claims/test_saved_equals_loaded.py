@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "memory": {"memory": {"window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},
     "cross": {"meta_attention_over": "cross"},
+    "thoughts": {"thought_length": 1},
     "some_layers": {"meta_attention_layers": [1]},
 }
 IDS = tokens("x_xx_x__xxxxx", "xxxxxxx_xxxx_")

@@ -24,6 +24,12 @@ ARMS = {
     "double": ("--model.meta_attention_over", "all", *PLAIN),
     "random": ("--model.meta_attention_over", "random", "--model.random_ratio", "0.3", *PLAIN),
     "cross": ("--model.meta_attention_over", "cross"),
+    "thoughts": (
+        "--model.thought_length",
+        "3",
+        "--injection",
+        "{kind: thought, length: 3, ratio: 0.2, after: punctuation}",
+    ),
     "alternating": (
         "--model.attention",
         "{kind: sliding_window, window: 8, layers: odd}",

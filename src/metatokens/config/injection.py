@@ -9,7 +9,14 @@ from metatokens.config.base import Frozen
 DEFAULT_META_RATIO = 0.1  # paper section 4.1: k = 0.1
 
 
-class NoInjection(Frozen):
+class _Injection(Frozen):
+    @property
+    def follows_punctuation(self) -> bool:
+        """Whether places depend on where clauses end."""
+        return False
+
+
+class NoInjection(_Injection):
     """No meta-token at all."""
 
     kind: Literal["none"] = "none"
@@ -20,7 +27,7 @@ class NoInjection(Frozen):
         return 0
 
 
-class _RatioInjection(Frozen):
+class _RatioInjection(_Injection):
     ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)
     """k: the share of a block's positions that are meta-tokens."""
 
@@ -46,8 +53,37 @@ class PunctuationInjection(_RatioInjection):
 
     kind: Literal["punctuation"] = "punctuation"
 
+    @property
+    def follows_punctuation(self) -> bool:
+        """Whether places depend on where clauses end."""
+        return True
 
-class ExplicitInjection(Frozen):
+
+class ThoughtInjection(_RatioInjection):
+    """Thoughts after Quiet-STaR: runs of meta-tokens, a start, `length` tokens and an end, at even or chosen places."""
+
+    kind: Literal["thought"] = "thought"
+    length: int = Field(8, ge=1)
+    """Meta-tokens between start and end."""
+    after: Literal["period", "punctuation"] = "period"
+    """Where thoughts stand, as single meta-tokens do under the policies periodic and punctuation."""
+
+    @property
+    def follows_punctuation(self) -> bool:
+        """Whether places depend on where clauses end."""
+        return self.after == "punctuation"
+
+    @property
+    def num_tokens(self) -> int:
+        """Meta-tokens of one thought, start and end included."""
+        return self.length + 2
+
+    def num_meta(self, block_size: int) -> int:
+        """Return the number of meta-tokens in a block of `block_size` positions, those of whole thoughts."""
+        return round(self.ratio * block_size / self.num_tokens) * self.num_tokens
+
+
+class ExplicitInjection(_Injection):
     """The same given positions in every block."""
 
     kind: Literal["explicit"] = "explicit"
@@ -68,6 +104,6 @@ class ExplicitInjection(Frozen):
 
 
 Injection = Annotated[
-    NoInjection | UniformInjection | PeriodicInjection | PunctuationInjection | ExplicitInjection,
+    NoInjection | UniformInjection | PeriodicInjection | PunctuationInjection | ThoughtInjection | ExplicitInjection,
     Field(discriminator="kind"),
 ]

@@ -29,6 +29,7 @@ from metatokens.config.injection import Injection as Injection  # noqa: PLC0414
 from metatokens.config.injection import NoInjection as NoInjection  # noqa: PLC0414
 from metatokens.config.injection import PeriodicInjection as PeriodicInjection  # noqa: PLC0414
 from metatokens.config.injection import PunctuationInjection as PunctuationInjection  # noqa: PLC0414
+from metatokens.config.injection import ThoughtInjection as ThoughtInjection  # noqa: PLC0414
 from metatokens.config.injection import UniformInjection as UniformInjection  # noqa: PLC0414
 from metatokens.config.parallel import Ddp, Parallel
 from metatokens.config.rope import DynamicScaling as DynamicScaling  # noqa: PLC0414
@@ -104,6 +105,9 @@ class ModelConfig(Frozen):
     and text the meta-tokens before it; gather: the first of these alone."""
     random_ratio: float = Field(0.1, ge=0, le=1)
     """Share of the text tokens that are members if meta_attention_over is random."""
+    thought_length: int | None = Field(None, ge=1)
+    """n: of every n + 2 meta-tokens the first and the last, start and end of a thought, have vectors of their own added
+    to their embedding; off means that all meta-tokens are alike."""
     loss_policy: LossPolicy = "skip"
     """skip: drop the loss term whose target is a meta-token; retarget: predict the next text token from the
     last text token and use no output at a meta-token."""
@@ -119,6 +123,13 @@ class ModelConfig(Frozen):
         if self.meta_attention_over != "meta" and self.meta_attention_layers == "none":
             raise ValueError(
                 f"model.meta_attention_over {self.meta_attention_over} needs model.meta_attention_layers, not none"
+            )
+        has_meta_attention = self.meta_attention_layers not in ("none", ())
+        if self.thought_length is not None and not (
+            self.meta_attention_over in ("meta", "cross", "gather") and has_meta_attention
+        ):
+            raise ValueError(
+                "model.thought_length needs meta-attention over meta, cross or gather, whose cache counts meta-tokens"
             )
         if isinstance(self.attention, MemoryAttention):
             self._check_memory(self.attention)
@@ -179,6 +190,8 @@ class ModelConfig(Frozen):
             raise ValueError("model.attention memory does not take model.position_range")
 
     def _check_memory(self, memory: MemoryAttention) -> None:
+        if self.thought_length is not None:
+            raise ValueError("model.attention memory needs model.thought_length off: it counts what it keeps")
         has_meta_attention = self.meta_attention_layers != "none"
         if self.meta_attention_over != "meta" and has_meta_attention:
             raise ValueError(
@@ -515,6 +528,11 @@ class PretrainConfig(TokenRunConfig):
             raise ValueError(
                 f"injection leaves no text: {self.injection.num_meta(self.data.block_size)} meta-tokens in "
                 f"data.block_size {self.data.block_size}; lower injection.ratio"
+            )
+        length = self.model.thought_length
+        if length is not None and length != getattr(self.injection, "length", None):
+            raise ValueError(
+                f"model.thought_length {length} needs injection.kind thought with injection.length {length}"
             )
         self._check_landmarks()
         attention = self.model.attention

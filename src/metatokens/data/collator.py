@@ -83,7 +83,7 @@ class MetaTokenCollator:
         self._injection = injection
         self._tokenizer = tokenizer
         self._seed = seed
-        if ends_clause is None and tokenizer is not None and injection.kind == "punctuation":
+        if ends_clause is None and tokenizer is not None and injection.follows_punctuation:
             ends_clause = ends_clause_table(as_text_tokenizer(tokenizer))
         self._ends_clause = ends_clause
 

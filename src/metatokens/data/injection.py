@@ -94,6 +94,7 @@ def sample_meta_positions(
     - punctuation: right after text tokens that end a clause. M is fixed. If there are more than M clauses, a uniform
       subset of them gets a meta-token. If there are fewer, the remaining meta-tokens are placed uniformly; such a
       filler may stand after a clause's meta-token, but never between the clause and its meta-token.
+    - thought: runs of length + 2, placed as single meta-tokens are under periodic or punctuation.
     - explicit: the given positions, in every row.
     - none: M = 0.
 
@@ -103,14 +104,14 @@ def sample_meta_positions(
         block_size: T, text and meta-tokens together.
         seed: Part of the key.
         epoch: Part of the key, for all rows or (B,) int64.
-        text: (B, >= N) text tokens of each row; punctuation only.
-        ends_clause: (V,) bool, the text tokens after which a meta-token may stand; punctuation only.
+        text: (B, >= N) text tokens of each row; where places follow punctuation only.
+        ends_clause: (V,) bool, the text tokens after which a meta-token may stand; likewise.
 
     Returns:
         (B, M) int64, rows strictly rising, M = injection.num_meta(block_size).
 
     Raises:
-        ValueError: The policy is punctuation and `text` or `ends_clause` is missing.
+        ValueError: Places follow punctuation and `text` or `ends_clause` is missing.
     """
     num_meta = injection.num_meta(block_size)
     num_rows = len(sample_ids)
@@ -118,16 +119,26 @@ def sample_meta_positions(
         return np.empty((num_rows, 0), dtype=np.int64)
     if injection.kind == "explicit":
         return np.tile(np.array(injection.positions, dtype=np.int64), (num_rows, 1))
-    if injection.kind == "periodic":
-        return np.tile(np.arange(1, num_meta + 1) * block_size // num_meta - 1, (num_rows, 1))
+    run = injection.num_tokens if injection.kind == "thought" else 1
+    num_text, num_runs = block_size - num_meta, num_meta // run
+    places = injection.after if injection.kind == "thought" else injection.kind
+    if places in ("period", "periodic"):
+        last = np.arange(1, num_runs + 1) * (num_text + num_runs) // num_runs - 1
+        return _spread(np.tile(last, (num_rows, 1)), run)
     position_keys = hash_key(seed, epoch, sample_ids, Purpose.POSITIONS)
-    if injection.kind == "uniform":
+    if places == "uniform":
         return np.sort(_slots(_lowest_hashes(position_keys, block_size, num_meta), block_size), axis=1)
     if text is None or ends_clause is None:
         raise ValueError("injection at punctuation needs `text` and `ends_clause`, see `ends_clause_table`")
     clause_keys = hash_key(seed, epoch, sample_ids, Purpose.CLAUSES)
-    candidates = ends_clause[text[:, : block_size - num_meta]]
-    return _after_clauses(candidates, num_meta, clause_keys, position_keys)
+    return _spread(_after_clauses(ends_clause[text[:, :num_text]], num_runs, clause_keys, position_keys), run)
+
+
+def _spread(positions: IntArray, run: int) -> IntArray:
+    """Return the positions (B, M run) of runs that take the places of single meta-tokens (B, M)."""
+    first = positions + np.arange(positions.shape[1]) * (run - 1)
+    spread: IntArray = (first[..., None] + np.arange(run)).reshape(len(positions), -1)
+    return spread
 
 
 def inject_meta_tokens(

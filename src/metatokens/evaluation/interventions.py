@@ -56,30 +56,37 @@ class _Intervention(Frozen):
         del config
 
 
-class ZeroEmbedding(_Intervention):
+class _EmbeddingIntervention(_Intervention):
+    subject: ClassVar[str] = "embedding"
+
+    def check(self, config: MetaTokenConfig) -> None:
+        """Refuse thoughts, whose first and last meta-token would keep the vectors that are added to theirs."""
+        if config.thought_length is not None:
+            raise _misfit(self, "meta-tokens that are alike", f"thought_length {config.thought_length}")
+
+
+class ZeroEmbedding(_EmbeddingIntervention):
     """The token embedding becomes zero; a learned position stays added (paper)."""
 
-    subject: ClassVar[str] = "embedding"
     kind: Literal["zero_embedding"] = "zero_embedding"
 
 
-class MeanEmbedding(_Intervention):
+class MeanEmbedding(_EmbeddingIntervention):
     """The token embedding becomes the mean over the tokens of the evaluated text, each as often as it occurs."""
 
-    subject: ClassVar[str] = "embedding"
     kind: Literal["mean_embedding"] = "mean_embedding"
 
 
-class TokenEmbedding(_Intervention):
+class TokenEmbedding(_EmbeddingIntervention):
     """The token embedding becomes that of an ordinary token."""
 
-    subject: ClassVar[str] = "embedding"
     kind: Literal["token_embedding"] = "token_embedding"
     token_id: int = Field(ge=0)
     """Id of a text token."""
 
     def check(self, config: MetaTokenConfig) -> None:
-        """Refuse an id outside the text vocabulary."""
+        """Refuse an id outside the text vocabulary, and thoughts."""
+        super().check(config)
         num_text_tokens = _num_text_tokens(config)
         if self.token_id >= num_text_tokens:
             expected = f"a text token, below {num_text_tokens}"

@@ -174,7 +174,7 @@ class TokenScorer:
 
     @cached_property
     def _ends_clause(self) -> BoolArray | None:
-        return ends_clause_table(self._tokenizer) if self.options.injection.kind == "punctuation" else None
+        return ends_clause_table(self._tokenizer) if self.options.injection.follows_punctuation else None
 
 
 def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, vocab_size: int) -> Tensor:

@@ -34,6 +34,7 @@ from metatokens.model.schedule import (
     MetaTokenSchedule,
     NoSchedule,
     PeriodicSchedule,
+    ThoughtSchedule,
     UniformSchedule,
     generate,
     read_schedule,
@@ -54,6 +55,7 @@ __all__ = [
     "MetaTokenSchedule",
     "NoSchedule",
     "PeriodicSchedule",
+    "ThoughtSchedule",
     "UniformSchedule",
     "check_tokenizer",
     "evaluating",
@@ -315,17 +317,21 @@ def schedule_for(injection: Injection) -> MetaSchedule | None:
     """Return the schedule that puts meta-tokens where training with this injection had them, as far as there is one.
 
     Uniform injection becomes a uniform schedule of its ratio, and so does punctuation, which no schedule can follow
-    because it depends on the text. Positions in a block have no schedule.
+    because it depends on the text; thoughts after punctuation become thoughts at even places. Positions in a block have
+    no schedule.
     """
     match injection.kind:
         case "none":
             return NoSchedule()
         case "uniform" | "punctuation":
             return UniformSchedule(ratio=injection.ratio)
-        case "periodic" if injection.ratio == 0:
+        case "periodic" | "thought" if injection.ratio == 0:
             return NoSchedule()
         case "periodic":
             return PeriodicSchedule(text_tokens=max(1, round(1 / injection.ratio) - 1))
+        case "thought":
+            num_tokens = injection.num_tokens
+            return ThoughtSchedule(max(1, round(num_tokens * (1 / injection.ratio - 1))), num_tokens)
         case "explicit":
             return None
 

@@ -41,7 +41,8 @@ def count_parameters(config: MetaTokenConfig) -> ParameterCount:
     elif encoding in ADAPTIVE:
         attention += (2 * heads + 1) * heads + (heads + 1) * heads
     return ParameterCount(
-        embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2),
+        embedding=config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+        + (0 if config.thought_length is None else 2 * width),
         positions=positions.get(encoding, 0),
         blocks=layers * (attention + mlp + 2 * norm) + norm + config.count_extra_parameters(),
         meta_attention=_num_meta_layers(config) * attention,

@@ -58,6 +58,9 @@ class MetaTokenConfig(PreTrainedConfig):
             "random", pseudo-random text tokens in place of the meta-tokens. Or who reads whom: "cross", meta-tokens the
             text before them and text the meta-tokens before it; "gather", the first of these alone.
         random_ratio: Share of the text tokens that are members if meta_attention_over is "random".
+        thought_length: n: of every n + 2 meta-tokens of a row, the first and the last, start and end of a thought, have
+            vectors of their own added to the embedding. The cache of meta-attention counts them. None means that all
+            meta-tokens are alike.
         meta_token_id: The id of the meta-token, the first behind the text vocabulary; None means a model without one.
         memory: The fields of `MemoryPolicy`: self-attention sees a window, the first tokens and kept anchors, and the
             cache drops the rest; None means that it sees everything.
@@ -104,6 +107,7 @@ class MetaTokenConfig(PreTrainedConfig):
     meta_attention_layers: str | list[int] = "all"
     meta_attention_over: str = "meta"
     random_ratio: float | int = 0.1
+    thought_length: int | None = None
     meta_token_id: int | None = None
     memory: dict[str, Any] | None = None
     loss_policy: str = "skip"
@@ -346,6 +350,17 @@ class MetaTokenConfig(PreTrainedConfig):
         outside = [] if isinstance(policy.layers, str) else [i for i in policy.layers if not 0 <= i < self.num_layers]
         if outside:
             raise ValueError(f"memory.layers {outside} are outside 0..{self.num_layers - 1}")
+
+    def validate_thoughts(self) -> None:
+        """Check that a cache counts the meta-tokens of thoughts."""
+        if self.thought_length is None:
+            return
+        if self.thought_length < 1:
+            raise ValueError(f"thought_length must be at least 1 or None, not {self.thought_length}")
+        if not (self.takes_meta_tokens and any(map(self.has_meta_attention, range(self.num_layers)))):
+            raise ValueError("thought_length needs meta-attention over meta-tokens, whose cache counts them")
+        if self.memory is not None:
+            raise ValueError("thought_length does not go with memory, which counts the meta-tokens that it keeps")
 
     def validate_choices(self) -> None:
         """Check the fields whose values come from a fixed list, and that padding is not a meta-token."""

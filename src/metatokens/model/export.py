@@ -38,6 +38,7 @@ REMOTE_CODE = (
     "position_scores",
     "positions",
     "schedule",
+    "thoughts",
 )
 CUSTOM_GENERATE = Path("custom_generate") / "generate.py"
 """Where transformers looks for a `generate` that comes with a checkpoint."""

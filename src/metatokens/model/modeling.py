@@ -49,6 +49,7 @@ from .position_bias import NUM_BUCKETS, AlibiBias, BucketBias, KerpleKernel, Pos
 from .position_range import table_of_positions
 from .position_scores import RelativeKeys
 from .positions import ROTARY_EMBEDDINGS, Rotary
+from .thoughts import place_in_thought
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +108,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
             self.kernel = KerpleKernel(config.num_attention_heads)
         elif config.position_encoding in ROTARY_EMBEDDINGS:
             self.rotary_emb = ROTARY_EMBEDDINGS[config.position_encoding](config=config)
+        if config.thought_length is not None:
+            self.thought_ends = nn.Embedding(2, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([self.block_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -169,6 +172,8 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         layout = self._lay_out(hidden, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
         if use_cache and past_key_values is None and layout.documents is None:
             past_key_values = self._usable_cache(DynamicCache(config=self.config))
+        if self.config.thought_length is not None:
+            hidden = hidden + self._ends_of_thoughts(meta_token_mask, layout, past_key_values)
         hidden = self._with_positions(hidden, layout)
         rotary, meta_rotary = self._rotations(hidden, layout, tokens)
         mask = None
@@ -384,6 +389,17 @@ class MetaTokenModel(MetaTokenPreTrainedModel):
         if backend == "flex_attention" or (backend == "sdpa" and num_queries > CHUNK and not is_traced()):
             return mask
         return to_additive(mask.dense(), hidden.dtype) if backend == "eager" else mask.dense()
+
+    def _ends_of_thoughts(self, meta_token_mask: Tensor, layout: TokenLayout, past_key_values: Cache | None) -> Tensor:
+        """Return what is added to the embeddings (B, T, C) of the first and the last meta-token of each thought."""
+        columns = torch.arange(meta_token_mask.shape[1], device=meta_token_mask.device)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        is_real = layout.find_real_tokens(columns + seen)
+        is_meta = meta_token_mask if is_real is None else meta_token_mask & is_real
+        place = place_in_thought(self.config, is_meta, layout.documents, past_key_values)
+        start, end = self.thought_ends.weight[:, None, None]
+        last = (self.config.thought_length or 0) + 1
+        return torch.where((place == 0)[..., None], start, 0) + torch.where((place == last)[..., None], end, 0)
 
     def _with_positions(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
         """Return the embeddings (B, T, C) as they enter the first block."""

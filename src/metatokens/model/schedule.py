@@ -85,6 +85,34 @@ class PeriodicSchedule:
 
 
 @dataclass(frozen=True)
+class ThoughtSchedule:
+    """A run of `num_tokens` meta-tokens after every `text_tokens` text tokens."""
+
+    text_tokens: int = 90
+    """Text tokens between runs, at least 1."""
+    num_tokens: int = 10
+    """Meta-tokens of a run, at least 1."""
+    kind: Literal["thought"] = field(default="thought", init=False)
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("text_tokens", "num_tokens"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no sequence, however long, gets a meta-token."""
+        return False
+
+    def is_due(self, num_text: int, num_meta: int, after_meta: bool) -> bool:
+        """Return True after each multiple of `text_tokens`, until the number of meta-tokens is one of `num_tokens`."""
+        is_place = num_text > 0 and num_text % self.text_tokens == 0
+        return is_place and (not after_meta or num_meta % self.num_tokens > 0)
+
+
+@dataclass(frozen=True)
 class UniformSchedule:
     """A meta-token at each position with the same probability, drawn for each position on its own."""
 
@@ -113,11 +141,11 @@ class UniformSchedule:
         return (_hash(self.seed, num_text + num_meta) >> 11) * 2.0**-53 < self.ratio
 
 
-MetaSchedule = NoSchedule | PeriodicSchedule | UniformSchedule
+MetaSchedule = NoSchedule | PeriodicSchedule | ThoughtSchedule | UniformSchedule
 """`is_due(num_text, num_meta, after_meta)` tells whether a meta-token comes next after these counts of tokens."""
 
-_KINDS: dict[str, type[NoSchedule] | type[PeriodicSchedule] | type[UniformSchedule]] = {
-    schedule.kind: schedule for schedule in (NoSchedule, PeriodicSchedule, UniformSchedule)
+_KINDS: dict[str, type[NoSchedule] | type[PeriodicSchedule] | type[ThoughtSchedule] | type[UniformSchedule]] = {
+    schedule.kind: schedule for schedule in (NoSchedule, PeriodicSchedule, ThoughtSchedule, UniformSchedule)
 }
 
 

@@ -212,7 +212,6 @@ def _make_job(config: PretrainConfig, dataset: TokenDataset, processes: Processe
 
 
 def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share: int) -> BatchLoader:
-    punctuation = config.injection.kind == "punctuation"
     return BatchLoader(
         TokenBlocks(dataset, split, config.text_tokens_per_block),
         injection=config.injection,
@@ -220,7 +219,7 @@ def _loader(config: PretrainConfig, dataset: TokenDataset, split: Split, **share
         seed=config.seed,
         meta_token_id=dataset.vocab_size,
         loss_policy=config.model.loss_policy,
-        ends_clause=ends_clause_table(dataset.tokenizer()) if punctuation else None,
+        ends_clause=ends_clause_table(dataset.tokenizer()) if config.injection.follows_punctuation else None,
         reconstruct=config.reconstruct if split == "train" else None,
         **share,
     )

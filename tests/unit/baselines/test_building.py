@@ -168,7 +168,7 @@ def test_the_tiny_arms_read_the_same_text_in_every_block_and_take_as_many_steps(
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
 def test_every_arm_has_a_preset_at_both_scales(scale: str) -> None:
     arms = "alibi bigbird double-attention fourier landmark landmark-dense longformer nope random-attention t5 xpos"
-    arms += " block-recurrent cross-attention random-positions rnope sliding-window"
+    arms += " block-recurrent cross-attention random-positions rnope sliding-window thoughts"
     arms += " kerple dape-alibi dape-kerple transformer-xl"
     assert {f"{scale}/{arm}" for arm in arms.split()} <= set(preset_names())
 

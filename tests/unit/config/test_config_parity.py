@@ -44,8 +44,9 @@ CHANGED = {
     "rope_scaling": LinearScaling(factor=2),
     "attention": LandmarkAttention(every=10),
     "meta_attention_layers": (0, 2),
-    "meta_attention_over": "all",
+    "meta_attention_over": "cross",
     "random_ratio": 0.25,
+    "thought_length": 3,
     "loss_policy": "retarget",
 }
 PRETRAINING = [name for name in preset_names() if verb_of(name) not in {"finetune", "graft"}]
@@ -121,6 +122,7 @@ def test_a_graft_has_the_same_fields_in_a_run_and_in_python():
         ({}, {"meta_attention_over": "all"}, r"meta_attention_over meta, not all"),
         ({}, {"meta_attention_over": "cross"}, r"meta_attention_over meta, not cross: the others are evicted"),
         ({"layers": [12]}, {}, r"\[12\] are beyond the 12 layers"),
+        ({}, {"thought_length": 4}, "thought_length off: it counts what it keeps"),
     ],
 )
 def test_what_memory_mode_cannot_do_is_named(memory: dict[str, object], others: dict[str, object], named: str):

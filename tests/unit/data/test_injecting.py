@@ -11,6 +11,7 @@ from metatokens.config.schema import (
     NoInjection,
     PeriodicInjection,
     PunctuationInjection,
+    ThoughtInjection,
     UniformInjection,
 )
 from metatokens.data.injection import inject_into_prompt, inject_meta_tokens, sample_meta_positions
@@ -106,6 +107,29 @@ def test_punctuation_puts_metas_right_after_clauses_before_it_fills(num_extra, r
         assert followed == min(clauses, num_meta)
 
 
+def test_thoughts_end_even_stretches_of_text_as_single_tokens_do():
+    thoughts = positions(ThoughtInjection(ratio=0.5, length=2), num_rows=2, block_size=16)
+    assert thoughts.tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]] * 2
+    alone = positions(PeriodicInjection(ratio=0.2), num_rows=1, block_size=10)  # as many places in as much text
+    assert (thoughts[0, ::4] - 3 * np.arange(2)).tolist() == alone[0].tolist() == [4, 9]
+
+
+def test_thoughts_stand_whole_where_single_tokens_stand_after_clauses():
+    text = np.array([[1, 2, 9, 3, 4, 9, 5, 6, 7, 8]])
+    ends_clause = np.arange(10) == 9
+    injection = ThoughtInjection(ratio=0.5, length=1, after="punctuation")
+    layout = positions(injection, num_rows=1, block_size=15, text=text, ends_clause=ends_clause)
+    batch = inject_meta_tokens(text, layout, meta_token_id=META, loss_policy="skip")
+    assert batch.input_ids[0, :12].tolist() == [1, 2, 9, META, META, META, 3, 4, 9, META, META, META]
+    with pytest.raises(ValueError, match=r"punctuation needs .*ends_clause"):
+        sample_meta_positions(injection, sample_ids=np.arange(2), block_size=32, seed=0, epoch=0)
+
+
+def test_a_block_holds_whole_thoughts_alone():
+    injection = ThoughtInjection(ratio=0.1, length=3)
+    assert [injection.num_meta(size) for size in (10, 24, 26, 74, 76)] == [0, 0, 5, 5, 10]
+
+
 def test_punctuation_without_a_clause_table_is_a_value_error():
     with pytest.raises(ValueError, match=r"punctuation needs .*ends_clause"):
         sample_meta_positions(PunctuationInjection(), sample_ids=np.arange(2), block_size=32, seed=0, epoch=0)
@@ -138,10 +162,11 @@ def test_inject_refuses_positions_outside_or_twice(layout):
 
 
 @pytest.mark.filterwarnings("ignore:injection.kind")
-@given(st.integers(0, 300), st.floats(0, 0.99), st.sampled_from(["uniform", "periodic", "punctuation"]))
+@given(st.integers(0, 300), st.floats(0, 0.99), st.sampled_from(["uniform", "periodic", "punctuation", "thought"]))
 @settings(max_examples=60, deadline=None)
 def test_prompt_keeps_its_text_and_the_ratio_of_its_total_length(num_text, ratio, kind):
     classes = {"uniform": UniformInjection, "periodic": PeriodicInjection, "punctuation": PunctuationInjection}
+    classes["thought"] = ThoughtInjection
     injection = classes[kind](ratio=ratio)
     text = list(range(num_text))
     result = inject_into_prompt(

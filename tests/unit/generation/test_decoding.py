@@ -9,6 +9,7 @@ from metatokens.config.schema import (
     NoInjection,
     PeriodicInjection,
     PunctuationInjection,
+    ThoughtInjection,
     UniformInjection,
 )
 from metatokens.data.special_tokens import META_TOKEN
@@ -18,6 +19,7 @@ from metatokens.generation.decoding import (
     MetaTokenSchedule,
     NoSchedule,
     PeriodicSchedule,
+    ThoughtSchedule,
     UniformSchedule,
     generate_text,
     generate_texts,
@@ -27,7 +29,12 @@ from metatokens.generation.decoding import (
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
 
 TEXT = "the owl sat, and the owl saw: a mouse; naïve café owls — где мышь? 🦉🦉 run!"
-SCHEDULES = [NoSchedule(), PeriodicSchedule(text_tokens=3), UniformSchedule(ratio=0.4, seed=5)]
+SCHEDULES = [
+    NoSchedule(),
+    PeriodicSchedule(text_tokens=3),
+    UniformSchedule(ratio=0.4, seed=5),
+    ThoughtSchedule(text_tokens=4, num_tokens=3),
+]
 
 
 def by_kind(schedule):
@@ -105,6 +112,11 @@ def test_periodic_schedule_puts_a_meta_after_every_third_text_token():
     assert layout(PeriodicSchedule(text_tokens=3), 16) == [3, 7, 11, 15]
 
 
+def test_thought_schedule_puts_a_run_after_every_fourth_text_token():
+    assert layout(ThoughtSchedule(text_tokens=4, num_tokens=3), 16) == [4, 5, 6, 11, 12, 13]
+    assert layout(ThoughtSchedule(text_tokens=2, num_tokens=1), 9) == layout(PeriodicSchedule(text_tokens=2), 9)
+
+
 def test_uniform_schedule_has_its_ratio_and_no_period():
     positions = np.array(layout(UniformSchedule(ratio=0.2, seed=0), 5000))
     assert 0.18 < len(positions) / 5000 < 0.22
@@ -140,6 +152,8 @@ def test_prompt_gets_the_layout_that_its_positions_have(schedule):
         (PunctuationInjection(ratio=0.2), UniformSchedule(0.2)),
         (PeriodicInjection(ratio=0.2), PeriodicSchedule(4)),
         (PeriodicInjection(ratio=0), NoSchedule()),
+        (ThoughtInjection(ratio=0.2, length=3), ThoughtSchedule(text_tokens=20, num_tokens=5)),
+        (ThoughtInjection(ratio=0, length=3), NoSchedule()),
         (ExplicitInjection(positions=(3, 7)), None),
     ],
 )

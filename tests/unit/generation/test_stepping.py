@@ -11,7 +11,14 @@ from metatokens.config.loading import is_finetuning, load_preset, preset_names
 from metatokens.generation import stepping
 from metatokens.generation.stepping import Continuation, Sampler, decode, decode_together, follows_steps
 from metatokens.model import MetaTokenConfig, MetaTokenForCausalLM
-from metatokens.model.schedule import NoSchedule, PeriodicSchedule, UniformSchedule, generate, schedule_meta_tokens
+from metatokens.model.schedule import (
+    NoSchedule,
+    PeriodicSchedule,
+    ThoughtSchedule,
+    UniformSchedule,
+    generate,
+    schedule_meta_tokens,
+)
 from metatokens.training.initialization import build_model
 
 EOS, META = 0, 40
@@ -21,7 +28,13 @@ ARMS = {  # one of those that have the same model at this size
     for name in preset_names()
     if name.startswith("tiny/") and not is_finetuning(name) and name not in {"tiny/extend"}
 }
-SCHEDULES = [NoSchedule(), PeriodicSchedule(1), PeriodicSchedule(3), UniformSchedule(0.4, seed=5)]
+SCHEDULES = [
+    NoSchedule(),
+    PeriodicSchedule(1),
+    PeriodicSchedule(3),
+    UniformSchedule(0.4, seed=5),
+    ThoughtSchedule(text_tokens=3, num_tokens=4),
+]
 SAMPLINGS = [
     {"temperature": 0.0, "top_k": None, "top_p": None},
     {"temperature": 1.0, "top_k": None, "top_p": None},
