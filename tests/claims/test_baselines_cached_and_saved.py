@@ -32,7 +32,7 @@ def test_cached_logits_of_baselines_equal_uncached(name: str, batch: str, pieces
     assert_close(cached[real], uncached(model, ids)[real], 1e-10)
 
 
-@pytest.mark.parametrize("name", ["longformer_meta", "landmark"])
+@pytest.mark.parametrize("name", ["longformer_meta", "landmark", "block_recurrent"])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_with_meta_attention_as_well(name: str) -> None:
     model = baseline_model(name, meta_attention_layers="all")

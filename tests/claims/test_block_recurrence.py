@@ -151,8 +151,9 @@ def test_a_state_cannot_be_taken_back_nor_kept_by_another_cache() -> None:
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="cannot forget its newest tokens"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match=r"no place for the state: use DynamicCache\(config=model\.config\)"):
-        model(ids, past_key_values=DynamicCache(config=baseline_model("sliding_window").config))
+    for other in (DynamicCache(config=baseline_model("sliding_window").config), DynamicCache()):
+        with pytest.raises(ValueError, match=r"no place for the state: use DynamicCache\(config=model\.config\)"):
+            model(ids, past_key_values=other)
 
 
 @pytest.mark.parametrize(

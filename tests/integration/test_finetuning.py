@@ -145,11 +145,19 @@ def test_a_model_of_full_attention_is_fine_tuned_in_memory_mode(config: Config, 
     assert first_losses == pytest.approx([first_losses[0]] * 3, abs=1)  # the trained weights, not new ones
 
 
-def test_memory_mode_is_refused_for_a_model_of_another_attention(config: Config, tmp_path: Path):
-    landmark = config("--start.model.attention.kind", "landmark", "--curriculum", SHORT_CURRICULUM)
-    finetune(landmark, tmp_path / "landmark", show_progress=False)
-    start = ["--start.kind", "checkpoint", "--start.path", str(tmp_path / "landmark")]
-    with pytest.raises(UsageError, match=r"start\.memory: expected a metatokens model.*landmark"):
+OTHERS = {"landmark": "", "block_recurrent": ", window: 8, num_state_vectors: 4, recurrent_layer: 1"}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_memory_mode_is_refused_for_a_model_of_another_attention(kind: str, config: Config, tmp_path: Path):
+    attention = f"{{kind: {kind}{OTHERS[kind]}}}"
+    finetune(
+        config("--start.model.attention", attention, "--curriculum", SHORT_CURRICULUM),
+        tmp_path / kind,
+        show_progress=False,
+    )
+    start = ["--start.kind", "checkpoint", "--start.path", str(tmp_path / kind)]
+    with pytest.raises(UsageError, match=rf"start\.memory: expected a metatokens model.*metatokens_{kind}"):
         finetune(config(*start, "--start.memory", "{window: 2}"), tmp_path / "run", show_progress=False)
 
 

@@ -41,7 +41,8 @@ from metatokens.model.memory import Columns, MemoryPolicy
 from metatokens.model.modeling import MetaTokenModel, MetaTokenPreTrainedModel
 from metatokens.model.positions import Rotary
 
-INITIAL_STATE_STD, GATE_STD, ID_STD = 0.1, 0.1, 1.0  # google-research/meliad@fc4b036:transformer
+# google-research/meliad@760591c, folder transformer: transformer_layer.py, nn_components.py, transformer_base.py
+INITIAL_STATE_STD, GATE_STD, ID_STD = 0.1, 0.1, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class BlockRecurrence(SlidingWindow):
     recurrent_layer: int
     """The block that has the state, counted from 0."""
     gates: str = "skip"
-    """"skip": the state has no feed-forward part, and one gate; "dual": it has one, with a gate of its own."""
+    """Of the state: "skip", one and no feed-forward part; "dual", another for a feed-forward part."""
 
 
 @strict
@@ -103,7 +104,9 @@ class BlockRecurrentConfig(SparseAttentionConfig):
     def count_extra_cache(self) -> int:
         """Count the numbers that a cache carries of a row: state, keys and values of it and of the last window."""
         of = self.recurrence
-        return (3 * of.num_state_vectors + 2 * of.window) * self.hidden_size
+        assert self.head_dim is not None
+        inner = self.num_attention_heads * self.head_dim
+        return of.num_state_vectors * self.hidden_size + 2 * (of.num_state_vectors + of.window) * inner
 
     def validate_recurrence(self) -> None:
         """Check the numbers of the recurrence."""
@@ -267,8 +270,9 @@ class RecurrentAttention(SparseSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over the sequence (B, T, C) and, with a cache, over what came before it."""
-        if self.recurrence is None or windows is None:
+        if self.recurrence is None:
             return super().forward(hidden, rotary, mask, past_key_values, pools, **kwargs)
+        assert windows is not None
         query, key, value = self.project(hidden, None)
         layer: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         read = self.recurrence(hidden, key, value, windows, layer)
@@ -323,7 +327,8 @@ class BlockRecurrentModel(_Recurrent, SparseAttentionModel):
         window, num_tokens = self.config.recurrence.window, layout.position_ids.shape[1]
         before = None
         if past_key_values is not None:
-            layer = past_key_values.layers[self.config.recurrence.recurrent_layer]
+            layers = past_key_values.layers  # none yet in a cache that was made without a config
+            layer = layers[self.config.recurrence.recurrent_layer] if layers else None
             if not isinstance(layer, RecurrentDynamicLayer):
                 raise ValueError(
                     f"the cache, a {type(past_key_values).__name__}, was not made from this model's config or is "
