@@ -130,6 +130,35 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint(config: Config, done: Pat
 SHORT_CURRICULUM = "[{steps: 2, size: [3, 3], prompt_tokens: [1, 64]}]"
 
 
+def test_a_run_with_coupled_positions_goes_on_with_the_same_bits_and_reads_more_tokens_than_it_has_positions(
+    config: Config, tmp_path: Path
+):
+    task = [
+        "--task",
+        "{kind: copying, coupling: span}",
+        "--curriculum",
+        "[{steps: 8, size: [2, 4], prompt_tokens: [1, 40]}]",
+    ]
+    with pytest.raises(UsageError, match=r"task\.coupling: expected .*found positions rope"):
+        finetune(config(*task), tmp_path / "rope", show_progress=False)
+    learned = ["--start.model.position_encoding", "learned", "--start.model.max_position_embeddings", "12"]
+    coupled = config(*task, *learned, "--checkpoint.keep", "9")
+    finetune(coupled, tmp_path / "whole", show_progress=False)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000004", tmp_path / "run/checkpoints/step-00000004")
+    finetune(coupled, tmp_path / "run", show_progress=False)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    line = ("evaluate", tmp_path / "run", "--lengths", "[100-120]", "--instances", "4", "--json")
+    scored, beyond = (
+        json.loads(metatokens(*line, "--size", size).stdout)["rows"][0]["token_accuracy"]
+        for size in ("[3, 4]", "[20, 20]")
+    )
+    assert scored is not None
+    assert beyond is None
+    too_long = [*task[:-1], "[{steps: 8, size: [2, 12], prompt_tokens: [1, 40]}]"]
+    with pytest.raises(UsageError, match="expected at most the 12 positions of the model, found 14 coupled ones"):
+        finetune(config(*too_long, *learned), tmp_path / "long", show_progress=False)
+
+
 def test_a_model_of_full_attention_is_fine_tuned_in_memory_mode(config: Config, done: Path, tmp_path: Path):
     start_there = ["--start.kind", "checkpoint", "--start.path", str(done), "--optimizer.learning_rate", "1e-9"]
     curriculum = ["--curriculum", SHORT_CURRICULUM]

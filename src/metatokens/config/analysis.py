@@ -165,6 +165,12 @@ class TaskSubject(Frozen):
     fitted_instances: int = Field(2_000, ge=54)
     """Number of further instances, on whose states bottlenecks and probes are trained and tested."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if getattr(self.task, "coupling", None) is not None:
+            raise ValueError("subject.task.coupling must be off: an analysis gives its texts positions that count")
+        return self
+
 
 class TextSubject(Frozen):
     """The documents are passages, one from each text."""

@@ -186,6 +186,9 @@ class _RecallTask(_ListTask):
     marks: bool = False
     """A bar right after the place of each meta-token, so that a model without meta-tokens is told as much as one with
     them. Bars do not count towards difficulty.prompt_tokens, so the text is the same with and without them."""
+    coupling: Literal["items"] | None = None
+    """Tokens that belong together share a position, in a model with learned positions. items: item j of every list, the
+    questions about it and their answers; off means that positions count the tokens."""
 
     @model_validator(mode="after")
     def _check_marks(self) -> Self:
@@ -238,6 +241,9 @@ class CopyingTask(_UnlistedTask):
     means that it may stand anywhere."""
     symbols: int | None = Field(None, ge=2, le=200)
     """Number of different words in the spans, which then stand nowhere else in the text; off means any word."""
+    coupling: Literal["span"] | None = None
+    """Tokens that belong together share a position, in a model with learned positions. span: token i of a span and of
+    its answer; off means that positions count the tokens."""
 
 
 Task = Annotated[

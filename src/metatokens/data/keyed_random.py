@@ -54,6 +54,8 @@ class Purpose(IntEnum):
     """Text tokens between the meta-tokens of an instance."""
     NEEDLE = 13
     """Which blocks hide something of a long-context task, what and where."""
+    COUPLING = 14
+    """Where the coupled positions of an instance start."""
 
 
 def splitmix64(state: Uint64Array) -> Uint64Array:

@@ -31,6 +31,7 @@ from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
 from metatokens.model.compatibility import CACHE_NAME
+from metatokens.tasks.coupling import check_coupling
 from metatokens.tasks.encoding import EncodedInstance, encode_instance, pad
 from metatokens.tasks.registry import make_instance
 
@@ -154,13 +155,14 @@ def _predict(model: Any, rows: Sequence[EncodedInstance]) -> list[npt.NDArray[np
     """Return the most likely text token after each position of each row, (T,) int64 for a row."""
     batch = pad(rows, meta_token_id=model.config.meta_token_id, pad_token_id=model.config.pad_token_id)
     inputs = batch.to_model_inputs(device=model.device)
+    del inputs["shift_labels"]
     wanted = np.zeros(batch.input_ids.shape[1], dtype=np.bool_)
     for row in rows:
         for start, stop in row.answer_spans:
             wanted[start - 1 : stop - 1] = True
     # only the positions where some row has an answer: few of a long prompt's
     positions = torch.from_numpy(np.flatnonzero(wanted)).to(model.device)
-    logits = model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=positions).logits
+    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
     _check_finite(logits)
     best = _without_special(model, logits).argmax(-1).cpu().numpy()
     predicted = np.full(batch.input_ids.shape, -1, dtype=np.int64)
@@ -173,19 +175,27 @@ def _choose(model: Any, row: EncodedInstance) -> list[npt.NDArray[np.int64]]:
     answers = []
     for start, _ in row.answer_spans:
         prompt = torch.from_numpy(row.input_ids[None, :start]).to(model.device)
-        outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        placed, position = {}, None
+        if row.groups is not None:
+            places = torch.from_numpy(row.groups[None, :start]).to(model.device)
+            placed, position = {"position_ids": places, "attention_mask": torch.ones_like(prompt)}, row.groups[start]
+        outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **placed)
         _check_finite(outputs.logits)
         first = outputs.logits[0, -1].float().log_softmax(-1)
         scores = torch.stack([first[choice[0]] for choice in row.choices])
         longest = max(len(choice) for choice in row.choices)
         if longest > 1:
-            scores = scores + _score_rest(model, outputs[CACHE_NAME], row.choices, start, longest)
+            scores = scores + _score_rest(model, outputs[CACHE_NAME], row.choices, start, position)
         answers.append(np.array(row.choices[int(scores.argmax())], dtype=np.int64))
     return answers
 
 
-def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], start: int, longest: int) -> Tensor:
-    """Return (choices,) log-probabilities of what follows the first token of each choice, from the prompt's cache."""
+def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], start: int, position: int | None) -> Tensor:
+    """Return (choices,) log-probabilities of what follows the first token of each choice, from the prompt's cache.
+
+    All tokens of a choice stand at `position`, unless it is None.
+    """
+    longest = max(map(len, choices))
     rest = np.full((len(choices), longest), model.config.pad_token_id, dtype=np.int64)
     for index, choice in enumerate(choices):
         rest[index, : len(choice)] = choice
@@ -193,7 +203,8 @@ def _score_rest(model: Any, cache: Any, choices: Sequence[tuple[int, ...]], star
     cache.batch_repeat_interleave(len(choices))
     mask = torch.ones((len(choices), start + longest), dtype=torch.long, device=model.device)
     mask[:, start:] = (tokens != model.config.pad_token_id).long()
-    logits = model(input_ids=tokens, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache}).logits
+    placed = {} if position is None else {"position_ids": torch.full_like(tokens, int(position))}
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=True, **placed, **{CACHE_NAME: cache}).logits
     log_probabilities = logits[:, :-1].float().log_softmax(-1)
     picked = log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
     scores: Tensor = picked.masked_fill(tokens[:, 1:] == model.config.pad_token_id, 0).sum(-1)
@@ -239,6 +250,7 @@ def evaluate_recall(
     counts: dict[str, list[AnswerCounts | None]] = {length: [] for length in config.lengths}
     instances: dict[str, list[EncodedInstance]] = {}
     for number, model in enumerate(models, start=1):
+        check_coupling(config.task, model.config)
         for length in config.lengths:
             if length not in instances:
                 instances[length] = make_test_instances(
@@ -250,7 +262,7 @@ def evaluate_recall(
                     instances=config.instances,
                 )
             encoded, limit = instances[length], sequence_limit(model)
-            longest = max(len(row.input_ids) for row in encoded)
+            longest = max(row.num_positions for row in encoded)
             if limit is not None and longest > limit and not (config.extrapolate and _has_no_last_position(model)):
                 counts[length].append(None)
             else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from metatokens.data.injection import IntArray
-from metatokens.data.keyed_random import Purpose, hash_key
+from metatokens.data.keyed_random import KeyedRandom, Purpose, hash_key
 from metatokens.data.loader import Batches, permute
 from metatokens.tasks.encoding import RecallBatch, encode_instance, pad
 from metatokens.tasks.registry import make_instance
@@ -64,6 +64,7 @@ class RecallBatches(Batches):
         meta_token_id: The id of the meta-token.
         pad_token_id: The id of padding.
         loss_policy: Which position predicts which token; see `encode_instance`.
+        num_positions: Of the model, for a task with coupled positions.
         rank: This process.
         world_size: W, the number of processes; divides the batch.
     """
@@ -76,9 +77,11 @@ class RecallBatches(Batches):
         meta_token_id: int,
         pad_token_id: int,
         loss_policy: LossPolicy = "skip",
+        num_positions: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self._num_positions = num_positions
         self._config, self._encoder, self._loss_policy = config, encoder, loss_policy
         self._meta_token_id, self._pad_token_id = meta_token_id, pad_token_id
         self._rank, self._world_size = rank, world_size
@@ -89,8 +92,17 @@ class RecallBatches(Batches):
         stage, step_in_stage = locate(self._config.curriculum, step)
         group, place = divmod(step_in_stage, self._config.bucket_batches)
         # every W-th row: neighbours are about equally long, so the ranks' work is about equal
-        rows = [row for _, row in self._group(stage, group)[place][self._rank :: self._world_size]]
-        return pad(rows, meta_token_id=self._meta_token_id, pad_token_id=self._pad_token_id)
+        own = self._group(stage, group)[place][self._rank :: self._world_size]
+        starts = [self._start(step, index, row) for index, row in own]
+        rows = [row for _, row in own]
+        return pad(rows, meta_token_id=self._meta_token_id, pad_token_id=self._pad_token_id, starts=starts)
+
+    def _start(self, step: int, index: int, row: EncodedInstance) -> int:
+        """Return where the coupled positions of a row start, such that its last one is within the model's."""
+        if row.groups is None or self._num_positions is None:
+            return 0
+        key = hash_key(self._config.seed, step, index, Purpose.COUPLING)
+        return KeyedRandom(int(key[0])).below(self._num_positions - row.num_positions + 1)
 
     def sample_ids(self, step: int) -> list[int]:
         """Return the indices of the instances of the global batch of optimizer step `step`."""

@@ -16,6 +16,7 @@ from metatokens.config.schema import UniformInjection
 from metatokens.data.injection import IGNORE_INDEX, BoolArray, IntArray, inject_into_prompt
 from metatokens.data.keyed_random import KeyedRandom, Purpose, hash_key
 from metatokens.tasks.base import META
+from metatokens.tasks.coupling import couple_tokens
 from metatokens.tasks.registry import chance_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class EncodedInstance(NamedTuple):
     """The tokens of each choice; empty if the task has no choices."""
     chance: float
     """The accuracy of guessing one of its answers."""
+    groups: IntArray | None = None
+    """(T,), which tokens share a position, see `metatokens.tasks.coupling`; None if positions count the tokens."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that a model needs for it."""
+        return len(self.input_ids) if self.groups is None else int(self.groups.max()) + 1
 
 
 class RecallBatch(NamedTuple):
@@ -59,6 +67,8 @@ class RecallBatch(NamedTuple):
     """Text tokens, padding left out."""
     num_meta: int
     """Meta-tokens."""
+    position_ids: IntArray | None = None
+    """(B, T), where tokens stand; None if positions count them."""
 
     @property
     def num_rows(self) -> int:
@@ -71,10 +81,16 @@ class RecallBatch(NamedTuple):
         return int(np.count_nonzero(self.targets != IGNORE_INDEX))
 
     def to_model_inputs(self, rows: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """Return the model's keyword arguments for some rows: input_ids and shift_labels."""
+        """Return the model's keyword arguments for some rows: input_ids, shift_labels, and positions that do not count.
+
+        The mask that comes with such positions says that a row is one document, however often they start anew.
+        """
         import torch
 
         arrays = {"input_ids": self.input_ids[rows], "shift_labels": self.targets[rows]}
+        if self.position_ids is not None:
+            arrays["position_ids"] = self.position_ids[rows]
+            arrays["attention_mask"] = np.ones_like(arrays["input_ids"])
         return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
@@ -132,11 +148,28 @@ def encode_instance(
         prompt_length,
         tuple(encoder.ids(choice) for choice in instance.choices),
         chance_of(instance, task),
+        _couple(couple_tokens(instance, task, encoder), text_positions, len(input_ids)),
     )
 
 
-def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id: int) -> RecallBatch:
+def _couple(groups: IntArray | None, text_positions: IntArray, length: int) -> IntArray | None:
+    """Return the group of each of T tokens: a meta-token's is that of the text token before it."""
+    if groups is None:
+        return None
+    before = np.searchsorted(text_positions, np.arange(length), side="right") - 1
+    return np.where(before >= 0, groups[before], 0)
+
+
+def pad(
+    encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id: int, starts: Sequence[int] | None = None
+) -> RecallBatch:
     """Put encoded instances into one batch, padded on the right to the longest.
+
+    Args:
+        encoded: The instances.
+        meta_token_id: For the number of meta-tokens.
+        pad_token_id: The id of padding.
+        starts: What is added to the groups of each row, where positions are coupled; 0 by default.
 
     Raises:
         ValueError: No row, or padding that would count as a meta-token.
@@ -152,7 +185,16 @@ def pad(encoded: Sequence[EncodedInstance], *, meta_token_id: int, pad_token_id:
     targets = np.full(is_token.shape, IGNORE_INDEX, dtype=np.int64)
     targets[is_token] = np.concatenate([row.targets for row in encoded])
     num_meta = int(np.count_nonzero(input_ids == meta_token_id))
-    return RecallBatch(input_ids, targets, int(lengths.sum()) - num_meta, num_meta)
+    position_ids = None
+    if encoded[0].groups is not None:
+        position_ids = np.zeros(is_token.shape, dtype=np.int64)
+        placed = [
+            np.where(row.groups, row.groups + start, 0)
+            for row, start in zip(encoded, starts or [0] * len(encoded), strict=True)
+            if row.groups is not None
+        ]
+        position_ids[is_token] = np.concatenate(placed)
+    return RecallBatch(input_ids, targets, int(lengths.sum()) - num_meta, num_meta, position_ids)
 
 
 def _lay_out(instance: Instance, encoder: PieceEncoder) -> tuple[IntArray, BoolArray, list[tuple[int, int]], list[int]]:

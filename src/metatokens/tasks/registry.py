@@ -120,7 +120,8 @@ def make_instance(
 def _stream_key(task: Task, difficulty: Difficulty, seed: int, split: Split) -> int:
     """Return the key of all instances of one kind; the same for tasks with equal texts."""
     text = (
-        task.model_dump_json(exclude={"meta_places", "marks", "loss"}, exclude_none=True) + difficulty.model_dump_json()
+        task.model_dump_json(exclude={"meta_places", "marks", "loss", "coupling"}, exclude_none=True)
+        + difficulty.model_dump_json()
     )
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return int(hash_key(seed, digest, split == "test")[0])

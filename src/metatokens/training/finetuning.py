@@ -19,6 +19,7 @@ from metatokens.generation.decoding import sequence_limit
 from metatokens.model import MetaTokenConfig
 from metatokens.model.schedule import state_schedule
 from metatokens.tasks.base import LengthRange, PieceEncoder
+from metatokens.tasks.coupling import check_coupling
 from metatokens.tasks.curriculum import RecallBatches
 from metatokens.tasks.encoding import encode_instance
 from metatokens.tasks.registry import find_task
@@ -168,16 +169,20 @@ def _start_tokenizer(config: FinetuneConfig) -> Tokenizer:
 
 def _check_length(config: FinetuneConfig, model: Any, tokenizer: Tokenizer) -> None:
     """Refuse a stage whose longest instances, with meta-tokens and answers, exceed the model's window."""
+    check_coupling(config.task, model.config)
     limit = sequence_limit(model)
     if limit is None:
         return
+    counts = getattr(config.task, "coupling", None) is None
     encoder = PieceEncoder(TextEncoder(tokenizer))
     for stage in config.curriculum:
         longest = stage.prompt_tokens[1]
         found = f"{longest} text tokens before the answer"
-        if longest <= limit:
+        if longest <= limit or not counts:
             longest = _longest_instance(config.task, stage, encoder, model.config.meta_token_id)
-            found = f"an instance of {longest}, with its meta-tokens and answers"
+            found = (
+                f"an instance of {longest}, with its meta-tokens and answers" if counts else f"{longest} coupled ones"
+            )
         if longest > limit:
             raise UsageError(
                 f"curriculum: prompt_tokens up to {stage.prompt_tokens[1]}",
@@ -195,7 +200,7 @@ def _longest_instance(task: Task, stage: Stage, encoder: PieceEncoder, meta_toke
         instance = generate(task, size, room, encoder=encoder, random=KeyedRandom(key))
         if instance is not None:
             encoded = encode_instance(instance._replace(key=key), task, encoder=encoder, meta_token_id=meta_token_id)
-            longest = max(longest, len(encoded.input_ids))
+            longest = max(longest, encoded.num_positions)
     return longest
 
 
@@ -209,6 +214,7 @@ def training_batches(
         meta_token_id=model.config.meta_token_id,
         pad_token_id=model.config.pad_token_id,
         loss_policy=getattr(model.config, "loss_policy", "skip"),
+        num_positions=sequence_limit(model),
         rank=rank,
         world_size=world_size,
     )
