@@ -15,6 +15,7 @@ from metatokens.lens import Lens
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.accounting import cache_bytes, count_parameters, forward_flops
 from metatokens.model.cross_attention import CrossAttention, CrossPack
+from metatokens.model.reference import DenseReferenceForCausalLM
 from tiny_models import META, assert_close, attention_mask_of, gradients, shared_model, tiny_config, tiny_model, tokens
 
 CROSS = ["cross", "gather"]
@@ -58,6 +59,16 @@ def test_no_mask_has_an_entry_for_every_pair_of_tokens() -> None:
         _, [(_, pack, _)] = second_attention(tiny_model(meta_attention_over=over, num_hidden_layers=1), ids)
         assert isinstance(pack, CrossPack)
         assert [tuple(direction.mask.shape) for direction in pack.directions] == shapes
+
+
+@pytest.mark.parametrize("over", CROSS)
+@torch.no_grad()
+def test_blocks_without_positions_are_those_of_the_dense_definition(over: str) -> None:
+    shape = {"meta_attention_over": over, "position_layers": [1]}
+    packed, dense = tiny_model(**shape), tiny_model(**shape, model_class=DenseReferenceForCausalLM)
+    ids = tokens(*RAGGED)
+    assert_close(packed(ids).logits, dense(ids).logits, 1e-10)
+    assert (packed(ids).logits - tiny_model(meta_attention_over=over)(ids).logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("over", CROSS)

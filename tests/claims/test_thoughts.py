@@ -69,13 +69,13 @@ def test_cached_logits_equal_uncached(batch: str, pieces: str, kind: str, over: 
 
 @all_pairs(batch=BATCHES, over=OVER, side=("left", "inside"))
 @torch.no_grad()
-def test_padding_moves_nothing(batch: str, over: str, side: str) -> None:
+def test_neither_padding_nor_what_stands_in_it_moves_anything(batch: str, over: str, side: str) -> None:
     model = thinking(over)
     ids = tokens(*BATCHES[batch])
     if side == "inside":
         ids = torch.cat([ids[:, :3], tokens(*["..."] * len(ids)), ids[:, 3:]], dim=1)
     mask = attention_mask_of(ids)
-    together = model(ids, attention_mask=mask).logits
+    together = model(ids.masked_fill(mask == 0, META), attention_mask=mask).logits
     for row, real in enumerate(mask.bool()):
         assert_close(together[row, real], model(ids[row : row + 1, real]).logits[0], 1e-10)
 

@@ -1,5 +1,6 @@
 """Presets: they load, extend each other, and a resolved config is one itself."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_the_package_has_the_presets_of_the_paper_and_tiny_twins():
         "tiny/meta",
         "tiny/plain",
     } <= set(preset_names())
+
+
+def test_every_preset_that_the_method_names_is_there():
+    text = (Path(__file__).parents[3] / "docs" / "method.md").read_text()
+    named = re.findall(r"`(tiny|small|paper|\*)/([a-z0-9-]+)`", text)
+    assert len(named) > 30
+    for scale, name in named:
+        for one in ("tiny", "paper") if scale == "*" else (scale,):
+            assert f"{one}/{name}" in preset_names(), f"{one}/{name}"
 
 
 def test_a_resolved_preset_written_as_yaml_loads_to_an_equal_config(tmp_path: Path):
