@@ -386,9 +386,10 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @pytest.mark.slow
-def test_training_steps_of_many_batches_are_one_compiled_graph_with_the_same_gradients() -> None:
+@pytest.mark.parametrize("over", ["meta", "cross"])
+def test_training_steps_of_many_batches_are_one_compiled_graph_with_the_same_gradients(over: str) -> None:
     # of one layer: compiling takes as long as everything else in this file
-    model, compiled_model = (tiny_model(num_hidden_layers=1).train() for _ in range(2))
+    model, compiled_model = (tiny_model(num_hidden_layers=1, meta_attention_over=over).train() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()  # another test in this process may have compiled the same code for other shapes
     compiled_model.forward = torch.compile(compiled_model.forward, backend=counter, fullgraph=True)
