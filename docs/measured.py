@@ -505,20 +505,28 @@ GRAFT_ROWS = {
     "graft": "graft, untrained",
     "trained": "graft, trained",
     "trained-every": "every n-th token, trained alike",
+    "trained-longer": "graft, trained four times as long",
+    "trained-meta": "graft with meta-attention, trained",
+}
+TRAINED_GRAFTS = {
+    "ten": ("trained", 10),
+    "ten-every": ("trained-every", 10),
+    "ten-long": ("trained-longer", 10),
+    "twenty-meta": ("trained-meta", 20),
+    "four": ("trained", 4),
+    "four-every": ("trained-every", 4),
 }
 
 
 def _graft_rows() -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the measured rows by kind and period, each by distances; a trained one is named by its period."""
+    """Return the measured rows by kind and period, each by distances."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for row in load(GRAFT)["rows"]:
         if row["row"] == "full":
             continue
         kind, _, period = row["row"].partition("@")
-        if not period:
-            word, _, rest = kind.partition("-")
-            kind, period = "trained" + ("-every" if rest else ""), {"ten": "10", "four": "4"}[word]
-        found.setdefault((kind, int(period)), {})[row["distances"]] = row
+        key = (kind, int(period)) if period else TRAINED_GRAFTS[kind]
+        found.setdefault(key, {})[row["distances"]] = row
     return found
 
 
@@ -527,11 +535,26 @@ def graft_loss() -> str:
     found = _graft_rows()
     ranges = [name for name in next(iter(found.values())) if int(name.split("-")[0]) > 128]
     rows = []
-    for kind, period in sorted(found, key=lambda key: (-key[1], list(GRAFT_ROWS).index(key[0]))):
+    for kind, period in sorted(found, key=lambda key: (_columns(found[key]), list(GRAFT_ROWS).index(key[0]))):
         own = found[kind, period]
         cells = [span(own[distances]["minus_full"], ".3f") for distances in ranges]
         rows.append([GRAFT_ROWS[kind], str(period), f"{own[ranges[0]]['columns']}", *cells])
     return _table(["cache", "every", "columns", *ranges], rows)
+
+
+def _columns(row: dict[str, Any]) -> int:
+    """Return how many columns a row has, of all its ranges."""
+    return int(next(iter(row.values()))["columns"])
+
+
+def graft_presses() -> str:
+    """Return what two presses lose in the last window, beside the whole cache and StreamingLLM, and their needles."""
+    rows = []
+    for row in load(f"{GRAFTS}/presses.json")["rows"]:
+        name, period = row["row"].split("@")
+        losses = [span(row[f"minus_{rival}"], ".3f") for rival in ("full", "sinks")]
+        rows.append([name, {"10": "234", "4": "387"}[period], *losses, span(row["right"], ".0f", 100)])
+    return _table(["press", "columns", "minus full", "minus sinks and window", "needles right, %"], rows)
 
 
 def graft_minus(name: str, period: int, kind: str = "graft", distances: str = "513-1023") -> Any:
@@ -545,7 +568,9 @@ def graft_needles() -> str:
     for columns, word in ((234, "ten"), (387, "four")):
         suite = load(f"{GRAFTS}/needle-{columns}.json")["rows"]
         found = {GRAFT_ROWS.get(row["policy"], row["policy"]): row["accuracy"] for row in suite}
-        for kind, name in (("trained", word), ("trained-every", f"{word}-every")):
+        of_columns = {"ten": ("ten", "ten-every", "ten-long", "twenty-meta"), "four": ("four", "four-every")}[word]
+        for name in of_columns:
+            kind, _ = TRAINED_GRAFTS[name]
             (row,) = load(f"{GRAFTS}/needle-{name}.json")["rows"]
             found[GRAFT_ROWS[kind]] = row["accuracy"]
         rows += [[name, str(columns), span(share, ".0f", 100)] for name, share in found.items() if name != "full"]
@@ -658,6 +683,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-controls": partial(memory_runs, "controls"),
     "graft-loss": graft_loss,
     "graft-needles": graft_needles,
+    "graft-presses": graft_presses,
     "inside-verdicts": inside_verdicts,
     "inside-seeds": inside_seeds,
     "measures": measures,

@@ -50,9 +50,10 @@ KINDS = ("full", "sinks", "every", "graft", "separators", "pooled")
 Losses = Callable[[Tensor], Tensor]
 
 
-def count_anchors(config: GraftConfig, length: int) -> int:
-    """Return how many anchors a graft holds in its cache at the end of a text."""
-    return length // config.every - config.num_sinks // config.every
+def count_columns(config: GraftConfig, length: int) -> int:
+    """Return how many columns the caches of a graft have at the end of a text; meta-attention has one of its own."""
+    anchors = length // config.every - config.num_sinks // config.every
+    return config.num_sinks + config.window + anchors * (1 + config.meta_attention)
 
 
 def keep(length: int, window: int, every: int | None) -> Tensor:
@@ -108,7 +109,7 @@ def rows_of(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[str
         yield "full", length, under_mask(model, torch.ones(length, length, dtype=torch.bool).tril())
     for every in options.every:
         config = GraftConfig(window=window, num_sinks=SINKS, every=every)
-        columns = SINKS + window + count_anchors(config, length)
+        columns = count_columns(config, length)
         budget = Budget(columns=columns, length=length, sinks=SINKS, window=window)
         measures: dict[str, Callable[[], Losses]] = {
             "sinks": lambda columns=columns: under_mask(model, keep(length, columns - SINKS, None)),
@@ -124,7 +125,7 @@ def rows_of(options: argparse.Namespace, subject: Subject) -> Iterator[tuple[str
         load_graft(folder, model)
         config = graft_of(model).config
         ungraft(model)
-        columns = config.num_sinks + config.window + count_anchors(config, length)
+        columns = count_columns(config, length)
         yield name, columns, grafted(model, lambda folder=folder: load_graft(folder, model))
 
 

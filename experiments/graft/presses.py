@@ -4,7 +4,8 @@ kvpress 0.5.5 asks for an older transformers than this package, so the texts go 
 
     python experiments/graft/presses.py texts MODEL BOOKS --out texts.json          # in the package's environment
     python presses.py measure MODEL texts.json --out presses.json                    # in that of kvpress
-    python experiments/graft/presses.py summarise presses.json experiments/graft/loss.jsonl \
+    python experiments/graft/loss.py measure MODEL BOOKS --kinds full sinks --out last-window.jsonl
+    python experiments/graft/presses.py summarise presses.json last-window.jsonl \
         --out experiments/graft/presses.json                                         # in the package's again
 
 A press reads all but the last window of a text under full attention, and then drops columns, a head for itself. What is
@@ -28,7 +29,7 @@ PRESSES = {"SnapKV": "SnapKVPress", "expected attention": "ExpectedAttentionPres
 
 def write_texts(options: argparse.Namespace) -> None:
     """Write the ids of blocks and needles, and how many columns a graft has."""
-    from loss import SINKS, blocks_of, count_anchors
+    from loss import SINKS, blocks_of, count_columns
     from transformers import AutoTokenizer
 
     from metatokens.evaluation.long_context.items import make_item
@@ -44,7 +45,7 @@ def write_texts(options: argparse.Namespace) -> None:
         item = make_item(find_task("needle"), options.length, encoder=encoder, material=Material(), seed=0, index=index)
         needles.append({"prompt": encoder.encode(item.prompt), "whole": encoder.encode(item.prompt + item.answer)})
     configs = [GraftConfig(window=options.window, num_sinks=SINKS, every=every) for every in options.every]
-    columns = {one.every: SINKS + one.window + count_anchors(one, options.length) for one in configs}
+    columns = {one.every: count_columns(one, options.length) for one in configs}
     blocks = {name: ids[0].tolist() for name, ids in blocks_of(options, tokenizer)}
     tree = {"window": options.window, "columns": columns, "blocks": blocks, "needles": needles}
     options.out.write_text(json.dumps(tree) + "\n")
