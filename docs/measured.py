@@ -548,13 +548,18 @@ def _columns(row: dict[str, Any]) -> int:
 
 
 def graft_presses() -> str:
-    """Return what two presses lose in the last window, beside the whole cache and StreamingLLM, and their needles."""
+    """Return what presses and grafts lose in the last window, beside the whole cache and StreamingLLM, and needles."""
     rows = []
     for row in load(f"{GRAFTS}/presses.json")["rows"]:
-        name, period = row["row"].split("@")
+        name, right = row["row"].partition("@")[0], row.get("right")
+        if name in TRAINED_GRAFTS:
+            kind, _ = TRAINED_GRAFTS[name]
+            (scored,) = load(f"{GRAFTS}/needle-{name}.json")["rows"]
+            name, right = GRAFT_ROWS[kind], scored["accuracy"]
         losses = [span(row[f"minus_{rival}"], ".3f") for rival in ("full", "sinks")]
-        rows.append([name, {"10": "234", "4": "387"}[period], *losses, span(row["right"], ".0f", 100)])
-    return _table(["press", "columns", "minus full", "minus sinks and window", "needles right, %"], rows)
+        columns = {"sinks@10": "234", "sinks@4": "387"}[row["sinks"]]
+        rows.append([name, columns, *losses, span(right, ".0f", 100)])
+    return _table(["cache", "columns", "minus full", "minus sinks and window", "needles right, %"], rows)
 
 
 def graft_minus(name: str, period: int, kind: str = "graft", distances: str = "513-1023") -> Any:

@@ -102,22 +102,29 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def summarise(options: argparse.Namespace) -> None:
-    """Write the means, beside the whole cache and StreamingLLM in the last window of the same blocks."""
+    """Write the means of presses and grafts, beside the whole cache and StreamingLLM in the last window of a block."""
     from metatokens.evaluation.statistics import bootstrap_paired_ratio, wilson_interval
 
     tree = json.loads(options.file.read_text())
     length = 1024
     distances = f"{length - tree['window'] + 1}-{length - 1}"
     others: dict[str, dict[str, float]] = {}
-    for line in map(json.loads, options.losses.read_text().splitlines()):
-        if distances in line["nats"]:
-            others.setdefault(line["row"], {})[line["block"]] = line["nats"][distances]
+    sinks: dict[str, str] = {}
+    lines = [json.loads(line) for line in options.losses.read_text().splitlines()]
+    of_columns = {line["columns"]: line["row"] for line in lines if line["row"].startswith("sinks@")}
+    for line in lines:
+        others.setdefault(line["row"], {})[line["block"]] = line["nats"][distances]
+        sinks[line["row"]] = of_columns.get(line["columns"], "")
+    sinks |= {row: f"sinks@{row.split('@')[1]}" for row in tree["nats"]}
     rows = []
-    for row, nats in tree["nats"].items():
-        right = tree["right"][row]
-        found: dict[str, Any] = {"row": row, "right": asdict(wilson_interval(sum(right), len(right)))}
-        for name in ("full", f"sinks@{row.split('@')[1]}"):
-            shared = sorted(nats.keys() & others.get(name, {}).keys())
+    for row, nats in (tree["nats"] | others).items():
+        if row == "full" or row.startswith("sinks@"):
+            continue
+        found: dict[str, Any] = {"row": row, "sinks": sinks[row]}
+        if right := tree["right"].get(row):
+            found["right"] = asdict(wilson_interval(sum(right), len(right)))
+        for name in ("full", sinks[row]):
+            shared = sorted(nats.keys() & others[name].keys())
             pairs = [nats[block] for block in shared], [others[name][block] for block in shared]
             found[f"minus_{name.split('@')[0]}"] = asdict(bootstrap_paired_ratio(*pairs, [1.0] * len(shared), seed=0))
             found["blocks"] = len(shared)
