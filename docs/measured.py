@@ -506,13 +506,11 @@ GRAFT_ROWS = {
     "trained": "graft, trained",
     "trained-every": "every n-th token, trained alike",
     "trained-longer": "graft, trained four times as long",
-    "trained-meta": "graft with meta-attention, trained",
 }
 TRAINED_GRAFTS = {
     "ten": ("trained", 10),
     "ten-every": ("trained-every", 10),
     "ten-long": ("trained-longer", 10),
-    "twenty-meta": ("trained-meta", 20),
     "four": ("trained", 4),
     "four-every": ("trained-every", 4),
 }
@@ -573,7 +571,7 @@ def graft_needles() -> str:
     for columns, word in ((234, "ten"), (387, "four")):
         suite = load(f"{GRAFTS}/needle-{columns}.json")["rows"]
         found = {GRAFT_ROWS.get(row["policy"], row["policy"]): row["accuracy"] for row in suite}
-        of_columns = {"ten": ("ten", "ten-every", "ten-long", "twenty-meta"), "four": ("four", "four-every")}[word]
+        of_columns = {"ten": ("ten", "ten-every", "ten-long"), "four": ("four", "four-every")}[word]
         for name in of_columns:
             kind, _ = TRAINED_GRAFTS[name]
             (row,) = load(f"{GRAFTS}/needle-{name}.json")["rows"]
