@@ -159,7 +159,7 @@ def test_crop_forgets_tokens_and_refuses_to_bring_back_what_was_evicted(name: st
 
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
 def test_inference_mode_may_begin_or_end_between_two_passes(modes: tuple[Any, Any]) -> None:
-    model, reference = models(memory={"window": 4})
+    model, reference = models(memory={"anchors": "meta", "window": 4})
     ids = tokens("x_xxx_xx_xxxx_xxxxx_x_xx")
     cache, logits = DynamicCache(config=model.config), []
     for start, stop, mode in ((0, 10, 0), (10, 13, 1), (13, 16, 0), (16, 24, 1)):
@@ -172,7 +172,7 @@ def test_inference_mode_may_begin_or_end_between_two_passes(modes: tuple[Any, An
 
 @torch.no_grad()
 def test_before_anything_was_evicted_crop_needs_no_record() -> None:
-    model, reference = models(memory={"window": 30})
+    model, reference = models(memory={"anchors": "meta", "window": 30})
     ids = tokens(*BATCHES["full"])
     cache = DynamicCache(config=model.config)
     feed(model, ids, cache, [20], masked=False)
@@ -220,7 +220,7 @@ def test_compact_positions_equal_the_definition(name: str, batch: str, chunks: s
 
 @torch.no_grad()
 def test_compact_positions_and_a_limit_read_texts_without_end() -> None:
-    memory = {"window": 6, "num_sinks": 2, "memory_limit": 5, "positions": "compact"}
+    memory = {"anchors": "meta", "window": 6, "num_sinks": 2, "memory_limit": 5, "positions": "compact"}
     model = tiny_model(memory=memory, max_position_embeddings=16)
     ids = tokens("xxx_xx_xxxxxxx_" * 20, "xxxxxxxxxx_xxx_" * 20)
     cache = DynamicCache(config=model.config)
@@ -239,7 +239,9 @@ def test_compact_positions_and_a_limit_read_texts_without_end() -> None:
 
 @torch.no_grad()
 def test_a_refused_pass_leaves_the_cache_as_it_was() -> None:
-    model, reference = models(memory={"window": 6, "num_sinks": 2, "positions": "compact"}, max_position_embeddings=16)
+    model, reference = models(
+        memory={"anchors": "meta", "window": 6, "num_sinks": 2, "positions": "compact"}, max_position_embeddings=16
+    )
     ids = tokens("xxx_xx_xxxxxxx_" * 6)
     cache = DynamicCache(config=model.config)
     feed(model, ids, cache, [30], masked=False)
@@ -257,7 +259,7 @@ def test_a_refused_pass_leaves_the_cache_as_it_was() -> None:
 
 @torch.no_grad()
 def test_wrong_caches_and_masks_are_refused_in_one_sentence() -> None:
-    model, ids = tiny_model(memory={"window": 4}), tokens("xx_xx_xx")
+    model, ids = tiny_model(memory={"anchors": "meta", "window": 4}), tokens("xx_xx_xx")
     with pytest.raises(ValueError, match="no static cache: use DynamicCache"):
         StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model\.config\)"):
@@ -266,7 +268,7 @@ def test_wrong_caches_and_masks_are_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="not made from this model's config"):
         model(ids, past_key_values=plain)
     other = DynamicCache(config=model.config)
-    tiny_model(memory={"window": 5})(ids, past_key_values=other)
+    tiny_model(memory={"anchors": "meta", "window": 5})(ids, past_key_values=other)
     with pytest.raises(ValueError, match=r"made for another memory.*window=5.*window=4"):
         model(ids, past_key_values=other)
     with pytest.raises(ValueError, match="attention_mask as"):

@@ -47,19 +47,19 @@ def test_the_peak_of_prefill_grows_with_the_kept_columns_alone(memory: dict[str,
 
 
 def test_the_wider_keys_of_transformer_xl_are_counted() -> None:
-    model = tiny_model(memory={"window": 64}, position_encoding="transformer_xl", **SHAPE)
+    model = tiny_model(memory={"anchors": "meta", "window": 64}, position_encoding="transformer_xl", **SHAPE)
     num_meta = int((text(300) == META).sum())
     expected = cache_bytes(model.config, num_positions=300, num_meta=num_meta, bytes_per_number=8)
     assert read(model, 300)[1] == expected.total
 
 
 def test_the_peak_of_prefill_does_not_grow_once_the_memory_is_full() -> None:
-    model = tiny_model(memory={"window": 64, "memory_limit": 60}, **SHAPE)
+    model = tiny_model(memory={"anchors": "meta", "window": 64, "memory_limit": 60}, **SHAPE)
     assert read(model, 1024) == read(model, 2048)
 
 
 def test_the_backward_pass_makes_no_gradient_of_all_keys_for_each_chunk() -> None:
-    columns = describe_tokens(MemoryPolicy(window=64), text(4000) == META)
+    columns = describe_tokens(MemoryPolicy(anchors="meta", window=64), text(4000) == META)
     mask = MemoryMask(MemoryPolicy(window=64), columns, columns)
     leaves = [torch.randn(1, 1, 4000, 8, requires_grad=True) for _ in range(3)]
     output = mask.attend(*leaves, scaling=0.3).sum()
@@ -71,7 +71,7 @@ def test_the_backward_pass_makes_no_gradient_of_all_keys_for_each_chunk() -> Non
 
 @torch.no_grad()
 def test_a_step_writes_text_over_what_leaves_the_window_and_copies_no_cache() -> None:
-    model, ids = tiny_model(memory={"window": 64}, **SHAPE), text(2020)
+    model, ids = tiny_model(memory={"anchors": "meta", "window": 64}, **SHAPE), text(2020)
     cache = DynamicCache(config=model.config)
     model(ids[:, :2000], past_key_values=cache)
     columns = cache.layers[0].keys.shape[2]
@@ -86,7 +86,7 @@ def test_a_step_writes_text_over_what_leaves_the_window_and_copies_no_cache() ->
 
 @torch.no_grad()
 def test_a_step_leaves_alone_what_others_put_into_the_cache() -> None:
-    model, ids = tiny_model(memory={"window": 8}), text(40)
+    model, ids = tiny_model(memory={"anchors": "meta", "window": 8}), text(40)
     logits = []
     for is_shared in (False, True):
         cache = DynamicCache(config=model.config)

@@ -114,7 +114,7 @@ def test_flex_attention_over_permuted_keys_attends_as_the_definition(name: str) 
 
 
 def test_a_chunk_visits_sinks_anchors_and_its_window_alone() -> None:
-    policy = MemoryPolicy(window=64, num_sinks=4)
+    policy = MemoryPolicy(anchors="meta", window=64, num_sinks=4)
     is_meta = torch.zeros(1, 4000, dtype=torch.bool)
     is_meta[0, 9::10] = True
     columns = describe_tokens(policy, is_meta)
@@ -152,12 +152,14 @@ def test_a_window_as_long_as_the_text_gives_the_bits_of_the_model_without_memory
     ids = tokens("x_xx_xxxx_", "...xxx_x_x")
     model, plain = (
         tiny_model(attn_implementation=backend, dtype=torch.float32, **fields)
-        for fields in ({"memory": {"window": 10, **memory}}, {})
+        for fields in ({"memory": {"anchors": "meta", "window": 10, **memory}}, {})
     )
     mask = attention_mask_of(ids)
     assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
     shorter = tiny_model(
-        attn_implementation=backend, dtype=torch.float32, memory={"window": 2, "num_sinks": 0, **memory}
+        attn_implementation=backend,
+        dtype=torch.float32,
+        memory={"anchors": "meta", "window": 2, "num_sinks": 0, **memory},
     )
     assert not torch.equal(shorter(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
 
@@ -166,12 +168,14 @@ def test_a_window_as_long_as_the_text_gives_the_bits_of_the_model_without_memory
 def test_text_within_the_window_is_the_plain_models_wherever_its_anchors_stand() -> None:
     # hidden until its text is evicted, and without a position of its own, an anchor changes nothing for the text
     drawn = ("x_xx_xxxx_", "_xxx_xx_xx", "xxx__xx_xx")
-    model = tiny_model(meta_attention_layers="none", memory={"window": 10, "positions": "text"})
+    model = tiny_model(meta_attention_layers="none", memory={"anchors": "meta", "window": 10, "positions": "text"})
     plain = tiny_model(meta_attention_layers="none")
     ids = tokens(*drawn)
     text = ids[ids != META].view(3, 7)
     assert_close(model(ids).logits[ids != META].view(3, 7, -1), plain(text).logits, 1e-10)
-    short = tiny_model(meta_attention_layers="none", dtype=torch.float32, memory={"window": 7, "positions": "text"})
+    short = tiny_model(
+        meta_attention_layers="none", dtype=torch.float32, memory={"anchors": "meta", "window": 7, "positions": "text"}
+    )
     bits = tiny_model(meta_attention_layers="none", dtype=torch.float32)
     assert torch.equal(short(text).logits, bits(text).logits)
 

@@ -101,7 +101,7 @@ def test_models_from_remote_code_give_the_same_bits(run: Run, tmp_path: Path) ->
     variants: dict[str, dict[str, Any]] = {
         "yarn": {"rope_parameters": YARN, "position_layers": [1]},
         "random_positions": {"position_encoding": "learned", "position_range": 150},
-        "memory": {"memory": {"window": 2, "num_sinks": 1}},
+        "memory": {"memory": {"anchors": "meta", "window": 2, "num_sinks": 1}},
         "cross": {"meta_attention_over": "cross"},
     }
     models = {variant: tiny_model(**fields, dtype=torch.float32) for variant, fields in variants.items()}

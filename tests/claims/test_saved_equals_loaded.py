@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"position_encoding": "none"},
     "random_positions": {"position_encoding": "learned", "position_range": 150},
     "rnope": {"position_layers": [1]},
-    "memory": {"memory": {"window": 2, "num_sinks": 1}},
+    "memory": {"memory": {"anchors": "meta", "window": 2, "num_sinks": 1}},
     "untied": {"tie_word_embeddings": False},
     "cross": {"meta_attention_over": "cross"},
     "thoughts": {"thought_length": 1},

@@ -132,7 +132,7 @@ def _to_static(cache: DynamicCache, config: Any, length: int) -> StaticCache:
 
 
 def _memory(settings: LongBench) -> MemoryAttention:
-    return MemoryAttention(window=settings.window, num_sinks=settings.num_sinks)
+    return MemoryAttention(anchors="meta", window=settings.window, num_sinks=settings.num_sinks)
 
 
 def _build(settings: LongBench, **changes: Any) -> Any:

@@ -111,9 +111,9 @@ class MemoryAttention(SparseAttention):
     """Tokens of text that a token sees, itself among them."""
     num_sinks: int = Field(4, ge=0)
     """First tokens of the text, which stay visible for ever."""
-    anchors: Literal["meta", "every", "pooled"] = "meta"
-    """What stays of old text. meta: its meta-tokens; every: every n-th token of text, a control; pooled: the
-    meta-tokens, with the mean keys and values of the text since the one before, another control."""
+    anchors: Literal["meta", "every", "pooled"] = "every"
+    """What stays of old text. every: every n-th token of text, which no other was shown to beat; meta: its meta-tokens;
+    pooled: the meta-tokens, with the mean keys and values of the text since the one before."""
     every: int = Field(9, ge=1)
     """n, for anchors every."""
     reveal: Literal["evicted", "always"] = "evicted"

@@ -35,7 +35,7 @@ class MemoryPolicy:
     """Tokens of text that a query sees, itself among them."""
     num_sinks: int = 4
     """First tokens of the text, which stay visible for ever."""
-    anchors: Literal["meta", "every", "pooled"] = "meta"
+    anchors: Literal["meta", "every", "pooled"] = "every"
     """What is kept of evicted text: its meta-tokens, every n-th token of text, or the meta-tokens with the mean keys
     and values of their text (`memory_pooled.py`)."""
     every: int = 9

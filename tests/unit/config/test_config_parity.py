@@ -81,7 +81,7 @@ def test_every_field_of_the_schema_reaches_the_hugging_face_config(field: str):
 
 def test_every_field_of_memory_mode_reaches_the_hugging_face_config_and_comes_back(tmp_path: Path):
     memory = MemoryAttention(
-        window=8, num_sinks=1, anchors="every", every=3, reveal="always", memory_limit=5, positions="text", layers=(1,)
+        window=8, num_sinks=1, anchors="pooled", every=3, reveal="always", memory_limit=5, positions="text", layers=(1,)
     )
     model = ModelConfig(num_attention_heads=2, attention=memory, meta_attention_layers="none")
     policy = hf_config(model).memory_policy

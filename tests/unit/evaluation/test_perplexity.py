@@ -261,7 +261,7 @@ def test_window_of_positions_holds_as_many_metas_as_a_training_block(skip_model,
 
 
 def test_default_window_of_a_model_without_a_longest_text_is_that_of_its_training(tokenizer):
-    endless = make_model(tokenizer, memory={"window": 8, "memory_limit": 4, "positions": "compact"})
+    endless = make_model(tokenizer, memory={"anchors": "meta", "window": 8, "memory_limit": 4, "positions": "compact"})
     result = measure_perplexity(endless, DOCUMENTS, tokenizer, PerplexityOptions(injection=UniformInjection(ratio=0.2)))
     assert result.positions_per_window == 64
     named = PerplexityOptions(window=100, injection=UniformInjection(ratio=0.2))

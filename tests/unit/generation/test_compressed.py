@@ -34,7 +34,7 @@ def fixture_tokenizer() -> Any:
 def build(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
     size = TextEncoder(tokenizer).vocab_size
     fields = {"vocab_size": size + 2, "meta_token_id": size, "pad_token_id": size + 1, "max_position_embeddings": 256}
-    memory = {"window": 6, "num_sinks": 2}
+    memory = {"anchors": "meta", "window": 6, "num_sinks": 2}
     return tiny_model(**{**fields, "memory": memory, "eos_token_id": 0, "bos_token_id": 0, **changes}, seed=seed)
 
 
@@ -73,7 +73,7 @@ def test_text_after_a_document_that_a_graft_has_read_is_that_after_the_document_
     "changes",
     [
         {},
-        {"memory": {"window": 4, "memory_limit": 3, "positions": "compact"}},
+        {"memory": {"anchors": "meta", "window": 4, "memory_limit": 3, "positions": "compact"}},
         {"memory": {"window": 4, "anchors": "every", "layers": [1]}},
     ],
 )
@@ -111,7 +111,7 @@ def test_another_model_a_missing_file_and_a_full_cache_are_refused(tokenizer: An
     document = compress_document(model, tokenizer, DOCUMENT, schedule=PeriodicSchedule(3))
     document.save(path)
     options = {"schedule": PeriodicSchedule(3), "memory": document}
-    for other in (build(tokenizer, seed=1), build(tokenizer, memory={"window": 7, "num_sinks": 2})):
+    for other in (build(tokenizer, seed=1), build(tokenizer, memory={"anchors": "meta", "window": 7, "num_sinks": 2})):
         with pytest.raises(UsageError, match="compressed document: expected the model that read it"):
             generate_text(other, tokenizer, PROMPT, **options)
     with pytest.raises(UsageError, match="ask something"):

@@ -197,7 +197,7 @@ def test_baselines_are_read_as_they_are(name: str) -> None:
 
 def test_a_long_text_in_memory_mode_is_read_edge_by_edge() -> None:
     # so long that the model attends in chunks, whose mask is no tensor
-    model = tiny_model(memory={"window": 8}, max_position_embeddings=200)
+    model = tiny_model(memory={"anchors": "meta", "window": 8}, max_position_embeddings=200)
     ids, calls = tokens("xxxxxxxx_" * 20), []
     lens = Lens(model)
     plain = lens(ids).logits

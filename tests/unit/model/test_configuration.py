@@ -61,23 +61,41 @@ def test_caches_of_transformers_have_a_meta_part_in_blocks_with_meta_attention()
         ({"position_layers": "odd"}, ("position_layers", "odd", "even")),
         ({"position_layers": [0, 2]}, ("position_layers", "[2]", "0..1")),
         ({"position_layers": "even", "position_encoding": "alibi"}, ("position_layers", "alibi", "rope", "xpos")),
-        ({"position_layers": [1], "memory": {"window": 4, "positions": "compact"}}, ("compact", "position_layers")),
-        ({"pad_token_id": META}, ("pad_token_id", "meta_token_id", str(META))),
-        ({"memory": {"window": 4, "layers": [0, 2]}}, ("memory.layers", "[2]", "0..1")),
-        ({"memory": {"window": 4}, "meta_token_id": None}, ("memory.anchors", "meta_token_id", "every")),
-        ({"memory": {"window": 4, "positions": "compact"}, "position_encoding": "alibi"}, ("compact", "rope")),
-        ({"memory": {"window": 4}, "position_encoding": "dape_alibi"}, ("memory", "dape_alibi")),
         (
-            {"memory": {"window": 4, "positions": "text", "layers": "odd"}, "position_encoding": "alibi"},
+            {"position_layers": [1], "memory": {"anchors": "meta", "window": 4, "positions": "compact"}},
+            ("compact", "position_layers"),
+        ),
+        ({"pad_token_id": META}, ("pad_token_id", "meta_token_id", str(META))),
+        ({"memory": {"anchors": "meta", "window": 4, "layers": [0, 2]}}, ("memory.layers", "[2]", "0..1")),
+        (
+            {"memory": {"anchors": "meta", "window": 4}, "meta_token_id": None},
+            ("memory.anchors", "meta_token_id", "every"),
+        ),
+        (
+            {"memory": {"anchors": "meta", "window": 4, "positions": "compact"}, "position_encoding": "alibi"},
+            ("compact", "rope"),
+        ),
+        ({"memory": {"anchors": "meta", "window": 4}, "position_encoding": "dape_alibi"}, ("memory", "dape_alibi")),
+        (
+            {
+                "memory": {"anchors": "meta", "window": 4, "positions": "text", "layers": "odd"},
+                "position_encoding": "alibi",
+            },
             ("text", "alibi", "memory.layers"),
         ),
-        ({"memory": {"window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
-        ({"memory": {"window": 4}, "thought_length": 2}, ("thought_length", "memory")),
+        ({"memory": {"anchors": "meta", "window": 4}, "meta_attention_over": "all"}, ("meta_attention_over", "all")),
+        ({"memory": {"anchors": "meta", "window": 4}, "thought_length": 2}, ("thought_length", "memory")),
         ({"thought_length": 2, "meta_attention_over": "random"}, ("thought_length", "counts them")),
         ({"thought_length": 2, "meta_attention_layers": []}, ("thought_length", "counts them")),
         ({"thought_length": 0}, ("thought_length", "at least 1")),
-        ({"memory": {"window": 4}, "meta_attention_over": "gather"}, ("meta_attention_over", "gather", "evicted")),
-        ({"memory": {"window": 4, "memory_limit": 2, "layers": "odd"}}, ("memory_limit", "memory.layers", "all")),
+        (
+            {"memory": {"anchors": "meta", "window": 4}, "meta_attention_over": "gather"},
+            ("meta_attention_over", "gather", "evicted"),
+        ),
+        (
+            {"memory": {"anchors": "meta", "window": 4, "memory_limit": 2, "layers": "odd"}},
+            ("memory_limit", "memory.layers", "all"),
+        ),
     ],
 )
 def test_wrong_value_raises_an_error_that_names_it(changes: dict[str, Any], words: tuple[str, ...]) -> None:

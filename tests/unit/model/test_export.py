@@ -126,6 +126,6 @@ def test_saved_tokenizer_knows_the_window_of_its_model(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
     save_model(tiny_model(rope_parameters=rope), tmp_path, tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 4 * MAX_LENGTH
-    endless = tiny_model(memory={"window": 8, "memory_limit": 4, "positions": "compact"})
+    endless = tiny_model(memory={"anchors": "meta", "window": 8, "memory_limit": 4, "positions": "compact"})
     save_model(endless, tmp_path, tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == MAX_LENGTH

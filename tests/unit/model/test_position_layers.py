@@ -71,7 +71,7 @@ def test_the_dense_meta_attention_follows_its_block(layers: str) -> None:
 def test_without_positions_in_any_layer_every_attention_is_that_of_no_positions(name: str) -> None:
     def logits(**changes: Any) -> torch.Tensor:
         if name == "memory":
-            return tiny_model(memory={"window": 2, "num_sinks": 1}, **changes)(ids).logits
+            return tiny_model(memory={"anchors": "meta", "window": 2, "num_sinks": 1}, **changes)(ids).logits
         return baseline_model(name, meta_attention_layers="all", **changes)(ids).logits
 
     ids = tokens("x_xxx_xx_xx_")

@@ -232,7 +232,7 @@ def test_what_has_no_place_in_the_range_is_refused_in_one_line() -> None:
         ({"position_range": MAX_LENGTH}, f"position_range {MAX_LENGTH} must exceed max_position_embeddings"),
         ({"position_encoding": "none"}, "position_encoding other than none"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "without RoPE scaling"),
-        ({"memory": {"window": 4}}, "memory does not take position_range"),
+        ({"memory": {"anchors": "meta", "window": 4}}, "memory does not take position_range"),
     ],
 )
 def test_a_range_that_does_not_fit_is_refused(changes: dict[str, Any], words: str) -> None:

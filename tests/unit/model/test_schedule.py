@@ -282,7 +282,7 @@ def test_model_with_meta_attention_that_gets_no_meta_token_warns_once(
     assert warned == [schedule.PLAIN_TEXT_WARNING]
 
 
-@pytest.mark.parametrize("changes", [{"memory": {"window": 4}}, {"meta_attention_over": "cross"}])
+@pytest.mark.parametrize("changes", [{"memory": {"anchors": "meta", "window": 4}}, {"meta_attention_over": "cross"}])
 def test_other_uses_of_meta_tokens_warn_too(warned: list[str], changes: dict[str, Any]) -> None:
     generated(tiny_model(eos_token_id=None, **changes), PROMPT)
     assert warned == [schedule.PLAIN_TEXT_WARNING]

@@ -64,7 +64,7 @@ def test_card_says_the_numbers_of_the_model_and_its_run(tmp_path: Path) -> None:
     assert f"| parameters | {model.num_parameters():,}, {meta_attention:,} in meta-attention |" in text
     for row in ("text tokens | 12,345", "meta-tokens | 1,234", "validation loss | 3.25", "data | allenai/c4"):
         assert f"| {row} |" in text
-    endless = tiny_model(memory={"window": 8, "memory_limit": 4, "positions": "compact"})
+    endless = tiny_model(memory={"anchors": "meta", "window": 8, "memory_limit": 4, "positions": "compact"})
     for name, of_any_window in (("plain", model), ("endless", endless)):
         assert "| window | 64 positions, meta-tokens included |" in card_of(tmp_path / name, of_any_window).text
     assert "None is recorded." in card_of(tmp_path / "untrained", model, Training("extend")).text
