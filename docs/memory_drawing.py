@@ -11,7 +11,7 @@ from metatokens.model.memory import MemoryPolicy
 from metatokens.model.memory_reference import visible_pairs
 
 TARGET = Path(__file__).with_name("memory.svg")
-POLICY = MemoryPolicy(window=4, num_sinks=1)
+POLICY = MemoryPolicy(anchors="meta", window=4, num_sinks=1)
 TOKENS = ["the", "cat", "sat", "_", "on", "the", "mat", "_", "and", "it", "fell", "_", "fast", "asleep", "there", "_"]
 CELL, LEFT, TOP = 26, 96, 112
 STYLE = """

@@ -23,8 +23,15 @@ from metatokens.training.initialization import build_model
 
 EOS, META = 0, 40
 SMALL = ("--model.hidden_size", "16", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2")
+
+
+def small(arm: str) -> tuple[str, ...]:
+    """Return the options of an arm in two layers."""
+    return (*SMALL, "--model.attention.recurrent_layer", "1") if "block-recurrent" in arm else SMALL
+
+
 ARMS = {  # one of those that have the same model at this size
-    str(load_preset(name, SMALL).model): name
+    str(load_preset(name, small(name)).model): name
     for name in preset_names()
     if name.startswith("tiny/") and not is_finetuning(name) and name not in {"tiny/extend"}
 }
@@ -124,7 +131,7 @@ def test_the_text_is_that_of_generate(model, schedule, sampling) -> None:
 
 @pytest.mark.parametrize("arm", ARMS.values())
 def test_every_arm_continues_beyond_its_windows_and_blocks_as_by_generate(arm: str) -> None:
-    config = load_preset(arm, SMALL).model
+    config = load_preset(arm, small(arm)).model
     model = build_model(config, text_vocab_size=META, eos_token_id=EOS, seed=0).double().eval()
     draws = torch.Generator().manual_seed(2)
     with torch.no_grad():  # random weights that do not just repeat the last token

@@ -91,8 +91,8 @@ def test_schedule_is_read_from_a_mapping_a_kind_or_itself(stated: Any, read: Any
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ("often", "one of the kinds none, periodic, uniform, not 'often'"),
-        ({"every": 3}, "one of the kinds none, periodic, uniform"),
+        ("often", "one of the kinds none, periodic, thought, uniform, not 'often'"),
+        ({"every": 3}, "one of the kinds none, periodic, thought, uniform"),
         ({"kind": "periodic", "every": 3}, "every"),
         ({"kind": "periodic", "text_tokens": 0}, "at least 1, not 0"),
         ({"kind": "uniform", "ratio": 1.0}, "ratio must lie in"),
