@@ -58,9 +58,9 @@ class MetaTokenConfig(PreTrainedConfig):
             "random", pseudo-random text tokens in place of the meta-tokens. Or who reads whom: "cross", meta-tokens the
             text before them and text the meta-tokens before it; "gather", the first of these alone.
         random_ratio: Share of the text tokens that are members if meta_attention_over is "random".
-        thought_length: n: of every n + 2 meta-tokens of a row, the first and the last, start and end of a thought, have
-            vectors of their own added to the embedding. The cache of meta-attention counts them. None means that all
-            meta-tokens are alike.
+        thought_length: Length n of a thought: of every n + 2 meta-tokens of a row, the first and the last, its start
+            and its end, have vectors of their own added to the embedding. The cache of meta-attention counts them.
+            None means that all meta-tokens are alike.
         meta_token_id: The id of the meta-token, the first behind the text vocabulary; None means a model without one.
         memory: The fields of `MemoryPolicy`: self-attention sees a window, the first tokens and kept anchors, and the
             cache drops the rest; None means that it sees everything.
