@@ -163,7 +163,11 @@ def test_a_model_of_full_attention_is_fine_tuned_in_memory_mode(config: Config, 
     start_there = ["--start.kind", "checkpoint", "--start.path", str(done), "--optimizer.learning_rate", "1e-9"]
     curriculum = ["--curriculum", SHORT_CURRICULUM]
     first_losses = []
-    for memory in ([], ["--start.memory", "{window: 64}"], ["--start.memory", "{window: 2, num_sinks: 0}"]):
+    for memory in (
+        [],
+        ["--start.memory", "{anchors: meta, window: 64}"],
+        ["--start.memory", "{anchors: meta, window: 2, num_sinks: 0}"],
+    ):
         folder = tmp_path / f"run {len(first_losses)}"
         changed = config(*start_there, *curriculum, *memory, "--evaluation.instances", "10")
         finetune(changed, folder, show_progress=False)
