@@ -257,6 +257,33 @@ def memory_gaps(first: str, second: str, sweep: str = "copying", step: int | Non
     return ", ".join(f"{right(first, seed) - right(second, seed):+.0f}" for seed in seeds)
 
 
+def _books_of_memory(arm: str) -> Any:
+    cells = load(f"{MEMORY}/books.json")["cells"]
+    return next(one for one in cells if one["labels"]["arm"] == arm)["perplexities"][0]
+
+
+def memory_books() -> str:
+    """Return nats per word of test books under each arm, and the differences from `every`."""
+    rows = []
+    for arm in MEMORY_ARMS:
+        own = _books_of_memory(arm)
+        difference = "" if own["difference"] is None or arm == "every" else span(own["difference"], "+.3f")
+        seeds = "" if arm == "every" else ", ".join(f"{one:+.3f}" for one in own["difference_by_seed"])
+        rows.append([arm, span(own["nats_per_word"], ".2f"), difference, seeds])
+    return _table(["arm", "nats per word", "minus `every`", "seed by seed"], rows)
+
+
+def memory_books_at(arm: str, lowest: int) -> float:
+    """Return the nats per token of an arm where at least so many tokens stand before, and fewer than twice as many."""
+    contexts = _books_of_memory(arm)["by_context"]
+    return float(next(one["nats_per_token"] for one in contexts if one["lowest"] == lowest))
+
+
+def memory_books_minus(arm: str) -> Any:
+    """Return the nats per word of an arm minus those of `every`."""
+    return _books_of_memory(arm)["difference"]
+
+
 # tiny-recall -------------------------------------------------------------------------------------------------
 
 
@@ -684,6 +711,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-recall-pilots": memory_recall_pilots,
     "memory-runs": partial(memory_runs, "copying", "narrower"),
     "memory-controls": partial(memory_runs, "controls"),
+    "memory-books": memory_books,
     "graft-loss": graft_loss,
     "graft-needles": graft_needles,
     "graft-presses": graft_presses,
@@ -695,7 +723,7 @@ FUNCTIONS = (
     *(span, percent, perplexity, books_difference, most_waiting, rows_cost, recall, trained, seeds, contrast),
     *(contrasts, points, hint, extended, tried, record, value, largest, smallest, verdict, entropy_falls, load),
     *(bench_ratio, bench_line, solve_contrasts, solve_ratio, needle, memory_words, memory_pilot, graft_minus),
-    *(memory_range, memory_solved, memory_gaps),
+    *(memory_range, memory_solved, memory_gaps, memory_books_minus, memory_books_at),
     graft_from_every,
     graft_training,
 )
