@@ -112,6 +112,7 @@ def test_a_recall_run_is_analysed_on_its_task(
     assert "/run: task list_recall</h1>" in Path(page).read_text()
 
 
+@pytest.mark.long
 def test_a_killed_analysis_goes_on_behind_its_last_measure_to_the_same_bytes(recall_run: Path, tmp_path: Path) -> None:
     few = ["--parts", '["attention", "causal"]', *SMALL, "--subject.pairs", "8"]
     command = ["analyze", str(recall_run), *few, "--out", "analysis"]

@@ -75,7 +75,7 @@ def scale(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_replication_runs_every_step_once_and_gathers_the_tables(scale: Path, tmp_path: Path) -> None:
     command = ("replicate", "--scale", scale, "--out", tmp_path / "out", "--books", tmp_path / "books")
     planned = json.loads(metatokens(*command, "--dry-run", "--json").stdout)

@@ -93,7 +93,7 @@ def test_a_batch_counts_as_much_text_in_steps_as_in_generate() -> None:
     assert counts["plain_steps", "decode"] == counts["plain_generate", "decode"] == 2 * 19
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_peak_memory_is_that_of_a_process_that_holds_the_training_state() -> None:
     shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocabulary": 8000, "length": 64}
     words = [word for name, value in shape.items() for word in (f"--{name}", str(value))]

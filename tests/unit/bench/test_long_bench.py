@@ -50,6 +50,7 @@ def test_bytes_of_the_cache_are_those_of_the_formula(name: str) -> None:
     assert facts["cache_bytes"] == facts["formula_bytes"] == 2 * 2 * 32 * 4 * columns
 
 
+@pytest.mark.long
 @pytest.mark.slow  # starts a process for each prefill
 def test_the_command_compares_decoding_in_turns_and_prefill_in_processes(tmp_path: Path) -> None:
     out, plot = tmp_path / "long.json", tmp_path / "long.png"
