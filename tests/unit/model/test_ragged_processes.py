@@ -26,6 +26,8 @@ def train(rank: int, store: Path, out: Path) -> None:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
     torch.save(gradients(model.module), out)
+    # before the group, or the reducer destroys it under the interpreter lock, and waits for a thread that needs that lock
+    del model
     dist.destroy_process_group()
 
 
