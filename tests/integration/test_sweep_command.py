@@ -174,7 +174,7 @@ match: text_tokens
 reference: plain
 evaluations:
   - {name: stories, ask: {text: TEXT, window: 24, max_tokens: 100}}
-  - {name: bare, ask: {text: TEXT, window: 24, max_tokens: 100, injection: none}, where: {arm: meta}}
+  - {name: bare, ask: {text: TEXT, window: 48, extrapolate: true, max_tokens: 100, injection: none}, where: {arm: meta}}
 """
 PRETRAINING_BASE = """
 extends: tiny/meta

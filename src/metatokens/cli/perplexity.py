@@ -28,6 +28,9 @@ def add(verbs: Any) -> None:
         "--injection", choices=("none", "periodic", "uniform"), default="none", help="meta-tokens at evaluation"
     )
     parser.add_argument("--ratio", type=share, default=0.1, help="share of positions that are meta-tokens")
+    parser.add_argument(
+        "--extrapolate", action="store_true", help="allow windows beyond the model's, if its positions have no end"
+    )
     add_interventions(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the uniform injection")
     parser.add_argument(
@@ -59,6 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         window=options.window,
         window_unit=options.window_unit,
         stride=options.stride,
+        extrapolate=options.extrapolate,
         injection=injection,
         interventions=interventions,
         seed=options.seed,

@@ -80,6 +80,8 @@ class PerplexityConfig(Frozen):
     """Whether meta-tokens count in the window."""
     stride: int | None = Field(None, ge=1)
     """Text tokens by which a sliding window moves; off as in the command."""
+    extrapolate: bool = False
+    """Allow windows beyond the model's, if its positions have no end."""
     injection: Literal["none", "periodic", "uniform"] = "none"
     """Meta-tokens at evaluation."""
     ratio: float = Field(DEFAULT_META_RATIO, ge=0, lt=1)

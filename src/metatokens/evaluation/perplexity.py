@@ -17,6 +17,7 @@ from metatokens.config.schema import LossPolicy
 from metatokens.data.byte_level import TokenIds
 from metatokens.data.tokenizer import TextEncoder, as_text_tokenizer
 from metatokens.errors import DataError, NumericError
+from metatokens.evaluation.extrapolation import window_of
 from metatokens.evaluation.interventions import intervene
 from metatokens.evaluation.scoring import FloatArray, TokenScorer
 from metatokens.evaluation.statistics import Interval, bootstrap_ratio
@@ -88,6 +89,7 @@ class PerplexityResult:
     text_tokens_per_window: int
     positions_per_window: int
     stride: int
+    extrapolate: bool
     injection: dict[str, Any]
     interventions: list[dict[str, Any]]
     seed: int
@@ -152,7 +154,8 @@ def measure_perplexity(
     was_training = model.training
     model.train(False)
     try:
-        with intervene(model, options.interventions, np.bincount(np.concatenate([d.tokens for d in encoded]))):
+        counts = np.bincount(np.concatenate([document.tokens for document in encoded]))
+        with window_of(model, scorer.positions_per_window), intervene(model, options.interventions, counts):
             for number, document in enumerate(encoded):
                 nats, *sliding = [
                     scorer.score(document.tokens, document_number=number, stride=stride, on_read=report)
@@ -175,6 +178,7 @@ def measure_perplexity(
         text_tokens_per_window=scorer.text_tokens_per_window,
         positions_per_window=scorer.positions_per_window,
         stride=scorer.stride,
+        extrapolate=options.extrapolate,
         injection=options.injection.model_dump(mode="json"),
         interventions=[intervention.model_dump(mode="json") for intervention in options.interventions],
         seed=options.seed,

@@ -15,8 +15,7 @@ Wilson's interval is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from metatokens.config.tasks import Difficulty, Task, length_bin
 from metatokens.errors import NumericError
+from metatokens.evaluation.extrapolation import reads_beyond_its_window, window_of
 from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
@@ -263,38 +263,16 @@ def evaluate_recall(
                 )
             encoded, limit = instances[length], sequence_limit(model)
             longest = max(row.num_positions for row in encoded)
-            if limit is not None and longest > limit and not (config.extrapolate and _has_no_last_position(model)):
+            if limit is not None and longest > limit and not (config.extrapolate and reads_beyond_its_window(model)):
                 counts[length].append(None)
             else:
                 token_counts = _token_counts(encoded, encoder.vocab_size)
                 # choices may be longer than the answer
-                with _window_of(model, 2 * longest), intervene(model, tuple(interventions), token_counts=token_counts):
+                with window_of(model, 2 * longest), intervene(model, tuple(interventions), token_counts=token_counts):
                     counts[length].append(count_right_answers(model, encoded, batch_size=config.batch_size))
             if progress:
                 progress(f"{config.task.kind}, {length}, model {number}")
     return tuple(_row(config, length, counts[length], instances[length], interventions) for length in config.lengths)
-
-
-def _has_no_last_position(model: Any) -> bool:
-    """Tell whether a model can compute positions beyond its window; not under scaling that depends on the window."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    encoding = getattr(model.config, "position_encoding", "learned")
-    is_bounded = encoding == "learned" or getattr(model.config, "position_range", None) is not None
-    return not is_bounded and rope.get("rope_type") != "dynamic"
-
-
-@contextmanager
-def _window_of(model: Any, positions: int) -> Iterator[None]:
-    """Set a model's window to `positions` if it is shorter and the model can read beyond it."""
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window is None or window >= positions or not _has_no_last_position(model):
-        yield
-        return
-    model.config.max_position_embeddings = positions
-    try:
-        yield
-    finally:
-        model.config.max_position_embeddings = window
 
 
 def report(rows: Sequence[RecallRow], config: EvaluateConfig, models: Sequence[str], model: Any) -> RecallReport:

@@ -30,6 +30,7 @@ from metatokens.data.injection import (
 )
 from metatokens.data.tokenizer import TextEncoder, ends_clause_table
 from metatokens.errors import UsageError
+from metatokens.evaluation.extrapolation import reads_beyond_its_window
 from metatokens.evaluation.interventions import check_interventions
 from metatokens.evaluation.windows import PerplexityOptions, fit_injection, full_window, lay_windows, with_window
 from metatokens.generation.decoding import check_tokenizer, sequence_limit
@@ -86,12 +87,14 @@ class TokenScorer:
         warn_without_meta_tokens(options.injection, num_meta, f"a window of {options.window}")
         if options.interventions and not num_meta:
             warnings.warn("interventions act at meta-tokens, but the injection puts none into a window", stacklevel=3)
-        if limit is not None and self.positions_per_window > limit:
+        has_no_end = reads_beyond_its_window(model)
+        if limit is not None and self.positions_per_window > limit and not (options.extrapolate and has_no_end):
+            remedy = "take a shorter window or extend the model"
             raise UsageError(
                 f"window of {options.window} ({options.window_unit})",
                 expected=f"at most {limit} positions (max_position_embeddings)",
                 found=f"{self.positions_per_window}",
-                remedy="take a shorter window or extend the model",
+                remedy=f"{remedy}, or extrapolate" if has_no_end else remedy,
             )
         self.stride = options.stride or max(1, min(DEFAULT_STRIDE, self.text_tokens_per_window // 2))
         if self.stride > self.text_tokens_per_window:

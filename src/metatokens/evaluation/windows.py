@@ -50,6 +50,9 @@ class PerplexityOptions(Frozen):
     stride: int | None = Field(None, ge=1)
     """S: text tokens that the sliding windows move by; by default 256, or half a window's text tokens if that is less,
     so that windows overlap. With S = a window's text tokens, both kinds of windows are the same and scored once."""
+    extrapolate: bool = False
+    """Allow windows longer than the model's, if its positions have no end (all but learned ones, positions drawn from a
+    range and dynamic scaling of rope)."""
     injection: Injection = NoInjection()
     """Meta-tokens of a window."""
     interventions: tuple[Intervention, ...] = ()

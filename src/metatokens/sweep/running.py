@@ -317,8 +317,12 @@ def evaluation_arguments(run: SweepRun, request: EvaluationRequest) -> list[str]
     interventions = [f"--intervention={intervention}" for intervention in request.interventions]
     fields = request.config.model_dump(mode="json")
     if isinstance(request.config, PerplexityConfig):
-        given = {key: value for key, value in fields.items() if value is not None}
-        options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key != "text"]
+        given = {f"--{key.replace('_', '-')}": value for key, value in fields.items() if key != "text"}
+        options = [
+            name if value is True else f"{name}={value}"  # a switch is there or not
+            for name, value in given.items()
+            if value is not None and value is not False
+        ]
         return ["perplexity", str(folder), request.config.text, *options, *interventions, "--json"]
     compact = (",", ":")  # argparse takes a word with a space for an argument of its own
     overrides = [f"--{key}={json.dumps(value, separators=compact)}" for key, value in fields.items()]

@@ -469,6 +469,24 @@ def test_window_longer_than_the_model_names_both_lengths(skip_model, tokenizer):
         measure_perplexity(skip_model, DOCUMENTS, tokenizer, options)
 
 
+def test_windows_beyond_the_model_are_scored_if_asked_for_as_by_a_model_with_a_longer_window(tokenizer):
+    short, long = (make_model(tokenizer, max_position_embeddings=window) for window in (32, 128))
+    options = PerplexityOptions(window=40, injection=PeriodicInjection(ratio=0.2), extrapolate=True)
+    beyond, within = (measure_perplexity(model, DOCUMENTS, tokenizer, options) for model in (short, long))
+    assert max(document.text_tokens for document in beyond.documents) > 32
+    assert [d.nats for d in beyond.documents] == pytest.approx([d.nats for d in within.documents])
+    assert [d.sliding_nats for d in beyond.documents] == pytest.approx([d.sliding_nats for d in within.documents])
+    assert short.config.max_position_embeddings == 32
+    with pytest.raises(UsageError, match=r"at most 32 positions .* or extrapolate"):
+        measure_perplexity(short, DOCUMENTS, tokenizer, options.model_copy(update={"extrapolate": False}))
+
+
+def test_windows_do_not_go_beyond_a_table_of_positions(tokenizer):
+    model = make_model(tokenizer, position_encoding="learned", max_position_embeddings=32)
+    with pytest.raises(UsageError, match="at most 32 positions"):
+        measure_perplexity(model, DOCUMENTS, tokenizer, PerplexityOptions(window=40, extrapolate=True))
+
+
 def test_window_of_metas_alone_is_a_usage_error(skip_model, tokenizer):
     options = PerplexityOptions(window=2, window_unit="positions", injection=UniformInjection(ratio=0.9))
     with pytest.raises(UsageError, match="at least one text token"):

@@ -26,7 +26,7 @@ def train(rank: int, store: Path, out: Path) -> None:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
     torch.save(gradients(model.module), out)
-    # before the group, or the reducer destroys it under the interpreter lock, and waits for a thread that needs that lock
+    # before the group: else the reducer destroys it under the interpreter lock, and waits for a thread that needs it
     del model
     dist.destroy_process_group()
 
