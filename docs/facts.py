@@ -1,6 +1,6 @@
 """Check every number that README, docs, experiments and benchmarks quote against the committed JSON that it comes from.
 
-A comment after a number names its source, a Python expression over the functions of measured.py:
+A comment after a number names its source, a Python expression over the functions of the package measured:
 
     Perplexity is 215.7<!-- = perplexity("meta/uniform/text") --> with meta-tokens.
 
@@ -19,7 +19,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from measured import INSIDE, NAMES, RECALL, ROOT, TABLES
+from measured import NAMES, TABLES
+from measured.inside import INSIDE
+from measured.recall import RECALL
+from measured.source import ROOT
 
 MEASURED = {
     "README.md": "## Does it hold?",

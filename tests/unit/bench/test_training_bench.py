@@ -123,15 +123,15 @@ def test_the_command_keeps_every_round_and_compares_times_with_the_limits_of_the
 
     # the documents read it
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "docs")
-    import measured
+    from measured import benchmarks, source
 
-    monkeypatch.setattr(measured, "ROOT", tmp_path)
-    assert measured.bench_ratio("tiny", "step", "meta", "plain_text")["estimate"] == one["per_text_token"]["median"]
-    table = measured.bench_table("tiny").splitlines()
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    assert benchmarks.bench_ratio("tiny", "step", "meta", "plain_text")["estimate"] == one["per_text_token"]["median"]
+    table = benchmarks.bench_table("tiny").splitlines()
     assert len(table) == 2 + len(result["ratios"])
-    assert f"| meta / plain_text | step | {one['per_text_token']['median']:.3f} (" in measured.bench_table("tiny")
+    assert f"| meta / plain_text | step | {one['per_text_token']['median']:.3f} (" in benchmarks.bench_table("tiny")
     share = lines["plain", "step"]["share_of_limit"]
-    assert measured.bench_line("tiny", "plain", "step", "share_of_limit") == share
+    assert benchmarks.bench_line("tiny", "plain", "step", "share_of_limit") == share
 
 
 def test_a_dry_run_lists_the_contenders_and_an_unknown_one_gets_the_nearest() -> None:
