@@ -1,4 +1,4 @@
-"""Reading beyond a model's window: which models can, and how."""
+"""Texts longer or shorter than a model's window: which models read beyond it, and where they put the tokens."""
 
 from __future__ import annotations
 
@@ -22,6 +22,27 @@ def window_of(model: Any, positions: int) -> Iterator[None]:
     if window is None or window >= positions or not reads_beyond_its_window(model):
         yield
         return
+    with _set_window(model, positions):
+        yield
+
+
+@contextmanager
+def texts_of(model: Any, positions: int) -> Iterator[None]:
+    """Let a model with `position_range` spread texts of up to `positions` tokens over its range, as in training.
+
+    Outside, it spreads texts of its window over the range, so the tokens of a shorter one stand closer together than
+    any draw would put them. Nothing changes for other models.
+    """
+    if getattr(model.config, "position_range", None) is None or positions > model.config.max_position_embeddings:
+        yield
+        return
+    with _set_window(model, positions):
+        yield
+
+
+@contextmanager
+def _set_window(model: Any, positions: int) -> Iterator[None]:
+    window = model.config.max_position_embeddings
     model.config.max_position_embeddings = positions
     try:
         yield

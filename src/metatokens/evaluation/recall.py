@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metatokens.config.tasks import Difficulty, Task, length_bin
 from metatokens.errors import NumericError
-from metatokens.evaluation.extrapolation import reads_beyond_its_window, window_of
+from metatokens.evaluation.extrapolation import reads_beyond_its_window, texts_of, window_of
 from metatokens.evaluation.interventions import Intervention, intervene
 from metatokens.evaluation.statistics import Interval, accuracy_interval, bootstrap_ratio, wilson_interval
 from metatokens.generation.decoding import sequence_limit
@@ -132,9 +132,13 @@ def count_right_answers(model: Any, encoded: Sequence[EncodedInstance], *, batch
         members = order[start : start + batch_size]
         rows = [encoded[i] for i in members]
         choose = bool(rows[0].choices)
-        predicted = _predict(model, rows)
+        with texts_of(model, max(row.num_positions for row in rows)):
+            predicted = _predict(model, rows)
         for member, row, tokens in zip(members, rows, predicted, strict=True):
-            answers = _choose(model, row) if choose else [tokens[a - 1 : b - 1] for a, b in row.answer_spans]
+            answers = [tokens[a - 1 : b - 1] for a, b in row.answer_spans]
+            if choose:
+                with texts_of(model, row.num_positions + max(map(len, row.choices))):
+                    answers = _choose(model, row)
             counts[:, member] = _count(row, answers)
     return AnswerCounts(*counts)
 

@@ -30,7 +30,7 @@ from metatokens.data.injection import (
 )
 from metatokens.data.tokenizer import TextEncoder, ends_clause_table
 from metatokens.errors import UsageError
-from metatokens.evaluation.extrapolation import reads_beyond_its_window
+from metatokens.evaluation.extrapolation import reads_beyond_its_window, texts_of
 from metatokens.evaluation.interventions import check_interventions
 from metatokens.evaluation.windows import PerplexityOptions, fit_injection, full_window, lay_windows, with_window
 from metatokens.generation.decoding import check_tokenizer, sequence_limit
@@ -160,7 +160,8 @@ class TokenScorer:
         has_target = batch.targets != IGNORE_INDEX
         batch.targets[np.cumsum(has_target, axis=1) <= num_text - num_scored] = IGNORE_INDEX
         inputs = batch.to_model_inputs(device=self._model.device)
-        return self._losses(inputs.pop("shift_labels"), **inputs)
+        with texts_of(self._model, batch.targets.shape[1]):
+            return self._losses(inputs.pop("shift_labels"), **inputs)
 
     def _losses(self, targets: Tensor, **inputs: Tensor) -> FloatArray:
         head: Callable[[Tensor], Tensor]

@@ -7,7 +7,8 @@ rounded down, which is where draws of L positions have it on average.
 
 Deviation: randomised positions are drawn in training alone; their paper draws at evaluation too. Here a token's
 position must not depend on how the text goes on, or the keys in a cache would be wrong, and two evaluations of a model
-must give the same numbers.
+must give the same numbers. L is the window, and a text much shorter than L stands closer together than in training: set
+`max_position_embeddings` to about the length of what is read. Recall and perplexity do so for each batch.
 """
 
 from typing import Any

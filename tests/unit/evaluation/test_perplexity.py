@@ -481,6 +481,14 @@ def test_windows_beyond_the_model_are_scored_if_asked_for_as_by_a_model_with_a_l
         measure_perplexity(short, DOCUMENTS, tokenizer, options.model_copy(update={"extrapolate": False}))
 
 
+def test_positions_from_a_range_are_spread_for_the_window_that_is_scored(tokenizer):
+    changes = {"position_encoding": "learned", "position_range": 200}
+    options = PerplexityOptions(window=24)
+    models = (make_model(tokenizer, max_position_embeddings=window, **changes) for window in (24, 150))
+    first, second = (measure_perplexity(model, DOCUMENTS, tokenizer, options) for model in models)
+    assert first.sliding.nats == pytest.approx(second.sliding.nats)
+
+
 def test_windows_do_not_go_beyond_a_table_of_positions(tokenizer):
     model = make_model(tokenizer, position_encoding="learned", max_position_embeddings=32)
     with pytest.raises(UsageError, match="at most 32 positions"):

@@ -75,3 +75,20 @@ def test_a_table_or_range_of_positions_and_dynamic_scaling_end_at_the_window_wha
 
 def test_choices_are_scored_beyond_the_window_too(encoder: PieceEncoder):
     assert ask(make_model(encoder), encoder, extrapolate=True, task=ListPointerTask())[1].token_accuracy is not None
+
+
+@pytest.mark.parametrize("task", [ListRecallTask(), ListPointerTask()], ids=["answers", "choices"])
+def test_positions_from_a_range_are_spread_for_the_text_and_not_for_the_window(encoder: PieceEncoder, task: Task):
+    changes = {"position_encoding": "learned", "position_range": 512}
+    config = EvaluateConfig(task=task, size=(2, 4), lengths=("1-48",), instances=12)
+    read: list[list[Any]] = []
+    for window in (80, 500):
+        model = make_model(encoder, max_position_embeddings=window, **changes)
+        read.append([])
+        model.model.embed_positions.register_forward_hook(lambda _, inputs, __: read[-1].append(inputs[0]))
+        evaluate_recall([model], config, encoder)
+        assert model.config.max_position_embeddings == window
+    short, long = read
+    assert max(int(places.max()) for places in long) > 400
+    assert all(map(torch.equal, short, long))
+    assert len(short) == len(long) > 0
