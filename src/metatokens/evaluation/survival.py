@@ -156,8 +156,13 @@ def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDE
     Raises:
         ValueError: the arms have different numbers of seeds.
     """
-    if not (first.observed.any() or second.observed.any()):
-        return None
+    if not second.observed.any():
+        if not first.observed.any():
+            return None
+        inverse = time_ratio(second, first, seed=seed, level=level)
+        assert inverse is not None
+        low, high = (None if bound is None else 1 / bound for bound in (inverse.high, inverse.low))
+        return Interval(1 / inverse.estimate, low, high, level)
     tail = (1 - level) / 2
 
     def is_rejected(sign: int, log_ratio: float) -> bool:

@@ -12,9 +12,9 @@ The meta-tokens mark the span, and a bracket stands right after each for models 
 words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
 more words around the spans; one of these words ends the text, or at least `distance` do. Words may repeat. With
 `meta_places` decoy, the same number of pairs of meta-tokens stands around stretches of the same length, drawn
-independently of the spans, and the brackets stay. Without `marks` there are no brackets. With `symbols` the spans have
-this many different words and the rest of the text has others, so a model that has lost a span can only guess among
-them.
+independently of the spans but for that they cut none in two, and the brackets stay. Without `marks` there are no
+brackets. With `symbols` the spans have this many different words and the rest of the text has others, so a model that
+has lost a span can only guess among them.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def generate(
         ends.append((start, start + size))
     decoys = None
     if task.meta_places.kind == "decoy":
-        starts = [random.below(len(words) - size) for _ in spans]  # a span never ends the text
-        decoys = [end for start in starts for end in (start, start + size)]
+        cuts = {place for start, stop in ends for place in range(start + 1, stop)}
+        starts = [
+            start for start in range(len(words) - size) if not cuts & {start, start + size}
+        ]  # no span ends the text
+        decoys = [end for start in (random.choose(starts) for _ in spans) for end in (start, start + size)]
     marked = [(end, bracket) for span_ends in ends for end, bracket in zip(span_ends, (" [", " ]"), strict=True)]
     return assemble(["Text", ":", *interleave(words, mark_places(task, marked, decoys)), "."], questions)
 

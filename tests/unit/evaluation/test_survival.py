@@ -126,6 +126,9 @@ def test_a_bound_that_the_censored_times_leave_open_is_none():
     assert ratio.high is None
     assert ratio.low > 2
     assert time_ratio(slow, slow, seed=0) is None
+    inverse = time_ratio(draw(0, 10), slow, seed=0)
+    assert inverse.low is None
+    assert (inverse.estimate, inverse.high) == pytest.approx((1 / ratio.estimate, 1 / ratio.low))
 
 
 def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():

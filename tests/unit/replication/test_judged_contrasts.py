@@ -43,18 +43,21 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def write_results(files: Path, arms: dict[str, list[int]]) -> None:
+    results = {
+        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 48, "done": 48, "failed": [], "versions": {}},
+        "cells": [cell(arm, steps) for arm, steps in arms.items()],
+    }
+    (files / "out" / "parity" / "results.json").write_text(json.dumps(results))
+    write_contrasts(files, "contrasts.yaml", files / "out", name="e1")
+
+
 def judge(files: Path, num_seeds: int) -> list[dict[str, Any]]:
     draws = np.random.default_rng(0)
     slow = 600 * np.exp(0.3 * draws.standard_normal(num_seeds))
     noise = np.resize([0.95, 1.05], num_seeds)
     arms = {"none": slow, "twice-as-fast": slow / 2 * noise, "alike": slow * noise[::-1]}
-    cells = [cell(arm, times.astype(int).tolist()) for arm, times in arms.items()]
-    results = {
-        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 48, "done": 48, "failed": [], "versions": {}},
-        "cells": cells,
-    }
-    (files / "out" / "parity" / "results.json").write_text(json.dumps(results))
-    write_contrasts(files, "contrasts.yaml", files / "out", name="e1")
+    write_results(files, {arm: times.astype(int).tolist() for arm, times in arms.items()})
     rows: list[dict[str, Any]] = json.loads((files / "out" / "e1.json").read_text())["tasks"][0]["at_equal_steps"]
     return rows
 
@@ -77,3 +80,23 @@ def test_the_page_and_the_figure_show_every_arm_with_its_counts(files: Path) -> 
     assert "| twice-as-fast | 16 | 0 |" in page
     assert "0.48 CPU-hours" in page
     assert (files / "out" / "e1.png").stat().st_size > 10_000
+
+
+def test_the_power_is_stated_from_arms_that_every_seed_has_solved(files: Path) -> None:
+    def power(**arms: list[int]) -> Any:
+        write_results(files, {"none": [HORIZON] * 16, **arms})
+        return json.loads((files / "out" / "e1.json").read_text())["tasks"][0]["power"]["smallest_ratio"]
+
+    solved, half_solved = [300, 400] * 8, [350, HORIZON] * 8
+    known = power(**{"twice-as-fast": solved, "alike": solved})
+    assert 1 < known < 3
+    # neither the arm that never solves the task nor one that half of the seeds solve says when it does
+    assert power(**{"twice-as-fast": solved, "alike": half_solved}) == known
+    assert power(**{"twice-as-fast": half_solved, "alike": half_solved}) is None
+
+
+def test_a_ratio_to_an_arm_that_never_solved_its_task_is_called_a_bound(files: Path) -> None:
+    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": [300, 400] * 8, "alike": [350, 450] * 8})
+    table = (files / "out" / "e1.md").read_text()
+    assert "| hint | twice-as-fast : none | 16 of 16 : 0 of 16 | at most 0." in table
+    assert "| channel | none : twice-as-fast | 0 of 16 : 16 of 16 | at least " in table

@@ -261,6 +261,19 @@ def test_a_bar_stands_behind_every_meta_of_marked_recall():
         assert text.count(META) == text.count(f"{META} |") == text.count("|") > 2
 
 
+def test_decoys_of_copying_cut_no_span_in_two_and_are_not_always_its_ends():
+    task = CopyingTask(meta_places={"kind": "decoy"}, questions=2)
+    at_ends = 0
+    for index in range(60):
+        pieces = instance_of(task, size=(2, 3), prompt_tokens=(1, 40), index=index).pieces
+        text = "".join(pieces).partition("Copy")[0]
+        spans = re.findall(r"\[(.*?)\]", text)
+        assert text.count(META) == 4
+        assert not any(re.search(rf"{META} \w", span) for span in spans), text
+        at_ends += text.count(f"{META} [")
+    assert 0 < at_ends < 60
+
+
 def test_instances_do_not_change_between_releases():
     # written down once; a change of the words, the draws or the sentences shows here and needs a note
     parity = instance_of(ParityTask(), size=(5, 5), prompt_tokens=(1, 20))
