@@ -114,13 +114,11 @@ def length_ahead(task: str, first: str, second: str, multiple: str) -> int:
     return sum(all(own[seed] > other[seed] for seed in own) for own, other in both)
 
 
-def length_operations(task: str, arm: str, position: str = "", beside: str = "full") -> Any:
-    """Return an arm's operations over those of another: of a step, and to the end of training."""
-    cells = _cells(task)
-    own, other = cells[position, arm], cells[position, beside]
+def length_operations(task: str, arm: str, beside: str = "full") -> str:
+    """Return the operations of a step of an arm over those of another, of a sweep without encodings."""
+    own, other = (_cells(task)["", name] for name in (arm, beside))
     whole = _mean(own, "training_flops") / _mean(other, "training_flops")
-    steps = _mean(own, "steps") / _mean(other, "steps")
-    return {"step": whole / steps, "training": whole, "steps": steps}
+    return f"{whole * _mean(other, 'steps') / _mean(own, 'steps'):.2f}"
 
 
 SWEEPS = ("parity", "memory-parity")
