@@ -17,7 +17,7 @@ from forked import start_command
 from metatokens.config.loading import to_yaml
 from metatokens.config.sweep import load_sweep
 from metatokens.report.tables import to_markdown
-from metatokens.storage import hold_lock
+from metatokens.storage import hold_lock, read_sealed, write_sealed
 from metatokens.sweep.collecting import collect
 from metatokens.sweep.planning import plan_sweep
 from metatokens.sweep.running import evaluation_arguments, is_done, store_answer, training_arguments
@@ -205,6 +205,16 @@ def test_arms_of_pretraining_are_matched_by_their_text(tokens: Path, tmp_path: P
     assert injections == ["none", "uniform", "none"]
 
 
+def forget_field(answers: Path, name: str) -> None:
+    stored = read_sealed(answers, remedy="")
+    answers.unlink()
+    tree = json.loads(stored)
+    for answer in tree.values():
+        if isinstance(answer, dict):
+            del answer["asked"][name]
+    write_sealed(answers, json.dumps(tree) + "\n")
+
+
 def test_arms_of_pretraining_are_scored_on_the_same_documents(tokens: Path, tmp_path: Path):
     sweep = load_sweep(write_pretraining(tmp_path, tokens))
     runs = plan_sweep(sweep, tmp_path / "out", "sweep.yaml")
@@ -216,6 +226,8 @@ def test_arms_of_pretraining_are_scored_on_the_same_documents(tokens: Path, tmp_
             assert not is_done(run)
             store_answer(run, evaluation, metatokens(*evaluation_arguments(run, evaluation)).stdout)
         assert is_done(run)
+    forget_field(runs[0].folder.path / "evaluation.json", "extrapolate")
+    assert is_done(runs[0])  # as written before there was such a field
     results = collect(sweep, runs, tmp_path / "out")
     plain, meta = results.cells
     assert (plain.task, plain.trained_to, meta.trained_to) == ("pre-training", 32, 29)

@@ -82,8 +82,8 @@ class TestConfig(Frozen):
     instances: int = Field(500, ge=1)
     """Test instances of each row."""
     extrapolate: bool = False
-    """Test lengths beyond the model's window too, if its positions have no end (all but learned ones and dynamic
-    scaling of rope). Otherwise the row of such a length reads n/a."""
+    """Test lengths beyond the model's window too, if its positions have no end (all but learned ones, those drawn
+    from a range and dynamic scaling of rope). Otherwise the row of such a length reads n/a."""
 
 
 class FinetuneConfig(RunConfig):

@@ -31,7 +31,7 @@ def texts_of(model: Any, positions: int) -> Iterator[None]:
     """Let a model with `position_range` spread texts of up to `positions` tokens over its range, as in training.
 
     Outside, it spreads texts of its window over the range, so the tokens of a shorter one stand closer together than
-    any draw would put them. Nothing changes for other models.
+    draws put them on average. Nothing changes for other models.
     """
     if getattr(model.config, "position_range", None) is None or positions > model.config.max_position_embeddings:
         yield

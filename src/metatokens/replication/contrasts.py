@@ -85,6 +85,8 @@ def _verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
     differs, alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
     if differs:
         found = "supported" if row["ratio"]["estimate"] < 1 else "opposite"
+        if row["expected"] == "equivalent":  # a control
+            found = "not equivalent"
         return f"{found}, within the margin" if alike else found
     return "equivalent" if alike else "too few seeds" if too_few else "cannot tell"
 

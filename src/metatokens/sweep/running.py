@@ -361,6 +361,8 @@ def _read_json(path: Path, *, default: Any) -> Any:
 def _answers(stored: dict[str, Any], request: EvaluationRequest) -> bool:
     """Tell whether a stored answer is one to this request."""
     # older files have no `asked`, but the report of a recall task repeats it
-    old, new = stored.get("asked") or stored["report"]["config"], request.config.model_dump(mode="json")
+    new = request.config.model_dump(mode="json")
+    # nor do they have fields that came later, whose defaults leave everything as it was
+    old = type(request.config)().model_dump(mode="json") | (stored.get("asked") or stored["report"]["config"])
     same = all(old.get(key) == new.get(key) for key in (old.keys() | new.keys()) - _FREE_KEYS)
     return same and stored["interventions"] == list(request.interventions)

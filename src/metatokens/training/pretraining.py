@@ -16,6 +16,7 @@ from metatokens.config.schema import PretrainConfig, TokenRunConfig
 from metatokens.data.loader import Batch, BatchLoader, TokenBlocks
 from metatokens.data.shards import Split, TokenDataset, require_path
 from metatokens.data.tokenizer import build_hf_tokenizer, ends_clause_table
+from metatokens.evaluation.extrapolation import texts_of
 from metatokens.generation.decoding import schedule_for
 from metatokens.model import MetaTokenForCausalLM
 from metatokens.model.schedule import state_schedule
@@ -232,7 +233,8 @@ def evaluation_of(
     loader = _loader(config, dataset, "validation", batch_blocks=1)
 
     def loss(**inputs: Tensor) -> dict[str, Tensor]:
-        return {"validation_loss": model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss}
+        with texts_of(model, inputs["input_ids"].shape[1]):
+            return {"validation_loss": model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss}
 
     return partial(sum_over_validation, config, processes, loader, loss, names=("validation_loss",))
 

@@ -100,3 +100,10 @@ def test_a_ratio_to_an_arm_that_never_solved_its_task_is_called_a_bound(files: P
     table = (files / "out" / "e1.md").read_text()
     assert "| hint | twice-as-fast : none | 16 of 16 : 0 of 16 | at most 0." in table
     assert "| channel | none : twice-as-fast | 0 of 16 : 16 of 16 | at least " in table
+
+
+def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
+    (files / "contrasts.yaml").write_text(CONTRASTS.replace("expected: faster}", "expected: equivalent}"))
+    hint, parameters, channel = judge(files, 16)
+    assert hint["verdict"] == channel["verdict"] == "not equivalent"
+    assert parameters["verdict"] == "equivalent"

@@ -16,7 +16,7 @@ PARTS = {"E1", "E2", "E3", "E4", "E5"}
 @pytest.mark.parametrize("name", SCALES)
 def test_every_command_of_a_scale_can_be_planned_before_the_first_has_run(name: str, tmp_path: Path) -> None:
     costs = {cost.name: cost for cost in estimate(load_scale(name), tmp_path / "out")}
-    assert costs.keys() - {"E1-list"} == PARTS  # small and paper try list recall in E1
+    assert costs.keys() == PARTS | ({"E1-list"} if name == "tiny" else set())  # the others have list recall in E1
     assert all(cost.to_do == cost.trainings > 0 and cost.hours > 0 for cost in costs.values())
     assert not (tmp_path / "out").exists()
 
