@@ -95,6 +95,18 @@ def test_an_evaluation_is_of_the_blocks_asked_for_whatever_the_micro_batch_and_t
     assert [loss for loss, _ in found.values()] == pytest.approx([found[1, 1][0]] * len(found), rel=ROUNDING)
 
 
+def test_an_evaluation_spreads_positions_of_a_range_over_the_block_and_not_over_the_window(
+    config: Config, tokens: Path
+):
+    losses = []
+    with TokenDataset.open(tokens) as dataset, torch.no_grad():
+        for window in ("64", "190"):  # a block has 64 positions
+            changed = config("--model.position_range", "200", "--model.max_position_embeddings", window)
+            model = build_model(changed.model, **vocabulary(dataset), seed=0).eval()
+            losses.append(evaluation_of(changed, dataset, Processes(0, 1), model)()["validation_loss"][0])
+    assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
+
+
 def test_gradient_checkpointing_gives_equal_losses(config: Config, reference: Path, tmp_path: Path):
     changed = config("--training.micro_batch_blocks", "12", "--training.gradient_checkpointing", "true")
     pretrain(changed, tmp_path / "run", show_progress=False)
