@@ -104,7 +104,7 @@ def test_an_evaluation_spreads_positions_of_a_range_over_the_block_and_not_over_
             changed = config("--model.position_range", "200", "--model.max_position_embeddings", window)
             model = build_model(changed.model, **vocabulary(dataset), seed=0).eval()
             losses.append(evaluation_of(changed, dataset, Processes(0, 1), model)()["validation_loss"][0])
-    assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
+    assert losses[0] == losses[1]  # the same sums in the same order; elsewhere, the loss of a fresh model hardly moves
 
 
 def test_gradient_checkpointing_gives_equal_losses(config: Config, reference: Path, tmp_path: Path):
