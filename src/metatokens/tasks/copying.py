@@ -11,8 +11,8 @@ Input, and targets for the two kinds of loss:
 The meta-tokens mark the span, and a bracket stands right after each for models without them. `size` is the number of
 words of a span. Several questions are several spans, in the order of the text; they do not overlap. A longer prompt has
 more words around the spans; one of these words ends the text, or at least `distance` do. Words may repeat. With
-`meta_places` decoy, the same number of pairs of meta-tokens stands around stretches of the same length, drawn
-independently of the spans but for that they cut none in two, and the brackets stay. Without `marks` there are no
+`meta_places` decoy, the same number of pairs of meta-tokens stands around stretches of the same length, and the
+brackets stay. The stretches cut no span in two, and are spans as often as by chance. Without `marks` there are no
 brackets. With `symbols` the spans have this many different words and the rest of the text has others, so a model that
 has lost a span can only guess among them.
 """
@@ -71,13 +71,23 @@ def generate(
         ends.append((start, start + size))
     decoys = None
     if task.meta_places.kind == "decoy":
-        cuts = {place for start, stop in ends for place in range(start + 1, stop)}
-        starts = [
-            start for start in range(len(words) - size) if not cuts & {start, start + size}
-        ]  # no span ends the text
-        decoys = [end for start in (random.choose(starts) for _ in spans) for end in (start, start + size)]
+        starts = [_draw_decoy(len(words) - size, size, ends, random) for _ in spans]  # no span ends the text
+        decoys = [end for start in starts for end in (start, start + size)]
     marked = [(end, bracket) for span_ends in ends for end, bracket in zip(span_ends, (" [", " ]"), strict=True)]
     return assemble(["Text", ":", *interleave(words, mark_places(task, marked, decoys)), "."], questions)
+
+
+def _draw_decoy(num_starts: int, size: int, ends: list[tuple[int, int]], random: KeyedRandom) -> int:
+    """Draw where a stretch starts that cuts no span in two, and is a span as often as by chance alone.
+
+    One that cuts a span is drawn anew, among those that are no span either, unless the spans fill the text.
+    """
+    cuts = {place for start, stop in ends for place in range(start + 1, stop)}
+    if not cuts & {(drawn := random.below(num_starts)), drawn + size}:
+        return drawn
+    whole = [start for start in range(num_starts) if not cuts & {start, start + size}]
+    beside = [start for start in whole if (start, start + size) not in ends]
+    return random.choose(beside or whole)
 
 
 def solve(prompt_text: str) -> list[str]:
