@@ -128,7 +128,7 @@ def memory_books() -> str:
 
 
 def memory_books_at(arm: str, lowest: int) -> float:
-    """Return the nats per token of an arm where at least so many tokens stand before, and fewer than twice as many."""
+    """Return the nats per token of an arm after at least `lowest` tokens of context, and fewer than twice that."""
     contexts = _books_of_memory(arm)["by_context"]
     return float(next(one["nats_per_token"] for one in contexts if one["lowest"] == lowest))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 
@@ -15,29 +15,22 @@ def reads_beyond_its_window(model: Any) -> bool:
     return not is_bounded and rope.get("rope_type") != "dynamic"
 
 
-@contextmanager
-def window_of(model: Any, positions: int) -> Iterator[None]:
+def window_of(model: Any, positions: int) -> AbstractContextManager[None]:
     """Set a model's window to `positions` if it is shorter and the model can read beyond it."""
     window = getattr(model.config, "max_position_embeddings", None)
-    if window is None or window >= positions or not reads_beyond_its_window(model):
-        yield
-        return
-    with _set_window(model, positions):
-        yield
+    is_shorter = window is not None and window < positions
+    return _set_window(model, positions) if is_shorter and reads_beyond_its_window(model) else nullcontext()
 
 
-@contextmanager
-def texts_of(model: Any, positions: int) -> Iterator[None]:
+def texts_of(model: Any, positions: int) -> AbstractContextManager[None]:
     """Let a model with `position_range` spread texts of up to `positions` tokens over its range, as in training.
 
     Outside, it spreads texts of its window over the range, so the tokens of a shorter one stand closer together than
     draws put them on average. Nothing changes for other models.
     """
-    if getattr(model.config, "position_range", None) is None or positions > model.config.max_position_embeddings:
-        yield
-        return
-    with _set_window(model, positions):
-        yield
+    has_range = getattr(model.config, "position_range", None) is not None
+    fits = has_range and positions <= model.config.max_position_embeddings
+    return _set_window(model, positions) if fits else nullcontext()
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
     if differs:
         found = "supported" if row["ratio"]["estimate"] < 1 else "opposite"
         if row["expected"] == "equivalent":  # a control
-            found = "not equivalent"
+            found = "differs"
         return f"{found}, within the margin" if alike else found
     return "equivalent" if alike else "too few seeds" if too_few else "cannot tell"
 
@@ -117,7 +117,7 @@ def _compare(plan: dict[str, Any], times: dict[str, Times]) -> list[dict[str, An
 def _power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
     """Return the smallest ratio of the planned design that the strictest of Holm's tests finds in 80% of cases.
 
-    It is taken from the arms of which every seed has solved the task, and None if there are none.
+    Only arms whose seeds have all solved the task count; without any the power is None.
     """
     # of an arm with censored times the spread and the median would be too small
     known = [arm.times for arm in times.values() if arm.observed.all() and len(arm.times) >= FEWEST_SEEDS]

@@ -105,5 +105,5 @@ def test_a_ratio_to_an_arm_that_never_solved_its_task_is_called_a_bound(files: P
 def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
     (files / "contrasts.yaml").write_text(CONTRASTS.replace("expected: faster}", "expected: equivalent}"))
     hint, parameters, channel = judge(files, 16)
-    assert hint["verdict"] == channel["verdict"] == "not equivalent"
+    assert hint["verdict"] == channel["verdict"] == "differs"
     assert parameters["verdict"] == "equivalent"
