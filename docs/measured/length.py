@@ -43,7 +43,7 @@ def _mean(cell: Any, key: str) -> float:
 
 
 def length_table(task: str) -> str:
-    """Write every arm of a sweep: how long it took to solve the task, and what it has right at each length."""
+    """Write every arm of a sweep: what it has right at each length, and how long it took to solve the task."""
     cells = _cells(task)
     rows = []
     for (position, arm), cell in cells.items():
@@ -51,9 +51,9 @@ def length_table(task: str) -> str:
         costs = [f"{_mean(cell, 'steps'):.0f}", f"{_mean(cell, 'training_flops') / 1e9:.0f}"]
         accuracies = [_accuracy(cell, multiple) for multiple in MULTIPLES]
         name = [position, arm] if position else [arm, f"{cell['parameters']:,}"]
-        rows.append([*name, f"{solved} of {len(cell['trainings'])}", *costs, *accuracies])
+        rows.append([*name, *accuracies, f"{solved} of {len(cell['trainings'])}", *costs])
     first = ["positions", "arm"] if any(position for position, _ in cells) else ["arm", "parameters"]
-    return table([*first, "solved", "steps", "10^9 operations", *MULTIPLES], rows)
+    return table([*first, *MULTIPLES, "solved", "steps", "10^9 operations"], rows)
 
 
 def length_reach(*tasks: str) -> str:
