@@ -16,7 +16,15 @@ def solve_ratio(task: str, first: str, second: str) -> str:
     return span(row["ratio"], ".2f")
 
 
+def solve_censored(task: str, arm: str) -> int:
+    """Return how many trainings of an arm ended without solving the task."""
+    (found,) = [one for one in load("experiments/decomposition/e1.json")["tasks"] if one["task"] == task]
+    (row,) = [row for row in found["arms"] if row["arm"] == arm]
+    return int(row["censored"])
+
+
 NAMES = (
+    solve_censored,
     solve_contrasts,
     solve_ratio,
 )
