@@ -84,7 +84,7 @@ class Plan(Frozen):
     """The kind of GPU that it is planned for; off means CPU cores."""
     seconds_per_step: float = Field(0.02, ge=0)
     """What a step takes beside its operations. This and the next field are rough: E1's parity took 1.5 times the
-    processor time that their defaults give it, starts and evaluations included."""
+    processor time that their defaults give it, with evaluations, and with imports, which a sweep makes once now."""
     operations_per_core_second: float = Field(4.5e10, gt=0)
     """Operations of training on one core."""
     parts: tuple[Part, ...] = ()

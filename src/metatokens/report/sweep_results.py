@@ -119,7 +119,7 @@ class TrainingOutcome:
     training_flops: float
     """Counted, not measured."""
     cpu_seconds: float
-    """Of all its processes, evaluations of the trained model included."""
+    """Of all its processes, evaluations of the trained model included; without imports that were made for all."""
 
 
 @dataclass(frozen=True)

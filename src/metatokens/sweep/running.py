@@ -19,8 +19,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -33,6 +31,7 @@ from metatokens.config.sweep import PerplexityConfig
 from metatokens.errors import DataError, UsageError
 from metatokens.report.sweep_results import FailedRun
 from metatokens.storage import hold_lock, no_follow, read_sealed, write_sealed
+from metatokens.sweep.forking import ForkServer
 from metatokens.sweep.progress import SweepDisplay
 from metatokens.training.signals import StopRequest, collect_stop_signals
 
@@ -50,16 +49,12 @@ _FREE_KEYS = {"batch_size"}  # fields of an evaluation that do not change its re
 class Slot:
     """A place for one process."""
 
-    threads: int
     gpu: str | None = None
     """For CUDA_VISIBLE_DEVICES; None leaves it as it is."""
 
-    def environment(self) -> dict[str, str]:
-        """Return the environment of its processes."""
-        own = {"OMP_NUM_THREADS": str(self.threads)}
-        if self.gpu is not None:
-            own["CUDA_VISIBLE_DEVICES"] = self.gpu
-        return {**os.environ, **own}
+    def own_environment(self) -> dict[str, str]:
+        """Return the variables that its processes have beside those of the sweep."""
+        return {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
 
 
 def parse_gpus(text: str | None) -> list[str]:
@@ -84,10 +79,13 @@ def make_slots(jobs: int, gpus: Sequence[str]) -> list[Slot]:
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {jobs}")
+    return [Slot(gpu) for gpu in gpus] or [Slot()] * jobs
+
+
+def count_threads(num_slots: int) -> int:
+    """Return how many threads a process of each slot gets: the slots share the cores, and none has less than one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = len(gpus) or jobs
-    threads = max(1, cores // number)
-    return [Slot(threads, gpus[i] if gpus else None) for i in range(number)]
+    return max(1, cores // num_slots)
 
 
 def is_done(run: SweepRun) -> bool:
@@ -143,8 +141,10 @@ def run_sweep(
         hold_lock(out / "lock", folder=out, work="another `metatokens sweep` is at work in this folder"),
         collect_stop_signals() as stop,
         SweepDisplay(runs, shown=show_progress) as display,
+        # a variable that torch reads when it is imported
+        ForkServer({**os.environ, "OMP_NUM_THREADS": str(count_threads(len(slots)))}) as server,
     ):
-        return _Scheduler(runs, slots, display, on_finished).run(stop)
+        return _Scheduler(runs, slots, server, display, on_finished).run(stop)
 
 
 class _Scheduler:
@@ -152,10 +152,11 @@ class _Scheduler:
         self,
         runs: Sequence[SweepRun],
         slots: Sequence[Slot],
+        server: ForkServer,
         display: SweepDisplay,
         on_finished: Callable[[Sequence[FailedRun]], None],
     ) -> None:
-        self._display, self._on_finished = display, on_finished
+        self._server, self._display, self._on_finished = server, display, on_finished
         self._waiting: deque[SweepRun] = deque()
         for run in runs:
             if is_done(run):
@@ -174,11 +175,11 @@ class _Scheduler:
                     passed_on = True
                     self._display.say(f"stopping: {len(self._active)} processes save and end")
                     for process in self._active:
-                        process.send_signal(signal.SIGTERM)
+                        process.command.send_signal(signal.SIGTERM)
                 if not stop:
                     self._start_waiting()
                 for process in list(self._active):
-                    code = process.poll()
+                    code = process.command.poll()
                     if code is None:
                         self._display.update(process.run)
                     else:
@@ -187,7 +188,7 @@ class _Scheduler:
                 time.sleep(_POLL_SECONDS)
         finally:
             for process in self._active:  # after an error here, no process may go on alone
-                process.send_signal(signal.SIGTERM)
+                process.command.send_signal(signal.SIGTERM)
         if stop:
             raise stop.preempted()
         return self._failed
@@ -218,13 +219,13 @@ class _Scheduler:
             self._display.finish(run)
 
     def _start(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
-        process = _Process(run, slot, evaluation)
+        process = _Process(self._server, run, slot, evaluation)
         self._active.append(process)
         self._display.start(run, process.activity)
 
     def _end(self, process: _Process, code: int, *, stopping: bool) -> None:
         run, slot = process.run, process.slot
-        spent = {"cpu_seconds": round(read_cpu_seconds(run) + process.cpu_seconds, 2)}
+        spent = {"cpu_seconds": round(read_cpu_seconds(run) + process.command.cpu_seconds, 2)}
         write_sealed(run.folder.path / "cpu_seconds.json", json.dumps(spent) + "\n")
         error, output = process.error(code), process.take_output()
         if error is None and process.evaluation is not None:
@@ -246,8 +247,8 @@ class _Scheduler:
 class _Process:
     """A training or an evaluation under way."""
 
-    def __init__(self, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
-        self.run, self.slot, self.evaluation, self.cpu_seconds = run, slot, evaluation, 0.0
+    def __init__(self, server: ForkServer, run: SweepRun, slot: Slot, evaluation: EvaluationRequest | None) -> None:
+        self.run, self.slot, self.evaluation = run, slot, evaluation
         folder = run.folder.path
         self.activity = "training" if evaluation is None else f"evaluation {evaluation.name}"
         self._log_path = folder / "log.txt"
@@ -255,29 +256,7 @@ class _Process:
         arguments = training_arguments(run) if evaluation is None else evaluation_arguments(run, evaluation)
         with open(self._log_path, "ab", opener=no_follow) as log:
             self._log_start = log.seek(0, os.SEEK_END)
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", "metatokens.sweep.child", *arguments],
-                env=slot.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=log,
-                # Ctrl-C reaches it only once, through the sweep; Linux gives a new session its own share of the
-                # processor, whatever the niceness
-                process_group=0,
-            )
-
-    def poll(self) -> int | None:
-        """Return the exit status of a process that has ended and note its processor time; None while it runs."""
-        if self._popen.returncode is None:
-            # Popen.poll would throw away the usage of this one process
-            number, status, usage = os.wait4(self._popen.pid, os.WNOHANG)
-            if number:
-                self._popen.returncode = os.waitstatus_to_exitcode(status)
-                self.cpu_seconds = usage.ru_utime + usage.ru_stime
-        return self._popen.returncode
-
-    def send_signal(self, number: int) -> None:
-        self._popen.send_signal(number)
+            self.command = server.start(arguments, slot.own_environment(), self._output.fileno(), log.fileno())
 
     def has_left_its_result(self) -> bool:
         return (
