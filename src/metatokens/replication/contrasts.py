@@ -120,19 +120,19 @@ def _power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) ->
     Only arms whose seeds have all solved the task count; without any the power is None.
     """
     # of an arm with censored times the spread and the median would be too small
-    known = [arm.times for arm in times.values() if arm.observed.all() and len(arm.times) >= FEWEST_SEEDS]
+    known = {arm: own.times for arm, own in times.items() if own.observed.all() and len(own.times) >= FEWEST_SEEDS}
     if not known:
-        return {"log_deviation": None, "smallest_ratio": None}
-    spread = [np.log(solved).var(ddof=1) for solved in known]
+        return {"arms": [], "log_deviation": None, "smallest_ratio": None}
+    spread = [np.log(solved).var(ddof=1) for solved in known.values()]
     deviation = float(np.sqrt(np.mean(spread)))
     horizon = next(iter(times.values())).horizon
     ratio = detectable_ratio(
         planned_seeds,
         deviation,
         level=plan["level"] / len(plan["contrasts"]),
-        horizon_over_median=horizon / float(np.median(np.concatenate(known))),
+        horizon_over_median=horizon / float(np.median(np.concatenate(list(known.values())))),
     )
-    return {"log_deviation": deviation, "smallest_ratio": ratio, "seeds": planned_seeds}
+    return {"arms": list(known), "log_deviation": deviation, "smallest_ratio": ratio, "seeds": planned_seeds}
 
 
 def _analyse(plan: dict[str, Any], files: Path, out: Path) -> Iterator[dict[str, Any]]:
@@ -179,18 +179,27 @@ def _bounds(interval: dict[str, Any], form: str) -> str:
     return f"{interval['estimate']:{form}} ({low or 'open'} to {high or 'open'})"
 
 
+def _power_sentence(report: dict[str, Any]) -> str:
+    power = report["power"]
+    others = [arm["arm"] for arm in report["arms"] if arm["arm"] not in power["arms"]]
+    sentence = (
+        f"With {report['planned_seeds']} seeds, and a standard deviation of the log of the steps of "
+        f"{power['log_deviation']:.2f}, the strictest of Holm's tests finds a ratio of {power['smallest_ratio']:.2f} "
+        "in 80% of cases."
+    )
+    if others:
+        names = ", ".join(f"`{arm}`" for arm in others)
+        sentence += f" That is the deviation of the arms that every seed has solved; it says nothing of {names}."
+    return sentence
+
+
 def _to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
     lines = []
     for report in reports:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
         lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
-        if ratio := report["power"]["smallest_ratio"]:
-            lines += [
-                f"With {report['planned_seeds']} seeds, and a standard deviation of the log of the steps of "
-                f"{report['power']['log_deviation']:.2f}, the strictest of Holm's tests finds a ratio of {ratio:.2f} "
-                "in 80% of cases.",
-                "",
-            ]
+        if report["power"]["smallest_ratio"]:
+            lines += [_power_sentence(report), ""]
         lines += [f"| arm | solved | censored at {report['horizon']:,} | restricted mean of the steps |"]
         lines += ["|---|---:|---:|---:|"]
         for arm in report["arms"]:

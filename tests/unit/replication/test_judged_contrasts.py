@@ -92,6 +92,7 @@ def test_the_power_is_stated_from_arms_that_every_seed_has_solved(files: Path) -
     assert 1 < known < 3
     # neither the arm that never solves the task nor one that half of the seeds solve says when it does
     assert power(**{"twice-as-fast": solved, "alike": half_solved}) == known
+    assert "it says nothing of `none`, `alike`." in (files / "out" / "e1.md").read_text()
     assert power(**{"twice-as-fast": half_solved, "alike": half_solved}) is None
 
 
