@@ -4,26 +4,50 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from metatokens.config.sweep import load_sweep
 from metatokens.errors import DataError, UsageError
 from metatokens.replication.cost import estimate
 from metatokens.replication.plan import SCALES, Plan, load_scale
 
-PARTS = {"E1", "E2", "E3", "E4", "E5"}
+PARTS = {"E1", "E1-list", "E2", "E3", "E4", "E5"}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SCALES)
 def test_every_command_of_a_scale_can_be_planned_before_the_first_has_run(name: str, tmp_path: Path) -> None:
-    costs = {cost.name: cost for cost in estimate(load_scale(name), tmp_path / "out")}
-    assert costs.keys() == PARTS | ({"E1-list"} if name == "tiny" else set())  # the others have list recall in E1
+    scale = load_scale(name)
+    costs = {cost.name: cost for cost in estimate(scale, tmp_path / "out")}
+    assert costs.keys() == PARTS
     assert all(cost.to_do == cost.trainings > 0 and cost.hours > 0 for cost in costs.values())
+    assert all((scale.folder / part.contrasts).is_file() for part in scale.plan.parts if part.contrasts)
     assert not (tmp_path / "out").exists()
 
 
 def test_contrasts_are_the_same_at_every_scale() -> None:
-    texts = [(load_scale(name).folder / "contrasts.yaml").read_text().partition("contrasts:")[2] for name in SCALES]
+    def named(name: str) -> str:
+        scale = load_scale(name)
+        (part,) = [part for part in scale.plan.parts if part.name == "E1"]
+        return (scale.folder / str(part.contrasts)).read_text().partition("contrasts:")[2]
+
+    texts = [named(name) for name in SCALES]
     assert texts == texts[:1] * len(texts)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) -> None:
+    scale = load_scale(name)
+    for part in scale.plan.parts:
+        if part.contrasts is None:
+            continue
+        plan = yaml.safe_load((scale.folder / part.contrasts).read_text())
+        named = {contrast[arm] for contrast in plan["contrasts"] for arm in ("first", "second")}
+        for step in part.steps:
+            task = step.run.split()[-1]
+            sweep = load_sweep(scale.folder / f"{task}.yaml")
+            assert named == sweep.axes["arm"].keys()
+            assert len(sweep.seeds) == plan["tasks"][task]
 
 
 def test_a_file_that_was_fixed_before_the_first_run_may_not_change(tmp_path: Path) -> None:
