@@ -24,9 +24,7 @@ from metatokens.evaluation.survival import (
     detectable_ratio,
     equivalence_of_times,
     log_rank_test,
-    restricted_mean,
     restricted_mean_interval,
-    survival_curve,
     time_ratio,
 )
 from metatokens.report.sweep_results import CellResult, load_results
@@ -37,7 +35,9 @@ FEWEST_SEEDS = 3
 
 
 def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> None:
-    """Judge the contrasts so far, and write NAME.json, NAME.md and NAME.png; nothing, if no task has enough seeds.
+    """Judge the contrasts so far, and write NAME.json, NAME.md, NAME.png and NAME-ratios.png.
+
+    Nothing is written if no task has enough seeds.
 
     Args:
         files: folder of the sweeps.
@@ -54,7 +54,11 @@ def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> Non
     tree = {"contrasts_sha256": digest, "tasks": reports}
     write_atomically(out / f"{name}.json", json.dumps(tree, indent=1) + "\n")
     write_atomically(out / f"{name}.md", _to_markdown(plan, reports))
-    _draw(reports, out / f"{name}.png")
+    from metatokens.report.figures import to_png  # matplotlib is an extra
+    from metatokens.report.solve_figures import draw_curves, draw_ratios
+
+    write_atomically(out / f"{name}.png", to_png(draw_curves(reports)))
+    write_atomically(out / f"{name}-ratios.png", to_png(draw_ratios(reports, plan["margin"])))
 
 
 def _times_of(cell: CellResult, seeds: list[int], horizon: int) -> Times:
@@ -222,30 +226,3 @@ def _to_markdown(plan: dict[str, Any], reports: list[dict[str, Any]]) -> str:
                 )
         lines.append("")
     return "\n".join(lines)
-
-
-def _draw(reports: list[dict[str, Any]], path: Path) -> None:
-    """Draw the share of trainings that have not solved their task yet, one panel for each task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from metatokens.report.figures import COLOURS
-
-    figure = Figure(figsize=(4.2 * len(reports) + 1.6, 3.2), layout="constrained")
-    for number, report in enumerate(reports, start=1):
-        axes = figure.add_subplot(1, len(reports), number)
-        for colour, arm in zip(COLOURS, report["arms"], strict=False):
-            sample = Times.of(arm["steps"], arm["is_solved"], report["horizon"])
-            at, shares = survival_curve(sample)
-            axes.step([0, *at, report["horizon"]], [1, *shares, shares[-1] if len(shares) else 1], where="post",
-                      color=colour, label=arm["arm"])  # fmt: skip
-            axes.axvline(restricted_mean(sample), color=colour, linewidth=0.6, linestyle=":")
-        axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
-        axes.set_xlabel("steps (dotted: restricted means)")
-        all_solved = all(all(arm["is_solved"]) for arm in report["arms"])
-        axes.set_xlim(0, 1.05 * max(max(arm["steps"]) for arm in report["arms"]) if all_solved else report["horizon"])
-        axes.set_ylim(0, 1.02)
-        axes.set_ylabel("not solved yet" if number == 1 else "")
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, metadata={"Software": None})

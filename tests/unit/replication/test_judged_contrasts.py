@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metatokens.replication.contrasts import write_contrasts
+from metatokens.report.solve_figures import draw_ratios
 
 HORIZON = 2000
 CONTRASTS = """
@@ -73,13 +74,13 @@ def test_three_seeds_decide_nothing_and_say_so(files: Path) -> None:
     assert {row["verdict"] for row in judge(files, 3)} == {"too few seeds"}
 
 
-def test_the_page_and_the_figure_show_every_arm_with_its_counts(files: Path) -> None:
+def test_the_page_and_the_figures_show_every_arm_with_its_counts(files: Path) -> None:
     judge(files, 16)
     page = (files / "out" / "e1.md").read_text()
     assert page.count("| hint |") == 2  # at equal steps and at equal operations
     assert "| twice-as-fast | 16 | 0 |" in page
     assert "0.48 CPU-hours" in page
-    assert (files / "out" / "e1.png").stat().st_size > 10_000
+    assert all((files / "out" / name).stat().st_size > 10_000 for name in ("e1.png", "e1-ratios.png"))
 
 
 def test_the_power_is_stated_from_arms_that_every_seed_has_solved(files: Path) -> None:
@@ -101,6 +102,10 @@ def test_a_ratio_to_an_arm_that_never_solved_its_task_is_called_a_bound(files: P
     table = (files / "out" / "e1.md").read_text()
     assert "| hint | twice-as-fast : none | 16 of 16 : 0 of 16 | at most 0." in table
     assert "| channel | none : twice-as-fast | 0 of 16 : 16 of 16 | at least " in table
+    judged = json.loads((files / "out" / "e1.json").read_text())["tasks"]
+    (panel,) = draw_ratios(judged, 1.5).axes
+    markers = [line.get_marker() for line in panel.lines if len(line.get_xdata()) == 1]
+    assert markers == ["<", "<", ">"]  # `none` never solves the task, so all three are bounds
 
 
 def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
