@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from metatokens.storage import is_sealed, read_sealed
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
@@ -51,6 +53,14 @@ def test_workflows_call_targets_that_the_makefile_has() -> None:
 @pytest.mark.parametrize("name", [".pre-commit-config.yaml", "mkdocs.yml", ".github/workflows/release.yml"])
 def test_a_file_of_settings_is_yaml(name: str) -> None:
     assert isinstance(yaml.safe_load((ROOT / name).read_text()), dict)
+
+
+def test_the_seal_of_every_committed_result_is_whole() -> None:
+    results = [path for room in ("experiments", "benchmarks") for path in sorted((ROOT / room).rglob("*.json"))]
+    sealed = [path for path in results if is_sealed(path)]
+    assert sealed
+    for path in sealed:
+        read_sealed(path, remedy="write it with `metatokens.storage.write_sealed`")
 
 
 def test_the_version_is_the_same_everywhere() -> None:
