@@ -1,5 +1,6 @@
 """experiments/length-generalisation."""
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import permutations
 from typing import Any
@@ -42,16 +43,19 @@ def _mean(cell: Any, key: str) -> float:
     return float(sum(one[key] for one in cell["trainings"]) / len(cell["trainings"]))
 
 
+def _solved(cell: Any) -> int:
+    return sum(one["solved"] for one in cell["trainings"])
+
+
 def length_table(task: str) -> str:
     """Write every arm of a sweep: what it has right at each length, and how long it took to solve the task."""
     cells = _cells(task)
     rows = []
     for (position, arm), cell in cells.items():
-        solved = sum(one["solved"] for one in cell["trainings"])
         costs = [f"{_mean(cell, 'steps'):.0f}", f"{_mean(cell, 'training_flops') / 1e9:.0f}"]
         accuracies = [_accuracy(cell, multiple) for multiple in MULTIPLES]
         name = [position, arm] if position else [arm, f"{cell['parameters']:,}"]
-        rows.append([*name, *accuracies, f"{solved} of {len(cell['trainings'])}", *costs])
+        rows.append([*name, *accuracies, f"{_solved(cell)} of {len(cell['trainings'])}", *costs])
     first = ["positions", "arm"] if any(position for position, _ in cells) else ["arm", "parameters"]
     return table([*first, *MULTIPLES, "solved", "steps", "10^9 operations"], rows)
 
@@ -66,7 +70,7 @@ def length_reach(*tasks: str) -> str:
             return ""
         good = [multiple for multiple in MULTIPLES if _generalises(cells[position, arm], multiple)]
         unbroken = [a for a, b in zip(good, MULTIPLES, strict=False) if a == b]
-        return unbroken[-1] if unbroken else "none"
+        return unbroken[-1] if unbroken else "below L"
 
     rows = [
         [position, *(reach(cells, position, arm) for cells in sweeps for arm in ARMS_OF_POSITIONS)]
@@ -80,10 +84,101 @@ def length_right(task: str, position: str, arm: str, multiple: str) -> str:
     return span(_row(_cells(task)[position, arm], multiple)["sequence_accuracy"], ".0f", 100)
 
 
+COUPLED = "learned-coupled"  # told where the answer stands, and no rival of the others
+
+
+def _rivals(task: str, *arms: str) -> list[Any]:
+    """Return the cells of all encodings but position coupling, of these arms or of all."""
+    return [
+        cell for (name, arm), cell in _cells(task).items() if name != COUPLED and arm in (arms or ARMS_OF_POSITIONS)
+    ]
+
+
+def length_solved(task: str, *arms: str) -> int:
+    """Return how many trainings of some arms have solved the task, without position coupling."""
+    return sum(_solved(cell) for cell in _rivals(task, *arms))
+
+
+def length_encodings_solved(task: str, arm: str) -> int:
+    """Return in how many encodings every training of an arm has solved the task, without position coupling."""
+    return sum(_solved(cell) == len(cell["trainings"]) for cell in _rivals(task, arm))
+
+
+def length_cells_generalising(task: str, multiple: str) -> int:
+    """Return how many encodings with an arm generalise to a length, without position coupling."""
+    return sum(_generalises(cell, multiple) for cell in _rivals(task))
+
+
+def length_solved_and_right(task: str, multiple: str) -> int:
+    """Return how many trainings that solved the task have enough right at a length, without position coupling."""
+    return sum(
+        one["solved"] and _by_seed(cell, multiple)[one["seed"]] >= RIGHT
+        for cell in _rivals(task)
+        for one in cell["trainings"]
+    )
+
+
+def length_best(task: str, multiple: str) -> str:
+    """Return the encoding that has most right at a length, its arm and its percentage.
+
+    Of those that generalise to L, and without position coupling.
+    """
+    good = [cell for cell in _rivals(task) if _generalises(cell, "L")]
+    best = max(good, key=lambda cell: float(_row(cell, multiple)["sequence_accuracy"]["estimate"]))
+    labels, accuracy = best["labels"], _row(best, multiple)["sequence_accuracy"]
+    return f"`{labels['position']}` in `{labels['arm']}`, with {span(accuracy, '.0f', 100)}"
+
+
+def length_chance(task: str, multiple: str) -> str:
+    """Return what guesses have right, in percent."""
+    return f"{100 * _row(_rivals(task, 'plain')[0], multiple)['chance']:.0f}"
+
+
+def length_slower(task: str, first: str, second: str) -> str:
+    """Return the encodings in which an arm takes more steps than another with every seed, or "none"."""
+    cells = _cells(task)
+
+    def steps(position: str, arm: str) -> list[int]:
+        return [one["steps"] for one in sorted(cells[position, arm]["trainings"], key=lambda one: one["seed"])]
+
+    return _names(
+        position
+        for position, arm in cells
+        if arm == first
+        and all(own > other for own, other in zip(steps(position, first), steps(position, second), strict=True))
+    )
+
+
+def length_solved_by(task: str, position: str) -> str:
+    """Return how many seeds of an encoding solve the task, arm by arm."""
+    counts = [_solved(_cells(task)[position, arm]) for arm in ARMS_OF_POSITIONS]
+    return f"{counts[0]}, {counts[1]} and {counts[2]}"
+
+
+def length_ahead_in(task: str, first: str, second: str, multiple: str) -> str:
+    """Return the encodings in which an arm has more right than another with every seed, or "none"."""
+    cells = _cells(task)
+
+    def is_ahead(position: str) -> bool:
+        own, other = (_by_seed(cells[position, arm], multiple) for arm in (first, second))
+        return all(own[seed] > other[seed] for seed in own)
+
+    return _names(position for position, arm in cells if arm == first and is_ahead(position))
+
+
+def _names(positions: Iterable[str]) -> str:
+    return ", ".join(f"`{position}`" for position in positions) or "none"
+
+
+def length_steps(task: str, position: str, arm: str) -> str:
+    """Return the mean steps up to the solution; a training without one counts with its last step."""
+    return f"{_mean(_cells(task)[position, arm], 'steps'):.0f}"
+
+
 def length_generalising(task: str, arm: str, multiple: str) -> str:
     """Return the encodings that generalise to a length, or "none"."""
     found = [position for (position, own), cell in _cells(task).items() if own == arm and _generalises(cell, multiple)]
-    return ", ".join(f"`{position}`" for position in found) or "none"
+    return _names(found)
 
 
 def length_order_changes(task: str) -> int:
@@ -106,12 +201,24 @@ def length_order_changes(task: str) -> int:
     )
 
 
+def length_above_guesses(task: str, multiple: str) -> str:
+    """Return the encodings that do better than guesses with every seed of some arm, or "none"."""
+    cells = _cells(task).items()
+    found = [position for (position, _), cell in cells if min(_by_seed(cell, multiple).values()) >= ABOVE_GUESSES]
+    return _names(dict.fromkeys(found))
+
+
 def length_ahead(task: str, first: str, second: str, multiple: str) -> int:
     """Return in how many encodings an arm has more answers right than another with every seed."""
     cells = _cells(task)
     positions = [position for position, arm in cells if arm == first and (position, second) in cells]
     both = [[_by_seed(cells[position, arm], multiple) for arm in (first, second)] for position in positions]
     return sum(all(own[seed] > other[seed] for seed in own) for own, other in both)
+
+
+def length_cpu_hours(task: str) -> float:
+    """Return the processor time of all trainings of a sweep, and of their evaluations."""
+    return sum(one["cpu_seconds"] for cell in _cells(task).values() for one in cell["trainings"]) / 3600
 
 
 def length_operations(task: str, arm: str, beside: str = "full") -> str:
@@ -121,9 +228,27 @@ def length_operations(task: str, arm: str, beside: str = "full") -> str:
     return f"{whole * _mean(other, 'steps') / _mean(own, 'steps'):.2f}"
 
 
-SWEEPS = ("parity", "memory-parity")
+SWEEPS = ("parity", "memory-parity", "copying")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
-    "length-reach": partial(length_reach, "parity"),
+    "length-reach": partial(length_reach, "parity", "copying"),
 }
-NAMES = (length_ahead, length_right, length_generalising, length_order_changes, length_operations)
+NAMES = (
+    length_above_guesses,
+    length_ahead,
+    length_ahead_in,
+    length_best,
+    length_cells_generalising,
+    length_chance,
+    length_cpu_hours,
+    length_encodings_solved,
+    length_generalising,
+    length_operations,
+    length_order_changes,
+    length_right,
+    length_slower,
+    length_solved,
+    length_solved_and_right,
+    length_solved_by,
+    length_steps,
+)
