@@ -89,9 +89,7 @@ COUPLED = "learned-coupled"  # told where the answer stands, and no rival of the
 
 def _rivals(task: str, *arms: str) -> list[Any]:
     """Return the cells of all encodings but position coupling, of these arms or of all."""
-    return [
-        cell for (name, arm), cell in _cells(task).items() if name != COUPLED and arm in (arms or ARMS_OF_POSITIONS)
-    ]
+    return [cell for (name, arm), cell in _cells(task).items() if name != COUPLED and (not arms or arm in arms)]
 
 
 def length_solved(task: str, *arms: str) -> int:
