@@ -9,8 +9,9 @@ from measured.source import load, span, table
 
 LENGTH = "experiments/length-generalisation"
 MULTIPLES = ("L", "2 L", "4 L", "8 L")
-RIGHT, MOST_SEEDS, ABOVE_GUESSES = 0.9, 0.8, 0.6  # the rules of its README
+RIGHT, MOST_SEEDS, ABOVE_GUESSES = 0.9, 0.8, 0.6  # the rules of its README; the last is about the guesses of parity
 ARMS_OF_POSITIONS = ("plain", "pause", "meta")
+COUPLED = "learned-coupled"  # position coupling is told where the answer stands, and is no rival of the others
 
 
 def _cells(task: str) -> dict[tuple[str, str], Any]:
@@ -84,9 +85,6 @@ def length_right(task: str, position: str, arm: str, multiple: str) -> str:
     return span(_row(_cells(task)[position, arm], multiple)["sequence_accuracy"], ".0f", 100)
 
 
-COUPLED = "learned-coupled"  # told where the answer stands, and no rival of the others
-
-
 def _rivals(task: str, *arms: str) -> list[Any]:
     """Return the cells of all encodings but position coupling, of these arms or of all."""
     return [cell for (name, arm), cell in _cells(task).items() if name != COUPLED and (not arms or arm in arms)]
@@ -103,7 +101,7 @@ def length_encodings_solved(task: str, arm: str) -> int:
 
 
 def length_cells_generalising(task: str, multiple: str) -> int:
-    """Return how many encodings with an arm generalise to a length, without position coupling."""
+    """Return how many arms of a sweep generalise to a length, without position coupling."""
     return sum(_generalises(cell, multiple) for cell in _rivals(task))
 
 
@@ -132,19 +130,57 @@ def length_chance(task: str, multiple: str) -> str:
     return f"{100 * _row(_rivals(task, 'plain')[0], multiple)['chance']:.0f}"
 
 
+def _steps_by_seed(cell: Any) -> dict[int, float]:
+    return {one["seed"]: one["steps"] for one in cell["trainings"]}
+
+
+def _is_more(own: dict[int, float], other: dict[int, float]) -> bool:
+    """Tell whether one is more than the other with every seed."""
+    return all(own[seed] > other[seed] for seed in own)
+
+
+def _encodings_with_more(values: dict[tuple[str, str], dict[int, float]], first: str, second: str) -> list[str]:
+    """Return the encodings in which an arm has more than another with every seed; position coupling does not count."""
+    positions = [position for position, arm in values if arm == first and position != COUPLED]
+    return [position for position in positions if _is_more(values[position, first], values[position, second])]
+
+
+def length_ahead_in(task: str, first: str, second: str, multiple: str) -> str:
+    """Return the encodings in which an arm has more right than another with every seed, or "no encoding"."""
+    right = {key: _by_seed(cell, multiple) for key, cell in _cells(task).items()}
+    return _names(_encodings_with_more(right, first, second))
+
+
+def length_ahead(task: str, first: str, second: str, multiple: str) -> int:
+    """Return in how many encodings an arm has more answers right than another with every seed."""
+    right = {key: _by_seed(cell, multiple) for key, cell in _cells(task).items()}
+    return len(_encodings_with_more(right, first, second))
+
+
 def length_slower(task: str, first: str, second: str) -> str:
-    """Return the encodings in which an arm takes more steps than another with every seed, or "none"."""
-    cells = _cells(task)
+    """Return the encodings in which an arm takes more steps than another with every seed, or "no encoding"."""
+    steps = {key: _steps_by_seed(cell) for key, cell in _cells(task).items()}
+    return _names(_encodings_with_more(steps, first, second))
 
-    def steps(position: str, arm: str) -> list[int]:
-        return [one["steps"] for one in sorted(cells[position, arm]["trainings"], key=lambda one: one["seed"])]
 
-    return _names(
-        position
-        for position, arm in cells
-        if arm == first
-        and all(own > other for own, other in zip(steps(position, first), steps(position, second), strict=True))
-    )
+def length_arms_beside_full(task: str, what: str, *, more: bool) -> str:
+    """Return the arms that have more, or less, than full attention with every seed, or "no arm".
+
+    Args:
+        task: of a sweep without encodings.
+        what: "steps", or a length at which answers are right.
+        more: whether more.
+    """
+    cells = {arm: cell for (_, arm), cell in _cells(task).items()}
+    found = {arm: _steps_by_seed(cell) if what == "steps" else _by_seed(cell, what) for arm, cell in cells.items()}
+    full = found.pop("full")
+    return _names((arm for arm, own in found.items() if _is_more(*((own, full) if more else (full, own)))), "arm")
+
+
+def length_steps_over_full(task: str, arm: str) -> str:
+    """Return the mean steps of an arm over those of full attention."""
+    own, full = (_mean(_cells(task)["", name], "steps") for name in (arm, "full"))
+    return f"{own / full:.2f}"
 
 
 def length_solved_by(task: str, position: str) -> str:
@@ -153,19 +189,8 @@ def length_solved_by(task: str, position: str) -> str:
     return f"{counts[0]}, {counts[1]} and {counts[2]}"
 
 
-def length_ahead_in(task: str, first: str, second: str, multiple: str) -> str:
-    """Return the encodings in which an arm has more right than another with every seed, or "none"."""
-    cells = _cells(task)
-
-    def is_ahead(position: str) -> bool:
-        own, other = (_by_seed(cells[position, arm], multiple) for arm in (first, second))
-        return all(own[seed] > other[seed] for seed in own)
-
-    return _names(position for position, arm in cells if arm == first and is_ahead(position))
-
-
-def _names(positions: Iterable[str]) -> str:
-    return ", ".join(f"`{position}`" for position in positions) or "none"
+def _names(names: Iterable[str], kind: str = "encoding") -> str:
+    return ", ".join(f"`{name}`" for name in names) or f"no {kind}"
 
 
 def length_steps(task: str, position: str, arm: str) -> str:
@@ -174,7 +199,7 @@ def length_steps(task: str, position: str, arm: str) -> str:
 
 
 def length_generalising(task: str, arm: str, multiple: str) -> str:
-    """Return the encodings that generalise to a length, or "none"."""
+    """Return the encodings that generalise to a length, or "no encoding"."""
     found = [position for (position, own), cell in _cells(task).items() if own == arm and _generalises(cell, multiple)]
     return _names(found)
 
@@ -188,7 +213,7 @@ def length_order_changes(task: str) -> int:
 
     def ahead(first: str, second: str, arm: str, multiple: str) -> bool:
         own, other = (_by_seed(cells[position, arm], multiple) for position in (first, second))
-        return all(own[seed] > other[seed] and own[seed] >= ABOVE_GUESSES for seed in own)
+        return _is_more(own, other) and min(own.values()) >= ABOVE_GUESSES
 
     positions = [position for position, own in cells if own == "plain"]
     return sum(
@@ -200,18 +225,10 @@ def length_order_changes(task: str) -> int:
 
 
 def length_above_guesses(task: str, multiple: str) -> str:
-    """Return the encodings that do better than guesses with every seed of some arm, or "none"."""
+    """Return the encodings that do better than guesses with every seed of some arm, or "no encoding"."""
     cells = _cells(task).items()
     found = [position for (position, _), cell in cells if min(_by_seed(cell, multiple).values()) >= ABOVE_GUESSES]
     return _names(dict.fromkeys(found))
-
-
-def length_ahead(task: str, first: str, second: str, multiple: str) -> int:
-    """Return in how many encodings an arm has more answers right than another with every seed."""
-    cells = _cells(task)
-    positions = [position for position, arm in cells if arm == first and (position, second) in cells]
-    both = [[_by_seed(cells[position, arm], multiple) for arm in (first, second)] for position in positions]
-    return sum(all(own[seed] > other[seed] for seed in own) for own, other in both)
 
 
 def length_cpu_hours(task: str) -> float:
@@ -219,14 +236,14 @@ def length_cpu_hours(task: str) -> float:
     return sum(one["cpu_seconds"] for cell in _cells(task).values() for one in cell["trainings"]) / 3600
 
 
-def length_operations(task: str, arm: str, beside: str = "full") -> str:
-    """Return the operations of a step of an arm over those of another, of a sweep without encodings."""
-    own, other = (_cells(task)["", name] for name in (arm, beside))
+def length_operations(task: str, arm: str) -> str:
+    """Return the operations of a step of an arm over those of full attention."""
+    own, other = (_cells(task)["", name] for name in (arm, "full"))
     whole = _mean(own, "training_flops") / _mean(other, "training_flops")
     return f"{whole * _mean(other, 'steps') / _mean(own, 'steps'):.2f}"
 
 
-SWEEPS = ("parity", "memory-parity", "copying")
+SWEEPS = ("parity", "memory-parity", "copying", "memory-copying")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
     "length-reach": partial(length_reach, "parity", "copying"),
@@ -235,6 +252,7 @@ NAMES = (
     length_above_guesses,
     length_ahead,
     length_ahead_in,
+    length_arms_beside_full,
     length_best,
     length_cells_generalising,
     length_chance,
@@ -249,4 +267,5 @@ NAMES = (
     length_solved_and_right,
     length_solved_by,
     length_steps,
+    length_steps_over_full,
 )
