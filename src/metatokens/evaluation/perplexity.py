@@ -7,7 +7,7 @@ intervention, pass their documents' nats to `bootstrap_paired_ratio`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,10 @@ class DocumentScore:
     """Total in non-overlapping windows."""
     sliding_nats: float
     """Total in sliding windows."""
+    context_tokens: tuple[int, ...]
+    """Text tokens in each of the result's `buckets`."""
+    context_nats: tuple[float, ...]
+    """Total of each bucket, in non-overlapping windows."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ def measure_perplexity(
     assert options.window is not None  # the scorer has filled it in
     report = _progress_reporter(encoded, scorer.text_tokens_per_window, strides, progress)
 
-    sums = _BucketSums(scorer.text_tokens_per_window)
+    # the longest document reaches the last bucket
+    buckets = _Buckets(scorer.text_tokens_per_window, max(len(document.tokens) for document in encoded))
     rows = []
     was_training = model.training
     model.train(False)
@@ -161,15 +166,14 @@ def measure_perplexity(
                     scorer.score(document.tokens, document_number=number, stride=stride, on_read=report)
                     for stride in strides
                 ]
-                sums.add(nats)
-                rows.append(_score_of(document, nats, (*sliding, nats)[0]))
+                rows.append(_score_of(document, nats, (*sliding, nats)[0], buckets))
     finally:
         model.train(was_training)
 
     return PerplexityResult(
         non_overlapping=_window_scores(rows, [row.nats for row in rows], options.seed),
         sliding=_window_scores(rows, [row.sliding_nats for row in rows], options.seed),
-        buckets=sums.buckets(),
+        buckets=buckets.means(rows),
         documents=rows,
         text_tokens=sum(row.text_tokens for row in rows),
         words=sum(row.words for row in rows),
@@ -191,31 +195,32 @@ def measure_perplexity(
     )
 
 
-class _BucketSums:
-    """Sums of losses in buckets of context length: 0, 1, 2-3, 4-7 and so on, by its number of binary digits."""
+class _Buckets:
+    """Buckets of context length in non-overlapping windows, by its binary digits: 0, 1, 2-3, 4-7 and so on."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, longest_document: int) -> None:
         self._window = window
-        num_buckets = 1 + (window - 1).bit_length()
-        self._text_tokens = np.zeros(num_buckets, dtype=np.int64)
-        self._nats = np.zeros(num_buckets)
+        self._number = 1 + (min(window, longest_document) - 1).bit_length()
 
-    def add(self, nats: FloatArray) -> None:
-        """Add the losses of a document in non-overlapping windows."""
+    def sums(self, nats: FloatArray) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the number of text tokens of a document in each bucket, and the sum of their losses."""
         digits = np.frexp(np.arange(len(nats)) % self._window)[1]
-        self._text_tokens += np.bincount(digits, minlength=len(self._nats))
-        self._nats += np.bincount(digits, weights=nats, minlength=len(self._nats))
+        tokens: list[int] = np.bincount(digits, minlength=self._number).tolist()
+        totals: list[float] = np.bincount(digits, weights=nats, minlength=self._number).tolist()
+        return tuple(tokens), tuple(totals)
 
-    def buckets(self) -> list[ContextBucket]:
-        """Return the buckets that hold a token."""
+    def means(self, rows: Sequence[DocumentScore]) -> list[ContextBucket]:
+        """Return every bucket, over all documents."""
+        tokens = np.sum([row.context_tokens for row in rows], axis=0)
+        nats = np.sum([row.context_nats for row in rows], axis=0)
         return [
             ContextBucket(
                 lowest_context=2**digits // 2,
                 highest_context=min(2**digits, self._window) - 1,
-                text_tokens=int(self._text_tokens[digits]),
-                nats_per_token=float(self._nats[digits] / self._text_tokens[digits]),
+                text_tokens=int(tokens[digits]),
+                nats_per_token=float(nats[digits] / tokens[digits]),
             )
-            for digits in np.flatnonzero(self._text_tokens).tolist()
+            for digits in range(self._number)
         ]
 
 
@@ -268,7 +273,9 @@ def _progress_reporter(
     return report
 
 
-def _score_of(document: _EncodedDocument, nats: FloatArray, sliding_nats: FloatArray) -> DocumentScore:
+def _score_of(
+    document: _EncodedDocument, nats: FloatArray, sliding_nats: FloatArray, buckets: _Buckets
+) -> DocumentScore:
     totals = (float(nats.sum()), float(sliding_nats.sum()))
     if not np.isfinite(totals).all():
         raise NumericError(
@@ -277,7 +284,7 @@ def _score_of(document: _EncodedDocument, nats: FloatArray, sliding_nats: FloatA
             found="one that is not finite",
             remedy="check the weights, or load the model in float32",
         )
-    return DocumentScore(document.name, len(nats), document.words, *totals)
+    return DocumentScore(document.name, len(nats), document.words, *totals, *buckets.sums(nats))
 
 
 def _window_scores(rows: list[DocumentScore], nats: list[float], seed: int) -> WindowScores:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from metatokens.errors import UsageError
-from metatokens.replication.contrasts import write_contrasts
+from metatokens.replication.contrasts import write_contrasts, write_summary
 from metatokens.replication.plan import Command, Part, Scale
 from metatokens.storage import make_folder, write_atomically
 
@@ -86,7 +86,10 @@ def run_part(
 
 
 def write_tables(scale: Scale, out: Path) -> Path:
-    """Judge the contrasts and write replication.md, the tables of all parts so far; return its path."""
+    """Judge the contrasts and write replication.md, the tables of all parts so far; return its path.
+
+    explanations.md and explanations.png have all contrasts side by side.
+    """
     lines = [f"# Replication, scale {scale.name}", ""]
     for part in scale.plan.parts:
         lines += [f"# {part.name}: {part.question}", ""]
@@ -94,6 +97,8 @@ def write_tables(scale: Scale, out: Path) -> Path:
             write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
         tables = list(_tables(scale, part, out))
         lines += tables or ["Nothing has been measured yet.", ""]
+    judged = (out / part.folder / f"{part.name.lower()}.json" for part in scale.plan.parts if part.contrasts)
+    write_summary([path for path in judged if path.is_file()], out)
     path = out / "replication.md"
     write_atomically(path, "\n".join(lines))
     return path

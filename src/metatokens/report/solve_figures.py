@@ -1,4 +1,4 @@
-"""Figures of times to solve a task, drawn from what `metatokens.replication.contrasts` found."""
+"""Figures of times to solve a task, drawn from what `metatokens.replication.solve_times` found."""
 
 import math
 from collections.abc import Sequence
@@ -16,6 +16,11 @@ _COLOURS_OF_VERDICTS = dict(
     zip(("equivalent", "opposite", "supported", "differs"), COLOURS[:4], strict=True)  # a control differs
 )
 _UNDECIDED_COLOUR = COLOURS[6]
+
+
+def colour_of_verdict(verdict: str) -> str:
+    """Return the colour of a verdict, whether it lies within the margin too or not."""
+    return _COLOURS_OF_VERDICTS.get(verdict.partition(",")[0], _UNDECIDED_COLOUR)
 
 
 def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
@@ -67,14 +72,14 @@ def draw_ratios(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("ratio of steps to solve the task")
     found = dict.fromkeys(_verdict(contrast) for contrast in contrasts)
-    handles = [Line2D([], [], color=_colour(verdict), marker="o") for verdict in found]
+    handles = [Line2D([], [], color=colour_of_verdict(verdict), marker="o") for verdict in found]
     figure.legend(handles, list(found), loc="outside lower center", ncols=len(found), frameon=False)
     return figure
 
 
 def _draw_intervals(axes: Axes, contrasts: Sequence[dict[str, Any]]) -> None:
     for place, contrast in enumerate(contrasts):
-        ratio, colour = contrast["ratio"], _colour(_verdict(contrast))
+        ratio, colour = contrast["ratio"], colour_of_verdict(contrast["verdict"])
         if ratio["estimate"] is None:  # neither arm has solved the task
             continue
         ends = [
@@ -97,7 +102,3 @@ def _marker(contrast: dict[str, Any]) -> str:
 def _verdict(contrast: dict[str, Any]) -> str:
     """Return the verdict, without whether it lies within the margin too."""
     return str(contrast["verdict"].partition(",")[0])
-
-
-def _colour(verdict: str) -> str:
-    return _COLOURS_OF_VERDICTS.get(verdict, _UNDECIDED_COLOUR)

@@ -103,6 +103,12 @@ def read_answers(run: SweepRun) -> dict[str, dict[str, Any]]:
     }
 
 
+def read_reports(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the stored reports of a run's evaluations by name, whatever the sweep requests now."""
+    stored = _read_json(run_folder / "evaluation.json", default={})
+    return {name: answer["report"] for name, answer in stored.items()}
+
+
 def read_cpu_seconds(run: SweepRun) -> float:
     """Return the processor time of a run's processes, but for those that outlived a sweep that was killed."""
     stored = _read_json(run.folder.path / "cpu_seconds.json", default=0.0)

@@ -209,6 +209,10 @@ def test_buckets_split_the_loss_by_context(skip_model, tokenizer):
         inside = [value for j in range(low, high + 1) for value in losses[j]]
         assert bucket.text_tokens == len(inside)
         assert bucket.nats_per_token == pytest.approx(np.mean(inside))
+    for document in result.documents:
+        assert sum(document.context_tokens) == document.text_tokens
+        assert sum(document.context_nats) == pytest.approx(document.nats)
+        assert len(document.context_tokens) == len(document.context_nats) == len(ranges)
 
 
 def test_batch_size_does_not_change_the_losses(skip_model, tokenizer):

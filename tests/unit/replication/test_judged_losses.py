@@ -1,0 +1,131 @@
+"""Contrasts of losses on texts: what is stated, what is equivalent, and which numbers are shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metatokens.errors import DataError
+from metatokens.replication.contrasts import write_contrasts
+from metatokens.report.loss_figures import draw_by_context
+
+CONTRASTS = """
+endpoint: nats
+evaluation: books
+margin: 0.05
+tasks: {e4: 3}
+contrasts:
+  - {explains: channel, first: better, second: plain, expected: lower}
+  - {explains: parameters, first: alike, second: plain, expected: lower}
+  - {explains: place to compute, first: plain, second: better, expected: lower}
+  - {explains: second attention, first: unsteady, second: plain, expected: lower}
+"""
+WORDS, TOKENS = [100, 200, 50, 150], [220, 390, 110, 300]  # of four documents
+BUCKETS = [(0, 0), (1, 1), (2, 3)]
+SHARES = np.array([0.25, 0.25, 0.5])  # of the text in each bucket
+
+
+def report(nats_per_word: float, seed: int, late_gain: float = 0.0) -> dict[str, Any]:
+    """Return what `metatokens perplexity` writes; `late_gain` is less loss per word in the last bucket alone."""
+    noise = np.random.default_rng(seed).normal(0, 0.3, len(WORDS))  # of the documents, shared by the arms of a seed
+    documents = []
+    for number, (words, tokens) in enumerate(zip(WORDS, TOKENS, strict=True)):
+        nats = words * (nats_per_word + noise[number])
+        in_buckets = nats * SHARES - np.array([0, 0, late_gain]) * words * SHARES
+        documents.append(
+            {
+                **{"name": f"book {number}", "words": words, "text_tokens": tokens},
+                **{"sliding_nats": nats, "context_nats": in_buckets.tolist()},
+                "context_tokens": (tokens * SHARES).tolist(),
+            }
+        )
+    return {"documents": documents, "buckets": [{"lowest_context": a, "highest_context": b} for a, b in BUCKETS]}
+
+
+def cell(out: Path, arm: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    for seed, one in enumerate(reports):
+        folder = out / "e4" / "runs" / arm / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(json.dumps({"books": {"report": one}}))
+    seeds = list(range(len(reports)))
+    by_seed = [sum(one["sliding_nats"] for one in each["documents"]) / sum(WORDS) for each in reports]
+    row = {
+        **{"name": "books", "text": "test", "interventions": [], "documents": len(WORDS), "seeds": seeds},
+        **{"perplexity": 1.0, "nats_per_word": {"estimate": np.mean(by_seed), "low": None, "high": None}},
+        **{"by_seed": by_seed, "difference": None, "difference_by_seed": [], "by_context": []},
+    }
+    trainings = [{"seed": n, "steps": 9, "solved": None, "training_flops": 1e6, "cpu_seconds": 1800} for n in seeds]
+    return {
+        **{"labels": {"arm": arm}, "task": "pre-training", "matching": "", "seeds": seeds},
+        **{"models": [f"runs/{arm}/seed-{seed}/model" for seed in seeds], "parameters": 1, "steps": 1},
+        **{"text_tokens": 1.0, "meta_tokens": 0.0, "training_flops": 1e6, "trained_to": 4, "curve": []},
+        **{"evaluations": [], "perplexities": [row], "trainings": trainings},
+    }
+
+
+def judge(folder: Path, num_seeds: int, **late: float) -> dict[str, Any]:
+    (folder / "contrasts-books.yaml").write_text(CONTRASTS)
+    losses = {
+        "plain": [10.0] * num_seeds,
+        "better": [9.8 - 0.02 * seed for seed in range(num_seeds)],
+        "alike": [10.01, 9.98, 10.02][:num_seeds],
+        "unsteady": [9.5, 9.6, 10.1][:num_seeds],  # a clear mean, but one seed of three is worse
+    }
+    out = folder / "out"
+    arms = {
+        arm: [report(loss, seed, late.get(arm, 0)) for seed, loss in enumerate(of_seeds)]
+        for arm, of_seeds in losses.items()
+    }
+    results = {
+        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 12, "done": 12, "failed": [], "versions": {}},
+        "cells": [cell(out, arm, reports) for arm, reports in arms.items()],
+    }
+    (out / "e4" / "results.json").write_text(json.dumps(results))
+    write_contrasts(folder, "contrasts-books.yaml", out, name="e4")
+    found: dict[str, Any] = json.loads((out / "e4.json").read_text())["tasks"][0]
+    return found
+
+
+def test_a_difference_is_stated_where_every_seed_has_its_sign(tmp_path: Path) -> None:
+    rows = judge(tmp_path, 3)["contrasts"]
+    assert [row["verdict"] for row in rows] == ["supported", "equivalent", "opposite", "cannot tell"]
+    better, _, _, unsteady = rows
+    assert better["by_seed"] == pytest.approx([-0.2, -0.22, -0.24])
+    # documents are paired, so what they share widens no interval
+    assert [better["difference"][key] for key in ("low", "estimate", "high")] == pytest.approx([-0.22] * 3)
+    assert unsteady["difference"]["high"] < 0 < max(unsteady["by_seed"])
+
+
+def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
+    assert {row["verdict"] for row in judge(tmp_path, 2)["contrasts"]} == {"too few seeds"}
+
+
+def test_a_gain_from_far_text_alone_shows_in_its_bucket(tmp_path: Path) -> None:
+    better = judge(tmp_path, 3, better=0.5)["contrasts"][0]
+    assert [(bucket["lowest"], bucket["highest"]) for bucket in better["by_context"]] == BUCKETS
+    # words per token differ from document to document, so a bucket is near the whole's unit, not equal to it
+    assert [bucket["difference"]["estimate"] for bucket in better["by_context"]] == pytest.approx(
+        [-0.22, -0.22, -0.72], rel=0.03
+    )
+
+
+def test_arms_that_read_other_text_are_not_compared(tmp_path: Path) -> None:
+    judge(tmp_path, 3)
+    answers = tmp_path / "out" / "e4" / "runs" / "better" / "seed-0" / "evaluation.json"
+    answers.write_text(answers.read_text().replace("book 2", "book 5"))
+    with pytest.raises(DataError, match="the same text in equal windows"):
+        write_contrasts(tmp_path, "contrasts-books.yaml", tmp_path / "out", name="e4")
+
+
+def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
+    found = judge(tmp_path, 3)
+    page = (tmp_path / "out" / "e4.md").read_text()
+    assert "## e4, books: 4 documents, 6.00 CPU-hours" in page
+    assert "| channel | better - plain | -0.220 (-0.220 to -0.220) | -0.200, -0.220, -0.240 | supported |" in page
+    assert page.count("| 2 to 3 | **-0.") == 1
+    assert (tmp_path / "out" / "e4.png").stat().st_size > 10_000
+    labels = draw_by_context(found, 0.05).axes[0].get_legend_handles_labels()[1]
+    assert labels[0] == "channel: better - plain"
+    assert len(labels) == len(found["contrasts"])
