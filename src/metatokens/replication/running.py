@@ -6,9 +6,13 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from metatokens.errors import UsageError
+from metatokens.evaluation.recall import RecallReport
 from metatokens.replication.contrasts import write_contrasts, write_summary
 from metatokens.replication.plan import Command, Part, Scale
+from metatokens.report.tables import asked_to_markdown
 from metatokens.storage import make_folder, write_atomically
 
 TEXTS = ("train", "test")
@@ -113,6 +117,16 @@ def _tables(scale: Scale, part: Part, out: Path) -> Iterator[str]:
             table = out / part.folder / words[words.index("--out") + 1] / "table.md"
             if table.is_file():
                 yield table.read_text(encoding="utf-8")
+    if asked := _asked(scale, part, out):
+        yield f"# Asked without a training\n\n{asked_to_markdown(asked)}"
+
+
+def _asked(scale: Scale, part: Part, out: Path) -> dict[str, RecallReport]:
+    """Return what the evaluations of a part have found so far, by the names of their files."""
+    names = (one.writes for one in scale.commands(part) if one.words[0] == "evaluate" and one.writes)
+    files = (out / part.folder / name for name in names)
+    read = TypeAdapter(RecallReport).validate_json
+    return {file.stem: read(file.read_bytes()) for file in files if file.is_file()}
 
 
 def _link_books(folder: Path, books: Path) -> None:

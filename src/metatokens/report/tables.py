@@ -1,6 +1,6 @@
 """The results of a sweep as tables: Markdown for a file, and for a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
@@ -19,6 +19,8 @@ from metatokens.report.sweep_results import (
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from metatokens.evaluation.recall import RecallReport, RecallRow
 
 _PERPLEXITY_LEGEND = (
     "Sliding windows; means of the seeds with the 95% interval over documents, which does not hold the spread of the "
@@ -79,6 +81,30 @@ def to_markdown(results: SweepResults) -> str:
     if results.failed:
         lines += ["## Failed", "", *(f"- {failure.run}: {failure.error}" for failure in results.failed), ""]
     return "\n".join(lines)
+
+
+def asked_to_markdown(reports: Mapping[str, "RecallReport"]) -> str:
+    """Write reports of `metatokens evaluate` as one table: a row for each, with its accuracy at each length.
+
+    Args:
+        reports: by the names of their rows.
+    """
+    lengths = list(dict.fromkeys(row.length for report in reports.values() for row in report.rows))
+    lines = [_line(["asked", "models", *(f"{length} tokens" for length in lengths)])]
+    lines.append("|---|" + "---:|" * (1 + len(lengths)))
+    for name, report in reports.items():
+        texts = {row.length: _share(row) for row in report.rows}
+        lines.append(_line([name, str(len(report.models)), *(texts.get(length, "") for length in lengths)]))
+    return "\n".join([*lines, ""])
+
+
+def _share(row: "RecallRow") -> str:
+    """Return the accuracy of whole answers, with its interval or model by model."""
+    accuracy = row.sequence_accuracy
+    if accuracy is None:
+        return "n/a"
+    by_model = [sum(outcomes) / len(outcomes) for outcomes in row.sequence_outcomes]
+    return f"{100 * accuracy.estimate:.1f}%{_spread(accuracy, by_model, '.1f')}"
 
 
 def to_rich(results: SweepResults) -> Iterator["Table"]:
@@ -234,7 +260,7 @@ def _percent(row: AccuracyRow | None, digits: int = 1) -> str:
     interval = row.sequence_accuracy
     if interval is None:
         return "n/a"
-    return f"{100 * interval.estimate:.{digits}f}%{_spread(row, interval, row.sequence_by_seed, f'.{digits}f')}"
+    return f"{100 * interval.estimate:.{digits}f}%{_spread(interval, row.sequence_by_seed, f'.{digits}f')}"
 
 
 def _points(row: AccuracyRow | None) -> str:
@@ -242,13 +268,13 @@ def _points(row: AccuracyRow | None) -> str:
     interval = None if row is None else row.difference
     if row is None or interval is None:
         return ""
-    return f"{100 * interval.estimate:+.1f}{_spread(row, interval, row.difference_by_seed, '+.1f')}"
+    return f"{100 * interval.estimate:+.1f}{_spread(interval, row.difference_by_seed, '+.1f')}"
 
 
-def _spread(row: AccuracyRow, interval: Interval, by_seed: Sequence[float], form: str) -> str:
+def _spread(interval: Interval, by_seed: Sequence[float], form: str) -> str:
     """Return the interval, or one number a seed where there are too few seeds for one."""
-    if 1 < len(row.seeds) < MINIMUM_SEEDS:
-        return f" ({' / '.join(f'{100 * one:{form}}' for one in by_seed)})" if by_seed else ""
+    if 1 < len(by_seed) < MINIMUM_SEEDS:
+        return f" ({' / '.join(f'{100 * one:{form}}' for one in by_seed)})"
     if interval.low is None or interval.high is None:
         return ""
     return f" ({100 * interval.low:{form}} to {100 * interval.high:{form}})"
