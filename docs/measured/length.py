@@ -243,6 +243,54 @@ def length_operations(task: str, arm: str) -> str:
     return f"{whole * _mean(other, 'steps') / _mean(own, 'steps'):.2f}"
 
 
+def _nats(cell: Any, window: str) -> dict[int, float]:
+    """Return the nats per word on books, seed by seed, in windows of L, 2 L or 4 L."""
+    row = cell["perplexities"][MULTIPLES.index(window)]
+    return dict(zip(row["seeds"], row["by_seed"], strict=True))
+
+
+def _longer(cell: Any, window: str) -> dict[int, float]:
+    """Return by how much more a model of books loses in a longer window than in L, seed by seed."""
+    return {seed: nats - _nats(cell, "L")[seed] for seed, nats in _nats(cell, window).items()}
+
+
+def _reads_on(cell: Any) -> bool:
+    return max(_longer(cell, "4 L").values()) < 0
+
+
+def _seeds(values: dict[int, float], form: str) -> str:
+    return ", ".join(format(value, form) for value in values.values())
+
+
+def books_table(sweep: str) -> str:
+    """Write every arm of a sweep on books: nats per word, what longer windows change, and what it cost."""
+    rows = []
+    for (position, arm), cell in _cells(sweep).items():
+        changes = [_seeds(_longer(cell, window), "+.2f") for window in ("2 L", "4 L")]
+        changes[-1] = f"**{changes[-1]}**" if _reads_on(cell) else changes[-1]
+        costs = [f"{cell['parameters']:,}", f"{_mean(cell, 'training_flops') / 1e12:.1f}"]
+        rows.append([*([position, arm] if position else [arm]), _seeds(_nats(cell, "L"), ".2f"), *changes, *costs])
+    first = ["positions", "arm"] if any(position for position, _ in _cells(sweep)) else ["arm"]
+    return table([*first, "L", "2 L - L", "4 L - L", "parameters", "10^12 operations"], rows)
+
+
+def books_reading_on(sweep: str, *arms: str) -> str:
+    """Return the encodings that lose less in windows of 4 L than of L with every seed of an arm, or "no encoding"."""
+    found = (position for (position, arm), cell in _cells(sweep).items() if arm in arms and _reads_on(cell))
+    return _names(dict.fromkeys(found))
+
+
+def books_longer(sweep: str, position: str, arm: str, window: str = "4 L") -> str:
+    """Return by how much more a model loses in a longer window than in L, seed by seed."""
+    return _seeds(_longer(_cells(sweep)[position, arm], window), "+.3f")
+
+
+def books_worse_than_plain(arm: str) -> int:
+    """Return in how many encodings an arm loses more than the text alone in windows of L, with every seed."""
+    nats = {key: _nats(cell, "L") for key, cell in _cells("books").items()}
+    return len(_encodings_with_more(nats, arm, "plain"))
+
+
 SWEEPS = ("parity", "memory-parity", "copying", "memory-copying")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},

@@ -89,6 +89,7 @@ def test_a_replication_runs_every_step_once_and_gathers_the_tables(scale: Path, 
     summary = Path(done.stdout.strip()).read_text()
     assert "# texts: what does a block cost?" in summary
     assert "| meta |" in summary
+    assert (tmp_path / "out" / "pretrained" / "figures" / "losses-books.png").is_file()
     asked = json.loads((tmp_path / "out" / "asked.json").read_text())["rows"][0]["sequence_accuracy"]["estimate"]
     assert "| asked | models | 30-80 tokens |" in summary
     assert f"| asked | 1 | {100 * asked:.1f}% (" in summary

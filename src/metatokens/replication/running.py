@@ -79,7 +79,7 @@ def run_part(
         for one in scale.commands(part):
             if one.skipped_if is not None and Path(one.skipped_if).exists():
                 continue
-            words = [*_with_paths(one.words), *(slots if one.words[0] == "sweep" else ())]
+            words = [*_with_paths(one.words), *((*slots, "--figures") if one.words[0] == "sweep" else ())]
             say(f"{part.name}: {shlex.join(words)}")
             code = _run(one, words, command)
             if code == SOME_TRAININGS_FAILED and one.words[0] == "sweep":

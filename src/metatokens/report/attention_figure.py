@@ -100,7 +100,7 @@ def _draw(
     """
     from matplotlib.figure import Figure
 
-    from metatokens.report.figures import COLOURS
+    from metatokens.report.palette import COLOURS
 
     num_tokens = len(tokens)
     width = min(_MOST_WIDTH, max(_LEAST_WIDTH, 1 + _INCHES_PER_TOKEN * num_tokens))

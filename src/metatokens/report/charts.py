@@ -27,7 +27,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from metatokens.report.figures import COLOURS, MARKERS
+from metatokens.report.palette import COLOURS, MARKERS
 
 FIGURE_KINDS = ("png", "pdf")
 GLYPHS = "●■◆▲▼✚✖★"

@@ -1,8 +1,7 @@
 """Figures of a sweep in the manner of the paper's: one panel for each task, one line for each arm, intervals as bands.
 
 Seeds that are too few for an interval are dots. Drawn from results.json alone and equal to the byte for equal results
-and equal versions of matplotlib. The colours are those of Okabe and Ito, which people with any kind of colour vision
-can tell apart; each arm has its own marker too.
+and equal versions of matplotlib. Each arm has its own colour and marker.
 """
 
 import io
@@ -19,13 +18,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.report.loss_figures import draw_losses
+from metatokens.report.palette import COLOURS, MARKERS
 from metatokens.report.sweep_results import AccuracyRow, CellResult, SweepResults, arm_name, panels
 from metatokens.report.tables import GUESSING, evaluation_names, find_evaluation
 from metatokens.storage import no_follow
 
-# Okabe, Ito 2008, "Color Universal Design"; yellow last, as it is faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = "osD^vPX*"
 _PANEL_INCHES = (3.6, 2.7)
 _DOTS_PER_INCH = 150
 _MOST_COLUMNS = 4
@@ -57,6 +55,8 @@ def draw_sweep(results: SweepResults, folder: Path) -> list[Path]:
         figures[f"accuracy-by-length-{name}"] = draw_by_length(results, name)
         figures[f"accuracy-by-training-length-{name}"] = draw_by_training_length(results, name)
     figures["accuracy-by-training-flops"] = draw_by_flops(results)
+    for name in dict.fromkeys(row.name for cell in results.cells for row in cell.perplexities):
+        figures[f"losses-{name}"] = draw_losses(results, name)
     paths = []
     for stem, figure in figures.items():
         if figure is not None:

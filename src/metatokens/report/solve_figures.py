@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from metatokens.evaluation.survival import Times, restricted_mean, survival_curve
-from metatokens.report.figures import COLOURS
+from metatokens.report.palette import COLOURS
 
 _COLOURS_OF_VERDICTS = dict(
     zip(("equivalent", "opposite", "supported", "differs"), COLOURS[:4], strict=True)  # a control differs

@@ -1,5 +1,6 @@
 """Figures of a sweep: what is drawn, and the same bytes for the same results."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from metatokens.report.sweep_results import (
     CellResult,
     CurvePoint,
     EvaluationResult,
+    PerplexityRow,
     SweepResults,
     load_results,
     to_json,
@@ -19,6 +21,7 @@ from metatokens.report.sweep_results import (
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed; `pip install -e '.[dev]'` brings it")
 
 from metatokens.report.figures import draw_by_flops, draw_by_length, draw_by_training_length, draw_sweep
+from metatokens.report.loss_figures import draw_losses
 
 
 def cell(task: str, arm: str, trained_to: int, accuracies: list[float | None]) -> CellResult:
@@ -124,3 +127,30 @@ def test_results_are_read_as_they_were_written(two_arms: SweepResults, tmp_path:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match=r"other\.json"):
         load_results(tmp_path / "other.json")
+
+
+def pretrained(arm: str, nats: float, difference: float | None) -> CellResult:
+    interval = None if difference is None else Interval(difference, difference - 0.1, difference + 0.1)
+    by_seed = () if difference is None else (difference - 0.02, difference + 0.02)
+    own = Interval(nats, nats - 1, nats + 1)
+    row = PerplexityRow("books", "test", (), 9, (0, 1), 99.0, own, (nats, nats), interval, by_seed, ())
+    bare = cell("pre-training", arm, 64, [None, None])
+    return replace(bare, evaluations=(), curve=(), perplexities=(row,))
+
+
+def test_losses_are_drawn_as_differences_from_the_reference(tmp_path: Path):
+    swept = results(pretrained("a", 5.0, None), pretrained("b", 4.5, -0.5), pretrained("c", 5.3, 0.3))
+    (path,) = draw_sweep(swept, tmp_path)
+    assert path.name == "losses-books.png"
+    (axes,) = draw_losses(swept, "books").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c"]
+    interval, mean, seeds = axes.lines[:3]
+    assert list(seeds.get_xdata()) == [-0.52, -0.48]
+    assert list(mean.get_xdata()) == [-0.5]
+    assert list(interval.get_xdata()) == [-0.6, -0.4]
+
+
+def test_losses_without_a_reference_are_drawn_as_they_are():
+    (axes,) = draw_losses(results(pretrained("a", 5.0, None), pretrained("b", 4.5, None)), "books").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert list(axes.lines[2].get_xdata()) == [5.0, 5.0]
