@@ -148,6 +148,15 @@ def load_preset(
     return _override_tree(tree, overrides, origin=str(preset), schema=schema)
 
 
+def read_file(path: Path, *, schema: type[Config]) -> Config:
+    """Read a YAML file that sets everything its schema has no default for; it may extend another one.
+
+    Raises:
+        UsageError: the file is no YAML, or the first value that does not fit.
+    """
+    return validate(_load_tree(str(path), seen=()), str(path), schema)
+
+
 def verb_of(preset: str | Path) -> str:
     """Return the verb that runs a preset: pretrain, finetune or graft; empty if its keys are those of all three."""
     keys = _load_tree(str(preset), seen=()).keys()

@@ -1,40 +1,43 @@
 """Contrasts between arms that are named before the first run, judged from what the sweeps of a part have left.
 
-A file of contrasts has the contrasts, the margin within which arms count as equivalent, and what is compared:
+A file of contrasts (`Contrasts`) has the contrasts, the margin within which arms count as equivalent, and what is
+compared:
 
     endpoint: nats
+    evaluation: books
     margin: 0.05
     tasks: {e4: 3}          # sweeps, and their seeds
     contrasts:
       - {explains: channel, first: meta, second: pause, expected: lower}
 
-The next endpoint is one module beside `solve_times` and `losses`, and its name in `ENDPOINTS`.
+A contrast is drawn from the seeds that every arm has finished, so a sweep that is still running gives an interim
+result. The next endpoint is one module beside `solve_times` and `losses`, and its name in `ENDPOINTS` and `Contrasts`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
+from metatokens.config.loading import read_file
 from metatokens.replication import losses, solve_times
-from metatokens.storage import write_atomically
+from metatokens.replication.judging import Contrasts, Endpoint, FinishedTask
+from metatokens.report.sweep_results import load_results
+from metatokens.storage import text_sha256, write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from metatokens.report.verdict_figure import Column
 
-ENDPOINTS = {"solve": solve_times, "nats": losses}
-_DEFAULT_ENDPOINT = "solve"
+ENDPOINTS: dict[str, Endpoint] = {"solve": solve_times, "nats": losses}
 
 
 def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> None:
     """Judge the contrasts so far, and write NAME.json, NAME.md and figures, NAME.png among them.
 
-    Nothing is written if nothing can be judged yet.
+    Nothing is written if no task has enough seeds.
 
     Args:
         files: folder of the sweeps.
@@ -42,19 +45,18 @@ def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> Non
         out: folder of the results, which also gets the files.
         name: of the part.
     """
-    text = (files / contrasts).read_text(encoding="utf-8")
-    plan = yaml.safe_load(text)
-    endpoint = ENDPOINTS[plan.get("endpoint", _DEFAULT_ENDPOINT)]
-    reports = list(endpoint.judge(plan, files, out))
+    named = read_file(files / contrasts, schema=Contrasts)
+    endpoint = ENDPOINTS[named.endpoint]
+    reports = [endpoint.judge(named, task) for task in _finished(named, files, out, endpoint.FEWEST_SEEDS)]
     if not reports:
         return
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    tree = {"contrasts_sha256": digest, "endpoint": plan.get("endpoint", _DEFAULT_ENDPOINT), "tasks": reports}
+    digest = text_sha256((files / contrasts).read_text(encoding="utf-8"))
+    tree = {"contrasts_sha256": digest, "contrasts": named.model_dump(mode="json"), "tasks": reports}
     write_atomically(out / f"{name}.json", json.dumps(tree, indent=1) + "\n")
-    write_atomically(out / f"{name}.md", endpoint.to_markdown(plan, reports))
+    write_atomically(out / f"{name}.md", endpoint.to_markdown(named, reports))
     from metatokens.report.figures import to_png  # matplotlib is an extra
 
-    for ending, figure in endpoint.draw(plan, reports).items():
+    for ending, figure in endpoint.draw(named, reports).items():
         write_atomically(out / f"{name}{ending}.png", to_png(figure))
 
 
@@ -68,9 +70,9 @@ def write_summary(judged: Sequence[Path], out: Path) -> None:
     columns: dict[str, Column] = {}
     for path in judged:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        endpoint = ENDPOINTS[tree.get("endpoint", _DEFAULT_ENDPOINT)]  # files older than the second endpoint name none
+        named = Contrasts.model_validate(tree["contrasts"])
         for report in tree["tasks"]:
-            columns |= endpoint.columns(report)
+            columns |= ENDPOINTS[named.endpoint].columns(named, report)
     if not columns:
         return
     from metatokens.report.figures import to_png  # matplotlib is an extra
@@ -78,3 +80,17 @@ def write_summary(judged: Sequence[Path], out: Path) -> None:
 
     write_atomically(out / "explanations.md", "\n".join([*verdict_table(columns), ""]))
     write_atomically(out / "explanations.png", to_png(draw_verdicts(columns)))
+
+
+def _finished(contrasts: Contrasts, files: Path, out: Path, fewest_seeds: int) -> Iterator[FinishedTask]:
+    """Yield the tasks whose arms share enough finished seeds."""
+    for task, planned_seeds in contrasts.tasks.items():
+        if not (out / task / "results.json").is_file():
+            continue
+        results = load_results(out / task / "results.json")
+        arms = {cell.labels["arm"]: cell for cell in results.cells if cell.labels["arm"] in contrasts.arms}
+        if contrasts.arms - arms.keys():
+            continue
+        seeds = sorted(set.intersection(*(set(cell.seeds) for cell in arms.values())))
+        if len(seeds) >= fewest_seeds:
+            yield FinishedTask(task, planned_seeds, seeds, arms, results, out / task, files / f"{task}.yaml")

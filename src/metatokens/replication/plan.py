@@ -26,9 +26,11 @@ from typing import NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from metatokens.config.loading import load_preset
+from metatokens.config.loading import load_preset, read_file
 from metatokens.config.schema import Frozen
+from metatokens.config.sweep import load_sweep
 from metatokens.errors import DataError, UsageError
+from metatokens.replication.judging import Contrasts
 
 PLAN_NAME = "plan.yaml"
 FROZEN_NAME = "frozen.sha256"
@@ -119,7 +121,7 @@ def load_scale(name: str) -> Scale:
     """Load a scale by its name, or by the path of its folder.
 
     Raises:
-        UsageError: there is no such scale, or its plan is not valid.
+        UsageError: there is no such scale, or its plan or contrasts are not valid.
         DataError: a file that was fixed before the first run has changed.
     """
     folder = Path(str(files("metatokens.replication") / name)) if name in SCALES else Path(name)
@@ -128,7 +130,29 @@ def load_scale(name: str) -> Scale:
         remedy = f"choose one of {', '.join(SCALES)}"
         raise UsageError("--scale", expected=f"a scale, or a folder with {PLAN_NAME}", found=found, remedy=remedy)
     _check_frozen(folder)
-    return Scale(name, folder.resolve(), load_preset(folder / PLAN_NAME, schema=Plan))
+    plan = load_preset(folder / PLAN_NAME, schema=Plan)
+    for part in plan.parts:
+        if part.contrasts is not None:
+            _check_contrasts(folder, part, part.contrasts)
+    return Scale(name, folder.resolve(), plan)
+
+
+def _check_contrasts(folder: Path, part: Part, contrasts: str) -> None:
+    """Check that the contrasts of a part are of arms and evaluations that its sweeps have."""
+    named = read_file(folder / contrasts, schema=Contrasts)
+    swept = [task for task in named.tasks if any(f"/{task}.yaml" in step.run for step in part.steps)]
+    if not swept:
+        raise _not_swept(folder / contrasts, f"a sweep of part {part.name}", ", ".join(named.tasks))
+    for task in swept:
+        sweep = load_sweep(folder / f"{task}.yaml")
+        if missing := sorted(named.arms - sweep.axes.get("arm", {}).keys()):
+            raise _not_swept(folder / contrasts, f"arms of {task}.yaml", missing[0])
+        if named.endpoint == "nats" and named.evaluation not in {one.name for one in sweep.evaluations}:
+            raise _not_swept(folder / contrasts, f"an evaluation of {task}.yaml", named.evaluation or "none")
+
+
+def _not_swept(contrasts: Path, expected: str, found: str) -> UsageError:
+    return UsageError(str(contrasts), expected=expected, found=found, remedy="correct the name")
 
 
 def _fill(text: str, named: dict[str, str]) -> str:

@@ -1,12 +1,10 @@
 """How many times as long does an arm take to solve a task as another? The endpoint `solve` of contrasts.
 
-Each of its tasks is a sweep of the same name. A contrast is drawn from the seeds that every arm has finished, so a
-sweep that is still running gives an interim result.
+The unit is the training seed. Steps at the end of the curriculum are censored, and the same is asked of operations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +21,8 @@ from metatokens.evaluation.survival import (
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.report.sweep_results import CellResult, load_results
-from metatokens.training.costs import SECONDS_PER_HOUR
+from metatokens.replication.judging import Contrasts, FinishedTask, verdict
+from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +30,25 @@ if TYPE_CHECKING:
     from metatokens.report.verdict_figure import Column
 
 FEWEST_SEEDS = 3
+
+
+def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
+    """Return the report of a task: its arms, and the contrasts at equal steps and at equal operations."""
+    horizon = load_preset(load_sweep(task.sweep_file).preset, schema=FinetuneConfig).total_steps
+    times = {arm: _times_of(cell, task.seeds, horizon) for arm, cell in task.arms.items()}
+    operations = {arm: times[arm].scaled(_operations_of_a_step(cell)) for arm, cell in task.arms.items()}
+    return {
+        "task": task.name,
+        "seeds": task.seeds,
+        "planned_seeds": task.planned_seeds,
+        "horizon": horizon,
+        "cpu_hours": task.cpu_hours,
+        "power": _power(contrasts, times, task.planned_seeds),
+        "arms": [_arm_report(arm, cell, times[arm]) for arm, cell in task.arms.items()],
+        "at_equal_steps": _compare(contrasts, times),
+        "at_equal_operations": _compare(contrasts, operations),
+        "versions": task.results.versions,
+    }
 
 
 def _times_of(cell: CellResult, seeds: list[int], horizon: int) -> Times:
@@ -58,40 +75,37 @@ def _arm_report(arm: str, cell: CellResult, times: Times) -> dict[str, Any]:
     }
 
 
-def _verdict(row: dict[str, Any], level: float, too_few: bool) -> str:
-    differs, alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
-    if differs:
-        found = "supported" if row["ratio"]["estimate"] < 1 else "opposite"
-        if row["expected"] == "equivalent":  # a control
-            found = "differs"
-        return f"{found}, within the margin" if alike else found
-    return "equivalent" if alike else "too few seeds" if too_few else "cannot tell"
-
-
-def _compare(plan: dict[str, Any], times: dict[str, Times]) -> list[dict[str, Any]]:
-    """Return the pre-named contrasts of one task, with Holm's correction over them."""
+def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, Any]]:
+    """Return the contrasts of one task, with Holm's correction over them."""
     rows = []
-    for contrast in plan["contrasts"]:
-        first, second = times[contrast["first"]], times[contrast["second"]]
+    for contrast in contrasts.contrasts:
+        first, second = times[contrast.first], times[contrast.second]
         ratio = time_ratio(first, second, seed=0)
         rows.append(
             {
-                **contrast,
+                **contrast.model_dump(),
                 "seeds": len(first.times),
                 "solved": [int(arm.observed.sum()) for arm in (first, second)],
                 "ratio": {"estimate": None, "low": None, "high": None} if ratio is None else asdict(ratio),
                 "p": log_rank_test(first, second, seed=0),
-                "p_equivalence": equivalence_of_times(first, second, plan["margin"], seed=0),
+                "p_equivalence": equivalence_of_times(first, second, contrasts.margin, seed=0),
             }
         )
     for key in ("p", "p_equivalence"):
         for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
             row[f"{key}_holm"] = adjusted
-    too_few = rows[0]["seeds"] < least_units(len(rows), plan["level"])
-    return [{**row, "verdict": _verdict(row, plan["level"], too_few)} for row in rows]
+    return [{**row, "verdict": _verdict(row, contrasts.level, least_units(len(rows), contrasts.level))} for row in rows]
 
 
-def _power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
+def _verdict(row: dict[str, Any], level: float, least_seeds: int) -> str:
+    differs, is_alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
+    if not differs and not is_alike and row["seeds"] < least_seeds:
+        return "too few seeds"
+    is_less = differs and row["ratio"]["estimate"] < 1
+    return verdict(differs=differs, is_less=is_less, is_alike=is_alike, expected=row["expected"])
+
+
+def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
     """Return the smallest ratio of the planned design that the strictest of Holm's tests finds in 80% of cases.
 
     Only arms whose seeds have all solved the task count; without any the power is None.
@@ -106,47 +120,10 @@ def _power(plan: dict[str, Any], times: dict[str, Times], planned_seeds: int) ->
     ratio = detectable_ratio(
         planned_seeds,
         deviation,
-        level=plan["level"] / len(plan["contrasts"]),
+        level=contrasts.level / len(contrasts.contrasts),
         horizon_over_median=horizon / float(np.median(np.concatenate(list(known.values())))),
     )
     return {"arms": list(known), "log_deviation": deviation, "smallest_ratio": ratio, "seeds": planned_seeds}
-
-
-def judge(plan: dict[str, Any], files: Path, out: Path) -> Iterator[dict[str, Any]]:
-    """Yield the report of each task that has finished enough seeds.
-
-    Args:
-        plan: what the file of contrasts holds.
-        files: its folder, with the sweeps.
-        out: folder with the results of each task's sweep.
-    """
-    for task, planned_seeds in plan["tasks"].items():
-        if not (out / task / "results.json").is_file():
-            continue
-        results = load_results(out / task / "results.json")
-        cells = {cell.labels["arm"]: cell for cell in results.cells}
-        names = {name for contrast in plan["contrasts"] for name in (contrast["first"], contrast["second"])}
-        if names - cells.keys():
-            continue
-        seeds = sorted(set.intersection(*(set(cells[name].seeds) for name in names)))
-        if len(seeds) < FEWEST_SEEDS:
-            continue
-        horizon = load_preset(load_sweep(files / f"{task}.yaml").preset, schema=FinetuneConfig).total_steps
-        arms = {arm: cells[arm] for arm in cells if arm in names}
-        times = {arm: _times_of(cell, seeds, horizon) for arm, cell in arms.items()}
-        operations = {arm: times[arm].scaled(_operations_of_a_step(cell)) for arm, cell in arms.items()}
-        yield {
-            "task": task,
-            "seeds": seeds,
-            "planned_seeds": planned_seeds,
-            "horizon": horizon,
-            "cpu_hours": sum(one.cpu_seconds for cell in results.cells for one in cell.trainings) / SECONDS_PER_HOUR,
-            "power": _power(plan, times, planned_seeds),
-            "arms": [_arm_report(arm, cell, times[arm]) for arm, cell in arms.items()],
-            "at_equal_steps": _compare(plan, times),
-            "at_equal_operations": _compare(plan, operations),
-            "versions": results.versions,
-        }
 
 
 def _effect(row: dict[str, Any]) -> str:
@@ -181,7 +158,7 @@ def _power_sentence(report: dict[str, Any]) -> str:
     return sentence
 
 
-def to_markdown(plan: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
+def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
     """Write the arms and the contrasts of each report as tables."""
     lines = []
     for report in reports:
@@ -195,7 +172,7 @@ def to_markdown(plan: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
             mean = _bounds(arm["restricted_mean"], ",.0f")
             lines.append(f"| {arm['arm']} | {arm['solved']} | {arm['censored']} | {mean} |")
         for key in ("at_equal_steps", "at_equal_operations"):
-            lines += ["", f"Ratios {key.replace('_', ' ')}; equivalent: within a factor of {plan['margin']:g}.", ""]
+            lines += ["", f"Ratios {key.replace('_', ' ')}; equivalent: within a factor of {contrasts.margin:g}.", ""]
             lines += [
                 "| explanation | arms | solved | ratio | p (Holm) | p alike (Holm) | verdict |",
                 "|---|---|---:|---:|---:|---:|---|",
@@ -213,20 +190,28 @@ def to_markdown(plan: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def columns(report: dict[str, Any]) -> "dict[str, Column]":
-    """Return the verdicts of a report at equal steps, and at equal operations."""
-    from metatokens.report.verdict_figure import Verdict  # matplotlib is an extra
-
-    return {
-        f"{report['task']}, {key.removeprefix('at_equal_')}": {
-            (row["explains"], row["first"], row["second"]): Verdict(_effect(row), row["verdict"]) for row in report[key]
-        }
-        for key in ("at_equal_steps", "at_equal_operations")
-    }
-
-
-def draw(plan: dict[str, Any], reports: Sequence[dict[str, Any]]) -> "dict[str, Figure]":
-    """Draw the curves, and the ratios of all contrasts, by the ends of their files' names."""
+def draw(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> "dict[str, Figure]":
+    """Draw the curves, and the ratios of all contrasts."""
     from metatokens.report.solve_figures import draw_curves, draw_ratios  # matplotlib is an extra
 
-    return {"": draw_curves(reports), "-ratios": draw_ratios(reports, plan["margin"])}
+    return {"": draw_curves(reports), "-ratios": draw_ratios(reports, contrasts.margin)}
+
+
+def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]":
+    """Return the verdicts at equal steps, and at equal operations."""
+    from metatokens.report.verdict_figure import Column, Verdict  # matplotlib is an extra
+
+    note = (
+        f"{report['task']}: ratio of the first arm's steps or operations to the second's, {len(report['seeds'])} "
+        f"seeds; equivalent within a factor of {contrasts.margin:g}; Holm over {len(contrasts.contrasts)}"
+    )
+    return {
+        f"{report['task']}, {key.removeprefix('at_equal_')}": Column(
+            note,
+            {
+                (row["explains"], row["first"], row["second"]): Verdict(_effect(row), row["verdict"])
+                for row in report[key]
+            },
+        )
+        for key in ("at_equal_steps", "at_equal_operations")
+    }

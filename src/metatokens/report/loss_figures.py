@@ -1,11 +1,12 @@
 """Figures of losses on texts: of every arm of a sweep, and of contrasts by context length."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from metatokens.report.palette import COLOURS
+from metatokens.report.palette import COLOURS, MARKERS
 from metatokens.report.sweep_results import SweepResults, arm_name, panels
 
 _DODGE = 0.12  # of the distance between two buckets, between neighbouring contrasts
@@ -43,36 +44,40 @@ def draw_losses(results: SweepResults, evaluation: str) -> Figure:
     return figure
 
 
-def draw_by_context(report: dict[str, Any], margin: float) -> Figure:
-    """Draw each contrast of a report by context length: means with intervals, and seeds as dots.
+def draw_by_context(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
+    """Draw each contrast by context length, a panel for each report: means with intervals over seeds, seeds as dots.
 
     Args:
-        report: of one sweep.
+        reports: of sweeps with the same contrasts.
         margin: differences up to it count as equivalent; shaded.
     """
-    contrasts = report["contrasts"]
-    buckets = contrasts[0]["by_context"]
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhspan(-margin, margin, color="#000000", alpha=0.07, linewidth=0)
-    axes.axhline(0, color="#000000", linewidth=0.8)
-    for number, (colour, contrast) in enumerate(zip(COLOURS, contrasts, strict=False)):
-        places = [place + (number - (len(contrasts) - 1) / 2) * _DODGE for place in range(len(buckets))]
-        differences = [bucket["difference"] for bucket in contrast["by_context"]]
-        estimates = [one["estimate"] for one in differences]
-        label = f"{contrast['explains']}: {contrast['first']} - {contrast['second']}"
-        axes.plot(places, estimates, marker="o", markersize=4, color=colour, label=label)
-        for place, bucket, one in zip(places, contrast["by_context"], differences, strict=True):
-            if one["low"] is not None:
-                axes.plot([place, place], [one["low"], one["high"]], color=colour)
-            axes.plot([place] * len(bucket["by_seed"]), bucket["by_seed"], ".", markersize=3, color=colour, alpha=0.5)
-    ranges = [(bucket["lowest"], bucket["highest"]) for bucket in buckets]
-    axes.set_xticks(
-        range(len(buckets)), [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges], rotation=30
-    )
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("text tokens before the scored one, in its window")
-    axes.set_ylabel("difference in nats per word")
-    axes.set_title(f"{report['documents']} documents")
-    figure.legend(loc="outside right upper", frameon=False)
+    figure = Figure(figsize=(8.5, 3.6 * len(reports)), layout="constrained")
+    for number, report in enumerate(reports, start=1):
+        axes = figure.add_subplot(len(reports), 1, number)
+        axes.axhspan(-margin, margin, color="#000000", alpha=0.07, linewidth=0)
+        axes.axhline(0, color="#000000", linewidth=0.8)
+        for place in range(len(report["contrasts"])):
+            _draw_contrast(axes, report, place)
+        ranges = [(bucket["lowest"], bucket["highest"]) for bucket in report["by_context"]]
+        names = [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges]
+        axes.set_xticks(range(len(names)), names, rotation=30)
+        axes.set_xlabel("text tokens before the scored one, in its window")
+        axes.set_ylabel("difference in nats per word")
+        axes.set_title(f"{report['task']}: {report['documents']} documents, {len(report['seeds'])} seeds")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
+
+
+def _draw_contrast(axes: Axes, report: dict[str, Any], place: int) -> None:
+    rows = [bucket["contrasts"][place] for bucket in report["by_context"]]
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    dodge = (place - (len(report["contrasts"]) - 1) / 2) * _DODGE
+    places = [bucket + dodge for bucket in range(len(rows))]
+    label = f"{rows[0]['explains']}: {rows[0]['first']} - {rows[0]['second']}"
+    estimates = [row["difference"]["estimate"] for row in rows]
+    axes.plot(places, estimates, marker=marker, markersize=4, color=colour, label=label)
+    for x, row in zip(places, rows, strict=True):
+        low, high = row["difference"]["low"], row["difference"]["high"]
+        if low is not None:
+            axes.plot([x, x], [low, high], color=colour)
+        axes.plot([x] * len(row["by_seed"]), row["by_seed"], ".", markersize=3, color=colour, alpha=0.5)

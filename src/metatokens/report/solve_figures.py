@@ -28,7 +28,8 @@ def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.2 * len(reports) + 1.6, 3.2), layout="constrained")
     for number, report in enumerate(reports, start=1):
         axes = figure.add_subplot(1, len(reports), number)
-        for colour, arm in zip(COLOURS, report["arms"], strict=False):
+        for place, arm in enumerate(report["arms"]):
+            colour = COLOURS[place % len(COLOURS)]
             sample = Times.of(arm["steps"], arm["is_solved"], report["horizon"])
             at, shares = survival_curve(sample)
             axes.step([0, *at, report["horizon"]], [1, *shares, shares[-1] if len(shares) else 1], where="post",

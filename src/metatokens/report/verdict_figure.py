@@ -11,6 +11,7 @@ from metatokens.report.solve_figures import colour_of_verdict
 
 _TINT = 0.25  # opacity of a cell, so that its text can be read
 _INCHES_OF_COLUMN, _INCHES_OF_ROW, _INCHES_OF_HEAD = 1.15, 0.42, 0.7
+_INCHES_OF_NOTE = 0.18
 _COLUMNS_OF_NAMES = 3.6  # room for an explanation and two arms, in columns
 
 
@@ -22,13 +23,18 @@ class Verdict(NamedTuple):
     verdict: str
 
 
-Column = Mapping[tuple[str, str, str], Verdict]
-"""The verdicts of one task by explanation, first and second arm."""
+class Column(NamedTuple):
+    """What one task says of all its contrasts."""
+
+    note: str
+    """What its effects are, how many seeds there are, and how it was tested."""
+    verdicts: Mapping[tuple[str, str, str], Verdict]
+    """By explanation, first and second arm."""
 
 
 def rows_of(columns: Mapping[str, Column]) -> list[tuple[str, str, str]]:
     """Return all contrasts; those of an explanation stand together, in the order in which they were named."""
-    named = list(dict.fromkeys(contrast for column in columns.values() for contrast in column))
+    named = list(dict.fromkeys(contrast for column in columns.values() for contrast in column.verdicts))
     explanations = list(dict.fromkeys(explanation for explanation, _, _ in named))
     return sorted(named, key=lambda contrast: explanations.index(contrast[0]))
 
@@ -43,12 +49,13 @@ def draw_verdicts(columns: Mapping[str, Column]) -> Figure:
     """
     rows = rows_of(columns)
     width = _INCHES_OF_COLUMN * (_COLUMNS_OF_NAMES + len(columns))
-    figure = Figure(figsize=(width, _INCHES_OF_HEAD + _INCHES_OF_ROW * len(rows)), layout="constrained")
+    height = _INCHES_OF_HEAD + _INCHES_OF_ROW * len(rows) + _INCHES_OF_NOTE * (1 + len(_notes(columns)))
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     for x, column in enumerate(columns.values()):
         for y, contrast in enumerate(rows):
-            if contrast in column:
-                effect, verdict = column[contrast]
+            if contrast in column.verdicts:
+                effect, verdict = column.verdicts[contrast]
                 colour = to_rgba(colour_of_verdict(verdict), _TINT)
                 axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="#ffffff", linewidth=1.5))
                 text = f"{effect}\n{_short(verdict)}"
@@ -66,6 +73,8 @@ def draw_verdicts(columns: Mapping[str, Column]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_frame_on(False)
+    notes = [*_notes(columns), "*: within the margin"]
+    figure.supxlabel("\n".join(notes), fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -74,9 +83,14 @@ def verdict_table(columns: Mapping[str, Column]) -> list[str]:
     lines = [f"| explanation | arms | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for contrast in rows_of(columns):
         explanation, first, second = contrast
-        cells = [f"{one.effect}, {one.verdict}" if (one := column.get(contrast)) else "" for column in columns.values()]
+        found = [column.verdicts.get(contrast) for column in columns.values()]
+        cells = ["" if one is None else f"{one.effect}, {one.verdict}" for one in found]
         lines.append(f"| {explanation} | {first} : {second} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", *(f"- {note}." for note in _notes(columns))]
+
+
+def _notes(columns: Mapping[str, Column]) -> list[str]:
+    return list(dict.fromkeys(column.note for column in columns.values()))
 
 
 def _short(verdict: str) -> str:

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from metatokens.replication.contrasts import write_summary
-from metatokens.report.verdict_figure import Verdict, draw_verdicts, rows_of
+from metatokens.report.verdict_figure import Column, Verdict, draw_verdicts, rows_of
+
+NAMED = {
+    **{"margin": 1.5, "tasks": {"parity": 2}},
+    "contrasts": [{"explains": "hint", "first": "a", "second": "b", "expected": "faster"}],
+}
 
 
 def solved(explains: str, estimate: float | None, solved: tuple[int, int], verdict: str) -> dict[str, Any]:
@@ -21,21 +26,29 @@ def write(folder: Path, name: str, tree: dict[str, Any]) -> Path:
 def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     steps = [solved("hint", 0.5, (9, 9), "supported"), solved("channel", 0.2, (9, 0), "supported")]
     operations = [solved("hint", 1.0, (9, 9), "equivalent"), solved("channel", None, (0, 0), "cannot tell")]
-    e1 = {"tasks": [{"task": "parity", "at_equal_steps": steps, "at_equal_operations": operations}]}
+    parity = {"task": "parity", "seeds": [0, 1], "at_equal_steps": steps, "at_equal_operations": operations}
+    e1 = {"contrasts": NAMED, "tasks": [parity]}
     differences = [
         {"explains": name, "first": "c", "second": "b", "difference": {"estimate": 0.1234}, "verdict": "opposite"}
         for name in ("parameters", "hint")
     ]
-    e4 = {"endpoint": "nats", "tasks": [{"evaluation": "books", "contrasts": differences}]}
+    books = {"task": "e4", "evaluation": "books", "seeds": [0, 1, 2], "contrasts": differences}
+    e4 = {"contrasts": NAMED | {"endpoint": "nats", "evaluation": "books", "margin": 0.05}, "tasks": [books]}
     write_summary([write(tmp_path, "e1.json", e1), write(tmp_path, "e4.json", e4)], tmp_path)
-    assert (tmp_path / "explanations.md").read_text().splitlines() == [
-        "| explanation | arms | parity, steps | parity, operations | books, nats |",
+    table, notes = (tmp_path / "explanations.md").read_text().split("\n\n")
+    assert table.splitlines() == [
+        "| explanation | arms | parity, steps | parity, operations | e4 books, nats |",
         "|---|---|---|---|---|",
         "| hint | a : b | 0.50, supported | 1.00, equivalent |  |",
         "| hint | c : b |  |  | +0.123, opposite |",
         "| channel | a : b | at most 0.20, supported | neither solved it, cannot tell |  |",
         "| parameters | c : b |  |  | +0.123, opposite |",
     ]
+    assert (
+        "ratio of the first arm's steps or operations to the second's, 2 seeds; equivalent within a factor of 1.5"
+        in notes
+    )
+    assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 
 
@@ -46,8 +59,8 @@ def test_without_a_contrast_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_cell_of_the_figure_has_effect_verdict_and_colour() -> None:
     columns = {
-        "parity, steps": {("hint", "a", "b"): Verdict("0.80", "supported, within the margin")},
-        "books, nats": {("channel", "c", "d"): Verdict("+0.100", "opposite")},
+        "parity, steps": Column("note", {("hint", "a", "b"): Verdict("0.80", "supported, within the margin")}),
+        "books, nats": Column("note", {("channel", "c", "d"): Verdict("+0.100", "opposite")}),
     }
     assert rows_of(columns) == [("hint", "a", "b"), ("channel", "c", "d")]
     (axes,) = draw_verdicts(columns).axes

@@ -20,8 +20,9 @@ contrasts:
   - {explains: channel, first: better, second: plain, expected: lower}
   - {explains: parameters, first: alike, second: plain, expected: lower}
   - {explains: place to compute, first: plain, second: better, expected: lower}
-  - {explains: second attention, first: unsteady, second: plain, expected: lower}
+  - {explains: special token, first: better, second: alike, expected: equivalent}
 """
+LOSSES = {"plain": [10.0, 10.3, 9.9], "better": [9.8, 10.09, 9.69], "alike": [10.0, 10.31, 9.9]}
 WORDS, TOKENS = [100, 200, 50, 150], [220, 390, 110, 300]  # of four documents
 BUCKETS = [(0, 0), (1, 1), (2, 3)]
 SHARES = np.array([0.25, 0.25, 0.5])  # of the text in each bucket
@@ -65,21 +66,16 @@ def cell(out: Path, arm: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def judge(folder: Path, num_seeds: int, **late: float) -> dict[str, Any]:
+def judge(folder: Path, losses: dict[str, list[float]], *, late: float = 0.0) -> dict[str, Any]:
+    """Write a sweep and judge it; `late` is what `better` gains in the last bucket alone."""
     (folder / "contrasts-books.yaml").write_text(CONTRASTS)
-    losses = {
-        "plain": [10.0] * num_seeds,
-        "better": [9.8 - 0.02 * seed for seed in range(num_seeds)],
-        "alike": [10.01, 9.98, 10.02][:num_seeds],
-        "unsteady": [9.5, 9.6, 10.1][:num_seeds],  # a clear mean, but one seed of three is worse
-    }
     out = folder / "out"
     arms = {
-        arm: [report(loss, seed, late.get(arm, 0)) for seed, loss in enumerate(of_seeds)]
+        arm: [report(loss, seed, late if arm == "better" else 0) for seed, loss in enumerate(of_seeds)]
         for arm, of_seeds in losses.items()
     }
     results = {
-        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 12, "done": 12, "failed": [], "versions": {}},
+        **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 9, "done": 9, "failed": [], "versions": {}},
         "cells": [cell(out, arm, reports) for arm, reports in arms.items()],
     }
     (out / "e4" / "results.json").write_text(json.dumps(results))
@@ -88,31 +84,47 @@ def judge(folder: Path, num_seeds: int, **late: float) -> dict[str, Any]:
     return found
 
 
-def test_a_difference_is_stated_where_every_seed_has_its_sign(tmp_path: Path) -> None:
-    rows = judge(tmp_path, 3)["contrasts"]
-    assert [row["verdict"] for row in rows] == ["supported", "equivalent", "opposite", "cannot tell"]
-    better, _, _, unsteady = rows
-    assert better["by_seed"] == pytest.approx([-0.2, -0.22, -0.24])
-    # documents are paired, so what they share widens no interval
-    assert [better["difference"][key] for key in ("low", "estimate", "high")] == pytest.approx([-0.22] * 3)
-    assert unsteady["difference"]["high"] < 0 < max(unsteady["by_seed"])
+def test_a_difference_beyond_the_spread_of_the_seeds_is_stated(tmp_path: Path) -> None:
+    rows = judge(tmp_path, LOSSES)["contrasts"]
+    assert [row["verdict"] for row in rows] == ["supported", "equivalent", "opposite", "differs"]
+    better = rows[0]
+    assert better["by_seed"] == pytest.approx([-0.2, -0.21, -0.21])
+    # the seeds are shared, so what they add to both arms widens no interval
+    assert -0.23 < better["difference"]["low"] < better["difference"]["high"] < -0.18
+    # and so are the documents
+    assert better["over_documents"]["high"] - better["over_documents"]["low"] < 1e-9
 
 
-def test_fewer_than_three_seeds_decide_nothing(tmp_path: Path) -> None:
-    assert {row["verdict"] for row in judge(tmp_path, 2)["contrasts"]} == {"too few seeds"}
+def test_seeds_that_spread_as_far_as_the_difference_decide_nothing(tmp_path: Path) -> None:
+    rows = judge(tmp_path, LOSSES | {"better": [9.5, 10.2, 9.7]})["contrasts"]
+    assert {row["verdict"] for row in rows} == {"cannot tell"}
+    assert max(rows[0]["by_seed"]) < 0  # though every seed has the sign
+    assert rows[0]["over_documents"]["high"] < 0  # and the interval over documents too
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    found = judge(tmp_path, {arm: of_seeds[:1] for arm, of_seeds in LOSSES.items()})
+    assert {row["verdict"] for row in found["contrasts"]} == {"too few seeds"}
+    assert found["smallest_difference"] is None
+
+
+def test_only_seeds_that_all_arms_have_are_compared(tmp_path: Path) -> None:
+    found = judge(tmp_path, LOSSES | {"alike": LOSSES["alike"][:2]})
+    assert found["seeds"] == [0, 1]
+    assert {len(arm["by_seed"]) for arm in found["arms"]} == {2}
 
 
 def test_a_gain_from_far_text_alone_shows_in_its_bucket(tmp_path: Path) -> None:
-    better = judge(tmp_path, 3, better=0.5)["contrasts"][0]
-    assert [(bucket["lowest"], bucket["highest"]) for bucket in better["by_context"]] == BUCKETS
+    buckets = judge(tmp_path, LOSSES, late=0.5)["by_context"]
+    assert [(bucket["lowest"], bucket["highest"]) for bucket in buckets] == BUCKETS
     # words per token differ from document to document, so a bucket is near the whole's unit, not equal to it
-    assert [bucket["difference"]["estimate"] for bucket in better["by_context"]] == pytest.approx(
-        [-0.22, -0.22, -0.72], rel=0.03
+    assert [bucket["contrasts"][0]["difference"]["estimate"] for bucket in buckets] == pytest.approx(
+        [-0.207, -0.207, -0.707], rel=0.03
     )
 
 
 def test_arms_that_read_other_text_are_not_compared(tmp_path: Path) -> None:
-    judge(tmp_path, 3)
+    judge(tmp_path, LOSSES)
     answers = tmp_path / "out" / "e4" / "runs" / "better" / "seed-0" / "evaluation.json"
     answers.write_text(answers.read_text().replace("book 2", "book 5"))
     with pytest.raises(DataError, match="the same text in equal windows"):
@@ -120,12 +132,14 @@ def test_arms_that_read_other_text_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
-    found = judge(tmp_path, 3)
+    found = judge(tmp_path, LOSSES)
     page = (tmp_path / "out" / "e4.md").read_text()
-    assert "## e4, books: 4 documents, 6.00 CPU-hours" in page
-    assert "| channel | better - plain | -0.220 (-0.220 to -0.220) | -0.200, -0.220, -0.240 | supported |" in page
+    assert "## e4, books: 4 documents, 3 of 3 seeds, 4.50 CPU-hours" in page
+    assert f"a difference of about {found['smallest_difference']:.3f} in 80% of cases" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| channel | better - plain | -0.207 (")]
+    assert line.endswith("| supported |")
     assert page.count("| 2 to 3 | **-0.") == 1
     assert (tmp_path / "out" / "e4.png").stat().st_size > 10_000
-    labels = draw_by_context(found, 0.05).axes[0].get_legend_handles_labels()[1]
+    labels = draw_by_context([found], 0.05).axes[0].get_legend_handles_labels()[1]
     assert labels[0] == "channel: better - plain"
     assert len(labels) == len(found["contrasts"])

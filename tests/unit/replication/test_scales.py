@@ -1,14 +1,16 @@
 """The scales in the package: complete, valid to the last command, and fixed where they were fixed."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
+from metatokens.config.loading import read_file
 from metatokens.config.sweep import load_sweep
 from metatokens.errors import DataError, UsageError
 from metatokens.replication.cost import estimate
+from metatokens.replication.judging import Contrasts
 from metatokens.replication.plan import SCALES, Plan, load_scale
 
 PARTS = {"E1", "E1-list", "E2", "E3", "E4", "E5"}
@@ -42,19 +44,35 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
     for part in scale.plan.parts:
         if part.contrasts is None:
             continue
-        plan = yaml.safe_load((scale.folder / part.contrasts).read_text())
-        named = {contrast[arm] for contrast in plan["contrasts"] for arm in ("first", "second")}
-        steps = {step.run.split()[-1]: step.run for step in part.steps}
-        own = {task: seeds for task, seeds in plan["tasks"].items() if task in steps}  # parts may share the file
-        assert own
-        for task, num_seeds in own.items():
-            assert steps[task].startswith("sweep")
+        named = read_file(scale.folder / part.contrasts, schema=Contrasts)
+        steps = {step.run.split()[-1] for step in part.steps}
+        for task in named.tasks.keys() & steps:
             sweep = load_sweep(scale.folder / f"{task}.yaml")
-            assert named == sweep.axes["arm"].keys() - NOT_COMPARED
-            assert len(sweep.seeds) == num_seeds
-            if "evaluation" in plan:
-                (evaluation,) = [one for one in sweep.evaluations if one.name == plan["evaluation"]]
-                assert not evaluation.where  # every arm has it
+            assert named.arms == sweep.axes["arm"].keys() - NOT_COMPARED
+            assert len(sweep.seeds) == named.tasks[task]
+            for evaluation in sweep.evaluations:
+                assert evaluation.name != named.evaluation or not evaluation.where  # every arm has it
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("endpoint: nats", "endpoint: nat", "endpoint"),
+        ("first: meta,", "first: mata,", "arms of e4.yaml, found mata"),
+        ("evaluation: books", "evaluation: book", "an evaluation of e4.yaml, found book"),
+        ("{e4: 3}", "{e5: 3}", "a sweep of part E4, found e5"),
+        ("expected: lower", "expect: lower", "expect"),
+    ],
+)
+def test_contrasts_that_fit_no_sweep_are_refused_before_anything_runs(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "frozen.sha256").unlink()
+    contrasts = tmp_path / "tiny" / "contrasts-books.yaml"
+    contrasts.write_text(contrasts.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_scale(str(tmp_path / "tiny"))
 
 
 def test_a_file_that_was_fixed_before_the_first_run_may_not_change(tmp_path: Path) -> None:
