@@ -50,6 +50,7 @@ from metatokens.generation.decoding import (
 from metatokens.graft.grafting import NAME as GRAFT
 from metatokens.lens import Lens
 from metatokens.model.export import save_model
+from metatokens.model.schedule import state_schedule
 from metatokens.report.attention_figure import Attention
 from metatokens.tasks.base import PieceEncoder
 from metatokens.tasks.registry import find_task
@@ -145,6 +146,9 @@ class LanguageModel:
     def save(self, path: str | Path) -> None:
         """Write model and tokenizer into a folder that `load` and `from_pretrained` open.
 
+        A model that states no schedule of its meta-tokens yet gets that of `injection`, but for one that was trained on
+        a recall task, whose texts say where they stand.
+
         Raises:
             UsageError: The model is grafted.
         """
@@ -156,6 +160,9 @@ class LanguageModel:
                 found="a grafted one, whose new parts are a file of their own",
                 remedy="call metatokens.graft.save_graft(language_model.model.wrapped, folder)",
             )
+        states_none = getattr(model.generation_config, "meta_schedule", None) is None
+        if states_none and self._evaluation is None and getattr(model.config, "meta_token_id", None) is not None:
+            state_schedule(model.generation_config, schedule_for(self.injection))
         save_model(model, folder, self.tokenizer)
         if (folder / MANIFEST).exists():
             write_manifest(folder)

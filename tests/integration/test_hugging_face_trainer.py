@@ -189,6 +189,30 @@ def test_metrics_see_the_logits_and_labels_of_every_row(make_model: Any, rows: A
     assert trainer.evaluate()["eval_accuracy"] == output.metrics["test_accuracy"]
 
 
+def test_labels_that_count_meta_tokens_are_warned_of(
+    make_model: Any, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model = make_model()
+    batch = collator(model)(rows[:2])
+    at_meta = batch["input_ids"] == model.config.meta_token_id
+    assert at_meta.any()
+
+    counted = batch | {"labels": torch.where(at_meta, batch["input_ids"], batch["labels"])}
+
+    trainer = trainer_of(model, rows[:2], tmp_path)
+    right = trainer.evaluate()["eval_loss"]
+    assert "too low" not in caplog.text
+    other = make_model()
+    trainer = trainer_of(other, rows[:2], tmp_path)
+    trainer.data_collator = lambda _: counted
+    wrong = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == wrong
+    assert caplog.text.count("too low by their share") == 1
+    assert wrong < right
+    with torch.no_grad():  # without a count of the caller's own the loss is right
+        assert float(other.eval()(**counted).loss) == pytest.approx(right, rel=1e-5)
+
+
 def test_loss_of_the_users_own_gets_the_logits(make_model: Any, rows: Any, tmp_path: Path):
     def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
         logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

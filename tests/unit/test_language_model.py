@@ -57,6 +57,18 @@ def test_a_string_gets_meta_tokens_and_keeps_its_text(lm):
     assert lm.tokenizer.decode(ids[0], skip_special_tokens=True) == TEXTS[0]
 
 
+def test_a_saved_model_states_where_its_meta_tokens_stand(lm, tmp_path):
+    new = mt.LanguageModel.from_scratch(lm.tokenizer, TINY)
+    new.injection = mt.PeriodicInjection(0.25)
+    new.save(tmp_path / "periodic")
+    stated = mt.load(tmp_path / "periodic").model.generation_config.meta_schedule
+    assert stated == {"kind": "periodic", "text_tokens": 3}
+    again = mt.load(tmp_path / "periodic")
+    again.injection = mt.UniformInjection(0.1)
+    again.save(tmp_path / "again")  # what a model states stays
+    assert mt.load(tmp_path / "again").model.generation_config.meta_schedule == stated
+
+
 @pytest.mark.parametrize("form", ["transformers", "text tokenizer", "run", "folder", "name"])
 def test_every_form_of_a_tokenizer_gives_the_same_ids_and_the_same_text(lm, folder, form):
     tokenizer = {
@@ -80,7 +92,9 @@ def without_time(generated):
 def test_generation_puts_meta_tokens_where_training_had_them(lm):
     unsaid = without_time(lm.generate(TEXTS[1], **WHOLE))
     assert unsaid == without_time(lm.generate(TEXTS[1], schedule=mt.UniformSchedule(0.1), **WHOLE))
-    dense = mt.LanguageModel(lm.model, lm.tokenizer, injection=mt.PeriodicInjection(0.5))
+    states_none = mt.LanguageModel.from_scratch(lm.tokenizer, TINY).model
+    states_none.load_state_dict(lm.model.state_dict())
+    dense = mt.LanguageModel(states_none, lm.tokenizer, injection=mt.PeriodicInjection(0.5))
     assert without_time(dense.generate(TEXTS[1], **WHOLE)) == without_time(lm.generate(TEXTS[1], every=1, **WHOLE))
 
 

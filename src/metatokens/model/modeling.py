@@ -452,6 +452,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
     makes_logits_in_training: bool = False
     """Set it to get logits from training steps with labels too, for a loss of your own. By default such a step makes
     none, which saves most of its memory."""
+    _has_checked_labels: bool = False
 
     def __init__(self, config: MetaTokenConfig) -> None:
         """Create the model that `config` describes."""
@@ -482,8 +483,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         """Run the model; the arguments of `MetaTokenModel.forward`, and these.
 
         Args:
-            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are not targets. Collators that count
-                targets must put -100 at meta-tokens themselves.
+            labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are not targets. Whoever counts targets,
+                as Trainer does, must put -100 at meta-tokens before; a model warns once if they do not.
             shift_labels: (B, T) int64, what each position must predict; takes the place of `labels`.
             logits_to_keep: number of positions at the end whose logits are made (0 means all), or the indices of those
                 positions.
@@ -512,6 +513,8 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
         if labels is not None:
             assert meta_token_mask is not None  # or the decoder has refused its inputs
             is_meta = meta_token_mask.bool()
+            if shift_labels is None and num_items_in_batch is not None:
+                self._check_labels(labels, is_meta)
             labels = labels.masked_fill(is_meta, IGNORE_INDEX)
             if shift_labels is None:
                 documents = None
@@ -530,6 +533,17 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
             meta_attentions=outputs.meta_attentions,
             **{CACHE_NAME: outputs.cache},
         )
+
+    def _check_labels(self, labels: Tensor, is_meta: Tensor) -> None:
+        """Warn in the first step whose divisor may count labels that are no targets; later checks would cost a wait."""
+        if self._has_checked_labels or torch.compiler.is_compiling():
+            return
+        self._has_checked_labels = True
+        if bool(((labels != IGNORE_INDEX) & is_meta).any()):
+            logger.warning(
+                "Labels stand at meta-tokens, which are no targets. If num_items_in_batch counts them, as that of "
+                "Trainer does, the loss comes out too low by their share. Put -100 there, as MetaTokenCollator does."
+            )
 
     def _predict(
         self,

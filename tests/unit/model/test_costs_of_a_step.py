@@ -27,6 +27,7 @@ def step(model: MetaTokenForCausalLM, ids: Tensor, **inputs: Any) -> Tensor:
 def steps(given: str) -> tuple[Watched, MetaTokenForCausalLM]:
     """Take a step on a device whose values cannot be seen, and return what was asked of it."""
     model = MetaTokenForCausalLM(tiny_config()).train().to("meta")
+    model._has_checked_labels = True  # as after the first step, which looks at the labels once
     ids = IDS.to("meta")
     inputs = {
         "ids and labels": {},
