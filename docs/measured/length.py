@@ -1,8 +1,10 @@
 """experiments/length-generalisation."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import permutations
+from statistics import fmean
 from typing import Any
 
 from measured.source import load, span, table
@@ -163,6 +165,49 @@ def length_slower(task: str, first: str, second: str) -> str:
     return _names(_encodings_with_more(steps, first, second))
 
 
+def _over_encodings(task: str, first: str, second: str, compare: Callable[[Any, Any, int], float]) -> dict[int, float]:
+    """Return, seed by seed, the mean over encodings of a comparison of two arms; position coupling does not count."""
+    cells = _cells(task)
+    pairs = [(cells[name, first], cells[name, second]) for name, arm in cells if arm == first and name != COUPLED]
+    return {seed: fmean(compare(*pair, seed) for pair in pairs) for seed in _steps_by_seed(pairs[0][0])}
+
+
+def length_pooled_steps(task: str, first: str, second: str) -> str:
+    """Return the ratio of the steps of two arms, seed by seed; the geometric mean over encodings."""
+
+    def log_ratio(own: Any, other: Any, seed: int) -> float:
+        return math.log(_steps_by_seed(own)[seed] / _steps_by_seed(other)[seed])
+
+    logs = _over_encodings(task, first, second, log_ratio)
+    return _seeds({seed: math.exp(value) for seed, value in logs.items()}, ".2f")
+
+
+def length_pooled_points(task: str, first: str, second: str, multiple: str) -> str:
+    """Return by how many points an arm has more right than another, seed by seed; the mean over encodings."""
+
+    def points(own: Any, other: Any, seed: int) -> float:
+        return 100 * (_by_seed(own, multiple)[seed] - _by_seed(other, multiple)[seed])
+
+    return _seeds(_over_encodings(task, first, second, points), "+.1f")
+
+
+def length_faster_in(task: str, first: str, second: str) -> int:
+    """Return in how many encodings an arm takes fewer steps than another, by the geometric mean over seeds."""
+    names = (name for name, arm in _cells(task) if arm == first and name != COUPLED)
+    return sum(_ratio_of_steps(task, name, first, second) < 1 for name in names)
+
+
+def length_steps_ratios(task: str, positions: str, first: str, second: str) -> str:
+    """Return the ratio of the steps of two arms, the geometric mean over seeds, of each of some encodings."""
+    ratios = [_ratio_of_steps(task, position, first, second) for position in positions.split()]
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def _ratio_of_steps(task: str, position: str, first: str, second: str) -> float:
+    own, other = (_steps_by_seed(_cells(task)[position, arm]) for arm in (first, second))
+    return math.exp(fmean(math.log(own[seed] / other[seed]) for seed in own))
+
+
 def length_arms_beside_full(task: str, what: str, *, more: bool) -> str:
     """Return the arms that have more, or less, than full attention with every seed, or "no arm".
 
@@ -306,9 +351,12 @@ NAMES = (
     length_chance,
     length_cpu_hours,
     length_encodings_solved,
+    length_faster_in,
     length_generalising,
     length_operations,
     length_order_changes,
+    length_pooled_points,
+    length_pooled_steps,
     length_right,
     length_slower,
     length_solved,
@@ -316,4 +364,5 @@ NAMES = (
     length_solved_by,
     length_steps,
     length_steps_over_full,
+    length_steps_ratios,
 )
