@@ -197,6 +197,18 @@ def length_faster_in(task: str, first: str, second: str) -> int:
     return sum(_ratio_of_steps(task, name, first, second) < 1 for name in names)
 
 
+def length_unsolved(task: str, first: str, second: str) -> str:
+    """Return in how many pairs of trainings neither of two arms has solved the task, and in how many one alone."""
+    cells = _cells(task)
+    both = [
+        sum(one["solved"] for arm in (first, second) for one in cells[name, arm]["trainings"] if one["seed"] == seed)
+        for name, own in cells
+        if own == first and name != COUPLED
+        for seed in _steps_by_seed(cells[name, first])
+    ]
+    return f"{both.count(0)} and {both.count(1)} of {len(both)}"
+
+
 def length_steps_ratios(task: str, positions: str, first: str, second: str) -> str:
     """Return the ratio of the steps of two arms, the geometric mean over seeds, of each of some encodings."""
     ratios = [_ratio_of_steps(task, position, first, second) for position in positions.split()]
@@ -365,4 +377,5 @@ NAMES = (
     length_steps,
     length_steps_over_full,
     length_steps_ratios,
+    length_unsolved,
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -121,7 +122,8 @@ class LanguageModel:
                 f"a model is one of transformers, not {type(model).__name__}; metatokens.load opens a folder"
             )
         self.model = model
-        self.injection = _usual_injection(model) if injection is None else injection
+        self.injection: Injection = _usual_injection(model) if injection is None else injection
+        self._guessed = self.injection if injection is None else None
         self._given_tokenizer = tokenizer
         self._evaluation = evaluation
 
@@ -146,8 +148,8 @@ class LanguageModel:
     def save(self, path: str | Path) -> None:
         """Write model and tokenizer into a folder that `load` and `from_pretrained` open.
 
-        A model that states no schedule of its meta-tokens yet gets that of `injection`, but for one that was trained on
-        a recall task, whose texts say where they stand.
+        Where the model states no schedule of its meta-tokens, the folder gets that of `injection`, if somebody has said
+        where they stand; what `injection` is otherwise is a guess, and is not stated.
 
         Raises:
             UsageError: The model is grafted.
@@ -160,10 +162,14 @@ class LanguageModel:
                 found="a grafted one, whose new parts are a file of their own",
                 remedy="call metatokens.graft.save_graft(language_model.model.wrapped, folder)",
             )
-        states_none = getattr(model.generation_config, "meta_schedule", None) is None
-        if states_none and self._evaluation is None and getattr(model.config, "meta_token_id", None) is not None:
+        stated = model.generation_config
+        if getattr(stated, "meta_schedule", None) is None and self.injection is not self._guessed:
+            model.generation_config = copy(stated)  # what the live model follows is not changed
             state_schedule(model.generation_config, schedule_for(self.injection))
-        save_model(model, folder, self.tokenizer)
+        try:
+            save_model(model, folder, self.tokenizer)
+        finally:
+            model.generation_config = stated
         if (folder / MANIFEST).exists():
             write_manifest(folder)
 

@@ -61,12 +61,24 @@ def test_a_saved_model_states_where_its_meta_tokens_stand(lm, tmp_path):
     new = mt.LanguageModel.from_scratch(lm.tokenizer, TINY)
     new.injection = mt.PeriodicInjection(0.25)
     new.save(tmp_path / "periodic")
-    stated = mt.load(tmp_path / "periodic").model.generation_config.meta_schedule
-    assert stated == {"kind": "periodic", "text_tokens": 3}
     again = mt.load(tmp_path / "periodic")
+    stated = again.model.generation_config.meta_schedule
+    assert stated == {"kind": "periodic", "text_tokens": 3}
     again.injection = mt.UniformInjection(0.1)
     again.save(tmp_path / "again")  # what a model states stays
     assert mt.load(tmp_path / "again").model.generation_config.meta_schedule == stated
+
+
+def test_saving_changes_nothing_and_states_no_guess(lm, tmp_path):
+    new = mt.LanguageModel.from_scratch(lm.tokenizer, TINY)
+    new.save(tmp_path / "guessed")
+    assert getattr(mt.load(tmp_path / "guessed").model.generation_config, "meta_schedule", None) is None
+    new.injection = mt.PeriodicInjection(0.1)
+    new.save(tmp_path / "rare")
+    new.injection = mt.PeriodicInjection(0.5)
+    assert without_time(new.generate(TEXTS[1], **WHOLE)) == without_time(new.generate(TEXTS[1], every=1, **WHOLE))
+    new.save(tmp_path / "dense")
+    assert mt.load(tmp_path / "dense").model.generation_config.meta_schedule["text_tokens"] == 1
 
 
 @pytest.mark.parametrize("form", ["transformers", "text tokenizer", "run", "folder", "name"])
@@ -92,9 +104,7 @@ def without_time(generated):
 def test_generation_puts_meta_tokens_where_training_had_them(lm):
     unsaid = without_time(lm.generate(TEXTS[1], **WHOLE))
     assert unsaid == without_time(lm.generate(TEXTS[1], schedule=mt.UniformSchedule(0.1), **WHOLE))
-    states_none = mt.LanguageModel.from_scratch(lm.tokenizer, TINY).model
-    states_none.load_state_dict(lm.model.state_dict())
-    dense = mt.LanguageModel(states_none, lm.tokenizer, injection=mt.PeriodicInjection(0.5))
+    dense = mt.LanguageModel(lm.model, lm.tokenizer, injection=mt.PeriodicInjection(0.5))
     assert without_time(dense.generate(TEXTS[1], **WHOLE)) == without_time(lm.generate(TEXTS[1], every=1, **WHOLE))
 
 

@@ -484,7 +484,7 @@ class MetaTokenForCausalLM(MetaTokenPreTrainedModel, MetaTokenGenerationMixin):
 
         Args:
             labels: (B, T) int64 aligned with the inputs; -100 and meta-tokens are not targets. Whoever counts targets,
-                as Trainer does, must put -100 at meta-tokens before; a model warns once if they do not.
+                as Trainer does, must put -100 at meta-tokens before; a model warns if its first batch does not.
             shift_labels: (B, T) int64, what each position must predict; takes the place of `labels`.
             logits_to_keep: number of positions at the end whose logits are made (0 means all), or the indices of those
                 positions.

@@ -70,6 +70,8 @@ def write_summary(judged: Sequence[Path], out: Path) -> None:
     columns: dict[str, Column] = {}
     for path in judged:
         tree = json.loads(path.read_text(encoding="utf-8"))
+        if "contrasts" not in tree:  # of an older version, and not judged again
+            continue
         named = Contrasts.model_validate(tree["contrasts"])
         for report in tree["tasks"]:
             columns |= ENDPOINTS[named.endpoint].columns(named, report)

@@ -1,9 +1,9 @@
 """What every endpoint shares: the file that names the contrasts, the task that is judged, the words of a verdict."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metatokens.config.schema import Frozen
 from metatokens.report.sweep_results import CellResult, SweepResults
@@ -41,6 +41,16 @@ class Contrasts(Frozen):
     tasks: dict[str, int] = Field(min_length=1)
     """Sweeps, and the seeds of their arms."""
     contrasts: tuple[Contrast, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.endpoint == "solve" and self.margin <= 1:
+            raise ValueError("the margin of solve is a ratio above 1")
+        if (self.endpoint == "nats") != bool(self.evaluation):
+            raise ValueError("nats needs an evaluation, and solve has none")
+        if any(contrast.first == contrast.second for contrast in self.contrasts):
+            raise ValueError("contrasts compares an arm with itself")
+        return self
 
     @property
     def arms(self) -> set[str]:

@@ -13,6 +13,7 @@ not corrected for their number.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
     """Return the report of a task: its arms, and the contrasts as a whole and by context length.
 
     Raises:
-        DataError: arms did not read the same text in equal windows.
+        DataError: arms did not read the same text in equal windows, or an older version has scored them.
     """
     reports = {arm: _read(task, arm, contrasts.evaluation) for arm in task.arms}
     text = _shared_text([report for of_arm in reports.values() for report in of_arm])
@@ -158,7 +159,19 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
 def _read(task: FinishedTask, arm: str, evaluation: str) -> list[dict[str, Any]]:
     """Return what `metatokens perplexity` reported of each seed of an arm."""
     models = dict(zip(task.arms[arm].seeds, task.arms[arm].models, strict=True))
-    return [read_reports((task.folder / models[seed]).parent)[evaluation] for seed in task.seeds]
+    return [_report_of((task.folder / models[seed]).parent, evaluation) for seed in task.seeds]
+
+
+def _report_of(run: Path, evaluation: str) -> dict[str, Any]:
+    report = read_reports(run).get(evaluation, {})
+    if any("context_nats" not in document for document in report.get("documents", [{}])):
+        raise DataError(
+            str(run / "evaluation.json"),
+            expected=f"the losses of the evaluation {evaluation} by context length",
+            found="none, as in those of older versions",
+            remedy="remove it, and the sweep measures it again",
+        )
+    return report
 
 
 def _shared_text(reports: Sequence[dict[str, Any]]) -> _Text:
@@ -202,12 +215,14 @@ def _compare(contrasts: Contrasts, nats: dict[str, _Numbers], words: _Numbers) -
         words: (documents,)
     """
     layout = _layout(nats, words)
+    has_text = words > 0  # a bucket may be beyond the end of a document
     places = {arm: place for place, arm in enumerate(nats)}
     rows = []
     for contrast in contrasts.contrasts:
         own, other = nats[contrast.first], nats[contrast.second]
         pair = places[contrast.first], places[contrast.second]
-        over_documents = bootstrap_paired_ratio(own.mean(axis=0), other.mean(axis=0), words, seed=0)
+        mean, other_mean = (arm.mean(axis=0)[has_text] for arm in (own, other))
+        over_documents = bootstrap_paired_ratio(mean, other_mean, words[has_text], seed=0)
         rows.append(
             {
                 **contrast.model_dump(),

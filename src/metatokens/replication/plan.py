@@ -147,12 +147,19 @@ def _check_contrasts(folder: Path, part: Part, contrasts: str) -> None:
         sweep = load_sweep(folder / f"{task}.yaml")
         if missing := sorted(named.arms - sweep.axes.get("arm", {}).keys()):
             raise _not_swept(folder / contrasts, f"arms of {task}.yaml", missing[0])
-        if named.endpoint == "nats" and named.evaluation not in {one.name for one in sweep.evaluations}:
-            raise _not_swept(folder / contrasts, f"an evaluation of {task}.yaml", named.evaluation or "none")
+        if named.tasks[task] != len(sweep.seeds):
+            raise _not_swept(
+                folder / contrasts, f"{len(sweep.seeds)} seeds, as {task}.yaml has", str(named.tasks[task])
+            )
+        of_all_arms = {one.name for one in sweep.evaluations if named.arms <= set(one.where.get("arm", named.arms))}
+        if named.endpoint == "nats" and named.evaluation not in of_all_arms:
+            raise _not_swept(folder / contrasts, f"an evaluation of these arms in {task}.yaml", named.evaluation)
 
 
 def _not_swept(contrasts: Path, expected: str, found: str) -> UsageError:
-    return UsageError(str(contrasts), expected=expected, found=found, remedy="correct the name")
+    return UsageError(
+        str(contrasts), expected=expected, found=found, remedy="correct the file of contrasts, or the sweep"
+    )
 
 
 def _fill(text: str, named: dict[str, str]) -> str:

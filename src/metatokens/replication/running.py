@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from metatokens.errors import UsageError
+from metatokens.errors import DataError, UsageError
 from metatokens.evaluation.recall import RecallReport
 from metatokens.replication.contrasts import write_contrasts, write_summary
 from metatokens.replication.plan import Command, Part, Scale
@@ -98,7 +98,10 @@ def write_tables(scale: Scale, out: Path) -> Path:
     for part in scale.plan.parts:
         lines += [f"# {part.name}: {part.question}", ""]
         if part.contrasts is not None:
-            write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
+            try:
+                write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
+            except DataError as error:  # must not keep other parts from running
+                lines += [f"Its contrasts were not judged: {error}", ""]
         tables = list(_tables(scale, part, out))
         lines += tables or ["Nothing has been measured yet.", ""]
     judged = (out / part.folder / f"{part.name.lower()}.json" for part in scale.plan.parts if part.contrasts)

@@ -102,6 +102,50 @@ def test_seeds_that_spread_as_far_as_the_difference_decide_nothing(tmp_path: Pat
     assert rows[0]["over_documents"]["high"] < 0  # and the interval over documents too
 
 
+def shift(folder: Path, arm: str, by: list[float]) -> list[str]:
+    """Add to what an arm loses on each document with every seed, in nats per word; return the verdicts of all."""
+    for answers in (folder / "out" / "e4" / "runs" / arm).rglob("evaluation.json"):
+        stored = json.loads(answers.read_text())
+        for document, nats in zip(stored["books"]["report"]["documents"], by, strict=True):
+            document["sliding_nats"] += nats * document["words"]
+        answers.write_text(json.dumps(stored))
+    write_contrasts(folder, "contrasts-books.yaml", folder / "out", name="e4")
+    rows = json.loads((folder / "out" / "e4.json").read_text())["tasks"][0]["contrasts"]
+    return [row["verdict"] for row in rows]
+
+
+def test_a_difference_that_one_document_makes_is_not_stated(tmp_path: Path) -> None:
+    judge(tmp_path, LOSSES)
+    # the mean stays about -0.2, but of other books it could be anything
+    assert shift(tmp_path, "better", [-4.0, 1.0, 1.0, 1.0])[0] == "cannot tell"
+
+
+def test_arms_whose_documents_differ_beyond_the_margin_are_not_equivalent(tmp_path: Path) -> None:
+    judge(tmp_path, LOSSES)
+    assert shift(tmp_path, "alike", [-0.4, 0.1, 0.1, 0.1])[1] == "cannot tell"
+
+
+def test_text_of_one_document_alone_decides_nothing(tmp_path: Path) -> None:
+    judge(tmp_path, LOSSES, late=0.5)
+    for answers in (tmp_path / "out").rglob("evaluation.json"):
+        stored = json.loads(answers.read_text())
+        for document in stored["books"]["report"]["documents"][1:]:  # which end before the last bucket
+            document["context_tokens"][-1] = document["context_nats"][-1] = 0
+        answers.write_text(json.dumps(stored))
+    write_contrasts(tmp_path, "contrasts-books.yaml", tmp_path / "out", name="e4")
+    buckets = json.loads((tmp_path / "out" / "e4.json").read_text())["tasks"][0]["by_context"]
+    assert {row["verdict"] for row in buckets[-1]["contrasts"]} == {"too few documents"}
+    assert buckets[0]["contrasts"][0]["verdict"] == "supported"
+
+
+def test_losses_of_an_older_version_are_measured_again(tmp_path: Path) -> None:
+    judge(tmp_path, LOSSES)
+    answers = tmp_path / "out" / "e4" / "runs" / "plain" / "seed-1" / "evaluation.json"
+    answers.write_text(answers.read_text().replace("context_nats", "other"))
+    with pytest.raises(DataError, match="remove it, and the sweep measures it again"):
+        write_contrasts(tmp_path, "contrasts-books.yaml", tmp_path / "out", name="e4")
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = judge(tmp_path, {arm: of_seeds[:1] for arm, of_seeds in LOSSES.items()})
     assert {row["verdict"] for row in found["contrasts"]} == {"too few seeds"}

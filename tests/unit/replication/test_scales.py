@@ -59,7 +59,11 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
     [
         ("endpoint: nats", "endpoint: nat", "endpoint"),
         ("first: meta,", "first: mata,", "arms of e4.yaml, found mata"),
-        ("evaluation: books", "evaluation: book", "an evaluation of e4.yaml, found book"),
+        ("evaluation: books", "evaluation: book", "an evaluation of these arms in e4.yaml, found book"),
+        ("evaluation: books", "evaluation: no-meta-tokens", "an evaluation of these arms in e4.yaml, found no-meta"),
+        ("{e4: 3}", "{e4: 5}", "3 seeds, as e4.yaml has, found 5"),
+        ("endpoint: nats", "endpoint: solve", "settings that agree"),
+        ("second: pause,", "second: meta,", "settings that agree"),
         ("{e4: 3}", "{e5: 3}", "a sweep of part E4, found e5"),
         ("expected: lower", "expect: lower", "expect"),
     ],
