@@ -169,7 +169,7 @@ def _over_encodings(task: str, first: str, second: str, compare: Callable[[Any, 
     """Return, seed by seed, the mean over encodings of a comparison of two arms; position coupling does not count."""
     cells = _cells(task)
     pairs = [(cells[name, first], cells[name, second]) for name, arm in cells if arm == first and name != COUPLED]
-    return {seed: fmean(compare(*pair, seed) for pair in pairs) for seed in _steps_by_seed(pairs[0][0])}
+    return {seed: fmean(compare(*pair, seed) for pair in pairs) for seed in pairs[0][0]["seeds"]}
 
 
 def length_pooled_steps(task: str, first: str, second: str) -> str:
@@ -340,6 +340,25 @@ def books_reading_on(sweep: str, *arms: str) -> str:
 def books_longer(sweep: str, position: str, arm: str, window: str = "4 L") -> str:
     """Return by how much more a model loses in a longer window than in L, seed by seed."""
     return _seeds(_longer(_cells(sweep)[position, arm], window), "+.3f")
+
+
+def books_pooled(first: str, second: str) -> str:
+    """Return by how much more an arm loses than another in windows of L, seed by seed; the mean over encodings."""
+
+    def difference(own: Any, other: Any, seed: int) -> float:
+        return _nats(own, "L")[seed] - _nats(other, "L")[seed]
+
+    return _seeds(_over_encodings("books", first, second, difference), "+.2f")
+
+
+def books_context(position: str, arm: str, lowest: int) -> str:
+    """Return the nats per token of text tokens with so many tokens before them at least, in windows of L."""
+    (found,) = [
+        bucket["nats_per_token"]
+        for bucket in _cells("books")[position, arm]["perplexities"][0]["by_context"]
+        if bucket["lowest"] == lowest
+    ]
+    return f"{found:.2f}"
 
 
 def books_worse_than_plain(arm: str) -> int:
