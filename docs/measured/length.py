@@ -331,10 +331,21 @@ def books_table(sweep: str) -> str:
     return table([*first, "L", "2 L - L", "4 L - L", "parameters", "10^12 operations"], rows)
 
 
-def books_reading_on(sweep: str, *arms: str) -> str:
+def books_reading_on(arm: str) -> str:
     """Return the encodings that lose less in windows of 4 L than of L with every seed of an arm, or "no encoding"."""
-    found = (position for (position, arm), cell in _cells(sweep).items() if arm in arms and _reads_on(cell))
-    return _names(dict.fromkeys(found))
+    return _names(position for (position, own), cell in _cells("books").items() if own == arm and _reads_on(cell))
+
+
+def books_arms_reading_on() -> str:
+    """Return which ways to keep old text lose less in windows of 4 L than of L with every seed, or "no arm"."""
+    return _names((arm for (_, arm), cell in _cells("memory-books").items() if _reads_on(cell)), "arm")
+
+
+def books_arms_beside_full(*, more: bool) -> str:
+    """Return which ways to keep old text lose more, or less, than full attention in windows of L, with every seed."""
+    nats = {arm: _nats(cell, "L") for (_, arm), cell in _cells("memory-books").items()}
+    full = nats.pop("full")
+    return _names((arm for arm, own in nats.items() if _is_more(*((own, full) if more else (full, own)))), "arm")
 
 
 def books_longer(sweep: str, position: str, arm: str, window: str = "4 L") -> str:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from metatokens.config.contrasts import Contrasts
 from metatokens.config.loading import read_file
 from metatokens.replication import losses, solve_times
-from metatokens.replication.judging import Contrasts, Endpoint, FinishedTask
+from metatokens.replication.judging import Endpoint, FinishedTask
 from metatokens.report.sweep_results import load_results
 from metatokens.storage import text_sha256, write_atomically
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from metatokens.config.contrasts import Contrasts
 from metatokens.errors import DataError
 from metatokens.evaluation.significance import holm
 from metatokens.evaluation.statistics import bootstrap_paired_ratio
 from metatokens.evaluation.two_way import TwoWay
-from metatokens.replication.judging import Contrasts, FinishedTask, verdict
+from metatokens.replication.judging import FinishedTask, verdict
 from metatokens.sweep.running import read_reports
 
 if TYPE_CHECKING:

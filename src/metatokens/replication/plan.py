@@ -26,11 +26,11 @@ from typing import NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from metatokens.config.contrasts import Contrasts
 from metatokens.config.loading import load_preset, read_file
 from metatokens.config.schema import Frozen
 from metatokens.config.sweep import load_sweep
 from metatokens.errors import DataError, UsageError
-from metatokens.replication.judging import Contrasts
 
 PLAN_NAME = "plan.yaml"
 FROZEN_NAME = "frozen.sha256"

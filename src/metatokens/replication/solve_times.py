@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
@@ -21,7 +22,7 @@ from metatokens.evaluation.survival import (
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.replication.judging import Contrasts, FinishedTask, verdict
+from metatokens.replication.judging import FinishedTask, verdict
 from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:

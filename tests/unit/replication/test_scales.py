@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from metatokens.config.contrasts import Contrasts
 from metatokens.config.loading import read_file
 from metatokens.config.sweep import load_sweep
 from metatokens.errors import DataError, UsageError
 from metatokens.replication.cost import estimate
-from metatokens.replication.judging import Contrasts
 from metatokens.replication.plan import SCALES, Plan, load_scale
 
 PARTS = {"E1", "E1-list", "E2", "E3", "E4", "E5"}
