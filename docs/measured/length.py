@@ -336,18 +336,6 @@ def books_reading_on(arm: str) -> str:
     return _names(position for (position, own), cell in _cells("books").items() if own == arm and _reads_on(cell))
 
 
-def books_arms_reading_on() -> str:
-    """Return which ways to keep old text lose less in windows of 4 L than of L with every seed, or "no arm"."""
-    return _names((arm for (_, arm), cell in _cells("memory-books").items() if _reads_on(cell)), "arm")
-
-
-def books_arms_beside_full(*, more: bool) -> str:
-    """Return which ways to keep old text lose more, or less, than full attention in windows of L, with every seed."""
-    nats = {arm: _nats(cell, "L") for (_, arm), cell in _cells("memory-books").items()}
-    full = nats.pop("full")
-    return _names((arm for arm, own in nats.items() if _is_more(*((own, full) if more else (full, own)))), "arm")
-
-
 def books_longer(sweep: str, position: str, arm: str, window: str = "4 L") -> str:
     """Return by how much more a model loses in a longer window than in L, seed by seed."""
     return _seeds(_longer(_cells(sweep)[position, arm], window), "+.3f")
@@ -372,6 +360,12 @@ def books_context(position: str, arm: str, lowest: int) -> str:
     return f"{found:.2f}"
 
 
+def books_harm_grows(first: str, second: str) -> str:
+    """Return the encodings in which windows of 4 L add more to the loss of an arm than of another, with every seed."""
+    added = {key: _longer(cell, "4 L") for key, cell in _cells("books").items()}
+    return _names(_encodings_with_more(added, first, second))
+
+
 def books_worse_than_plain(arm: str) -> int:
     """Return in how many encodings an arm loses more than the text alone in windows of L, with every seed."""
     nats = {key: _nats(cell, "L") for key, cell in _cells("books").items()}
@@ -381,9 +375,16 @@ def books_worse_than_plain(arm: str) -> int:
 SWEEPS = ("parity", "memory-parity", "copying", "memory-copying")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
+    "length-books": partial(books_table, "books"),
     "length-reach": partial(length_reach, "parity", "copying"),
 }
 NAMES = (
+    books_context,
+    books_harm_grows,
+    books_longer,
+    books_pooled,
+    books_reading_on,
+    books_worse_than_plain,
     length_above_guesses,
     length_ahead,
     length_ahead_in,
