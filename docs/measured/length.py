@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import permutations
+from operator import mul
 from statistics import fmean
 from typing import Any
 
@@ -165,20 +166,22 @@ def length_slower(task: str, first: str, second: str) -> str:
     return _names(_encodings_with_more(steps, first, second))
 
 
-def _over_encodings(task: str, first: str, second: str, compare: Callable[[Any, Any, int], float]) -> dict[int, float]:
+def _over_encodings(
+    task: str, first: str, second: str, compare: Callable[[Any, Any, int], float], without: str = ""
+) -> dict[int, float]:
     """Return, seed by seed, the mean over encodings of a comparison of two arms; position coupling does not count."""
-    cells = _cells(task)
-    pairs = [(cells[name, first], cells[name, second]) for name, arm in cells if arm == first and name != COUPLED]
+    cells, left_out = _cells(task), {COUPLED, *without.split()}
+    pairs = [(cells[name, first], cells[name, second]) for name, arm in cells if arm == first and name not in left_out]
     return {seed: fmean(compare(*pair, seed) for pair in pairs) for seed in pairs[0][0]["seeds"]}
 
 
-def length_pooled_steps(task: str, first: str, second: str) -> str:
-    """Return the ratio of the steps of two arms, seed by seed; the geometric mean over encodings."""
+def length_pooled_steps(task: str, first: str, second: str, without: str = "") -> str:
+    """Return the ratio of the steps of two arms, seed by seed; the geometric mean over encodings but for some."""
 
     def log_ratio(own: Any, other: Any, seed: int) -> float:
         return math.log(_steps_by_seed(own)[seed] / _steps_by_seed(other)[seed])
 
-    logs = _over_encodings(task, first, second, log_ratio)
+    logs = _over_encodings(task, first, second, log_ratio, without)
     return _seeds({seed: math.exp(value) for seed, value in logs.items()}, ".2f")
 
 
@@ -350,20 +353,42 @@ def books_pooled(first: str, second: str) -> str:
     return _seeds(_over_encodings("books", first, second, difference), "+.2f")
 
 
-def books_context(position: str, arm: str, lowest: int) -> str:
-    """Return the nats per token of text tokens with so many tokens before them at least, in windows of L."""
-    (found,) = [
-        bucket["nats_per_token"]
-        for bucket in _cells("books")[position, arm]["perplexities"][0]["by_context"]
-        if bucket["lowest"] == lowest
-    ]
-    return f"{found:.2f}"
+def books_added_range(positions: str, first: str, second: str) -> str:
+    """Return how much more windows of 4 L add to an arm's loss than to another's, from the least seed to the most."""
+    cells = [(_cells("books")[position, first], _cells("books")[position, second]) for position in positions.split()]
+    more = [_longer(own, "4 L")[seed] - _longer(other, "4 L")[seed] for own, other in cells for seed in own["seeds"]]
+    return f"{min(more):.2f} to {max(more):.2f}"
 
 
-def books_harm_grows(first: str, second: str) -> str:
-    """Return the encodings in which windows of 4 L add more to the loss of an arm than of another, with every seed."""
-    added = {key: _longer(cell, "4 L") for key, cell in _cells("books").items()}
-    return _names(_encodings_with_more(added, first, second))
+def books_added_pooled(first: str, second: str) -> str:
+    """Return how much more windows of 4 L add to the loss of an arm than of another, the mean over encodings."""
+
+    def more(own: Any, other: Any, seed: int) -> float:
+        return _longer(own, "4 L")[seed] - _longer(other, "4 L")[seed]
+
+    return _seeds(_over_encodings("books", first, second, more), "+.3f")
+
+
+def _by_context(cell: Any) -> list[float]:
+    return [bucket["nats_per_token"] for bucket in cell["perplexities"][0]["by_context"]]
+
+
+def books_gap_by_context(first: str, second: str) -> str:
+    """Return by how many nats a token an arm loses more, at the first token of a window and at all later ones."""
+    cells = _cells("books")
+    pairs = [(_by_context(cells[name, first]), _by_context(cells[name, second])) for name, arm in cells if arm == first]
+    gaps = [[a - b for a, b in zip(own, other, strict=True)] for own, other in pairs]
+    start, *later = [fmean(of_bucket) for of_bucket in zip(*gaps, strict=True)]
+    return f"{start:.2f} nats a token at the first of a window, {min(later):.2f} to {max(later):.2f} at all later ones"
+
+
+def books_tiled_and_sliding(position: str, arm: str) -> str:
+    """Return the nats per token in windows of L that do not overlap, and in sliding ones."""
+    row = _cells("books")[position, arm]["perplexities"][0]
+    # every window is full, so a bucket has as many tokens as it spans
+    spans = [bucket["highest"] - bucket["lowest"] + 1 for bucket in row["by_context"]]
+    tiled = sum(map(mul, spans, _by_context(_cells("books")[position, arm]))) / sum(spans)
+    return f"{tiled:.2f} and {math.log(row['perplexity']):.2f}"
 
 
 def books_worse_than_plain(arm: str) -> int:
@@ -379,11 +404,13 @@ TABLES = {
     "length-reach": partial(length_reach, "parity", "copying"),
 }
 NAMES = (
-    books_context,
-    books_harm_grows,
+    books_added_pooled,
+    books_added_range,
+    books_gap_by_context,
     books_longer,
     books_pooled,
     books_reading_on,
+    books_tiled_and_sliding,
     books_worse_than_plain,
     length_above_guesses,
     length_ahead,

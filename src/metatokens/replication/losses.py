@@ -265,7 +265,7 @@ def _power_sentence(report: dict[str, Any]) -> str:
 def _context_table(buckets: Sequence[dict[str, Any]]) -> list[str]:
     """Write the contrasts by context length; bold where a difference is stated."""
     names = [f"{row['first']} - {row['second']}" for row in buckets[0]["contrasts"]]
-    lines = [f"| text tokens before | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    lines = [f"| text tokens before, in its window | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for bucket in buckets:
         lowest, highest = bucket["lowest"], bucket["highest"]
         cells = [str(lowest) if lowest == highest else f"{lowest} to {highest}"]
