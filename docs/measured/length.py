@@ -339,6 +339,24 @@ def books_reading_on(arm: str) -> str:
     return _names(position for (position, own), cell in _cells("books").items() if own == arm and _reads_on(cell))
 
 
+def books_arms_reading_on() -> str:
+    """Return which ways to keep old text lose less in windows of 4 L than of L with every seed, or "no arm"."""
+    return _names((arm for (_, arm), cell in _cells("memory-books").items() if _reads_on(cell)), "arm")
+
+
+def books_arms_beside_full(window: str, *, more: bool) -> str:
+    """Return which ways to keep old text lose more, or less, than full attention with every seed, or "no arm"."""
+    nats = {arm: _nats(cell, window) for (_, arm), cell in _cells("memory-books").items()}
+    full = nats.pop("full")
+    return _names((arm for arm, own in nats.items() if _is_more(*((own, full) if more else (full, own)))), "arm")
+
+
+def books_arm_minus(first: str, second: str, window: str = "L") -> str:
+    """Return by how much more one way to keep old text loses than another, seed by seed."""
+    own, other = (_nats(_cells("memory-books")["", arm], window) for arm in (first, second))
+    return _seeds({seed: own[seed] - other[seed] for seed in own}, "+.3f")
+
+
 def books_longer(sweep: str, position: str, arm: str, window: str = "4 L") -> str:
     """Return by how much more a model loses in a longer window than in L, seed by seed."""
     return _seeds(_longer(_cells(sweep)[position, arm], window), "+.3f")
@@ -401,11 +419,15 @@ SWEEPS = ("parity", "memory-parity", "copying", "memory-copying")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
     "length-books": partial(books_table, "books"),
+    "length-memory-books": partial(books_table, "memory-books"),
     "length-reach": partial(length_reach, "parity", "copying"),
 }
 NAMES = (
     books_added_pooled,
     books_added_range,
+    books_arm_minus,
+    books_arms_beside_full,
+    books_arms_reading_on,
     books_gap_by_context,
     books_longer,
     books_pooled,
