@@ -5,7 +5,7 @@ compared:
 
     endpoint: nats
     evaluation: books
-    margin: 0.05
+    margin: 0.1
     tasks: {e4: 3}          # sweeps, and their seeds
     contrasts:
       - {explains: channel, first: meta, second: pause, expected: lower}

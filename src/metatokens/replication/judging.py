@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from metatokens.config.contrasts import Contrasts
+from metatokens.evaluation.significance import holm
 from metatokens.report.sweep_results import CellResult, SweepResults
 from metatokens.training.costs import SECONDS_PER_HOUR
 
@@ -55,6 +56,13 @@ class Endpoint(Protocol):
     def columns(self, contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]":
         """Return the verdicts of a report by the name of their column in the summary."""
         ...
+
+
+def correct_p_values(rows: "Sequence[dict[str, Any]]") -> None:
+    """Add `p_holm` and `p_equivalence_holm` to the contrasts of a task, corrected after Holm over all of them."""
+    for key in ("p", "p_equivalence"):
+        for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
+            row[f"{key}_holm"] = adjusted
 
 
 def verdict(*, differs: bool, is_less: bool, is_alike: bool, expected: str) -> str:

@@ -21,10 +21,9 @@ import numpy.typing as npt
 
 from metatokens.config.contrasts import Contrasts
 from metatokens.errors import DataError
-from metatokens.evaluation.significance import holm
 from metatokens.evaluation.statistics import bootstrap_paired_ratio
 from metatokens.evaluation.two_way import TwoWay
-from metatokens.replication.judging import FinishedTask, verdict
+from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
 from metatokens.sweep.running import read_reports
 
 if TYPE_CHECKING:
@@ -234,9 +233,7 @@ def _compare(contrasts: Contrasts, nats: dict[str, _Numbers], words: _Numbers) -
                 "p_equivalence": layout.p_equivalence(*pair, contrasts.margin),
             }
         )
-    for key in ("p", "p_equivalence"):
-        for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
-            row[f"{key}_holm"] = adjusted
+    correct_p_values(rows)
     return [{**row, "verdict": _verdict(row, contrasts)} for row in rows]
 
 

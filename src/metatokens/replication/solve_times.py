@@ -13,7 +13,7 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
-from metatokens.evaluation.significance import holm, least_units
+from metatokens.evaluation.significance import least_units
 from metatokens.evaluation.survival import (
     Times,
     detectable_ratio,
@@ -22,7 +22,7 @@ from metatokens.evaluation.survival import (
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.replication.judging import FinishedTask, verdict
+from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
 from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
                 "p_equivalence": equivalence_of_times(first, second, contrasts.margin, seed=0),
             }
         )
-    for key in ("p", "p_equivalence"):
-        for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
-            row[f"{key}_holm"] = adjusted
+    correct_p_values(rows)
     return [{**row, "verdict": _verdict(row, contrasts.level, least_units(len(rows), contrasts.level))} for row in rows]
 
 

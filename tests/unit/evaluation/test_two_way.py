@@ -58,6 +58,23 @@ def test_the_smallest_difference_is_found_about_as_often_as_it_says() -> None:
     assert 0.72 < np.mean([layout.p_value(0, 1) <= 0.05 for layout in moved]) < 0.9
 
 
+def test_what_the_readme_of_the_decomposition_says_of_its_design() -> None:
+    draws = np.random.default_rng(2)
+    spread = [[3.0], [3.0], [1.0], [1.0], [1.0]]  # of the two arms compared, and of the others
+    uneven = [TwoWay.of((draws.normal(size=(5, 3)) * spread).tolist()).p_value(0, 1) for _ in range(2000)]
+    assert np.mean(np.array(uneven) <= 0.05) == pytest.approx(1 / 6, abs=0.035)
+    assert np.mean(np.array(uneven) <= 0.01) == pytest.approx(1 / 15, abs=0.025)
+    for deviation, smallest, equivalent in ((0.03, 0.1, 0.71), (0.05, 0.17, 0.1)):
+        layouts = [TwoWay.of((draws.normal(size=(5, 3)) * deviation).tolist()) for _ in range(1500)]
+        assert np.mean([one.smallest_difference(0.01) or 0 for one in layouts]) == pytest.approx(smallest, abs=0.006)
+        alike = [one.p_equivalence(0, 1, 0.1) <= 0.01 for one in layouts]
+        assert np.mean(alike) == pytest.approx(equivalent, abs=0.05)
+    # the rule before: three seeds with one sign, and an interval over books of this half-width that excludes 0
+    differences = draws.normal(size=(20_000, 3)) * 0.03 * np.sqrt(2)
+    is_stated = (abs(np.sign(differences).sum(axis=1)) == 3) & (abs(differences.mean(axis=1)) > 0.021)
+    assert np.mean(is_stated) == pytest.approx(1 / 5, abs=0.03)
+
+
 def test_one_seed_tells_nothing() -> None:
     layout = TwoWay.of([[1.0], [2.0]])
     assert (layout.p_value(0, 1), layout.p_equivalence(0, 1, 9.0)) == (1.0, 1.0)
