@@ -11,7 +11,8 @@ compared:
       - {explains: channel, first: meta, second: pause, expected: lower}
 
 A contrast is drawn from the seeds that every arm has finished, so a sweep that is still running gives an interim
-result. The next endpoint is one module beside `solve_times` and `losses`, and its name in `ENDPOINTS` and `Contrasts`.
+result. The next endpoint is one module beside `solve_times`, `losses` and `accuracies`, and its name in `ENDPOINTS` and
+`Contrasts`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from metatokens.config.contrasts import Contrasts
 from metatokens.config.loading import read_file
-from metatokens.replication import losses, solve_times
+from metatokens.replication import accuracies, losses, solve_times
 from metatokens.replication.judging import Endpoint, FinishedTask
 from metatokens.report.sweep_results import load_results
 from metatokens.storage import text_sha256, write_atomically
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from metatokens.report.verdict_figure import Column
 
-ENDPOINTS: dict[str, Endpoint] = {"solve": solve_times, "nats": losses}
+ENDPOINTS: dict[str, Endpoint] = {"solve": solve_times, "nats": losses, "accuracy": accuracies}
 
 
 def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> None:
@@ -74,6 +75,8 @@ def write_summary(judged: Sequence[Path], out: Path) -> None:
         if "contrasts" not in tree:  # of an older version, and not judged again
             continue
         named = Contrasts.model_validate(tree["contrasts"])
+        if not named.in_summary:
+            continue
         for report in tree["tasks"]:
             columns |= ENDPOINTS[named.endpoint].columns(named, report)
     if not columns:

@@ -65,16 +65,16 @@ def correct_p_values(rows: "Sequence[dict[str, Any]]") -> None:
             row[f"{key}_holm"] = adjusted
 
 
-def verdict(*, differs: bool, is_less: bool, is_alike: bool, expected: str) -> str:
+def verdict(*, differs: bool, is_as_expected: bool, is_alike: bool, expected: str) -> str:
     """Put what the tests found into words.
 
     Args:
         differs: whether the first arm was found to differ from the second.
-        is_less: whether it needs or loses less.
+        is_as_expected: whether the first side is on the side of the second that was expected, as lower or faster.
         is_alike: whether the difference was found to be within the margin.
         expected: see `Contrast`.
     """
     if not differs:
         return "equivalent" if is_alike else "cannot tell"
-    found = "differs" if expected == "equivalent" else "supported" if is_less else "opposite"
+    found = "differs" if expected == "equivalent" else "supported" if is_as_expected else "opposite"
     return f"{found}, within the margin" if is_alike else found

@@ -245,7 +245,7 @@ def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
         return "too few documents"
     return verdict(
         differs=row["p_holm"] <= contrasts.level and documents["low"] * documents["high"] > 0,
-        is_less=difference["estimate"] < 0,
+        is_as_expected=difference["estimate"] < 0,
         is_alike=row["p_equivalence_holm"] <= contrasts.level
         and -contrasts.margin < documents["low"] <= documents["high"] < contrasts.margin,
         expected=row["expected"],

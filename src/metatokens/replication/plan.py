@@ -151,9 +151,13 @@ def _check_contrasts(folder: Path, part: Part, contrasts: str) -> None:
             raise _not_swept(
                 folder / contrasts, f"{len(sweep.seeds)} seeds, as {task}.yaml has", str(named.tasks[task])
             )
-        of_all_arms = {one.name for one in sweep.evaluations if named.arms <= set(one.where.get("arm", named.arms))}
-        if named.endpoint == "nats" and named.evaluation not in of_all_arms:
-            raise _not_swept(folder / contrasts, f"an evaluation of these arms in {task}.yaml", named.evaluation)
+        if named.endpoint != "solve":
+            for side in named.sides:
+                if not any(
+                    one.name == side.evaluation and side.arm in one.where.get("arm", (side.arm,))
+                    for one in sweep.evaluations
+                ):
+                    raise _not_swept(folder / contrasts, f"an evaluation of {side.arm} in {task}.yaml", side.evaluation)
 
 
 def _not_swept(contrasts: Path, expected: str, found: str) -> UsageError:

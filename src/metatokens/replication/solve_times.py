@@ -101,7 +101,7 @@ def _verdict(row: dict[str, Any], level: float, least_seeds: int) -> str:
     if not differs and not is_alike and row["seeds"] < least_seeds:
         return "too few seeds"
     is_less = differs and row["ratio"]["estimate"] < 1
-    return verdict(differs=differs, is_less=is_less, is_alike=is_alike, expected=row["expected"])
+    return verdict(differs=differs, is_as_expected=is_less, is_alike=is_alike, expected=row["expected"])
 
 
 def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 from metatokens.replication.contrasts import write_summary
 from metatokens.report.verdict_figure import Column, Verdict, draw_verdicts, rows_of
 
-NAMED = {
-    **{"margin": 1.5, "tasks": {"parity": 2}},
-    "contrasts": [{"explains": "hint", "first": "a", "second": "b", "expected": "faster"}],
-}
+
+def named(expected: str, **fields: Any) -> dict[str, Any]:
+    contrast = {"explains": "hint", "first": "a", "second": "b", "expected": expected}
+    return {"margin": 0.05, "tasks": {"parity": 2}, "contrasts": [contrast], **fields}
 
 
 def solved(explains: str, estimate: float | None, solved: tuple[int, int], verdict: str) -> dict[str, Any]:
@@ -27,28 +27,36 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     steps = [solved("hint", 0.5, (9, 9), "supported"), solved("channel", 0.2, (9, 0), "supported")]
     operations = [solved("hint", 1.0, (9, 9), "equivalent"), solved("channel", None, (0, 0), "cannot tell")]
     parity = {"task": "parity", "seeds": [0, 1], "at_equal_steps": steps, "at_equal_operations": operations}
-    e1 = {"contrasts": NAMED, "tasks": [parity]}
+    e1 = {"contrasts": named("faster", margin=1.5), "tasks": [parity]}
     differences = [
         {"explains": name, "first": "c", "second": "b", "difference": {"estimate": 0.1234}, "verdict": "opposite"}
         for name in ("parameters", "hint")
     ]
     books = {"task": "e4", "evaluation": "books", "seeds": [0, 1, 2], "contrasts": differences}
-    e4 = {"contrasts": NAMED | {"endpoint": "nats", "evaluation": "books", "margin": 0.05}, "tasks": [books]}
-    write_summary([write(tmp_path, "e1.json", e1), write(tmp_path, "e4.json", e4)], tmp_path)
+    e4 = {"contrasts": named("lower", endpoint="nats", evaluation="books"), "tasks": [books]}
+    points = [{**one, "length": length} for one, length in zip(differences, ("1-8", "9-16"), strict=True)]
+    asked = {"endpoint": "accuracy", "evaluation": "length", "lengths": ["1-8", "9-16"]}
+    e2 = {"contrasts": named("higher", **asked), "tasks": [{"task": "x", "seeds": [0], "contrasts": points}]}
+    e3 = {"contrasts": named("higher", **asked, in_summary=False), "tasks": [{"task": "e3"}]}
+    parts = {"e1.json": e1, "e4.json": e4, "e2.json": e2, "e3.json": e3}
+    write_summary([write(tmp_path, name, part) for name, part in parts.items()], tmp_path)
     table, notes = (tmp_path / "explanations.md").read_text().split("\n\n")
     assert table.splitlines() == [
-        "| explanation | arms | parity, steps | parity, operations | e4 books, nats |",
-        "|---|---|---|---|---|",
-        "| hint | a : b | 0.50, supported | 1.00, equivalent |  |",
-        "| hint | c : b |  |  | +0.123, opposite |",
-        "| channel | a : b | at most 0.20, supported | neither solved it, cannot tell |  |",
-        "| parameters | c : b |  |  | +0.123, opposite |",
+        "| explanation | arms | parity, steps | parity, operations | e4 books, nats | x, 1-8 tokens | x, 9-16 tokens |",
+        "|---|---|---|---|---|---|---|",
+        "| hint | a : b | 0.50, supported | 1.00, equivalent |  |  |  |",
+        "| hint | c : b |  |  | +0.123, opposite |  | +12.3, opposite |",
+        "| channel | a : b | at most 0.20, supported | neither solved it, cannot tell |  |  |  |",
+        "| parameters | c : b |  |  | +0.123, opposite | +12.3, opposite |  |",
     ]
     assert (
         "ratio of the first arm's steps or operations to the second's, 2 seeds; equivalent within a factor of 1.5"
         in notes
     )
     assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
+    assert (
+        "points that the first arm has right more than the second, 1 seeds; equivalent within 5; Holm over 2" in notes
+    )
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 
 

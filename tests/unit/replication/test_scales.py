@@ -59,13 +59,16 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
     [
         ("endpoint: nats", "endpoint: nat", "endpoint"),
         ("first: meta,", "first: mata,", "arms of e4.yaml, found mata"),
-        ("evaluation: books", "evaluation: book", "an evaluation of these arms in e4.yaml, found book"),
-        ("evaluation: books", "evaluation: no-meta-tokens", "an evaluation of these arms in e4.yaml, found no-meta"),
+        ("evaluation: books", "evaluation: book", "an evaluation of pause in e4.yaml, found book"),
+        ("evaluation: books", "evaluation: no-meta-tokens", "an evaluation of deeper in e4.yaml, found no-meta"),
         ("{e4: 3}", "{e4: 5}", "3 seeds, as e4.yaml has, found 5"),
         ("endpoint: nats", "endpoint: solve", "settings that agree"),
         ("second: pause,", "second: meta,", "settings that agree"),
         ("{e4: 3}", "{e5: 3}", "a sweep of part E4, found e5"),
         ("expected: lower", "expect: lower", "expect"),
+        ("expected: lower", "expected: faster", "nats cannot be expected to be faster"),
+        ("endpoint: nats", "endpoint: accuracy", "accuracy needs lengths"),
+        ("first: meta,", "first: meta@no-meta-tokens,", "only accuracy compares evaluations"),
     ],
 )
 def test_contrasts_that_fit_no_sweep_are_refused_before_anything_runs(

@@ -1,0 +1,163 @@
+"""How many more answers does an arm have right than another? The endpoint `accuracy` of contrasts.
+
+Each task is a sweep over fine-tunings, and `evaluation` the one whose answers are compared, at each of `lengths`. More
+is better. A side may be asked in another evaluation, such as one that takes something from its meta-tokens. The unit is
+the training seed: differences are tested by sign flips, and corrected after Holm over all contrasts and lengths of a
+task. The models of all seeds answer the same prompts, so the tests say nothing of other prompts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from metatokens.config.contrasts import Contrasts, Side
+from metatokens.errors import DataError
+from metatokens.evaluation.significance import bca_interval, equivalence_test, least_units, sign_flip_test
+from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
+from metatokens.report.numbers import format_share
+from metatokens.report.sweep_results import AccuracyRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from metatokens.report.verdict_figure import Column
+
+FEWEST_SEEDS = 3
+
+
+def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
+    """Return the report of a task: what each side has right at each length, and the contrasts.
+
+    Raises:
+        DataError: a side was not asked at a length, or cannot represent it.
+    """
+    rows = {(side, length): _row(task, side, length) for side in contrasts.sides for length in contrasts.lengths}
+    right = {key: _by_seed(row, task.seeds) for key, row in rows.items()}
+    return {
+        "task": task.name,
+        "seeds": task.seeds,
+        "planned_seeds": task.planned_seeds,
+        "cpu_hours": task.cpu_hours,
+        "solved": {arm: [one.solved for one in cell.trainings] for arm, cell in task.arms.items()},
+        "sides": [
+            {**side._asdict(), "length": length, "chance": rows[side, length].chance, "by_seed": right[side, length]}
+            for side, length in rows
+        ],
+        "contrasts": _compare(contrasts, right),
+        "versions": task.results.versions,
+    }
+
+
+def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
+    """Write what each side has right, and the contrasts, as tables."""
+    lines = []
+    for report in reports:
+        spent = f"{report['cpu_hours']:.2f} CPU-hours"
+        lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
+        lines += [
+            "| arm | evaluation | prompt tokens | right, mean (seed by seed) | guesses |",
+            "|---|---|---|---:|---:|",
+        ]
+        for side in report["sides"]:
+            mean = sum(side["by_seed"]) / len(side["by_seed"])
+            shares = f"{100 * mean:.1f}% ({', '.join(f'{100 * share:.0f}' for share in side['by_seed'])})"
+            guesses = "" if side["chance"] is None else format_share(side["chance"])
+            lines.append(f"| {side['arm']} | {side['evaluation']} | {side['length']} | {shares} | {guesses} |")
+        lines += ["", f"Differences in points; equivalent: within {100 * contrasts.margin:g}.", ""]
+        lines += [
+            "| explanation | sides | prompt tokens | difference | seed by seed | p (Holm) | p alike (Holm) | verdict |",
+            "|---|---|---|---:|---:|---:|---:|---|",
+        ]
+        for row in report["contrasts"]:
+            difference = row["difference"]
+            span = f"{_points(difference['estimate'])} ({_points(difference['low'])} to {_points(difference['high'])})"
+            cells = [row["explains"], f"{row['first']} - {row['second']}", row["length"], span]
+            cells += [", ".join(map(_points, row["by_seed"])), f"{row['p_holm']:.3f}"]
+            cells += [f"{row['p_equivalence_holm']:.3f}", row["verdict"]]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> "dict[str, Figure]":
+    """Draw the contrasts by length."""
+    from metatokens.report.accuracy_figures import draw_accuracies  # matplotlib is an extra
+
+    return {"": draw_accuracies(reports, contrasts.margin)}
+
+
+def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]":
+    """Return the verdicts at each length."""
+    from metatokens.report.verdict_figure import Column, Verdict  # matplotlib is an extra
+
+    note = (
+        f"{report['task']}, tokens: points that the first arm has right more than the second, {len(report['seeds'])} "
+        f"seeds; equivalent within {100 * contrasts.margin:g}; Holm over {len(report['contrasts'])}"
+    )
+    return {
+        f"{report['task']}, {length} tokens": Column(
+            note,
+            {
+                (row["explains"], row["first"], row["second"]): Verdict(
+                    _points(row["difference"]["estimate"]), row["verdict"]
+                )
+                for row in report["contrasts"]
+                if row["length"] == length
+            },
+        )
+        for length in contrasts.lengths
+    }
+
+
+def _row(task: FinishedTask, side: Side, length: str) -> AccuracyRow:
+    for evaluation in task.arms[side.arm].evaluations:
+        for row in evaluation.rows:
+            if (evaluation.name, row.length) == (side.evaluation, length) and row.sequence_by_seed:
+                return row
+    raise DataError(
+        f"contrasts of {task.name}",
+        expected=f"{side.arm} asked in {side.evaluation} at {length} tokens",
+        found="no such row, or one that the model cannot represent",
+        remedy="name lengths that every side was asked at",
+    )
+
+
+def _by_seed(row: AccuracyRow, seeds: Sequence[int]) -> list[float]:
+    shares = dict(zip(row.seeds, row.sequence_by_seed, strict=True))
+    return [shares[seed] for seed in seeds]
+
+
+def _compare(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -> list[dict[str, Any]]:
+    """Return all contrasts at all lengths, with Holm's correction over them."""
+    rows = list(_differences(contrasts, right))
+    correct_p_values(rows)
+    least = least_units(len(rows), contrasts.level)
+    return [{**row, "verdict": _verdict(row, contrasts.level, least)} for row in rows]
+
+
+def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -> Iterator[dict[str, Any]]:
+    for contrast in contrasts.contrasts:
+        for length in contrasts.lengths:
+            own, other = (right[contrasts.side(name), length] for name in (contrast.first, contrast.second))
+            by_seed = [first - second for first, second in zip(own, other, strict=True)]
+            yield {
+                **contrast.model_dump(),
+                "length": length,
+                "difference": asdict(bca_interval(by_seed, seed=0, minimum_documents=FEWEST_SEEDS)),
+                "by_seed": by_seed,
+                "p": sign_flip_test(by_seed, seed=0),
+                "p_equivalence": equivalence_test(by_seed, contrasts.margin, seed=0),
+            }
+
+
+def _verdict(row: dict[str, Any], level: float, least_seeds: int) -> str:
+    differs, is_alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
+    if not differs and not is_alike and len(row["by_seed"]) < least_seeds:
+        return "too few seeds"
+    is_more = row["difference"]["estimate"] > 0
+    is_as_expected = is_more == (row["expected"] == "higher")
+    return verdict(differs=differs, is_as_expected=is_as_expected, is_alike=is_alike, expected=row["expected"])
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"

@@ -1,0 +1,43 @@
+"""The figure of answers right by length, drawn from what `metatokens.replication.accuracies` found."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from metatokens.report.solve_figures import colour_of_verdict
+
+_INCHES_OF_ROW = 0.26
+
+
+def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
+    """Draw the difference of every contrast at every length with its interval, one panel for each task; seeds as dots.
+
+    Args:
+        reports: of tasks that have the same contrasts.
+        margin: differences up to it count as equivalent; shaded.
+    """
+    rows = reports[0]["contrasts"]
+    figure = Figure(figsize=(3.4 * len(reports) + 3.4, _INCHES_OF_ROW * len(rows) + 1.2), layout="constrained")
+    for number, report in enumerate(reports, start=1):
+        axes = figure.add_subplot(1, len(reports), number)
+        axes.axvspan(-100 * margin, 100 * margin, color="#000000", alpha=0.07, linewidth=0)
+        axes.axvline(0, color="#000000", linewidth=0.8)
+        for y, row in enumerate(report["contrasts"]):
+            colour = colour_of_verdict(row["verdict"])
+            estimate, low, high = (100 * row["difference"][end] for end in ("estimate", "low", "high"))
+            axes.plot([low, high], [y, y], color=colour)
+            axes.plot(estimate, y, "o", color=colour)
+            seeds = [100 * one for one in row["by_seed"]]
+            axes.plot(seeds, [y] * len(seeds), ".", markersize=3, color=colour, alpha=0.5)
+        names = [f"{row['explains']}: {row['first']} - {row['second']}, {row['length']}" for row in rows]
+        axes.set_yticks(range(len(rows)), names)
+        axes.tick_params(labelleft=number == 1)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
+        axes.set_xlabel("difference in points\ndots: seeds; line: 95% interval over them")
+    found = dict.fromkeys(row["verdict"].partition(",")[0] for report in reports for row in report["contrasts"])
+    handles = [Line2D([], [], color=colour_of_verdict(verdict), marker="o") for verdict in found]
+    figure.legend(handles, list(found), loc="outside lower center", ncols=len(found), frameon=False)
+    return figure
