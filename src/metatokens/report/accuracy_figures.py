@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from metatokens.report.solve_figures import colour_of_verdict
 
-_INCHES_OF_ROW = 0.26
+_INCHES_OF_ROW, _INCHES_OF_LETTER, _INCHES_OF_PANEL = 0.26, 0.08, 3.4
 
 
 def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
@@ -19,7 +19,9 @@ def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         margin: differences up to it count as equivalent; shaded.
     """
     rows = reports[0]["contrasts"]
-    figure = Figure(figsize=(3.4 * len(reports) + 3.4, _INCHES_OF_ROW * len(rows) + 1.2), layout="constrained")
+    names = [f"{row['explains']}: {row['first']} - {row['second']}, {row['length']}" for row in rows]
+    width = _INCHES_OF_PANEL * len(reports) + _INCHES_OF_LETTER * max(map(len, names))
+    figure = Figure(figsize=(width, _INCHES_OF_ROW * len(rows) + 1.2), layout="constrained")
     for number, report in enumerate(reports, start=1):
         axes = figure.add_subplot(1, len(reports), number)
         axes.axvspan(-100 * margin, 100 * margin, color="#000000", alpha=0.07, linewidth=0)
@@ -31,12 +33,11 @@ def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
             axes.plot(estimate, y, "o", color=colour)
             seeds = [100 * one for one in row["by_seed"]]
             axes.plot(seeds, [y] * len(seeds), ".", markersize=3, color=colour, alpha=0.5)
-        names = [f"{row['explains']}: {row['first']} - {row['second']}, {row['length']}" for row in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.tick_params(labelleft=number == 1)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
-        axes.set_xlabel("difference in points\ndots: seeds; line: 95% interval over them")
+        axes.set_xlabel("difference in points\nsmall dots: seeds; line: 95% interval")
     found = dict.fromkeys(row["verdict"].partition(",")[0] for report in reports for row in report["contrasts"])
     handles = [Line2D([], [], color=colour_of_verdict(verdict), marker="o") for verdict in found]
     figure.legend(handles, list(found), loc="outside lower center", ncols=len(found), frameon=False)

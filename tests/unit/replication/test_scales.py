@@ -14,7 +14,7 @@ from metatokens.replication.cost import estimate
 from metatokens.replication.plan import SCALES, Plan, load_scale
 
 PARTS = {"E1", "E1-list", "E2", "E3", "E4", "E5"}
-NOT_COMPARED = {"meta-learned"}  # E3 starts from it at the scales small and paper
+NOT_COMPARED = {"meta-learned", "punctuation"}  # E3 starts from the one; E5 scores the other with other places
 
 
 @pytest.mark.long
@@ -50,8 +50,6 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
             sweep = load_sweep(scale.folder / f"{task}.yaml")
             assert named.arms == sweep.axes["arm"].keys() - NOT_COMPARED
             assert len(sweep.seeds) == named.tasks[task]
-            for evaluation in sweep.evaluations:
-                assert evaluation.name != named.evaluation or not evaluation.where  # every arm has it
 
 
 @pytest.mark.parametrize(
