@@ -20,6 +20,7 @@ from measured.length_cells import (
 from measured.source import span, table
 
 RIGHT, MOST_SEEDS, ABOVE_GUESSES = 0.9, 0.8, 0.6  # the rules of its README; the last is about the guesses of parity
+SEEDS_OF_AN_INTERVAL = 5  # with fewer it would be too narrow
 ARMS_OF_POSITIONS = ("plain", "pause", "meta")
 
 
@@ -38,8 +39,16 @@ def _generalises(cell: Any, multiple: str) -> bool:
     return sum(share >= RIGHT for share in found) >= MOST_SEEDS * len(found)
 
 
+def _right(cell: Any, multiple: str) -> str:
+    """Write the share of answers right in percent, with its interval; of few seeds, one by one."""
+    by_seed = _by_seed(cell, multiple)
+    if len(by_seed) < SEEDS_OF_AN_INTERVAL:
+        return seeds_to_text({seed: 100 * share for seed, share in by_seed.items()}, ".0f")
+    return span(_row(cell, multiple)["sequence_accuracy"], ".0f", 100)
+
+
 def _accuracy(cell: Any, multiple: str) -> str:
-    text = span(_row(cell, multiple)["sequence_accuracy"], ".0f", 100)
+    text = _right(cell, multiple)
     return f"**{text}**" if _generalises(cell, multiple) else text
 
 
@@ -80,8 +89,8 @@ def length_reach(*tasks: str) -> str:
 
 
 def length_right(task: str, position: str, arm: str, multiple: str) -> str:
-    """Return the share of answers right with its interval, in percent."""
-    return span(_row(cells_of(task)[position, arm], multiple)["sequence_accuracy"], ".0f", 100)
+    """Return the share of answers right in percent, with its interval; of few seeds, one by one."""
+    return _right(cells_of(task)[position, arm], multiple)
 
 
 def _rivals(task: str, *arms: str) -> list[Any]:
@@ -120,8 +129,8 @@ def length_best(task: str, multiple: str) -> str:
     """
     good = [cell for cell in _rivals(task) if _generalises(cell, "L")]
     best = max(good, key=lambda cell: float(_row(cell, multiple)["sequence_accuracy"]["estimate"]))
-    labels, accuracy = best["labels"], _row(best, multiple)["sequence_accuracy"]
-    return f"`{labels['position']}` in `{labels['arm']}`, with {span(accuracy, '.0f', 100)}"
+    labels = best["labels"]
+    return f"`{labels['position']}` in `{labels['arm']}`, with {_right(best, multiple)}"
 
 
 def length_chance(task: str, multiple: str) -> str:
@@ -277,10 +286,10 @@ def length_operations(task: str, arm: str) -> str:
     return f"{whole * mean_of(other, 'steps') / mean_of(own, 'steps'):.2f}"
 
 
-SWEEPS = ("parity", "memory-parity", "copying", "memory-copying")
+SWEEPS = ("parity", "memory-parity", "copying", "memory-copying", "list-recall")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
-    "length-reach": partial(length_reach, "parity", "copying"),
+    "length-reach": partial(length_reach, "parity", "copying", "list-recall"),
 }
 NAMES = (
     length_above_guesses,

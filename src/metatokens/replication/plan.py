@@ -6,9 +6,9 @@
         question: does recall survive a longer window?
         folder: e2
         steps:
-          - {run: "sweep {files}/e2-trained.yaml --out trained"}
+          - {run: "sweep {files}/e2-trained.yaml --out e2-trained"}
           - each: {factor: [4, 8], seed: [0, 1]}
-            run: "extend trained/runs/meta/seed-{seed} --factor {factor} --no-training --out x{factor}/seed-{seed}"
+            run: "extend e2-trained/runs/meta/seed-{seed} --factor {factor} --out x{factor}/seed-{seed}"
             creates: "x{factor}/seed-{seed}"
 
 Commands run in the part's folder, below that of the replication. `{files}` is the folder of the plan, and `each` runs
