@@ -1,10 +1,11 @@
 """Contrasts between the arms of sweeps, named before the first run; `metatokens.replication.contrasts` judges them."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from metatokens.config.schema import Frozen
+from metatokens.config.tasks import check_bin
 
 _BETTER = {"solve": ("faster",), "nats": ("lower",), "accuracy": ("higher", "lower")}
 """What an explanation may predict of the first side, by endpoint; a control is expected to be equivalent anywhere."""
@@ -35,7 +36,7 @@ class Contrasts(Frozen):
     """What is compared: the steps until a task is solved, nats per word on a text, or the share of answers right."""
     evaluation: str = ""
     """Of `nats` and `accuracy`, the name of the evaluation in the sweep."""
-    lengths: tuple[str, ...] = ()
+    lengths: tuple[Annotated[str, AfterValidator(check_bin)], ...] = ()
     """Of `accuracy`, the lengths of the prompts that are compared."""
     level: float = Field(0.05, gt=0, lt=1)
     """Of the p-values, which are corrected after Holm over the contrasts of a task, and their lengths."""
@@ -51,12 +52,16 @@ class Contrasts(Frozen):
     def _check(self) -> Self:
         if self.endpoint == "solve" and self.margin <= 1:
             raise ValueError("the margin of solve is a ratio above 1")
+        if self.endpoint == "accuracy" and self.margin >= 1:
+            raise ValueError("the margin of accuracy is a share below 1: 0.05 for 5 points")
         if (self.endpoint != "solve") != bool(self.evaluation):
             raise ValueError("nats and accuracy need an evaluation, and solve has none")
         if (self.endpoint == "accuracy") != bool(self.lengths):
             raise ValueError("accuracy needs lengths, and no other endpoint has any")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths {list(self.lengths)} has an entry twice")
         for one in self.contrasts:
-            if one.first == one.second:
+            if self.side(one.first) == self.side(one.second):
                 raise ValueError("contrasts compares an arm with itself")
             if self.endpoint != "accuracy" and "@" in one.first + one.second:
                 raise ValueError("only accuracy compares evaluations, as ARM@EVALUATION")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from metatokens.config.contrasts import Contrasts, Side
 from metatokens.errors import DataError
-from metatokens.evaluation.significance import bca_interval, equivalence_test, least_units, sign_flip_test
-from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
+from metatokens.evaluation.significance import bca_interval, equivalence_test, sign_flip_test
+from metatokens.replication.judging import FinishedTask, correct_p_values, verdict_of_seeds
 from metatokens.report.numbers import format_share
 from metatokens.report.sweep_results import AccuracyRow
 
@@ -38,7 +38,7 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
         "seeds": task.seeds,
         "planned_seeds": task.planned_seeds,
         "cpu_hours": task.cpu_hours,
-        "solved": {arm: [one.solved for one in cell.trainings] for arm, cell in task.arms.items()},
+        "unsolved": _unsolved(task),
         "sides": [
             {**side._asdict(), "length": length, "chance": rows[side, length].chance, "by_seed": right[side, length]}
             for side, length in rows
@@ -54,6 +54,9 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
     for report in reports:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
         lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
+        if report["unsolved"]:
+            unsolved = ", ".join(f"{count} of {arm}" for arm, count in report["unsolved"].items())
+            lines += [f"Trainings that ended without solving the task: {unsolved}.", ""]
         lines += [
             "| arm | evaluation | prompt tokens | right, mean (seed by seed) | guesses |",
             "|---|---|---|---:|---:|",
@@ -109,6 +112,15 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
     }
 
 
+def _unsolved(task: FinishedTask) -> dict[str, int]:
+    """Return how many trainings of each arm have not solved the task; nothing if they do not stop for that."""
+    stopping = {
+        arm: [one.solved for one in cell.trainings if one.seed in task.seeds and one.solved is not None]
+        for arm, cell in task.arms.items()
+    }
+    return {arm: solved.count(False) for arm, solved in stopping.items() if solved}
+
+
 def _row(task: FinishedTask, side: Side, length: str) -> AccuracyRow:
     for evaluation in task.arms[side.arm].evaluations:
         for row in evaluation.rows:
@@ -131,8 +143,7 @@ def _compare(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -
     """Return all contrasts at all lengths, with Holm's correction over them."""
     rows = list(_differences(contrasts, right))
     correct_p_values(rows)
-    least = least_units(len(rows), contrasts.level)
-    return [{**row, "verdict": _verdict(row, contrasts.level, least)} for row in rows]
+    return [{**row, "verdict": _verdict(row, contrasts, len(rows))} for row in rows]
 
 
 def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -> Iterator[dict[str, Any]]:
@@ -150,13 +161,15 @@ def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]
             }
 
 
-def _verdict(row: dict[str, Any], level: float, least_seeds: int) -> str:
-    differs, is_alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
-    if not differs and not is_alike and len(row["by_seed"]) < least_seeds:
-        return "too few seeds"
+def _verdict(row: dict[str, Any], contrasts: Contrasts, num_tests: int) -> str:
     is_more = row["difference"]["estimate"] > 0
-    is_as_expected = is_more == (row["expected"] == "higher")
-    return verdict(differs=differs, is_as_expected=is_as_expected, is_alike=is_alike, expected=row["expected"])
+    return verdict_of_seeds(
+        row,
+        contrasts,
+        num_tests=num_tests,
+        num_seeds=len(row["by_seed"]),
+        is_as_expected=is_more == (row["expected"] == "higher"),
+    )
 
 
 def _points(share: float) -> str:

@@ -54,7 +54,7 @@ class _Promises:
             self.shapes[path] = config.start.model
 
     def add_extension(self, words: list[str], folder: str) -> None:
-        """Note the model of an `extend` command, which scales the window of another by YaRN."""
+        """Note the model of an `extend` command: that of another, its window scaled by YaRN whatever else changes."""
         source, made = (posixpath.normpath(posixpath.join(folder, words[i])) for i in (1, words.index("--out") + 1))
         if source not in self.shapes:
             raise UsageError(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from metatokens.config.contrasts import Contrasts
-from metatokens.evaluation.significance import holm
+from metatokens.evaluation.significance import holm, least_units
 from metatokens.report.sweep_results import CellResult, SweepResults
 from metatokens.training.costs import SECONDS_PER_HOUR
 
@@ -63,6 +63,24 @@ def correct_p_values(rows: "Sequence[dict[str, Any]]") -> None:
     for key in ("p", "p_equivalence"):
         for row, adjusted in zip(rows, holm([row[key] for row in rows]).tolist(), strict=True):
             row[f"{key}_holm"] = adjusted
+
+
+def verdict_of_seeds(
+    row: "Mapping[str, Any]", contrasts: Contrasts, *, num_tests: int, num_seeds: int, is_as_expected: bool
+) -> str:
+    """Return the verdict of a contrast whose p-values are those of sign flips over seeds, and corrected.
+
+    Args:
+        row: with both corrected p-values and what is expected.
+        contrasts: the file that names it.
+        num_tests: among which it was corrected.
+        num_seeds: so few that nothing could have passed are said to be too few.
+        is_as_expected: see `verdict`.
+    """
+    differs, is_alike = (row[key] <= contrasts.level for key in ("p_holm", "p_equivalence_holm"))
+    if not differs and not is_alike and num_seeds < least_units(num_tests, contrasts.level):
+        return "too few seeds"
+    return verdict(differs=differs, is_as_expected=is_as_expected, is_alike=is_alike, expected=row["expected"])
 
 
 def verdict(*, differs: bool, is_as_expected: bool, is_alike: bool, expected: str) -> str:

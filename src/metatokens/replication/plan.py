@@ -151,13 +151,12 @@ def _check_contrasts(folder: Path, part: Part, contrasts: str) -> None:
             raise _not_swept(
                 folder / contrasts, f"{len(sweep.seeds)} seeds, as {task}.yaml has", str(named.tasks[task])
             )
-        if named.endpoint != "solve":
-            for side in named.sides:
-                if not any(
-                    one.name == side.evaluation and side.arm in one.where.get("arm", (side.arm,))
-                    for one in sweep.evaluations
-                ):
-                    raise _not_swept(folder / contrasts, f"an evaluation of {side.arm} in {task}.yaml", side.evaluation)
+        for arm, evaluation in named.sides if named.endpoint != "solve" else ():
+            asked = [one for one in sweep.evaluations if one.name == evaluation and arm in one.where.get("arm", (arm,))]
+            if not asked:
+                raise _not_swept(folder / contrasts, f"an evaluation of {arm} in {task}.yaml", evaluation)
+            if unknown := [length for length in named.lengths if length not in asked[0].ask.get("lengths", ())]:
+                raise _not_swept(folder / contrasts, f"lengths of {evaluation} in {task}.yaml", unknown[0])
 
 
 def _not_swept(contrasts: Path, expected: str, found: str) -> UsageError:

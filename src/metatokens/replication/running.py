@@ -92,7 +92,7 @@ def run_part(
 def write_tables(scale: Scale, out: Path) -> Path:
     """Judge the contrasts and write replication.md, the tables of all parts so far; return its path.
 
-    explanations.md and explanations.png have all contrasts side by side.
+    explanations.md and explanations.png have the contrasts of the explanations side by side.
     """
     lines = [f"# Replication, scale {scale.name}", ""]
     for part in scale.plan.parts:

@@ -13,7 +13,6 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
-from metatokens.evaluation.significance import least_units
 from metatokens.evaluation.survival import (
     Times,
     detectable_ratio,
@@ -22,7 +21,7 @@ from metatokens.evaluation.survival import (
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
+from metatokens.replication.judging import FinishedTask, correct_p_values, verdict_of_seeds
 from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:
@@ -93,15 +92,18 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
             }
         )
     correct_p_values(rows)
-    return [{**row, "verdict": _verdict(row, contrasts.level, least_units(len(rows), contrasts.level))} for row in rows]
+    return [{**row, "verdict": _verdict(row, contrasts)} for row in rows]
 
 
-def _verdict(row: dict[str, Any], level: float, least_seeds: int) -> str:
-    differs, is_alike = row["p_holm"] <= level, row["p_equivalence_holm"] <= level
-    if not differs and not is_alike and row["seeds"] < least_seeds:
-        return "too few seeds"
-    is_less = differs and row["ratio"]["estimate"] < 1
-    return verdict(differs=differs, is_as_expected=is_less, is_alike=is_alike, expected=row["expected"])
+def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
+    ratio = row["ratio"]["estimate"]
+    return verdict_of_seeds(
+        row,
+        contrasts,
+        num_tests=len(contrasts.contrasts),
+        num_seeds=row["seeds"],
+        is_as_expected=ratio is not None and ratio < 1,
+    )
 
 
 def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:

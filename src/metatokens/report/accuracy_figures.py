@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from metatokens.report.solve_figures import colour_of_verdict
+from metatokens.report.palette import add_legend_of_verdicts, colour_of_verdict
 
 _INCHES_OF_ROW, _INCHES_OF_LETTER, _INCHES_OF_PANEL = 0.26, 0.08, 3.4
 
@@ -38,7 +37,5 @@ def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("difference in points\nsmall dots: seeds; line: 95% interval")
-    found = dict.fromkeys(row["verdict"].partition(",")[0] for report in reports for row in report["contrasts"])
-    handles = [Line2D([], [], color=colour_of_verdict(verdict), marker="o") for verdict in found]
-    figure.legend(handles, list(found), loc="outside lower center", ncols=len(found), frameon=False)
+    add_legend_of_verdicts(figure, (row["verdict"] for report in reports for row in report["contrasts"]))
     return figure

@@ -6,21 +6,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from metatokens.evaluation.survival import Times, restricted_mean, survival_curve
-from metatokens.report.palette import COLOURS
-
-_COLOURS_OF_VERDICTS = dict(
-    zip(("equivalent", "opposite", "supported", "differs"), COLOURS[:4], strict=True)  # a control differs
-)
-_UNDECIDED_COLOUR = COLOURS[6]
-
-
-def colour_of_verdict(verdict: str) -> str:
-    """Return the colour of a verdict, whether it lies within the margin too or not."""
-    return _COLOURS_OF_VERDICTS.get(verdict.partition(",")[0], _UNDECIDED_COLOUR)
+from metatokens.report.palette import COLOURS, add_legend_of_verdicts, colour_of_verdict
 
 
 def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
@@ -72,9 +61,7 @@ def draw_ratios(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.tick_params(labelleft=number == 1)
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("ratio of steps to solve the task")
-    found = dict.fromkeys(_verdict(contrast) for contrast in contrasts)
-    handles = [Line2D([], [], color=colour_of_verdict(verdict), marker="o") for verdict in found]
-    figure.legend(handles, list(found), loc="outside lower center", ncols=len(found), frameon=False)
+    add_legend_of_verdicts(figure, (contrast["verdict"] for contrast in contrasts))
     return figure
 
 
@@ -98,8 +85,3 @@ def _marker(contrast: dict[str, Any]) -> str:
     """Return a dot, or an arrow where one arm has never solved the task, so that the ratio is a bound."""
     first, second = contrast["solved"]
     return "o" if first and second else "<" if first else ">"
-
-
-def _verdict(contrast: dict[str, Any]) -> str:
-    """Return the verdict, without whether it lies within the margin too."""
-    return str(contrast["verdict"].partition(",")[0])

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from metatokens.report.solve_figures import colour_of_verdict
+from metatokens.report.palette import colour_of_verdict
 
 _TINT = 0.25  # opacity of a cell, so that its text can be read
 _INCHES_OF_COLUMN, _INCHES_OF_ROW, _INCHES_OF_HEAD = 1.15, 0.42, 0.7

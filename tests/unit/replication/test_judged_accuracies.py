@@ -19,6 +19,7 @@ contrasts:
   - {explains: channel, first: meta, second: pause, expected: higher}
   - {explains: special token, first: pause, second: mark, expected: equivalent}
   - {explains: position, first: meta@zeroed, second: meta, expected: higher}
+  - {explains: embedding, first: meta@zeroed, second: meta, expected: lower}
 """
 SEEDS = list(range(10))
 WOBBLE = [0.01 * (seed % 3 - 1) for seed in SEEDS]  # what a seed adds to the pauses alone
@@ -85,12 +86,29 @@ def test_a_difference_that_every_seed_has_is_stated_at_its_length_alone(tmp_path
         ("special token", "49-96", "equivalent"),
         ("position", "1-48", "opposite"),  # zeroing was expected to help, and takes ten points
         ("position", "49-96", "equivalent"),
+        ("embedding", "1-48", "supported"),  # the same, expected to harm
+        ("embedding", "49-96", "equivalent"),
     ]
     channel = rows[1]
     assert channel["by_seed"] == pytest.approx([0.2 - one for one in WOBBLE])
     assert 0.19 < channel["difference"]["low"] < 0.2 < channel["difference"]["high"] < 0.21
     assert channel["p"] == pytest.approx(2 / 2**10)  # no flip of ten seeds is as far from zero but the two of all
-    assert channel["p_holm"] == pytest.approx(6 * 2 / 2**10)
+    assert channel["p_holm"] == pytest.approx(8 * 2 / 2**10)
+
+
+def test_seeds_are_paired_whatever_their_order(tmp_path: Path) -> None:
+    judge(tmp_path, SHARES, SEEDS)
+    results = tmp_path / "out" / "e3" / "results.json"
+    tree = json.loads(results.read_text())
+    pause = tree["cells"][1]
+    for one in pause["evaluations"][0]["rows"]:  # one seed more, and the others turned round
+        one["seeds"] = [10, *one["seeds"][::-1]]
+        one["sequence_by_seed"] = [0.0, *one["sequence_by_seed"][::-1]]
+    pause["seeds"].append(10)
+    results.write_text(json.dumps(tree))
+    write_contrasts(tmp_path, "contrasts.yaml", tmp_path / "out", name="e3")
+    rows = json.loads((tmp_path / "out" / "e3.json").read_text())["tasks"][0]["contrasts"]
+    assert rows[1]["by_seed"] == pytest.approx([0.2 - one for one in WOBBLE])
 
 
 def test_seeds_of_both_signs_decide_nothing(tmp_path: Path) -> None:
@@ -117,4 +135,5 @@ def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
     (line,) = [line for line in page.splitlines() if line.startswith("| channel | meta - pause | 49-96 | +20.")]
     assert line.endswith("| supported |")
     assert (tmp_path / "out" / "e3.png").stat().st_size > 10_000
-    assert found["solved"]["meta"] == [False] + 9 * [True]
+    assert "Trainings that ended without solving the task: 1 of mark, 1 of pause, 1 of meta." in page
+    assert found["unsolved"] == {"mark": 1, "pause": 1, "meta": 1}

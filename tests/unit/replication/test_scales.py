@@ -80,6 +80,37 @@ def test_contrasts_that_fit_no_sweep_are_refused_before_anything_runs(
         load_scale(str(tmp_path / "tiny"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "first: rope@zero-position,",
+            "first: rope@zero-places,",
+            "an evaluation of rope in e3.yaml, found zero-places",
+        ),
+        (
+            "learned@zero-position",
+            "learned@no-position-edges",
+            "an evaluation of learned in e3.yaml, found no-position",
+        ),
+        ("first: rope@zero-position,", "first: rope@whole,", "compares an arm with itself"),
+        ("lengths: [1-48,", "lengths: [1-47,", "lengths of zero-position in e3.yaml, found 1-47"),
+        ("lengths: [1-48,", "lengths: [foo,", "foo"),
+        ("lengths: [1-48,", "lengths: [97-192,", "an entry twice"),
+        ("margin: 0.05", "margin: 5", "0.05 for 5 points"),
+    ],
+)
+def test_contrasts_of_answers_that_nobody_asks_for_are_refused_before_anything_runs(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "frozen.sha256").unlink()
+    contrasts = tmp_path / "tiny" / "contrasts-zeroed.yaml"
+    contrasts.write_text(contrasts.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_scale(str(tmp_path / "tiny"))
+
+
 def test_a_file_that_was_fixed_before_the_first_run_may_not_change(tmp_path: Path) -> None:
     shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
     contrasts = tmp_path / "tiny" / "contrasts.yaml"
