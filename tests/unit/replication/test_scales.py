@@ -111,6 +111,14 @@ def test_contrasts_of_answers_that_nobody_asks_for_are_refused_before_anything_r
         load_scale(str(tmp_path / "tiny"))
 
 
+def test_the_contrasts_of_the_guide_are_valid(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs/guide/sweeps.md").read_text()
+    (shown,) = [block for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL) if "endpoint:" in block]
+    (tmp_path / "contrasts.yaml").write_text(shown)
+    named = read_file(tmp_path / "contrasts.yaml", schema=Contrasts)
+    assert ("meta", "zeroed") in named.sides
+
+
 def test_a_file_that_was_fixed_before_the_first_run_may_not_change(tmp_path: Path) -> None:
     shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
     contrasts = tmp_path / "tiny" / "contrasts.yaml"
