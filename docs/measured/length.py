@@ -170,13 +170,13 @@ def length_pooled_steps(task: str, first: str, second: str, without: str = "") -
     return seeds_to_text({seed: math.exp(value) for seed, value in logs.items()}, ".2f")
 
 
-def length_pooled_points(task: str, first: str, second: str, multiple: str) -> str:
-    """Return by how many points an arm has more right than another, seed by seed; the mean over encodings."""
+def length_pooled_points(task: str, first: str, second: str, multiple: str, without: str = "") -> str:
+    """Return by how many points an arm has more right, seed by seed; the mean over encodings but for some."""
 
     def points(own: Any, other: Any, seed: int) -> float:
         return 100 * (_by_seed(own, multiple)[seed] - _by_seed(other, multiple)[seed])
 
-    return seeds_to_text(over_encodings(task, first, second, points), "+.1f")
+    return seeds_to_text(over_encodings(task, first, second, points, without), "+.1f")
 
 
 def length_faster_in(task: str, first: str, second: str) -> int:
