@@ -70,22 +70,20 @@ def length_table(task: str) -> str:
 
 
 def length_reach(*tasks: str) -> str:
-    """Write the longest multiple of L up to which each encoding generalises, arm by arm."""
-    sweeps = [cells_of(task) for task in tasks]
-    positions = list(dict.fromkeys(position for cells in sweeps for position, _ in cells))
+    """Write the longest multiple of L up to which each encoding generalises, in the order of `ARMS_OF_POSITIONS`."""
+    sweeps = {task: cells_of(task) for task in tasks}
+    positions = list(dict.fromkeys(position for cells in sweeps.values() for position, _ in cells))
 
-    def reach(cells: dict[tuple[str, str], Any], position: str, arm: str) -> str:
-        if (position, arm) not in cells:
-            return ""
-        good = [multiple for multiple in MULTIPLES if _generalises(cells[position, arm], multiple)]
+    def reach(cell: Any) -> str:
+        good = [multiple for multiple in MULTIPLES if _generalises(cell, multiple)]
         unbroken = [a for a, b in zip(good, MULTIPLES, strict=False) if a == b]
         return unbroken[-1] if unbroken else "below L"
 
-    rows = [
-        [position, *(reach(cells, position, arm) for cells in sweeps for arm in ARMS_OF_POSITIONS)]
-        for position in positions
-    ]
-    return table(["positions", *(f"{task}, {arm}" for task in tasks for arm in ARMS_OF_POSITIONS)], rows)
+    def reaches(cells: dict[tuple[str, str], Any], position: str) -> str:
+        return ", ".join(reach(cells[position, arm]) for arm in ARMS_OF_POSITIONS if (position, arm) in cells)
+
+    rows = [[position, *(reaches(cells, position) for cells in sweeps.values())] for position in positions]
+    return table(["positions", *(task.replace("-", " ") for task in tasks)], rows)
 
 
 def length_right(task: str, position: str, arm: str, multiple: str) -> str:
