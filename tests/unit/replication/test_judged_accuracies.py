@@ -137,3 +137,11 @@ def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "e3.png").stat().st_size > 10_000
     assert "Trainings that ended without solving the task: 1 of mark, 1 of pause, 1 of meta." in page
     assert found["unsolved"] == {"mark": 1, "pause": 1, "meta": 1}
+
+
+def test_trainings_that_do_not_stop_at_a_solution_are_not_counted_as_unsolved(tmp_path: Path) -> None:
+    judge(tmp_path, SHARES, SEEDS)
+    results = tmp_path / "out" / "e3" / "results.json"
+    results.write_text(results.read_text().replace('"solved": true', '"solved": null').replace("false", "null"))
+    write_contrasts(tmp_path, "contrasts.yaml", tmp_path / "out", name="e3")
+    assert "without solving" not in (tmp_path / "out" / "e3.md").read_text()
