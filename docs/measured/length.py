@@ -284,7 +284,7 @@ def length_operations(task: str, arm: str) -> str:
     return f"{whole * mean_of(other, 'steps') / mean_of(own, 'steps'):.2f}"
 
 
-SWEEPS = ("parity", "memory-parity", "copying", "memory-copying", "list-recall")
+SWEEPS = ("parity", "memory-parity", "copying", "memory-copying", "list-recall", "memory-list-recall")
 TABLES = {
     **{f"length-{task}": partial(length_table, task) for task in SWEEPS},
     "length-reach": partial(length_reach, "parity", "copying", "list-recall"),
