@@ -52,6 +52,18 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
             assert len(sweep.seeds) == named.tasks[task]
 
 
+def refuse(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    """Change a file of contrasts of the scale tiny, and expect the scale to be refused."""
+    shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "frozen.sha256").unlink()
+    contrasts = tmp_path / "tiny" / name
+    changed = contrasts.read_text().replace(old, new)
+    assert changed != contrasts.read_text()
+    contrasts.write_text(changed)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_scale(str(tmp_path / "tiny"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -72,12 +84,7 @@ def test_the_arms_and_seeds_of_contrasts_are_those_of_their_sweeps(name: str) ->
 def test_contrasts_that_fit_no_sweep_are_refused_before_anything_runs(
     old: str, new: str, message: str, tmp_path: Path
 ) -> None:
-    shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
-    (tmp_path / "tiny" / "frozen.sha256").unlink()
-    contrasts = tmp_path / "tiny" / "contrasts-books.yaml"
-    contrasts.write_text(contrasts.read_text().replace(old, new))
-    with pytest.raises(UsageError, match=re.escape(message)):
-        load_scale(str(tmp_path / "tiny"))
+    refuse(tmp_path, "contrasts-books.yaml", old, new, message)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +110,7 @@ def test_contrasts_that_fit_no_sweep_are_refused_before_anything_runs(
 def test_contrasts_of_answers_that_nobody_asks_for_are_refused_before_anything_runs(
     old: str, new: str, message: str, tmp_path: Path
 ) -> None:
-    shutil.copytree(load_scale("tiny").folder, tmp_path / "tiny")
-    (tmp_path / "tiny" / "frozen.sha256").unlink()
-    contrasts = tmp_path / "tiny" / "contrasts-zeroed.yaml"
-    contrasts.write_text(contrasts.read_text().replace(old, new))
-    with pytest.raises(UsageError, match=re.escape(message)):
-        load_scale(str(tmp_path / "tiny"))
+    refuse(tmp_path, "contrasts-zeroed.yaml", old, new, message)
 
 
 def test_the_contrasts_of_the_guide_are_valid(tmp_path: Path) -> None:
