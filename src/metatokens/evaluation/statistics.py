@@ -40,7 +40,12 @@ class Interval:
 
     def __str__(self) -> str:
         """Show the estimate with its bounds, to four digits."""
-        return f"{self.estimate:.4g}" + ("" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})")
+        return self.to_text(".4g")
+
+    def to_text(self, form: str, scale: float = 1) -> str:
+        """Return the estimate with its bounds, if it has any, each times `scale` and in this form, such as ".2f"."""
+        numbers = [f"{scale * one:{form}}" for one in (self.estimate, self.low, self.high) if one is not None]
+        return numbers[0] if len(numbers) < 3 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
     def exp(self) -> Interval:
         """Return the exponential of estimate and bounds: a mean in nats becomes a perplexity."""

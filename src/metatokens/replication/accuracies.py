@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from metatokens.config.contrasts import Contrasts, Side
 from metatokens.errors import DataError
 from metatokens.evaluation.significance import bca_interval, equivalence_test, sign_flip_test
+from metatokens.evaluation.statistics import Interval
 from metatokens.replication.judging import FinishedTask, correct_p_values, verdict_of_seeds
 from metatokens.report.numbers import format_share
 from metatokens.report.sweep_results import AccuracyRow
@@ -72,9 +73,8 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
             "|---|---|---|---:|---:|---:|---:|---|",
         ]
         for row in report["contrasts"]:
-            difference = row["difference"]
-            span = f"{_points(difference['estimate'])} ({_points(difference['low'])} to {_points(difference['high'])})"
-            cells = [row["explains"], f"{row['first']} - {row['second']}", row["length"], span]
+            difference = Interval(**row["difference"]).to_text("+.1f", 100)
+            cells = [row["explains"], f"{row['first']} - {row['second']}", row["length"], difference]
             cells += [", ".join(map(_points, row["by_seed"])), f"{row['p_holm']:.3f}"]
             cells += [f"{row['p_equivalence_holm']:.3f}", row["verdict"]]
             lines.append(f"| {' | '.join(cells)} |")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from metatokens.config.contrasts import Contrasts
 from metatokens.errors import DataError
-from metatokens.evaluation.statistics import bootstrap_paired_ratio
+from metatokens.evaluation.statistics import Interval, bootstrap_paired_ratio
 from metatokens.evaluation.two_way import TwoWay
 from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
 from metatokens.sweep.running import read_reports
@@ -125,7 +125,11 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
         ]
         for row in report["contrasts"]:
             documents = row["over_documents"]
-            cells = [row["explains"], f"{row['first']} - {row['second']}", _span(row["difference"])]
+            cells = [
+                row["explains"],
+                f"{row['first']} - {row['second']}",
+                Interval(**row["difference"]).to_text("+.3f"),
+            ]
             cells += ["" if documents["low"] is None else f"{documents['low']:+.3f} to {documents['high']:+.3f}"]
             cells += [_one_by_one(row["by_seed"], "+.3f"), f"{row['p_holm']:.3f}", f"{row['p_equivalence_holm']:.3f}"]
             lines.append(f"| {' | '.join([*cells, row['verdict']])} |")
@@ -267,7 +271,7 @@ def _context_table(buckets: Sequence[dict[str, Any]]) -> list[str]:
         lowest, highest = bucket["lowest"], bucket["highest"]
         cells = [str(lowest) if lowest == highest else f"{lowest} to {highest}"]
         for row in bucket["contrasts"]:
-            text = _span(row["difference"])
+            text = Interval(**row["difference"]).to_text("+.3f")
             cells.append(f"**{text}**" if row["verdict"].startswith(("supported", "opposite", "differs")) else text)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -275,8 +279,3 @@ def _context_table(buckets: Sequence[dict[str, Any]]) -> list[str]:
 
 def _one_by_one(values: Sequence[float], form: str) -> str:
     return ", ".join(format(value, form) for value in values)
-
-
-def _span(interval: dict[str, Any]) -> str:
-    spread = "" if interval["low"] is None else f" ({interval['low']:+.3f} to {interval['high']:+.3f})"
-    return f"{interval['estimate']:+.3f}{spread}"

@@ -76,9 +76,7 @@ def show_long_context(result: Any) -> None:
     reference = result.config["policies"][0]
 
     def interval(one: Any, scale: float, digits: int) -> str:
-        if one is None:
-            return "-"
-        return f"{scale * one.estimate:.{digits}f} ({scale * one.low:.{digits}f} to {scale * one.high:.{digits}f})"
+        return "-" if one is None else str(one.to_text(f".{digits}f", scale))
 
     def cache(row: Any) -> dict[str, Any]:
         return {"columns": round(row.columns), "cache, MiB": round(row.cache_bytes / 2**20, 2)}

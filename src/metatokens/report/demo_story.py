@@ -78,9 +78,7 @@ def show_reading(chapter: Any) -> None:
     for column in ("model", "parameters", "text tokens", "perplexity"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, arm in (("plain", chapter.plain), ("meta-tokens", chapter.meta)):
-        interval = arm.perplexity
-        found = f"{interval.estimate:.1f} ({interval.low:.1f} to {interval.high:.1f})"
-        table.add_row(name, f"{arm.parameters:,}", f"{arm.text_tokens:,}", found)
+        table.add_row(name, f"{arm.parameters:,}", f"{arm.text_tokens:,}", arm.perplexity.to_text(".1f"))
     _console().print(table)
     _paragraph(
         f"On the same tokens meta-attention changes the time of a training step by "

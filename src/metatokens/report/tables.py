@@ -200,11 +200,7 @@ def _perplexity_table(results: SweepResults, title: str, cells: Sequence[CellRes
 
 
 def _nats(interval: Interval | None, form: str) -> str:
-    if interval is None:
-        return ""
-    if interval.low is None or interval.high is None:
-        return f"{interval.estimate:{form}}"
-    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+    return "" if interval is None else interval.to_text(form)
 
 
 def _solve_table(results: SweepResults, cells: Sequence[tuple[str, CellResult]]) -> _PlainTable:
@@ -213,8 +209,7 @@ def _solve_table(results: SweepResults, cells: Sequence[tuple[str, CellResult]])
         times = solve_times(cell)
         mean = f"{restricted_mean(times):,.0f}"
         if len(times.times) >= MINIMUM_SEEDS:
-            interval = restricted_mean_interval(times, seed=0)
-            mean += f" ({interval.low:,.0f} to {interval.high:,.0f})"
+            mean = restricted_mean_interval(times, seed=0).to_text(",.0f")
         by_seed = " / ".join(f"{one.steps:,}{'' if one.solved else '+'}" for one in cell.trainings)
         solved = f"{times.observed.sum()} of {len(times.times)}"
         seconds = f"{sum(one.cpu_seconds for one in cell.trainings):,.0f}"
