@@ -36,30 +36,35 @@ if TYPE_CHECKING:
 ENDPOINTS: dict[str, Endpoint] = {"solve": solve_times, "nats": losses, "accuracy": accuracies}
 
 
-def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> None:
+def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> Path | None:
     """Judge the contrasts so far, and write NAME.json, NAME.md and figures, NAME.png among them.
 
-    Nothing is written if no task has enough seeds.
+    Nothing is written if no task has enough seeds, and files of an earlier call are left as they are.
 
     Args:
         files: folder of the sweeps.
         contrasts: name of the file of contrasts in it.
         out: folder of the results, which also gets the files.
         name: of the part.
+
+    Returns:
+        NAME.json, or None if nothing was written.
     """
     named = read_file(files / contrasts, schema=Contrasts)
     endpoint = ENDPOINTS[named.endpoint]
     reports = [endpoint.judge(named, task) for task in _finished(named, files, out, endpoint.FEWEST_SEEDS)]
     if not reports:
-        return
+        return None
     digest = text_sha256((files / contrasts).read_text(encoding="utf-8"))
     tree = {"contrasts_sha256": digest, "contrasts": named.model_dump(mode="json"), "tasks": reports}
-    write_atomically(out / f"{name}.json", json.dumps(tree, indent=1) + "\n")
+    path = out / f"{name}.json"
+    write_atomically(path, json.dumps(tree, indent=1) + "\n")
     write_atomically(out / f"{name}.md", endpoint.to_markdown(named, reports))
     from metatokens.report.figures import to_png  # matplotlib is an extra
 
     for ending, figure in endpoint.draw(named, reports).items():
         write_atomically(out / f"{name}{ending}.png", to_png(figure))
+    return path
 
 
 def write_summary(judged: Sequence[Path], out: Path) -> None:

@@ -95,26 +95,27 @@ def write_tables(scale: Scale, out: Path) -> Path:
     explanations.md and explanations.png have the contrasts of the explanations side by side.
     """
     lines = [f"# Replication, scale {scale.name}", ""]
+    all_judged: list[Path] = []
     for part in scale.plan.parts:
         lines += [f"# {part.name}: {part.question}", ""]
+        judged: Path | None = None
         if part.contrasts is not None:
             try:
-                write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
+                judged = write_contrasts(scale.folder, part.contrasts, out / part.folder, name=part.name.lower())
             except DataError as error:  # must not keep other parts from running
                 lines += [f"Its contrasts were not judged: {error}", ""]
-        tables = list(_tables(scale, part, out))
+        tables = list(_tables(scale, part, out, judged))
         lines += tables or ["Nothing has been measured yet.", ""]
-    judged = (out / part.folder / f"{part.name.lower()}.json" for part in scale.plan.parts if part.contrasts)
-    write_summary([path for path in judged if path.is_file()], out)
+        all_judged += [] if judged is None else [judged]
+    write_summary(all_judged, out)
     path = out / "replication.md"
     write_atomically(path, "\n".join(lines))
     return path
 
 
-def _tables(scale: Scale, part: Part, out: Path) -> Iterator[str]:
-    judged = out / part.folder / f"{part.name.lower()}.md"
-    if part.contrasts is not None and judged.is_file():
-        yield judged.read_text(encoding="utf-8")
+def _tables(scale: Scale, part: Part, out: Path, judged: Path | None) -> Iterator[str]:
+    if judged is not None:
+        yield judged.with_suffix(".md").read_text(encoding="utf-8")
     for words, _, _ in scale.commands(part):
         if words[0] == "sweep":
             table = out / part.folder / words[words.index("--out") + 1] / "table.md"

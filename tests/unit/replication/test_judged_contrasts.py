@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from metatokens.replication.contrasts import write_contrasts
+from metatokens.replication.plan import load_scale
+from metatokens.replication.running import write_tables
 from metatokens.report.solve_figures import draw_ratios
 
 HORIZON = 2000
@@ -20,7 +22,13 @@ contrasts:
   - {explains: parameters, first: alike, second: none, expected: faster}
   - {explains: channel, first: none, second: twice-as-fast, expected: faster}
 """
-SWEEP = "preset: parity-preset.yaml\naxes: {arm: {none: , twice-as-fast: , alike: }}\n"
+SWEEP = f"preset: parity-preset.yaml\naxes: {{arm: {{none: , twice-as-fast: , alike: }}}}\nseeds: {list(range(16))}\n"
+PLAN = """
+purpose: a test
+text_vocab_size: 300
+parts:
+  - {name: E1, question: speed, contrasts: contrasts.yaml, steps: [{run: "sweep {files}/parity.yaml --out parity"}]}
+"""
 PRESET = f"extends: tiny/recall\ncurriculum: [{{steps: {HORIZON}, size: [2, 3], prompt_tokens: [1, 22]}}]\n"
 
 
@@ -113,3 +121,17 @@ def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
     hint, parameters, channel = judge(files, 16)
     assert hint["verdict"] == channel["verdict"] == "differs"
     assert parameters["verdict"] == "equivalent"
+
+
+def test_the_tables_leave_out_what_an_earlier_call_judged_and_this_one_cannot(files: Path) -> None:
+    (files / "plan.yaml").write_text(PLAN)
+    judge(files, 16)
+    out, scale = files / "out", load_scale(str(files))
+    assert "twice-as-fast" in write_tables(scale, out).read_text()
+    assert (out / "explanations.md").is_file()
+
+    (out / "explanations.md").unlink()
+    (out / "parity" / "results.json").unlink()
+    assert (out / "e1.json").is_file()
+    assert "twice-as-fast" not in write_tables(scale, out).read_text()
+    assert not (out / "explanations.md").exists()
