@@ -1,10 +1,9 @@
 """experiments/decomposition."""
 
-import math
-from statistics import stdev
 from typing import Any
 
-from measured.source import load, span
+from measured.source import load, percent
+from metatokens.replication.solve_times import ratio_text
 
 
 def solve_contrasts(task: str, at_equal: str, verdict: str) -> int:
@@ -13,34 +12,41 @@ def solve_contrasts(task: str, at_equal: str, verdict: str) -> int:
 
 
 def solve_ratio(task: str, first: str, second: str) -> str:
-    """Return the ratio of the steps of two arms, with its interval."""
-    (row,) = [row for row in _task(task)["at_equal_steps"] if (row["first"], row["second"]) == (first, second)]
-    return span(row["ratio"], ".2f")
+    """Return the ratio of the steps of two arms, with its interval, or its bound."""
+    return ratio_text(_contrast(task, "at_equal_steps", first, second))
+
+
+def solve_finds(task: str, first: str, second: str) -> str:
+    """Return the smallest ratio that the design finds in 80% of cases, with the spread of two arms."""
+    ratio = _contrast(task, "power", first, second)["smallest_ratio"]
+    return "none" if ratio is None else f"{ratio:.2f}"
+
+
+def solve_finds_equal(task: str, first: str, second: str) -> str:
+    """Return how often the design finds equal arms equivalent, with the spread of two arms."""
+    return percent(_contrast(task, "power", first, second)["equal_found_equivalent"])
 
 
 def solve_censored(task: str, arm: str) -> int:
     """Return how many trainings of an arm ended without solving the task."""
-    return int(_arm(task, arm)["censored"])
-
-
-def solve_spread(task: str, arm: str) -> float:
-    """Return the standard deviation of the log of an arm's steps, in which censored trainings have the last step."""
-    return stdev(math.log(steps) for steps in _arm(task, arm)["steps"])
+    (row,) = [row for row in _task(task)["arms"] if row["arm"] == arm]
+    return int(row["censored"])
 
 
 def _task(task: str) -> dict[str, Any]:
-    (found,) = [one for one in load("experiments/decomposition/e1.json")["tasks"] if one["task"] == task]
-    return dict(found)
+    tasks = (one for part in ("e1", "e1-list") for one in load(f"experiments/decomposition/{part}.json")["tasks"])
+    return dict(next(one for one in tasks if one["task"] == task))
 
 
-def _arm(task: str, arm: str) -> dict[str, Any]:
-    (row,) = [row for row in _task(task)["arms"] if row["arm"] == arm]
+def _contrast(task: str, table: str, first: str, second: str) -> dict[str, Any]:
+    (row,) = [row for row in _task(task)[table] if (row["first"], row["second"]) == (first, second)]
     return dict(row)
 
 
 NAMES = (
     solve_censored,
     solve_contrasts,
+    solve_finds,
+    solve_finds_equal,
     solve_ratio,
-    solve_spread,
 )

@@ -16,19 +16,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from metatokens.evaluation.significance import Array, bca_interval, sign_flip_test
+from metatokens.evaluation.significance import SIGN_FLIP_DRAWS, Array, bca_interval, sign_flip_test
 from metatokens.evaluation.statistics import CONFIDENCE_LEVEL, Interval, Numbers
 
 LARGEST_RATIO = 64.0
-"""Bounds of the search for a ratio: a bound of an interval beyond it is None."""
+"""Bound of the search for a ratio."""
 _HALVINGS = 14  # of the search, to a factor of 64 ** (1 / 2**14), less than 1.0003
 _FEWEST_SEEDS = 3
 _POWER_DRAWS = 1_000
+_FIT_STEPS = 200
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,19 @@ class Times:
     def of_seeds(self, indices: npt.NDArray[np.int64]) -> Times:
         """Return the times of some seeds."""
         return Times(self.times[indices], self.observed[indices], self.horizon)
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """How many times as long one arm takes as another."""
+
+    estimate: float | None
+    """None if an arm has no event."""
+    low: float | None
+    """None if no ratio down to 1 / `LARGEST_RATIO` is rejected."""
+    high: float | None
+    """None if no ratio up to `LARGEST_RATIO` is rejected."""
+    level: float
 
 
 def survival_curve(sample: Times) -> tuple[Array, Array]:
@@ -126,7 +142,9 @@ def log_rank_test(first: Times, second: Times, *, seed: int) -> float:
     return sign_flip_test(_score_differences(first, second, 1.0), seed=seed)
 
 
-def equivalence_of_times(first: Times, second: Times, margin: float, *, seed: int) -> float:
+def equivalence_of_times(
+    first: Times, second: Times, margin: float, *, seed: int, draws: int = SIGN_FLIP_DRAWS
+) -> float:
     """Return the p-value of the hypothesis that the ratio of times lies at or beyond 1 / margin or margin (TOST).
 
     Args:
@@ -134,35 +152,34 @@ def equivalence_of_times(first: Times, second: Times, margin: float, *, seed: in
         second: the other arm, with the same seeds in the same order.
         margin: ratio above 1, declared before the run.
         seed: of the draws of the sign flips.
+        draws: number of sign flips where there are too many to count all.
 
     Raises:
         ValueError: the margin is not above 1, or the arms have different numbers of seeds.
     """
     if not 1 < margin < math.inf:
         raise ValueError(f"the margin must be a finite ratio above 1, not {margin}")
+    is_longer = partial(sign_flip_test, seed=seed, draws=draws, alternative="greater")
     return max(
-        sign_flip_test(_score_differences(first, second, margin), seed=seed, alternative="greater"),
-        sign_flip_test(-_score_differences(first, second, 1 / margin), seed=seed, alternative="greater"),
+        is_longer(_score_differences(first, second, margin)),
+        is_longer(-_score_differences(first, second, 1 / margin)),
     )
 
 
-def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> Interval | None:
+def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> TimeRatio:
     """Return how many times as long the first arm takes as the second, with the interval that the test does not reject.
 
-    The estimate is the ratio at which the log-rank statistic is 0. Where one arm has no event that is a bound too, the
-    ratio beyond which nothing is left to compare. A bound is None where no ratio up to `LARGEST_RATIO` is rejected, and
-    the result is None if neither arm has an event.
+    The estimate is the ratio at which the log-rank statistic is 0. Where one arm has no event there is none: whatever
+    that arm takes beyond the horizon fits, and only one bound can be known.
 
     Raises:
         ValueError: the arms have different numbers of seeds.
     """
     if not second.observed.any():
         if not first.observed.any():
-            return None
+            return TimeRatio(None, None, None, level)
         inverse = time_ratio(second, first, seed=seed, level=level)
-        assert inverse is not None
-        low, high = (None if bound is None else 1 / bound for bound in (inverse.high, inverse.low))
-        return Interval(1 / inverse.estimate, low, high, level)
+        return TimeRatio(None, None, None if inverse.low is None else 1 / inverse.low, level)
     tail = (1 - level) / 2
 
     def is_rejected(sign: int, log_ratio: float) -> bool:
@@ -176,12 +193,36 @@ def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDE
     estimate = _last(is_below, -reach, reach)
     low = _last(partial(is_rejected, -1), -reach, estimate)
     high = _last(partial(is_rejected, 1), reach, estimate)
-    return Interval(
-        math.exp(estimate),
+    return TimeRatio(
+        math.exp(estimate) if first.observed.any() else None,
         math.exp(low) if is_rejected(-1, -reach) else None,
         math.exp(high) if is_rejected(1, reach) else None,
         level,
     )
+
+
+def log_normal_fit(sample: Times) -> tuple[float, float]:
+    """Return the median, and the standard deviation of the log, of log-normal times that fit best.
+
+    Maximum likelihood with censored times (the EM algorithm of Dempster, Laird, Rubin 1977). The variance is multiplied
+    by n / (n - 1), so that without censoring it is that of the sample.
+
+    Raises:
+        ValueError: fewer than three seeds have the event.
+    """
+    if sample.observed.sum() < _FEWEST_SEEDS:
+        raise ValueError(f"a fit needs {_FEWEST_SEEDS} events, not {sample.observed.sum()}")
+    logs, censored = np.log(sample.times), ~sample.observed
+    border, num_censored = math.log(sample.horizon), int(censored.sum())
+    mean, deviation = float(logs.mean()), float(logs.std())
+    for _ in range(_FIT_STEPS if num_censored and deviation else 0):
+        z = (border - mean) / deviation
+        hazard = _NORMAL.pdf(z) / _NORMAL.cdf(-z)
+        expected = np.where(censored, mean + deviation * hazard, logs)
+        variance = deviation**2 * (1 + z * hazard - hazard**2)  # of a censored log, given that it is above the border
+        mean = float(expected.mean())
+        deviation = math.sqrt((((expected - mean) ** 2).sum() + num_censored * variance) / len(logs))
+    return math.exp(mean), deviation * math.sqrt(len(logs) / (len(logs) - 1))
 
 
 def detectable_ratio(
@@ -193,7 +234,7 @@ def detectable_ratio(
     power: float = 0.8,
     simulations: int = 300,
     seed: int = 0,
-) -> float:
+) -> float | None:
     """Return the smallest ratio of times that the paired log-rank test finds with the given power, by simulation.
 
     Times are log-normal and independent within a pair; the first arm's median is 1.
@@ -208,23 +249,60 @@ def detectable_ratio(
         seed: of the simulation.
 
     Returns:
-        The ratio, `LARGEST_RATIO` if even that is not found.
+        The ratio, or None if not even `LARGEST_RATIO` is found.
     """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    noise = np.exp(log_deviation * generator.standard_normal((simulations, 2, num_seeds)))
+    noise = _simulated_pairs(num_seeds, log_deviation, simulations, seed)
 
     def is_missed(log_ratio: float) -> bool:
         found = 0
         for number, (first, second) in enumerate(noise):
-            arms = [
-                Times(times, times < math.inf, math.inf).until(horizon_over_median)
-                for times in (first, second * math.exp(log_ratio))
-            ]
-            differences = _score_differences(arms[0], arms[1], 1.0)
+            differences = _score_differences(
+                _seen(first, horizon_over_median), _seen(second * math.exp(log_ratio), horizon_over_median), 1.0
+            )
             found += sign_flip_test(differences, seed=number, draws=_POWER_DRAWS) <= level
         return found < power * simulations
 
-    return math.exp(_last(is_missed, 0.0, math.log(LARGEST_RATIO), halvings=8))
+    reach = math.log(LARGEST_RATIO)
+    return None if is_missed(reach) else math.exp(_last(is_missed, 0.0, reach, halvings=8))
+
+
+def equivalence_power(
+    num_seeds: int,
+    log_deviation: float,
+    margin: float,
+    *,
+    level: float,
+    horizon_over_median: float,
+    simulations: int = 300,
+    seed: int = 0,
+) -> float:
+    """Return the share of simulated experiments that find two arms equivalent that are.
+
+    Args:
+        num_seeds: seeds of each arm.
+        log_deviation: standard deviation of the log of the times of one arm.
+        margin: ratio above 1.
+        level: of the test; with Holm's correction for m contrasts, level / m for the least of them.
+        horizon_over_median: horizon in medians.
+        simulations: number of simulated experiments.
+        seed: of the simulation.
+    """
+    found = 0
+    for first, second in _simulated_pairs(num_seeds, log_deviation, simulations, seed):
+        arms = (_seen(first, horizon_over_median), _seen(second, horizon_over_median))
+        found += equivalence_of_times(*arms, margin, seed=seed, draws=_POWER_DRAWS) <= level
+    return found / simulations
+
+
+def _simulated_pairs(num_seeds: int, log_deviation: float, simulations: int, seed: int) -> Array:
+    """Return times of two arms with median 1, (simulations, 2, seeds)."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return np.asarray(np.exp(log_deviation * generator.standard_normal((simulations, 2, num_seeds))))
+
+
+def _seen(times: Array, horizon: float) -> Times:
+    """Return what is seen of uncensored times until a horizon."""
+    return Times(times, times < math.inf, math.inf).until(horizon)
 
 
 def _risk_table(times: Array, observed: npt.NDArray[np.bool_]) -> tuple[Array, Array, Array]:

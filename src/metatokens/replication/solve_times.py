@@ -3,6 +3,7 @@
 The unit is the training seed. Steps at the end of the curriculum are censored, and the same is asked of operations.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,13 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
+from metatokens.evaluation.significance import least_units
 from metatokens.evaluation.survival import (
     Times,
     detectable_ratio,
     equivalence_of_times,
+    equivalence_power,
+    log_normal_fit,
     log_rank_test,
     restricted_mean_interval,
     time_ratio,
@@ -43,10 +47,10 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
         "planned_seeds": task.planned_seeds,
         "horizon": horizon,
         "cpu_hours": task.cpu_hours,
-        "power": _power(contrasts, times, task.planned_seeds),
         "arms": [_arm_report(arm, cell, times[arm]) for arm, cell in task.arms.items()],
         "at_equal_steps": _compare(contrasts, times),
         "at_equal_operations": _compare(contrasts, operations),
+        "power": _power(contrasts, times, task.planned_seeds),
         "versions": task.results.versions,
     }
 
@@ -80,13 +84,15 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
     rows = []
     for contrast in contrasts.contrasts:
         first, second = times[contrast.first], times[contrast.second]
-        ratio = time_ratio(first, second, seed=0)
+        horizon = min(first.horizon, second.horizon)
+        is_solved = [arm.until(horizon).observed for arm in (first, second)]
         rows.append(
             {
                 **contrast.model_dump(),
                 "seeds": len(first.times),
                 "solved": [int(arm.observed.sum()) for arm in (first, second)],
-                "ratio": {"estimate": None, "low": None, "high": None} if ratio is None else asdict(ratio),
+                "seeds_that_tell": int(np.logical_or(*is_solved).sum()),
+                "ratio": asdict(time_ratio(first, second, seed=0)),
                 "p": log_rank_test(first, second, seed=0),
                 "p_equivalence": equivalence_of_times(first, second, contrasts.margin, seed=0),
             }
@@ -96,67 +102,98 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
 
 
 def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
-    ratio = row["ratio"]["estimate"]
-    return verdict_of_seeds(
+    """Return the verdict; a seed that neither arm has solved tells nothing, and lowers no p-value."""
+    ratio, num_tests = row["ratio"], len(contrasts.contrasts)
+    expected_end = ratio["high"] if ratio["estimate"] is None else ratio["estimate"]
+    found = verdict_of_seeds(
         row,
         contrasts,
-        num_tests=len(contrasts.contrasts),
+        num_tests=num_tests,
         num_seeds=row["seeds"],
-        is_as_expected=ratio is not None and ratio < 1,
+        is_as_expected=expected_end is not None and expected_end < 1,
     )
+    is_out_of_reach = row["seeds_that_tell"] < least_units(num_tests, contrasts.level)
+    return "too few solved" if found == "cannot tell" and is_out_of_reach else found
 
 
-def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> dict[str, Any]:
-    """Return the smallest ratio of the planned design that the strictest of Holm's tests finds in 80% of cases.
+def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> list[dict[str, Any]]:
+    """Return what the planned design can find in each contrast, if its arms spread as they do.
 
-    Only arms whose seeds have all solved the task count; without any the power is None.
+    Log-normal times of both arms have the root mean square of their deviations and the geometric mean of their
+    medians. The tests are the strictest of Holm's. Numbers are None where fewer than three seeds of an arm have solved
+    the task.
     """
-    # of an arm with censored times the spread and the median would be too small
-    known = {arm: own.times for arm, own in times.items() if own.observed.all() and len(own.times) >= FEWEST_SEEDS}
-    if not known:
-        return {"arms": [], "log_deviation": None, "smallest_ratio": None}
-    spread = [np.log(solved).var(ddof=1) for solved in known.values()]
-    deviation = float(np.sqrt(np.mean(spread)))
-    horizon = next(iter(times.values())).horizon
-    ratio = detectable_ratio(
-        planned_seeds,
-        deviation,
-        level=contrasts.level / len(contrasts.contrasts),
-        horizon_over_median=horizon / float(np.median(np.concatenate(list(known.values())))),
-    )
-    return {"arms": list(known), "log_deviation": deviation, "smallest_ratio": ratio, "seeds": planned_seeds}
+    level = contrasts.level / len(contrasts.contrasts)
+    fits = {arm: log_normal_fit(own) for arm, own in times.items() if own.observed.sum() >= FEWEST_SEEDS}
+    rows: list[dict[str, Any]] = []
+    for contrast in contrasts.contrasts:
+        arms = (contrast.first, contrast.second)
+        row: dict[str, Any] = {"explains": contrast.explains, "first": contrast.first, "second": contrast.second}
+        if not all(arm in fits for arm in arms):
+            rows.append({**row, "log_deviation": None, "smallest_ratio": None, "equal_found_equivalent": None})
+            continue
+        (median, deviation), (other_median, other_deviation) = (fits[arm] for arm in arms)
+        both = math.sqrt((deviation**2 + other_deviation**2) / 2)
+        horizon = times[contrast.first].horizon / math.sqrt(median * other_median)
+        ratio = detectable_ratio(planned_seeds, both, level=level, horizon_over_median=horizon)
+        alike = equivalence_power(planned_seeds, both, contrasts.margin, level=level, horizon_over_median=horizon)
+        rows.append({**row, "log_deviation": both, "smallest_ratio": ratio, "equal_found_equivalent": alike})
+    return rows
+
+
+def ratio_text(row: dict[str, Any]) -> str:
+    """Return the ratio of a contrast with its interval; where one arm never solved the task, the bound."""
+    if row["ratio"]["estimate"] is None:
+        return _bound_text(row)
+    ends = ("open" if end is None else f"{end:.2f}" for end in (row["ratio"]["low"], row["ratio"]["high"]))
+    return f"{row['ratio']['estimate']:.2f} ({' to '.join(ends)})"
+
+
+def _bound_text(row: dict[str, Any]) -> str:
+    """Return the one known end of an interval: the test rejects every ratio beyond it."""
+    low, high = row["ratio"]["low"], row["ratio"]["high"]
+    if low is None and high is None:
+        return "no bound" if any(row["solved"]) else "neither arm solved it"
+    return f"at most {high:.2f}" if low is None else f"at least {low:.2f}"
 
 
 def _effect(row: dict[str, Any]) -> str:
-    if row["ratio"]["estimate"] is None:
-        return "neither solved it"
-    return f"{_bound(row)}{row['ratio']['estimate']:.2f}"
+    """Return the ratio as the summary has it: a bound where an end is open, and the seeds solved if not all are."""
+    ratio = row["ratio"]
+    is_open = None in (ratio["estimate"], ratio["low"], ratio["high"])
+    text = _bound_text(row) if is_open else f"{ratio['estimate']:.2f}"
+    first, second = row["solved"]
+    return text if first == second == row["seeds"] else f"{text} ({first} : {second})"
 
 
-def _bound(row: dict[str, Any]) -> str:
-    """Return "at most " or "at least " where one arm never solved the task, as the ratio is a bound then."""
-    return "" if all(row["solved"]) else "at most " if row["solved"][0] else "at least "
+def _title(report: dict[str, Any]) -> str:
+    return str(report["task"]).replace("_", " ")
 
 
-def _bounds(interval: dict[str, Any], form: str) -> str:
-    if interval["estimate"] is None:
-        return "neither arm solved it"
-    low, high = ("" if interval[key] is None else format(interval[key], form) for key in ("low", "high"))
-    return f"{interval['estimate']:{form}} ({low or 'open'} to {high or 'open'})"
+def _mean_text(arm: dict[str, Any], horizon: int) -> str:
+    if not arm["solved"]:
+        return f"over {horizon:,}"
+    mean = arm["restricted_mean"]
+    return f"{mean['estimate']:,.0f} ({mean['low']:,.0f} to {mean['high']:,.0f})"
 
 
-def _power_sentence(report: dict[str, Any]) -> str:
-    power = report["power"]
-    others = [arm["arm"] for arm in report["arms"] if arm["arm"] not in power["arms"]]
-    sentence = (
-        f"With {report['planned_seeds']} seeds, and a standard deviation of the log of the steps of "
-        f"{power['log_deviation']:.2f}, the strictest of Holm's tests finds a ratio of {power['smallest_ratio']:.2f} "
-        "in 80% of cases."
-    )
-    if others:
-        names = ", ".join(f"`{arm}`" for arm in others)
-        sentence += f" That is the deviation of the arms that every seed has solved; it says nothing of {names}."
-    return sentence
+def _power_table(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"What {report['planned_seeds']} seeds can find, simulated with log-normal times that spread as those of the "
+        "two arms: the smallest ratio that the strictest of Holm's tests finds in 80% of cases, and how often it finds "
+        "equal arms equivalent. -: fewer than three seeds of an arm have solved the task, or no ratio is found as "
+        "often.",
+        "",
+        "| explanation | arms | standard deviation of the log | ratio found | equal arms found equivalent |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in report["power"]:
+        deviation, ratio = (
+            "-" if row[key] is None else f"{row[key]:.2f}" for key in ("log_deviation", "smallest_ratio")
+        )
+        alike = "-" if row["equal_found_equivalent"] is None else f"{row['equal_found_equivalent']:.0%}"
+        lines.append(f"| {row['explains']} | {row['first']} : {row['second']} | {deviation} | {ratio} | {alike} |")
+    return lines
 
 
 def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
@@ -164,13 +201,11 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
     lines = []
     for report in reports:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
-        lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
-        if report["power"]["smallest_ratio"]:
-            lines += [_power_sentence(report), ""]
+        lines += [f"## {_title(report)}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
         lines += [f"| arm | solved | censored at {report['horizon']:,} | restricted mean of the steps |"]
         lines += ["|---|---:|---:|---:|"]
         for arm in report["arms"]:
-            mean = _bounds(arm["restricted_mean"], ",.0f")
+            mean = _mean_text(arm, report["horizon"])
             lines.append(f"| {arm['arm']} | {arm['solved']} | {arm['censored']} | {mean} |")
         for key in ("at_equal_steps", "at_equal_operations"):
             lines += ["", f"Ratios {key.replace('_', ' ')}; equivalent: within a factor of {contrasts.margin:g}.", ""]
@@ -180,14 +215,11 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
             ]
             for row in report[key]:
                 solved = " : ".join(f"{number} of {row['seeds']}" for number in row["solved"])
-                ratio = _bounds(row["ratio"], ".2f")
-                if row["ratio"]["estimate"] is not None:
-                    ratio = _bound(row) + ratio
                 lines.append(
-                    f"| {row['explains']} | {row['first']} : {row['second']} | {solved} | {ratio} | "
+                    f"| {row['explains']} | {row['first']} : {row['second']} | {solved} | {ratio_text(row)} | "
                     f"{row['p_holm']:.3f} | {row['p_equivalence_holm']:.3f} | {row['verdict']} |"
                 )
-        lines.append("")
+        lines += ["", *_power_table(report), ""]
     return "\n".join(lines)
 
 
@@ -202,12 +234,14 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
     """Return the verdicts at equal steps, and at equal operations."""
     from metatokens.report.verdict_figure import Column, Verdict  # matplotlib is an extra
 
+    task = _title(report)
     note = (
-        f"{report['task']}: ratio of the first arm's steps or operations to the second's, {len(report['seeds'])} "
-        f"seeds; equivalent within a factor of {contrasts.margin:g}; Holm over {len(contrasts.contrasts)}"
+        f"{task}: ratio of the first arm's steps or operations to the second's, {len(report['seeds'])} "
+        f"seeds (in brackets: that solved it, if not all); equivalent within a factor of {contrasts.margin:g}; Holm "
+        f"over {len(contrasts.contrasts)}"
     )
     return {
-        f"{report['task']}, {key.removeprefix('at_equal_')}": Column(
+        f"{task}, {key.removeprefix('at_equal_')}": Column(
             note,
             {
                 (row["explains"], row["first"], row["second"]): Verdict(_effect(row), row["verdict"])

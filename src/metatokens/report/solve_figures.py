@@ -11,6 +11,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from metatokens.evaluation.survival import Times, restricted_mean, survival_curve
 from metatokens.report.palette import COLOURS, add_legend_of_verdicts, colour_of_verdict
 
+_STYLES = ("-", (0, (5, 1.5)))  # two curves that lie on one another can both be seen
+
 
 def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
     """Draw the share of trainings that have not solved their task yet, one panel for each task."""
@@ -18,13 +20,13 @@ def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
     for number, report in enumerate(reports, start=1):
         axes = figure.add_subplot(1, len(reports), number)
         for place, arm in enumerate(report["arms"]):
-            colour = COLOURS[place % len(COLOURS)]
+            colour, style = COLOURS[place % len(COLOURS)], _STYLES[place % len(_STYLES)]
             sample = Times.of(arm["steps"], arm["is_solved"], report["horizon"])
             at, shares = survival_curve(sample)
             axes.step([0, *at, report["horizon"]], [1, *shares, shares[-1] if len(shares) else 1], where="post",
-                      color=colour, label=arm["arm"])  # fmt: skip
+                      color=colour, linestyle=style, label=arm["arm"])  # fmt: skip
             axes.axvline(restricted_mean(sample), color=colour, linewidth=0.6, linestyle=":")
-        axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
+        axes.set_title(f"{report['task'].replace('_', ' ')} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("steps (dotted: restricted means)")
         all_solved = all(all(arm["is_solved"]) for arm in report["arms"])
         axes.set_xlim(0, 1.05 * max(max(arm["steps"]) for arm in report["arms"]) if all_solved else report["horizon"])
@@ -35,7 +37,7 @@ def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_ratios(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
-    """Draw the ratio of steps of every contrast with its interval, one panel for each task; a bound is an arrow.
+    """Draw the ratio of steps of every contrast with its interval, one panel for each task; an open end is an arrow.
 
     Args:
         reports: of tasks that have the same contrasts.
@@ -59,29 +61,27 @@ def draw_ratios(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.axvline(1, color="#000000", linewidth=0.8)
         _draw_intervals(axes, report["at_equal_steps"])
         axes.tick_params(labelleft=number == 1)
-        axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
+        axes.set_title(f"{report['task'].replace('_', ' ')} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("ratio of steps to solve the task")
     add_legend_of_verdicts(figure, (contrast["verdict"] for contrast in contrasts))
     return figure
 
 
 def _draw_intervals(axes: Axes, contrasts: Sequence[dict[str, Any]]) -> None:
+    left, right = axes.get_xlim()
     for place, contrast in enumerate(contrasts):
-        ratio, colour = contrast["ratio"], colour_of_verdict(contrast["verdict"])
-        if ratio["estimate"] is None:  # neither arm has solved the task
+        estimate, low, high = (contrast["ratio"][key] for key in ("estimate", "low", "high"))
+        colour = colour_of_verdict(contrast["verdict"])
+        if low is None and high is None and estimate is None:
+            words = "no bound" if any(contrast["solved"]) else "neither arm solved it"
+            axes.text(1, place, words, ha="center", va="center", fontsize=8, backgroundcolor="#ffffff")
             continue
-        ends = [
-            end if known is None else known
-            for end, known in zip(axes.get_xlim(), (ratio["low"], ratio["high"]), strict=True)
-        ]
-        axes.plot(ends, [place, place], color=colour)
-        axes.plot(ratio["estimate"], place, marker=_marker(contrast), color=colour)
+        axes.plot([left if low is None else low, right if high is None else high], [place, place], color=colour)
+        for end, edge, marker in ((low, left, "<"), (high, right, ">")):
+            if end is None:
+                axes.plot(edge, place, marker=marker, color=colour, clip_on=False)
+        if estimate is not None:
+            axes.plot(estimate, place, marker="o", color=colour)
     names = [f"{contrast['explains']}:  {contrast['first']} / {contrast['second']}" for contrast in contrasts]
     axes.set_yticks(range(len(contrasts)), names)
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
-
-
-def _marker(contrast: dict[str, Any]) -> str:
-    """Return a dot, or an arrow where one arm has never solved the task, so that the ratio is a bound."""
-    first, second = contrast["solved"]
-    return "o" if first and second else "<" if first else ">"

@@ -10,9 +10,9 @@ from matplotlib.patches import Rectangle
 from metatokens.report.palette import colour_of_verdict
 
 _TINT = 0.25  # opacity of a cell, so that its text can be read
-_INCHES_OF_COLUMN, _INCHES_OF_ROW, _INCHES_OF_HEAD = 1.15, 0.42, 0.7
+_INCHES_OF_COLUMN, _INCHES_OF_ROW, _INCHES_OF_HEAD = 1.35, 0.42, 0.7
 _INCHES_OF_NOTE = 0.18
-_COLUMNS_OF_NAMES = 3.6  # room for an explanation and two arms, in columns
+_COLUMNS_OF_NAMES = 3.1  # room for an explanation and two arms, in columns
 
 
 class Verdict(NamedTuple):

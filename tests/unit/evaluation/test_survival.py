@@ -1,15 +1,19 @@
 """Survival statistics: equal to published values, to the tables of the definition, and to all swaps within pairs."""
 
 from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from metatokens.evaluation.significance import sign_flip_test
 from metatokens.evaluation.survival import (
+    TimeRatio,
     Times,
     detectable_ratio,
     equivalence_of_times,
+    equivalence_power,
+    log_normal_fit,
     log_rank_scores,
     log_rank_test,
     restricted_mean,
@@ -120,15 +124,20 @@ def test_equivalence_is_shown_exactly_where_the_interval_lies_within_the_margin(
     assert verdicts == {True, False}
 
 
-def test_a_bound_that_the_censored_times_leave_open_is_none():
-    slow = Times.of([HORIZON] * 10, [False] * 10, HORIZON)
-    ratio = time_ratio(slow, draw(0, 10), seed=0)
-    assert ratio.high is None
-    assert ratio.low > 2
-    assert time_ratio(slow, slow, seed=0) is None
-    inverse = time_ratio(draw(0, 10), slow, seed=0)
-    assert inverse.low is None
-    assert (inverse.estimate, inverse.high) == pytest.approx((1 / ratio.estimate, 1 / ratio.low))
+def test_an_arm_without_an_event_leaves_one_bound_and_no_estimate():
+    never = Times.of([HORIZON] * 10, [False] * 10, HORIZON)
+    fast = draw(0, 10)
+    ratio, inverse = time_ratio(never, fast, seed=0), time_ratio(fast, never, seed=0)
+    assert (ratio.estimate, ratio.high) == (None, None)
+    # with m seeds that tell, the smallest one-sided p-value is 1 / 2^m: at a tail of 2.5% six must be faster
+    assert ratio.low == pytest.approx(HORIZON / np.sort(fast.times)[5], rel=0.01)
+    assert (inverse.estimate, inverse.low) == (None, None)
+    assert inverse.high == pytest.approx(1 / ratio.low)
+
+
+def test_neither_a_ratio_nor_a_bound_is_known_of_arms_that_never_have_the_event():
+    never = Times.of([HORIZON] * 10, [False] * 10, HORIZON)
+    assert time_ratio(never, never, seed=0) == TimeRatio(None, None, None, 0.95)
 
 
 def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():
@@ -136,6 +145,38 @@ def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():
     expected = np.exp((1.96 + 0.84) * 0.5 * np.sqrt(2 / 40))
     found = detectable_ratio(40, 0.5, level=0.05, horizon_over_median=1e6, simulations=120)
     assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_no_ratio_is_detectable_where_too_few_seeds_can_have_the_event():
+    assert detectable_ratio(10, 0.56, level=0.05 / 3, horizon_over_median=0.9, simulations=60) is None
+
+
+def test_equal_arms_are_found_equivalent_as_often_as_two_one_sided_tests_of_the_textbook():
+    # both t-like tests pass if the difference of mean logs lies within log(margin) - z_95 * sd * sqrt(2 / n)
+    error = 0.4 * np.sqrt(2 / 30)
+    expected = 2 * NormalDist().cdf(np.log(1.5) / error - 1.645) - 1
+    found = equivalence_power(30, 0.4, 1.5, level=0.05, horizon_over_median=1e6, simulations=200)
+    assert found == pytest.approx(expected, abs=0.1)
+    assert 0.85 < expected < 0.99
+
+
+def test_the_fit_of_log_normal_times_finds_what_was_drawn_with_a_third_censored():
+    logs = 5 + 0.6 * np.random.default_rng(0).standard_normal(4000)
+    horizon = np.exp(5.25)
+    sample = Times.of(np.minimum(np.exp(logs), horizon), np.exp(logs) < horizon, horizon)
+    assert 0.3 < 1 - sample.observed.mean() < 0.37
+    median, deviation = log_normal_fit(sample)
+    assert np.log(median) == pytest.approx(5, abs=0.04)
+    assert deviation == pytest.approx(0.6, abs=0.04)
+
+
+def test_the_fit_without_censoring_is_that_of_the_sample():
+    sample = draw(0, 10)
+    assert sample.observed.all()
+    logs = np.log(sample.times)
+    assert log_normal_fit(sample) == pytest.approx((np.exp(logs.mean()), logs.std(ddof=1)))
+    with pytest.raises(ValueError, match="needs 3 events, not 1"):
+        log_normal_fit(Times.of([5.0, HORIZON, HORIZON], [True, False, False], HORIZON))
 
 
 def test_times_that_do_not_fit_together_are_refused():

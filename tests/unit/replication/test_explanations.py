@@ -14,8 +14,13 @@ def named(expected: str, **fields: Any) -> dict[str, Any]:
 
 
 def solved(explains: str, estimate: float | None, solved: tuple[int, int], verdict: str) -> dict[str, Any]:
-    interval = {"estimate": estimate, "low": estimate, "high": estimate}
-    return {"explains": explains, "first": "a", "second": "b", "ratio": interval, "solved": solved, "verdict": verdict}
+    interval = {
+        "estimate": estimate if all(solved) else None,
+        "low": estimate if all(solved) else None,
+        "high": estimate,
+    }
+    arms = {"explains": explains, "first": "a", "second": "b", "seeds": 9, "solved": solved}
+    return {**arms, "ratio": interval, "verdict": verdict}
 
 
 def write(folder: Path, name: str, tree: dict[str, Any]) -> Path:
@@ -46,13 +51,10 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
         "|---|---|---|---|---|---|---|",
         "| hint | a : b | 0.50, supported | 1.00, equivalent |  |  |  |",
         "| hint | c : b |  |  | +0.123, opposite |  | +12.3, opposite |",
-        "| channel | a : b | at most 0.20, supported | neither solved it, cannot tell |  |  |  |",
+        "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it (0 : 0), cannot tell |  |  |  |",
         "| parameters | c : b |  |  | +0.123, opposite | +12.3, opposite |  |",
     ]
-    assert (
-        "ratio of the first arm's steps or operations to the second's, 2 seeds; equivalent within a factor of 1.5"
-        in notes
-    )
+    assert "the second's, 2 seeds (in brackets: that solved it, if not all); equivalent within a factor of 1.5" in notes
     assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
     assert (
         "points that the first arm has right more than the second, 1 seeds; equivalent within 5; Holm over 2" in notes

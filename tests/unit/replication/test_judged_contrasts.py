@@ -85,35 +85,60 @@ def test_three_seeds_decide_nothing_and_say_so(files: Path) -> None:
 def test_the_page_and_the_figures_show_every_arm_with_its_counts(files: Path) -> None:
     judge(files, 16)
     page = (files / "out" / "e1.md").read_text()
-    assert page.count("| hint |") == 2  # at equal steps and at equal operations
+    assert page.count("| hint |") == 3  # at equal steps, at equal operations, and its power
     assert "| twice-as-fast | 16 | 0 |" in page
     assert "0.48 CPU-hours" in page
     assert all((files / "out" / name).stat().st_size > 10_000 for name in ("e1.png", "e1-ratios.png"))
 
 
-def test_the_power_is_stated_from_arms_that_every_seed_has_solved(files: Path) -> None:
-    def power(**arms: list[int]) -> Any:
-        write_results(files, {"none": [HORIZON] * 16, **arms})
-        return json.loads((files / "out" / "e1.json").read_text())["tasks"][0]["power"]["smallest_ratio"]
+def read_task(files: Path) -> dict[str, Any]:
+    (task,) = json.loads((files / "out" / "e1.json").read_text())["tasks"]
+    return dict(task)
 
+
+def test_the_power_is_stated_for_each_contrast_whose_arms_have_solved_seeds(files: Path) -> None:
     solved, half_solved = [300, 400] * 8, [350, HORIZON] * 8
-    known = power(**{"twice-as-fast": solved, "alike": solved})
-    assert 1 < known < 3
-    # neither the arm that never solves the task nor one that half of the seeds solve says when it does
-    assert power(**{"twice-as-fast": solved, "alike": half_solved}) == known
-    assert "it says nothing of `none`, `alike`." in (files / "out" / "e1.md").read_text()
-    assert power(**{"twice-as-fast": half_solved, "alike": half_solved}) is None
+    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": solved, "alike": half_solved})
+    assert {row["smallest_ratio"] for row in read_task(files)["power"]} == {None}  # each has `none`
+    assert "| parameters | alike : none | - | - | - |" in (files / "out" / "e1.md").read_text()
+
+    write_results(files, {"none": solved, "twice-as-fast": solved, "alike": half_solved})
+    hint, parameters, channel = read_task(files)["power"]
+    assert hint["smallest_ratio"] == channel["smallest_ratio"]
+    assert 1 < hint["smallest_ratio"] < 1.5 < parameters["smallest_ratio"]
+    assert hint["equal_found_equivalent"] == 1
+    assert parameters["equal_found_equivalent"] < 0.5
+    assert parameters["log_deviation"] > 3 * hint["log_deviation"]
 
 
-def test_a_ratio_to_an_arm_that_never_solved_its_task_is_called_a_bound(files: Path) -> None:
-    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": [300, 400] * 8, "alike": [350, 450] * 8})
+def test_an_arm_that_never_solved_its_task_has_a_bound_and_no_estimate(files: Path) -> None:
+    fast = [300, 400] * 8
+    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": fast, "alike": [1900] * 16})
     table = (files / "out" / "e1.md").read_text()
-    assert "| hint | twice-as-fast : none | 16 of 16 : 0 of 16 | at most 0." in table
-    assert "| channel | none : twice-as-fast | 0 of 16 : 16 of 16 | at least " in table
-    judged = json.loads((files / "out" / "e1.json").read_text())["tasks"]
-    (panel,) = draw_ratios(judged, 1.5).axes
-    markers = [line.get_marker() for line in panel.lines if len(line.get_xdata()) == 1]
-    assert markers == ["<", "<", ">"]  # `none` never solves the task, so all three are bounds
+    assert "| none | 0 | 16 | over 2,000 |" in table
+    # the bound is the end of the interval: six seeds solve within 300 steps, and 300 / 2,000 is 0.15
+    assert "| hint | twice-as-fast : none | 16 of 16 : 0 of 16 | at most 0.15 |" in table
+    assert "| parameters | alike : none | 16 of 16 : 0 of 16 | at most 0.95 |" in table
+    assert "| channel | none : twice-as-fast | 0 of 16 : 16 of 16 | at least 6.6" in table
+    hint = read_task(files)["at_equal_steps"][0]
+    assert (hint["verdict"], hint["ratio"]["estimate"]) == ("supported", None)
+    (panel,) = draw_ratios([read_task(files)], 1.5).axes
+    markers = [line.get_marker() for line in panel.lines if len(np.atleast_1d(line.get_xdata())) == 1]
+    assert markers == ["<", "<", ">"]  # open ends
+
+
+def test_seeds_that_neither_arm_solves_are_too_few_however_many_there_are(files: Path) -> None:
+    some = [300] * 5 + [HORIZON] * 11
+    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": some, "alike": [HORIZON] * 16})
+    hint, parameters, _ = read_task(files)["at_equal_steps"]
+    assert (hint["seeds_that_tell"], hint["verdict"]) == (5, "too few solved")
+    assert hint["ratio"] == {"estimate": None, "low": None, "high": None, "level": 0.95}
+    table = (files / "out" / "e1.md").read_text()
+    assert "| twice-as-fast : none | 5 of 16 : 0 of 16 | no bound |" in table
+    assert "| alike : none | 0 of 16 : 0 of 16 | neither arm solved it |" in table
+    (panel,) = draw_ratios([read_task(files)], 1.5).axes
+    assert [text.get_text() for text in panel.texts] == ["no bound", "neither arm solved it", "no bound"]
+    assert parameters["verdict"] == "too few solved"
 
 
 def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
