@@ -24,6 +24,9 @@ from metatokens.evaluation.statistics import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEV
 MAX_EXACT_DOCUMENTS = 14
 """Up to this number of documents n, all 2^n sign flips are counted: at most 16,384."""
 SIGN_FLIP_DRAWS = 10_000
+LARGEST_MEAN = 8.0
+"""Bound of the search for a detectable difference, in standard deviations."""
+_POWER_DRAWS, _POWER_HALVINGS = 1_000, 9
 
 _NUMBERS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
 _RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
@@ -200,6 +203,53 @@ def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: i
         raise ValueError(f"the margin must be positive and finite, not {margin}")
     shifted = values + margin, margin - values
     return max(sign_flip_test(moved, seed=seed, draws=draws, alternative="greater") for moved in shifted)
+
+
+def detectable_difference(
+    num_units: int, *, level: float, power: float = 0.8, simulations: int = 300, seed: int = 0
+) -> float | None:
+    """Return the smallest mean of paired differences that sign flips find with the given power, by simulation.
+
+    In standard deviations of a difference; differences are normal.
+
+    Args:
+        num_units: documents, or seeds.
+        level: of the two-sided test; with Holm's correction for m tests, level / m for the least of them.
+        power: share of simulated experiments that must reject.
+        simulations: number of simulated experiments for each mean.
+        seed: of the simulation.
+
+    Returns:
+        The mean, or None if not even `LARGEST_MEAN` is found.
+    """
+    noise = np.random.Generator(np.random.PCG64(seed)).standard_normal((simulations, num_units))
+
+    def is_missed(mean: float) -> bool:
+        found = sum(sign_flip_test(one + mean, seed=seed, draws=_POWER_DRAWS) <= level for one in noise)
+        return found < power * simulations
+
+    low, high = 0.0, LARGEST_MEAN
+    if is_missed(high):
+        return None
+    for _ in range(_POWER_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_missed(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def equivalence_power(num_units: int, margin: float, *, level: float, simulations: int = 300, seed: int = 0) -> float:
+    """Return how often paired differences with mean 0 are found to lie within a margin, by simulation.
+
+    Args:
+        num_units: documents, or seeds.
+        margin: in standard deviations of a difference; differences are normal.
+        level: of the test; with Holm's correction for m tests, level / m for the least of them.
+        simulations: number of simulated experiments.
+        seed: of the simulation.
+    """
+    noise = np.random.Generator(np.random.PCG64(seed)).standard_normal((simulations, num_units))
+    p_values = [equivalence_test(one, margin, seed=seed, draws=_POWER_DRAWS) for one in noise]
+    return sum(p <= level for p in p_values) / simulations
 
 
 def holm(p_values: npt.ArrayLike) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -32,6 +32,8 @@ class TwoWay:
     degrees: int
     """Of freedom."""
     seeds: int
+    arm_deviations: tuple[float, ...] | None
+    """Standard deviation of the residuals of each arm, which the model takes to be one; None as `deviation`."""
 
     @classmethod
     def of(cls, numbers: Sequence[Sequence[float]]) -> Self:
@@ -49,8 +51,12 @@ class TwoWay:
         arms, seeds = table.shape
         residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
         degrees = (arms - 1) * (seeds - 1)
-        deviation = math.sqrt(float((residuals**2).sum()) / degrees) if degrees else None
-        return cls(tuple(table.mean(axis=1).tolist()), deviation, degrees, seeds)
+        means = tuple(table.mean(axis=1).tolist())
+        if not degrees:
+            return cls(means, None, degrees, seeds, None)
+        of_arms = (residuals**2).sum(axis=1)
+        arm_deviations = tuple(np.sqrt(of_arms * arms / degrees).tolist())
+        return cls(means, math.sqrt(float(of_arms.sum()) / degrees), degrees, seeds, arm_deviations)
 
     def difference(self, first: int, second: int, *, level: float = CONFIDENCE_LEVEL) -> Interval:
         """Return the mean of the first arm minus the second's, with its interval over seeds."""
@@ -73,6 +79,21 @@ class TwoWay:
         if self.deviation is None:
             return None
         return (t_quantile(1 - level / 2, self.degrees) + t_quantile(power, self.degrees)) * self._error
+
+    def equivalence_power(
+        self, margin: float, level: float, *, simulations: int = 2_000, seed: int = 0
+    ) -> float | None:
+        """Return how often a test at this level finds equal arms to be within the margin, by simulation."""
+        if self.deviation is None:
+            return None
+        draws = np.random.Generator(np.random.PCG64(seed))
+        differences = self._error * np.abs(draws.standard_normal(simulations))
+        errors = self._error * np.sqrt(draws.chisquare(self.degrees, simulations) / self.degrees)
+        return float((differences + t_quantile(1 - level, self.degrees) * errors < margin).mean())
+
+    def with_seeds(self, seeds: int) -> Self:
+        """Return the model with the same spread and another number of seeds."""
+        return replace(self, seeds=seeds, degrees=(len(self.means) - 1) * (seeds - 1))
 
     @property
     def _error(self) -> float:

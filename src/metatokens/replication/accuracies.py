@@ -3,18 +3,26 @@
 Each task is a sweep over fine-tunings, and `evaluation` the one whose answers are compared, at each of `lengths`. More
 is better. A side may be asked in another evaluation, such as one that takes something from its meta-tokens. The unit is
 the training seed: differences are tested by sign flips, and corrected after Holm over all contrasts and lengths of a
-task. The models of all seeds answer the same prompts, so the tests say nothing of other prompts.
+task. The models of all seeds answer the same prompts, so the tests say nothing of other prompts. Sides that both have
+everything right, or no more than a guess, are equivalent too, so every difference stands beside what the sides have.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from metatokens.config.contrasts import Contrasts, Side
 from metatokens.errors import DataError
-from metatokens.evaluation.significance import bca_interval, equivalence_test, sign_flip_test
-from metatokens.evaluation.statistics import Interval
-from metatokens.replication.judging import FinishedTask, correct_p_values, verdict_of_seeds
+from metatokens.evaluation.significance import (
+    bca_interval,
+    detectable_difference,
+    equivalence_power,
+    equivalence_test,
+    sign_flip_test,
+)
+from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
+from metatokens.replication.judging import FinishedTask, correct_p_values, seeds_text, verdict_of_seeds
 from metatokens.report.numbers import format_share
 from metatokens.report.sweep_results import AccuracyRow
 
@@ -23,7 +31,8 @@ if TYPE_CHECKING:
 
     from metatokens.report.verdict_figure import Column
 
-FEWEST_SEEDS = 3
+FEWEST_SEEDS = MINIMUM_SEEDS
+_SMALLEST_SPREAD = 1e-9  # above the rounding of differences of shares
 
 
 def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
             {**side._asdict(), "length": length, "chance": rows[side, length].chance, "by_seed": right[side, length]}
             for side, length in rows
         ],
-        "contrasts": _compare(contrasts, right),
+        "contrasts": _compare(contrasts, right, task.planned_seeds),
         "versions": task.results.versions,
     }
 
@@ -56,29 +65,31 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
         spent = f"{report['cpu_hours']:.2f} CPU-hours"
         lines += [f"## {report['task']}: {len(report['seeds'])} of {report['planned_seeds']} seeds, {spent}", ""]
         if report["unsolved"]:
-            unsolved = ", ".join(f"{count} of {arm}" for arm, count in report["unsolved"].items())
-            lines += [f"Trainings that ended without solving the task: {unsolved}.", ""]
+            lines += [f"Trainings that ended without solving the task: {_counts(report['unsolved'])}.", ""]
         lines += [
             "| arm | evaluation | prompt tokens | right, mean (seed by seed) | guesses |",
             "|---|---|---|---:|---:|",
         ]
         for side in report["sides"]:
             mean = sum(side["by_seed"]) / len(side["by_seed"])
-            shares = f"{100 * mean:.1f}% ({', '.join(f'{100 * share:.0f}' for share in side['by_seed'])})"
+            shares = f"{100 * mean:.1f}% ({', '.join(f'{100 * share:.1f}' for share in side['by_seed'])})"
             guesses = "" if side["chance"] is None else format_share(side["chance"])
             lines.append(f"| {side['arm']} | {side['evaluation']} | {side['length']} | {shares} | {guesses} |")
-        lines += ["", f"Differences in points; equivalent: within {100 * contrasts.margin:g}.", ""]
         lines += [
-            "| explanation | sides | prompt tokens | difference | seed by seed | p (Holm) | p alike (Holm) | verdict |",
-            "|---|---|---|---:|---:|---:|---:|---|",
+            "",
+            f"Differences in points, intervals over seeds; equivalent: within {100 * contrasts.margin:g}.",
+            "",
+        ]
+        lines += [
+            "| explanation | sides | prompt tokens | right | difference | seed by seed | p (Holm) | p alike (Holm) | "
+            "verdict |",
+            "|---|---|---|---:|---:|---|---:|---:|---|",
         ]
         for row in report["contrasts"]:
-            difference = Interval(**row["difference"]).to_text("+.1f", 100)
-            cells = [row["explains"], f"{row['first']} - {row['second']}", row["length"], difference]
-            cells += [", ".join(map(_points, row["by_seed"])), f"{row['p_holm']:.3f}"]
-            cells += [f"{row['p_equivalence_holm']:.3f}", row["verdict"]]
+            cells = [*_names(row), _levels(row, ".1f"), _difference(row), ", ".join(map(_points, row["by_seed"]))]
+            cells += [f"{row['p_holm']:.3f}", f"{row['p_equivalence_holm']:.3f}", row["verdict"]]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *_power_table(report), ""]
     return "\n".join(lines)
 
 
@@ -94,15 +105,18 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
     from metatokens.report.verdict_figure import Column, Verdict  # matplotlib is an extra
 
     note = (
-        f"{report['task']}, tokens: points that the first arm has right more than the second, {len(report['seeds'])} "
-        f"seeds; equivalent within {100 * contrasts.margin:g}; Holm over {len(report['contrasts'])}"
+        f"{report['task']}, tokens: points that the first side has right more than the second (in brackets: what they "
+        f"have), {seeds_text(report)}; equivalent within {100 * contrasts.margin:g}; Holm over "
+        f"{len(report['contrasts'])}"
     )
+    if any(report["unsolved"].values()):
+        note += f"; not solved: {_counts(report['unsolved'])}"
     return {
         f"{report['task']}, {length} tokens": Column(
             note,
             {
                 (row["explains"], row["first"], row["second"]): Verdict(
-                    _points(row["difference"]["estimate"]), row["verdict"]
+                    f"{_points(row['difference']['estimate'])} ({_levels(row, '.0f')})", row["verdict"]
                 )
                 for row in report["contrasts"]
                 if row["length"] == length
@@ -139,11 +153,25 @@ def _by_seed(row: AccuracyRow, seeds: Sequence[int]) -> list[float]:
     return [shares[seed] for seed in seeds]
 
 
-def _compare(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -> list[dict[str, Any]]:
-    """Return all contrasts at all lengths, with Holm's correction over them."""
+def _compare(
+    contrasts: Contrasts, right: dict[tuple[Side, str], list[float]], planned_seeds: int
+) -> list[dict[str, Any]]:
+    """Return all contrasts at all lengths, with Holm's correction over them, and what the planned seeds can find."""
     rows = list(_differences(contrasts, right))
     correct_p_values(rows)
-    return [{**row, "verdict": _verdict(row, contrasts, len(rows))} for row in rows]
+    level = contrasts.level / len(rows)
+    in_deviations = detectable_difference(planned_seeds, level=level)
+    for row in rows:
+        deviation = 0.0 if _is_constant(row) else stdev(row["by_seed"])
+        row |= {
+            "deviation": deviation,
+            "smallest_difference": deviation * in_deviations if deviation and in_deviations else None,
+            "equal_found_equivalent": equivalence_power(planned_seeds, contrasts.margin / deviation, level=level)
+            if deviation
+            else None,
+            "verdict": _verdict(row, contrasts, len(rows)),
+        }
+    return rows
 
 
 def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]]) -> Iterator[dict[str, Any]]:
@@ -154,8 +182,10 @@ def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]
             yield {
                 **contrast.model_dump(),
                 "length": length,
+                "right": [fmean(own), fmean(other)],
                 "difference": asdict(bca_interval(by_seed, seed=0, minimum_documents=FEWEST_SEEDS)),
                 "by_seed": by_seed,
+                "seeds_that_differ": sum(first != second for first, second in zip(own, other, strict=True)),
                 "p": sign_flip_test(by_seed, seed=0),
                 "p_equivalence": equivalence_test(by_seed, contrasts.margin, seed=0),
             }
@@ -170,6 +200,47 @@ def _verdict(row: dict[str, Any], contrasts: Contrasts, num_tests: int) -> str:
         num_seeds=len(row["by_seed"]),
         is_as_expected=is_more == (row["expected"] == "higher"),
     )
+
+
+def _is_constant(row: dict[str, Any]) -> bool:
+    return bool(max(row["by_seed"]) - min(row["by_seed"]) < _SMALLEST_SPREAD)
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    return [row["explains"], f"{row['first']} - {row['second']}", row["length"]]
+
+
+def _levels(row: dict[str, Any], form: str) -> str:
+    first, second = (format(100 * share, form) for share in row["right"])
+    return f"{first} : {second}"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """Return the difference with its interval; seeds that are all the same have none, and are not exact for that."""
+    if _is_constant(row):
+        return f"{_points(row['difference']['estimate'])}, every seed"
+    return Interval(**row["difference"]).to_text("+.1f", 100)
+
+
+def _counts(unsolved: dict[str, int]) -> str:
+    return ", ".join(f"{count} of {arm}" for arm, count in unsolved.items())
+
+
+def _power_table(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"What {report['planned_seeds']} seeds can find, simulated with normal differences that spread as these: the "
+        "smallest that the strictest of Holm's tests finds in 80% of cases, and how often it finds equal sides "
+        "equivalent. -: all seeds are the same, or no difference is found as often.",
+        "",
+        "| explanation | sides | prompt tokens | standard deviation of a difference | found | equal found equivalent |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for row in report["contrasts"]:
+        spread = f"{100 * row['deviation']:.1f}"
+        found = "-" if row["smallest_difference"] is None else f"{100 * row['smallest_difference']:.1f}"
+        alike = "-" if row["equal_found_equivalent"] is None else f"{row['equal_found_equivalent']:.0%}"
+        lines.append(f"| {' | '.join([*_names(row), spread, found, alike])} |")
+    return lines
 
 
 def _points(share: float) -> str:

@@ -71,16 +71,24 @@ def verdict_of_seeds(
     """Return the verdict of a contrast whose p-values are those of sign flips over seeds, and corrected.
 
     Args:
-        row: with both corrected p-values and what is expected.
+        row: with both corrected p-values, what is expected, and `seeds_that_differ`: a seed in which the sides do not
+            differ lowers no p-value.
         contrasts: the file that names it.
         num_tests: among which it was corrected.
         num_seeds: so few that nothing could have passed are said to be too few.
         is_as_expected: see `verdict`.
     """
     differs, is_alike = (row[key] <= contrasts.level for key in ("p_holm", "p_equivalence_holm"))
-    if not differs and not is_alike and num_seeds < least_units(num_tests, contrasts.level):
-        return "too few seeds"
+    least = least_units(num_tests, contrasts.level)
+    if not differs and not is_alike and row["seeds_that_differ"] < least:
+        return "too few seeds" if num_seeds < least else "too few seeds differ"
     return verdict(differs=differs, is_as_expected=is_as_expected, is_alike=is_alike, expected=row["expected"])
+
+
+def seeds_text(report: "Mapping[str, Any]") -> str:
+    """Return how many seeds every arm has finished, and of how many if some are missing."""
+    finished, planned = len(report["seeds"]), report["planned_seeds"]
+    return f"{finished} seeds" if finished == planned else f"{finished} of {planned} seeds so far"
 
 
 def verdict(*, differs: bool, is_as_expected: bool, is_alike: bool, expected: str) -> str:

@@ -23,7 +23,7 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.errors import DataError
 from metatokens.evaluation.statistics import Interval, bootstrap_paired_ratio
 from metatokens.evaluation.two_way import TwoWay
-from metatokens.replication.judging import FinishedTask, correct_p_values, verdict
+from metatokens.replication.judging import FinishedTask, correct_p_values, seeds_text, verdict
 from metatokens.sweep.running import read_reports
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
     losses = {arm: _losses_of(of_arm) for arm, of_arm in reports.items()}
     whole = {arm: own.whole for arm, own in losses.items()}
     layout = _layout(whole, text.words)
+    planned, level = layout.with_seeds(task.planned_seeds), contrasts.level / len(contrasts.contrasts)
     return {
         "task": task.name,
         "evaluation": contrasts.evaluation,
@@ -76,15 +77,17 @@ def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
         "planned_seeds": task.planned_seeds,
         "cpu_hours": task.cpu_hours,
         "residual_deviation": layout.deviation,
-        "smallest_difference": layout.smallest_difference(contrasts.level / len(contrasts.contrasts)),
+        "smallest_difference": planned.smallest_difference(level),
+        "equal_found_equivalent": planned.equivalence_power(contrasts.margin, level),
         "arms": [
             {
                 "arm": arm,
                 "parameters": cell.parameters,
                 "training_flops": cell.training_flops,
                 "by_seed": (whole[arm].sum(axis=1) / text.words.sum()).tolist(),
+                "residual_deviation": None if layout.arm_deviations is None else layout.arm_deviations[place],
             }
-            for arm, cell in task.arms.items()
+            for place, (arm, cell) in enumerate(task.arms.items())
         ],
         "contrasts": _compare(contrasts, whole, text.words),
         "by_context": [
@@ -113,10 +116,15 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
         lines += [f"## {title}", ""]
         if report["smallest_difference"] is not None:
             lines += [_power_sentence(report), ""]
-        lines += ["| arm | nats per word, seed by seed | parameters | operations of training |", "|---|---|---:|---:|"]
+        lines += [
+            "| arm | nats per word, seed by seed | deviation of its residuals | parameters | operations of training |",
+            "|---|---|---:|---:|---:|",
+        ]
         for arm in report["arms"]:
-            nats = _one_by_one(arm["by_seed"], ".3f")
-            lines.append(f"| {arm['arm']} | {nats} | {arm['parameters']:,} | {arm['training_flops']:.3g} |")
+            deviation = "" if arm["residual_deviation"] is None else f"{arm['residual_deviation']:.3f}"
+            cells = [arm["arm"], _one_by_one(arm["by_seed"], ".3f"), deviation, f"{arm['parameters']:,}"]
+            cells.append(f"{arm['training_flops']:.3g}")
+            lines.append(f"| {' | '.join(cells)} |")
         lines += ["", f"Differences in nats per word, less being better; equivalent: within {contrasts.margin:g}.", ""]
         lines += [
             "| explanation | arms | difference, interval over seeds | over documents | seed by seed | p (Holm) | "
@@ -150,7 +158,7 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
 
     name = f"{report['task']} {report['evaluation']}, nats"
     note = (
-        f"{name}: the first arm's nats per word minus the second's, {len(report['seeds'])} seeds; equivalent within "
+        f"{name}: the first arm's nats per word minus the second's, {seeds_text(report)}; equivalent within "
         f"{contrasts.margin:g}; Holm over {len(contrasts.contrasts)}"
     )
     verdicts = {
@@ -258,15 +266,22 @@ def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
 
 def _power_sentence(report: dict[str, Any]) -> str:
     return (
-        f"A residual (of arm and seed) has a standard deviation of {report['residual_deviation']:.3f}. With it the "
-        f"strictest of Holm's tests finds a difference of about {report['smallest_difference']:.3f} in 80% of cases."
+        f"A residual (of arm and seed) has a standard deviation of {report['residual_deviation']:.3f}. If it is the "
+        f"same in all arms, the strictest of Holm's tests over {report['planned_seeds']} seeds finds a difference of "
+        f"about {report['smallest_difference']:.3f} in 80% of cases, and equal arms equivalent in "
+        f"{report['equal_found_equivalent']:.0%}. A verdict needs the interval over documents too."
     )
 
 
 def _context_table(buckets: Sequence[dict[str, Any]]) -> list[str]:
     """Write the contrasts by context length; bold where a difference is stated."""
     names = [f"{row['first']} - {row['second']}" for row in buckets[0]["contrasts"]]
-    lines = [f"| text tokens before, in its window | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    lines = [
+        f"By context length, in windows that do not overlap, with intervals over seeds: {len(buckets)} x {len(names)} "
+        "tests, corrected after Holm within a row alone. Bold: a difference is stated, by the same rule as above.",
+        "",
+    ]
+    lines += [f"| text tokens before, in its window | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for bucket in buckets:
         lowest, highest = bucket["lowest"], bucket["highest"]
         cells = [str(lowest) if lowest == highest else f"{lowest} to {highest}"]

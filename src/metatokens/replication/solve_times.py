@@ -14,7 +14,6 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
-from metatokens.evaluation.significance import least_units
 from metatokens.evaluation.survival import (
     Times,
     detectable_ratio,
@@ -25,7 +24,7 @@ from metatokens.evaluation.survival import (
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.replication.judging import FinishedTask, correct_p_values, verdict_of_seeds
+from metatokens.replication.judging import FinishedTask, correct_p_values, seeds_text, verdict_of_seeds
 from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
                 **contrast.model_dump(),
                 "seeds": len(first.times),
                 "solved": [int(arm.observed.sum()) for arm in (first, second)],
-                "seeds_that_tell": int(np.logical_or(*is_solved).sum()),
+                "seeds_that_differ": int(np.logical_or(*is_solved).sum()),
                 "ratio": asdict(time_ratio(first, second, seed=0)),
                 "p": log_rank_test(first, second, seed=0),
                 "p_equivalence": equivalence_of_times(first, second, contrasts.margin, seed=0),
@@ -102,18 +101,15 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
 
 
 def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
-    """Return the verdict; a seed that neither arm has solved tells nothing, and lowers no p-value."""
-    ratio, num_tests = row["ratio"], len(contrasts.contrasts)
+    ratio = row["ratio"]
     expected_end = ratio["high"] if ratio["estimate"] is None else ratio["estimate"]
-    found = verdict_of_seeds(
+    return verdict_of_seeds(
         row,
         contrasts,
-        num_tests=num_tests,
+        num_tests=len(contrasts.contrasts),
         num_seeds=row["seeds"],
         is_as_expected=expected_end is not None and expected_end < 1,
     )
-    is_out_of_reach = row["seeds_that_tell"] < least_units(num_tests, contrasts.level)
-    return "too few solved" if found == "cannot tell" and is_out_of_reach else found
 
 
 def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> list[dict[str, Any]]:
@@ -236,9 +232,9 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
 
     task = _title(report)
     note = (
-        f"{task}: ratio of the first arm's steps or operations to the second's, {len(report['seeds'])} "
-        f"seeds (in brackets: that solved it, if not all); equivalent within a factor of {contrasts.margin:g}; Holm "
-        f"over {len(contrasts.contrasts)}"
+        f"{task}: ratio of the first arm's steps or operations to the second's, {seeds_text(report)} "
+        f"(in brackets: that solved it, if not all); equivalent within a factor of {contrasts.margin:g}; Holm over "
+        f"{len(contrasts.contrasts)}"
     )
     return {
         f"{task}, {key.removeprefix('at_equal_')}": Column(

@@ -36,6 +36,6 @@ def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.tick_params(labelleft=number == 1)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(f"{report['task']} ({len(report['seeds'])} seeds)")
-        axes.set_xlabel("difference in points\nsmall dots: seeds; line: 95% interval")
+        axes.set_xlabel("difference in points\nsmall dots: seeds; line: 95% interval over them,\nnot corrected")
     add_legend_of_verdicts(figure, (row["verdict"] for report in reports for row in report["contrasts"]))
     return figure

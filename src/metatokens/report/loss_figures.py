@@ -62,7 +62,7 @@ def draw_by_context(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         names = [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges]
         axes.set_xticks(range(len(names)), names, rotation=30)
         axes.set_xlabel("text tokens before the scored one, in its window")
-        axes.set_ylabel("difference in nats per word")
+        axes.set_ylabel("difference in nats per word\n(95% intervals over seeds, not corrected)")
         axes.set_title(f"{report['task']}: {report['documents']} documents, {len(report['seeds'])} seeds")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure

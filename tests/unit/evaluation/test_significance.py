@@ -11,6 +11,8 @@ from metatokens.evaluation.significance import (
     bca_from_draws,
     bca_interval,
     benjamini_hochberg,
+    detectable_difference,
+    equivalence_power,
     equivalence_test,
     holm,
     least_units,
@@ -234,6 +236,28 @@ def test_benjamini_hochberg_has_the_published_rejections():
     assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
     assert adjusted.max() == 1
     assert (holm(p_values) <= 0.05).sum() == 3
+
+
+def test_what_sign_flips_can_find_is_nearly_what_the_z_test_can():
+    normal = NormalDist()
+    expected = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) / math.sqrt(20)
+    assert detectable_difference(20, level=0.05) == pytest.approx(expected, rel=0.15)
+    passes = 2 * normal.cdf(0.8 * math.sqrt(20) - normal.inv_cdf(0.95)) - 1
+    assert equivalence_power(20, 0.8, level=0.05) == pytest.approx(passes, abs=0.08)
+
+
+def test_what_the_readme_of_the_decomposition_says_of_ten_seeds():
+    assert detectable_difference(10, level=0.05 / 4) == pytest.approx(1.4, abs=0.1)
+    assert detectable_difference(10, level=0.05 / 14) == pytest.approx(2.0, abs=0.15)
+    assert 1 - 0.05 ** (1 / 10) == pytest.approx(
+        0.26, abs=0.005
+    )  # if that share fails, none of ten does in 5% of cases
+    assert 0.9**10 == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_so_few_units_that_no_flip_is_rare_find_no_difference_at_all():
+    assert detectable_difference(least_units(8, 0.05) - 1, level=0.05 / 8) is None
+    assert detectable_difference(least_units(8, 0.05), level=0.05 / 8) < 8
 
 
 @pytest.mark.parametrize("p_values", [[-0.1], [1.1], [math.nan]])

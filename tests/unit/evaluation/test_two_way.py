@@ -1,5 +1,7 @@
 """Arms by seeds: known quantiles, a hand-made layout, and how often the tests are wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,10 +71,37 @@ def test_what_the_readme_of_the_decomposition_says_of_its_design() -> None:
         assert np.mean([one.smallest_difference(0.01) or 0 for one in layouts]) == pytest.approx(smallest, abs=0.006)
         alike = [one.p_equivalence(0, 1, 0.1) <= 0.01 for one in layouts]
         assert np.mean(alike) == pytest.approx(equivalent, abs=0.05)
+    # E5: two seeds of eleven arms, ten contrasts
+    layouts = [TwoWay.of((draws.normal(size=(11, 2)) * 0.03).tolist()) for _ in range(1500)]
+    assert np.mean([one.smallest_difference(0.005) or 0 for one in layouts]) == pytest.approx(0.13, abs=0.006)
+    assert np.mean([one.p_equivalence(0, 1, 0.1) <= 0.005 for one in layouts]) == pytest.approx(0.28, abs=0.05)
+    spread = [[3.0]] * 2 + [[1.0]] * 9
+    uneven = [TwoWay.of((draws.normal(size=(11, 2)) * spread).tolist()).p_value(0, 1) for _ in range(1500)]
+    assert np.mean(np.array(uneven) <= 0.05) == pytest.approx(0.3, abs=0.05)
+    assert np.mean(np.array(uneven) <= 0.005) == pytest.approx(1 / 8, abs=0.04)
     # the rule before: three seeds with one sign, and an interval over books of this half-width that excludes 0
     differences = draws.normal(size=(20_000, 3)) * 0.03 * np.sqrt(2)
     is_stated = (abs(np.sign(differences).sum(axis=1)) == 3) & (abs(differences.mean(axis=1)) > 0.021)
     assert np.mean(is_stated) == pytest.approx(1 / 5, abs=0.03)
+
+
+def test_the_power_of_equivalence_is_how_often_equal_arms_pass() -> None:
+    draws = np.random.default_rng(3)
+    layouts = [TwoWay.of(draws.normal(size=(5, 6)).tolist()) for _ in range(1500)]
+    passed = np.mean([layout.p_equivalence(0, 1, 1.6) <= 0.05 for layout in layouts])
+    known = replace(layouts[0], deviation=1.0)
+    assert 0.5 < passed < 0.95
+    assert known.equivalence_power(1.6, 0.05) == pytest.approx(passed, abs=0.04)
+    assert known.with_seeds(3).equivalence_power(1.6, 0.05) < passed
+
+
+def test_the_residuals_of_an_arm_that_spreads_further_show_it() -> None:
+    table = np.random.default_rng(4).normal(size=(5, 200))
+    table[2] *= 3
+    layout = TwoWay.of(table.tolist())
+    assert layout.arm_deviations is not None
+    assert np.argmax(layout.arm_deviations) == 2
+    assert np.mean(np.square(layout.arm_deviations)) == pytest.approx(layout.deviation**2)
 
 
 def test_one_seed_tells_nothing() -> None:

@@ -31,17 +31,27 @@ def write(folder: Path, name: str, tree: dict[str, Any]) -> Path:
 def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     steps = [solved("hint", 0.5, (9, 9), "supported"), solved("channel", 0.2, (9, 0), "supported")]
     operations = [solved("hint", 1.0, (9, 9), "equivalent"), solved("channel", None, (0, 0), "cannot tell")]
-    parity = {"task": "parity", "seeds": [0, 1], "at_equal_steps": steps, "at_equal_operations": operations}
+    parity = {
+        "task": "parity",
+        "seeds": [0, 1],
+        "planned_seeds": 24,
+        "at_equal_steps": steps,
+        "at_equal_operations": operations,
+    }
     e1 = {"contrasts": named("faster", margin=1.5), "tasks": [parity]}
     differences = [
         {"explains": name, "first": "c", "second": "b", "difference": {"estimate": 0.1234}, "verdict": "opposite"}
         for name in ("parameters", "hint")
     ]
-    books = {"task": "e4", "evaluation": "books", "seeds": [0, 1, 2], "contrasts": differences}
+    books = {"task": "e4", "evaluation": "books", "seeds": [0, 1, 2], "planned_seeds": 3, "contrasts": differences}
     e4 = {"contrasts": named("lower", endpoint="nats", evaluation="books"), "tasks": [books]}
-    points = [{**one, "length": length} for one, length in zip(differences, ("1-8", "9-16"), strict=True)]
+    points = [
+        {**one, "length": length, "right": [0.5, 0.38]}
+        for one, length in zip(differences, ("1-8", "9-16"), strict=True)
+    ]
     asked = {"endpoint": "accuracy", "evaluation": "length", "lengths": ["1-8", "9-16"]}
-    e2 = {"contrasts": named("higher", **asked), "tasks": [{"task": "x", "seeds": [0], "contrasts": points}]}
+    length = {"task": "x", "seeds": [0], "planned_seeds": 1, "unsolved": {"a": 0, "b": 3}}
+    e2 = {"contrasts": named("higher", **asked), "tasks": [{**length, "contrasts": points}]}
     e3 = {"contrasts": named("higher", **asked, in_summary=False), "tasks": [{"task": "e3"}]}
     parts = {"e1.json": e1, "e4.json": e4, "e2.json": e2, "e3.json": e3}
     write_summary([write(tmp_path, name, part) for name, part in parts.items()], tmp_path)
@@ -50,14 +60,14 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
         "| explanation | arms | parity, steps | parity, operations | e4 books, nats | x, 1-8 tokens | x, 9-16 tokens |",
         "|---|---|---|---|---|---|---|",
         "| hint | a : b | 0.50, supported | 1.00, equivalent |  |  |  |",
-        "| hint | c : b |  |  | +0.123, opposite |  | +12.3, opposite |",
+        "| hint | c : b |  |  | +0.123, opposite |  | +12.3 (50 : 38), opposite |",
         "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it (0 : 0), cannot tell |  |  |  |",
-        "| parameters | c : b |  |  | +0.123, opposite | +12.3, opposite |  |",
+        "| parameters | c : b |  |  | +0.123, opposite | +12.3 (50 : 38), opposite |  |",
     ]
-    assert "the second's, 2 seeds (in brackets: that solved it, if not all); equivalent within a factor of 1.5" in notes
+    assert "2 of 24 seeds so far (in brackets: that solved it, if not all); equivalent within a factor of 1.5" in notes
     assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
     assert (
-        "points that the first arm has right more than the second, 1 seeds; equivalent within 5; Holm over 2" in notes
+        "(in brackets: what they have), 1 seeds; equivalent within 5; Holm over 2; not solved: 0 of a, 3 of b" in notes
     )
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 

@@ -65,8 +65,8 @@ def cell(arm: str, shares: dict[tuple[str, str], dict[str, list[float]]], seeds:
 
 
 def judge(folder: Path, shares: dict[tuple[str, str], dict[str, list[float]]], seeds: list[int]) -> dict[str, Any]:
-    (folder / "contrasts.yaml").write_text(CONTRASTS)
     (folder / "out" / "e3").mkdir(parents=True)
+    (folder / "contrasts.yaml").write_text(CONTRASTS)
     results = {
         **{"format": "sweep/1", "sweep": {}, "arm_axis": "arm", "runs": 9, "done": 9, "failed": [], "versions": {}},
         "cells": [cell(arm, shares, seeds) for arm in ("mark", "pause", "meta")],
@@ -122,6 +122,24 @@ def test_so_few_seeds_that_nothing_could_pass_are_said_to_be_too_few(tmp_path: P
     assert {row["verdict"] for row in rows} == {"too few seeds"}
 
 
+def test_seeds_in_which_the_sides_are_equal_are_too_few_however_many_there_are(tmp_path: Path) -> None:
+    some = [0.5 + (0.3 if seed < 6 else 0) for seed in SEEDS]  # eight tests need nine seeds that differ
+    shares = SHARES | {("pause", "whole"): {"1-48": right(0.9), "49-96": right(0.5)}}
+    shares |= {("meta", "whole"): {"1-48": right(0.9), "49-96": some}}
+    channel = judge(tmp_path, shares, SEEDS)["contrasts"][1]
+    assert (channel["seeds_that_differ"], channel["verdict"]) == (6, "too few seeds differ")
+
+
+def test_seeds_that_are_all_the_same_have_no_interval_and_no_power(tmp_path: Path) -> None:
+    rows = judge(tmp_path, SHARES, SEEDS)["contrasts"]
+    page = (tmp_path / "out" / "e3.md").read_text()
+    assert "| position | meta@zeroed - meta | 1-48 | 80.0 : 90.0 | -10.0, every seed | -10.0, " in page
+    assert "| position | meta@zeroed - meta | 1-48 | 0.0 | - | - |" in page
+    channel = rows[1]
+    assert 1 < channel["smallest_difference"] / channel["deviation"] < 3
+    assert channel["equal_found_equivalent"] == 1  # the margin is six deviations
+
+
 def test_a_length_that_an_arm_cannot_represent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="meta asked in zeroed at 49-96 tokens"):
         judge(tmp_path, SHARES | {("meta", "zeroed"): {"1-48": right(0.8)}}, SEEDS)
@@ -131,8 +149,9 @@ def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
     found = judge(tmp_path, SHARES, SEEDS)
     page = (tmp_path / "out" / "e3.md").read_text()
     assert "## e3: 10 of 10 seeds, 3.00 CPU-hours" in page
-    assert "| meta | zeroed | 1-48 | 80.0% (80, 80, 80, 80, 80, 80, 80, 80, 80, 80) | 25.0% |" in page
-    (line,) = [line for line in page.splitlines() if line.startswith("| channel | meta - pause | 49-96 | +20.")]
+    assert f"| meta | zeroed | 1-48 | 80.0% ({', '.join(['80.0'] * 10)}) | 25.0% |" in page
+    start = "| channel | meta - pause | 49-96 | 70.0 : 49.9 | +20."
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
     assert line.endswith("| supported |")
     assert (tmp_path / "out" / "e3.png").stat().st_size > 10_000
     assert "Trainings that ended without solving the task: 1 of mark, 1 of pause, 1 of meta." in page

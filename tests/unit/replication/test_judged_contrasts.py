@@ -131,14 +131,14 @@ def test_seeds_that_neither_arm_solves_are_too_few_however_many_there_are(files:
     some = [300] * 5 + [HORIZON] * 11
     write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": some, "alike": [HORIZON] * 16})
     hint, parameters, _ = read_task(files)["at_equal_steps"]
-    assert (hint["seeds_that_tell"], hint["verdict"]) == (5, "too few solved")
+    assert (hint["seeds_that_differ"], hint["verdict"]) == (5, "too few seeds differ")
     assert hint["ratio"] == {"estimate": None, "low": None, "high": None, "level": 0.95}
     table = (files / "out" / "e1.md").read_text()
     assert "| twice-as-fast : none | 5 of 16 : 0 of 16 | no bound |" in table
     assert "| alike : none | 0 of 16 : 0 of 16 | neither arm solved it |" in table
     (panel,) = draw_ratios([read_task(files)], 1.5).axes
     assert [text.get_text() for text in panel.texts] == ["no bound", "neither arm solved it", "no bound"]
-    assert parameters["verdict"] == "too few solved"
+    assert parameters["verdict"] == "too few seeds differ"
 
 
 def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:

@@ -153,6 +153,18 @@ def test_losses_that_cannot_be_compared_are_refused(tmp_path: Path, written: str
         write_contrasts(tmp_path, "contrasts-books.yaml", tmp_path / "out", name="e4")
 
 
+def test_the_power_is_that_of_the_planned_seeds(tmp_path: Path) -> None:
+    folders = {number: tmp_path / str(number) for number in (2, 3)}
+    for folder in folders.values():
+        folder.mkdir()
+    some, all_of_them = (
+        judge(folder, {arm: of_arm[:number] for arm, of_arm in LOSSES.items()}) for number, folder in folders.items()
+    )
+    assert some["seeds"] == all_of_them["seeds"][:2]
+    in_deviations = [found["smallest_difference"] / found["residual_deviation"] for found in (some, all_of_them)]
+    assert in_deviations[0] == pytest.approx(in_deviations[1])
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     found = judge(tmp_path, {arm: of_seeds[:1] for arm, of_seeds in LOSSES.items()})
     assert {row["verdict"] for row in found["contrasts"]} == {"too few seeds"}
@@ -179,6 +191,9 @@ def test_the_page_and_the_figure_show_every_contrast(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "e4.md").read_text()
     assert "## e4, books: 4 documents, 3 of 3 seeds, 4.50 CPU-hours" in page
     assert f"a difference of about {found['smallest_difference']:.3f} in 80% of cases" in page
+    assert f"and equal arms equivalent in {found['equal_found_equivalent']:.0%}." in page
+    for arm in found["arms"]:
+        assert f"| {arm['residual_deviation']:.3f} | {arm['parameters']:,} |" in page
     (line,) = [line for line in page.splitlines() if line.startswith("| channel | better - plain | -0.207 (")]
     assert line.endswith("| supported |")
     assert page.count("| 2 to 3 | **-0.") == 1
