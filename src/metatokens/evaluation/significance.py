@@ -1,10 +1,11 @@
-"""Bias-corrected intervals over documents, tests by sign flips, and corrections for many tests.
+"""Bias-corrected intervals over documents, tests by sign flips, what these can find, and corrections for many tests.
 
-The document is the unit of all of them. Intervals are BCa (Efron 1987, "Better Bootstrap Confidence Intervals"), which
-fit a skewed statistic better than percentiles. Two paired conditions are compared by flipping the signs of their
-differences. Several primary endpoints are corrected after Holm 1979, maps of layers and heads after Benjamini and
-Hochberg 1995. To show that two conditions are alike, use the equivalence test (TOST, Schuirmann 1987): a large p-value
-of a difference does not show it. Percentile intervals and Wilson's are in `statistics`.
+The unit of all of them is a document, or a training seed where a caller says so. Intervals are BCa (Efron 1987, "Better
+Bootstrap Confidence Intervals"), which fit a skewed statistic better than percentiles. Two paired conditions are
+compared by flipping the signs of their differences. Several primary endpoints are corrected after Holm 1979, maps of
+layers and heads after Benjamini and Hochberg 1995. To show that two conditions are alike, use the equivalence test
+(TOST, Schuirmann 1987): a large p-value of a difference does not show it. Percentile intervals and Wilson's are in
+`statistics`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_EXACT_DOCUMENTS = 14
 SIGN_FLIP_DRAWS = 10_000
 LARGEST_MEAN = 8.0
 """Bound of the search for a detectable difference, in standard deviations."""
-_POWER_DRAWS, _POWER_HALVINGS = 1_000, 9
+_POWER_DRAWS = 1_000
 
 _NUMBERS_AT_A_TIME = 2**22  # bounds the memory of many documents times many draws
 _RELATIVE_TIE = 1e-12  # sums that differ by rounding alone count as equal
@@ -205,9 +206,7 @@ def equivalence_test(differences: Numbers, margin: float, *, seed: int, draws: i
     return max(sign_flip_test(moved, seed=seed, draws=draws, alternative="greater") for moved in shifted)
 
 
-def detectable_difference(
-    num_units: int, *, level: float, power: float = 0.8, simulations: int = 300, seed: int = 0
-) -> float | None:
+def detectable_difference(num_units: int, *, level: float, power: float = 0.8, simulations: int = 300) -> float | None:
     """Return the smallest mean of paired differences that sign flips find with the given power, by simulation.
 
     In standard deviations of a difference; differences are normal.
@@ -217,27 +216,20 @@ def detectable_difference(
         level: of the two-sided test; with Holm's correction for m tests, level / m for the least of them.
         power: share of simulated experiments that must reject.
         simulations: number of simulated experiments for each mean.
-        seed: of the simulation.
 
     Returns:
         The mean, or None if not even `LARGEST_MEAN` is found.
     """
-    noise = np.random.Generator(np.random.PCG64(seed)).standard_normal((simulations, num_units))
+    noise = _simulated_differences(num_units, simulations)
 
     def is_missed(mean: float) -> bool:
-        found = sum(sign_flip_test(one + mean, seed=seed, draws=_POWER_DRAWS) <= level for one in noise)
+        found = sum(sign_flip_test(one + mean, seed=0, draws=_POWER_DRAWS) <= level for one in noise)
         return found < power * simulations
 
-    low, high = 0.0, LARGEST_MEAN
-    if is_missed(high):
-        return None
-    for _ in range(_POWER_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_missed(middle) else (low, middle)
-    return (low + high) / 2
+    return None if is_missed(LARGEST_MEAN) else bisect(is_missed, 0.0, LARGEST_MEAN, halvings=9)
 
 
-def equivalence_power(num_units: int, margin: float, *, level: float, simulations: int = 300, seed: int = 0) -> float:
+def equivalence_power(num_units: int, margin: float, *, level: float, simulations: int = 300) -> float:
     """Return how often paired differences with mean 0 are found to lie within a margin, by simulation.
 
     Args:
@@ -245,11 +237,21 @@ def equivalence_power(num_units: int, margin: float, *, level: float, simulation
         margin: in standard deviations of a difference; differences are normal.
         level: of the test; with Holm's correction for m tests, level / m for the least of them.
         simulations: number of simulated experiments.
-        seed: of the simulation.
     """
-    noise = np.random.Generator(np.random.PCG64(seed)).standard_normal((simulations, num_units))
-    p_values = [equivalence_test(one, margin, seed=seed, draws=_POWER_DRAWS) for one in noise]
+    noise = _simulated_differences(num_units, simulations)
+    p_values = [equivalence_test(one, margin, seed=0, draws=_POWER_DRAWS) for one in noise]
     return sum(p <= level for p in p_values) / simulations
+
+
+def bisect(holds: Callable[[float], bool], start: float, stop: float, *, halvings: int) -> float:
+    """Return where a condition that holds at `start` and not at `stop` ends to hold."""
+    for _ in range(halvings):
+        middle = (start + stop) / 2
+        if holds(middle):
+            start = middle
+        else:
+            stop = middle
+    return (start + stop) / 2
 
 
 def holm(p_values: npt.ArrayLike) -> Array:
@@ -288,6 +290,10 @@ def _acceleration(leave_one_out: Sequence[Numbers]) -> float:
         cubes += float((influence**3).sum())
         squares += float((influence**2).sum())
     return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def _simulated_differences(num_units: int, simulations: int) -> Array:
+    return np.random.Generator(np.random.PCG64(0)).standard_normal((simulations, num_units))
 
 
 def _check_differences(differences: Numbers) -> Array:

@@ -13,7 +13,6 @@ that the test does not reject are the interval, and equivalence is two such test
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
@@ -22,7 +21,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from metatokens.evaluation.significance import SIGN_FLIP_DRAWS, Array, bca_interval, sign_flip_test
+from metatokens.evaluation.significance import SIGN_FLIP_DRAWS, Array, bca_interval, bisect, sign_flip_test
 from metatokens.evaluation.statistics import CONFIDENCE_LEVEL, Interval, Numbers
 
 LARGEST_RATIO = 64.0
@@ -169,8 +168,8 @@ def equivalence_of_times(
 def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDENCE_LEVEL) -> TimeRatio:
     """Return how many times as long the first arm takes as the second, with the interval that the test does not reject.
 
-    The estimate is the ratio at which the log-rank statistic is 0. Where one arm has no event there is none: whatever
-    that arm takes beyond the horizon fits, and only one bound can be known.
+    The estimate is the ratio at which the log-rank statistic is 0. If an arm has no event there is no estimate and only
+    one bound, as its times may be anything beyond the horizon.
 
     Raises:
         ValueError: the arms have different numbers of seeds.
@@ -190,9 +189,9 @@ def time_ratio(first: Times, second: Times, *, seed: int, level: float = CONFIDE
         return float(_score_differences(first, second, math.exp(log_ratio)).sum()) < 0
 
     reach = math.log(LARGEST_RATIO)
-    estimate = _last(is_below, -reach, reach)
-    low = _last(partial(is_rejected, -1), -reach, estimate)
-    high = _last(partial(is_rejected, 1), reach, estimate)
+    estimate = bisect(is_below, -reach, reach, halvings=_HALVINGS)
+    low = bisect(partial(is_rejected, -1), -reach, estimate, halvings=_HALVINGS)
+    high = bisect(partial(is_rejected, 1), reach, estimate, halvings=_HALVINGS)
     return TimeRatio(
         math.exp(estimate) if first.observed.any() else None,
         math.exp(low) if is_rejected(-1, -reach) else None,
@@ -225,84 +224,70 @@ def log_normal_fit(sample: Times) -> tuple[float, float]:
     return math.exp(mean), deviation * math.sqrt(len(logs) / (len(logs) - 1))
 
 
-def detectable_ratio(
-    num_seeds: int,
-    log_deviation: float,
-    *,
-    level: float,
-    horizon_over_median: float,
-    power: float = 0.8,
-    simulations: int = 300,
-    seed: int = 0,
-) -> float | None:
+@dataclass(frozen=True)
+class Design:
+    """Two arms whose times are log-normal, with one spread."""
+
+    num_seeds: int
+    """Of each arm."""
+    log_deviation: float
+    """Standard deviation of the log of the times of an arm."""
+    correlation: float
+    """Of the logs of the two times of a seed."""
+    horizon_over_median: float
+    """Horizon in medians of the faster arm."""
+
+    def draw(self, simulations: int) -> Array:
+        """Return times of two arms with median 1, (simulations, 2, seeds); always the same."""
+        logs = np.random.Generator(np.random.PCG64(0)).standard_normal((simulations, 2, self.num_seeds))
+        logs[:, 1] = self.correlation * logs[:, 0] + math.sqrt(1 - self.correlation**2) * logs[:, 1]
+        return np.asarray(np.exp(self.log_deviation * logs))
+
+    def see(self, times: Array) -> Times:
+        """Return what is seen of times until the horizon."""
+        return Times(times, times < math.inf, math.inf).until(self.horizon_over_median)
+
+
+def detectable_ratio(design: Design, *, level: float, power: float = 0.8, simulations: int = 300) -> float | None:
     """Return the smallest ratio of times that the paired log-rank test finds with the given power, by simulation.
 
-    Times are log-normal and independent within a pair; the first arm's median is 1.
-
     Args:
-        num_seeds: seeds of each arm.
-        log_deviation: standard deviation of the log of the times of one arm.
+        design: the faster arm has its median, and the other that times the ratio.
         level: of the two-sided test; with Holm's correction for m contrasts, level / m for the least of them.
-        horizon_over_median: horizon in medians of the first arm.
         power: share of simulated experiments that must reject.
         simulations: number of simulated experiments for each ratio.
-        seed: of the simulation.
 
     Returns:
         The ratio, or None if not even `LARGEST_RATIO` is found.
     """
-    noise = _simulated_pairs(num_seeds, log_deviation, simulations, seed)
+    noise = design.draw(simulations)
 
     def is_missed(log_ratio: float) -> bool:
         found = 0
         for number, (first, second) in enumerate(noise):
-            differences = _score_differences(
-                _seen(first, horizon_over_median), _seen(second * math.exp(log_ratio), horizon_over_median), 1.0
-            )
+            differences = _score_differences(design.see(first), design.see(second * math.exp(log_ratio)), 1.0)
             found += sign_flip_test(differences, seed=number, draws=_POWER_DRAWS) <= level
         return found < power * simulations
 
     reach = math.log(LARGEST_RATIO)
-    return None if is_missed(reach) else math.exp(_last(is_missed, 0.0, reach, halvings=8))
+    return None if is_missed(reach) else math.exp(bisect(is_missed, 0.0, reach, halvings=8))
 
 
-def equivalence_power(
-    num_seeds: int,
-    log_deviation: float,
-    margin: float,
-    *,
-    level: float,
-    horizon_over_median: float,
-    simulations: int = 300,
-    seed: int = 0,
-) -> float:
-    """Return the share of simulated experiments that find two arms equivalent that are.
+def equivalence_power_of_times(design: Design, margin: float, *, level: float, simulations: int = 300) -> float:
+    """Return how often two equally fast arms are found equivalent, by simulation.
 
     Args:
-        num_seeds: seeds of each arm.
-        log_deviation: standard deviation of the log of the times of one arm.
+        design: of both arms.
         margin: ratio above 1.
         level: of the test; with Holm's correction for m contrasts, level / m for the least of them.
-        horizon_over_median: horizon in medians.
         simulations: number of simulated experiments.
-        seed: of the simulation.
     """
-    found = 0
-    for first, second in _simulated_pairs(num_seeds, log_deviation, simulations, seed):
-        arms = (_seen(first, horizon_over_median), _seen(second, horizon_over_median))
-        found += equivalence_of_times(*arms, margin, seed=seed, draws=_POWER_DRAWS) <= level
-    return found / simulations
-
-
-def _simulated_pairs(num_seeds: int, log_deviation: float, simulations: int, seed: int) -> Array:
-    """Return times of two arms with median 1, (simulations, 2, seeds)."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return np.asarray(np.exp(log_deviation * generator.standard_normal((simulations, 2, num_seeds))))
-
-
-def _seen(times: Array, horizon: float) -> Times:
-    """Return what is seen of uncensored times until a horizon."""
-    return Times(times, times < math.inf, math.inf).until(horizon)
+    pairs = (map(design.see, pair) for pair in design.draw(simulations))
+    p_values = [
+        equivalence_of_times(first, second, margin, seed=number, draws=_POWER_DRAWS)
+        for number, (first, second) in enumerate(pairs)
+    ]
+    return sum(p <= level for p in p_values) / simulations
 
 
 def _risk_table(times: Array, observed: npt.NDArray[np.bool_]) -> tuple[Array, Array, Array]:
@@ -326,14 +311,3 @@ def _score_differences(first: Times, second: Times, ratio: float) -> Array:
         np.concatenate([first.times, second.times]), np.concatenate([first.observed, second.observed])
     )
     return scores[: len(first.times)] - scores[len(first.times) :]
-
-
-def _last(holds: Callable[[float], bool], start: float, stop: float, halvings: int = _HALVINGS) -> float:
-    """Return where a condition that holds at `start` and not at `stop` ends to hold, by bisection."""
-    for _ in range(halvings):
-        middle = (start + stop) / 2
-        if holds(middle):
-            start = middle
-        else:
-            stop = middle
-    return (start + stop) / 2

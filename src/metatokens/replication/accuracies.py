@@ -22,7 +22,14 @@ from metatokens.evaluation.significance import (
     sign_flip_test,
 )
 from metatokens.evaluation.statistics import MINIMUM_SEEDS, Interval
-from metatokens.replication.judging import FinishedTask, correct_p_values, seeds_text, verdict_of_seeds
+from metatokens.replication.judging import (
+    FinishedTask,
+    PowerRow,
+    correct_p_values,
+    power_table,
+    seeds_text,
+    verdict_of_seeds,
+)
 from metatokens.report.numbers import format_share
 from metatokens.report.sweep_results import AccuracyRow
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
     from metatokens.report.verdict_figure import Column
 
-FEWEST_SEEDS = MINIMUM_SEEDS
+FEWEST_SEEDS = 3
 _SMALLEST_SPREAD = 1e-9  # above the rounding of differences of shares
 
 
@@ -89,7 +96,7 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
             cells = [*_names(row), _levels(row, ".1f"), _difference(row), ", ".join(map(_points, row["by_seed"]))]
             cells += [f"{row['p_holm']:.3f}", f"{row['p_equivalence_holm']:.3f}", row["verdict"]]
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *_power_table(report), ""]
+        lines += ["", *_power_table(contrasts, report), ""]
     return "\n".join(lines)
 
 
@@ -105,8 +112,8 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
     from metatokens.report.verdict_figure import Column, Verdict  # matplotlib is an extra
 
     note = (
-        f"{report['task']}, tokens: points that the first side has right more than the second (in brackets: what they "
-        f"have), {seeds_text(report)}; equivalent within {100 * contrasts.margin:g}; Holm over "
+        f"{report['task']}, tokens: difference in points of answers right (in brackets: both sides, in percent), "
+        f"{seeds_text(report)}; equivalent within {100 * contrasts.margin:g}; Holm over "
         f"{len(report['contrasts'])}"
     )
     if any(report["unsolved"].values()):
@@ -183,12 +190,18 @@ def _differences(contrasts: Contrasts, right: dict[tuple[Side, str], list[float]
                 **contrast.model_dump(),
                 "length": length,
                 "right": [fmean(own), fmean(other)],
-                "difference": asdict(bca_interval(by_seed, seed=0, minimum_documents=FEWEST_SEEDS)),
+                "difference": asdict(_over_seeds(by_seed)),
                 "by_seed": by_seed,
-                "seeds_that_differ": sum(first != second for first, second in zip(own, other, strict=True)),
                 "p": sign_flip_test(by_seed, seed=0),
                 "p_equivalence": equivalence_test(by_seed, contrasts.margin, seed=0),
             }
+
+
+def _over_seeds(by_seed: list[float]) -> Interval:
+    """Return the mean with its interval; without one where seeds are listed one by one, as in other reports."""
+    if len(by_seed) < MINIMUM_SEEDS:
+        return Interval(fmean(by_seed), None, None)
+    return bca_interval(by_seed, seed=0, minimum_documents=MINIMUM_SEEDS)
 
 
 def _verdict(row: dict[str, Any], contrasts: Contrasts, num_tests: int) -> str:
@@ -216,7 +229,7 @@ def _levels(row: dict[str, Any], form: str) -> str:
 
 
 def _difference(row: dict[str, Any]) -> str:
-    """Return the difference with its interval; seeds that are all the same have none, and are not exact for that."""
+    """Return the difference with its interval; "every seed" if all have the same, as nothing can be resampled then."""
     if _is_constant(row):
         return f"{_points(row['difference']['estimate'])}, every seed"
     return Interval(**row["difference"]).to_text("+.1f", 100)
@@ -226,21 +239,25 @@ def _counts(unsolved: dict[str, int]) -> str:
     return ", ".join(f"{count} of {arm}" for arm, count in unsolved.items())
 
 
-def _power_table(report: dict[str, Any]) -> list[str]:
+def _power_table(contrasts: Contrasts, report: dict[str, Any]) -> list[str]:
     lines = [
-        f"What {report['planned_seeds']} seeds can find, simulated with normal differences that spread as these: the "
-        "smallest that the strictest of Holm's tests finds in 80% of cases, and how often it finds equal sides "
-        "equivalent. -: all seeds are the same, or no difference is found as often.",
+        f"Power, {report['planned_seeds']} seeds, 300 experiments simulated for each number: normal differences that "
+        "spread as these. Smallest difference found: by the strictest of Holm's tests "
+        f"({contrasts.level:g} / {len(report['contrasts'])}) in 80%. Equivalence found: how often that test finds "
+        "equal sides equivalent. -: every seed has the same difference, or none is found in 80%.",
         "",
-        "| explanation | sides | prompt tokens | standard deviation of a difference | found | equal found equivalent |",
-        "|---|---|---|---:|---:|---:|",
     ]
-    for row in report["contrasts"]:
-        spread = f"{100 * row['deviation']:.1f}"
-        found = "-" if row["smallest_difference"] is None else f"{100 * row['smallest_difference']:.1f}"
-        alike = "-" if row["equal_found_equivalent"] is None else f"{row['equal_found_equivalent']:.0%}"
-        lines.append(f"| {' | '.join([*_names(row), spread, found, alike])} |")
-    return lines
+    rows = [
+        PowerRow(
+            _names(row),
+            f"{100 * row['deviation']:.1f}",
+            "" if row["smallest_difference"] is None else f"{100 * row['smallest_difference']:.1f}",
+            row["equal_found_equivalent"],
+        )
+        for row in report["contrasts"]
+    ]
+    names = ("explanation", "sides", "prompt tokens")
+    return [*lines, *power_table(names, "a difference, points", "smallest difference found, points", rows)]
 
 
 def _points(share: float) -> str:

@@ -72,25 +72,26 @@ def write_summary(judged: Sequence[Path], out: Path) -> None:
 
     Args:
         judged: what `write_contrasts` wrote, a JSON file of each part.
-        out: folder of the two files; nothing is written if there is no contrast.
+        out: folder of the two files, which are removed if there is no contrast.
     """
     columns: dict[str, Column] = {}
     for path in judged:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if "contrasts" not in tree:  # of an older version, and not judged again
-            continue
         named = Contrasts.model_validate(tree["contrasts"])
         if not named.in_summary:
             continue
         for report in tree["tasks"]:
             columns |= ENDPOINTS[named.endpoint].columns(named, report)
+    table, figure = out / "explanations.md", out / "explanations.png"
     if not columns:
+        for path in (table, figure):
+            path.unlink(missing_ok=True)
         return
     from metatokens.report.figures import to_png  # matplotlib is an extra
     from metatokens.report.verdict_figure import draw_verdicts, verdict_table
 
-    write_atomically(out / "explanations.md", "\n".join([*verdict_table(columns), ""]))
-    write_atomically(out / "explanations.png", to_png(draw_verdicts(columns)))
+    write_atomically(table, "\n".join([*verdict_table(columns), ""]))
+    write_atomically(figure, to_png(draw_verdicts(columns)))
 
 
 def _finished(contrasts: Contrasts, files: Path, out: Path, fewest_seeds: int) -> Iterator[FinishedTask]:

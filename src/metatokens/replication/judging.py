@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from metatokens.report.verdict_figure import Column
 
+_SMALLEST_SHARE = 0.01  # of simulated experiments that a table states
+
 
 class FinishedTask(NamedTuple):
     """What a sweep has finished so far."""
@@ -33,6 +35,16 @@ class FinishedTask(NamedTuple):
     def cpu_hours(self) -> float:
         """The processor time of all its trainings."""
         return sum(one.cpu_seconds for cell in self.results.cells for one in cell.trainings) / SECONDS_PER_HOUR
+
+
+class PowerRow(NamedTuple):
+    """What a design can find in one contrast."""
+
+    names: list[str]
+    deviation: str
+    smallest: str
+    """The smallest effect found in 80% of cases; empty if none is."""
+    equal_found_equivalent: float | None
 
 
 class Endpoint(Protocol):
@@ -71,17 +83,15 @@ def verdict_of_seeds(
     """Return the verdict of a contrast whose p-values are those of sign flips over seeds, and corrected.
 
     Args:
-        row: with both corrected p-values, what is expected, and `seeds_that_differ`: a seed in which the sides do not
-            differ lowers no p-value.
+        row: with both corrected p-values and what is expected.
         contrasts: the file that names it.
         num_tests: among which it was corrected.
         num_seeds: so few that nothing could have passed are said to be too few.
         is_as_expected: see `verdict`.
     """
     differs, is_alike = (row[key] <= contrasts.level for key in ("p_holm", "p_equivalence_holm"))
-    least = least_units(num_tests, contrasts.level)
-    if not differs and not is_alike and row["seeds_that_differ"] < least:
-        return "too few seeds" if num_seeds < least else "too few seeds differ"
+    if not differs and not is_alike and num_seeds < least_units(num_tests, contrasts.level):
+        return "too few seeds"
     return verdict(differs=differs, is_as_expected=is_as_expected, is_alike=is_alike, expected=row["expected"])
 
 
@@ -89,6 +99,24 @@ def seeds_text(report: "Mapping[str, Any]") -> str:
     """Return how many seeds every arm has finished, and of how many if some are missing."""
     finished, planned = len(report["seeds"]), report["planned_seeds"]
     return f"{finished} seeds" if finished == planned else f"{finished} of {planned} seeds so far"
+
+
+def power_table(names: "Sequence[str]", spread: str, effect: str, rows: "Sequence[PowerRow]") -> list[str]:
+    """Write what a design can find in each contrast, line by line.
+
+    Args:
+        names: the heads of the columns that name a contrast.
+        spread: what `deviation` is of.
+        effect: the head of the smallest effect found.
+        rows: of the contrasts.
+    """
+    heads = [*names, f"standard deviation of {spread}", effect, "equivalence found"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(names) + "---:|" * 3]
+    for row in rows:
+        share = row.equal_found_equivalent
+        found = "-" if share is None else "<1%" if share < _SMALLEST_SHARE else f"{share:.0%}"
+        lines.append(f"| {' | '.join([*row.names, row.deviation or '-', row.smallest or '-', found])} |")
+    return lines
 
 
 def verdict(*, differs: bool, is_as_expected: bool, is_alike: bool, expected: str) -> str:

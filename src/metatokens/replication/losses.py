@@ -117,7 +117,8 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
         if report["smallest_difference"] is not None:
             lines += [_power_sentence(report), ""]
         lines += [
-            "| arm | nats per word, seed by seed | deviation of its residuals | parameters | operations of training |",
+            "| arm | nats per word, seed by seed | standard deviation of its residuals | parameters | "
+            "operations of training |",
             "|---|---|---:|---:|---:|",
         ]
         for arm in report["arms"]:

@@ -106,7 +106,8 @@ def write_tables(scale: Scale, out: Path) -> Path:
                 lines += [f"Its contrasts were not judged: {error}", ""]
         tables = list(_tables(scale, part, out, judged))
         lines += tables or ["Nothing has been measured yet.", ""]
-        all_judged += [] if judged is None else [judged]
+        if judged is not None:
+            all_judged.append(judged)
     write_summary(all_judged, out)
     path = out / "replication.md"
     write_atomically(path, "\n".join(lines))

@@ -14,17 +14,26 @@ from metatokens.config.contrasts import Contrasts
 from metatokens.config.finetuning import FinetuneConfig
 from metatokens.config.loading import load_preset
 from metatokens.config.sweep import load_sweep
+from metatokens.evaluation.significance import least_units
 from metatokens.evaluation.survival import (
+    Design,
     Times,
     detectable_ratio,
     equivalence_of_times,
-    equivalence_power,
+    equivalence_power_of_times,
     log_normal_fit,
     log_rank_test,
     restricted_mean_interval,
     time_ratio,
 )
-from metatokens.replication.judging import FinishedTask, correct_p_values, seeds_text, verdict_of_seeds
+from metatokens.replication.judging import (
+    FinishedTask,
+    PowerRow,
+    correct_p_values,
+    power_table,
+    seeds_text,
+    verdict_of_seeds,
+)
 from metatokens.report.sweep_results import CellResult
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
     from metatokens.report.verdict_figure import Column
 
 FEWEST_SEEDS = 3
+_POWER = ("log_deviation", "correlation", "smallest_ratio", "equal_found_equivalent")
 
 
 def judge(contrasts: Contrasts, task: FinishedTask) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
                 **contrast.model_dump(),
                 "seeds": len(first.times),
                 "solved": [int(arm.observed.sum()) for arm in (first, second)],
-                "seeds_that_differ": int(np.logical_or(*is_solved).sum()),
+                "seeds_that_tell": int(np.logical_or(*is_solved).sum()),
                 "ratio": asdict(time_ratio(first, second, seed=0)),
                 "p": log_rank_test(first, second, seed=0),
                 "p_equivalence": equivalence_of_times(first, second, contrasts.margin, seed=0),
@@ -101,40 +111,54 @@ def _compare(contrasts: Contrasts, times: dict[str, Times]) -> list[dict[str, An
 
 
 def _verdict(row: dict[str, Any], contrasts: Contrasts) -> str:
-    ratio = row["ratio"]
+    """Return the verdict; a seed that neither arm has solved lowers no p-value."""
+    ratio, num_tests = row["ratio"], len(contrasts.contrasts)
     expected_end = ratio["high"] if ratio["estimate"] is None else ratio["estimate"]
-    return verdict_of_seeds(
+    found = verdict_of_seeds(
         row,
         contrasts,
-        num_tests=len(contrasts.contrasts),
+        num_tests=num_tests,
         num_seeds=row["seeds"],
         is_as_expected=expected_end is not None and expected_end < 1,
     )
+    least = least_units(num_tests, contrasts.level) - 1  # of the one-sided tests of equivalence
+    return "too few solved" if found == "cannot tell" and row["seeds_that_tell"] < least else found
 
 
 def _power(contrasts: Contrasts, times: dict[str, Times], planned_seeds: int) -> list[dict[str, Any]]:
     """Return what the planned design can find in each contrast, if its arms spread as they do.
 
-    Log-normal times of both arms have the root mean square of their deviations and the geometric mean of their
-    medians. The tests are the strictest of Holm's. Numbers are None where fewer than three seeds of an arm have solved
-    the task.
+    Times are log-normal with the root mean square of the deviations of both arms, and correlated within a seed as
+    theirs are. The faster arm has the geometric mean of their medians. The tests are the strictest of Holm's. Numbers
+    are None where fewer than three seeds of an arm have solved the task.
     """
     level = contrasts.level / len(contrasts.contrasts)
     fits = {arm: log_normal_fit(own) for arm, own in times.items() if own.observed.sum() >= FEWEST_SEEDS}
     rows: list[dict[str, Any]] = []
     for contrast in contrasts.contrasts:
-        arms = (contrast.first, contrast.second)
-        row: dict[str, Any] = {"explains": contrast.explains, "first": contrast.first, "second": contrast.second}
-        if not all(arm in fits for arm in arms):
-            rows.append({**row, "log_deviation": None, "smallest_ratio": None, "equal_found_equivalent": None})
+        first, second = contrast.first, contrast.second
+        row: dict[str, Any] = {"explains": contrast.explains, "first": first, "second": second}
+        if first not in fits or second not in fits:
+            rows.append({**row, **dict.fromkeys(_POWER)})
             continue
-        (median, deviation), (other_median, other_deviation) = (fits[arm] for arm in arms)
+        (median, deviation), (other_median, other_deviation) = fits[first], fits[second]
         both = math.sqrt((deviation**2 + other_deviation**2) / 2)
-        horizon = times[contrast.first].horizon / math.sqrt(median * other_median)
-        ratio = detectable_ratio(planned_seeds, both, level=level, horizon_over_median=horizon)
-        alike = equivalence_power(planned_seeds, both, contrasts.margin, level=level, horizon_over_median=horizon)
-        rows.append({**row, "log_deviation": both, "smallest_ratio": ratio, "equal_found_equivalent": alike})
+        design = Design(
+            planned_seeds,
+            both,
+            _correlation(times[first], times[second]),
+            times[first].horizon / math.sqrt(median * other_median),
+        )
+        ratio = detectable_ratio(design, level=level)
+        alike = equivalence_power_of_times(design, contrasts.margin, level=level)
+        rows.append({**row, **dict(zip(_POWER, (both, design.correlation, ratio, alike), strict=True))})
     return rows
+
+
+def _correlation(first: Times, second: Times) -> float:
+    """Return the correlation of the logs over seeds, censored times as the last step; 0 if an arm has one time."""
+    logs = [np.log(times.times) for times in (first, second)]
+    return float(np.corrcoef(logs)[0, 1]) if all(one.std() > 0 for one in logs) else 0.0
 
 
 def ratio_text(row: dict[str, Any]) -> str:
@@ -155,11 +179,10 @@ def _bound_text(row: dict[str, Any]) -> str:
 
 def _effect(row: dict[str, Any]) -> str:
     """Return the ratio as the summary has it: a bound where an end is open, and the seeds solved if not all are."""
-    ratio = row["ratio"]
+    ratio, (first, second) = row["ratio"], row["solved"]
     is_open = None in (ratio["estimate"], ratio["low"], ratio["high"])
     text = _bound_text(row) if is_open else f"{ratio['estimate']:.2f}"
-    first, second = row["solved"]
-    return text if first == second == row["seeds"] else f"{text} ({first} : {second})"
+    return text if first == second in (0, row["seeds"]) else f"{text} ({first} : {second})"
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -173,23 +196,30 @@ def _mean_text(arm: dict[str, Any], horizon: int) -> str:
     return f"{mean['estimate']:,.0f} ({mean['low']:,.0f} to {mean['high']:,.0f})"
 
 
-def _power_table(report: dict[str, Any]) -> list[str]:
+def _power_table(contrasts: Contrasts, report: dict[str, Any]) -> list[str]:
+    if all(row["log_deviation"] is None for row in report["power"]):
+        return ["No power is stated: each contrast has an arm with fewer than three solved seeds."]
     lines = [
-        f"What {report['planned_seeds']} seeds can find, simulated with log-normal times that spread as those of the "
-        "two arms: the smallest ratio that the strictest of Holm's tests finds in 80% of cases, and how often it finds "
-        "equal arms equivalent. -: fewer than three seeds of an arm have solved the task, or no ratio is found as "
-        "often.",
+        f"Power at equal steps, {report['planned_seeds']} seeds, 300 experiments simulated for each number: log-normal "
+        "times that spread as those of the two arms, and are correlated within a seed as they are. Smallest ratio "
+        "found: how many times as long the slower arm must take for the strictest of Holm's tests "
+        f"({contrasts.level:g} / {len(contrasts.contrasts)}) to find it in 80%. Equivalence found: how often that test "
+        "finds equally fast arms equivalent.",
         "",
-        "| explanation | arms | standard deviation of the log | ratio found | equal arms found equivalent |",
-        "|---|---|---:|---:|---:|",
     ]
-    for row in report["power"]:
-        deviation, ratio = (
-            "-" if row[key] is None else f"{row[key]:.2f}" for key in ("log_deviation", "smallest_ratio")
+    if any(row["smallest_ratio"] is None for row in report["power"]):
+        lines[0] += " -: an arm has fewer than three solved seeds, or no ratio is found in 80%."
+    rows = [
+        PowerRow(
+            [row["explains"], f"{row['first']} : {row['second']}"],
+            "" if row["log_deviation"] is None else f"{row['log_deviation']:.2f}",
+            "" if row["smallest_ratio"] is None else f"{row['smallest_ratio']:.2f}",
+            row["equal_found_equivalent"],
         )
-        alike = "-" if row["equal_found_equivalent"] is None else f"{row['equal_found_equivalent']:.0%}"
-        lines.append(f"| {row['explains']} | {row['first']} : {row['second']} | {deviation} | {ratio} | {alike} |")
-    return lines
+        for row in report["power"]
+    ]
+    names = ("explanation", "arms")
+    return [*lines, *power_table(names, "the log of the steps", "smallest ratio found", rows)]
 
 
 def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
@@ -215,7 +245,7 @@ def to_markdown(contrasts: Contrasts, reports: Sequence[dict[str, Any]]) -> str:
                     f"| {row['explains']} | {row['first']} : {row['second']} | {solved} | {ratio_text(row)} | "
                     f"{row['p_holm']:.3f} | {row['p_equivalence_holm']:.3f} | {row['verdict']} |"
                 )
-        lines += ["", *_power_table(report), ""]
+        lines += ["", *_power_table(contrasts, report), ""]
     return "\n".join(lines)
 
 
@@ -233,8 +263,8 @@ def columns(contrasts: Contrasts, report: dict[str, Any]) -> "dict[str, Column]"
     task = _title(report)
     note = (
         f"{task}: ratio of the first arm's steps or operations to the second's, {seeds_text(report)} "
-        f"(in brackets: that solved it, if not all); equivalent within a factor of {contrasts.margin:g}; Holm over "
-        f"{len(contrasts.contrasts)}"
+        "(in brackets: seeds that solved it, where not all did); equivalent within a factor of "
+        f"{contrasts.margin:g}; Holm over {len(contrasts.contrasts)}"
     )
     return {
         f"{task}, {key.removeprefix('at_equal_')}": Column(

@@ -27,9 +27,9 @@ def draw_accuracies(reports: Sequence[dict[str, Any]], margin: float) -> Figure:
         axes.axvline(0, color="#000000", linewidth=0.8)
         for y, row in enumerate(report["contrasts"]):
             colour = colour_of_verdict(row["verdict"])
-            estimate, low, high = (100 * row["difference"][end] for end in ("estimate", "low", "high"))
-            axes.plot([low, high], [y, y], color=colour)
-            axes.plot(estimate, y, "o", color=colour)
+            if row["difference"]["low"] is not None:
+                axes.plot([100 * row["difference"][end] for end in ("low", "high")], [y, y], color=colour)
+            axes.plot(100 * row["difference"]["estimate"], y, "o", color=colour)
             seeds = [100 * one for one in row["by_seed"]]
             axes.plot(seeds, [y] * len(seeds), ".", markersize=3, color=colour, alpha=0.5)
         axes.set_yticks(range(len(rows)), names)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from metatokens.evaluation.survival import Times, restricted_mean, survival_curve
 from metatokens.report.palette import COLOURS, add_legend_of_verdicts, colour_of_verdict
 
-_STYLES = ("-", (0, (5, 1.5)))  # two curves that lie on one another can both be seen
+_STYLES = ("-", (0, (5, 1.5)))  # a dashed curve on a solid one leaves both visible
 
 
 def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
@@ -24,7 +24,7 @@ def draw_curves(reports: Sequence[dict[str, Any]]) -> Figure:
             sample = Times.of(arm["steps"], arm["is_solved"], report["horizon"])
             at, shares = survival_curve(sample)
             axes.step([0, *at, report["horizon"]], [1, *shares, shares[-1] if len(shares) else 1], where="post",
-                      color=colour, linestyle=style, label=arm["arm"])  # fmt: skip
+                      color=colour, linestyle=style, zorder=2 + place % len(_STYLES), label=arm["arm"])  # fmt: skip
             axes.axvline(restricted_mean(sample), color=colour, linewidth=0.6, linestyle=":")
         axes.set_title(f"{report['task'].replace('_', ' ')} ({len(report['seeds'])} seeds)")
         axes.set_xlabel("steps (dotted: restricted means)")

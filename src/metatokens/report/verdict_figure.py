@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     """What one task says of one contrast."""
 
     effect: str
-    """The estimate, with its unit if it is no ratio."""
+    """The estimate or its bound, and in brackets what each side has, or how many seeds solved the task."""
     verdict: str
 
 

@@ -242,8 +242,9 @@ def test_what_sign_flips_can_find_is_nearly_what_the_z_test_can():
     normal = NormalDist()
     expected = (normal.inv_cdf(0.975) + normal.inv_cdf(0.8)) / math.sqrt(20)
     assert detectable_difference(20, level=0.05) == pytest.approx(expected, rel=0.15)
-    passes = 2 * normal.cdf(0.8 * math.sqrt(20) - normal.inv_cdf(0.95)) - 1
-    assert equivalence_power(20, 0.8, level=0.05) == pytest.approx(passes, abs=0.08)
+    passes = 2 * normal.cdf(0.6 * math.sqrt(20) - normal.inv_cdf(0.95)) - 1
+    assert 0.65 < passes < 0.75
+    assert equivalence_power(20, 0.6, level=0.05) == pytest.approx(passes, abs=0.12)
 
 
 def test_what_the_readme_of_the_decomposition_says_of_ten_seeds():

@@ -8,11 +8,12 @@ import pytest
 
 from metatokens.evaluation.significance import sign_flip_test
 from metatokens.evaluation.survival import (
+    Design,
     TimeRatio,
     Times,
     detectable_ratio,
     equivalence_of_times,
-    equivalence_power,
+    equivalence_power_of_times,
     log_normal_fit,
     log_rank_scores,
     log_rank_test,
@@ -143,21 +144,30 @@ def test_neither_a_ratio_nor_a_bound_is_known_of_arms_that_never_have_the_event(
 def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():
     # the log-rank test of log-normal times is nearly a t-test of their logs: exp((z_975 + z_80) * sd * sqrt(2 / n))
     expected = np.exp((1.96 + 0.84) * 0.5 * np.sqrt(2 / 40))
-    found = detectable_ratio(40, 0.5, level=0.05, horizon_over_median=1e6, simulations=120)
+    found = detectable_ratio(Design(40, 0.5, 0.0, 1e6), level=0.05, simulations=120)
     assert found == pytest.approx(expected, rel=0.15)
 
 
+def test_pairs_that_go_together_can_show_a_smaller_ratio():
+    # the variance of a difference of logs is 2 * sd ** 2 * (1 - correlation)
+    expected = np.exp((1.96 + 0.84) * 0.5 * np.sqrt(2 * (1 - 0.75) / 40))
+    found = detectable_ratio(Design(40, 0.5, 0.75, 1e6), level=0.05, simulations=120)
+    assert found == pytest.approx(expected, rel=0.1)
+    assert found < 0.9 * detectable_ratio(Design(40, 0.5, 0.0, 1e6), level=0.05, simulations=120)
+
+
 def test_no_ratio_is_detectable_where_too_few_seeds_can_have_the_event():
-    assert detectable_ratio(10, 0.56, level=0.05 / 3, horizon_over_median=0.9, simulations=60) is None
+    assert detectable_ratio(Design(10, 0.56, 0.0, 0.9), level=0.05 / 3, simulations=60) is None
 
 
-def test_equal_arms_are_found_equivalent_as_often_as_two_one_sided_tests_of_the_textbook():
+@pytest.mark.parametrize("margin", [1.3, 1.5])
+def test_equal_arms_are_found_equivalent_as_often_as_by_two_one_sided_tests_of_the_textbook(margin):
     # both t-like tests pass if the difference of mean logs lies within log(margin) - z_95 * sd * sqrt(2 / n)
     error = 0.4 * np.sqrt(2 / 30)
-    expected = 2 * NormalDist().cdf(np.log(1.5) / error - 1.645) - 1
-    found = equivalence_power(30, 0.4, 1.5, level=0.05, horizon_over_median=1e6, simulations=200)
-    assert found == pytest.approx(expected, abs=0.1)
-    assert 0.85 < expected < 0.99
+    expected = 2 * NormalDist().cdf(np.log(margin) / error - 1.645) - 1
+    found = equivalence_power_of_times(Design(30, 0.4, 0.0, 1e6), margin, level=0.05, simulations=200)
+    assert found == pytest.approx(expected, abs=0.2)  # the log-rank test is a little weaker for these times
+    assert (0.6 < expected < 0.7) == (margin == 1.3)
 
 
 def test_the_fit_of_log_normal_times_finds_what_was_drawn_with_a_third_censored():

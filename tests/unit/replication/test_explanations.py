@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from metatokens.replication.contrasts import write_summary
 from metatokens.report.verdict_figure import Column, Verdict, draw_verdicts, rows_of
 
@@ -61,15 +63,26 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
         "|---|---|---|---|---|---|---|",
         "| hint | a : b | 0.50, supported | 1.00, equivalent |  |  |  |",
         "| hint | c : b |  |  | +0.123, opposite |  | +12.3 (50 : 38), opposite |",
-        "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it (0 : 0), cannot tell |  |  |  |",
+        "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it, cannot tell |  |  |  |",
         "| parameters | c : b |  |  | +0.123, opposite | +12.3 (50 : 38), opposite |  |",
     ]
-    assert "2 of 24 seeds so far (in brackets: that solved it, if not all); equivalent within a factor of 1.5" in notes
+    assert "2 of 24 seeds so far (in brackets: seeds that solved it, where not all did); equivalent within" in notes
     assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
-    assert (
-        "(in brackets: what they have), 1 seeds; equivalent within 5; Holm over 2; not solved: 0 of a, 3 of b" in notes
-    )
+    assert "percent), 1 seeds; equivalent within 5; Holm over 2; not solved: 0 of a, 3 of b" in notes
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
+
+
+def test_the_words_of_a_cell_fit_into_it() -> None:
+    effects = ("at most 0.60 (10 : 0)", "neither arm solved it", "+12.3 (100 : 100)", "-0.123")
+    cells = {("hint", "a", str(n)): Verdict(effect, "too few solved") for n, effect in enumerate(effects)}
+    figure = draw_verdicts({"list recall, operations": Column("note", cells), "x": Column("note", cells)})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    widths = [text.get_window_extent(canvas.get_renderer()).width for text in axes.texts if "solved" in text.get_text()]
+    cell = axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0]
+    assert len(widths) == 2 * len(effects)
+    assert max(widths) < cell
 
 
 def test_without_a_contrast_nothing_is_written(tmp_path: Path) -> None:
