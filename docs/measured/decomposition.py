@@ -27,15 +27,29 @@ def solve_finds_equal(task: str, first: str, second: str) -> str:
     return percent(_contrast(task, "power", first, second)["equal_found_equivalent"])
 
 
+def solve_seeds(task: str) -> int:
+    """Return how many seeds every arm has finished."""
+    return len(_task(task)["seeds"])
+
+
+def solve_solved(task: str, arm: str) -> int:
+    """Return how many trainings of an arm have solved the task."""
+    return int(_arm(task, arm)["solved"])
+
+
 def solve_censored(task: str, arm: str) -> int:
     """Return how many trainings of an arm ended without solving the task."""
-    (row,) = [row for row in _task(task)["arms"] if row["arm"] == arm]
-    return int(row["censored"])
+    return int(_arm(task, arm)["censored"])
 
 
 def _task(task: str) -> dict[str, Any]:
     tasks = (one for part in ("e1", "e1-list") for one in load(f"experiments/decomposition/{part}.json")["tasks"])
     return dict(next(one for one in tasks if one["task"] == task))
+
+
+def _arm(task: str, arm: str) -> dict[str, Any]:
+    (row,) = [row for row in _task(task)["arms"] if row["arm"] == arm]
+    return dict(row)
 
 
 def _contrast(task: str, table: str, first: str, second: str) -> dict[str, Any]:
@@ -49,4 +63,6 @@ NAMES = (
     solve_finds,
     solve_finds_equal,
     solve_ratio,
+    solve_seeds,
+    solve_solved,
 )

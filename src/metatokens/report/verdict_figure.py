@@ -1,6 +1,7 @@
 """One figure of all contrasts: which explanation holds in which task, as `metatokens.replication` judged."""
 
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import NamedTuple
 
 from matplotlib.colors import to_rgba
@@ -11,7 +12,7 @@ from metatokens.report.palette import colour_of_verdict
 
 _TINT = 0.25  # opacity of a cell, so that its text can be read
 _INCHES_OF_COLUMN, _INCHES_OF_ROW, _INCHES_OF_HEAD = 1.35, 0.42, 0.7
-_INCHES_OF_NOTE = 0.18
+_INCHES_OF_NOTE, _LETTERS_OF_AN_INCH = 0.18, 14.0
 _COLUMNS_OF_NAMES = 3.1  # room for an explanation and two arms, in columns
 
 
@@ -49,7 +50,9 @@ def draw_verdicts(columns: Mapping[str, Column]) -> Figure:
     """
     rows = rows_of(columns)
     width = _INCHES_OF_COLUMN * (_COLUMNS_OF_NAMES + len(columns))
-    height = _INCHES_OF_HEAD + _INCHES_OF_ROW * len(rows) + _INCHES_OF_NOTE * (1 + len(_notes(columns)))
+    notes = [*_notes(columns), "*: within the margin"]
+    lines = [line for note in notes for line in wrap(note, int(width * _LETTERS_OF_AN_INCH))]
+    height = _INCHES_OF_HEAD + _INCHES_OF_ROW * len(rows) + _INCHES_OF_NOTE * len(lines)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     for x, column in enumerate(columns.values()):
@@ -73,8 +76,7 @@ def draw_verdicts(columns: Mapping[str, Column]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    notes = [*_notes(columns), "*: within the margin"]
-    figure.supxlabel("\n".join(notes), fontsize=8, x=0.01, ha="left")
+    figure.supxlabel("\n".join(lines), fontsize=8, x=0.01, ha="left")
     return figure
 
 

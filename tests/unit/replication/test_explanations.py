@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from metatokens.replication.contrasts import write_summary
 from metatokens.report.verdict_figure import Column, Verdict, draw_verdicts, rows_of
@@ -72,10 +73,11 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 
 
-def test_the_words_of_a_cell_fit_into_it() -> None:
+def test_words_fit_into_their_cells_and_notes_into_the_figure() -> None:
     effects = ("at most 0.60 (10 : 0)", "neither arm solved it", "+12.3 (100 : 100)", "-0.123")
     cells = {("hint", "a", str(n)): Verdict(effect, "too few solved") for n, effect in enumerate(effects)}
-    figure = draw_verdicts({"list recall, operations": Column("note", cells), "x": Column("note", cells)})
+    note = "what an effect is, how many seeds there are, and how it was tested, in more words than a line has; " * 3
+    figure = draw_verdicts({"list recall, operations": Column(note, cells), "x": Column(note, cells)})
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (axes,) = figure.axes
@@ -83,6 +85,8 @@ def test_the_words_of_a_cell_fit_into_it() -> None:
     cell = axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0]
     assert len(widths) == 2 * len(effects)
     assert max(widths) < cell
+    notes = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().startswith("what an effect"))
+    assert notes[0].get_window_extent(canvas.get_renderer()).x1 <= canvas.get_width_height()[0]
 
 
 def test_without_a_contrast_nothing_is_written(tmp_path: Path) -> None:
