@@ -16,6 +16,11 @@ def solve_ratio(task: str, first: str, second: str) -> str:
     return ratio_text(_contrast(task, "at_equal_steps", first, second))
 
 
+def solve_p(task: str, first: str, second: str) -> str:
+    """Return the p-value of a difference of two arms at equal steps, corrected after Holm."""
+    return f"{_contrast(task, 'at_equal_steps', first, second)['p_holm']:.3f}"
+
+
 def solve_finds(task: str, first: str, second: str) -> str:
     """Return the smallest ratio that the design finds in 80% of cases, with the spread of two arms."""
     ratio = _contrast(task, "power", first, second)["smallest_ratio"]
@@ -62,6 +67,7 @@ NAMES = (
     solve_contrasts,
     solve_finds,
     solve_finds_equal,
+    solve_p,
     solve_ratio,
     solve_seeds,
     solve_solved,
