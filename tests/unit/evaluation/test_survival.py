@@ -141,11 +141,12 @@ def test_neither_a_ratio_nor_a_bound_is_known_of_arms_that_never_have_the_event(
     assert time_ratio(never, never, seed=0) == TimeRatio(None, None, None, 0.95)
 
 
-def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring():
-    # the log-rank test of log-normal times is nearly a t-test of their logs: exp((z_975 + z_80) * sd * sqrt(2 / n))
-    expected = np.exp((1.96 + 0.84) * 0.5 * np.sqrt(2 / 40))
-    found = detectable_ratio(Design(40, 0.5, 0.0, 1e6), level=0.05, simulations=120)
-    assert found == pytest.approx(expected, rel=0.15)
+@pytest.mark.parametrize("power", [0.8, 0.95])
+def test_the_detectable_ratio_is_that_of_the_textbook_without_censoring(power):
+    # the log-rank test of log-normal times is nearly a t-test of their logs: exp((z_975 + z_power) * sd * sqrt(2 / n))
+    expected = np.exp((1.96 + NormalDist().inv_cdf(power)) * 0.5 * np.sqrt(2 / 40))
+    found = detectable_ratio(Design(40, 0.5, 0.0, 1e6), level=0.05, power=power, simulations=120)
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_pairs_that_go_together_can_show_a_smaller_ratio():

@@ -73,6 +73,17 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 
 
+def test_an_open_end_is_a_bound_and_seeds_stand_beside_it_unless_all_solved(tmp_path: Path) -> None:
+    interval = {"estimate": 1.7, "low": 1.25, "high": None}
+    channel = {**solved("channel", 1.7, (3, 8), "opposite"), "ratio": interval}
+    rows = [channel, solved("hint", 0.85, (8, 8), "cannot tell")]
+    task = {"task": "parity", "seeds": [0], "planned_seeds": 1, "at_equal_steps": rows, "at_equal_operations": []}
+    write_summary([write(tmp_path, "e1.json", {"contrasts": named("faster", margin=1.5), "tasks": [task]})], tmp_path)
+    table = (tmp_path / "explanations.md").read_text()
+    assert "at least 1.25 (3 : 8), opposite" in table
+    assert "0.85 (8 : 8), cannot tell" in table
+
+
 def test_words_fit_into_their_cells_and_notes_into_the_figure() -> None:
     effects = ("at most 0.60 (10 : 0)", "neither arm solved it", "+12.3 (100 : 100)", "-0.123")
     cells = {("hint", "a", str(n)): Verdict(effect, "too few solved") for n, effect in enumerate(effects)}

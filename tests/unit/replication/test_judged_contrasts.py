@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metatokens.replication.contrasts import write_contrasts
+from metatokens.replication.judging import PowerRow, power_table
 from metatokens.replication.plan import load_scale
 from metatokens.replication.running import write_tables
 from metatokens.report.solve_figures import draw_ratios
@@ -115,6 +116,14 @@ def test_the_power_is_stated_for_each_contrast_whose_arms_have_solved_seeds(file
     assert read_task(files)["power"][0]["smallest_ratio"] < 1.05
 
 
+def test_the_power_of_a_contrast_is_the_same_whichever_arm_is_named_first(files: Path) -> None:
+    half_solved = [1100] * 8 + [HORIZON] * 8
+    write_results(files, {"none": [500, 700] * 8, "twice-as-fast": half_solved, "alike": [600, 700] * 8})
+    hint, _, channel = read_task(files)["power"]
+    assert hint["smallest_ratio"] == pytest.approx(channel["smallest_ratio"], rel=1e-6)
+    assert hint["equal_found_equivalent"] == channel["equal_found_equivalent"]
+
+
 def test_an_arm_that_never_solved_its_task_has_a_bound_and_no_estimate(files: Path) -> None:
     fast = [300, 400] * 8
     write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": fast, "alike": [1900] * 16})
@@ -143,6 +152,17 @@ def test_seeds_that_neither_arm_solves_are_too_few_however_many_there_are(files:
     (panel,) = draw_ratios([read_task(files)], 1.5).axes
     assert [text.get_text() for text in panel.texts] == ["no bound", "neither arm solved it", "no bound"]
     assert parameters["verdict"] == "too few solved"
+    # with six both one-sided tests of equivalence could pass: 3 / 2^6 is below 5%
+    one_more = [300] * 6 + [HORIZON] * 10
+    write_results(files, {"none": [HORIZON] * 16, "twice-as-fast": one_more, "alike": [HORIZON] * 16})
+    hint, *_ = read_task(files)["at_equal_steps"]
+    assert (hint["seeds_that_tell"], hint["verdict"]) == (6, "cannot tell")
+
+
+def test_a_contrast_that_shows_next_to_nothing_says_so() -> None:
+    rows = [PowerRow([name], "1.0", "", share) for name, share in (("a", 0.009), ("b", 0.01), ("c", None))]
+    *_, little, some, none = power_table(["arms"], "the steps", "smallest ratio found", rows)
+    assert [line.split(" | ")[-1] for line in (little, some, none)] == ["<1% |", "1% |", "- |"]
 
 
 def test_a_control_that_differs_is_not_called_supported(files: Path) -> None:
