@@ -14,13 +14,14 @@ from metatokens.training.watch import PeerWatch
 def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PeerWatch]]:
     """The watches of three processes, all in this one, which are at the same place."""
     monkeypatch.setattr(watch, "_BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(watch, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(watch, "_SILENCE_SECONDS", 1.0)
     store = TCPStore("127.0.0.1", 0, 1, is_master=True)
     peers = [PeerWatch(store, rank, 3) for rank in range(3)]
     for peer in peers:
         peer.start()
         peer.enter("step 1", 600)
-    time.sleep(0.2)  # until each has told where it is
+    while {place for _, _, place in peers[0]._read().values()} != {"step 1"}:
+        time.sleep(0.02)  # until each has told where it is
     yield peers
     for peer in peers:
         peer.stop()
@@ -43,6 +44,7 @@ def test_a_process_that_does_not_arrive_at_a_meeting_outside_of_a_step_hangs_too
 
 def test_a_process_without_a_heartbeat_has_died_and_the_next_one_tells(peers: list[PeerWatch]):
     peers[0].stop()
+    peers[0]._thread.join()  # a beat that has begun ends first
     error = peers[1].explain()
     assert "rank 0 died or does not run (last seen in step 1)" in str(error)
     assert not error.is_repeated
