@@ -20,8 +20,10 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PeerWatch]]:
     for peer in peers:
         peer.start()
         peer.enter("step 1", 600)
-    while {place for _, _, place in peers[0]._read().values()} != {"step 1"}:
-        time.sleep(0.02)  # until each has told where it is
+    end = time.monotonic() + 60
+    while {place for _, _, place in peers[0]._read().values()} != {"step 1"}:  # until each has told where it is
+        assert time.monotonic() < end
+        time.sleep(0.02)
     yield peers
     for peer in peers:
         peer.stop()
