@@ -70,28 +70,30 @@ def write_contrasts(files: Path, contrasts: str, out: Path, *, name: str) -> Pat
 def write_summary(judged: Sequence[Path], out: Path) -> None:
     """Write explanations.md and explanations.png: every contrast in every task with its verdict, side by side.
 
+    Parts with the same endpoint share a table and a panel of the figure.
+
     Args:
         judged: what `write_contrasts` wrote, a JSON file of each part.
         out: folder of the two files, which are removed if there is no contrast.
     """
-    columns: dict[str, Column] = {}
+    panels: dict[str, dict[str, Column]] = {}
     for path in judged:
         tree = json.loads(path.read_text(encoding="utf-8"))
         named = Contrasts.model_validate(tree["contrasts"])
         if not named.in_summary:
             continue
         for report in tree["tasks"]:
-            columns |= ENDPOINTS[named.endpoint].columns(named, report)
+            panels.setdefault(named.endpoint, {}).update(ENDPOINTS[named.endpoint].columns(named, report))
     table, figure = out / "explanations.md", out / "explanations.png"
-    if not columns:
+    if not panels:
         for path in (table, figure):
             path.unlink(missing_ok=True)
         return
     from metatokens.report.figures import to_png  # matplotlib is an extra
-    from metatokens.report.verdict_figure import draw_verdicts, verdict_table
+    from metatokens.report.verdict_figure import draw_verdicts, verdict_tables
 
-    write_atomically(table, "\n".join([*verdict_table(columns), ""]))
-    write_atomically(figure, to_png(draw_verdicts(columns)))
+    write_atomically(table, "\n".join(verdict_tables(list(panels.values()))))
+    write_atomically(figure, to_png(draw_verdicts(list(panels.values()))))
 
 
 def _finished(contrasts: Contrasts, files: Path, out: Path, fewest_seeds: int) -> Iterator[FinishedTask]:

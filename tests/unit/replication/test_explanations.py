@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -58,18 +59,26 @@ def test_all_parts_stand_side_by_side(tmp_path: Path) -> None:
     e3 = {"contrasts": named("higher", **asked, in_summary=False), "tasks": [{"task": "e3"}]}
     parts = {"e1.json": e1, "e4.json": e4, "e2.json": e2, "e3.json": e3}
     write_summary([write(tmp_path, name, part) for name, part in parts.items()], tmp_path)
-    table, notes = (tmp_path / "explanations.md").read_text().split("\n\n")
-    assert table.splitlines() == [
-        "| explanation | arms | parity, steps | parity, operations | e4 books, nats | x, 1-8 tokens | x, 9-16 tokens |",
-        "|---|---|---|---|---|---|---|",
-        "| hint | a : b | 0.50, supported | 1.00, equivalent |  |  |  |",
-        "| hint | c : b |  |  | +0.123, opposite |  | +12.3 (50 : 38), opposite |",
-        "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it, cannot tell |  |  |  |",
-        "| parameters | c : b |  |  | +0.123, opposite | +12.3 (50 : 38), opposite |  |",
+    steps_table, steps_notes, nats_table, nats_notes, points_table, points_notes = (
+        (tmp_path / "explanations.md").read_text().split("\n\n")
+    )
+    assert steps_table.splitlines() == [
+        "| explanation | arms | parity, steps | parity, operations |",
+        "|---|---|---|---|",
+        "| hint | a : b | 0.50, supported | 1.00, equivalent |",
+        "| channel | a : b | at most 0.20 (9 : 0), supported | neither arm solved it, cannot tell |",
     ]
-    assert "2 of 24 seeds so far (in brackets: seeds that solved it, where not all did); equivalent within" in notes
-    assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in notes
-    assert "percent), 1 seeds; equivalent within 5; Holm over 2; not solved: 0 of a, 3 of b" in notes
+    assert nats_table.splitlines()[::3] == [
+        "| explanation | arms | e4 books, nats |",
+        "| hint | c : b | +0.123, opposite |",
+    ]
+    assert points_table.splitlines()[::2] == [
+        "| explanation | arms | x, 1-8 tokens | x, 9-16 tokens |",
+        "| parameters | c : b | +12.3 (50 : 38), opposite |  |",
+    ]
+    assert "2 of 24 seeds so far (in brackets: seeds that solved it, where not all did); equivalent" in steps_notes
+    assert "nats per word minus the second's, 3 seeds; equivalent within 0.05; Holm over 1." in nats_notes
+    assert "percent), 1 seeds; equivalent within 5; Holm over 2; not solved: 0 of a, 3 of b" in points_notes
     assert (tmp_path / "explanations.png").stat().st_size > 10_000
 
 
@@ -86,13 +95,19 @@ def test_an_open_end_is_a_bound_and_seeds_stand_beside_it_unless_all_solved(tmp_
 
 def test_words_fit_into_their_cells_and_notes_into_the_figure() -> None:
     effects = ("at most 0.60 (10 : 0)", "neither arm solved it", "+12.3 (100 : 100)", "-0.123")
-    cells = {("hint", "a", str(n)): Verdict(effect, "too few solved") for n, effect in enumerate(effects)}
+    explanation = "all tokens in place of meta-tokens"
+    cells = {
+        (explanation, "second-attention", str(n)): Verdict(effect, "too few solved") for n, effect in enumerate(effects)
+    }
     note = "what an effect is, how many seeds there are, and how it was tested, in more words than a line has; " * 3
-    figure = draw_verdicts({"list recall, operations": Column(note, cells), "x": Column(note, cells)})
+    figure = draw_verdicts([{"list recall, operations": Column(note, cells), "x": Column(note, cells)}])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (axes,) = figure.axes
     widths = [text.get_window_extent(canvas.get_renderer()).width for text in axes.texts if "solved" in text.get_text()]
+    name = next(text for text in axes.texts if text.get_text().startswith("all tokens")).get_window_extent()
+    arms = next(text for text in axes.texts if text.get_text() == "second-attention : 0").get_window_extent()
+    assert name.x1 < arms.x0
     cell = axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0]
     assert len(widths) == 2 * len(effects)
     assert max(widths) < cell
@@ -105,13 +120,28 @@ def test_without_a_contrast_nothing_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_panels_stand_below_one_another_with_rows_of_one_height() -> None:
+    few = {"x, 1-8 tokens": Column("note", {("hint", "a", "b"): Verdict("+1.0 (9 : 8)", "equivalent")})}
+    many = {
+        f"task, {unit}": Column("note", {("hint", "a", str(n)): Verdict("0.80", "supported") for n in range(5)})
+        for unit in ("steps", "operations")
+    }
+    figure = draw_verdicts([many, few])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    above, below = figure.axes
+    assert above.get_position().y0 > below.get_position().y1
+    assert below.get_position().height == pytest.approx(above.get_position().height / 5, rel=0.05)
+    assert above.get_xlim() == below.get_xlim()
+
+
 def test_a_cell_of_the_figure_has_effect_verdict_and_colour() -> None:
     columns = {
         "parity, steps": Column("note", {("hint", "a", "b"): Verdict("0.80", "supported, within the margin")}),
         "books, nats": Column("note", {("channel", "c", "d"): Verdict("+0.100", "opposite")}),
     }
     assert rows_of(columns) == [("hint", "a", "b"), ("channel", "c", "d")]
-    (axes,) = draw_verdicts(columns).axes
+    (axes,) = draw_verdicts([columns]).axes
     texts = {text.get_text(): text.get_position() for text in axes.texts}
     assert texts["0.80\nsupported*"] == (0.5, 0.5)
     assert texts["+0.100\nopposite"] == (1.5, 1.5)
