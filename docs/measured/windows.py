@@ -20,7 +20,7 @@ ROWS = {
     "e2-x8-to-8L": ("8 L, YaRN", "8 L"),
 }
 """Sweeps, and models asked without a training (x4, x8): their window, and the longest prompts of their training."""
-JUDGED = {"e2-trained": "L", "e2-x4-to-4L": "4 L", "e2-x8-to-8L": "8 L"}
+JUDGED = ("e2-trained", "e2-x4-to-4L", "e2-x8-to-8L")
 
 
 def window_right(row: str, arm: str, length: str, seeds: int | None = None) -> str:
@@ -103,13 +103,13 @@ def windows() -> str:
 
 def window_contrasts() -> str:
     rows = []
-    for row, trained in JUDGED.items():
+    for row in JUDGED:
         for first, second in (("meta", "pause"), ("pause", "mark")):
             cells = [
                 f"{window_difference(row, first, second, length)}, {_contrast(row, first, second, length)['verdict']}"
                 for length in ("4 L", "8 L")
             ]
-            rows.append([ROWS[row][0], trained, f"`{first}` - `{second}`", *cells])
+            rows.append([*ROWS[row], f"`{first}` - `{second}`", *cells])
     return table(["window", "trained to", "arms", "at 4 L", "at 8 L"], rows)
 
 
@@ -153,9 +153,9 @@ NAMES = (
     window_finds,
     window_gain,
     window_guess,
-    window_seeds_below,
     window_p,
     window_right,
+    window_seeds_below,
     window_solved,
     window_steps,
 )
